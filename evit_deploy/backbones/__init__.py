@@ -1,0 +1,71 @@
+"""Backbones: what ``reduce_tokens_`` and ``export_onnx`` must know of a model family, one family a file."""
+
+from typing import Any, Protocol
+
+from evit_deploy.errors import UnsupportedModelError
+from evit_deploy.registry import BACKBONES
+
+
+class Backbone(Protocol):
+    """What a model family tells about itself; all methods take a model of that family."""
+
+    @staticmethod
+    def unsupported(model: Any) -> list[str]:
+        """Why this model cannot be reduced exactly; empty when it can."""
+        ...
+
+    @staticmethod
+    def prefix_tokens(model: Any) -> int:
+        """Tokens in front of the patches (class, distillation, registers); never candidates."""
+        ...
+
+    @staticmethod
+    def patches(model: Any) -> int:
+        """Patch tokens at the image size the model was built for."""
+        ...
+
+    @staticmethod
+    def image_size(model: Any) -> tuple[int, int]:
+        """Height and width in pixels."""
+        ...
+
+    @staticmethod
+    def blocks(model: Any) -> Any:
+        """The transformer blocks, as the indexable container that holds them."""
+        ...
+
+    @staticmethod
+    def cost(model: Any) -> Any:
+        """A :class:`~evit_deploy.tokens.plan.ModelCost`."""
+        ...
+
+    @staticmethod
+    def reduced(block: Any, reducer: Any) -> Any:
+        """A block that also applies the reducer and keeps the parameter names of the one it replaces."""
+        ...
+
+    @staticmethod
+    def original(block: Any) -> Any:
+        """The block that :meth:`reduced` replaced, or the block itself."""
+        ...
+
+    @staticmethod
+    def lower(model: Any) -> Any:
+        """A copy in the form that exports best; the given model is left alone."""
+        ...
+
+
+def backbone_of(model: Any) -> type[Backbone]:
+    """Finds the family that can reduce a model.
+
+    Raises:
+        UnsupportedModelError: None can; the reasons are those of the family that came closest.
+    """
+    refusals = []
+    for name in BACKBONES.names():
+        backbone = BACKBONES.get(name)
+        reasons = backbone.unsupported(model)
+        if not reasons:
+            return backbone
+        refusals.append(reasons)
+    raise UnsupportedModelError(type(model).__name__, max(refusals, key=len) if len(refusals) > 1 else refusals[0])

@@ -1,0 +1,94 @@
+"""Every error a user can meet, with the exit code the command line gives for it.
+
+::
+
+    EvitDeployError            4   base; also "a stage failed"
+    ├── InputError             2   what was given cannot be used (also a ValueError)
+    │   ├── CheckpointError    2   a checkpoint cannot be read or does not fit
+    │   ├── RecipeError        2   a recipe cannot be read or asks for something impossible
+    │   └── UnsupportedModelError  2   a model that cannot be reduced exactly, with the reasons
+    ├── MissingRequirement     3   the environment lacks something; the message has the line that fixes it
+    ├── StageError             4   a stage failed for a reason outside the input (full disk, exporter, runtime)
+    └── GateFailed             1   everything ran and a check did not hold
+
+A message says what happened, where, what was seen, what was wanted and what to do about it, in that order.
+"""
+
+
+class EvitDeployError(Exception):
+    """Base of all errors that evit-deploy raises on purpose.
+
+    Args:
+        what: What happened, as a clause without a full stop.
+        where: File, option or field it happened at.
+        seen: The value that was found.
+        wanted: The value that would have been accepted.
+        fix: What to do about it, as a sentence.
+    """
+
+    exit_code = 4
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        seen: object = None,
+        wanted: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what, self.where, self.seen, self.wanted, self.fix = what, where, seen, wanted, fix
+        text = what if where is None else f"{where}: {what}"
+        details = [f"{label} {value}" for label, value in (("got", seen), ("expected", wanted)) if value is not None]
+        if details:
+            text += " (" + ", ".join(details) + ")"
+        text += "." if not text.endswith((".", "?", "!")) else ""
+        super().__init__(f"{text} {fix}" if fix else text)
+
+
+class InputError(EvitDeployError, ValueError):
+    """What was given (an option, a file, an argument) cannot be used."""
+
+    exit_code = 2
+
+
+class CheckpointError(InputError):
+    """A checkpoint cannot be read, is not what it should be, or does not fit the model."""
+
+
+class RecipeError(InputError):
+    """A recipe cannot be read or asks for something impossible."""
+
+
+class UnsupportedModelError(InputError):
+    """A model whose tokens cannot be reduced exactly.
+
+    Args:
+        model: Name of the model or of its class.
+        reasons: Why, one clause each.
+    """
+
+    def __init__(self, model: str, reasons: list[str]) -> None:
+        self.reasons = reasons
+        super().__init__(
+            f"{model} cannot be token-reduced exactly: " + "; ".join(reasons),
+            fix="Use a timm VisionTransformer that classifies from its class token (deit, deit3, vit, dinov2).",
+        )
+
+
+class MissingRequirement(EvitDeployError):  # noqa: N818 -- reads as what it is; click and pip name theirs likewise
+    """The environment lacks a package, a device or the network; the message has the line that fixes it."""
+
+    exit_code = 3
+
+
+class StageError(EvitDeployError):
+    """A stage failed for a reason that lies outside the input."""
+
+    exit_code = 4
+
+
+class GateFailed(EvitDeployError):  # noqa: N818 -- a result, not a malfunction
+    """Everything ran, and a check did not hold."""
+
+    exit_code = 1

@@ -1,0 +1,86 @@
+"""Three doors, one key: methods, backbones and runtimes are found by name and imported on first use.
+
+A third party adds its own either by an entry point (``evit_deploy.methods``, ``evit_deploy.backbones``,
+``evit_deploy.runtimes``) or by :meth:`Registry.register`; ours are listed here in the same form.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+from typing import Any
+
+from evit_deploy.errors import InputError
+
+
+class Registry:
+    """Names of one kind of thing, each a ``"module:attribute"`` that is imported when asked for.
+
+    Args:
+        kind: What the names stand for, in the singular; used in messages and in the entry point group.
+        targets: name -> ``"module:attribute"``.
+    """
+
+    def __init__(self, kind: str, targets: dict[str, str]) -> None:
+        self.kind = kind
+        self._targets = dict(targets)
+        self._scanned = False
+
+    def register(self, name: str, target: str) -> None:
+        """Adds a name.
+
+        Args:
+            name: The new name.
+            target: ``"module:attribute"``.
+
+        Raises:
+            InputError: The name is taken by something else, or the target is malformed.
+        """
+        if target.count(":") != 1:
+            raise InputError(f"not a {self.kind} target", seen=repr(target), wanted="'module:attribute'")
+        if self._targets.get(name, target) != target:
+            raise InputError(f"the {self.kind} {name!r} is already {self._targets[name]}", seen=repr(target))
+        self._targets[name] = target
+
+    def names(self) -> list[str]:
+        """All names, ours first, then those of entry points."""
+        if not self._scanned:
+            self._scanned = True
+            for point in importlib.metadata.entry_points(group=f"evit_deploy.{self.kind}s"):
+                self._targets.setdefault(point.name, point.value)
+        return list(self._targets)
+
+    def get(self, name: str) -> Any:
+        """Imports what a name stands for.
+
+        Raises:
+            InputError: No such name; the message has the nearest one.
+        """
+        if name not in self._targets and name not in self.names():
+            close = difflib.get_close_matches(str(name), self.names(), n=1)
+            raise InputError(
+                f"unknown {self.kind}",
+                seen=repr(name),
+                wanted="one of " + ", ".join(sorted(self.names())),
+                fix=f"Did you mean {close[0]!r}?" if close else None,
+            )
+        module, attribute = self._targets[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+METHODS = Registry(
+    "method",
+    {
+        "evit": "evit_deploy.tokens.evit:EViT",
+        "slice": "evit_deploy.tokens.baselines:Slice",
+        "random": "evit_deploy.tokens.baselines:RandomDrop",
+        "inverse": "evit_deploy.tokens.baselines:InverseDrop",
+    },
+)
+BACKBONES = Registry("backbone", {"timm_vit": "evit_deploy.backbones.timm_vit:TimmViT"})
+RUNTIMES = Registry(
+    "runtime",
+    {
+        "eager": "evit_deploy.runtimes.eager:EagerRunner",
+        "onnxruntime": "evit_deploy.runtimes.onnxruntime:OnnxRuntimeRunner",
+    },
+)

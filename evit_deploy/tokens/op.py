@@ -1,0 +1,173 @@
+"""The op ``y, idx = TokenReorg(x, scores)`` in PyTorch and as an ONNX function.
+
+Scores (equation 2): softmax of q_cls · Kᵀ · d^-½ over all tokens, prefix columns dropped, mean over heads.
+Selection: the K highest scores in descending order, the lowest index first on ties. The fused row (equation 3) is the
+sum of score · row over the rest, not normalised, in FP32. The main attention is never read out: scores have their own
+row of the attention map, so that fused attention kernels stay fused.
+
+Other bodies of the same op (NumPy oracle, CUDA) are held to the same table of cases: ``tests/cases.py``.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from evit_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    import onnx
+
+DOMAIN = "evit"
+NAME = "TokenReorg"
+DOMAIN_VERSION = 1
+
+
+def class_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
+    """Mean over heads of the attention that the class token pays to each candidate.
+
+    Args:
+        q: Queries ``[B, N, H, d]`` (after q_norm); only token 0 is read.
+        k: Keys ``[B, N, H, d]`` (after k_norm).
+        scale: Factor on the logits, d^-½.
+        prefix: Tokens in front that are no candidates; their share of the softmax is dropped, not redistributed.
+
+    Returns:
+        FP32 ``[B, N - prefix]``; a row sums to less than 1.
+    """
+    # A product and a sum, not a matmul: K keeps the layout in which the projection left it, nothing is transposed.
+    logits = (q[:, :1].float() * k.float()).sum(-1) * scale
+    return logits.softmax(dim=1)[:, prefix:].mean(-1)
+
+
+def select(scores: Tensor, keep: int) -> Tensor:
+    """Indices of the ``keep`` highest scores, descending, lowest index first on ties.
+
+    ``torch.topk`` leaves the order of ties open, a stable sort does not.
+
+    Args:
+        scores: ``[B, N]``.
+        keep: K, 1 to N.
+
+    Returns:
+        int64 ``[B, K]``; valid and unique even where scores are NaN.
+    """
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
+
+
+def reorganize(x: Tensor, scores: Tensor, kept: Tensor, fuse: bool, prefix: int) -> Tensor:
+    """Builds ``[prefix, kept rows, fused row]``.
+
+    Args:
+        x: ``[B, prefix + N, C]``.
+        scores: FP32 ``[B, N]``, the weights of the fused row.
+        kept: int64 ``[B, K]``.
+        fuse: Whether to add the weighted sum of the rows that are not kept.
+        prefix: Tokens in front, copied as they are.
+
+    Returns:
+        ``[B, prefix + K + fuse, C]`` in x's dtype.
+    """
+    patches = x[:, prefix:]
+    rows = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    parts = [x[:, :prefix], rows]
+    if fuse:
+        rest = scores.scatter(1, kept, 0.0)
+        parts.append(torch.bmm(rest.unsqueeze(1).float(), patches.float()).to(x.dtype))
+    return torch.cat(parts, dim=1)
+
+
+def token_reorg(x: Tensor, scores: Tensor, keep: int, fuse: bool, prefix: int) -> tuple[Tensor, Tensor]:
+    """Keeps the best-scored tokens and, with ``fuse``, sums up the rest.
+
+    Differentiable in ``x`` and, through the fused row, in ``scores``. During an ONNX export it becomes one
+    ``evit::TokenReorg`` node.
+
+    Args:
+        x: ``[B, prefix + N, C]``, FP32, FP16 or BF16.
+        scores: FP32 ``[B, N]``.
+        keep: K, 1 to N.
+        fuse: Whether to add the fused row.
+        prefix: Tokens in front that always stay.
+
+    Returns:
+        y ``[B, prefix + K + fuse, C]`` in x's dtype and idx int32 ``[B, K]``, 0-based over the candidates.
+
+    Raises:
+        InputError: Shapes and numbers do not fit each other.
+    """
+    candidates = x.shape[1] - prefix
+    if tuple(scores.shape[1:]) != (candidates,):
+        raise InputError("scores do not fit the tokens", seen=list(scores.shape), wanted=f"[batch, {candidates}]")
+    if not 1 <= keep <= candidates:
+        raise InputError("cannot keep that many tokens", seen=keep, wanted=f"1 to {candidates}")
+    if torch.onnx.is_in_onnx_export():
+        batch, width = x.shape[0], x.shape[2]
+        y, kept = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{NAME}",
+            (x, scores),
+            attrs={
+                "keep": keep,
+                "fuse": int(fuse),
+                "prefix": prefix,
+                # On the node itself, or TensorRT >= 10.15 takes the function body instead of a loaded plugin.
+                "plugin_version": "1",
+                "plugin_namespace": DOMAIN,
+            },
+            dtypes=(x.dtype, torch.int32),
+            shapes=((batch, prefix + keep + int(fuse), width), (batch, keep)),
+            version=DOMAIN_VERSION,
+        )
+        return y, kept
+    kept = select(scores, keep)
+    return reorganize(x, scores, kept, fuse, prefix), kept.to(torch.int32)
+
+
+# One body for all attribute values: without fusion the fused row is sliced to nothing. Gathering with GatherND is faster
+# than GatherElements in OpenVINO and equal elsewhere; the kept scores are overwritten with zero (not subtracted from the
+# total, which cancels in FP16), with a zero that stays one when scores are NaN or infinite.
+_FUNCTION = """
+<opset_import: ["" : {opset}], domain: "evit",
+ doc_string: "Keeps the best-scored tokens and sums up the rest by score (EViT, arXiv 2202.07800, algorithm 1).">
+TokenReorg <keep, fuse, prefix> (x, scores) => (y, idx)
+{{
+  axis_0 = Constant <value_ints = [0]> ()
+  axis_1 = Constant <value_ints = [1]> ()
+  axis_2 = Constant <value_ints = [2]> ()
+  to_the_end = Constant <value_ints = [9223372036854775807]> ()
+  one_element = Constant <value_ints = [1]> ()
+  keep_scalar = Constant <value_int: int = @keep> ()
+  keep_count = Reshape (keep_scalar, one_element)
+  fuse_scalar = Constant <value_int: int = @fuse> ()
+  fuse_count = Reshape (fuse_scalar, one_element)
+  prefix_scalar = Constant <value_int: int = @prefix> ()
+  prefix_count = Reshape (prefix_scalar, one_element)
+  front = Slice (x, axis_0, prefix_count, axis_1)
+  patches = Slice (x, prefix_count, to_the_end, axis_1)
+  top_scores, order = TopK <axis = 1, largest = 1, sorted = 1> (scores, keep_count)
+  order_3d = Unsqueeze (order, axis_2)
+  kept = GatherND <batch_dims = 1> (patches, order_3d)
+  order_float = Cast <to = 1> (order)
+  zero = Constant <value_float = 0.0> ()
+  zeros = Mul (order_float, zero)
+  rest = ScatterElements <axis = 1> (scores, order, zeros)
+  rest_row = Unsqueeze (rest, axis_1)
+  patches_float = Cast <to = 1> (patches)
+  sum_float = MatMul (rest_row, patches_float)
+  sum = CastLike (sum_float, x)
+  fused = Slice (sum, axis_0, fuse_count, axis_1)
+  y = Concat <axis = 1> (front, kept, fused)
+  idx = Cast <to = 6> (order)
+}}
+"""
+
+
+def onnx_function(opset: int) -> "onnx.FunctionProto":
+    """The op's body in standard ONNX operators, for runtimes that have no kernel of their own for it.
+
+    Args:
+        opset: Version of the default domain that the surrounding model imports.
+    """
+    import onnx.parser
+
+    return onnx.parser.parse_function(_FUNCTION.format(opset=opset))

@@ -1,0 +1,281 @@
+"""The token plan: how many tokens every block sees, decided in exact arithmetic before anything runs.
+
+No PyTorch here. Counts follow the paper's algorithm 1: of the N candidates (all tokens but the prefix) a location keeps
+K = ceil(rate · N) and, with fusion, adds one token made of the rest. Python floats over-count (``ceil(.56 * 25)`` is 15),
+so a keep rate is read as the decimal it was written as.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+import msgspec
+
+from evit_deploy.errors import InputError
+
+SCHEDULE_DECIMALS = 6
+"""A scheduled keep rate is rounded to this many decimals before it is used, so that every machine plans alike."""
+
+
+class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What token reduction was asked for; :func:`make_plan` turns it into counts.
+
+    Args:
+        keep_rate: Share of the candidates to keep, in (0, 1]; one for all locations or one for each.
+        locations: 0-based blocks that reorganise their tokens, strictly rising; ``None`` means depth·i//4, i = 1, 2, 3.
+        fuse: Whether each location adds one token with the weighted sum of what it removed (equation 3).
+        method: Name in the registry of methods.
+        options: The method's own options.
+
+    Raises:
+        InputError: A value is out of its range, or the numbers of rates and locations differ.
+    """
+
+    keep_rate: float | tuple[float, ...]
+    locations: tuple[int, ...] | None = None
+    fuse: bool = True
+    method: str = "evit"
+    options: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        for name in ("keep_rate", "locations"):  # a list is as good as a tuple to a caller
+            if isinstance(getattr(self, name), list):
+                msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
+        rates = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,)
+        for rate in rates:
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+                raise InputError("a keep rate is out of range", seen=repr(rate), wanted="a number in (0, 1]")
+        if not rates:
+            raise InputError("no keep rate given", seen="an empty list", wanted="one, or one for each location")
+        if self.locations is not None:
+            _check_locations(self.locations)
+            _check_rate_count(rates, self.locations)
+
+    def resolve(self, depth: int) -> tuple[tuple[int, float], ...]:
+        """Pairs of (block, keep rate) for a model of ``depth`` blocks.
+
+        Raises:
+            InputError: A location lies outside the model, or the numbers of rates and locations differ.
+        """
+        locations = self.locations if self.locations is not None else default_locations(depth)
+        if locations and locations[-1] >= depth:
+            raise InputError(
+                "a location is outside the model", seen=locations[-1], wanted=f"blocks 0 to {depth - 1} (0-based)"
+            )
+        rates = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,) * len(locations)
+        if isinstance(self.keep_rate, tuple) and len(rates) == 1:
+            rates *= len(locations)
+        _check_rate_count(rates, locations)
+        return tuple(zip(locations, rates, strict=True))
+
+
+def _check_locations(locations: Sequence[int]) -> None:
+    for location in locations:
+        if isinstance(location, bool) or not isinstance(location, int) or location < 0:
+            raise InputError("a location is not a block index", seen=repr(location), wanted="a whole number from 0 up")
+    if any(b <= a for a, b in zip(locations, locations[1:], strict=False)):
+        raise InputError(
+            "locations are not strictly rising",
+            seen=",".join(map(str, locations)),
+            wanted=",".join(map(str, sorted(set(locations)))),
+        )
+
+
+def _check_rate_count(rates: Sequence[float], locations: Sequence[int]) -> None:
+    if len(rates) not in (1, len(locations)):
+        raise InputError(
+            "the numbers of keep rates and locations differ",
+            seen=f"{len(rates)} rates for {len(locations)} locations ({','.join(map(str, locations))})",
+            wanted="one rate, or one for each location",
+        )
+
+
+def default_locations(depth: int) -> tuple[int, ...]:
+    """The paper's places: after a quarter, a half and three quarters of the blocks (3, 6, 9 of 12; 4, 8, 12 of 16)."""
+    return tuple(sorted({depth * i // 4 for i in (1, 2, 3)}))
+
+
+def keep_count(keep_rate: float, candidates: int) -> int:
+    """K = ceil(rate · N), exact on the rate as it is written.
+
+    >>> keep_count(0.7, 196), keep_count(0.56, 25)
+    (138, 14)
+    """
+    return math.ceil(Fraction(repr(float(keep_rate))) * candidates)
+
+
+def scheduled_rate(target: float, progress: float) -> float:
+    """The keep rate on its way from 1 to the target: a cosine, as in the paper's section 4.1.
+
+    Args:
+        target: Keep rate at the end.
+        progress: Share of the schedule that lies behind, 0 to 1 (clamped).
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    if progress == 1.0:
+        return target
+    return round(target + (1 - target) * 0.5 * (1 + math.cos(math.pi * progress)), SCHEDULE_DECIMALS)
+
+
+class ModelCost(msgspec.Struct, frozen=True):
+    """Multiply-adds of a model's parts; every matmul counted once (the official EViT README's counting).
+
+    Args:
+        stem: Patch embedding, per image.
+        token_attention: Linear layers of one block's attention, per token.
+        token_mlp: Linear layers of one block's MLP, per token.
+        width: Heads × head width: Q·Kᵀ and A·V cost N²·width each.
+        head: Classifier, per image.
+    """
+
+    stem: int
+    token_attention: int
+    token_mlp: int
+    width: int
+    head: int
+
+
+class BlockPlan(msgspec.Struct, frozen=True):
+    """What one block does with its tokens; counts include the prefix.
+
+    Args:
+        block: 0-based index.
+        tokens_in: Tokens that its attention sees.
+        keep: K, or ``None`` where the block leaves its tokens alone.
+        fused: Whether a fused token is added.
+        tokens_out: Tokens that its MLP and the next block see.
+    """
+
+    block: int
+    tokens_in: int
+    keep: int | None
+    fused: bool
+    tokens_out: int
+
+
+class TokenPlan(msgspec.Struct, frozen=True):
+    """Token counts of a whole model; prints as a table.
+
+    Args:
+        prefix: Tokens in front (class, distillation, registers); never removed.
+        patches: Patch tokens at the model's image size.
+        blocks: One entry a block.
+        cost: What the parts cost, if known; gives the table its multiply-adds.
+    """
+
+    prefix: int
+    patches: int
+    blocks: tuple[BlockPlan, ...]
+    cost: ModelCost | None = None
+
+    @property
+    def locations(self) -> tuple[BlockPlan, ...]:
+        """The blocks that change their token count."""
+        return tuple(block for block in self.blocks if block.keep is not None)
+
+    def dense(self) -> "TokenPlan":
+        """The same model without token reduction."""
+        n = self.prefix + self.patches
+        blocks = tuple(BlockPlan(b.block, n, None, False, n) for b in self.blocks)
+        return TokenPlan(self.prefix, self.patches, blocks, self.cost)
+
+    def block_macs(self, block: int) -> int:
+        """Multiply-adds of one block: attention at its incoming token count, MLP at its outgoing one.
+
+        The scores and the fused row are left out, as in the published figures; they add less than 0.1 %.
+
+        Raises:
+            InputError: The plan was made without a cost.
+        """
+        if self.cost is None:
+            raise InputError("this plan has no costs", fix="Make it from a model: token_plan(model).")
+        row = self.blocks[block]
+        attention = row.tokens_in * self.cost.token_attention + 2 * row.tokens_in**2 * self.cost.width
+        return attention + row.tokens_out * self.cost.token_mlp
+
+    def macs(self) -> int:
+        """Multiply-adds of the whole model for one image."""
+        total = sum(self.block_macs(row.block) for row in self.blocks)
+        assert self.cost is not None  # block_macs has refused by now; depth is never 0
+        return total + self.cost.stem + self.cost.head
+
+    def mac_ratio(self) -> float:
+        """Dense multiply-adds over this plan's: the speed-up if time followed arithmetic exactly."""
+        return self.dense().macs() / self.macs()
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """The table's cells: block, tokens in, kept, fused, tokens out, and MMACs when the costs are known."""
+        for row in self.blocks:
+            cells = (
+                str(row.block),
+                str(row.tokens_in),
+                "" if row.keep is None else str(row.keep),
+                "+1" if row.fused else "",
+                str(row.tokens_out),
+            )
+            yield (*cells, f"{self.block_macs(row.block) / 1e6:.1f}") if self.cost else cells
+
+    def __str__(self) -> str:
+        header = ("block", "tokens in", "kept", "fused", "tokens out") + (("MMACs",) if self.cost else ())
+        lines = [header, *self.rows()]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        if self.cost:
+            text.append(f"total {self.macs() / 1e9:.2f} GMACs, dense {self.dense().macs() / 1e9:.2f} GMACs")
+        return "\n".join(text)
+
+
+def make_plan(
+    spec: TokenSpec, *, prefix: int, patches: int, depth: int, cost: ModelCost | None = None, progress: float = 1.0
+) -> TokenPlan:
+    """Decides every token count.
+
+    Args:
+        spec: What was asked for.
+        prefix: Tokens in front of the patches.
+        patches: Patch tokens.
+        depth: Blocks of the model.
+        cost: Multiply-adds of the model's parts.
+        progress: Place on the keep-rate schedule, 0 (everything kept) to 1 (the spec's own rates).
+
+    Raises:
+        InputError: The spec does not fit the model.
+    """
+    rates = dict(spec.resolve(depth))
+    tokens = prefix + patches
+    blocks = []
+    for block in range(depth):
+        candidates = tokens - prefix
+        keep = keep_count(scheduled_rate(rates[block], progress), candidates) if block in rates else candidates
+        reduces = keep < candidates  # K = N changes nothing: no node, also when the ceiling reaches N
+        after = prefix + keep + spec.fuse if reduces else tokens
+        blocks.append(BlockPlan(block, tokens, keep if reduces else None, reduces and spec.fuse, after))
+        tokens = after
+    return TokenPlan(prefix, patches, tuple(blocks), cost)
+
+
+def original_patches(kept: Sequence[Any], plan: TokenPlan) -> list[Any]:
+    """Translates each location's kept indices into patch numbers of the image; the fused token is −1.
+
+    Raw indices count the candidates of their own location, so they cannot be compared after the first one.
+
+    Args:
+        kept: One integer array ``[B, K]`` for each of the plan's locations.
+        plan: The plan they come from.
+
+    Returns:
+        One NumPy int32 array ``[B, K]`` (with fusion ``[B, K + 1]``, its last column −1) for each location.
+    """
+    import numpy as np
+
+    result, numbers = [], None
+    for indices, row in zip(kept, plan.locations, strict=True):
+        indices = np.asarray(indices)
+        if numbers is None:
+            numbers = np.broadcast_to(np.arange(plan.patches, dtype=np.int32), (len(indices), plan.patches))
+        numbers = np.take_along_axis(numbers, indices.astype(np.int64), axis=1)
+        if row.fused:
+            numbers = np.concatenate([numbers, np.full((len(numbers), 1), -1, np.int32)], axis=1)
+        result.append(numbers)
+    return result

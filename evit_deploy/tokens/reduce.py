@@ -1,0 +1,175 @@
+"""The one verb: ``reduce_tokens_(model, TokenSpec(keep_rate=0.7))`` turns a ViT into an EViT in place."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from evit_deploy.backbones import backbone_of
+from evit_deploy.errors import InputError
+from evit_deploy.registry import METHODS
+from evit_deploy.tokens.plan import BlockPlan, TokenPlan, TokenSpec, make_plan
+
+
+class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """For methods without options of their own."""
+
+
+class TokenReducer(nn.Module):
+    """One location of one method: takes the tokens after the attention residual, gives back fewer.
+
+    Subclasses implement :meth:`forward` and are registered in ``registry.METHODS``. They hold no parameters, so that a
+    reduced model's ``state_dict`` is the dense model's.
+
+    Args:
+        plan: What this block has to do; replaced while a keep-rate schedule runs.
+        prefix: Tokens in front that always stay.
+        scale: Factor on the attention logits, d^-½.
+        options: An instance of the class's ``Options``.
+    """
+
+    Options: ClassVar[type[msgspec.Struct]] = NoOptions
+
+    def __init__(self, plan: BlockPlan, prefix: int, scale: float, options: msgspec.Struct) -> None:
+        super().__init__()
+        self.plan, self.prefix, self.scale, self.options = plan, prefix, scale, options
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Reduces the tokens.
+
+        Args:
+            x: Tokens after the attention residual ``[B, N, C]``.
+            q: Queries of this block's attention ``[B, N, H, d]``.
+            k: Its keys ``[B, N, H, d]``.
+
+        Returns:
+            Tokens ``[B, tokens_out, C]`` and the kept candidates, int32 ``[B, K]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def extra_repr(self) -> str:
+        """Shown when the model is printed."""
+        row = self.plan
+        return f"block={row.block}, tokens {row.tokens_in} -> {row.tokens_out}, keep={row.keep}, fused={row.fused}"
+
+
+def _plan(model: nn.Module, spec: TokenSpec, progress: float) -> TokenPlan:
+    backbone = backbone_of(model)
+    return make_plan(
+        spec,
+        prefix=backbone.prefix_tokens(model),
+        patches=backbone.patches(model),
+        depth=len(backbone.blocks(model)),
+        cost=backbone.cost(model),
+        progress=progress,
+    )
+
+
+def reduce_tokens_(model: nn.Module, spec: TokenSpec) -> nn.Module:
+    """Makes a model reduce its tokens, in place; ``state_dict`` keys do not change.
+
+    Call it before or after loading weights, and again to change the spec or after ``set_input_size``. Keep rate 1 gives
+    the dense model back, bit for bit.
+
+    Args:
+        model: A model of a registered backbone (any timm ``VisionTransformer`` that classifies from its class token).
+        spec: What to do.
+
+    Returns:
+        The same model; ``token_plan(model)`` has its token counts.
+
+    Raises:
+        UnsupportedModelError: The model cannot be reduced exactly; the message has the reasons.
+        InputError: The spec does not fit the model.
+    """
+    backbone = backbone_of(model)
+    method = METHODS.get(spec.method)
+    options = _options(method, spec)
+    plan = _plan(model, spec, progress=1.0)
+    blocks = backbone.blocks(model)
+    for row in plan.blocks:
+        block = backbone.original(blocks[row.block])
+        if row.keep is not None:
+            reducer = method(row, plan.prefix, block.attn.scale, options)
+            reducer.train(model.training)
+            block = backbone.reduced(block, reducer)
+        blocks[row.block] = block
+    model.token_spec = spec  # type: ignore[assignment]  # plain attributes: no parameters, copied with the model
+    model.token_plan = plan  # type: ignore[assignment]
+    return model
+
+
+def _options(method: type[TokenReducer], spec: TokenSpec) -> msgspec.Struct:
+    try:
+        return msgspec.convert(spec.options, method.Options)
+    except msgspec.ValidationError as error:
+        wanted = ", ".join(method.Options.__struct_fields__) or "no options"
+        raise InputError(
+            f"the method {spec.method!r} does not take these options: {error}", seen=spec.options, wanted=wanted
+        ) from None
+
+
+def token_plan(model: nn.Module) -> TokenPlan:
+    """The plan a model runs by; of a model that was never reduced, its dense plan.
+
+    Raises:
+        UnsupportedModelError: No registered backbone knows the model.
+    """
+    plan = getattr(model, "token_plan", None)
+    return plan if isinstance(plan, TokenPlan) else _plan(model, TokenSpec(keep_rate=1.0), progress=1.0)
+
+
+def token_spec(model: nn.Module) -> TokenSpec:
+    """The spec a model was reduced with; keep rate 1 if it never was."""
+    spec = getattr(model, "token_spec", None)
+    return spec if isinstance(spec, TokenSpec) else TokenSpec(keep_rate=1.0)
+
+
+def set_keep_rate_(model: nn.Module, progress: float) -> TokenPlan:
+    """Moves a reduced model along the keep-rate schedule: rate 1 at progress 0, the spec's own rates at 1.
+
+    Args:
+        model: A model that ``reduce_tokens_`` has been called on.
+        progress: 0 to 1.
+
+    Returns:
+        The plan that is now in force.
+    """
+    plan = _plan(model, token_spec(model), progress)
+    for module in model.modules():
+        if isinstance(module, TokenReducer):
+            module.plan = plan.blocks[module.plan.block]
+    model.token_plan = plan  # type: ignore[assignment]
+    return plan
+
+
+class Capture(msgspec.Struct):
+    """What the reducers saw in one forward pass, one entry a location."""
+
+    kept: list[Tensor] = []
+    scores: list[Tensor] = []
+
+
+@contextmanager
+def capture(model: nn.Module) -> Iterator[Capture]:
+    """Records kept candidates (int32 ``[B, K]``) and class scores (``[B, N]``) of the forward passes inside."""
+    from evit_deploy.tokens.op import class_scores
+
+    seen = Capture([], [])
+
+    def hook(reducer: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        assert isinstance(reducer, TokenReducer)
+        _, q, k = inputs
+        seen.scores.append(class_scores(q, k, reducer.scale, reducer.prefix).detach())
+        seen.kept.append(output[1].detach())
+
+    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, TokenReducer)]
+    try:
+        with torch.inference_mode():
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,15 +1,10 @@
-"""Reads a checkpoint without trusting it and says what it is: architecture, image size, classes, token reduction.
+"""A checkpoint: weights, and what they are. Architecture, image size, classes and token reduction are read from it.
 
-A file is read as tensors only: ``torch.load(weights_only=True)`` with ``argparse.Namespace`` as the one class let through
-(official EViT checkpoints keep their keep rate in one). Nothing in a checkpoint is ever executed.
+How a file is read without trusting it: ``weights.py``. How tensors are recognised: ``identify.py``.
 """
 
-import argparse
 import ast
 import difflib
-import hashlib
-import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +12,15 @@ import msgspec
 import torch
 from torch import Tensor
 
+from evit_deploy.bundle import sha256, write_atomically
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
-from evit_deploy.identify import Identity, identify
+from evit_deploy.identify import Identity, differences_of, identify
 from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.weights import read_weights
 
 METADATA_KEY = "evit_deploy"
 FILE_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".bin", ".ckpt")
-# Which weights a file with several sets means by itself. DeiT and EViT save `model_ema` and never evaluate it; timm's
-# trainer saves `state_dict_ema` and evaluates that one when it is there.
-_WRAPPERS = ("model", "state_dict_ema", "state_dict", "model_ema")
-_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
 class Checkpoint(msgspec.Struct):
@@ -56,6 +49,39 @@ class Checkpoint(msgspec.Struct):
     notes: list[str] = []
 
 
+class Tokens(msgspec.Struct, frozen=True):
+    """What the caller says about the reduction; ``None`` leaves it to the checkpoint, then to the defaults."""
+
+    keep_rate: float | tuple[float, ...] | None = None
+    locations: tuple[int, ...] | None = None
+    fuse: bool | None = None
+    method: str | None = None
+
+    def resolve(self, checkpoint: Checkpoint) -> tuple[TokenSpec, list[str]]:
+        """Joins what was asked for with what the checkpoint was trained with.
+
+        Returns:
+            The spec, and notes on everything that was overruled or assumed.
+
+        Raises:
+            InputError: Nobody gives a keep rate, or the values do not fit each other.
+        """
+        own = checkpoint.tokens
+        if self.keep_rate is None and own is None:
+            raise InputError(
+                "a keep rate is needed: the checkpoint does not give one", where="--keep-rate",
+                wanted="a number in (0, 1]", fix="Say for example --keep-rate 0.7.",
+            )  # fmt: skip
+        asked = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        base = msgspec.structs.asdict(own) if own else {}
+        notes = [
+            f"--{name.replace('_', '-')}: {asked[name]} replaces the checkpoint's own {base[name]}"
+            for name in asked
+            if name in base and base[name] is not None and base[name] != asked[name]
+        ]
+        return TokenSpec(**(base | asked)), notes
+
+
 def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
     """Reads a checkpoint file, or fetches a timm name's pretrained weights.
 
@@ -71,30 +97,22 @@ def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
     path = Path(source)
     if not path.exists() and not _looks_like_path(str(source)):
         return _from_timm(str(source), model)
-    content, notes = _read_file(path)
-    args, tokens, preprocess, labels, own = None, None, None, None, None
-    if METADATA_KEY in content:
-        own = content.pop(METADATA_KEY)
-        tokens, preprocess, labels = own["tokens"], own["preprocess"], own["labels"] or None
-        weights = content
-    else:
-        weights, args = _unwrap(path, content, notes)
-    _check_finite(path, weights)
-    tokens = tokens or _tokens_of_args(path, args)
+    weights = read_weights(path)
+    own = _own_metadata(path, weights.metadata[METADATA_KEY]) if METADATA_KEY in weights.metadata else None
     if own is not None and model is None:
-        identity = Identity(own["model"], own["model_args"], weights, [])
+        identity = Identity(own.model, own.model_args, weights.tensors, [])
     else:
-        identity = identify(path, weights, model)
+        identity = identify(path, weights.tensors, model)
     return Checkpoint(
         source=str(source),
-        sha256=_sha256(path),
+        sha256=sha256(path),
         weights=identity.weights,
         model=identity.model,
         model_args=identity.model_args,
-        tokens=tokens,
-        preprocess=preprocess,
-        labels=labels,
-        notes=notes + identity.notes,
+        tokens=own.tokens if own else _tokens_of_args(path, weights.args),
+        preprocess=own.preprocess if own else None,
+        labels=own.labels if own else None,
+        notes=weights.notes + identity.notes,
     )
 
 
@@ -120,15 +138,12 @@ def build_model(checkpoint: Checkpoint, image_size: int | None = None) -> torch.
         raise CheckpointError(
             f"timm cannot build {checkpoint.model!r} with {checkpoint.model_args}: {error}", where=checkpoint.source
         ) from error
-    missing, unexpected, shapes = _differences(model.state_dict(), checkpoint.weights)
-    if missing or unexpected or shapes:
-        parts = [
-            f"{label} {_some(names)}" for label, names in (("missing", missing), ("unexpected", unexpected)) if names
-        ]
+    differences = differences_of(model.state_dict(), checkpoint.weights)
+    if differences:
         raise CheckpointError(
             "the weights do not fit the architecture",
             where=checkpoint.source,
-            seen="; ".join(parts + ([f"other shapes {_some(shapes)}"] if shapes else [])),
+            seen=differences,
             wanted=f"the tensors of {checkpoint.model}",
             fix="Name the right architecture with --model.",
         )
@@ -206,44 +221,6 @@ def check_model_name(name: str, *, where: str, also: str | None = None) -> None:
         )
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], list[str]]:
-    if path.is_dir():
-        raise CheckpointError("a folder, not a checkpoint file", where=path)
-    if not path.exists():
-        raise CheckpointError("no such file", where=path, fix="Check the path, or give a timm name.")
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({error.strerror})", where=path) from error
-    if not head:
-        raise CheckpointError("the file is empty", where=path, seen="0 bytes", fix="Download it again.")
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
-        return _read_safetensors(path), []
-    if not head.startswith((b"PK\x03\x04", b"\x80")):
-        hint = "It is a Git LFS pointer: run `git lfs pull`." if head.startswith(b"version https://") else None
-        raise CheckpointError(
-            "not a checkpoint", where=path, seen=f"a file that begins with {head[:12]!r}",
-            wanted="a PyTorch or safetensors file", fix=hint,
-        )  # fmt: skip
-    return _read_pickle(path, is_zip=head.startswith(b"PK")), []
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    import safetensors
-    from safetensors.torch import load_file
-
-    try:
-        content: dict[str, Any] = dict(load_file(path))
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get(METADATA_KEY)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"not a whole safetensors file: {error}", where=path, fix="Download it again.") from error
-    if metadata is not None:
-        content[METADATA_KEY] = _own_metadata(path, metadata)
-    return content
-
-
 class _OwnMetadata(msgspec.Struct):
     format: int
     model: str
@@ -253,9 +230,9 @@ class _OwnMetadata(msgspec.Struct):
     tokens: TokenSpec | None
 
 
-def _own_metadata(path: Path, text: str) -> dict[str, Any]:
+def _own_metadata(path: Path, text: str) -> _OwnMetadata:
     try:
-        return msgspec.structs.asdict(msgspec.json.decode(text, type=_OwnMetadata))
+        return msgspec.json.decode(text, type=_OwnMetadata)
     except msgspec.DecodeError as error:
         raise CheckpointError(f"its {METADATA_KEY} metadata cannot be read: {error}", where=path) from error
 
@@ -270,88 +247,12 @@ def save_checkpoint(path: Path, model: torch.nn.Module, checkpoint: Checkpoint) 
     """
     from safetensors.torch import save
 
-    from evit_deploy.bundle import write_atomically
-
     assert checkpoint.preprocess is not None
     own = _OwnMetadata(
         1, checkpoint.model, checkpoint.model_args, checkpoint.preprocess, checkpoint.labels, checkpoint.tokens
     )
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, save(weights, metadata={METADATA_KEY: msgspec.json.encode(own).decode()}))
-
-
-def _read_pickle(path: Path, *, is_zip: bool) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise _refused_pickle(path, str(error)) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        if "TorchScript" in str(error):
-            raise CheckpointError(
-                "a TorchScript program, not weights", where=path, fix="Save the original model's state_dict()."
-            ) from None
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"the file is damaged or cut short ({first_line[:120]})", where=path, fix="Download or save it again."
-        ) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            "not a dictionary of weights", where=path, seen=f"a {type(content).__name__}", wanted="a state_dict"
-        )
-    return content
-
-
-def _refused_pickle(path: Path, reason: str) -> CheckpointError:
-    found = re.search(r"(?:GLOBAL|Unsupported global:|class) ([\w.]+)", reason.replace("GLOBAL GLOBAL", "GLOBAL"))
-    found = re.search(r"GLOBAL ([\w.]+) was not", reason) or found
-    name = found.group(1) if found else None
-    if name is None:
-        return CheckpointError("the file is damaged or not a PyTorch checkpoint", where=path, fix="Save it again.")
-    if name.startswith(("timm.", "torch.nn.", "torchvision.", "__main__")) or "VisionTransformer" in name:
-        return CheckpointError(
-            f"a whole pickled model ({name}), which would have to run code to be read",
-            where=path,
-            fix="Where it was made, run torch.save(model.state_dict(), 'weights.pth') and give that file.",
-        )
-    return CheckpointError(
-        f"it wants to run {name} while being read; it was not run", where=path, wanted="tensors only",
-        fix="Save the weights alone: torch.save(model.state_dict(), 'weights.pth'). Do not trust this file.",
-    )  # fmt: skip
-
-
-def _is_weights(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
-
-
-def _unwrap(path: Path, content: dict[str, Any], notes: list[str]) -> tuple[dict[str, Tensor], Any]:
-    args = content.get("args")
-    present = [name for name in _WRAPPERS if _is_weights(content.get(name))]
-    if present:
-        weights = content[present[0]]
-        if len(present) > 1:
-            notes.append(f"it holds {' and '.join(present)}; {present[0]!r} is used")
-    elif _is_weights(content):
-        weights = content
-    else:
-        keys = ", ".join(map(str, list(content)[:6])) or "nothing"
-        raise CheckpointError(
-            "no weights in it", where=path, seen=f"a dictionary with {keys}",
-            wanted=f"tensors, bare or under one of {', '.join(_WRAPPERS)}",
-        )  # fmt: skip
-    for prefix in _PREFIXES:
-        if all(str(name).startswith(prefix) for name in weights):
-            weights = {name[len(prefix) :]: value for name, value in weights.items()}
-    return dict(weights), args
-
-
-def _check_finite(path: Path, weights: dict[str, Tensor]) -> None:
-    bad = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise CheckpointError(
-            "weights that are NaN or infinite", where=path, seen=_some(bad), wanted="finite numbers",
-            fix="The training that wrote it diverged; use an earlier checkpoint.",
-        )  # fmt: skip
 
 
 def _tokens_of_args(path: Path, args: Any) -> TokenSpec | None:
@@ -369,23 +270,3 @@ def _tokens_of_args(path: Path, args: Any) -> TokenSpec | None:
     except (ValueError, SyntaxError, TypeError) as error:
         seen = {name: values.get(name) for name in ("base_keep_rate", "drop_loc", "fuse_token")}
         raise CheckpointError(f"its EViT arguments make no sense: {error}", where=path, seen=seen) from None
-
-
-def _differences(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
-    missing = [name for name in wanted if name not in given]
-    unexpected = [name for name in given if name not in wanted]
-    shapes = [
-        f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
-        for name in wanted
-        if name in given and wanted[name].shape != given[name].shape
-    ]
-    return missing, unexpected, shapes
-
-
-def _some(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """The one-shot: checkpoint in, verified and measured bundle out."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import torch
 from evit_deploy import bundle as bundles
 from evit_deploy.backbones import copy_sharing_weights
 from evit_deploy.bundle import Bundle, Manifest, Parent
-from evit_deploy.checkpoint import FILE_SUFFIXES, Checkpoint, build_model, read_checkpoint
+from evit_deploy.checkpoint import FILE_SUFFIXES, Checkpoint, Tokens, build_model, read_checkpoint
 from evit_deploy.data import Preprocess, sample_inputs
 from evit_deploy.errors import GateFailed, InputError
 from evit_deploy.export import INPUT, LOGITS, backbone_channels, export_onnx, kept_name, versions, with_indices
 from evit_deploy.golden import Golden, make_golden
-from evit_deploy.profile import eager_contestants, measure_all, onnx_contestants
-from evit_deploy.report import Check, Report, device
+from evit_deploy.profile import eager_contestants, measure_all, onnx_contestants, speed_gate
+from evit_deploy.report import Report, device
 from evit_deploy.runtimes import TensorSpec
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
@@ -30,39 +31,6 @@ VERIFY_BATCHES = (1, 2, 8)
 PROFILE_BATCHES, PROFILE_SECONDS = (1, 8), 2.5
 # Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training.
 _UNTRAINED_DEIT_S = {0.9: 79.7, 0.8: 79.2, 0.7: 78.5, 0.6: 76.8, 0.5: 73.8}
-
-
-class Tokens(msgspec.Struct, frozen=True):
-    """What the caller says about the reduction; ``None`` leaves it to the checkpoint, then to the defaults."""
-
-    keep_rate: float | tuple[float, ...] | None = None
-    locations: tuple[int, ...] | None = None
-    fuse: bool | None = None
-    method: str | None = None
-
-    def resolve(self, checkpoint: Checkpoint) -> tuple[TokenSpec, list[str]]:
-        """Joins what was asked for with what the checkpoint was trained with.
-
-        Returns:
-            The spec, and notes on everything that was overruled or assumed.
-
-        Raises:
-            InputError: Nobody gives a keep rate, or the values do not fit each other.
-        """
-        own = checkpoint.tokens
-        if self.keep_rate is None and own is None:
-            raise InputError(
-                "a keep rate is needed: the checkpoint does not give one", where="--keep-rate",
-                wanted="a number in (0, 1]", fix="Say for example --keep-rate 0.7.",
-            )  # fmt: skip
-        asked = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
-        base = msgspec.structs.asdict(own) if own else {}
-        notes = [
-            f"--{name.replace('_', '-')}: {asked[name]} replaces the checkpoint's own {base[name]}"
-            for name in asked
-            if name in base and base[name] is not None and base[name] != asked[name]
-        ]
-        return TokenSpec(**(base | asked)), notes
 
 
 def convert(
@@ -174,7 +142,7 @@ def convert(
     if report.passed:
         contestants = onnx_contestants(exported, dense) + eager_contestants(reduced)
         report += measure_all(contestants, plan, batch_sizes, threads=threads, duration=duration, progress=progress)
-        report += _speed_gate(report, min_speedup)
+        report += speed_gate(report, min_speedup)
     progress("writing the bundle")
     place = out if report.passed else out.with_name(out.name + ".rejected")
     bundle = _write(place, force or not report.passed, exported, dense, golden, manifest, report)
@@ -251,25 +219,7 @@ def _parent(checkpoint: Checkpoint, out: Path, model: str | None) -> Parent:
     if checkpoint.sha256 is None:
         return Parent(checkpoint.source, None)
     # Relative to the bundle: the two can move together, and the manifest names no folder of this machine above them.
-    import os
-
     return Parent(os.path.relpath(Path(checkpoint.source).absolute(), out.absolute()), checkpoint.sha256, model)
-
-
-def _speed_gate(report: Report, min_speedup: float | None) -> Report:
-    if min_speedup is None:
-        return Report()
-    rows = [row for row in report.rows if row.runtime == "onnxruntime" and row.variant == "model"]
-    return Report(
-        checks=tuple(
-            Check(
-                f"onnxruntime, batch {row.batch}: speed-up", row.speedup, min_speedup,
-                row.speedup is not None and row.speedup >= min_speedup,
-                "Slower than asked for with --min-speedup: lower the keep rate, or profile at larger batches.",
-            )
-            for row in rows
-        )
-    )  # fmt: skip
 
 
 def _write(

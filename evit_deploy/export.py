@@ -190,7 +190,7 @@ def read_card(proto: ModelProto) -> ModelCard | None:
     if not types.keys() <= found.keys():
         return None
     try:
-        values = {
+        values: dict[str, Any] = {
             field: found[field] if kind is str else msgspec.json.decode(found[field], type=kind)
             for field, kind in types.items()
         }

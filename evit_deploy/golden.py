@@ -1,8 +1,8 @@
 """Golden answers: what PyTorch says to a few real pictures, and how far two right answers may lie apart.
 
-The reference is the same model in FP64. PyTorch's own FP32 error against it sets the tolerance for everybody else, so no
-number is picked by hand. Kept sets are compared in original patch numbers. Where the last kept and the first dropped
-score lie closer than rounding, either choice is right: such images are counted as ties and their logits not compared.
+The reference is the same model in FP64. PyTorch's own FP32 error against it sets the tolerance for everybody else, so
+no number is picked by hand. Kept sets are compared in original patch numbers. Where the last kept and the first
+dropped score lie closer than rounding, either choice is right: such images count as ties, their logits are not compared.
 """
 
 import copy
@@ -72,7 +72,8 @@ def load_golden(path: Path) -> Golden:
             field, block = name.split("_")
             located[field][int(block)] = arrays[name]
         ordered = {field: dict(sorted(value.items())) for field, value in located.items()}
-        return Golden(**{name: arrays[name] for name in _PLAIN}, **ordered)
+        plain: list[Any] = [arrays[name] for name in _PLAIN]
+        return Golden(*plain, **ordered)
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise InputError(f"not a golden file ({error})", where=path, fix="Convert again.") from None
     except Exception as error:  # zipfile and zlib raise their own

@@ -2,13 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError
+from evit_deploy.weights import some
 
 # (width, depth) -> the size's name in timm.
 _SIZES = {
@@ -76,7 +77,8 @@ def identify(path: Path, weights: dict[str, Tensor], model: str | None = None) -
     """
     from evit_deploy.checkpoint import check_model_name
 
-    if "pos_embed" not in weights or "patch_embed.proj.weight" not in weights or "cls_token" not in weights:
+    dimensions = {"pos_embed": 3, "patch_embed.proj.weight": 4, "cls_token": 3}
+    if any(name not in weights or weights[name].dim() != count for name, count in dimensions.items()):
         _refuse(path, weights)
     foreign = next((family for key, family in _FOREIGN if any(name.startswith(key) for name in weights)), None)
     if foreign:
@@ -151,15 +153,26 @@ def _fit(path: Path, name: str, weights: dict[str, Tensor]) -> Identity | None:
     if side == 0 or side * side + prefix != renamed["pos_embed"].shape[1]:
         return None
     args["img_size"] = side * model.patch_embed.patch_size[0]
-    wanted = model.state_dict()
-    if wanted.keys() != renamed.keys():
-        return None
-    if any(wanted[k].shape != renamed[k].shape for k in wanted if k != "pos_embed"):
-        return None
-    return Identity(name, args, renamed, [])
+    wanted = model.state_dict() | {"pos_embed": renamed["pos_embed"]}  # its length is the image size, read above
+    return None if differences_of(wanted, renamed) else Identity(name, args, renamed, [])
 
 
-def _refuse(path: Path, weights: dict[str, Tensor]) -> None:
+def differences_of(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    """How two sets of tensors differ in names and shapes, in words; empty if they do not."""
+    shapes = [
+        f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
+        for name in wanted
+        if name in given and wanted[name].shape != given[name].shape
+    ]
+    found = (
+        ("missing", [name for name in wanted if name not in given]),
+        ("unexpected", [name for name in given if name not in wanted]),
+        ("other shapes:", shapes),
+    )
+    return "; ".join(f"{label} {some(names)}" for label, names in found if names)
+
+
+def _refuse(path: Path, weights: dict[str, Tensor]) -> NoReturn:
     family = next((family for key, family in _FOREIGN if any(name.startswith(key) for name in weights)), None)
     raise CheckpointError(
         f"a checkpoint of {family}" if family else "not a checkpoint of a vision transformer with a class token",
@@ -169,30 +182,29 @@ def _refuse(path: Path, weights: dict[str, Tensor]) -> None:
     )
 
 
-def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None) -> None:
+def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None) -> NoReturn:
     import timm
 
     width, depth, patch = _describe(weights)
-    head = {name: list(value.shape) for name, value in weights.items() if name.startswith("head")}
-    seen = f"width {width}, {depth} blocks, patch {patch}, pos_embed {list(weights['pos_embed'].shape)}, {head or 'no head'}"
+    head = ", ".join(f"{name} {list(value.shape)}" for name, value in weights.items() if name.startswith("head"))
+    position = list(weights["pos_embed"].shape)
+    seen = f"width {width}, {depth} blocks, patch {patch}, pos_embed {position}, {head or 'no head'}"
     if model is None:
         raise CheckpointError(
-            "no known architecture has these tensors", where=path, seen=seen, wanted="a ViT, DeiT, DeiT III or DINOv2 of timm",
+            "no known architecture has these tensors",
+            where=path,
+            seen=seen,
+            wanted="a ViT, DeiT, DeiT III or DINOv2 of timm",
             fix="Name the architecture with --model.",
-        )  # fmt: skip
+        )
     classes = weights["head.weight"].shape[0] if "head.weight" in weights else 0
     with torch.device("meta"):
         built = timm.create_model(model, pretrained=False, num_classes=classes)
-    wanted = built.state_dict()
-    missing = [name for name in wanted if name not in weights]
-    extra = [name for name in weights if name not in wanted]
-    other = [
-        f"{name} {list(weights[name].shape)} instead of {list(wanted[name].shape)}"
-        for name in wanted
-        if name in weights and name != "pos_embed" and wanted[name].shape != weights[name].shape
-    ]
-    parts = [f"missing {missing[:3]}" * bool(missing), f"unexpected {extra[:3]}" * bool(extra), ", ".join(other[:2])]
+    wanted = {name: value for name, value in built.state_dict().items() if name != "pos_embed"}
+    given = {name: value for name, value in weights.items() if name != "pos_embed"}
     raise CheckpointError(
-        f"the weights are not those of {model}", where=path, seen=seen + "; " + "; ".join(p for p in parts if p),
+        f"the weights are not those of {model}",
+        where=path,
+        seen="; ".join(filter(None, (seen, differences_of(wanted, given)))),
         fix="Leave out --model to have the architecture read from the tensors.",
-    )  # fmt: skip
+    )

@@ -1,9 +1,9 @@
 """How fast a model is, beside the two twins that give the number a meaning, in the same run and interleaved.
 
-The *dense twin* (no token reduction) gives the speed-up; the *slice twin* (same token counts, nothing scored or gathered)
-gives what the reorganisation itself costs. In every round each contestant runs once, in rotating order, so that a machine
-whose speed drifts slows all of them alike; ratios are medians over rounds. With one thread they are made of that
-thread's CPU time, which neighbours on the machine do not touch; with more, of wall time.
+The *dense twin* (no token reduction) gives the speed-up; the *slice twin* (same token counts, nothing scored or
+gathered) gives what the reorganisation itself costs. In every round each contestant runs once, in rotating order, so
+that a machine whose speed drifts slows all of them alike; ratios are medians over rounds. With one thread they are made
+of that thread's CPU time, which neighbours on the machine do not touch; with more, of wall time.
 """
 
 import statistics
@@ -19,10 +19,11 @@ import torch
 
 from evit_deploy import bundle as bundles
 from evit_deploy.backbones import copy_sharing_weights
-from evit_deploy.checkpoint import build_model, read_checkpoint
+from evit_deploy.checkpoint import Tokens, build_model, read_checkpoint
 from evit_deploy.errors import InputError
 from evit_deploy.export import INPUT, load_onnx, read_card, slice_twin, versions
-from evit_deploy.report import ProfileRow, Report, device
+from evit_deploy.registry import RUNTIMES
+from evit_deploy.report import Check, ProfileRow, Report, device
 from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
@@ -55,7 +56,7 @@ def profile(
     threads: int | None = None,
     duration: float = DURATION,
     against: Path | None = None,
-    tokens: TokenSpec | None = None,
+    tokens: Tokens | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Profiles a bundle, an ONNX file or a checkpoint.
@@ -81,7 +82,7 @@ def profile(
 
 
 def contestants_of(
-    path: Path, target: str, against: Path | None, tokens: TokenSpec | None, runtimes: Sequence[str]
+    path: Path, target: str, against: Path | None, tokens: Tokens | None, runtimes: Sequence[str]
 ) -> tuple[list[Contestant], TokenPlan, list[str]]:
     """Who runs: the target and its twins, on each runtime.
 
@@ -94,9 +95,7 @@ def contestants_of(
         return not wanted or name in wanted
 
     for name in wanted:
-        from evit_deploy.registry import RUNTIMES
-
-        RUNTIMES.get(name)
+        RUNTIMES.get(name)  # an unknown one is told, not passed over
     if path.is_dir():
         bundle = bundles.read_bundle(path)
         model, why_not = parent_model(bundle, against)
@@ -114,11 +113,9 @@ def contestants_of(
         notes = [] if dense else ["Speed-up not available: --against DENSE.onnx gives the dense twin."]
         return (onnx_contestants(proto, dense) if chosen("onnxruntime") else []), card.plan, notes
     checkpoint = read_checkpoint(target)
-    spec = tokens or checkpoint.tokens
-    if spec is None:
-        raise InputError("this checkpoint does not say how to reduce its tokens", where=target, fix="Give --keep-rate.")
+    spec, notes = (tokens or Tokens()).resolve(checkpoint)
     model = reduce_tokens_(build_model(checkpoint), spec)
-    return (eager_contestants(model) if chosen("eager") else []), token_plan(model), list(checkpoint.notes)
+    return (eager_contestants(model) if chosen("eager") else []), token_plan(model), checkpoint.notes + notes
 
 
 def onnx_contestants(proto: Any, dense: Any | None) -> list[Contestant]:
@@ -258,3 +255,28 @@ def verdict(rows: Sequence[ProfileRow]) -> list[str]:
                 f"Token reduction does not pay on {runtime} at {where}: no faster than the dense twin beyond noise."
             )
     return notes
+
+
+def speed_gate(report: Report, min_speedup: float | None) -> Report:
+    """One check for every measured model: at least ``min_speedup`` times as fast as its dense twin.
+
+    Raises:
+        InputError: A gate was asked for where no dense twin was measured.
+    """
+    if min_speedup is None:
+        return Report()
+    rows = [row for row in report.rows if row.variant == "model" and row.runtime != "eager"]
+    rows = rows or [row for row in report.rows if row.variant == "model"]
+    if any(row.speedup is None for row in rows):
+        raise InputError(
+            "there is no dense twin to be faster than", where="--min-speedup", fix="Give it with --against."
+        )
+    reason = "Not as fast as --min-speedup asks: lower the keep rate, or profile at larger batches."
+    checks = (
+        Check(
+            f"{row.runtime}, batch {row.batch}: speed-up", row.speedup, min_speedup, row.speedup >= min_speedup, reason
+        )
+        for row in rows
+        if row.speedup is not None
+    )
+    return Report(checks=tuple(checks))

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer with a class token: ViT (augreg, CLIP), DeiT, distilled DeiT, DeiT III, DINOv2, registers."""
+"""timm's VisionTransformer with a class token: ViT (augreg, CLIP), DeiT, distilled DeiT, DeiT III, DINOv2."""
 
 from typing import Any
 

@@ -68,14 +68,15 @@ class OnnxRuntimeRunner(Runner):
         """Runs one batch."""
         names = [node.name for node in self._session.get_outputs()]
         try:
-            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+            answers: Any = self._session.run(names, dict(feeds))
+            return dict(zip(names, answers, strict=True))
         except Exception as error:
             raise StageError(f"ONNX Runtime failed: {_first_line(error)}", where=_name(self.artifact)) from error
 
 
 def _spec(node: Any) -> TensorSpec:
     shape = tuple(size if isinstance(size, int) else None for size in node.shape)
-    return TensorSpec(node.name, _NUMPY_NAMES.get(node.type, node.type), shape)
+    return TensorSpec(node.name, _NUMPY_NAMES[node.type], shape)
 
 
 def _name(artifact: Any) -> str:

@@ -1,5 +1,6 @@
 """Backbones: what ``reduce_tokens_`` and ``export_onnx`` must know of a model family, one family a file."""
 
+import copy
 from typing import Any, Protocol
 
 from evit_deploy.errors import UnsupportedModelError
@@ -69,3 +70,9 @@ def backbone_of(model: Any) -> type[Backbone]:
             return backbone
         refusals.append(reasons)
     raise UnsupportedModelError(type(model).__name__, max(refusals, key=len) if len(refusals) > 1 else refusals[0])
+
+
+def copy_sharing_weights(model: Any) -> Any:
+    """A copy of a module tree whose parameters and buffers are the original's own."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)  # deepcopy hands over what its memo already holds

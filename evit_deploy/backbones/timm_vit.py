@@ -1,6 +1,5 @@
-"""timm's VisionTransformer with a class token: ViT (augreg, CLIP), DeiT, distilled DeiT, DeiT III, DINOv2, registers."""
+"""timm's VisionTransformer with a class token: ViT (augreg, CLIP), DeiT, distilled DeiT, DeiT III, DINOv2."""
 
-import copy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evit_deploy.backbones import copy_sharing_weights
 from evit_deploy.errors import UnsupportedModelError
 from evit_deploy.tokens.plan import ModelCost
 
@@ -38,6 +38,16 @@ class ReducedBlock(nn.Module):
         block: The block to replace; kept, so that it can be put back.
         reducer: What to do with the tokens.
     """
+
+    attn: Any
+    norm1: Any
+    ls1: Any
+    drop_path1: Any
+    norm2: Any
+    mlp: Any
+    ls2: Any
+    drop_path2: Any
+    reducer: Any
 
     def __init__(self, block: nn.Module, reducer: nn.Module) -> None:
         super().__init__()
@@ -98,6 +108,10 @@ class LoweredAttention(nn.Module):
     Against the plain export this saves a Split, three Squeezes and four Transposes a block. Linear layers see 2-D
     tokens ``[B·N, C]``, so that each becomes one ``Gemm`` with its bias folded in.
     """
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
 
     def __init__(self, attn: Attention) -> None:
         super().__init__()
@@ -187,12 +201,12 @@ class TimmViT:
         return model.num_prefix_tokens
 
     @staticmethod
-    def patches(model: VisionTransformer) -> int:
+    def patches(model: Any) -> int:
         """Patch tokens at the image size the model was built for."""
         return model.patch_embed.num_patches
 
     @staticmethod
-    def image_size(model: VisionTransformer) -> tuple[int, int]:
+    def image_size(model: Any) -> tuple[int, int]:
         """Height and width in pixels."""
         height, width = model.patch_embed.img_size
         return height, width
@@ -203,7 +217,7 @@ class TimmViT:
         return model.blocks
 
     @staticmethod
-    def cost(model: VisionTransformer) -> ModelCost:
+    def cost(model: Any) -> ModelCost:
         """Multiply-adds of the parts; all blocks of a VisionTransformer are alike."""
         block = model.blocks[0]
         linears = [m for name, m in block.attn.named_modules() if isinstance(m, nn.Linear)]
@@ -222,15 +236,14 @@ class TimmViT:
         return ReducedBlock(block, reducer)
 
     @staticmethod
-    def original(block: nn.Module) -> nn.Module:
+    def original(block: Any) -> Any:
         """The block that was replaced, or the block itself."""
         return block.replaced[0] if isinstance(block, ReducedBlock) else block
 
     @staticmethod
-    def lower(model: VisionTransformer) -> VisionTransformer:
+    def lower(model: Any) -> Any:
         """A copy in export form; weights are shared where they need not be cut."""
-        shared = {id(p): p for p in model.parameters()} | {id(b): b for b in model.buffers()}
-        lowered = copy.deepcopy(model, shared)  # the memo hands parameters over instead of copying them
+        lowered = copy_sharing_weights(model)
         for block in lowered.blocks:
             attn, mlp = LoweredAttention(block.attn), LoweredMlp(block.mlp)
             block.attn, block.mlp = attn, mlp

@@ -123,9 +123,9 @@ def token_reorg(x: Tensor, scores: Tensor, keep: int, fuse: bool, prefix: int) -
     return reorganize(x, scores, kept, fuse, prefix), kept.to(torch.int32)
 
 
-# One body for all attribute values: without fusion the fused row is sliced to nothing. Gathering with GatherND is faster
-# than GatherElements in OpenVINO and equal elsewhere; the kept scores are overwritten with zero (not subtracted from the
-# total, which cancels in FP16), with a zero that stays one when scores are NaN or infinite.
+# One body for all attribute values: without fusion the fused row is sliced to nothing. Gathering with GatherND is
+# faster than GatherElements in OpenVINO and equal elsewhere; the kept scores are overwritten with zero (not subtracted
+# from the total, which cancels in FP16), with a zero that stays one when scores are NaN or infinite.
 _FUNCTION = """
 <opset_import: ["" : {opset}], domain: "evit",
  doc_string: "Keeps the best-scored tokens and sums up the rest by score (EViT, arXiv 2202.07800, algorithm 1).">

@@ -1,10 +1,11 @@
 """The token plan: how many tokens every block sees, decided in exact arithmetic before anything runs.
 
-No PyTorch here. Counts follow the paper's algorithm 1: of the N candidates (all tokens but the prefix) a location keeps
-K = ceil(rate · N) and, with fusion, adds one token made of the rest. Python floats over-count (``ceil(.56 * 25)`` is 15),
-so a keep rate is read as the decimal it was written as.
+No PyTorch here. Counts follow the paper's algorithm 1: of the N candidates (all tokens but the prefix) a location
+keeps K = ceil(rate · N) and, with fusion, adds one token made of the rest. Python floats over-count
+(``ceil(.56 * 25)`` is 15), so a keep rate is read as the decimal it was written as.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -74,7 +75,7 @@ def _check_locations(locations: Sequence[int]) -> None:
     for location in locations:
         if isinstance(location, bool) or not isinstance(location, int) or location < 0:
             raise InputError("a location is not a block index", seen=repr(location), wanted="a whole number from 0 up")
-    if any(b <= a for a, b in zip(locations, locations[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(locations)):
         raise InputError(
             "locations are not strictly rising",
             seen=",".join(map(str, locations)),

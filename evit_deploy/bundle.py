@@ -1,0 +1,260 @@
+"""A bundle: one folder with the model, its twin, golden answers and a manifest that says what everything is.
+
+A bundle appears whole or not at all: it is written beside its place under another name and moved there in one step.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+
+from evit_deploy.data import Preprocess
+from evit_deploy.errors import InputError, StageError
+from evit_deploy.runtimes import TensorSpec
+from evit_deploy.tokens.plan import TokenPlan, TokenSpec
+
+FORMAT = 1
+MANIFEST, MODEL, DENSE, GOLDEN, REPORT = "manifest.json", "model.onnx", "dense/model.onnx", "golden.npz", "report.json"
+
+
+class Parent(msgspec.Struct, frozen=True):
+    """What a bundle was made from.
+
+    Args:
+        source: A path relative to the bundle, or a timm name.
+        sha256: Hash of the file; ``None`` for a timm name.
+        model: timm name that was forced with ``--model``, if any.
+    """
+
+    source: str
+    sha256: str | None
+    model: str | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """``manifest.json``.
+
+    Args:
+        format: Version of this structure.
+        kind: The method, ``evit``.
+        model: timm architecture.
+        model_args: What ``timm.create_model`` needs besides.
+        tokens: What was asked for.
+        plan: Token counts and costs.
+        preprocess: From image file to input tensor.
+        precision: Of the weights in the files.
+        labels: Class names, if known.
+        inputs: What the model wants.
+        outputs: What it gives.
+        files: Name inside the bundle -> SHA-256.
+        parents: What it was made from.
+        recipe: The recipe, when ``run`` made it.
+        versions: Packages that made it.
+        device: Machine that made it.
+        results: The figures that matter, from the report.
+        notes: What was assumed.
+    """
+
+    kind: str
+    model: str
+    model_args: dict[str, Any]
+    tokens: TokenSpec
+    plan: TokenPlan
+    preprocess: Preprocess
+    precision: str
+    labels: list[str] | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    files: dict[str, str]
+    parents: list[Parent]
+    recipe: dict[str, Any] | None
+    versions: dict[str, str]
+    device: dict[str, Any]
+    results: dict[str, Any]
+    notes: list[str] = []
+    format: int = FORMAT
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """A bundle on disk.
+
+    Args:
+        path: Its folder.
+        manifest: What is in it.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """Path of a listed file.
+
+        Raises:
+            InputError: The manifest does not list it, or it is gone.
+        """
+        if name not in self.manifest.files:
+            raise InputError(f"this bundle has no {name}", where=self.path)
+        path = self.path / name
+        if not path.is_file():
+            raise InputError(f"{name} is listed in the manifest and missing", where=self.path, fix="Convert again.")
+        return path
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Reads a bundle's manifest and checks that every listed file stays inside.
+
+    Raises:
+        InputError: No bundle, a damaged manifest, a manifest of another version, or a file name that leads outside.
+    """
+    manifest_path = path / MANIFEST
+    if not path.exists():
+        raise InputError("no such bundle", where=path)
+    if not manifest_path.is_file():
+        raise InputError(f"not a bundle (no {MANIFEST} in it)", where=path)
+    try:
+        manifest = msgspec.json.decode(manifest_path.read_bytes(), type=Manifest)
+    except (msgspec.DecodeError, OSError) as error:
+        raise InputError(f"the manifest cannot be read: {error}", where=manifest_path, fix="Convert again.") from None
+    if manifest.format != FORMAT:
+        raise InputError("a bundle of another version", where=manifest_path, seen=manifest.format, wanted=FORMAT)
+    root = path.resolve()
+    for name in manifest.files:
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or not (root / name).resolve().is_relative_to(root):
+            raise InputError("the manifest lists a file outside the bundle", where=manifest_path, seen=repr(name))
+    return Bundle(path, manifest)
+
+
+def changed_files(bundle: Bundle) -> list[str]:
+    """Names of listed files that are gone or no longer have their hash."""
+    changed = []
+    for name, digest in bundle.manifest.files.items():
+        path = bundle.path / name
+        if not path.is_file() or sha256(path) != digest:
+            changed.append(name)
+    return changed
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Makes sure, before any work, that a bundle may be written to ``out``.
+
+    Raises:
+        InputError: It exists and ``force`` was not given; it holds files that are not a bundle's; or its folder cannot
+            be written to.
+    """
+    if out.exists() or out.is_symlink():
+        if not force:
+            raise InputError("it exists already", where=out, fix="Give --force to replace it, or another --out.")
+        strangers = _strangers(out)
+        if strangers:
+            raise InputError(
+                "it holds files that no bundle wrote, and --force only replaces bundles",
+                where=out,
+                seen=", ".join(strangers[:3]),
+                fix="Move them away, or give another --out.",
+            )
+    folder = out.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError("its parent is not a folder", where=out, seen=folder)
+    try:  # asking os.access is not enough: read-only file systems, quotas, root
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".evit-deploy-"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write there ({error.strerror})", where=folder, fix="Give another --out.") from None
+
+
+def _strangers(out: Path) -> list[str]:
+    if not out.is_dir() or out.is_symlink():
+        return [out.name]
+    try:
+        known = set(read_bundle(out).manifest.files) | {MANIFEST}
+    except InputError:
+        known = set()
+    return sorted(
+        str(path.relative_to(out))
+        for path in out.rglob("*")
+        if not path.is_dir() and path.relative_to(out).as_posix() not in known
+    )
+
+
+@contextmanager
+def staged(out: Path, *, force: bool) -> Iterator[Path]:
+    """A folder that becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        InputError: See :func:`check_out`.
+        StageError: The disk is full or failed.
+    """
+    check_out(out, force=force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        staging.chmod(0o755)  # mkdtemp is private; a bundle is meant to be served by somebody else
+        yield staging
+        if out.exists():
+            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
+            os.replace(out, old / out.name)
+            try:
+                os.replace(staging, out)
+            except OSError:
+                os.replace(old / out.name, out)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(staging, out)
+    except OSError as error:
+        raise StageError(
+            f"the files could not be written ({error.strerror or error})", where=out, fix="Nothing was left behind."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_manifest(staging: Path, manifest: Manifest) -> Manifest:
+    """Hashes everything in a staging folder, and writes the manifest that lists it.
+
+    Returns:
+        The manifest as written.
+    """
+    files = {
+        path.relative_to(staging).as_posix(): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file()
+    }
+    manifest = msgspec.structs.replace(manifest, files=files)
+    (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+    return manifest
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes one file whole or not at all.
+
+    Raises:
+        StageError: The disk is full or failed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        raise StageError(f"could not be written ({error.strerror or error})", where=path) from error
+    finally:
+        Path(name).unlink(missing_ok=True)

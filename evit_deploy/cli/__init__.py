@@ -1,0 +1,117 @@
+"""The command line: a thin skin over the library. Importing it, and every ``--help``, loads nothing but click."""
+
+import contextlib
+import importlib
+import signal
+import sys
+from typing import Any
+
+import click
+
+COMMANDS = ("convert", "run", "train", "verify", "profile", "doctor")
+
+
+class LazyGroup(click.Group):
+    """Loads a command's module when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which one meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports ``evit_deploy.cli.<name>``."""
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"evit_deploy.cli.{cmd_name}").command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """With the nearest name when there is no such command."""
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(COMMANDS)}."
+            raise click.UsageError(f"no command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="evit-deploy", message="%(version)s")
+def cli() -> None:
+    """From a pretrained vision transformer to a faster one, proven to give the same answers.
+
+    \b
+    evit-deploy convert deit_s.pth --keep-rate 0.7
+    evit-deploy profile deit_s-evit-k0.7
+
+    Exit codes: 0 ok, 1 a gate failed, 2 usage, recipe or input, 3 environment, 4 a stage failed, 130 interrupted.
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line and exits with the contract's codes; no traceback without ``--debug``."""
+    sys.exit(run(args))
+
+
+def run(args: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: Arguments; the process's own by default.
+
+    Returns:
+        The exit code.
+    """
+    with contextlib.suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, _terminate)  # a stopped job cleans up like an interrupted one
+    arguments = sys.argv[1:] if args is None else args
+    try:
+        cli.main(args=list(arguments), standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.Abort:
+        return _say("interrupted; nothing was left half-written", 130)
+    except KeyboardInterrupt:
+        return _say("interrupted; nothing was left half-written", 130)
+    except click.ClickException as error:
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            click.echo(error.ctx.get_usage(), err=True)
+        return _say(error.format_message(), 2)
+    except BrokenPipeError:
+        sys.stderr.close()  # `evit-deploy ... | head` is no error
+        return 0
+    except Exception as error:
+        return _failed(error, "--debug" in arguments, "--json" in arguments)
+
+
+def _failed(error: Exception, debug: bool, as_json: bool) -> int:
+    from evit_deploy.errors import EvitDeployError
+
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, EvitDeployError):
+        code, text, kind = error.exit_code, str(error), type(error).__name__
+    elif isinstance(error, MemoryError):
+        code, text, kind = 4, "not enough memory. Try a smaller batch size.", "StageError"
+    else:
+        kind = type(error).__name__
+        code, text = 4, f"unexpected {kind}: {error}. Please report it, with what --debug prints."
+    if as_json:
+        import json
+
+        click.echo(json.dumps({"error": {"type": kind, "message": text, "exit_code": code}}))
+    return _say(text, code)
+
+
+def _say(text: str, code: int) -> int:
+    click.echo(f"evit-deploy: {text}", err=True)
+    return code
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

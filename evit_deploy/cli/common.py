@@ -1,0 +1,166 @@
+"""Options and output that commands share."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+
+
+def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--json -v -q --debug``, handed to the command as one ``output``; the innermost decorator.
+
+    ``--debug`` itself is read by :func:`evit_deploy.cli.run`, which prints the traceback.
+    """
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout and nothing else.")
+    @click.option("-v", "--verbose", is_flag=True, help="Say what is being done, also without a terminal.")
+    @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
+    @click.option("--debug", is_flag=True, help="With traceback.")
+    @functools.wraps(function)
+    def wrapped(*args: Any, as_json: bool, verbose: bool, quiet: bool, debug: bool, **options: Any) -> Any:
+        with Output(as_json, verbose, quiet) as output:
+            return function(*args, output=output, **options)
+
+    return wrapped
+
+
+class Output:
+    """stdout carries the result, stderr carries progress and notices.
+
+    Args:
+        as_json: Whether the result is to be JSON.
+        verbose: Whether progress is told without a terminal too.
+        quiet: Whether notices are left out.
+    """
+
+    def __init__(self, as_json: bool = False, verbose: bool = False, quiet: bool = False) -> None:
+        self.as_json, self.verbose, self.quiet = as_json, verbose, quiet
+        self._status: Any = None
+
+    def __enter__(self) -> "Output":
+        if sys.stderr.isatty() and not self.quiet and not self.verbose:
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status("starting")
+            self._status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def progress(self, text: str) -> None:
+        """What is being done now."""
+        if self._status is not None:
+            self._status.update(text)
+        elif self.verbose:
+            click.echo(text, err=True)
+
+    def notice(self, text: str) -> None:
+        """What the user should know."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def result(self, report: Any, text: str | None = None, **extra: Any) -> None:
+        """Prints the result.
+
+        Args:
+            report: A Report, or anything msgspec can encode.
+            text: What a person reads last.
+            extra: More keys for the JSON document.
+        """
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+        if self.as_json:
+            import msgspec
+
+            document = msgspec.to_builtins(report)
+            document = document if isinstance(document, dict) else {"items": document}
+            click.echo(msgspec.json.format(msgspec.json.encode(extra | document), indent=2).decode())
+            return
+        from rich.console import Console
+
+        from evit_deploy.report import Report, render
+
+        width = None if sys.stdout.isatty() else 160  # a pipe has no width; tables must not be cut there
+        if isinstance(report, Report):
+            render(report, Console(width=width))
+        if text:
+            click.echo(text)
+
+
+class Numbers(click.ParamType):
+    """Comma-separated numbers of one kind, as a tuple.
+
+    Args:
+        kind: ``int`` or ``float``.
+        low: Least value, if there is one.
+    """
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float], low: float | None = None) -> None:
+        self.kind, self.low = kind, low
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """``"3,6,9"`` to ``(3, 6, 9)``."""
+        if isinstance(value, tuple):
+            return value
+        wanted = "whole numbers" if self.kind is int else "numbers"
+        try:
+            numbers = tuple(self.kind(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"got {value!r}, expected {wanted} separated by commas", param, ctx)
+        if self.low is not None and any(not number >= self.low for number in numbers):
+            self.fail(f"got {value!r}, expected {wanted} from {self.low} up", param, ctx)
+        return numbers
+
+
+def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--keep-rate --locations --fuse --method``."""
+    for option in (
+        click.option("--method", help="Token reduction method.  [default: evit]"),
+        click.option("--fuse/--no-fuse", default=None, help="Sum up what is removed in one token.  [default: fuse]"),
+        click.option("--locations", type=Numbers(int), metavar="3,6,9", help="Blocks, 0-based.  [default: depth·i//4]"),
+        click.option(
+            "--keep-rate", type=Numbers(float), metavar="RATE[,RATE...]",
+            help="Share of the patches to keep, in (0, 1]; one, or one for each location.",
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def tokens_of(
+    keep_rate: tuple[float, ...] | None, locations: tuple[int, ...] | None, fuse: bool | None, method: str | None
+) -> Any:
+    """The shared token options as a :class:`evit_deploy.checkpoint.Tokens`, checked before anything heavy is loaded."""
+    from evit_deploy.registry import METHODS
+    from evit_deploy.tokens.plan import TokenSpec
+
+    if method is not None and method not in METHODS.names():
+        METHODS.get(method)  # raises, with the nearest name
+    rate = keep_rate[0] if keep_rate and len(keep_rate) == 1 else keep_rate
+    TokenSpec(keep_rate=rate if rate is not None else 1.0, locations=locations)
+    from evit_deploy.checkpoint import Tokens
+
+    return Tokens(keep_rate=rate, locations=locations, fuse=fuse, method=method)
+
+
+def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--runtime --batch-sizes --threads --against``."""
+    for option in (
+        click.option(
+            "--against", type=PATH, metavar="PATH", help="Checkpoint of the bundle, or dense twin of an ONNX file."
+        ),
+        click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the runtime's own choice]"),
+        click.option("--runtime", "runtimes", multiple=True, help="Runtime to use; may be repeated.  [default: all]"),
+    ):
+        function = option(function)
+    return function

@@ -1,0 +1,70 @@
+"""``evit-deploy convert``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from evit_deploy.cli.common import PATH, Output, output_options, tokens_of, tokens_options
+
+
+@click.command("convert")
+@click.argument("checkpoint")
+@tokens_options
+@click.option("--model", metavar="NAME", help="timm name, where the tensors leave it open.")
+@click.option("--image-size", type=int, metavar="N", help="Pixels; the position embedding is resampled.")
+@click.option("--precision", default="fp32", show_default=True, help="Of the weights in the files.")
+@click.option("--target", "targets", multiple=True, help="What to make; may be repeated.  [default: onnx]")
+@click.option("--with-indices", is_flag=True, help="Give out kept indices as outputs kept_<block>.")
+@click.option("--data", type=PATH, metavar="DIR", help="Labelled images (class/image) for top-1 and top-5.")
+@click.option("--min-speedup", type=float, metavar="F", help="Fail if it is not this much faster than the dense twin.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the runtime's own choice]")
+@click.option("--out", type=PATH, metavar="DIR", help="Bundle to write.  [default: <stem>-<method>-k<rate> beside it]")
+@click.option("--force", is_flag=True, help="Replace an older bundle there.")
+@output_options
+def command(
+    checkpoint: str,
+    keep_rate: tuple[float, ...] | None,
+    locations: tuple[int, ...] | None,
+    fuse: bool | None,
+    method: str | None,
+    targets: tuple[str, ...],
+    with_indices: bool,
+    out: Path | None,
+    force: bool,
+    output: Output,
+    **options: Any,
+) -> None:
+    """Turn CHECKPOINT (a file or a timm name) into a verified, measured bundle.
+
+    \b
+    evit-deploy convert deit_s.pth --keep-rate 0.7
+    evit-deploy convert deit_s.pth --keep-rate 0.74,0.7,0.7 --locations 2,6,9
+    """
+    tokens = tokens_of(keep_rate, locations, fuse, method)
+    from evit_deploy.convert import convert
+
+    bundle, report = convert(
+        checkpoint,
+        tokens=tokens,
+        targets=targets or ("onnx",),
+        indices=with_indices,
+        out=out,
+        force=force,
+        progress=output.progress,
+        notice=output.notice,
+        **options,
+    )
+    plan = "" if output.quiet else f"{bundle.manifest.plan}\n\n"
+    if not output.as_json:
+        click.echo(plan, nl=False)
+    # The notes were told as notices, when they mattered; what remains are the verdicts.
+    told = set(bundle.manifest.notes)
+    import msgspec
+
+    shown = (
+        report
+        if output.as_json
+        else msgspec.structs.replace(report, notes=tuple(n for n in report.notes if n not in told))
+    )
+    output.result(shown, f"\n{bundle.path}", bundle=str(bundle.path), plan=bundle.manifest.plan)

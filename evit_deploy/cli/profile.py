@@ -1,0 +1,44 @@
+"""``evit-deploy profile``."""
+
+from typing import Any
+
+import click
+
+from evit_deploy.cli.common import Numbers, Output, output_options, run_options, tokens_of, tokens_options
+
+
+@click.command("profile")
+@click.argument("target")
+@run_options
+@tokens_options
+@click.option("--batch-sizes", type=Numbers(int, 1), metavar="1,8,32", default="1,8,32", show_default=True)
+@click.option("--duration", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
+              help="Seconds for each batch size.")  # fmt: skip
+@click.option("--min-speedup", type=float, metavar="F", help="Fail if it is not this much faster than the dense twin.")
+@output_options
+def command(
+    target: str,
+    keep_rate: tuple[float, ...] | None,
+    locations: tuple[int, ...] | None,
+    fuse: bool | None,
+    method: str | None,
+    min_speedup: float | None,
+    output: Output,
+    **options: Any,
+) -> None:
+    """Measure TARGET (a bundle, model.onnx or checkpoint) against its dense and slice twins, interleaved.
+
+    \b
+    evit-deploy profile deit_s-evit-k0.7
+    evit-deploy profile deit_s.pth --keep-rate 0.7 --threads 1
+    """
+    tokens = tokens_of(keep_rate, locations, fuse, method)
+    from evit_deploy.errors import GateFailed
+    from evit_deploy.profile import profile, speed_gate
+
+    report = profile(target, tokens=tokens, progress=output.progress, **options)
+    report += speed_gate(report, min_speedup)
+    output.result(report)
+    if not report.passed:
+        first = report.failed[0]
+        raise GateFailed(first.name, where=target, seen=first.value, wanted=first.limit, fix=first.reason)

@@ -1,0 +1,36 @@
+"""``evit-deploy verify``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from evit_deploy.cli.common import PATH, Numbers, Output, output_options, run_options
+
+
+@click.command("verify")
+@click.argument("bundle", type=PATH)
+@run_options
+@click.option("--batch-sizes", type=Numbers(int, 1), metavar="1,2,8", default="1,2,8", show_default=True)
+@click.option("--data", type=PATH, metavar="DIR", help="Labelled images (class/image) for top-1 and top-5.")
+@output_options
+def command(bundle: Path, output: Output, **options: Any) -> None:
+    """Prove that BUNDLE answers like PyTorch, on every runtime it can use.
+
+    \b
+    evit-deploy verify deit_s-evit-k0.7
+    """
+    from evit_deploy.errors import GateFailed
+    from evit_deploy.verify import verify
+
+    report = verify(bundle, progress=output.progress, **options)
+    output.result(report, f"\n{'verified' if report.passed else 'NOT verified'}: {bundle}", passed=report.passed)
+    if not report.passed:
+        first = report.failed[0]
+        raise GateFailed(
+            f"{len(report.failed)} of {len(report.checks)} checks failed, first: {first.name}",
+            where=bundle,
+            seen=first.value,
+            wanted=first.limit,
+            fix=first.reason,
+        )

@@ -1,0 +1,249 @@
+"""The one-shot: checkpoint in, verified and measured bundle out."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+import torch
+
+from evit_deploy import bundle as bundles
+from evit_deploy.backbones import copy_sharing_weights
+from evit_deploy.bundle import Bundle, Manifest, Parent
+from evit_deploy.checkpoint import FILE_SUFFIXES, Checkpoint, Tokens, build_model, read_checkpoint
+from evit_deploy.data import Preprocess, sample_inputs
+from evit_deploy.errors import GateFailed, InputError
+from evit_deploy.export import INPUT, LOGITS, backbone_channels, export_onnx, kept_name, versions, with_indices
+from evit_deploy.golden import Golden, make_golden
+from evit_deploy.profile import eager_contestants, measure_all, onnx_contestants, speed_gate
+from evit_deploy.report import Report, device
+from evit_deploy.runtimes import TensorSpec
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from evit_deploy.verify import accuracy, verify_dense, verify_runtime
+
+TARGETS = ("onnx",)
+PRECISIONS = ("fp32",)
+GOLDEN_IMAGES = 4
+VERIFY_BATCHES = (1, 2, 8)
+PROFILE_BATCHES, PROFILE_SECONDS = (1, 8), 2.5
+# Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training.
+_UNTRAINED_DEIT_S = {0.9: 79.7, 0.8: 79.2, 0.7: 78.5, 0.6: 76.8, 0.5: 73.8}
+
+
+def convert(
+    source: str | Path,
+    *,
+    tokens: Tokens | TokenSpec = Tokens(),  # noqa: B008 -- frozen
+    model: str | None = None,
+    image_size: int | None = None,
+    precision: str = "fp32",
+    targets: Sequence[str] = ("onnx",),
+    out: Path | None = None,
+    force: bool = False,
+    indices: bool = False,
+    data: Path | None = None,
+    min_speedup: float | None = None,
+    threads: int | None = None,
+    batch_sizes: Sequence[int] = PROFILE_BATCHES,
+    duration: float = PROFILE_SECONDS,
+    recipe: dict[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    notice: Callable[[str], None] = lambda text: None,
+) -> tuple[Bundle, Report]:
+    """Reduces, exports, verifies and profiles a checkpoint, and writes the bundle.
+
+    Args:
+        source: Checkpoint file or timm name.
+        tokens: The reduction; what is left open comes from the checkpoint.
+        model: timm name that decides the architecture.
+        image_size: Pixels, if not the checkpoint's.
+        precision: Of the weights in the files.
+        targets: What to make.
+        out: Folder for the bundle; ``<stem>-<method>-k<rate>`` beside the checkpoint by default.
+        force: Whether to replace an older bundle there.
+        indices: Whether ``model.onnx`` gives out the kept candidates as ``kept_<block>``.
+        data: Folder of labelled images for top-1 and top-5.
+        min_speedup: Fail unless every profiled batch size is at least this much faster than the dense twin.
+        threads: CPU threads.
+        batch_sizes: Batches to profile.
+        duration: Seconds for each of them.
+        recipe: The recipe this is part of, for the record.
+        progress: Told what is being done.
+        notice: Told what the user should know (assumptions, costs).
+
+    Returns:
+        The bundle on disk and the report.
+
+    Raises:
+        InputError: The input cannot be used; nothing was written.
+        GateFailed: A check did not hold; the bundle lies in ``<out>.rejected``, with the report.
+        StageError: Exporting or writing failed; nothing was written.
+    """
+    _check_asked(precision, targets)
+    if data is not None:
+        from evit_deploy.data import image_folder
+
+        image_folder(data, Preprocess((224, 224)))  # a wrong folder is told before the work, not after it
+    progress("reading the checkpoint")
+    checkpoint = read_checkpoint(source, model)
+    spec, notes = tokens.resolve(checkpoint) if isinstance(tokens, Tokens) else (tokens, [])
+    notes = checkpoint.notes + notes
+    out = out or default_out(checkpoint, spec)
+    bundles.check_out(out, force=force)
+    reduced = reduce_tokens_(build_model(checkpoint, image_size), spec)
+    plan = token_plan(reduced)
+    preprocess = preprocess_of(checkpoint, reduced)
+    notes += _training_notes(checkpoint, spec)
+    for note in notes:
+        notice(note)
+
+    dense_model = reduce_tokens_(copy_sharing_weights(reduced), TokenSpec(keep_rate=1.0))
+    progress("exporting to ONNX")
+    exported = export_onnx(reduced, name=checkpoint.model, preprocess=preprocess)
+    progress("exporting the dense twin")
+    dense = export_onnx(dense_model, name=checkpoint.model, preprocess=preprocess)
+    progress("asking PyTorch for golden answers")
+    golden = make_golden(reduced, dense_model, sample_inputs(preprocess, GOLDEN_IMAGES, backbone_channels(reduced)))
+    progress("verifying")
+    report = Report(notes=tuple(notes), versions=versions(), device=device())
+    report += verify_runtime("onnxruntime", exported, golden, plan, VERIFY_BATCHES, threads)
+    report += verify_dense("onnxruntime", dense, golden, threads)
+
+    classes = getattr(reduced, "num_classes", 0) or getattr(reduced, "num_features", 0)
+    outputs = (TensorSpec(LOGITS, "float32", (None, int(classes))),)
+    if indices:
+        exported = with_indices(exported)
+        outputs += tuple(TensorSpec(kept_name(row.block), "int32", (None, row.keep)) for row in plan.locations)
+    manifest = Manifest(
+        kind=spec.method,
+        model=checkpoint.model,
+        model_args=checkpoint.model_args | {"img_size": preprocess.size[0]},
+        tokens=spec,
+        plan=plan,
+        preprocess=preprocess,
+        precision=precision,
+        labels=checkpoint.labels,
+        inputs=(TensorSpec(INPUT, "float32", (None, backbone_channels(reduced), *preprocess.size)),),
+        outputs=outputs,
+        files={},
+        parents=[_parent(checkpoint, out, model)],
+        recipe=recipe,
+        versions=versions(),
+        device=device(),
+        results={},
+        notes=notes,
+    )
+    if report.passed and data is not None:
+        progress("accuracy")
+        report += accuracy("onnxruntime", exported, manifest, data, threads)
+    if report.passed:
+        contestants = onnx_contestants(exported, dense) + eager_contestants(reduced)
+        report += measure_all(contestants, plan, batch_sizes, threads=threads, duration=duration, progress=progress)
+        report += speed_gate(report, min_speedup)
+    progress("writing the bundle")
+    place = out if report.passed else out.with_name(out.name + ".rejected")
+    bundle = _write(place, force or not report.passed, exported, dense, golden, manifest, report)
+    if not report.passed:
+        raise GateFailed(
+            f"{len(report.failed)} of {len(report.checks)} checks failed, first: {report.failed[0].name}",
+            seen=report.failed[0].value,
+            wanted=report.failed[0].limit,
+            fix=f"{report.failed[0].reason} The evidence is in {place}.".strip(),
+        )
+    return bundle, report
+
+
+def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
+    """``<stem>-<method>-k<rate>`` beside the checkpoint; in the current directory for a timm name."""
+    rates = spec.keep_rate if isinstance(spec.keep_rate, tuple) else (spec.keep_rate,)
+    path = Path(checkpoint.source)
+    stem = path.name
+    while checkpoint.sha256 and Path(stem).suffix in FILE_SUFFIXES:
+        stem = Path(stem).stem
+    name = f"{stem}-{spec.method}-k{'-'.join(f'{rate:g}' for rate in rates)}"
+    return path.with_name(name) if checkpoint.sha256 else Path(name)
+
+
+def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
+    """The checkpoint's own preprocessing, or timm's for the architecture, at the model's image size."""
+    own = checkpoint.preprocess
+    size: Any = model.patch_embed.img_size  # type: ignore[union-attr]
+    if own is not None:
+        return msgspec.structs.replace(own, size=tuple(size))
+    return Preprocess.from_model(model, tuple(size))
+
+
+def _check_asked(precision: str, targets: Sequence[str]) -> None:
+    for target in targets:
+        if target not in TARGETS:
+            raise InputError(
+                "this version cannot make that target", where="--target", seen=repr(target), wanted=", ".join(TARGETS)
+            )
+    if precision not in PRECISIONS:
+        raise InputError(
+            "this version cannot make that precision",
+            where="--precision",
+            seen=repr(precision),
+            wanted=", ".join(PRECISIONS),
+        )
+
+
+def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:
+    rates = set(spec.keep_rate) if isinstance(spec.keep_rate, tuple) else {spec.keep_rate}
+    if rates == {1.0}:
+        return []
+    trained = checkpoint.tokens
+    if trained is not None:
+        if trained.keep_rate != spec.keep_rate:
+            return [f"These weights were trained at keep rate {trained.keep_rate} and run at {spec.keep_rate}."]
+        return []
+    rate = rates.pop() if len(rates) == 1 else None
+    if rate in _UNTRAINED_DEIT_S:
+        cost = f"For DeiT-S at {rate:g} that costs {79.8 - _UNTRAINED_DEIT_S[rate]:.1f} points of ImageNet top-1"
+    else:
+        known = ", ".join(f"{79.8 - top1:.1f} at {rate:g}" for rate, top1 in _UNTRAINED_DEIT_S.items())
+        cost = f"For DeiT-S that costs, in points of ImageNet top-1, {known}"
+    source = checkpoint.source if checkpoint.sha256 else "CHECKPOINT"
+    keep = f"[{','.join(map(str, spec.keep_rate))}]" if isinstance(spec.keep_rate, tuple) else f"{spec.keep_rate:g}"
+    return [
+        f"These weights were never trained with token reduction. {cost} (EViT paper, table 1). To fine-tune: "
+        f"evit-deploy train recipes/finetune.yaml --set model.checkpoint={source} --set tokens.keep_rate={keep} "
+        f"--set data.train=DIR --set data.validation=DIR"
+    ]
+
+
+def _parent(checkpoint: Checkpoint, out: Path, model: str | None) -> Parent:
+    if checkpoint.sha256 is None:
+        return Parent(checkpoint.source, None)
+    # Relative to the bundle: the two can move together, and the manifest names no folder of this machine above them.
+    return Parent(os.path.relpath(Path(checkpoint.source).absolute(), out.absolute()), checkpoint.sha256, model)
+
+
+def _write(
+    out: Path,
+    force: bool,
+    exported: onnx.ModelProto,
+    dense: onnx.ModelProto,
+    golden: Golden,
+    manifest: Manifest,
+    report: Report,
+) -> Bundle:
+    with bundles.staged(out, force=force) as staging:
+        onnx.save(exported, staging / bundles.MODEL)
+        (staging / bundles.DENSE).parent.mkdir()
+        onnx.save(dense, staging / bundles.DENSE)
+        golden.save(staging / bundles.GOLDEN)
+        (staging / bundles.REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+        manifest = bundles.write_manifest(staging, msgspec.structs.replace(manifest, results=_results(report)))
+    return Bundle(out, manifest)
+
+
+def _results(report: Report) -> dict[str, Any]:
+    return {
+        "passed": report.passed,
+        "speedup": {f"{r.runtime}, batch {r.batch}": r.speedup for r in report.rows if r.variant == "model"},
+        "accuracy": {row.name: row.top1 for row in report.accuracy},
+    }

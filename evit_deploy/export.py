@@ -1,0 +1,268 @@
+"""A reduced model as one portable ONNX file, and its twins.
+
+The file holds ``evit::TokenReorg`` nodes *and* the function that says what they do in standard operators: ONNX Runtime,
+OpenVINO and TensorRT-RTX run the function, TensorRT takes a plugin for it when one is loaded. Batch is the one dynamic
+dimension. Everything a consumer must know (plan, preprocessing, versions) stands in the model's own properties.
+
+The *dense twin* is the same model without token reduction, exported by the same code. The *slice twin* is the exported
+file itself with every ``TokenReorg`` node replaced by a plain ``Slice`` to the same token count.
+"""
+
+import importlib.metadata
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto, helper
+
+import evit_deploy
+from evit_deploy.backbones import backbone_of
+from evit_deploy.data import Preprocess
+from evit_deploy.errors import InputError, StageError
+from evit_deploy.tokens import op
+from evit_deploy.tokens.plan import TokenPlan, TokenSpec
+from evit_deploy.tokens.reduce import TokenReducer, reduce_tokens_, token_plan, token_spec
+
+OPSET = 23  # the first with Attention; Gelu came with 20
+INPUT, LOGITS = "input", "logits"
+_PROPERTY = "evit_deploy."
+_ONE_FILE_LIMIT = 2**31 - 1  # a protobuf message cannot be larger
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """What a portable file says about itself, one model property a field.
+
+    Args:
+        kind: ``reduced``, ``dense`` or ``slice`` (the twins).
+        model: timm name.
+        tokens: What was asked for.
+        plan: The token counts.
+        preprocess: From image file to input tensor.
+        versions: Packages that made the file.
+    """
+
+    kind: str
+    model: str
+    tokens: TokenSpec
+    plan: TokenPlan
+    preprocess: Preprocess
+    versions: dict[str, str]
+
+
+def kept_name(block: int) -> str:
+    """Name of the output with the candidates a block kept, int32 ``[B, K]``."""
+    return f"kept_{block}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that have a part in an exported file."""
+    packages = ("torch", "timm", "onnx", "onnxscript", "onnxruntime")
+    return {"evit-deploy": evit_deploy.__version__} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess) -> ModelProto:
+    """Exports a model, reduced or dense, into the portable form.
+
+    Input ``input`` is float32 NCHW, normalised, with a dynamic batch; output ``logits`` is float32 (features, when the
+    model has no classes).
+
+    Args:
+        model: A model of a registered backbone.
+        name: Its timm name, for the record.
+        preprocess: Its preprocessing, for the record; its size must be the model's.
+
+    Returns:
+        The checked model, in one piece.
+
+    Raises:
+        UnsupportedModelError: No backbone knows the model.
+        InputError: The file would exceed what one protobuf can hold, or the preprocessing has another size.
+        StageError: The exporter failed.
+    """
+    backbone = backbone_of(model)
+    size = backbone.image_size(model)
+    if tuple(preprocess.size) != size:
+        raise InputError("the preprocessing makes another size than the model takes", seen=preprocess.size, wanted=size)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    if weight_bytes > _ONE_FILE_LIMIT:
+        raise InputError("the weights do not fit into one ONNX file", seen=f"{weight_bytes} bytes", wanted="< 2 GiB")
+    lowered = backbone.lower(model)
+    example = torch.zeros(2, backbone_channels(model), *size)  # batch 2: a 1 would be baked in as a constant
+    proto = _run_exporter(lowered, example)
+    plan, spec = token_plan(model), token_spec(model)
+    nodes = [node for node in proto.graph.node if node.domain == op.DOMAIN]
+    reducers = [m for m in model.modules() if isinstance(m, TokenReducer)]
+    if reducers and not nodes:
+        raise InputError(f"the method {spec.method!r} has no exported form", fix="Use --method evit.")
+    for node, row in zip(nodes, plan.locations, strict=True):
+        _rename_outputs(proto, node, row.block)
+    if nodes:
+        _attach_function(proto)
+    kind = "reduced" if plan.locations else "dense"
+    _write_card(proto, ModelCard(kind, name, spec, plan, preprocess, versions()))
+    onnx.checker.check_model(proto)
+    return proto
+
+
+def backbone_channels(model: Any) -> int:
+    """Channels of the input image."""
+    return model.patch_embed.proj.in_channels
+
+
+def export_dense_twin(model: torch.nn.Module, *, name: str, preprocess: Preprocess) -> ModelProto:
+    """Exports the same weights without token reduction; the model itself is given back as it came.
+
+    Raises:
+        The same errors as :func:`export_onnx`.
+    """
+    spec = token_spec(model)
+    reduce_tokens_(model, TokenSpec(keep_rate=1.0))
+    try:
+        return export_onnx(model, name=name, preprocess=preprocess)
+    finally:
+        reduce_tokens_(model, spec)
+
+
+def _run_exporter(model: torch.nn.Module, example: torch.Tensor) -> ModelProto:
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:  # the exporter narrates; a stage that succeeds has nothing to say
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[LOGITS],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                verbose=False,
+            )
+            assert program is not None  # None is for exports that go straight to a file
+            return program.model_proto
+    except Exception as error:  # the exporter raises many kinds
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StageError(
+            f"the ONNX export failed: {first_line}", fix="Run with --debug for the whole story."
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _rename_outputs(proto: ModelProto, node: onnx.NodeProto, block: int) -> None:
+    renamed = {node.output[0]: f"blocks.{block}.tokens", node.output[1]: kept_name(block)}
+    node.name = f"blocks.{block}.token_reorg"
+    node.output[:] = [renamed[output] for output in node.output]
+    for other in proto.graph.node:
+        other.input[:] = [renamed.get(value, value) for value in other.input]
+    for info in proto.graph.value_info:
+        info.name = renamed.get(info.name, info.name)
+
+
+def _attach_function(proto: ModelProto) -> None:
+    proto.functions.append(op.onnx_function(OPSET))
+    if not any(entry.domain == op.DOMAIN for entry in proto.opset_import):
+        proto.opset_import.append(helper.make_opsetid(op.DOMAIN, op.DOMAIN_VERSION))
+
+
+def _write_card(proto: ModelProto, card: ModelCard) -> None:
+    values = {
+        field: value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        for field, value in msgspec.structs.asdict(card).items()
+    }
+    helper.set_model_props(proto, {_PROPERTY + field: value for field, value in values.items()})
+    proto.producer_name, proto.producer_version = "evit-deploy", evit_deploy.__version__
+
+
+def read_card(proto: ModelProto) -> ModelCard | None:
+    """What a file says about itself; ``None`` if evit-deploy did not make it."""
+    found = {p.key.removeprefix(_PROPERTY): p.value for p in proto.metadata_props if p.key.startswith(_PROPERTY)}
+    types = {field.name: field.type for field in msgspec.structs.fields(ModelCard)}
+    if not types.keys() <= found.keys():
+        return None
+    try:
+        values: dict[str, Any] = {
+            field: found[field] if kind is str else msgspec.json.decode(found[field], type=kind)
+            for field, kind in types.items()
+        }
+    except msgspec.DecodeError:
+        return None
+    return ModelCard(**values)
+
+
+def with_indices(proto: ModelProto) -> ModelProto:
+    """A copy whose kept candidates are outputs too: ``kept_<block>``, int32 ``[batch, K]``."""
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    present = {output.name for output in copy.graph.output}
+    for node in copy.graph.node:
+        if node.domain == op.DOMAIN and node.output[1] not in present:
+            keep = next(a.i for a in node.attribute if a.name == "keep")
+            info = helper.make_tensor_value_info(node.output[1], onnx.TensorProto.INT32, ["batch", keep])
+            copy.graph.output.append(info)
+    return copy
+
+
+def slice_twin(proto: ModelProto) -> ModelProto:
+    """The same file with each reorganisation replaced by a plain slice to the same token count.
+
+    What is left of its time under the original's is what scoring, selecting, gathering and fusing cost.
+
+    Raises:
+        InputError: The file has no ``TokenReorg`` node.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+
+    model = onnx_ir.from_proto(proto)
+    graph = model.graph
+    nodes = [node for node in graph if node.domain == op.DOMAIN]
+    if not nodes:
+        raise InputError("this file has no TokenReorg node, so there is nothing to slice", seen=proto.graph.name)
+    for node in nodes:
+        counts = [node.attributes[name].as_int() for name in ("prefix", "keep", "fuse")]
+        bounds = []
+        for label, number in (("start", 0), ("end", sum(counts)), ("axis", 1)):
+            tensor = onnx_ir.tensor(np.array([number], np.int64), name=f"{node.name}.{label}")
+            bounds.append(onnx_ir.Value(name=tensor.name, const_value=tensor))
+            graph.register_initializer(bounds[-1])
+        slice_node = onnx_ir.Node("", "Slice", [node.inputs[0], *bounds], name=f"{node.name}.slice")
+        graph.insert_before(node, slice_node)
+        tokens, kept = node.outputs
+        tokens.replace_all_uses_with(slice_node.outputs[0])
+        if kept in graph.outputs:
+            graph.outputs.remove(kept)
+    for remove in (RemoveUnusedNodesPass(), RemoveUnusedFunctionsPass(), RemoveUnusedOpsetsPass()):
+        remove(model)
+    twin = onnx_ir.to_proto(model)
+    card = read_card(proto)
+    if card is not None:
+        _write_card(twin, msgspec.structs.replace(card, kind="slice"))
+    onnx.checker.check_model(twin)
+    return twin
+
+
+def load_onnx(path: Path) -> ModelProto:
+    """Reads an ONNX file.
+
+    Raises:
+        InputError: The file is missing or is no ONNX model.
+    """
+    if not path.is_file():
+        raise InputError("no such file", where=path, fix="Give the path of an ONNX model.")
+    try:
+        proto = onnx.load(path)
+    except Exception as error:  # protobuf's own errors differ between its implementations
+        raise InputError(f"not an ONNX model ({type(error).__name__})", where=path) from error
+    if not proto.graph.node:
+        raise InputError("not an ONNX model (no graph in it)", where=path)
+    return proto

@@ -1,0 +1,210 @@
+"""Which timm architecture a set of tensors belongs to, told from names and shapes alone."""
+
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import torch
+from torch import Tensor
+
+from evit_deploy.errors import CheckpointError
+from evit_deploy.weights import some
+
+# (width, depth) -> the size's name in timm.
+_SIZES = {
+    (192, 12): "tiny",
+    (384, 12): "small",
+    (512, 12): "medium",
+    (768, 12): "base",
+    (1024, 24): "large",
+    (1280, 32): "huge",
+    (1408, 40): "giant",
+}
+# In order of preference: where several fit, the first is taken and the others are named.
+_FAMILIES = (
+    "deit_{size}_distilled_patch{patch}_{image}",
+    "deit_{size}_patch{patch}_{image}",
+    "deit3_{size}_patch{patch}_{image}",
+    "vit_{size}_patch{patch}_{image}",
+    "vit_{size}_patch{patch}_dinov2",
+    "vit_{size}_patch{patch}_reg4_dinov2",
+    "vit_{size}_patch{patch}_clip_{image}",
+)
+_IMAGES = (224, 384)
+# Other families by a tensor only they have.
+_FOREIGN = (
+    ("score_predictor.", "DynamicViT"),
+    ("qks.0.", "Evo-ViT"),
+    ("aux_head.", "LV-ViT"),
+    ("patch_embed.conv1.", "LV-ViT"),
+    ("layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
+    ("layer1.0.conv1.", "ResNet"),
+    ("stages.0.", "ConvNeXt or another staged network"),
+    ("encoder.layer.0.", "a Hugging Face transformers ViT"),
+    ("vit.encoder.layer.0.", "a Hugging Face transformers ViT"),
+    ("encoder.layers.encoder_layer_0.", "a torchvision ViT"),
+)
+
+
+class Identity(msgspec.Struct):
+    """What tensors were found to be.
+
+    Args:
+        model: timm architecture.
+        model_args: What ``timm.create_model`` needs besides.
+        weights: The tensors under timm's names.
+        notes: What was assumed.
+    """
+
+    model: str
+    model_args: dict[str, Any]
+    weights: dict[str, Tensor]
+    notes: list[str]
+
+
+def identify(path: Path, weights: dict[str, Tensor], model: str | None = None) -> Identity:
+    """Finds the architecture, image size and class count.
+
+    Args:
+        path: Where the tensors come from, for messages.
+        weights: Tensors under the names the file has.
+        model: timm name that decides, if the user gave one.
+
+    Raises:
+        CheckpointError: The tensors are of no architecture known here.
+        InputError: timm does not know ``model``.
+    """
+    from evit_deploy.checkpoint import check_model_name
+
+    dimensions = {"pos_embed": 3, "patch_embed.proj.weight": 4, "cls_token": 3}
+    if any(name not in weights or weights[name].dim() != count for name, count in dimensions.items()):
+        _refuse(path, weights)
+    foreign = next((family for key, family in _FOREIGN if any(name.startswith(key) for name in weights)), None)
+    if foreign:
+        _refuse(path, weights)
+    if model is not None:
+        check_model_name(model, where="--model")
+    names = [model] if model is not None else _candidates(weights)
+    fitting = []
+    for name in names:
+        found = _fit(path, name, weights)
+        if found is not None:
+            fitting.append(found)
+    if not fitting:
+        _no_fit(path, weights, model)
+    first, notes = fitting[0], []
+    if len(fitting) > 1:
+        others = ", ".join(identity.model for identity in fitting[1:])
+        notes.append(
+            f"its tensors fit {first.model} and {others}, which differ in preprocessing; {first.model} is assumed "
+            f"(--model decides)"
+        )
+    return msgspec.structs.replace(first, notes=first.notes + notes)
+
+
+def _describe(weights: dict[str, Tensor]) -> tuple[int, int, int]:
+    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    depth = 1 + max(
+        (int(n.split(".")[1]) for n in weights if n.startswith("blocks.") and n.split(".")[1].isdigit()), default=-1
+    )
+    return width, depth, patch
+
+
+def _candidates(weights: dict[str, Tensor]) -> list[str]:
+    import timm
+
+    width, depth, patch = _describe(weights)
+    size = _SIZES.get((width, depth))
+    names = [family.format(size=size, patch=patch, image=image) for family in _FAMILIES for image in _IMAGES]
+    # One name a family: its image sizes are the same network, and the image size is read from the tensors.
+    found: dict[str, str] = {}
+    for family, name in zip([f for f in _FAMILIES for _ in _IMAGES], names, strict=True):
+        if family not in found and timm.is_model(name):
+            found[family] = name
+    return list(found.values())
+
+
+def _fit(path: Path, name: str, weights: dict[str, Tensor]) -> Identity | None:
+    """Builds the architecture without memory and compares names and shapes."""
+    import timm
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+    classes = weights["head.weight"].shape[0] if "head.weight" in weights else 0
+    args: dict[str, Any] = {"num_classes": classes}
+    with torch.device("meta"):
+        try:
+            model: Any = timm.create_model(name, pretrained=False, **args)
+        except (TypeError, RuntimeError, AssertionError):
+            return None
+    if not isinstance(model, VisionTransformer) or model.pos_embed is None:
+        return None
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    renamed = weights
+    if "mask_token" in weights or any(
+        key.endswith("gamma_1") for key in weights
+    ):  # as DINOv2 and DeiT III publish them
+        side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+        args["img_size"] = side * model.patch_embed.patch_size[0]
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, **args)
+        renamed = checkpoint_filter_fn(dict(weights), model, adapt_layer_scale=True)
+    side = math.isqrt(max(renamed["pos_embed"].shape[1] - prefix, 0))
+    if side == 0 or side * side + prefix != renamed["pos_embed"].shape[1]:
+        return None
+    args["img_size"] = side * model.patch_embed.patch_size[0]
+    wanted = model.state_dict() | {"pos_embed": renamed["pos_embed"]}  # its length is the image size, read above
+    return None if differences_of(wanted, renamed) else Identity(name, args, renamed, [])
+
+
+def differences_of(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    """How two sets of tensors differ in names and shapes, in words; empty if they do not."""
+    shapes = [
+        f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
+        for name in wanted
+        if name in given and wanted[name].shape != given[name].shape
+    ]
+    found = (
+        ("missing", [name for name in wanted if name not in given]),
+        ("unexpected", [name for name in given if name not in wanted]),
+        ("other shapes:", shapes),
+    )
+    return "; ".join(f"{label} {some(names)}" for label, names in found if names)
+
+
+def _refuse(path: Path, weights: dict[str, Tensor]) -> NoReturn:
+    family = next((family for key, family in _FOREIGN if any(name.startswith(key) for name in weights)), None)
+    raise CheckpointError(
+        f"a checkpoint of {family}" if family else "not a checkpoint of a vision transformer with a class token",
+        where=path,
+        seen="tensors " + ", ".join(list(weights)[:3]),
+        wanted="cls_token, pos_embed, patch_embed.proj, blocks.0 as in timm and DeiT",
+    )
+
+
+def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None) -> NoReturn:
+    import timm
+
+    width, depth, patch = _describe(weights)
+    head = ", ".join(f"{name} {list(value.shape)}" for name, value in weights.items() if name.startswith("head"))
+    position = list(weights["pos_embed"].shape)
+    seen = f"width {width}, {depth} blocks, patch {patch}, pos_embed {position}, {head or 'no head'}"
+    if model is None:
+        raise CheckpointError(
+            "no known architecture has these tensors",
+            where=path,
+            seen=seen,
+            wanted="a ViT, DeiT, DeiT III or DINOv2 of timm",
+            fix="Name the architecture with --model.",
+        )
+    classes = weights["head.weight"].shape[0] if "head.weight" in weights else 0
+    with torch.device("meta"):
+        built = timm.create_model(model, pretrained=False, num_classes=classes)
+    wanted = {name: value for name, value in built.state_dict().items() if name != "pos_embed"}
+    given = {name: value for name, value in weights.items() if name != "pos_embed"}
+    raise CheckpointError(
+        f"the weights are not those of {model}",
+        where=path,
+        seen="; ".join(filter(None, (seen, differences_of(wanted, given)))),
+        fix="Leave out --model to have the architecture read from the tensors.",
+    )

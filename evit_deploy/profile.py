@@ -1,0 +1,282 @@
+"""How fast a model is, beside the two twins that give the number a meaning, in the same run and interleaved.
+
+The *dense twin* (no token reduction) gives the speed-up; the *slice twin* (same token counts, nothing scored or
+gathered) gives what the reorganisation itself costs. In every round each contestant runs once, in rotating order, so
+that a machine whose speed drifts slows all of them alike; ratios are medians over rounds. With one thread they are made
+of that thread's CPU time, which neighbours on the machine do not touch; with more, of wall time.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from evit_deploy import bundle as bundles
+from evit_deploy.backbones import copy_sharing_weights
+from evit_deploy.checkpoint import Tokens, build_model, read_checkpoint
+from evit_deploy.errors import InputError
+from evit_deploy.export import INPUT, load_onnx, read_card, slice_twin, versions
+from evit_deploy.registry import RUNTIMES
+from evit_deploy.report import Check, ProfileRow, Report, device
+from evit_deploy.runtimes import Runner
+from evit_deploy.tokens.plan import TokenPlan, TokenSpec
+from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from evit_deploy.verify import opened, parent_model
+
+BATCH_SIZES = (1, 8, 32)
+DURATION = 10.0
+MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 5, 1000
+
+
+class Contestant(msgspec.Struct, frozen=True):
+    """One thing to time.
+
+    Args:
+        runtime: Name in the registry of runtimes.
+        variant: ``model``, ``dense`` or ``slice``.
+        artifact: What the runtime runs.
+    """
+
+    runtime: str
+    variant: str
+    artifact: Any
+
+
+def profile(
+    target: Path | str,
+    *,
+    runtimes: Sequence[str] = (),
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    threads: int | None = None,
+    duration: float = DURATION,
+    against: Path | None = None,
+    tokens: Tokens | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Profiles a bundle, an ONNX file or a checkpoint.
+
+    Args:
+        target: Bundle, ``model.onnx``, or checkpoint (file or timm name).
+        runtimes: Names in the registry of runtimes; all that can run the target when empty.
+        batch_sizes: Images a call.
+        threads: CPU threads; ``None`` for each runtime's own choice.
+        duration: Seconds to measure each batch size for; at least five rounds are always run.
+        against: Bundle: its checkpoint, where it is no longer in its place. ONNX file: its dense twin.
+        tokens: Checkpoint: how to reduce it.
+        progress: Told what is being done.
+
+    Raises:
+        InputError: The target is nothing that can be profiled, or a runtime cannot run it.
+    """
+    contestants, plan, notes = contestants_of(Path(target), str(target), against, tokens, runtimes)
+    if not contestants:
+        raise InputError("none of these runtimes runs this", where=target, seen=", ".join(runtimes))
+    report = measure_all(contestants, plan, batch_sizes, threads=threads, duration=duration, progress=progress)
+    return Report(notes=tuple(notes), versions=versions(), device=device()) + report
+
+
+def contestants_of(
+    path: Path, target: str, against: Path | None, tokens: Tokens | None, runtimes: Sequence[str]
+) -> tuple[list[Contestant], TokenPlan, list[str]]:
+    """Who runs: the target and its twins, on each runtime.
+
+    Returns:
+        The contestants, the token plan, and notes on who is missing and why.
+    """
+    wanted = set(runtimes)
+
+    def chosen(name: str) -> bool:
+        return not wanted or name in wanted
+
+    for name in wanted:
+        RUNTIMES.get(name)  # an unknown one is told, not passed over
+    if path.is_dir():
+        bundle = bundles.read_bundle(path)
+        model, why_not = parent_model(bundle, against)
+        notes = [f"PyTorch was not timed: {why_not}."] if model is None and chosen("eager") else []
+        proto, dense = load_onnx(bundle.file(bundles.MODEL)), load_onnx(bundle.file(bundles.DENSE))
+        rows = onnx_contestants(proto, dense) if chosen("onnxruntime") else []
+        rows += eager_contestants(model) if model is not None and chosen("eager") else []
+        return rows, bundle.manifest.plan, notes
+    if path.suffix == ".onnx":
+        proto = load_onnx(path)
+        card = read_card(proto)
+        if card is None:
+            raise InputError("evit-deploy did not write this file, so its token plan is unknown", where=path)
+        dense = load_onnx(against) if against else None
+        notes = [] if dense else ["Speed-up not available: --against DENSE.onnx gives the dense twin."]
+        return (onnx_contestants(proto, dense) if chosen("onnxruntime") else []), card.plan, notes
+    checkpoint = read_checkpoint(target)
+    spec, notes = (tokens or Tokens()).resolve(checkpoint)
+    model = reduce_tokens_(build_model(checkpoint), spec)
+    return (eager_contestants(model) if chosen("eager") else []), token_plan(model), checkpoint.notes + notes
+
+
+def onnx_contestants(proto: Any, dense: Any | None) -> list[Contestant]:
+    """The portable file and its twins on ONNX Runtime."""
+    rows = [Contestant("onnxruntime", "model", proto)]
+    if any(node.op_type == "TokenReorg" for node in proto.graph.node):
+        rows.append(Contestant("onnxruntime", "slice", slice_twin(proto)))
+    return rows + ([Contestant("onnxruntime", "dense", dense)] if dense is not None else [])
+
+
+def eager_contestants(model: torch.nn.Module) -> list[Contestant]:
+    """The PyTorch model and the same weights without reduction."""
+    dense = reduce_tokens_(copy_sharing_weights(model), TokenSpec(keep_rate=1.0))
+    return [Contestant("eager", "model", model), Contestant("eager", "dense", dense)]
+
+
+def measure_all(
+    contestants: Sequence[Contestant],
+    plan: TokenPlan,
+    batch_sizes: Sequence[int],
+    *,
+    threads: int | None,
+    duration: float,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Runs all contestants interleaved at every batch size.
+
+    Args:
+        contestants: Who runs.
+        plan: Token plan of the reduced ones.
+        batch_sizes: Images a call.
+        threads: CPU threads.
+        duration: Seconds for each batch size.
+        progress: Told what is being done.
+    """
+    clock = "cpu" if threads == 1 else "wall"
+    rows: list[ProfileRow] = []
+    with ExitStack() as stack:
+        runners = [stack.enter_context(opened(c.runtime, c.artifact, threads)) for c in contestants]
+        for batch in batch_sizes:
+            progress(f"profiling batch {batch}")
+            wall, cpu = measure(runners, batch, duration)
+            rows += _rows(contestants, plan, batch, wall, cpu if clock == "cpu" else wall)
+    return Report(rows=tuple(rows), notes=tuple(verdict(rows)), clock=clock)
+
+
+def measure(runners: Sequence[Runner], batch: int, duration: float) -> tuple[np.ndarray, np.ndarray]:
+    """Times runners in turn.
+
+    Args:
+        runners: Opened runners that take the same input.
+        batch: Images a call.
+        duration: Seconds.
+
+    Returns:
+        Seconds of wall time and of this thread's CPU time, ``[rounds, runners]`` each.
+    """
+    shape = runners[0].inputs[0].shape[1:]
+    images = np.random.default_rng(0).standard_normal((batch, *[int(n or 1) for n in shape]), dtype=np.float32)
+    batch_feeds: Mapping[str, np.ndarray] = {INPUT: images}
+    for runner in runners:
+        runner.infer(batch_feeds)  # the first call allocates and plans
+        runner.synchronize()
+    wall: list[list[float]] = []
+    cpu: list[list[float]] = []
+    end = time.perf_counter() + duration
+    while len(wall) < MINIMUM_ROUNDS or (time.perf_counter() < end and len(wall) < MAXIMUM_ROUNDS):
+        wall.append([0.0] * len(runners))
+        cpu.append([0.0] * len(runners))
+        for turn in range(len(runners)):
+            index = (turn + len(wall)) % len(runners)
+            started, thread_started = time.perf_counter(), time.thread_time()
+            runners[index].infer(batch_feeds)
+            runners[index].synchronize()
+            wall[-1][index], cpu[-1][index] = time.perf_counter() - started, time.thread_time() - thread_started
+    return np.array(wall), np.array(cpu)
+
+
+def _rows(
+    contestants: Sequence[Contestant], plan: TokenPlan, batch: int, wall: np.ndarray, clock: np.ndarray
+) -> list[ProfileRow]:
+    rows = []
+    for index, contestant in enumerate(contestants):
+        seconds = wall[:, index]
+        p50, p95, p99 = (1e3 * float(v) for v in np.percentile(seconds, (50, 95, 99)))
+        row = ProfileRow(
+            runtime=contestant.runtime,
+            variant=contestant.variant,
+            batch=batch,
+            rounds=len(wall),
+            images_per_second=1e3 * batch / p50,
+            p50=p50,
+            p95=p95,
+            p99=p99,
+            variation=float(seconds.std() / seconds.mean()),
+        )
+        ratios = _ratios(contestants, plan, clock, index) if contestant.variant != "dense" else {}
+        rows.append(msgspec.structs.replace(row, **ratios))
+    return rows
+
+
+def _ratios(contestants: Sequence[Contestant], plan: TokenPlan, clock: np.ndarray, index: int) -> dict[str, float]:
+    twins = {c.variant: i for i, c in enumerate(contestants) if c.runtime == contestants[index].runtime}
+    ratios = {"mac_ratio": plan.mac_ratio()}
+    if "dense" in twins:
+        paired = clock[:, twins["dense"]] / clock[:, index]
+        low, high = median_interval(paired)
+        speedup = statistics.median(paired)
+        ratios |= {"speedup": speedup, "speedup_low": low, "speedup_high": high}
+        ratios["mac_efficiency"] = speedup / ratios["mac_ratio"]
+    if "slice" in twins and contestants[index].variant == "model":
+        ratios["overhead"] = statistics.median(clock[:, index] / clock[:, twins["slice"]]) - 1
+    return {name: float(value) for name, value in ratios.items()}
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float]:
+    """A 95 % interval of the median that assumes nothing of the distribution (order statistics, binomial).
+
+    >>> median_interval(np.arange(1.0, 12.0))
+    (2.0, 10.0)
+    """
+    ordered = np.sort(values)
+    n = len(ordered)
+    rank = max(int(np.floor((n - 1.96 * np.sqrt(n)) / 2)), 1)
+    return float(ordered[rank - 1]), float(ordered[n - rank])
+
+
+def verdict(rows: Sequence[ProfileRow]) -> list[str]:
+    """Says in words whether token reduction pays, for each runtime."""
+    notes = []
+    for runtime in dict.fromkeys(row.runtime for row in rows):
+        own = [row for row in rows if row.runtime == runtime and row.variant == "model" and row.speedup is not None]
+        losing = [row for row in own if row.speedup_low is not None and row.speedup_low <= 1]
+        if losing:
+            where = ", ".join(f"batch {row.batch} ({row.speedup:.2f}x)" for row in losing)
+            notes.append(
+                f"Token reduction does not pay on {runtime} at {where}: no faster than the dense twin beyond noise."
+            )
+    return notes
+
+
+def speed_gate(report: Report, min_speedup: float | None) -> Report:
+    """One check for every measured model: at least ``min_speedup`` times as fast as its dense twin.
+
+    Raises:
+        InputError: A gate was asked for where no dense twin was measured.
+    """
+    if min_speedup is None:
+        return Report()
+    rows = [row for row in report.rows if row.variant == "model" and row.runtime != "eager"]
+    rows = rows or [row for row in report.rows if row.variant == "model"]
+    if any(row.speedup is None for row in rows):
+        raise InputError(
+            "there is no dense twin to be faster than", where="--min-speedup", fix="Give it with --against."
+        )
+    reason = "Not as fast as --min-speedup asks: lower the keep rate, or profile at larger batches."
+    checks = (
+        Check(
+            f"{row.runtime}, batch {row.batch}: speed-up", row.speedup, min_speedup, row.speedup >= min_speedup, reason
+        )
+        for row in rows
+        if row.speedup is not None
+    )
+    return Report(checks=tuple(checks))

@@ -1,0 +1,76 @@
+"""Runtimes: everything that can run a model answers to one small contract, :class:`Runner`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import msgspec
+import numpy as np
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One input or output.
+
+    Args:
+        name: Its name in the model.
+        dtype: NumPy name, ``float32``.
+        shape: Sizes; ``None`` where a dimension is dynamic.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+class Runner(ABC):
+    """Runs one artifact; a context manager, usable only inside its ``with``.
+
+    Args:
+        artifact: What to run; :meth:`accepts` says whether this runner can.
+        threads: CPU threads, ``None`` for the runtime's own choice.
+        with_indices: Whether to give out the kept candidates as ``kept_<block>`` too.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, artifact: Any, *, threads: int | None = None, with_indices: bool = False) -> None:
+        self.artifact, self.threads, self.with_indices = artifact, threads, with_indices
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, artifact: Any) -> list[str]:
+        """Why this runner cannot run an artifact; empty when it can."""
+
+    @abstractmethod
+    def __enter__(self) -> Self: ...
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What :meth:`infer` wants."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What :meth:`infer` gives."""
+
+    @abstractmethod
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs one batch.
+
+        Args:
+            feeds: One array for each input.
+
+        Returns:
+            One array for each output.
+        """
+
+    def synchronize(self) -> None:
+        """Waits until the device is idle; nothing to do on a CPU."""
+        return

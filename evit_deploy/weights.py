@@ -1,0 +1,166 @@
+"""Reads tensors out of a file that nobody vouches for: safetensors, or a pickle that is not allowed to do anything.
+
+``torch.load(weights_only=True)`` with ``argparse.Namespace`` as the one class let through: official EViT checkpoints
+keep their keep rate in one. Nothing in a file is ever executed.
+"""
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from evit_deploy.errors import CheckpointError
+
+# Which weights a file with several sets means by itself. DeiT and EViT save `model_ema` and never evaluate it; timm's
+# trainer saves `state_dict_ema` and evaluates that one when it is there.
+_WRAPPERS = ("model", "state_dict_ema", "state_dict", "model_ema")
+_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+
+
+class Weights(msgspec.Struct):
+    """What a file holds.
+
+    Args:
+        tensors: By name.
+        metadata: Of a safetensors file.
+        args: What a training script left beside the weights, if anything.
+        notes: What was chosen among several.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = {}
+    args: Any = None
+    notes: list[str] = []
+
+
+def read_weights(path: Path) -> Weights:
+    """Reads a file, by what is in it and not by its name.
+
+    Raises:
+        CheckpointError: Missing, empty, damaged, no weights, weights that are not finite, or a pickle that is more than
+            weights.
+    """
+    head = _read_head(path)
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        weights = _read_safetensors(path)
+    else:
+        weights = _unwrap(path, _read_pickle(path, is_zip=head.startswith(b"PK")))
+    _check_finite(path, weights.tensors)
+    return weights
+
+
+def _read_head(path: Path) -> bytes:
+    if path.is_dir():
+        raise CheckpointError("a folder, not a checkpoint file", where=path)
+    if not path.exists():
+        raise CheckpointError("no such file", where=path, fix="Check the path, or give a timm name.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read ({error.strerror})", where=path) from error
+    if not head:
+        raise CheckpointError("the file is empty", where=path, seen="0 bytes", fix="Download it again.")
+    if path.suffix != ".safetensors" and head[8:9] != b"{" and not head.startswith((b"PK\x03\x04", b"\x80")):
+        hint = "It is a Git LFS pointer: run `git lfs pull`." if head.startswith(b"version https://") else None
+        raise CheckpointError(
+            "not a checkpoint", where=path, seen=f"a file that begins with {head[:12]!r}",
+            wanted="a PyTorch or safetensors file", fix=hint,
+        )  # fmt: skip
+    return head
+
+
+def _read_safetensors(path: Path) -> Weights:
+    import safetensors
+    from safetensors.torch import load_file
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return Weights(load_file(path), metadata)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"not a whole safetensors file: {error}", where=path, fix="Download it again.") from None
+
+
+def _read_pickle(path: Path, *, is_zip: bool) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise _refused_pickle(path, str(error)) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        if "TorchScript" in str(error):
+            raise CheckpointError(
+                "a TorchScript program, not weights", where=path, fix="Save the original model's state_dict()."
+            ) from None
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"the file is damaged or cut short ({first_line[:120]})", where=path, fix="Download or save it again."
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            "not a dictionary of weights", where=path, seen=f"a {type(content).__name__}", wanted="a state_dict"
+        )
+    return content
+
+
+def _refused_pickle(path: Path, reason: str) -> CheckpointError:
+    found = re.search(r"(?:GLOBAL|Unsupported global:|class) ([\w.]+)", reason.replace("GLOBAL GLOBAL", "GLOBAL"))
+    found = re.search(r"GLOBAL ([\w.]+) was not", reason) or found
+    name = found.group(1) if found else None
+    if name is None:
+        return CheckpointError("the file is damaged or not a PyTorch checkpoint", where=path, fix="Save it again.")
+    if name.startswith(("timm.", "torch.nn.", "torchvision.", "__main__")) or "VisionTransformer" in name:
+        return CheckpointError(
+            f"a whole pickled model ({name}), which would have to run code to be read",
+            where=path,
+            fix="Where it was made, run torch.save(model.state_dict(), 'weights.pth') and give that file.",
+        )
+    return CheckpointError(
+        f"it wants to run {name} while being read; it was not run", where=path, wanted="tensors only",
+        fix="Save the weights alone: torch.save(model.state_dict(), 'weights.pth'). Do not trust this file.",
+    )  # fmt: skip
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def _unwrap(path: Path, content: dict[str, Any]) -> Weights:
+    notes = []
+    present = [name for name in _WRAPPERS if _is_weights(content.get(name))]
+    if present:
+        weights = content[present[0]]
+        if len(present) > 1:
+            notes.append(f"it holds {' and '.join(present)}; {present[0]!r} is used")
+    elif _is_weights(content):
+        weights = content
+    else:
+        keys = ", ".join(map(str, list(content)[:6])) or "nothing"
+        raise CheckpointError(
+            "no weights in it", where=path, seen=f"a dictionary with {keys}",
+            wanted=f"tensors, bare or under one of {', '.join(_WRAPPERS)}",
+        )  # fmt: skip
+    for prefix in _PREFIXES:
+        if all(str(name).startswith(prefix) for name in weights):
+            weights = {name[len(prefix) :]: value for name, value in weights.items()}
+    return Weights(dict(weights), args=content.get("args"), notes=notes)
+
+
+def _check_finite(path: Path, weights: dict[str, Tensor]) -> None:
+    bad = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            "weights that are NaN or infinite", where=path, seen=some(bad), wanted="finite numbers",
+            fix="The training that wrote it diverged; use an earlier checkpoint.",
+        )  # fmt: skip
+
+
+def some(names: list[str], count: int = 3) -> str:
+    """The first few of many names, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

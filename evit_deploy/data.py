@@ -1,0 +1,314 @@
+"""Images on their way into a model: deployment preprocessing, sample photographs, image folders, the digits.
+
+Thin over ``timm.data``. PyTorch and timm are imported where they are used, so that a ``Preprocess`` can be read from a
+manifest without them.
+"""
+
+import functools
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from evit_deploy.errors import InputError, MissingRequirement
+
+if TYPE_CHECKING:
+    import torch
+
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Endings of the files that count as images in a folder, in lower case."""
+
+
+class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """From an RGB image to a model's input: resize to size / crop_pct, crop, scale to 0..1, subtract mean, divide by std.
+
+    Args:
+        size: Height and width of the input in pixels.
+        crop_pct: Share of the resized image's side that the crop keeps.
+        crop_mode: timm's name for the way of cropping: ``center``, ``squash`` or ``border``.
+        interpolation: timm's name of the resampling filter.
+        mean: One a channel, on images scaled to 0..1.
+        std: One a channel.
+    """
+
+    size: tuple[int, int]
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def from_model(cls, model: Any, image_size: int | tuple[int, int] | None = None) -> "Preprocess":
+        """What timm says a model was trained with.
+
+        Args:
+            model: A timm model, or a ``pretrained_cfg`` mapping.
+            image_size: Input size in pixels; by default the size that the model was built for.
+        """
+        from timm.data import resolve_data_config
+
+        settings = model if isinstance(model, Mapping) else getattr(model, "pretrained_cfg", None)
+        found = resolve_data_config({}, pretrained_cfg=dict(settings or {}))
+        if image_size is None:  # a model may have been built for another size than its weights
+            image_size = getattr(getattr(model, "patch_embed", None), "img_size", None) or found["input_size"][1:]
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        return cls(
+            size=(int(height), int(width)),
+            crop_pct=float(found["crop_pct"]),
+            crop_mode=found["crop_mode"],
+            interpolation=found["interpolation"],
+            mean=tuple(float(value) for value in found["mean"]),
+            std=tuple(float(value) for value in found["std"]),
+        )
+
+    def transform(self) -> Callable[[Image.Image], "torch.Tensor"]:
+        """The evaluation transform: an RGB image to float32 ``[3, H, W]``."""
+        return _transform(self)
+
+
+@functools.lru_cache(maxsize=8)
+def _transform(preprocess: Preprocess) -> Callable[[Image.Image], "torch.Tensor"]:
+    from timm.data import create_transform
+
+    return create_transform(
+        (3, *preprocess.size),
+        is_training=False,
+        interpolation=preprocess.interpolation,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        crop_pct=preprocess.crop_pct,
+        crop_mode=preprocess.crop_mode,
+    )
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Reads an image file as RGB.
+
+    Raises:
+        InputError: There is no such file, or it is no image that can be read to its end.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError("no such image", where=path)
+    if path.is_dir():
+        raise InputError("this is a folder", where=path, wanted="an image file")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"the image cannot be read: {error}", where=path) from None
+
+
+def preprocess_image(image: str | Path | Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """Puts one image through the deployment preprocessing.
+
+    Args:
+        image: A file or an open image; converted to RGB.
+        preprocess: What to do with it.
+
+    Returns:
+        float32 ``[3, H, W]``.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    rgb = image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)
+    return preprocess.transform()(rgb).numpy()
+
+
+def sample_photographs() -> list[Image.Image]:
+    """The two photographs that ship inside scikit-learn, 640 × 427 each; scikit-learn itself is not imported.
+
+    Raises:
+        MissingRequirement: scikit-learn is not installed, or without its photographs.
+    """
+    found = importlib.util.find_spec("sklearn")
+    folder = Path(found.origin).parent / "datasets" / "images" if found and found.origin else None
+    if folder is None or not folder.is_dir():
+        raise MissingRequirement("scikit-learn's sample photographs are missing", fix="Run: pip install scikit-learn")
+    return [read_image(folder / name) for name in ("china.jpg", "flower.jpg")]
+
+
+def sample_inputs(preprocess: Preprocess, count: int, channels: int = 3) -> np.ndarray:
+    """Inputs that look like photographs: distinct crops and flips of the two sample photographs.
+
+    Always the same for the same arguments, and the first inputs do not depend on how many are asked for.
+
+    Args:
+        preprocess: The model's preprocessing.
+        count: How many.
+        channels: Channels of the model's input; other than 3 are made from the three colours.
+
+    Returns:
+        float32 ``[count, channels, H, W]``.
+
+    Raises:
+        InputError: ``count`` or ``channels`` is below 1.
+        MissingRequirement: See :func:`sample_photographs`.
+    """
+    if count < 1 or channels < 1:
+        raise InputError("nothing to sample", seen=f"count {count}, channels {channels}", wanted="at least 1 of each")
+    photographs = sample_photographs()
+    inputs = [preprocess_image(_crop(photographs[i % 2], seed=i), preprocess) for i in range(count)]
+    images = np.stack(inputs)
+    if channels == 1:
+        images = images.mean(axis=1, keepdims=True)
+    elif channels != 3:
+        images = images[:, np.arange(channels) % 3]
+    return np.ascontiguousarray(images, dtype=np.float32)
+
+
+def _crop(photograph: Image.Image, seed: int) -> Image.Image:
+    share, left, top, flip = np.random.default_rng(seed).random(4)
+    width, height = (round(side * (0.4 + 0.5 * share)) for side in photograph.size)
+    left, top = round(left * (photograph.width - width)), round(top * (photograph.height - height))
+    crop = photograph.crop((left, top, left + width, top + height))
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip < 0.5 else crop
+
+
+class ImageFolder(msgspec.Struct, frozen=True):
+    """Labelled images on disk; made by :func:`image_folder`. Also a map-style PyTorch data set of single images.
+
+    Args:
+        path: The folder.
+        classes: Class names; a label is an index into them.
+        files: File and label of every image, always in the same order.
+        transform: From an RGB image to a float32 tensor ``[3, H, W]``.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    files: tuple[tuple[Path, int], ...]
+    transform: Callable[[Image.Image], Any]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.files[index]
+        return self.transform(read_image(path)), label
+
+    def batches(
+        self, batch_size: int, *, limit: int | None = None, workers: int = 0
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Every image once, in order.
+
+        Args:
+            batch_size: Images a batch; the last batch may be smaller.
+            limit: At most this many images, evenly spaced, so that all classes have their share.
+            workers: Processes that read images; 0 reads in this one.
+
+        Yields:
+            Images float32 ``[B, 3, H, W]`` and labels int64 ``[B]``.
+
+        Raises:
+            InputError: An image cannot be read.
+        """
+        from torch.utils.data import DataLoader, Subset
+
+        count = len(self) if limit is None else min(limit, len(self))
+        chosen = Subset(self, [i * len(self) // count for i in range(count)])  # type: ignore[arg-type]
+        for images, labels in DataLoader(chosen, batch_size=batch_size, num_workers=workers):
+            yield images.numpy(), labels.numpy()
+
+
+def image_folder(
+    path: str | Path,
+    preprocess: Preprocess,
+    *,
+    classes: Sequence[str] | None = None,
+    transform: Callable[[Image.Image], Any] | None = None,
+) -> ImageFolder:
+    """Finds the labelled images in ``path/<class>/**``.
+
+    Args:
+        path: A folder with one folder a class.
+        preprocess: What is done with each image.
+        classes: Class names in the order of the model's outputs; by default the folders' names, numbers in them
+            ordered as numbers.
+        transform: Takes the place of the preprocessing, for training.
+
+    Raises:
+        InputError: The path is missing, is a file, holds no images in class folders, or has a class of its own.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise InputError("no such folder", where=root)
+    if not root.is_dir():
+        raise InputError("this is a file", where=root, wanted="a folder with one folder of images a class")
+    found = sorted((entry.name for entry in root.iterdir() if _is_class(entry)), key=_natural)
+    names = tuple(found if classes is None else classes)
+    numbers = {name: i for i, name in enumerate(names)}
+    unknown = next((name for name in found if name not in numbers), None)
+    if unknown is not None:
+        raise InputError("this class is not among the model's", where=root / unknown, wanted=_few(names))
+    files = tuple(
+        (file, numbers[name])
+        for name in found
+        for file in sorted((root / name).rglob("*"), key=lambda file: _natural(str(file)))
+        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
+    )
+    if not files:
+        loose = any(file.suffix.lower() in EXTENSIONS for file in root.iterdir())
+        seen = "images outside class folders" if loose else f"{len(found)} class folders, no images"
+        raise InputError("no labelled images here", where=root, seen=seen, wanted="<class>/<image> files")
+    return ImageFolder(root, names, files, transform or preprocess.transform())
+
+
+def _is_class(entry: Path) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _natural(text: str) -> list[tuple[int, int, str]]:
+    # "class 10" after "class 9"; pairs that always compare, whatever stands where
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(map(str, names[:8]))
+    return f"one of {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def digits_preprocess(image_size: int) -> Preprocess:
+    """How the digits are put into a model: enlarged, the whole image, black is -1 and white is 1."""
+    half = (0.5, 0.5, 0.5)
+    return Preprocess(size=(image_size, image_size), crop_pct=1.0, mean=half, std=half)
+
+
+def digits_images() -> tuple[list[Image.Image], np.ndarray]:
+    """The 1,797 handwritten digits inside scikit-learn: 8 × 8 images and their labels, int64."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    shades = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # they come as 0 to 16
+    return [Image.fromarray(shade) for shade in shades], labels.astype(np.int64)
+
+
+def load_digits_data(
+    image_size: int,
+) -> tuple[tuple["torch.Tensor", "torch.Tensor"], tuple["torch.Tensor", "torch.Tensor"]]:
+    """The digits as tensors: 1,437 for training and 360 for testing, each digit with its share in both.
+
+    They go through the same preprocessing as a digit that is read from a file later.
+
+    Args:
+        image_size: Side of the model's input in pixels.
+
+    Returns:
+        Training and test set, each images float32 ``[N, 3, image_size, image_size]`` and labels int64 ``[N]``.
+    """
+    import torch
+    from sklearn.model_selection import train_test_split
+
+    images, labels = digits_images()
+    preprocess = digits_preprocess(image_size)
+    tensors = torch.from_numpy(np.stack([preprocess_image(image, preprocess) for image in images]))
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    targets = torch.from_numpy(labels)
+    return (tensors[train], targets[train]), (tensors[test], targets[test])

@@ -1,0 +1,333 @@
+"""Recipes: one YAML file says what is trained, how its tokens are reduced, what it is compared with and profiled at.
+
+Every section is a struct; unknown keys, values of the wrong kind and values out of range are refused with the place
+they stand at. The string below a field is its documentation; ``recipe_schema`` carries it into the JSON Schema. No
+PyTorch here: a recipe can be read and checked in milliseconds.
+"""
+
+import ast
+import difflib
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from evit_deploy.errors import RecipeError
+from evit_deploy.tokens.plan import TokenSpec
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What all sections have in common."""
+
+
+class ModelSection(_Section, kw_only=True):
+    """The model to start from. At least one of ``name`` and ``checkpoint`` is needed."""
+
+    name: str | None = None
+    """timm name; needed without a checkpoint, and decides where a checkpoint fits several models."""
+    checkpoint: str | None = None
+    """Checkpoint file to start from, relative to the current directory."""
+    args: dict[str, Any] = {}
+    """Further arguments of ``timm.create_model`` (patch_size, embed_dim, depth, num_heads, mlp_ratio, ...)."""
+    image_size: Annotated[int, Meta(ge=1)] | None = None
+    """Side of the square input in pixels; ``null`` is the model's own."""
+    init: Literal["timm", "scaled"] = "timm"
+    """First weights of a model trained from scratch. ``scaled``: Xavier with smaller residual branches and larger
+    position embeddings, which learns several times faster on small data."""
+
+    def __post_init__(self) -> None:
+        if self.name is None and self.checkpoint is None:
+            raise RecipeError("no model given", wanted="a timm name, a checkpoint file or both")
+        for key in ("num_classes", "pretrained", "img_size", "global_pool"):
+            if key in self.args:
+                reason = {"num_classes": "the data decides it", "pretrained": "it follows from 'dense'"}.get(key)
+                reason = reason or ("use image_size" if key == "img_size" else "the score needs the class token")
+                raise RecipeError(f"{key} is not set here: {reason}", where="model.args")
+
+
+class DataSection(_Section, kw_only=True):
+    """The labelled images to train and to evaluate on, and how training images are varied."""
+
+    name: Literal["digits", "folder"]
+    """``digits``: the 1,797 digits inside scikit-learn, nothing to download. ``folder``: folders of images."""
+    train: str | None = None
+    """Training images, one folder a class (``folder`` only)."""
+    validation: str | None = None
+    """Validation images, one folder a class, named as in ``train`` (``folder`` only)."""
+    workers: Annotated[int, Meta(ge=0)] = 4
+    """Processes that read images (``folder`` only); 0 reads in the main process."""
+    evaluation_batch_size: Count = 64
+    """Images a batch while evaluating; has no influence on the result."""
+    rotation: Annotated[float, Meta(ge=0, le=180)] = 10.0
+    """Largest rotation in degrees, either way (``digits`` only)."""
+    scale: Annotated[float, Meta(ge=0, lt=1)] = 0.1
+    """Largest change of size, as a share, either way (``digits`` only)."""
+    shift: Share = 0.09
+    """Largest shift in each direction, as a share of the image's side (``digits`` only)."""
+    crop: tuple[Share, Share] = (0.08, 1.0)
+    """Smallest and largest share of an image's area that a training crop has (``folder`` only)."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment or AutoAugment in timm's notation, or ``null`` (``folder`` only)."""
+    color_jitter: Share = 0.4
+    """Strength of colour jitter; has no effect beside ``auto_augment`` (``folder`` only)."""
+    random_erasing: Share = 0.25
+    """Probability that a rectangle of a training image is replaced by noise (``folder`` only)."""
+    mixup: Annotated[float, Meta(ge=0)] = 0.8
+    """Mixup's alpha; 0 switches it off (``folder`` only)."""
+    cutmix: Annotated[float, Meta(ge=0)] = 1.0
+    """CutMix's alpha; 0 switches it off (``folder`` only)."""
+    mix_switch: Share = 0.5
+    """Probability of CutMix instead of mixup where both are on (``folder`` only)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop[0] <= self.crop[1]:
+            raise RecipeError("crop is not a range", seen=list(self.crop), wanted="0 < smallest <= largest <= 1")
+
+
+class TrainSection(_Section, kw_only=True):
+    """One training run: AdamW, linear warm-up, cosine decay. Exactly one of ``steps`` and ``epochs`` is needed."""
+
+    steps: Count | None = None
+    """Length in optimiser steps."""
+    epochs: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    """Length in passes over the training images; incomplete batches are left out."""
+    batch_size: Annotated[int, Meta(ge=2)] = 64
+    """Images a step; even where mixup or CutMix is on."""
+    learning_rate: Annotated[float, Meta(gt=0, le=1e3)]
+    """Highest learning rate, reached after the warm-up."""
+    learning_rate_batch: Count | None = None
+    """Batch size that ``learning_rate`` is meant for: it is scaled by batch_size / learning_rate_batch. ``null``: used
+    as it is."""
+    min_learning_rate: Annotated[float, Meta(ge=0, le=1e3)] = 0.0
+    """Learning rate at the end; never scaled."""
+    warmup: Share = 0.0
+    """Share of the run over which the learning rate rises from 0."""
+    betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's averaging factors of gradient and squared gradient."""
+    weight_decay: Annotated[float, Meta(ge=0, le=1e3)] = 0.05
+    """AdamW's weight decay; biases, norms, position embeddings and class tokens have none."""
+    clip: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    """Largest gradient norm; longer gradients are shortened to it."""
+    label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Share of each target that is spread over all classes."""
+    keep_rate_schedule: Share = 0.0
+    """Share of the run over which the keep rate moves from 1 to its target by a cosine; 0 is at once. Has no effect
+    where no tokens are reduced."""
+    model_mode: Literal["train", "eval"] = "train"
+    """``eval`` trains without dropout and stochastic depth, as the official EViT fine-tune does."""
+    autocast: Literal["none", "bf16"] = "none"
+    """``bf16`` computes matrix products in bfloat16; weights stay float32."""
+    threads: Count | None = None
+    """CPU threads for PyTorch; ``null`` leaves its own choice."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            seen = "neither" if self.steps is None else "both"
+            raise RecipeError("the length of the run is not clear", seen=seen, wanted="either steps or epochs")
+        if self.min_learning_rate > self.effective_learning_rate:
+            raise RecipeError(
+                "min_learning_rate is above the highest learning rate",
+                seen=self.min_learning_rate,
+                wanted=f"at most {self.effective_learning_rate:g}",
+            )
+
+    @property
+    def effective_learning_rate(self) -> float:
+        """The highest learning rate after scaling to the batch size."""
+        return self.learning_rate * self.batch_size / (self.learning_rate_batch or self.batch_size)
+
+
+class CompareSection(_Section, kw_only=True):
+    """What the fine-tuned model is compared with on the validation images; nothing here is trained."""
+
+    untrained: bool = True
+    """Whether to evaluate the dense weights with their tokens reduced but without fine-tuning."""
+    baselines: tuple[str, ...] = ("random", "inverse")
+    """Methods that take the place of the recipe's own on the dense weights: ``random`` keeps any tokens, ``inverse``
+    those with the lowest scores, ``slice`` the first ones."""
+    keep_rates: tuple[Annotated[float, Meta(gt=0, le=1)], ...] = ()
+    """Further keep rates to evaluate without training; the recipe's own is always among them."""
+
+
+class ProfileSection(_Section, kw_only=True):
+    """How speed is measured."""
+
+    batch_sizes: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 8, 32)
+    """Images a call, one row each."""
+    duration: Annotated[float, Meta(gt=0, le=1e6)] = 3.0
+    """Seconds of measurement for each row, after the warm-up."""
+    threads: Count | None = None
+    """CPU threads; ``null`` leaves the runtime's own choice."""
+
+
+class Recipe(_Section, kw_only=True):
+    """All that ``evit-deploy run`` and ``evit-deploy train`` need to know."""
+
+    name: str
+    """Name of the recipe; reports carry it."""
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    """Where all random numbers start."""
+    model: ModelSection
+    """The model to start from."""
+    data: DataSection
+    """What it is trained and evaluated on."""
+    dense: TrainSection | None = None
+    """Training of the dense model before its tokens are reduced; ``null`` starts from the checkpoint, or from timm's
+    pretrained weights."""
+    tokens: TokenSpec
+    """How tokens are reduced: keep_rate, locations, fuse, method, options."""
+    finetune: TrainSection
+    """Training of the model with its tokens reduced."""
+    compare: CompareSection = CompareSection()
+    """What the result is compared with."""
+    profile: ProfileSection = ProfileSection()
+    """How speed is measured."""
+
+    def __post_init__(self) -> None:
+        data = self.data
+        if data.name == "digits" and (data.train or data.validation):
+            raise RecipeError("the digits have no folders", where="data", fix="Set data.name=folder to use images.")
+        if data.name == "folder" and (data.mixup or data.cutmix):
+            for key in ("dense", "finetune"):
+                section = getattr(self, key)
+                if section is not None and section.batch_size % 2:
+                    raise RecipeError(
+                        "mixup and CutMix need an even batch size", where=f"{key}.batch_size", seen=section.batch_size
+                    )
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: A YAML file.
+        overrides: ``section.key=value`` each, applied in order; values are read as YAML.
+
+    Raises:
+        RecipeError: The file cannot be read, or the recipe or an override asks for something impossible.
+    """
+    path = Path(path)
+    document = _read_yaml(path)
+    for override in overrides:
+        _override(document, override)
+    _check_keys(document, Recipe, "", path)
+    try:
+        return msgspec.convert(document, Recipe, strict=False)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at `$")
+        place = place.rstrip("`").lstrip(".")
+        raise RecipeError(what, where=f"{path}: {place}" if place else path) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every default written out; ``load_recipe`` reads it back equal."""
+    return yaml.safe_dump(msgspec.to_builtins(recipe), sort_keys=False, allow_unicode=True)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, with the documentation of every field; editors use it to complete and to check."""
+    schema = msgspec.json.schema(Recipe)
+    for struct in _structs(Recipe):
+        properties = schema["$defs"][struct.__name__]["properties"]
+        for field, text in field_docs(struct).items():
+            properties[field] = {"description": text, **properties[field]}
+    return schema
+
+
+def field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
+    """What is written below the fields of a section: field -> text on one line."""
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(struct))).body[0]).body
+    docs = {}
+    for field, below in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            docs[field.target.id] = " ".join(str(typing.cast(ast.Constant, below.value).value).split())
+    return docs
+
+
+class _Loader(yaml.SafeLoader):
+    """``yaml.safe_load`` that refuses a key written twice, of which YAML would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands here twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError("no such recipe", where=path, fix="Give the path of a YAML file.") from None
+    except IsADirectoryError:
+        raise RecipeError("this is a folder", where=path, wanted="a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe cannot be read: {error}", where=path) from None
+    try:
+        document = yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"this is not valid YAML: {error}", where=path) from None
+    if document is None:
+        raise RecipeError("the recipe is empty", where=path)
+    if not isinstance(document, dict):
+        raise RecipeError("a recipe is a mapping", where=path, seen=type(document).__name__, wanted="'name: ...' lines")
+    return document
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    steps = [step.strip() for step in key.split(".")]
+    if not equals or not all(steps):
+        raise RecipeError("not an override", where="--set", seen=repr(override), wanted="section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"the value is not valid YAML: {error}", where=f"--set {key}") from None
+    for i, step in enumerate(steps[:-1]):
+        if document.get(step) is None:  # a section that is absent or null is begun by its first key
+            document[step] = {}
+        document = document[step]
+        if not isinstance(document, dict):
+            raise RecipeError(f"{'.'.join(steps[: i + 1])} has no keys", where="--set", seen=repr(override))
+    document[steps[-1]] = value
+
+
+def _check_keys(document: Mapping[Any, Any], struct: type[msgspec.Struct], place: str, path: Path) -> None:
+    known = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    for key, value in document.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            raise RecipeError(
+                f"unknown key {place + str(key)!r}",
+                where=path,
+                wanted="one of " + ", ".join(known),
+                fix=f"Did you mean {place + close[0]!r}?" if close else None,
+            )
+        inner = _struct_in(known[key])
+        if inner is not None and isinstance(value, Mapping):
+            _check_keys(value, inner, f"{place}{key}.", path)
+
+
+def _struct_in(annotation: Any) -> type[msgspec.Struct] | None:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((t for t in options if isinstance(t, type) and issubclass(t, msgspec.Struct)), None)
+
+
+def _structs(struct: type[msgspec.Struct]) -> Iterator[type[msgspec.Struct]]:
+    yield struct
+    for field in msgspec.structs.fields(struct):
+        inner = _struct_in(field.type)
+        if inner is not None:
+            yield from _structs(inner)

@@ -29,7 +29,7 @@ class Case:
         scores: One of ``SCORES``: ``random`` like a softmax row; ``ties`` four levels only; ``equal``; ``zeros``;
             ``nan`` some are NaN; ``one_hot`` a single 1 among zeros.
         values: ``normal``, or ``cancelling``: rows of ±40000 under scores of 1, whose sum is small but whose partial
-            sums overflow FP16 (65504), so that it must be summed in FP32.
+            sums overflow FP16 (65504), so that it must be summed in FP32. For an even N and K = 1 only.
     """
 
     batch: int
@@ -119,7 +119,7 @@ def _table() -> Iterator[Case]:
     yield Case(1, 1, 576, 33, 576, True)
     yield Case(8, 1, 45, 1, 9, True)
     yield Case(2, 1, 196, 16, 1, True, "equal", "cancelling")
-    yield Case(1, 1, 8, 3, 2, True, "equal", "cancelling")
+    yield Case(1, 1, 8, 3, 1, True, "equal", "cancelling")
 
 
 CASES = tuple(dict.fromkeys(_table()))

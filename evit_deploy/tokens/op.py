@@ -73,7 +73,8 @@ def reorganize(x: Tensor, scores: Tensor, kept: Tensor, fuse: bool, prefix: int)
     parts = [x[:, :prefix], rows]
     if fuse:
         rest = scores.scatter(1, kept, 0.0)
-        parts.append(torch.bmm(rest.unsqueeze(1).float(), patches.float()).to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training sums in half precision
+            parts.append(torch.bmm(rest.unsqueeze(1).float(), patches.float()).to(x.dtype))
     return torch.cat(parts, dim=1)
 
 

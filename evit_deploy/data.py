@@ -25,7 +25,7 @@ EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """From an RGB image to a model's input: resize to size / crop_pct, crop, scale to 0..1, subtract mean, divide by std.
+    """From an RGB image to an input: resize to size / crop_pct, crop, scale to 0..1, subtract mean, divide by std.
 
     Args:
         size: Height and width of the input in pixels.

@@ -25,7 +25,7 @@ EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """From an RGB image to a model's input: resize to size / crop_pct, crop, scale to 0..1, subtract mean, divide by std.
+    """From an RGB image to an input: resize to size / crop_pct, crop, scale to 0..1, subtract mean, divide by std.
 
     Args:
         size: Height and width of the input in pixels.
@@ -56,8 +56,9 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         settings = model if isinstance(model, Mapping) else getattr(model, "pretrained_cfg", None)
         found = resolve_data_config({}, pretrained_cfg=dict(settings or {}))
         if image_size is None:  # a model may have been built for another size than its weights
-            image_size = getattr(getattr(model, "patch_embed", None), "img_size", None) or found["input_size"][1:]
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+            image_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        size: Any = image_size or found["input_size"][1:]
+        height, width = (size, size) if isinstance(size, int) else size
         return cls(
             size=(int(height), int(width)),
             crop_pct=float(found["crop_pct"]),
@@ -76,7 +77,7 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def _transform(preprocess: Preprocess) -> Callable[[Image.Image], "torch.Tensor"]:
     from timm.data import create_transform
 
-    return create_transform(
+    transform: Any = create_transform(
         (3, *preprocess.size),
         is_training=False,
         interpolation=preprocess.interpolation,
@@ -85,6 +86,7 @@ def _transform(preprocess: Preprocess) -> Callable[[Image.Image], "torch.Tensor"
         crop_pct=preprocess.crop_pct,
         crop_mode=preprocess.crop_mode,
     )
+    return transform
 
 
 def read_image(path: str | Path) -> Image.Image:

@@ -31,8 +31,8 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What all sections have in common."""
 
 
-class ModelSection(_Section, kw_only=True):
-    """The model to start from. At least one of ``name`` and ``checkpoint`` is needed."""
+class ModelSection(_Section, frozen=True, kw_only=True):
+    """The model to start from. At least one of ``name`` and ``checkpoint`` is needed by the time training begins."""
 
     name: str | None = None
     """timm name; needed without a checkpoint, and decides where a checkpoint fits several models."""
@@ -47,8 +47,6 @@ class ModelSection(_Section, kw_only=True):
     position embeddings, which learns several times faster on small data."""
 
     def __post_init__(self) -> None:
-        if self.name is None and self.checkpoint is None:
-            raise RecipeError("no model given", wanted="a timm name, a checkpoint file or both")
         for key in ("num_classes", "pretrained", "img_size", "global_pool"):
             if key in self.args:
                 reason = {"num_classes": "the data decides it", "pretrained": "it follows from 'dense'"}.get(key)
@@ -56,7 +54,7 @@ class ModelSection(_Section, kw_only=True):
                 raise RecipeError(f"{key} is not set here: {reason}", where="model.args")
 
 
-class DataSection(_Section, kw_only=True):
+class DataSection(_Section, frozen=True, kw_only=True):
     """The labelled images to train and to evaluate on, and how training images are varied."""
 
     name: Literal["digits", "folder"]
@@ -95,7 +93,7 @@ class DataSection(_Section, kw_only=True):
             raise RecipeError("crop is not a range", seen=list(self.crop), wanted="0 < smallest <= largest <= 1")
 
 
-class TrainSection(_Section, kw_only=True):
+class TrainSection(_Section, frozen=True, kw_only=True):
     """One training run: AdamW, linear warm-up, cosine decay. Exactly one of ``steps`` and ``epochs`` is needed."""
 
     steps: Count | None = None
@@ -148,7 +146,7 @@ class TrainSection(_Section, kw_only=True):
         return self.learning_rate * self.batch_size / (self.learning_rate_batch or self.batch_size)
 
 
-class CompareSection(_Section, kw_only=True):
+class CompareSection(_Section, frozen=True, kw_only=True):
     """What the fine-tuned model is compared with on the validation images; nothing here is trained."""
 
     untrained: bool = True
@@ -160,7 +158,7 @@ class CompareSection(_Section, kw_only=True):
     """Further keep rates to evaluate without training; the recipe's own is always among them."""
 
 
-class ProfileSection(_Section, kw_only=True):
+class ProfileSection(_Section, frozen=True, kw_only=True):
     """How speed is measured."""
 
     batch_sizes: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 8, 32)
@@ -171,7 +169,7 @@ class ProfileSection(_Section, kw_only=True):
     """CPU threads; ``null`` leaves the runtime's own choice."""
 
 
-class Recipe(_Section, kw_only=True):
+class Recipe(_Section, frozen=True, kw_only=True):
     """All that ``evit-deploy run`` and ``evit-deploy train`` need to know."""
 
     name: str

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from evit_deploy.data import ImageFolder, Preprocess, image_folder, load_digits_data
+from evit_deploy.data import ImageFolder, Preprocess, digits_preprocess, image_folder, load_digits_data
 from evit_deploy.errors import InputError, RecipeError
 from evit_deploy.recipe import DataSection
 
@@ -21,6 +21,8 @@ class TrainingData(Protocol):
 
     classes: tuple[str, ...]
     """Class names; a label is an index into them."""
+    preprocess: Preprocess
+    """How an image is put into the model, here and in deployment."""
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in one pass."""
@@ -40,7 +42,7 @@ def open_data(section: DataSection, preprocess: Preprocess) -> TrainingData:
 
     Args:
         section: The section.
-        preprocess: The model's preprocessing.
+        preprocess: The model's preprocessing; the digits use its size only.
 
     Raises:
         RecipeError: A folder is not given.
@@ -54,6 +56,7 @@ class DigitsData:
 
     def __init__(self, section: DataSection, preprocess: Preprocess) -> None:
         self.classes = tuple("0123456789")
+        self.preprocess = digits_preprocess(preprocess.size[0])
         self._section = section
         self._train, self._test = load_digits_data(preprocess.size[0])
         self._background = float(self._train[0].min())
@@ -112,7 +115,8 @@ class FolderData:
             if getattr(section, key) is None:
                 fix = f"Set it in the recipe, or give --set data.{key}=FOLDER."
                 raise RecipeError("no folder of images given", where=f"data.{key}", fix=fix)
-        assert section.train is not None and section.validation is not None
+        assert section.train is not None
+        assert section.validation is not None
         transform: Any = create_transform(
             (3, *preprocess.size),
             is_training=True,
@@ -125,7 +129,7 @@ class FolderData:
             re_prob=section.random_erasing,
             re_mode="pixel",
         )
-        self._section = section
+        self._section, self.preprocess = section, preprocess
         self._train: ImageFolder = image_folder(section.train, preprocess, transform=transform)
         self.classes = self._train.classes
         self._validation = image_folder(section.validation, preprocess, classes=self.classes)
@@ -168,7 +172,8 @@ class FolderData:
 
 
 def _mixed(mix: Mixup, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return mix(images, labels)
+    mixed: Any = mix(images, labels)  # typed for arrays as well
+    return mixed
 
 
 def _seed_worker(_: int) -> None:

@@ -92,9 +92,7 @@ def reorganize(x: np.ndarray, scores: np.ndarray, kept: np.ndarray, fuse: bool, 
     return np.concatenate([front, rows, *([fused_row(patches, scores, kept)] if fuse else [])], axis=1)
 
 
-def token_reorg(
-    x: np.ndarray, scores: np.ndarray, keep: int, fuse: bool, prefix: int
-) -> tuple[np.ndarray, np.ndarray]:
+def token_reorg(x: np.ndarray, scores: np.ndarray, keep: int, fuse: bool, prefix: int) -> tuple[np.ndarray, np.ndarray]:
     """The whole op: y float64 ``[B, prefix + K + fuse, C]`` and idx int64 ``[B, K]``."""
     kept = select(scores, keep)
     return reorganize(x, scores, kept, fuse, prefix), kept

@@ -116,9 +116,7 @@ def onnx_model(case: Case, dtype: str, opset: int = OPSET) -> onnx.ModelProto:
         "idx": (onnx.TensorProto.INT32, ["batch", case.keep]),
     }
     values = {name: onnx.helper.make_tensor_value_info(name, *what) for name, what in shapes.items()}
-    graph = onnx.helper.make_graph(
-        [node], "token_reorg", [values["x"], values["scores"]], [values["y"], values["idx"]]
-    )
+    graph = onnx.helper.make_graph([node], "token_reorg", [values["x"], values["scores"]], [values["y"], values["idx"]])
     model = onnx.helper.make_model(
         graph,
         opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)],
@@ -182,9 +180,7 @@ def test_the_body_is_one_function_for_all_attribute_values(opset):
 
 def random_qk(seed: int, batch: int, tokens: int, heads: int, width: int, spread: float = 1.0):
     random = np.random.default_rng(seed)
-    return tuple(
-        (spread * random.standard_normal((batch, tokens, heads, width))).astype(np.float32) for _ in range(2)
-    )
+    return tuple((spread * random.standard_normal((batch, tokens, heads, width))).astype(np.float32) for _ in range(2))
 
 
 @each_dtype
@@ -352,7 +348,9 @@ def test_gradients_flow_to_the_tokens_and_through_the_fused_row_to_the_scores(ca
         assert scores.grad is None  # without a fused row the scores only choose
 
 
-@given(st.lists(st.sampled_from([0.0, -0.0, 0.25, 1.0, float("inf"), float("nan")]), min_size=1, max_size=20), st.data())
+@given(
+    st.lists(st.sampled_from([0.0, -0.0, 0.25, 1.0, float("inf"), float("nan")]), min_size=1, max_size=20), st.data()
+)
 def test_any_scores_give_a_valid_choice(row, data):
     keep = data.draw(st.integers(1, len(row)))
     assert oracle.is_valid_choice(select(torch.tensor([row]), keep).numpy(), len(row))

@@ -51,6 +51,11 @@ def evaluate(model: nn.Module, data: TrainingData, batch_size: int = 64) -> Accu
     return Accuracy(right1 / count, right5 / count, count)
 
 
+def finetuned_name(spec: TokenSpec) -> str:
+    """Name of the fine-tuned model's row."""
+    return f"{spec.method} {rate_text(spec.keep_rate)}, fine-tuned"
+
+
 def compare(
     dense: nn.Module,
     evit: nn.Module,
@@ -85,7 +90,7 @@ def compare(
         reduce_tokens_(dense, reduced)
         rows.append(_row(name, dense, data, batch_size, progress))
     reduce_tokens_(dense, TokenSpec(keep_rate=1.0))
-    return [*rows, _row(f"{spec.method} {rate_text(spec.keep_rate)}, fine-tuned", evit, data, batch_size, progress)]
+    return [*rows, _row(finetuned_name(spec), evit, data, batch_size, progress)]
 
 
 def _row(name: str, model: nn.Module, data: TrainingData, batch_size: int, progress: Tell | None) -> AccuracyRow:

@@ -250,17 +250,24 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def verdict(rows: Sequence[ProfileRow]) -> list[str]:
-    """Says in words whether token reduction pays, for each runtime."""
+    """Says in words where token reduction does not pay, or cannot be told to, for each runtime."""
     notes = []
     for runtime in dict.fromkeys(row.runtime for row in rows):
-        own = [row for row in rows if row.runtime == runtime and row.variant == "model" and row.speedup is not None]
-        losing = [row for row in own if row.speedup_low is not None and row.speedup_low <= 1]
+        own = [row for row in rows if row.runtime == runtime and row.variant == "model"]
+        losing = [row for row in own if row.speedup is not None and row.speedup <= 1]
+        unclear = [row for row in own if row.speedup is not None and row.speedup > 1 >= (row.speedup_low or 0)]
         if losing:
-            where = ", ".join(f"batch {row.batch} ({row.speedup:.2f}x)" for row in losing)
+            notes.append(f"Token reduction does not pay on {runtime} at {_batches(losing)}.")
+        if unclear:
             notes.append(
-                f"Token reduction does not pay on {runtime} at {where}: no faster than the dense twin beyond noise."
+                f"On {runtime} at {_batches(unclear)} the gain is within noise: measure longer with --duration, or "
+                "with --threads 1 on a busy machine."
             )
     return notes
+
+
+def _batches(rows: Sequence[ProfileRow]) -> str:
+    return ", ".join(f"batch {row.batch} ({row.speedup:.2f}x)" for row in rows)
 
 
 def speed_gate(report: Report, min_speedup: float | None) -> Report:

@@ -169,6 +169,15 @@ class ProfileSection(_Section, frozen=True, kw_only=True):
     """CPU threads; ``null`` leaves the runtime's own choice."""
 
 
+class ExpectSection(_Section, frozen=True, kw_only=True):
+    """Gates on accuracy: the run fails, with everything kept, where a model does worse."""
+
+    dense: Share | None = None
+    """Least top-1 of the dense model, as a share."""
+    finetuned: Share | None = None
+    """Least top-1 of the fine-tuned model, as a share."""
+
+
 class Recipe(_Section, frozen=True, kw_only=True):
     """All that ``evit-deploy run`` and ``evit-deploy train`` need to know."""
 
@@ -189,6 +198,8 @@ class Recipe(_Section, frozen=True, kw_only=True):
     """Training of the model with its tokens reduced."""
     compare: CompareSection = CompareSection()
     """What the result is compared with."""
+    expect: ExpectSection = ExpectSection()
+    """What the result has to reach."""
     profile: ProfileSection = ProfileSection()
     """How speed is measured."""
 

@@ -164,3 +164,16 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ):
         function = option(function)
     return function
+
+
+def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--set --out --force`` of the commands that take a recipe."""
+    for option in (
+        click.option("--force", is_flag=True, help="Run every stage again."),
+        click.option("--out", type=PATH, metavar="DIR", help="Where everything goes.  [default: runs/<recipe's name>]"),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe's value; repeatable."
+        ),
+    ):
+        function = option(function)
+    return function

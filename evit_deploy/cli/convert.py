@@ -8,7 +8,7 @@ import click
 from evit_deploy.cli.common import PATH, Output, output_options, tokens_of, tokens_options
 
 
-@click.command("convert")
+@click.command("convert", short_help="Turn a checkpoint into a verified, measured bundle.")
 @click.argument("checkpoint")
 @tokens_options
 @click.option("--model", metavar="NAME", help="timm name, where the tensors leave it open.")

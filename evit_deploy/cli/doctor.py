@@ -5,7 +5,7 @@ import click
 from evit_deploy.cli.common import Output, output_options
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Say what is installed and usable here.")
 @output_options
 def command(output: Output) -> None:
     """Say what is installed here, what it can be used for, and the line that fixes what is not.

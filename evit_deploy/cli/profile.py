@@ -7,7 +7,7 @@ import click
 from evit_deploy.cli.common import Numbers, Output, output_options, run_options, tokens_of, tokens_options
 
 
-@click.command("profile")
+@click.command("profile", short_help="Measure a model against its dense and slice twins.")
 @click.argument("target")
 @run_options
 @tokens_options

@@ -4,16 +4,12 @@ from pathlib import Path
 
 import click
 
-from evit_deploy.cli.common import PATH, Output, output_options
+from evit_deploy.cli.common import PATH, Output, output_options, recipe_options
 
 
-@click.command("run")
+@click.command("run", short_help="Train, export, verify and profile as a recipe says.")
 @click.argument("recipe", type=PATH)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe's value; may be repeated."
-)
-@click.option("--out", type=PATH, metavar="DIR", help="Where everything goes.  [default: runs/<recipe's name>]")
-@click.option("--force", is_flag=True, help="Run every stage again.")
+@recipe_options
 @output_options
 def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: bool, output: Output) -> None:
     """Train, export, verify and profile as RECIPE says; stages that are up to date are skipped.
@@ -28,4 +24,6 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: b
 
     folder = out or Path("runs") / loaded.name
     bundle, report = run(loaded, folder, force=force, progress=output.progress, notice=output.notice)
+    if not output.as_json and not output.quiet:
+        click.echo(f"{bundle.manifest.plan}\n")
     output.result(report, f"\n{bundle.path}", bundle=str(bundle.path), plan=bundle.manifest.plan)

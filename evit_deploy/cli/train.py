@@ -4,18 +4,15 @@ from pathlib import Path
 
 import click
 
-from evit_deploy.cli.common import PATH, Output, output_options
+from evit_deploy.cli.common import PATH, Output, output_options, recipe_options
 
 
-@click.command("train")
+@click.command("train", short_help="Fine-tune as a recipe says.")
 @click.argument("recipe", type=PATH)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe's value; may be repeated."
-)
-@click.option("--out", type=PATH, metavar="DIR", help="Where checkpoints go.  [default: runs/<recipe's name>]")
+@recipe_options
 @output_options
-def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, output: Output) -> None:
-    """Fine-tune as RECIPE says.
+def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: bool, output: Output) -> None:
+    """Fine-tune as RECIPE says; training that is up to date is not repeated.
 
     \b
     evit-deploy train recipes/finetune.yaml --set model.checkpoint=deit_s.pth --set tokens.keep_rate=0.7
@@ -24,6 +21,8 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, output: 
 
     loaded = load_recipe(recipe, overrides)
     from evit_deploy.pipeline import train_stage
+    from evit_deploy.train import EVIT
 
-    result = train_stage(loaded, out or Path("runs") / loaded.name, output.progress, output.notice)
-    output.result(result.report, f"\n{result.checkpoint}", checkpoint=str(result.checkpoint))
+    folder = out or Path("runs") / loaded.name
+    report = train_stage(loaded, folder, force=force, progress=output.progress, notice=output.notice)
+    output.result(report, f"\n{folder / EVIT}", checkpoint=str(folder / EVIT))

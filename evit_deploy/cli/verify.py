@@ -8,7 +8,7 @@ import click
 from evit_deploy.cli.common import PATH, Numbers, Output, output_options, run_options
 
 
-@click.command("verify")
+@click.command("verify", short_help="Prove that a bundle answers like PyTorch.")
 @click.argument("bundle", type=PATH)
 @run_options
 @click.option("--batch-sizes", type=Numbers(int, 1), metavar="1,2,8", default="1,2,8", show_default=True)

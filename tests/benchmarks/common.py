@@ -14,7 +14,7 @@ from evit_deploy.report import device
 
 
 def deit_small() -> Any:
-    """DeiT-S with weights from a seed; sharper queries and keys, so that scores differ as they do in a trained model."""
+    """DeiT-S with weights from a seed; sharper queries and keys, so that scores differ as in a trained model."""
     torch.manual_seed(0)
     model = timm.create_model("deit_small_patch16_224")
     with torch.no_grad():

@@ -1,0 +1,33 @@
+"""Writes docs/cli.md from the commands themselves; tests fail when it is stale.
+
+python docs/generate_cli.py
+"""
+
+from pathlib import Path
+
+import click
+
+from evit_deploy.cli import COMMANDS, cli
+
+HEADER = """# Commands
+
+Written by `python docs/generate_cli.py`. stdout carries the result, stderr progress and notices; `--json` makes the
+result one JSON document. Exit codes: 0 ok · 1 a gate failed · 2 usage, recipe or input · 3 environment ·
+4 a stage failed · 130 interrupted.
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEADER]
+    parent = click.Context(cli, info_name="evit-deploy", max_content_width=110, terminal_width=110)
+    for name in COMMANDS:
+        command = cli.get_command(parent, name)
+        assert command is not None
+        context = click.Context(command, info_name=name, parent=parent, max_content_width=110, terminal_width=110)
+        parts.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("cli.md").write_text(reference(), encoding="utf-8")

@@ -1,0 +1,239 @@
+"""The whole pipeline from a recipe: train dense, fine-tune, export, verify, profile. What is up to date is skipped.
+
+A stage is up to date when its record names the same inputs (the recipe's sections that matter to it, the files it
+starts from, the package's version) and the files it wrote are still what they were. A record is written last, so a run
+that broke off is taken up at the stage that it broke.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+import evit_deploy
+from evit_deploy import bundle as bundles
+from evit_deploy.bundle import Bundle, read_bundle, write_atomically
+from evit_deploy.errors import GateFailed, InputError
+from evit_deploy.recipe import ModelSection, Recipe
+from evit_deploy.report import AccuracyRow, Check, Report, wilson
+
+BUNDLE, RECORD = "bundle", "stages.json"
+_DIGITS_NOTE = (
+    "The digits cannot tell attentive from random dropping: one image is 0.28 points, and differences between the "
+    "rows of less than one point mean nothing. They show that every stage works, not that the score picks well."
+)
+
+Tell = Callable[[str], None]
+
+
+class Record(msgspec.Struct):
+    """What a stage was made from and what it wrote.
+
+    Args:
+        key: Hash of everything that went in.
+        files: Name -> SHA-256 of what came out.
+        report: What it found.
+    """
+
+    key: str
+    files: dict[str, str]
+    report: Report = Report()
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Tell = lambda text: None,
+    notice: Tell = lambda text: None,
+) -> tuple[Bundle, Report]:
+    """Runs a recipe.
+
+    Args:
+        recipe: What to do.
+        out: Folder for checkpoints and the bundle.
+        force: Whether to run stages that are up to date too.
+        progress: Told what is being done.
+        notice: Told what the user should know.
+
+    Returns:
+        The bundle in ``<out>/bundle`` and the report of all stages.
+
+    Raises:
+        InputError: The recipe cannot be carried out, or ``out`` holds something else.
+        GateFailed: A check did not hold.
+        StageError: A stage failed; what earlier stages made is kept.
+    """
+    from evit_deploy.train import EVIT
+
+    report = train_stage(recipe, out, force=force, progress=progress, notice=notice)
+    checkpoint = out / EVIT
+    bundle = None if force else _fresh_bundle(recipe, out / BUNDLE, checkpoint)
+    if bundle is None:
+        from evit_deploy.convert import convert
+
+        bundle, found = convert(
+            checkpoint,
+            tokens=recipe.tokens,
+            out=out / BUNDLE,
+            force=True,
+            threads=recipe.profile.threads,
+            batch_sizes=recipe.profile.batch_sizes,
+            duration=recipe.profile.duration,
+            recipe=msgspec.to_builtins(recipe),
+            progress=progress,
+            notice=notice,
+        )
+    else:
+        notice(f"up to date: {bundle.path}")
+        found = msgspec.json.decode(bundle.file(bundles.REPORT).read_bytes(), type=Report)
+    progress("accuracy of the exported model")
+    report += found + Report(accuracy=(_exported_accuracy(recipe, bundle),))
+    return bundle, report
+
+
+def train_stage(
+    recipe: Recipe,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Tell = lambda text: None,
+    notice: Tell = lambda text: None,
+) -> Report:
+    """Trains as a recipe says, starting from the dense weights of an earlier run where they are up to date.
+
+    Args:
+        recipe: What to do.
+        out: Folder for ``dense.safetensors`` and ``evit.safetensors``.
+        force: Whether to train again what is up to date, and to replace checkpoints of unknown origin.
+        progress: Told what is being done.
+        notice: Told what the user should know.
+
+    Returns:
+        The comparison table, and the checks that the recipe's ``expect`` section asks for.
+
+    Raises:
+        InputError: See :func:`run`.
+        GateFailed: A model is less accurate than the recipe expects.
+        StageError: Training failed.
+    """
+    from evit_deploy.train import DENSE, EVIT, train
+
+    records = {} if force else _read_records(out)
+    dense_key = _key("dense", recipe.model, recipe.data, recipe.dense, recipe.seed, _file_hash(recipe.model.checkpoint))
+    evit_key = _key(dense_key, recipe.tokens, recipe.finetune, recipe.compare)
+    record = records.get("evit")
+    if _fresh(record, evit_key, out):
+        notice(f"up to date: {out / EVIT}")
+        assert record is not None
+        return _expected(recipe, record.report, out)
+    if not force:
+        _refuse_strangers(out, records, (DENSE, EVIT))
+    todo = recipe
+    if recipe.dense is not None and _fresh(records.get("dense"), dense_key, out):
+        notice(f"up to date: {out / DENSE}")
+        todo = msgspec.structs.replace(recipe, dense=None, model=ModelSection(checkpoint=str(out / DENSE)))
+    result = train(todo, out, progress=progress, notice=notice)
+    notes = (_DIGITS_NOTE,) if recipe.data.name == "digits" else ()
+    report = result.report + Report(notes=notes)
+    records = {
+        "dense": Record(dense_key, {DENSE: bundles.sha256(out / DENSE)}),
+        "evit": Record(evit_key, {EVIT: bundles.sha256(out / EVIT)}, report),
+    }
+    write_atomically(out / RECORD, msgspec.json.format(msgspec.json.encode(records), indent=2))
+    return _expected(recipe, report, out)
+
+
+def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
+    """Adds the recipe's expectations as checks.
+
+    Raises:
+        GateFailed: One does not hold; the checkpoints are kept.
+    """
+    from evit_deploy.compare import finetuned_name
+
+    wanted = {"dense": recipe.expect.dense, finetuned_name(recipe.tokens): recipe.expect.finetuned}
+    checks = [
+        Check(f"top-1, {row.name}", row.top1, limit, row.top1 >= limit, "less accurate than expected")
+        for row in report.accuracy
+        if (limit := wanted.get(row.name)) is not None
+    ]
+    report += Report(checks=tuple(checks))
+    if not report.passed:
+        first = report.failed[0]
+        raise GateFailed(first.name, where=out, seen=f"{first.value:.4f}", wanted=f"at least {first.limit}",
+                         fix="The checkpoints were kept.")  # fmt: skip
+    return report
+
+
+def _key(*inputs: Any) -> str:
+    content = [evit_deploy.__version__, *map(msgspec.to_builtins, inputs)]
+    return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
+
+
+def _file_hash(path: str | None) -> str | None:
+    return bundles.sha256(Path(path)) if path is not None and Path(path).is_file() else None
+
+
+def _read_records(out: Path) -> dict[str, Record]:
+    try:
+        return msgspec.json.decode((out / RECORD).read_bytes(), type=dict[str, Record])
+    except (OSError, msgspec.DecodeError):
+        return {}
+
+
+def _fresh(record: Record | None, key: str, out: Path) -> bool:
+    if record is None or record.key != key:
+        return False
+    return all((out / name).is_file() and bundles.sha256(out / name) == value for name, value in record.files.items())
+
+
+def _refuse_strangers(out: Path, records: dict[str, Record], names: tuple[str, ...]) -> None:
+    """Checkpoints that no record claims are somebody's: they are not overwritten."""
+    known = {digest for record in records.values() for digest in record.files.values()}
+    for name in names:
+        if (out / name).exists() and bundles.sha256(out / name) not in known:
+            raise InputError(
+                f"there is a {name} that this recipe did not write", where=out,
+                fix="Give another --out, move it away, or replace it with --force.",
+            )  # fmt: skip
+
+
+def _fresh_bundle(recipe: Recipe, path: Path, checkpoint: Path) -> Bundle | None:
+    try:
+        bundle = read_bundle(path)
+    except InputError:
+        return None
+    manifest = bundle.manifest
+    same = (
+        manifest.recipe == msgspec.to_builtins(recipe)
+        and manifest.parents[0].sha256 == bundles.sha256(checkpoint)
+        and manifest.versions.get("evit-deploy") == evit_deploy.__version__
+        and manifest.results.get("passed") is True
+    )
+    return bundle if same and not bundles.changed_files(bundle) else None
+
+
+def _exported_accuracy(recipe: Recipe, bundle: Bundle) -> AccuracyRow:
+    """Accuracy of the file that will be served, on the recipe's validation images."""
+    from evit_deploy.compare import finetuned_name
+    from evit_deploy.export import LOGITS
+    from evit_deploy.golden import feeds
+    from evit_deploy.training_data import open_data
+    from evit_deploy.verify import opened
+
+    manifest = bundle.manifest
+    data = open_data(recipe.data, manifest.preprocess)
+    right1 = right5 = count = 0
+    with opened("onnxruntime", bundle.file(bundles.MODEL), recipe.profile.threads) as runner:
+        for images, labels in data.validation(recipe.data.evaluation_batch_size):
+            logits = runner.infer(feeds(images.numpy()))[LOGITS]
+            hits = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels.numpy()[:, None]
+            right1, right5, count = right1 + int(hits[:, 0].sum()), right5 + int(hits.any(1).sum()), count + len(labels)
+    low, high = wilson(right1, count)
+    name = f"{finetuned_name(recipe.tokens)}, exported (onnxruntime)"
+    return AccuracyRow(name, right1 / count, right5 / count, count, low, high, manifest.plan.macs() / 1e9)

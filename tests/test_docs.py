@@ -1,0 +1,126 @@
+"""What the documentation says is what the program does: every block is run, every link leads somewhere."""
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import evit_deploy
+from evit_deploy.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
+# Training for real takes minutes; the same stages on fewer steps do not. Accuracy gates go with them.
+SHORT = "--set dense.steps=2 --set finetune.steps=2 --set expect={} --set profile.duration=0.1 --set profile.batch_sizes=[1]"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands_of_readme() -> list[str]:
+    lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("evit-deploy")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader would stand: the recipes, and a checkpoint of their own (a small one)."""
+    path = tmp_path_factory.mktemp("reader")
+    shutil.copytree(ROOT / "recipes", path / "recipes")
+    torch.manual_seed(0)
+    torch.save({"model": timm.create_model("deit_tiny_patch16_224").state_dict()}, path / "deit_s.pth")
+    return path
+
+
+def test_readme_begins_with_the_two_commands():
+    first_screen = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:30])
+    assert 'pip install -e ".[dev]" && evit-deploy run recipes/digits.yaml' in first_screen
+    assert 'pip install -e ".[dev]" && pytest' in first_screen
+
+
+@pytest.mark.timeout(600)
+def test_every_command_of_the_readme_runs(folder: Path):
+    commands = commands_of_readme()
+    assert {command.split()[1] for command in commands} >= {"run", "convert", "verify", "profile"}
+    for command in commands:
+        arguments = shlex.split(command.replace("digits.yaml", f"digits.yaml {SHORT}"))[1:]
+        if arguments[0] == "profile":
+            arguments += ["--duration", "0.1"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run(
+            [sys.executable, "-m", "evit_deploy", *arguments],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+    assert (folder / "deit_s-evit-k0.7" / "model.onnx").is_file()
+    assert (folder / "runs" / "digits" / "bundle" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "extending.md"], ids=lambda path: path.name)
+def test_python_blocks_run(page: Path):
+    found = blocks(page, "python")
+    assert found
+    for block in found:
+        name = "documented_example"
+        module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None))
+        sys.modules[name] = module
+        try:
+            exec(compile(block, str(page), "exec"), module.__dict__)
+        finally:
+            del sys.modules[name]
+
+
+def test_the_documented_method_works():
+    """docs/extending.md's method reduces tokens and keeps those with the largest norm."""
+    (block,) = blocks(ROOT / "docs" / "extending.md", "python")
+    module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("documented_method", None))
+    sys.modules["documented_method"] = module
+    try:
+        exec(compile(block.replace('"loudest"', '"documented"'), "extending.md", "exec"), module.__dict__)
+        model = timm.create_model("test_vit")
+        evit_deploy.reduce_tokens_(model, evit_deploy.TokenSpec(keep_rate=0.5, method="documented"))
+        reducer = model.blocks[1].reducer
+        x = torch.randn(2, reducer.plan.tokens_in, 64)
+        _, kept = reducer(x, x, x)
+        loudest = x[:, 1:].norm(dim=-1).topk(reducer.plan.keep).indices
+        assert torch.equal(kept.long().sort().values, loudest.sort().values)
+    finally:
+        del sys.modules["documented_method"]
+
+
+def test_the_command_reference_is_current():
+    spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs" / "generate_cli.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert written == generator.reference(), "run: python docs/generate_cli.py"
+    for name in COMMANDS:
+        assert f"\n## {name}\n" in written
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target.split("#")[0]).exists(), f"{page.name}: {target}"
+
+
+def test_public_names_are_documented_and_importable():
+    for name in evit_deploy.__all__:
+        assert getattr(evit_deploy, name).__doc__, name

@@ -7,10 +7,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
@@ -191,38 +189,52 @@ def _strangers(out: Path) -> list[str]:
     )
 
 
-@contextmanager
-def staged(out: Path, *, force: bool) -> Iterator[Path]:
-    """A folder that becomes ``out`` when the block ends well, and vanishes when it does not.
+class Staging:
+    """A folder beside ``out`` that holds a bundle in the making, and vanishes unless it is published.
+
+    Args:
+        out: Where the bundle is to appear.
+        force: Whether to replace an older bundle there.
 
     Raises:
         InputError: See :func:`check_out`.
-        StageError: The disk is full or failed.
     """
-    check_out(out, force=force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
-        staging.chmod(0o755)  # mkdtemp is private; a bundle is meant to be served by somebody else
-        yield staging
-        if out.exists():
-            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
+
+    def __init__(self, out: Path, *, force: bool) -> None:
+        check_out(out, force=force)
+        self.out = out
+
+    def __enter__(self) -> Self:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name}-"))
+        self.path.chmod(0o755)  # mkdtemp is private; a bundle is meant to be served by somebody else
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        if isinstance(error, OSError):
+            what = f"the files could not be written ({error.strerror or error})"
+            raise StageError(what, where=self.out, fix="Nothing was left behind.") from error
+
+    def publish(self, out: Path) -> None:
+        """Moves the folder to its place, in one step; an older bundle there is replaced or stays as it was.
+
+        Args:
+            out: ``self.out``, or another place beside it.
+        """
+        if not out.exists():
+            os.replace(self.path, out)
+            return
+        old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
+        try:
             os.replace(out, old / out.name)
             try:
-                os.replace(staging, out)
-            except OSError:
+                os.replace(self.path, out)
+            except BaseException:
                 os.replace(old / out.name, out)
                 raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(staging, out)
-    except OSError as error:
-        raise StageError(
-            f"the files could not be written ({error.strerror or error})", where=out, fix="Nothing was left behind."
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_manifest(staging: Path, manifest: Manifest) -> Manifest:

@@ -2,7 +2,8 @@
 
 The reference is the same model in FP64. PyTorch's own FP32 error against it sets the tolerance for everybody else, so
 no number is picked by hand. Kept sets are compared in original patch numbers. Where the last kept and the first
-dropped score lie closer than rounding, either choice is right: such images count as ties, their logits are not compared.
+dropped score lie closer than rounding, either choice is right: such images count as ties, and their logits are not
+compared.
 """
 
 import copy

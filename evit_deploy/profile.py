@@ -100,27 +100,28 @@ def contestants_of(
         bundle = bundles.read_bundle(path)
         model, why_not = parent_model(bundle, against)
         notes = [f"PyTorch was not timed: {why_not}."] if model is None and chosen("eager") else []
-        proto, dense = load_onnx(bundle.file(bundles.MODEL)), load_onnx(bundle.file(bundles.DENSE))
-        rows = onnx_contestants(proto, dense) if chosen("onnxruntime") else []
+        files = bundle.file(bundles.MODEL), bundle.file(bundles.DENSE)
+        rows = onnx_contestants(*files) if chosen("onnxruntime") else []
         rows += eager_contestants(model) if model is not None and chosen("eager") else []
         return rows, bundle.manifest.plan, notes
     if path.suffix == ".onnx":
-        proto = load_onnx(path)
-        card = read_card(proto)
+        card = read_card(load_onnx(path))
         if card is None:
             raise InputError("evit-deploy did not write this file, so its token plan is unknown", where=path)
-        dense = load_onnx(against) if against else None
-        notes = [] if dense else ["Speed-up not available: --against DENSE.onnx gives the dense twin."]
-        return (onnx_contestants(proto, dense) if chosen("onnxruntime") else []), card.plan, notes
+        if against is not None:
+            load_onnx(against)  # refuses what is no model
+        notes = [] if against else ["Speed-up not available: --against DENSE.onnx gives the dense twin."]
+        return (onnx_contestants(path, against) if chosen("onnxruntime") else []), card.plan, notes
     checkpoint = read_checkpoint(target)
     spec, notes = (tokens or Tokens()).resolve(checkpoint)
     model = reduce_tokens_(build_model(checkpoint), spec)
     return (eager_contestants(model) if chosen("eager") else []), token_plan(model), checkpoint.notes + notes
 
 
-def onnx_contestants(proto: Any, dense: Any | None) -> list[Contestant]:
+def onnx_contestants(model: Path, dense: Path | None) -> list[Contestant]:
     """The portable file and its twins on ONNX Runtime."""
-    rows = [Contestant("onnxruntime", "model", proto)]
+    rows = [Contestant("onnxruntime", "model", model)]
+    proto = load_onnx(model)
     if any(node.op_type == "TokenReorg" for node in proto.graph.node):
         rows.append(Contestant("onnxruntime", "slice", slice_twin(proto)))
     return rows + ([Contestant("onnxruntime", "dense", dense)] if dense is not None else [])
@@ -139,6 +140,7 @@ def measure_all(
     *,
     threads: int | None,
     duration: float,
+    minimum_rounds: int = MINIMUM_ROUNDS,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Runs all contestants interleaved at every batch size.
@@ -149,6 +151,7 @@ def measure_all(
         batch_sizes: Images a call.
         threads: CPU threads.
         duration: Seconds for each batch size.
+        minimum_rounds: Rounds to run even if that takes longer.
         progress: Told what is being done.
     """
     clock = "cpu" if threads == 1 else "wall"
@@ -157,18 +160,21 @@ def measure_all(
         runners = [stack.enter_context(opened(c.runtime, c.artifact, threads)) for c in contestants]
         for batch in batch_sizes:
             progress(f"profiling batch {batch}")
-            wall, cpu = measure(runners, batch, duration)
+            wall, cpu = measure(runners, batch, duration, minimum_rounds)
             rows += _rows(contestants, plan, batch, wall, cpu if clock == "cpu" else wall)
     return Report(rows=tuple(rows), notes=tuple(verdict(rows)), clock=clock)
 
 
-def measure(runners: Sequence[Runner], batch: int, duration: float) -> tuple[np.ndarray, np.ndarray]:
+def measure(
+    runners: Sequence[Runner], batch: int, duration: float, minimum_rounds: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Times runners in turn.
 
     Args:
         runners: Opened runners that take the same input.
         batch: Images a call.
         duration: Seconds.
+        minimum_rounds: Rounds to run even if that takes longer.
 
     Returns:
         Seconds of wall time and of this thread's CPU time, ``[rounds, runners]`` each.
@@ -182,7 +188,7 @@ def measure(runners: Sequence[Runner], batch: int, duration: float) -> tuple[np.
     wall: list[list[float]] = []
     cpu: list[list[float]] = []
     end = time.perf_counter() + duration
-    while len(wall) < MINIMUM_ROUNDS or (time.perf_counter() < end and len(wall) < MAXIMUM_ROUNDS):
+    while len(wall) < minimum_rounds or (time.perf_counter() < end and len(wall) < MAXIMUM_ROUNDS):
         wall.append([0.0] * len(runners))
         cpu.append([0.0] * len(runners))
         for turn in range(len(runners)):

@@ -1,0 +1,5 @@
+"""``python -m evit_deploy`` is ``evit-deploy``."""
+
+from evit_deploy.cli import main
+
+main()

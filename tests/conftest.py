@@ -1,0 +1,72 @@
+"""What all tests share: one thread, the versions in the header, and ``--require``, which forbids skips."""
+
+import importlib.metadata
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+# The same examples on every run and machine: a test that fails here fails everywhere.
+hypothesis.settings.register_profile("evit_deploy", deadline=None, derandomize=True, database=None, max_examples=60)
+hypothesis.settings.load_profile("evit_deploy")
+
+pytest_plugins = ["pytester"]
+
+PACKAGES = ("torch", "timm", "onnx", "onnxruntime")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require",
+        default="",
+        metavar="MARKER,MARKER",
+        help="a skipped test with one of these markers is a failure, so that a job cannot pass by skipping",
+    )
+
+
+def _required(config: pytest.Config) -> set[str]:
+    return {name for name in config.getoption("--require").split(",") if name}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    known = {line.split(":")[0].split("(")[0].strip() for line in config.getini("markers")}
+    unknown = _required(config) - known
+    if unknown:
+        raise pytest.UsageError(f"--require: no such marker: {', '.join(sorted(unknown))}")
+
+
+def pytest_report_header() -> str:
+    versions = []
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{package} not installed")
+    return ", ".join(versions)
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = yield
+    markers = sorted(_required(item.config).intersection(mark.name for mark in item.iter_markers()))
+    if markers and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} is required ({', '.join(markers)}) and was skipped: {_reason(report)}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    report = yield
+    required = _required(collector.config)
+    if required and report.skipped:  # nobody can tell which markers a file has that was skipped while it was imported
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{collector.nodeid} was skipped as a whole under --require {','.join(sorted(required))}: {_reason(report)}"
+        )
+    return report

@@ -27,7 +27,7 @@ TINY = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio
 
 def tiny(**changes):
     torch.manual_seed(0)
-    return timm.create_model("deit_tiny_patch16_224", num_classes=4, img_size=16, **(TINY | changes))
+    return timm.create_model("deit_tiny_patch16_224", num_classes=4, **({"img_size": 16} | TINY | changes))
 
 
 class FixedBatch:
@@ -98,6 +98,17 @@ def test_keep_rate_moves_from_one_to_the_target():
     assert sorted(seen, reverse=True) == seen
     assert 17 > seen[3] > reduced
     assert seen[5:] == [reduced] * 5
+
+
+def test_schedule_fits_locations_that_end_up_dropping_nothing():
+    # 20 candidates reach block 2 in the end, of which 0.955 is all; on the way there are more, of which it is not
+    spec = TokenSpec(keep_rate=(0.3, 0.955, 0.7), locations=(1, 2, 3), fuse=False)
+    model = reduce_tokens_(tiny(img_size=32, depth=4), spec)
+    wanted = token_plan(model)
+    for step in range(21):
+        set_keep_rate_(model, step / 20)
+        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 4)  # every block checks its tokens against the plan
+    assert token_plan(model) == wanted
 
 
 def test_keep_rate_is_at_its_target_at_once_without_a_schedule():

@@ -71,7 +71,10 @@ def main() -> None:
             milliseconds = {name: 1e3 * float(np.median(cpu[:, i])) / batch for i, name in enumerate(paths)}
             rows = {name: [float(np.median(v)), *median_interval(v)] for name, v in ratios.items()}
             figures.append({"batch": batch, "rounds": len(cpu), "cpu ms per image": milliseconds, "ratios": rows})
-            print(f"\nbatch {batch}, {len(cpu)} rounds; CPU ms per image:", {k: round(v, 2) for k, v in milliseconds.items()})
+            print(
+                f"\nbatch {batch}, {len(cpu)} rounds; CPU ms per image:",
+                {k: round(v, 2) for k, v in milliseconds.items()},
+            )
             for name, (middle, low, high) in rows.items():
                 print(f"  {name:34} {middle:7.4f}   [{low:.4f}, {high:.4f}]")
     save(options.out, {"keep rate": options.keep_rate, "MAC ratio": mac_ratio, "batches": figures})

@@ -40,7 +40,15 @@ def main() -> None:
         torch.save({"model": deit_small().state_dict()}, checkpoint)
         commands = {
             "--help": ["--help"],
-            "convert deit_s.pth --keep-rate 0.7": ["convert", str(checkpoint), "--keep-rate", "0.7", "--out", str(bundle), "-q"],
+            "convert deit_s.pth --keep-rate 0.7": [
+                "convert",
+                str(checkpoint),
+                "--keep-rate",
+                "0.7",
+                "--out",
+                str(bundle),
+                "-q",
+            ],
         }
         for name, arguments in commands.items():
             runs = []

@@ -54,7 +54,7 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         from timm.data import resolve_data_config
 
         settings = model if isinstance(model, Mapping) else getattr(model, "pretrained_cfg", None)
-        found = resolve_data_config({}, pretrained_cfg=dict(settings or {}))
+        found = resolve_data_config({}, pretrained_cfg=dict(settings or {"input_size": (3, 224, 224)}))
         if image_size is None:  # a model may have been built for another size than its weights
             image_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         size: Any = image_size or found["input_size"][1:]

@@ -138,6 +138,7 @@ class TrainSection(_Section, frozen=True, kw_only=True):
                 "min_learning_rate is above the highest learning rate",
                 seen=self.min_learning_rate,
                 wanted=f"at most {self.effective_learning_rate:g}",
+                fix="Lower it, or raise learning_rate or the batch_size that scales it.",
             )
 
     @property

@@ -305,7 +305,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _rate_text(section: TrainSection) -> str:
-    text = f"batch {section.batch_size}, learning rate {section.effective_learning_rate:.3g}"
+    text = f"batch {section.batch_size}, learning rate {section.effective_learning_rate:.4g}"
     if section.learning_rate_batch is None:
         return text
     return f"{text} = {section.learning_rate:g} × {section.batch_size} / {section.learning_rate_batch}"

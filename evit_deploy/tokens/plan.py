@@ -244,6 +244,11 @@ def make_plan(
         InputError: The spec does not fit the model.
     """
     rates = dict(spec.resolve(depth))
+    if (
+        progress < 1
+    ):  # on its way a location sees more tokens, but one that ends up dropping none has nothing to drop with
+        end = make_plan(spec, prefix=prefix, patches=patches, depth=depth)
+        rates = {row.block: rates[row.block] for row in end.locations}
     tokens = prefix + patches
     blocks = []
     for block in range(depth):

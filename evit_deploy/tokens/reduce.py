@@ -91,7 +91,9 @@ def reduce_tokens_(model: nn.Module, spec: TokenSpec) -> nn.Module:
     plan = _plan(model, spec, progress=1.0)
     blocks = backbone.blocks(model)
     for row in plan.blocks:
-        block = backbone.original(blocks[row.block])
+        present = blocks[row.block]
+        block = backbone.original(present)
+        block.training = present.training  # train() and eval() reached its children, but not the block put aside
         if row.keep is not None:
             reducer = method(row, plan.prefix, block.attn.scale, options)
             reducer.train(model.training)

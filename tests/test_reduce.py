@@ -241,7 +241,7 @@ def test_another_image_size_needs_reducing_again():
     model = create("deit")
     reduce_tokens_(model, SPEC)
     model.set_input_size(img_size=(96, 64))
-    with pytest.raises(UnsupportedModelError, match="25 tokens arrived, the plan has 17.*reduce_tokens_ again"):
+    with pytest.raises(UnsupportedModelError, match=r"25 tokens arrived, the plan has 17.*reduce_tokens_ again"):
         logits(model)
     reduce_tokens_(model, SPEC)
     assert token_plan(model).patches == 24

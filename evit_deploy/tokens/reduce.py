@@ -87,19 +87,24 @@ def reduce_tokens_(model: nn.Module, spec: TokenSpec) -> nn.Module:
     """
     backbone = backbone_of(model)
     method = METHODS.get(spec.method)
-    options = _options(method, spec)
+    _options(method, spec)  # refused before anything has changed
     plan = _plan(model, spec, progress=1.0)
     blocks = backbone.blocks(model)
     for row in plan.blocks:
-        block = backbone.original(blocks[row.block])
-        if row.keep is not None:
-            reducer = method(row, plan.prefix, block.attn.scale, options)
-            reducer.train(model.training)
-            block = backbone.reduced(block, reducer)
-        blocks[row.block] = block
+        present = blocks[row.block]
+        block = backbone.original(present)
+        block.training = present.training  # train() and eval() reached its children, but not the block put aside
+        blocks[row.block] = block if row.keep is None else _reduced(model, block, row, spec)
     model.token_spec = spec  # type: ignore[assignment]  # plain attributes: no parameters, copied with the model
     model.token_plan = plan  # type: ignore[assignment]
     return model
+
+
+def _reduced(model: nn.Module, block: Any, row: BlockPlan, spec: TokenSpec) -> nn.Module:
+    backbone, method = backbone_of(model), METHODS.get(spec.method)
+    reducer = method(row, backbone.prefix_tokens(model), block.attn.scale, _options(method, spec))
+    reducer.train(model.training)
+    return backbone.reduced(block, reducer)
 
 
 def _options(method: type[TokenReducer], spec: TokenSpec) -> msgspec.Struct:
@@ -138,10 +143,15 @@ def set_keep_rate_(model: nn.Module, progress: float) -> TokenPlan:
     Returns:
         The plan that is now in force.
     """
-    plan = _plan(model, token_spec(model), progress)
-    for module in model.modules():
-        if isinstance(module, TokenReducer):
-            module.plan = plan.blocks[module.plan.block]
+    spec = token_spec(model)
+    plan = _plan(model, spec, progress)
+    reducers = {m.plan.block: m for m in model.modules() if isinstance(m, TokenReducer)}
+    blocks = backbone_of(model).blocks(model)
+    for row in plan.blocks:
+        if row.block in reducers:
+            reducers[row.block].plan = row
+        elif row.keep is not None:  # a location whose count only reaches all candidates at the schedule's end
+            blocks[row.block] = _reduced(model, blocks[row.block], row, spec)
     model.token_plan = plan  # type: ignore[assignment]
     return plan
 

@@ -30,6 +30,7 @@ _FAMILIES = (
     "vit_{size}_patch{patch}_dinov2",
     "vit_{size}_patch{patch}_reg4_dinov2",
     "vit_{size}_patch{patch}_clip_{image}",
+    "vit_{size}_patch{patch}_clip_quickgelu_{image}",
 )
 _IMAGES = (224, 384)
 # Other families by a tensor only they have.
@@ -97,8 +98,8 @@ def identify(path: Path, weights: dict[str, Tensor], model: str | None = None) -
     if len(fitting) > 1:
         others = ", ".join(identity.model for identity in fitting[1:])
         notes.append(
-            f"its tensors fit {first.model} and {others}, which differ in preprocessing; {first.model} is assumed "
-            f"(--model decides)"
+            f"its tensors fit {first.model} and {others}, which differ in what tensors do not show (preprocessing, "
+            f"activation); {first.model} is assumed (--model decides)"
         )
     return msgspec.structs.replace(first, notes=first.notes + notes)
 
@@ -140,15 +141,20 @@ def _fit(path: Path, name: str, weights: dict[str, Tensor]) -> Identity | None:
     if not isinstance(model, VisionTransformer) or model.pos_embed is None:
         return None
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    renamed = weights
+    renamed, positions = weights, weights["pos_embed"].shape[1]
     if "mask_token" in weights or any(
         key.endswith("gamma_1") for key in weights
-    ):  # as DINOv2 and DeiT III publish them
-        side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    ):  # as DINOv2 (a position for the class token, none for registers) and DeiT III (none for either) publish them
+        side = math.isqrt(max(positions - ("mask_token" in weights), 0))
+        if side == 0 or side * side + ("mask_token" in weights) != positions:
+            return None
         args["img_size"] = side * model.patch_embed.patch_size[0]
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False, **args)
-        renamed = checkpoint_filter_fn(dict(weights), model, adapt_layer_scale=True)
+        try:
+            renamed = checkpoint_filter_fn(dict(weights), model, adapt_layer_scale=True)
+        except RuntimeError:  # its positions are not those of an architecture with these prefix tokens
+            return None
     side = math.isqrt(max(renamed["pos_embed"].shape[1] - prefix, 0))
     if side == 0 or side * side + prefix != renamed["pos_embed"].shape[1]:
         return None

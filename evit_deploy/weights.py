@@ -7,6 +7,7 @@ keep their keep rate in one. Nothing in a file is ever executed.
 import argparse
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,12 @@ def _read_head(path: Path) -> bytes:
         raise CheckpointError(f"cannot be read ({error.strerror})", where=path) from error
     if not head:
         raise CheckpointError("the file is empty", where=path, seen="0 bytes", fix="Download it again.")
+    if head.startswith(b"version https://"):
+        raise CheckpointError("a Git LFS pointer, not the checkpoint itself", where=path, fix="Run `git lfs pull`.")
     if path.suffix != ".safetensors" and head[8:9] != b"{" and not head.startswith((b"PK\x03\x04", b"\x80")):
-        hint = "It is a Git LFS pointer: run `git lfs pull`." if head.startswith(b"version https://") else None
         raise CheckpointError(
             "not a checkpoint", where=path, seen=f"a file that begins with {head[:12]!r}",
-            wanted="a PyTorch or safetensors file", fix=hint,
+            wanted="a PyTorch or safetensors file",
         )  # fmt: skip
     return head
 
@@ -82,14 +84,15 @@ def _read_safetensors(path: Path) -> Weights:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        return Weights(load_file(path), metadata)
+        return Weights(_without_prefixes(load_file(path)), metadata)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"not a whole safetensors file: {error}", where=path, fix="Download it again.") from None
 
 
 def _read_pickle(path: Path, *, is_zip: bool) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch suspects aloud; what is wrong is said below
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise _refused_pickle(path, str(error)) from None
@@ -146,10 +149,13 @@ def _unwrap(path: Path, content: dict[str, Any]) -> Weights:
             "no weights in it", where=path, seen=f"a dictionary with {keys}",
             wanted=f"tensors, bare or under one of {', '.join(_WRAPPERS)}",
         )  # fmt: skip
-    for prefix in _PREFIXES:
-        if all(str(name).startswith(prefix) for name in weights):
-            weights = {name[len(prefix) :]: value for name, value in weights.items()}
-    return Weights(dict(weights), args=content.get("args"), notes=notes)
+    return Weights(_without_prefixes(weights), args=content.get("args"), notes=notes)
+
+
+def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    while prefix := next((p for p in _PREFIXES if weights and all(str(n).startswith(p) for n in weights)), None):
+        weights = {name[len(prefix) :]: value for name, value in weights.items()}
+    return dict(weights)
 
 
 def _check_finite(path: Path, weights: dict[str, Tensor]) -> None:

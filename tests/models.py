@@ -1,0 +1,113 @@
+"""Small seeded models, checkpoints and one bundle that several test files share; also pytest's fixtures for them.
+
+``seeded`` draws every parameter anew, wide enough that each one matters: timm's own initialisation leaves biases at 0,
+layer scales at 1e-5 and attention nearly uniform, and a test on such a model would miss a lost parameter.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from evit_deploy.bundle import Bundle
+from evit_deploy.checkpoint import Checkpoint, Tokens, save_checkpoint
+from evit_deploy.convert import convert
+from evit_deploy.data import Preprocess
+from evit_deploy.tokens.plan import TokenSpec
+
+# 36 patches, 4 blocks: the smallest model whose kept sets are worth comparing.
+TINY: dict[str, Any] = {"img_size": 96, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
+KEEP = TokenSpec(keep_rate=0.6)
+
+# timm name and arguments of one model of each kind that the export treats differently.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("vit_tiny_patch16_224", TINY),
+    "distilled": ("deit_tiny_distilled_patch16_224", TINY),
+    "layer scale": ("deit3_small_patch16_224", TINY),
+    "registers": ("vit_small_patch14_reg4_dinov2", TINY | {"img_size": 84, "num_classes": 7}),
+    "qk-norm": ("vit_tiny_patch16_224", TINY | {"qk_norm": True}),
+    "no classes": ("vit_tiny_patch16_224", TINY | {"num_classes": 0}),
+    "one channel": ("vit_tiny_patch16_224", TINY | {"in_chans": 1}),
+}
+
+
+def seeded(name: str = "vit_tiny_patch16_224", seed: int = 0, **model_args: Any) -> Any:
+    """A timm model in evaluation mode whose parameters come from a seed."""
+    model = timm.create_model(name, pretrained=False, **(model_args or TINY))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "gamma" in name or (parameter.dim() == 1 and name.endswith("weight")):  # norms and layer scales
+                parameter.copy_(1 + 0.2 * noise)
+            elif parameter.dim() > 1 and not name.endswith(("token", "pos_embed")):
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.3 * noise)
+    return model.eval()
+
+
+def of_kind(kind: str, seed: int = 0) -> Any:
+    """The seeded model of one of ``KINDS``."""
+    name, model_args = KINDS[kind]
+    return seeded(name, seed, **model_args)
+
+
+def preprocess_for(model: Any) -> Preprocess:
+    """timm's preprocessing for a model at its own image size."""
+    return Preprocess.from_model(model)
+
+
+def images(model: Any, count: int, seed: int = 0) -> np.ndarray:
+    """Inputs of a model, normally distributed."""
+    shape = (count, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def write_checkpoint(path: Path, kind: str = "plain", tokens: TokenSpec | None = None, seed: int = 0) -> Path:
+    """Saves a small model together with what it is."""
+    name, model_args = KINDS[kind]
+    model = of_kind(kind, seed)
+    about = Checkpoint(
+        str(path), None, {}, name, model_args, tokens=tokens, preprocess=preprocess_for(model), labels=None
+    )
+    save_checkpoint(path, model, about)
+    return path
+
+
+def hollow(name: str, **model_args: Any) -> dict[str, Tensor]:
+    """A real architecture's tensors with names and shapes but no content: a file of them takes a few kilobytes."""
+    with torch.device("meta"):
+        model: nn.Module = timm.create_model(name, pretrained=False, **model_args)
+    return {key: torch.zeros(1).expand(value.shape) for key, value in model.state_dict().items()}
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder, hidden files included: relative name -> content, ``None`` for folders."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture(scope="session")
+def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny plain model on disk. Read only."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def converted(checkpoint_file: Path) -> Bundle:
+    """The tiny plain model as a bundle, beside its checkpoint. Read only; copy it to break it."""
+    bundle, _ = convert(
+        checkpoint_file,
+        tokens=Tokens(keep_rate=0.6),
+        threads=1,
+        batch_sizes=(1,),
+        duration=0.01,
+    )
+    return bundle

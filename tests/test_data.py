@@ -164,7 +164,7 @@ def test_augmentation_without_amounts_changes_nothing_and_shift_moves_background
     images = torch.rand(2, 3, 8, 8) + 1
     still = DataSection(name="digits", rotation=0, scale=0, shift=0)
     generator = torch.Generator().manual_seed(0)
-    torch.testing.assert_close(augment(images, still, generator, 0.0), images)
+    torch.testing.assert_close(augment(images, still, generator, -1.0), images)
     away = augment(images, DataSection(name="digits", rotation=0, scale=0, shift=1), generator, -1.0)
     assert float(away.min()) == -1.0
     turned = augment(images, DataSection(name="digits", rotation=180, scale=0.5, shift=0), generator, 0.0)

@@ -140,6 +140,36 @@ def test_epochs_become_steps_and_the_effective_rate_is_told():
     assert "3.125e-07 = 2e-05 × 8 / 512" in told[0]
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_model_mode_decides_dropout(mode):
+    model = tiny()
+    seen = set()
+    model.patch_embed.register_forward_hook(lambda *_: seen.add(model.training))
+    fit(model, FixedBatch(), section(model_mode=mode))
+    assert seen == {mode == "train"}
+
+
+def test_label_smoothing_is_part_of_the_loss():
+    model, data = tiny(), FixedBatch()
+    with torch.no_grad():
+        logs = model(data.images).log_softmax(1)
+    right = -logs[range(8), data.labels].mean().item()
+    spread = -logs.mean().item()
+    assert right != pytest.approx(spread, rel=1e-3)
+    (loss,) = fit(model, data, section(steps=1, label_smoothing=0.4))
+    assert loss == pytest.approx(0.6 * right + 0.4 * spread, rel=1e-5)
+
+
+def test_clip_shortens_the_gradient():
+    norms = []
+    for clip in (None, 0.01):
+        model = tiny()
+        fit(model, FixedBatch(), section(steps=1, clip=clip))
+        norms.append(torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm().item())
+    assert norms[0] > 0.02
+    assert norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
 def test_decay_spares_biases_norms_positions_and_prefix_tokens():
     model = timm.create_model("deit_tiny_distilled_patch16_224", depth=1, embed_dim=24, num_heads=2)
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -237,18 +237,13 @@ class Staging:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def write_manifest(staging: Path, manifest: Manifest) -> Manifest:
-    """Hashes everything in a staging folder, and writes the manifest that lists it.
-
-    Returns:
-        The manifest as written.
-    """
+def write_manifest(staging: Path, manifest: Manifest) -> None:
+    """Hashes everything in a staging folder, and writes the manifest that lists it."""
     files = {
         path.relative_to(staging).as_posix(): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file()
     }
     manifest = msgspec.structs.replace(manifest, files=files)
     (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
-    return manifest
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -148,12 +148,12 @@ def convert(
             report += speed_gate(report, min_speedup)
         progress("writing the bundle")
         (staging.path / bundles.REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
-        manifest = bundles.write_manifest(staging.path, msgspec.structs.replace(manifest, results=_results(report)))
+        bundles.write_manifest(staging.path, msgspec.structs.replace(manifest, results=_results(report)))
         if report.passed:
             staging.publish(out)
         else:
             _reject(staging, report)
-    return Bundle(out, manifest), report
+    return bundles.read_bundle(out), report
 
 
 def _write_models(

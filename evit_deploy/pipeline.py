@@ -84,7 +84,7 @@ def run(
             threads=recipe.profile.threads,
             batch_sizes=recipe.profile.batch_sizes,
             duration=recipe.profile.duration,
-            recipe=msgspec.to_builtins(recipe),
+            recipe=_as_json(recipe),
             progress=progress,
             notice=notice,
         )
@@ -175,6 +175,11 @@ def _key(*inputs: Any) -> str:
     return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
 
+def _as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a manifest gives it back: lists where there are tuples."""
+    return msgspec.json.decode(msgspec.json.encode(recipe))
+
+
 def _file_hash(path: str | None) -> str | None:
     return bundles.sha256(Path(path)) if path is not None and Path(path).is_file() else None
 
@@ -210,7 +215,7 @@ def _fresh_bundle(recipe: Recipe, path: Path, checkpoint: Path) -> Bundle | None
         return None
     manifest = bundle.manifest
     same = (
-        manifest.recipe == msgspec.to_builtins(recipe)
+        manifest.recipe == _as_json(recipe)
         and manifest.parents[0].sha256 == bundles.sha256(checkpoint)
         and manifest.versions.get("evit-deploy") == evit_deploy.__version__
         and manifest.results.get("passed") is True

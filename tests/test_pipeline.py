@@ -129,6 +129,7 @@ def test_the_fine_tune_recipe_runs_on_folders_of_images(tmp_path: Path):
             "data.workers=0",
             "finetune.epochs=2",
             "finetune.batch_size=4",
+            "finetune.min_learning_rate=0",
             "finetune.autocast=none",
             "profile.batch_sizes=[1]",
             "profile.duration=0.1",

@@ -223,7 +223,8 @@ class TokenPlan(msgspec.Struct, frozen=True):
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         if self.cost:
-            text.append(f"total {self.macs() / 1e9:.2f} GMACs, dense {self.dense().macs() / 1e9:.2f} GMACs")
+            unit, name = (1e9, "GMACs") if self.macs() >= 1e9 else (1e6, "MMACs")
+            text.append(f"total {self.macs() / unit:.2f} {name}, dense {self.dense().macs() / unit:.2f} {name}")
         return "\n".join(text)
 
 

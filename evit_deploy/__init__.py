@@ -4,6 +4,8 @@ The public names below are loaded on first use (PEP 562), so that ``evit-deploy 
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -102,3 +104,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+class _Package(types.ModuleType):
+    """Keeps ``verify``, ``profile``, ``convert`` and ``train`` what ``__all__`` says they are.
+
+    Each is also the name of the module it lives in, and importing a submodule sets it on its package: the second
+    ``from evit_deploy import verify`` would give the module. ``from evit_deploy.verify import ...`` reaches into it.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME_OF and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

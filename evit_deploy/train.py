@@ -68,7 +68,7 @@ def train(
         InputError: The checkpoint, the images or the token spec cannot be used; nothing has been trained.
         StageError: The loss is no longer finite, or a file cannot be written.
     """
-    out, notice = Path(out), notice or _silent
+    out, notice = Path(out), _silent if notice is None else notice
     if out.exists() and not out.is_dir():
         raise InputError("this is a file", where=out, wanted="a folder for the checkpoints")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -112,7 +112,7 @@ def setup(recipe: Recipe, notice: Tell | None = None) -> tuple[nn.Module, Checkp
     Raises:
         InputError: See :func:`train`.
     """
-    section, notice = recipe.model, notice or _silent
+    section, notice = recipe.model, _silent if notice is None else notice
     if section.checkpoint is None and section.name is None:
         fix = "Say --set model.checkpoint=FILE, --set model.name=TIMM_NAME or both."
         raise RecipeError("no model given", where="model", fix=fix)

@@ -19,7 +19,8 @@ from evit_deploy.cli import COMMANDS
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
 # Training for real takes minutes; the same stages on fewer steps do not. Accuracy gates go with them.
-SHORT = "--set dense.steps=2 --set finetune.steps=2 --set expect={} --set profile.duration=0.1 --set profile.batch_sizes=[1]"
+OVERRIDES = ("dense.steps=2", "finetune.steps=2", "expect={}", "profile.duration=0.1", "profile.batch_sizes=[1]")
+SHORT = " ".join(f"--set {override}" for override in OVERRIDES)
 
 
 def blocks(path: Path, language: str) -> list[str]:

@@ -69,11 +69,11 @@ def test_stages_that_are_up_to_date_are_skipped(tmp_path: Path):
 
     told = Told()  # another seed: nothing is
     run(digits("tokens.keep_rate=0.5", "seed=1"), tmp_path, notice=told)
-    assert told.trained() == {"dense", "finetune"}
+    assert told.trained() == {"dense", "finetune"}, list(told)
 
     told = Told()
     run(digits("tokens.keep_rate=0.5", "seed=1"), tmp_path, notice=told, force=True)
-    assert told.trained() == {"dense", "finetune"}
+    assert told.trained() == {"dense", "finetune"}, list(told)
 
 
 def test_fine_tuning_from_kept_dense_weights_gives_the_same_weights(tmp_path: Path):

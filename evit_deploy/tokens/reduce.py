@@ -32,6 +32,8 @@ class TokenReducer(nn.Module):
     """
 
     Options: ClassVar[type[msgspec.Struct]] = NoOptions
+    exports: ClassVar[bool] = True
+    """Whether :meth:`forward` goes through ``token_reorg``, which is what becomes a node of an exported file."""
 
     def __init__(self, plan: BlockPlan, prefix: int, scale: float, options: msgspec.Struct) -> None:
         super().__init__()
@@ -91,11 +93,13 @@ def reduce_tokens_(model: nn.Module, spec: TokenSpec) -> nn.Module:
     plan = _plan(model, spec, progress=1.0)
     blocks = backbone.blocks(model)
     for row in plan.blocks:
-        block = backbone.original(blocks[row.block])
+        current = blocks[row.block]
+        block = backbone.original(current)
         if row.keep is not None:
             reducer = method(row, plan.prefix, block.attn.scale, options)
-            reducer.train(model.training)
             block = backbone.reduced(block, reducer)
+        if block is not current:  # one that was put aside missed every switch between training and evaluation
+            block.train(current.training)
         blocks[row.block] = block
     model.token_spec = spec  # type: ignore[assignment]  # plain attributes: no parameters, copied with the model
     model.token_plan = plan  # type: ignore[assignment]

@@ -5,6 +5,7 @@ How a file is read without trusting it: ``weights.py``. How tensors are recognis
 
 import ast
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
         MissingRequirement: Pretrained weights of a timm name cannot be fetched.
     """
     path = Path(source)
-    if not path.exists() and not _looks_like_path(str(source)):
+    if not _looks_like_path(str(source)) and not _exists(path):
         return _from_timm(str(source), model)
     weights = read_weights(path)
     own = _own_metadata(path, weights.metadata[METADATA_KEY]) if METADATA_KEY in weights.metadata else None
@@ -172,6 +173,13 @@ def set_image_size_(model: Any, image_size: int) -> None:
         model.set_input_size(img_size=(image_size, image_size))
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for any file
+        return False
+
+
 def _looks_like_path(source: str) -> bool:
     return "/" in source or "\\" in source or source.endswith(FILE_SUFFIXES) or source.startswith((".", "~"))
 
@@ -187,19 +195,37 @@ def _from_timm(name: str, model: str | None) -> Checkpoint:
             fix=f"Leave out --model or {name!r}.",
         )
     check_model_name(name, where="CHECKPOINT", also="an existing checkpoint file")
+    fix = f"Connect to the network once, or download the checkpoint and give its path with --model {name}."
+    why_not = _hub_unreachable()
+    if why_not:
+        raise MissingRequirement(
+            f"the pretrained weights of {name!r} cannot be fetched: the Hugging Face hub does not answer ({why_not})",
+            fix=fix + " If they are in your cache already, set HF_HUB_OFFLINE=1.",
+        )
     try:
         pretrained = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network and cache raise their own kinds
-        raise MissingRequirement(
-            f"the pretrained weights of {name!r} could not be fetched ({type(error).__name__})",
-            fix="Connect to the network once, or download the checkpoint and give its path with --model " + name + ".",
-        ) from error
+        what = f"the pretrained weights of {name!r} could not be fetched ({type(error).__name__})"
+        raise MissingRequirement(what, fix=fix) from error
     cfg: Any = pretrained.pretrained_cfg
     size = cfg["input_size"][1]
     args = {"num_classes": cfg["num_classes"], "img_size": size}
     return Checkpoint(
         name, None, pretrained.state_dict(), name, args, preprocess=Preprocess.from_model(pretrained, size)
     )
+
+
+def _hub_unreachable() -> str:
+    """Why the hub cannot be asked; empty when it can. One short question instead of the hub's minute of retries."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return ""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # of whichever HTTP library the hub uses
+        return type(error).__name__
+    return ""
 
 
 def check_model_name(name: str, *, where: str, also: str | None = None) -> None:
@@ -262,11 +288,15 @@ def _tokens_of_args(path: Path, args: Any) -> TokenSpec | None:
         return None
     try:
         locations = values.get("drop_loc", "(3, 6, 9)")
-        locations = ast.literal_eval(locations) if isinstance(locations, str) else locations
+        if isinstance(locations, str):
+            if len(locations) > 1000:  # the parser runs out of memory or stack on some longer ones
+                raise ValueError("drop_loc is too long for a list of blocks")
+            locations = ast.literal_eval(locations)
         locations = (locations,) if isinstance(locations, int) else tuple(locations)
         rate = values["base_keep_rate"]
         rate = tuple(map(float, rate)) if isinstance(rate, list | tuple) else float(rate)
         return TokenSpec(keep_rate=rate, locations=locations, fuse=bool(values.get("fuse_token", False)))
-    except (ValueError, SyntaxError, TypeError) as error:
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         seen = {name: values.get(name) for name in ("base_keep_rate", "drop_loc", "fuse_token")}
-        raise CheckpointError(f"its EViT arguments make no sense: {error}", where=path, seen=seen) from None
+        what = f"its EViT arguments make no sense: {str(error)[:200]}"
+        raise CheckpointError(what, where=path, seen=reprlib.repr(seen)) from None

@@ -91,14 +91,13 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess) ->
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     if weight_bytes > _ONE_FILE_LIMIT:
         raise InputError("the weights do not fit into one ONNX file", seen=f"{weight_bytes} bytes", wanted="< 2 GiB")
+    plan, spec = token_plan(model), token_spec(model)
+    if not all(module.exports for module in model.modules() if isinstance(module, TokenReducer)):
+        raise InputError(f"the method {spec.method!r} has no exported form", fix="Use --method evit.")
     lowered = backbone.lower(model)
     example = torch.zeros(2, backbone_channels(model), *size)  # batch 2: a 1 would be baked in as a constant
     proto = _run_exporter(lowered, example)
-    plan, spec = token_plan(model), token_spec(model)
     nodes = [node for node in proto.graph.node if node.domain == op.DOMAIN]
-    reducers = [m for m in model.modules() if isinstance(m, TokenReducer)]
-    if reducers and not nodes:
-        raise InputError(f"the method {spec.method!r} has no exported form", fix="Use --method evit.")
     for node, row in zip(nodes, plan.locations, strict=True):
         _rename_outputs(proto, node, row.block)
     if nodes:
@@ -149,7 +148,10 @@ def _run_exporter(model: torch.nn.Module, example: torch.Tensor) -> ModelProto:
             assert program is not None  # None is for exports that go straight to a file
             return program.model_proto
     except Exception as error:  # the exporter raises many kinds
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause: BaseException = error  # the exporter wraps what went wrong in instructions of several lines
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first_line = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise StageError(
             f"the ONNX export failed: {first_line}", fix="Run with --debug for the whole story."
         ) from error

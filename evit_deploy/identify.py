@@ -112,6 +112,11 @@ def _describe(weights: dict[str, Tensor]) -> tuple[int, int, int]:
     return width, depth, patch
 
 
+def _classes(weights: dict[str, Tensor]) -> int:
+    head = weights.get("head.weight")
+    return head.shape[0] if head is not None and head.dim() == 2 else 0
+
+
 def _candidates(weights: dict[str, Tensor]) -> list[str]:
     import timm
 
@@ -131,8 +136,7 @@ def _fit(path: Path, name: str, weights: dict[str, Tensor]) -> Identity | None:
     import timm
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-    classes = weights["head.weight"].shape[0] if "head.weight" in weights else 0
-    args: dict[str, Any] = {"num_classes": classes}
+    args: dict[str, Any] = {"num_classes": _classes(weights)}
     with torch.device("meta"):
         try:
             model: Any = timm.create_model(name, pretrained=False, **args)
@@ -203,9 +207,8 @@ def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None) -> NoRetu
             wanted="a ViT, DeiT, DeiT III or DINOv2 of timm",
             fix="Name the architecture with --model.",
         )
-    classes = weights["head.weight"].shape[0] if "head.weight" in weights else 0
     with torch.device("meta"):
-        built = timm.create_model(model, pretrained=False, num_classes=classes)
+        built = timm.create_model(model, pretrained=False, num_classes=_classes(weights))
     wanted = {name: value for name, value in built.state_dict().items() if name != "pos_embed"}
     given = {name: value for name, value in weights.items() if name != "pos_embed"}
     raise CheckpointError(

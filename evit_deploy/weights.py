@@ -56,11 +56,11 @@ def read_weights(path: Path) -> Weights:
 
 
 def _read_head(path: Path) -> bytes:
-    if path.is_dir():
-        raise CheckpointError("a folder, not a checkpoint file", where=path)
-    if not path.exists():
-        raise CheckpointError("no such file", where=path, fix="Check the path, or give a timm name.")
     try:
+        if path.is_dir():
+            raise CheckpointError("a folder, not a checkpoint file", where=path)
+        if not path.exists():
+            raise CheckpointError("no such file", where=path, fix="Check the path, or give a timm name.")
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:

@@ -4,6 +4,7 @@
 layer scales at 1e-5 and attention nearly uniform, and a test on such a model would miss a lost parameter.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,17 @@ def write_checkpoint(path: Path, kind: str = "plain", tokens: TokenSpec | None =
     return path
 
 
+@functools.cache
+def _shapes(name: str, model_args: tuple[tuple[str, Any], ...]) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model: nn.Module = timm.create_model(name, pretrained=False, **dict(model_args))
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
 def hollow(name: str, **model_args: Any) -> dict[str, Tensor]:
     """A real architecture's tensors with names and shapes but no content: a file of them takes a few kilobytes."""
-    with torch.device("meta"):
-        model: nn.Module = timm.create_model(name, pretrained=False, **model_args)
-    return {key: torch.zeros(1).expand(value.shape) for key, value in model.state_dict().items()}
+    shapes = _shapes(name, tuple(sorted(model_args.items())))
+    return {key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

@@ -11,6 +11,8 @@ from evit_deploy.tokens.reduce import TokenReducer
 class Slice(TokenReducer):
     """The first tokens stay, nothing is scored or gathered: what the reorganisation itself costs is the rest."""
 
+    exports = False
+
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`TokenReducer.forward`."""
         assert self.plan.keep is not None
@@ -20,6 +22,8 @@ class Slice(TokenReducer):
 
 class RandomDrop(TokenReducer):
     """Keeps tokens at random, another choice for every image and call; fuses the rest by their scores, as EViT does."""
+
+    exports = False
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """``seed``: where the random numbers start."""
@@ -39,6 +43,8 @@ class RandomDrop(TokenReducer):
 
 class InverseDrop(TokenReducer):
     """Keeps the tokens with the lowest scores: the sharpest check that the score means something."""
+
+    exports = False
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`TokenReducer.forward`."""

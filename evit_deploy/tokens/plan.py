@@ -245,9 +245,7 @@ def make_plan(
         InputError: The spec does not fit the model.
     """
     rates = dict(spec.resolve(depth))
-    if (
-        progress < 1
-    ):  # on its way a location sees more tokens, but one that ends up dropping none has nothing to drop with
+    if progress < 1:  # halfway a location sees more tokens; one that drops none at the end is none on the way either
         end = make_plan(spec, prefix=prefix, patches=patches, depth=depth)
         rates = {row.block: rates[row.block] for row in end.locations}
     tokens = prefix + patches

@@ -87,24 +87,20 @@ def reduce_tokens_(model: nn.Module, spec: TokenSpec) -> nn.Module:
     """
     backbone = backbone_of(model)
     method = METHODS.get(spec.method)
-    _options(method, spec)  # refused before anything has changed
+    options = _options(method, spec)
     plan = _plan(model, spec, progress=1.0)
     blocks = backbone.blocks(model)
     for row in plan.blocks:
         present = blocks[row.block]
         block = backbone.original(present)
         block.training = present.training  # train() and eval() reached its children, but not the block put aside
-        blocks[row.block] = block if row.keep is None else _reduced(model, block, row, spec)
+        if row.keep is not None:
+            reducer = method(row, plan.prefix, block.attn.scale, options)
+            block = backbone.reduced(block, reducer.train(present.training))
+        blocks[row.block] = block
     model.token_spec = spec  # type: ignore[assignment]  # plain attributes: no parameters, copied with the model
     model.token_plan = plan  # type: ignore[assignment]
     return model
-
-
-def _reduced(model: nn.Module, block: Any, row: BlockPlan, spec: TokenSpec) -> nn.Module:
-    backbone, method = backbone_of(model), METHODS.get(spec.method)
-    reducer = method(row, backbone.prefix_tokens(model), block.attn.scale, _options(method, spec))
-    reducer.train(model.training)
-    return backbone.reduced(block, reducer)
 
 
 def _options(method: type[TokenReducer], spec: TokenSpec) -> msgspec.Struct:
@@ -143,15 +139,10 @@ def set_keep_rate_(model: nn.Module, progress: float) -> TokenPlan:
     Returns:
         The plan that is now in force.
     """
-    spec = token_spec(model)
-    plan = _plan(model, spec, progress)
-    reducers = {m.plan.block: m for m in model.modules() if isinstance(m, TokenReducer)}
-    blocks = backbone_of(model).blocks(model)
-    for row in plan.blocks:
-        if row.block in reducers:
-            reducers[row.block].plan = row
-        elif row.keep is not None:  # a location whose count only reaches all candidates at the schedule's end
-            blocks[row.block] = _reduced(model, blocks[row.block], row, spec)
+    plan = _plan(model, token_spec(model), progress)
+    for module in model.modules():
+        if isinstance(module, TokenReducer):
+            module.plan = plan.blocks[module.plan.block]
     model.token_plan = plan  # type: ignore[assignment]
     return plan
 

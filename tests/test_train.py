@@ -318,7 +318,8 @@ def test_a_run_that_breaks_off_leaves_no_result_behind(tmp_path, monkeypatch):
         data.training = lambda size, seed: ((x * (math.nan if seed else 1), y) for x, y in batches(size, seed))
         return data
 
-    monkeypatch.setattr("evit_deploy.train.open_data", poisoned)  # fine-tuning has seed 1, dense training seed 0
+    # Fine-tuning has seed 1, dense training seed 0. As a path, evit_deploy.train would be the function.
+    monkeypatch.setitem(train.__globals__, "open_data", poisoned)
     with pytest.raises(StageError, match="finetune, step 1: the loss is no longer finite"):
         train(recipe(), tmp_path, device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["dense.safetensors"]

@@ -13,7 +13,7 @@ from evit_deploy.errors import MissingRequirement
 REQUIRED = {
     "torch": "2.11",
     "torchvision": "0.26",
-    "timm": "1.0.19",
+    "timm": "1.0.28",
     "onnx": "1.20",
     "onnxscript": "0.5.6",
     "onnx-ir": "0.1.12",
@@ -24,6 +24,7 @@ REQUIRED = {
     "pillow": "10",
     "msgspec": "0.19",
     "pyyaml": "6",
+    "huggingface-hub": "0.23",
     "rich": "13",
     "click": "8.1",
 }

@@ -32,6 +32,8 @@ class TokenReducer(nn.Module):
     """
 
     Options: ClassVar[type[msgspec.Struct]] = NoOptions
+    exports: ClassVar[bool] = True
+    """Whether :meth:`forward` goes through ``token_reorg``, which is what becomes a node of an exported file."""
 
     def __init__(self, plan: BlockPlan, prefix: int, scale: float, options: msgspec.Struct) -> None:
         super().__init__()

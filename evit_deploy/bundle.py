@@ -3,6 +3,7 @@
 A bundle appears whole or not at all: it is written beside its place under another name and moved there in one step.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -111,10 +112,13 @@ def read_bundle(path: Path) -> Bundle:
         InputError: No bundle, a damaged manifest, a manifest of another version, or a file name that leads outside.
     """
     manifest_path = path / MANIFEST
-    if not path.exists():
-        raise InputError("no such bundle", where=path)
-    if not manifest_path.is_file():
-        raise InputError(f"not a bundle (no {MANIFEST} in it)", where=path)
+    try:
+        if not path.exists():
+            raise InputError("no such bundle", where=path)
+        if not manifest_path.is_file():
+            raise InputError(f"not a bundle (no {MANIFEST} in it)", where=path)
+    except OSError as error:  # a name too long for any file, a folder that may not be entered
+        raise InputError(f"no such bundle ({error.strerror})", where=path) from None
     try:
         manifest = msgspec.json.decode(manifest_path.read_bytes(), type=Manifest)
     except (msgspec.DecodeError, OSError) as error:
@@ -123,10 +127,19 @@ def read_bundle(path: Path) -> Bundle:
         raise InputError("a bundle of another version", where=manifest_path, seen=manifest.format, wanted=FORMAT)
     root = path.resolve()
     for name in manifest.files:
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or not (root / name).resolve().is_relative_to(root):
+        if not _is_inside(root, name):
             raise InputError("the manifest lists a file outside the bundle", where=manifest_path, seen=repr(name))
     return Bundle(path, manifest)
+
+
+def _is_inside(root: Path, name: str) -> bool:
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
+        return False
+    try:
+        return (root / name).resolve().is_relative_to(root)
+    except (OSError, RuntimeError, ValueError):  # too long, links in a circle, a zero byte
+        return False
 
 
 def changed_files(bundle: Bundle) -> list[str]:
@@ -152,7 +165,11 @@ def check_out(out: Path, *, force: bool) -> None:
         InputError: It exists and ``force`` was not given; it holds files that are not a bundle's; or its folder cannot
             be written to.
     """
-    if out.exists() or out.is_symlink():
+    try:
+        exists = out.exists() or out.is_symlink()
+    except OSError as error:  # a name too long for any file, a folder that may not be entered
+        raise InputError(f"cannot write there ({error.strerror})", where=out, fix="Give another --out.") from None
+    if exists:
         if not force:
             raise InputError("it exists already", where=out, fix="Give --force to replace it, or another --out.")
         strangers = _strangers(out)
@@ -205,13 +222,17 @@ class Staging:
         self.out = out
 
     def __enter__(self) -> Self:
+        self._made = [folder for folder in self.out.parents if not folder.exists()]
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.path = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name}-"))
+        self.path = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name[:40]}-"))
         self.path.chmod(0o755)  # mkdtemp is private; a bundle is meant to be served by somebody else
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: something was published
+            for folder in self._made:
+                folder.rmdir()
         if isinstance(error, OSError):
             what = f"the files could not be written ({error.strerror or error})"
             raise StageError(what, where=self.out, fix="Nothing was left behind.") from error
@@ -225,7 +246,7 @@ class Staging:
         if not out.exists():
             os.replace(self.path, out)
             return
-        old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
+        old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name[:40]}-old-"))
         try:
             os.replace(out, old / out.name)
             try:

@@ -247,6 +247,8 @@ def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:
         known = ", ".join(f"{79.8 - top1:.1f} at {rate:g}" for rate, top1 in _UNTRAINED_DEIT_S.items())
         cost = f"For DeiT-S that costs, in points of ImageNet top-1, {known}"
     source = checkpoint.source if checkpoint.sha256 else "CHECKPOINT"
+    if Path(source).is_absolute():  # this goes into the bundle, which is not to name folders of this machine
+        source = Path(source).name
     keep = f"[{','.join(map(str, spec.keep_rate))}]" if isinstance(spec.keep_rate, tuple) else f"{spec.keep_rate:g}"
     return [
         f"These weights were never trained with token reduction. {cost} (EViT paper, table 1). To fine-tune: "

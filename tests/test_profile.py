@@ -1,0 +1,302 @@
+"""Profiling: the arithmetic on runners that only count, and one real run. How fast anything is, is nobody's promise."""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+import pytest
+from models import TINY, of_kind
+
+from evit_deploy import profile as profiles
+from evit_deploy.bundle import DENSE, MODEL, read_bundle
+from evit_deploy.checkpoint import Tokens
+from evit_deploy.errors import InputError
+from evit_deploy.export import INPUT
+from evit_deploy.profile import (
+    Contestant,
+    contestants_of,
+    measure,
+    measure_all,
+    median_interval,
+    profile,
+    speed_gate,
+    verdict,
+)
+from evit_deploy.report import ProfileRow, Report
+from evit_deploy.runtimes import Runner, TensorSpec
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+
+
+class Counting(Runner):
+    """Does nothing but write down who was called."""
+
+    name = "counting"
+
+    def __init__(self, artifact: str, calls: list[str]) -> None:
+        super().__init__(artifact)
+        self.calls = calls
+        self.shapes: list[tuple[int, ...]] = []
+
+    @classmethod
+    def accepts(cls, artifact: Any) -> list[str]:
+        return []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(INPUT, "float32", (None, 3, 4, 5)),)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return ()
+
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.calls.append(self.artifact)
+        self.shapes.append(feeds[INPUT].shape)
+        return {}
+
+    def synchronize(self) -> None:
+        self.calls.append("wait")
+
+
+def test_contestants_take_turns_in_rotating_order():
+    calls: list[str] = []
+    runners = [Counting(name, calls) for name in "abc"]
+    wall, cpu = measure(runners, batch=6, duration=1e-9, minimum_rounds=4)
+    assert wall.shape == cpu.shape == (4, 3)
+    assert (wall > 0).all()
+    assert (cpu >= 0).all()
+    assert set(calls[1::2]) == {"wait"}  # after every call
+    order = "".join(calls[::2])
+    assert order[:3] == "abc"  # warm-up
+    rounds = [order[i : i + 3] for i in range(3, len(order), 3)]
+    assert rounds == ["bca", "cab", "abc", "bca"]
+    assert set(runners[0].shapes) == {(6, 3, 4, 5)}
+
+
+def test_a_duration_is_bounded_by_rounds(monkeypatch):
+    monkeypatch.setattr(profiles, "MAXIMUM_ROUNDS", 7)
+    runners = [Counting("a", [])]
+    assert len(measure(runners, 1, duration=60.0, minimum_rounds=2)[0]) == 7
+    assert len(measure(runners, 1, duration=1e-9, minimum_rounds=9)[0]) == 9
+
+
+PLAN = token_plan(reduce_tokens_(of_kind("plain"), TokenSpec(keep_rate=0.6)))
+RUNTIME = [Contestant("onnxruntime", variant, None) for variant in ("model", "slice", "dense")]
+
+
+def rows_of(contestants: list[Contestant], wall: np.ndarray, clock: np.ndarray | None = None) -> list[ProfileRow]:
+    return profiles._rows(contestants, PLAN, 4, wall, wall if clock is None else clock)
+
+
+def test_ratios_are_medians_of_pairs():
+    # A machine that slows down: the ratio of medians would be 3 / 2, the median of ratios is 2.
+    model = np.array([1.0, 2.0, 4.0, 8.0, 2.0])
+    dense = model * np.array([2.0, 2.0, 0.5, 3.0, 1.5])
+    sliced = model / np.array([1.1, 1.2, 1.3, 1.0, 1.25])
+    own, other, last = rows_of(RUNTIME, np.stack([model, sliced, dense], axis=1))
+    assert own.speedup == 2.0
+    assert own.mac_ratio == pytest.approx(PLAN.mac_ratio())
+    assert own.mac_ratio > 1.1
+    assert own.mac_efficiency == pytest.approx(2.0 / PLAN.mac_ratio())
+    assert own.overhead == pytest.approx(0.2)
+    assert other.overhead is None
+    assert other.speedup == pytest.approx(np.median(dense / sliced))
+    assert (own.speedup_low, own.speedup_high) == median_interval(dense / model)
+    assert (last.speedup, last.mac_ratio, last.mac_efficiency, last.overhead) == (None,) * 4
+
+
+def test_latencies_are_wall_time_and_ratios_are_of_the_chosen_clock():
+    wall = np.array([[0.010, 0.020], [0.012, 0.020], [0.020, 0.020]])
+    cpu = np.array([[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]])
+    own, dense = rows_of([RUNTIME[0], RUNTIME[2]], wall, cpu)
+    assert own.p50 == pytest.approx(12)
+    assert own.images_per_second == pytest.approx(4 / 0.012)
+    assert own.p95 == pytest.approx(1e3 * np.percentile(wall[:, 0], 95))
+    assert own.p99 == pytest.approx(1e3 * np.percentile(wall[:, 0], 99))
+    assert own.variation == pytest.approx(wall[:, 0].std() / wall[:, 0].mean())
+    assert (own.batch, own.rounds) == (4, 3)
+    assert dense.variation == 0
+    assert own.speedup == 3
+    assert own.overhead is None  # no slice twin took part
+
+
+def test_a_runtime_is_compared_with_its_own_twins_only():
+    contestants = [Contestant(r, v, None) for r, v in itertools.product(("onnxruntime", "eager"), ("model", "dense"))]
+    rows = rows_of(contestants, np.array([[1.0, 2.0, 10.0, 15.0]] * 3))
+    assert [row.speedup for row in rows] == [2.0, None, 1.5, None]
+
+
+def test_without_a_dense_twin_there_is_no_speedup():
+    (own,) = rows_of(RUNTIME[:1], np.ones((5, 1)))
+    assert own.speedup is None
+    assert own.mac_efficiency is None
+    assert own.mac_ratio is not None
+
+
+@pytest.mark.parametrize(("count", "low", "high"), [(1, 1, 1), (5, 1, 5), (9, 1, 9), (11, 2, 10), (100, 40, 61)])
+def test_the_interval_of_a_median(count, low, high):
+    values = np.random.default_rng(0).permutation(np.arange(1.0, count + 1))
+    assert median_interval(values) == (low, high)
+
+
+def test_the_interval_of_a_median_covers_it():
+    random = np.random.default_rng(0)
+    hits = 0
+    for _ in range(1000):
+        low, high = median_interval(random.exponential(size=31))
+        hits += low <= np.log(2) <= high
+    assert hits / 1000 > 0.93
+
+
+# What is said about it.
+
+
+def row(speedup: float | None, low: float | None = None, **changes: Any) -> ProfileRow:
+    plain = ProfileRow("onnxruntime", "model", 8, 9, 100.0, 1.0, 1.0, 1.0, 0.0, speedup=speedup, speedup_low=low)
+    return msgspec.structs.replace(plain, **changes)
+
+
+def test_the_verdict_says_when_it_does_not_pay():
+    assert verdict([row(1.5, 1.2), row(None, variant="dense")]) == []
+    (note,) = verdict([row(1.5, 1.2), row(0.9, 0.8, batch=1), row(1.1, 0.99, batch=32)])
+    assert "does not pay on onnxruntime at batch 1 (0.90x), batch 32 (1.10x)" in note
+    notes = verdict([row(0.5, 0.4), row(0.6, 0.5, runtime="eager")])
+    assert [note.split(" at ")[0] for note in notes] == [
+        "Token reduction does not pay on onnxruntime",
+        "Token reduction does not pay on eager",
+    ]
+    assert verdict([row(0.5, 0.4, variant="slice")]) == []
+
+
+def test_the_gate_holds_every_batch_to_the_speedup():
+    report = Report(rows=(row(1.5), row(1.2, batch=32), row(1.0, variant="slice"), row(0.1, runtime="eager")))
+    assert speed_gate(report, None) == Report()
+    checks = speed_gate(report, 1.3).checks
+    assert [(check.name, check.value, check.limit, check.passed) for check in checks] == [
+        ("onnxruntime, batch 8: speed-up", 1.5, 1.3, True),
+        ("onnxruntime, batch 32: speed-up", 1.2, 1.3, False),
+    ]
+    assert speed_gate(report, 1.2).passed
+    assert "--min-speedup" in checks[1].reason
+
+
+def test_the_gate_takes_pytorch_where_nothing_else_ran():
+    assert not speed_gate(Report(rows=(row(1.1, runtime="eager"),)), 1.2).passed
+
+
+def test_the_gate_needs_a_dense_twin():
+    with pytest.raises(InputError, match="no dense twin"):
+        speed_gate(Report(rows=(row(None),)), 1.2)
+
+
+# Targets.
+
+
+def variants(contestants: list[Contestant]) -> list[tuple[str, str]]:
+    return [(c.runtime, c.variant) for c in contestants]
+
+
+def test_a_bundle_brings_its_twins(converted):
+    found, plan, notes = contestants_of(converted.path, "bundle", None, None, ())
+    onnx = [("onnxruntime", variant) for variant in ("model", "slice", "dense")]
+    eager = [("eager", variant) for variant in ("model", "dense")]
+    assert variants(found) == onnx + eager
+    assert (plan, notes) == (converted.manifest.plan, [])
+    assert variants(contestants_of(converted.path, "bundle", None, None, ["eager"])[0]) == eager
+    assert variants(contestants_of(converted.path, "bundle", None, None, ["onnxruntime"])[0]) == onnx
+    dense = found[-1].artifact
+    assert token_plan(dense).locations == ()
+    assert dense.blocks[0].attn.qkv.weight is found[-2].artifact.blocks[0].attn.qkv.weight  # not a second copy
+
+
+def test_a_file_is_compared_with_what_is_given(converted):
+    path = converted.file(MODEL)
+    found, plan, notes = contestants_of(path, str(path), None, None, ())
+    assert variants(found) == [("onnxruntime", "model"), ("onnxruntime", "slice")]
+    assert plan == converted.manifest.plan
+    assert "--against" in notes[0]
+    found, _, notes = contestants_of(path, str(path), converted.file(DENSE), None, ())
+    assert variants(found)[-1] == ("onnxruntime", "dense")
+    assert notes == []
+
+
+def test_a_checkpoint_runs_in_pytorch(checkpoint_file):
+    tokens = Tokens(keep_rate=0.5)
+    found, plan, _ = contestants_of(checkpoint_file, str(checkpoint_file), None, tokens, ())
+    assert variants(found) == [("eager", "model"), ("eager", "dense")]
+    assert plan == token_plan(reduce_tokens_(of_kind("plain"), TokenSpec(keep_rate=0.5)))
+
+
+def test_targets_that_cannot_be_profiled(converted, checkpoint_file, tmp_path):
+    options: dict[str, Any] = {"duration": 1e-9, "batch_sizes": (1,)}
+    with pytest.raises(InputError, match="keep rate is needed"):
+        profile(checkpoint_file, **options)
+    with pytest.raises(InputError, match="none of these runtimes"):
+        profile(checkpoint_file, tokens=Tokens(keep_rate=0.5), runtimes=["onnxruntime"], **options)
+    with pytest.raises(InputError, match="none of these runtimes"):
+        profile(converted.file(MODEL), runtimes=["eager"], **options)
+    with pytest.raises(InputError, match="Did you mean 'eager'"):
+        profile(converted.path, runtimes=["eagre"], **options)
+    with pytest.raises(InputError, match="not a bundle"):
+        profile(tmp_path, **options)
+    (tmp_path / "other.onnx").write_bytes(b"text")
+    with pytest.raises(InputError, match="not an ONNX model"):
+        profile(tmp_path / "other.onnx", **options)
+    with pytest.raises(InputError, match="not an ONNX model"):
+        profile(converted.file(MODEL), against=tmp_path / "other.onnx", **options)
+
+
+def test_a_real_run(converted):
+    told: list[str] = []
+    report = profile(converted.path, batch_sizes=(1, 3), threads=1, duration=1e-3, progress=told.append)
+    assert report.clock == "cpu"
+    assert told == ["profiling batch 1", "profiling batch 3"]
+    assert [(r.runtime, r.variant, r.batch) for r in report.rows] == [
+        (runtime, variant, batch)
+        for batch in (1, 3)
+        for runtime, variant in variants(contestants_of(converted.path, "", None, None, ())[0])
+    ]
+    for found in report.rows:
+        assert found.rounds >= profiles.MINIMUM_ROUNDS
+        assert 0 < found.p50 <= found.p95 <= found.p99
+        assert found.images_per_second == pytest.approx(1e3 * found.batch / found.p50)
+        if found.variant != "dense":
+            assert found.speedup_low <= found.speedup <= found.speedup_high
+            assert found.mac_efficiency == pytest.approx(found.speedup / found.mac_ratio)
+            assert found.mac_ratio == pytest.approx(converted.manifest.plan.mac_ratio())
+    again = msgspec.json.decode(msgspec.json.encode(report), type=Report)
+    assert again == report
+
+
+def test_more_threads_are_timed_by_the_wall(converted):
+    contestants = contestants_of(converted.path, "", None, None, ["onnxruntime"])[0]
+    for threads in (2, None):
+        report = measure_all(
+            contestants, converted.manifest.plan, (1,), threads=threads, duration=1e-9, minimum_rounds=1
+        )
+        assert report.clock == "wall"
+
+
+def test_the_bundles_own_report(converted: Any):
+    report = msgspec.json.decode(converted.file("report.json").read_bytes(), type=Report)
+    assert report.passed
+    assert {(r.runtime, r.variant) for r in report.rows} == {
+        ("onnxruntime", "model"), ("onnxruntime", "slice"), ("onnxruntime", "dense"),
+        ("eager", "model"), ("eager", "dense"),
+    }  # fmt: skip
+    manifest = read_bundle(Path(converted.path)).manifest
+    assert manifest.results["speedup"].keys() == {"onnxruntime, batch 1", "eager, batch 1"}
+    assert manifest.model_args == TINY

@@ -4,7 +4,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from evit_deploy.tokens.op import class_scores, reorganize, select
+from evit_deploy.tokens.op import reorganize, select
 from evit_deploy.tokens.reduce import TokenReducer
 
 
@@ -48,11 +48,11 @@ class InverseDrop(TokenReducer):
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`TokenReducer.forward`."""
-        return _reorganize_by(-class_scores(q, k, self.scale, self.prefix), self, x, q, k)
+        return _reorganize_by(-self.scores(x, q, k), self, x, q, k)
 
 
 def _reorganize_by(priority: Tensor, reducer: TokenReducer, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     assert reducer.plan.keep is not None
     kept = select(priority, reducer.plan.keep)
-    scores = class_scores(q, k, reducer.scale, reducer.prefix)
+    scores = reducer.scores(x, q, k)
     return reorganize(x, scores, kept, reducer.plan.fused, reducer.prefix), kept.to(torch.int32)

@@ -33,11 +33,16 @@ def class_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
         prefix: Tokens in front that are no candidates; their share of the softmax is dropped, not redistributed.
 
     Returns:
-        FP32 ``[B, N - prefix]``; a row sums to less than 1.
+        FP32 ``[B, N - prefix]`` (FP64 from FP64 inputs); a row sums to less than 1.
     """
     # A product and a sum, not a matmul: K keeps the layout in which the projection left it, nothing is transposed.
-    logits = (q[:, :1].float() * k.float()).sum(-1) * scale
+    logits = (_precise(q[:, :1]) * _precise(k)).sum(-1) * scale
     return logits.softmax(dim=1)[:, prefix:].mean(-1)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """At least FP32: half precision is too coarse to rank by, and FP64 is for references."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def select(scores: Tensor, keep: int) -> Tensor:
@@ -74,9 +79,9 @@ def reorganize(x: Tensor, scores: Tensor, kept: Tensor, fuse: bool, prefix: int)
     rows = x.flatten(0, 1).index_select(0, (kept + first.unsqueeze(1)).flatten()).unflatten(0, kept.shape)
     parts = [x[:, :prefix], rows]
     if fuse:
-        rest = scores.scatter(1, kept, 0.0)
+        rest, exact = scores.scatter(1, kept, 0.0), _precise(patches)
         with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training sums in half precision
-            parts.append(torch.bmm(rest.unsqueeze(1).float(), patches.float()).to(x.dtype))
+            parts.append(torch.bmm(rest.unsqueeze(1).to(exact.dtype), exact).to(x.dtype))
     return torch.cat(parts, dim=1)
 
 

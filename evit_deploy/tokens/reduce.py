@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from evit_deploy.backbones import backbone_of
 from evit_deploy.errors import InputError
 from evit_deploy.registry import METHODS
+from evit_deploy.tokens.op import class_scores, token_reorg
 from evit_deploy.tokens.plan import BlockPlan, TokenPlan, TokenSpec, make_plan
 
 
@@ -21,8 +22,8 @@ class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TokenReducer(nn.Module):
     """One location of one method: takes the tokens after the attention residual, gives back fewer.
 
-    Subclasses implement :meth:`forward` and are registered in ``registry.METHODS``. They hold no parameters, so that a
-    reduced model's ``state_dict`` is the dense model's.
+    Subclasses say what a token is worth (:meth:`scores`) or override :meth:`forward`, and are registered in
+    ``registry.METHODS``. They hold no parameters, so that a reduced model's ``state_dict`` is the dense model's.
 
     Args:
         plan: What this block has to do; replaced while a keep-rate schedule runs.
@@ -39,8 +40,8 @@ class TokenReducer(nn.Module):
         super().__init__()
         self.plan, self.prefix, self.scale, self.options = plan, prefix, scale, options
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Reduces the tokens.
+    def scores(self, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """How much each candidate matters: the attention the class token pays to it, unless a method says otherwise.
 
         Args:
             x: Tokens after the attention residual ``[B, N, C]``.
@@ -48,9 +49,23 @@ class TokenReducer(nn.Module):
             k: Its keys ``[B, N, H, d]``.
 
         Returns:
+            FP32 ``[B, N - prefix]``.
+        """
+        return class_scores(q, k, self.scale, self.prefix)
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Reduces the tokens.
+
+        Args:
+            x: See :meth:`scores`.
+            q: See :meth:`scores`.
+            k: See :meth:`scores`.
+
+        Returns:
             Tokens ``[B, tokens_out, C]`` and the kept candidates, int32 ``[B, K]``.
         """
-        raise NotImplementedError(f"{type(self).__name__}.forward")
+        assert self.plan.keep is not None
+        return token_reorg(x, self.scores(x, q, k), self.plan.keep, self.plan.fused, self.prefix)
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
@@ -150,7 +165,7 @@ def set_keep_rate_(model: nn.Module, progress: float) -> TokenPlan:
 
 
 class Capture(msgspec.Struct):
-    """What the reducers saw in one forward pass, one entry a location."""
+    """What the reducers saw and chose in one forward pass, one entry a location."""
 
     kept: list[Tensor] = []
     scores: list[Tensor] = []
@@ -158,15 +173,12 @@ class Capture(msgspec.Struct):
 
 @contextmanager
 def capture(model: nn.Module) -> Iterator[Capture]:
-    """Records kept candidates (int32 ``[B, K]``) and class scores (``[B, N]``) of the forward passes inside."""
-    from evit_deploy.tokens.op import class_scores
-
+    """Records kept candidates (int32 ``[B, K]``) and scores (``[B, N]``) of the forward passes inside."""
     seen = Capture([], [])
 
     def hook(reducer: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         assert isinstance(reducer, TokenReducer)
-        _, q, k = inputs
-        seen.scores.append(class_scores(q, k, reducer.scale, reducer.prefix).detach())
+        seen.scores.append(reducer.scores(*inputs).detach())
         seen.kept.append(output[1].detach())
 
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, TokenReducer)]

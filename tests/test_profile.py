@@ -1,5 +1,6 @@
 """Profiling: the arithmetic on runners that only count, and one real run. How fast anything is, is nobody's promise."""
 
+import importlib
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 from models import TINY, of_kind
 
-from evit_deploy import profile as profiles
 from evit_deploy.bundle import DENSE, MODEL, read_bundle
 from evit_deploy.checkpoint import Tokens
 from evit_deploy.errors import InputError
@@ -30,6 +30,8 @@ from evit_deploy.report import ProfileRow, Report
 from evit_deploy.runtimes import Runner, TensorSpec
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+
+profiles = importlib.import_module("evit_deploy.profile")  # evit_deploy.profile itself is the function
 
 
 class Counting(Runner):
@@ -171,8 +173,9 @@ def row(speedup: float | None, low: float | None = None, **changes: Any) -> Prof
 
 def test_the_verdict_says_when_it_does_not_pay():
     assert verdict([row(1.5, 1.2), row(None, variant="dense")]) == []
-    (note,) = verdict([row(1.5, 1.2), row(0.9, 0.8, batch=1), row(1.1, 0.99, batch=32)])
-    assert "does not pay on onnxruntime at batch 1 (0.90x), batch 32 (1.10x)" in note
+    losing, unclear = verdict([row(1.5, 1.2), row(0.9, 0.8, batch=1), row(1.1, 0.99, batch=32)])
+    assert losing == "Token reduction does not pay on onnxruntime at batch 1 (0.90x)."
+    assert "at batch 32 (1.10x) the gain is within noise" in unclear
     notes = verdict([row(0.5, 0.4), row(0.6, 0.5, runtime="eager")])
     assert [note.split(" at ")[0] for note in notes] == [
         "Token reduction does not pay on onnxruntime",

@@ -27,6 +27,9 @@ from evit_deploy.tokens.plan import TokenSpec
 TINY: dict[str, Any] = {"img_size": 96, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
 KEEP = TokenSpec(keep_rate=0.6)
 
+# For the command line, where only the way through it counts.
+SMALLEST = ("vit_tiny_patch16_224", TINY | {"img_size": 64, "depth": 2})
+
 # timm name and arguments of one model of each kind that the export treats differently.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("vit_tiny_patch16_224", TINY),
@@ -56,8 +59,8 @@ def seeded(name: str = "vit_tiny_patch16_224", seed: int = 0, **model_args: Any)
 
 
 def of_kind(kind: str, seed: int = 0) -> Any:
-    """The seeded model of one of ``KINDS``."""
-    name, model_args = KINDS[kind]
+    """The seeded model of one of ``KINDS``, or the ``smallest``."""
+    name, model_args = KINDS.get(kind, SMALLEST)
     return seeded(name, seed, **model_args)
 
 
@@ -74,7 +77,7 @@ def images(model: Any, count: int, seed: int = 0) -> np.ndarray:
 
 def write_checkpoint(path: Path, kind: str = "plain", tokens: TokenSpec | None = None, seed: int = 0) -> Path:
     """Saves a small model together with what it is."""
-    name, model_args = KINDS[kind]
+    name, model_args = KINDS.get(kind, SMALLEST)
     model = of_kind(kind, seed)
     about = Checkpoint(
         str(path), None, {}, name, model_args, tokens=tokens, preprocess=preprocess_for(model), labels=None
@@ -125,10 +128,10 @@ def converted(checkpoint_file: Path) -> Bundle:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte; skips where none may be mounted."""
+    """A file system of half a megabyte; skips where none may be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(place)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system is not permitted here")
     try:

@@ -67,24 +67,23 @@ def run(args: list[str] | None = None) -> int:
     with contextlib.suppress(ValueError):  # only the main thread may
         signal.signal(signal.SIGTERM, _terminate)  # a stopped job cleans up like an interrupted one
     arguments = sys.argv[1:] if args is None else args
+    as_json = "--json" in arguments
     try:
         cli.main(args=list(arguments), standalone_mode=False)
         return 0
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.Abort:
-        return _say("interrupted; nothing was left half-written", 130)
-    except KeyboardInterrupt:
-        return _say("interrupted; nothing was left half-written", 130)
+    except (click.Abort, KeyboardInterrupt):
+        return _say("interrupted; nothing was left half-written", 130, "Interrupted", as_json)
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             click.echo(error.ctx.get_usage(), err=True)
-        return _say(error.format_message(), 2)
+        return _say(error.format_message(), 2, "UsageError", as_json)
     except BrokenPipeError:
         sys.stderr.close()  # `evit-deploy ... | head` is no error
         return 0
     except Exception as error:
-        return _failed(error, "--debug" in arguments, "--json" in arguments)
+        return _failed(error, "--debug" in arguments, as_json)
 
 
 def _failed(error: Exception, debug: bool, as_json: bool) -> int:
@@ -101,14 +100,14 @@ def _failed(error: Exception, debug: bool, as_json: bool) -> int:
     else:
         kind = type(error).__name__
         code, text = 4, f"unexpected {kind}: {error}. Please report it, with what --debug prints."
+    return _say(text, code, kind, as_json and not getattr(error, "result_was_printed", False))
+
+
+def _say(text: str, code: int, kind: str, as_json: bool) -> int:
     if as_json:
         import json
 
         click.echo(json.dumps({"error": {"type": kind, "message": text, "exit_code": code}}))
-    return _say(text, code)
-
-
-def _say(text: str, code: int) -> int:
     click.echo(f"evit-deploy: {text}", err=True)
     return code
 

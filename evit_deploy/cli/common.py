@@ -24,7 +24,11 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*args: Any, as_json: bool, verbose: bool, quiet: bool, debug: bool, **options: Any) -> Any:
         with Output(as_json, verbose, quiet) as output:
-            return function(*args, output=output, **options)
+            try:
+                return function(*args, output=output, **options)
+            except Exception as error:
+                error.result_was_printed = output.printed  # type: ignore[attr-defined]  # stdout takes one document
+                raise
 
     return wrapped
 
@@ -40,6 +44,7 @@ class Output:
 
     def __init__(self, as_json: bool = False, verbose: bool = False, quiet: bool = False) -> None:
         self.as_json, self.verbose, self.quiet = as_json, verbose, quiet
+        self.printed = False
         self._status: Any = None
 
     def __enter__(self) -> "Output":
@@ -77,6 +82,7 @@ class Output:
         if self._status is not None:
             self._status.stop()
             self._status = None
+        self.printed = True
         if self.as_json:
             import msgspec
 

@@ -1,0 +1,493 @@
+"""The command line as a user meets it: results, refusals, exit codes, interruptions, and what is left on disk."""
+
+import importlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from models import SMALLEST, hollow, tree, write_checkpoint
+
+from evit_deploy.bundle import MANIFEST, MODEL, read_bundle
+from evit_deploy.cli import COMMANDS, run
+from evit_deploy.convert import convert
+from evit_deploy.report import Report
+
+CLI = [sys.executable, "-m", "evit_deploy"]
+QUICK = ("--threads", "1")
+
+
+@dataclass
+class Result:
+    """What one call of the command line did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """stdout, which must be one JSON document and nothing else."""
+        return json.loads(self.out)
+
+    def refused(self, code: int, *hints: str) -> None:
+        """One sentence on stderr with these hints in it, this exit code, nothing on stdout, no traceback."""
+        assert (self.code, self.out) == (code, ""), self.err
+        assert "Traceback" not in self.err
+        lines = self.err.splitlines()
+        assert lines[-1].startswith("evit-deploy: ")
+        assert sum(line.startswith("evit-deploy: ") for line in lines) == 1
+        assert all(line.startswith(("evit-deploy: ", "Usage: ", "These weights were never trained")) for line in lines)
+        assert len(lines[-1]) < 800
+        for hint in hints:
+            assert hint in lines[-1]
+
+
+@pytest.fixture
+def cli(capfd, monkeypatch) -> Callable[..., Result]:
+    """Runs the command line inside this process; what libraries print below Python is seen too."""
+    monkeypatch.setitem(convert.__kwdefaults__, "duration", 0.01)  # a first look takes 2 seconds a batch size
+
+    def call(*arguments: object) -> Result:
+        before = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        try:
+            code = run([str(argument) for argument in arguments])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return Result(code, *capfd.readouterr())
+
+    return call
+
+
+def command(*arguments: object, limit: Callable[[], None] | None = None, **environment: str) -> Result:
+    """Runs the command line as a user does."""
+    done = subprocess.run(
+        [*CLI, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        preexec_fn=limit,
+        timeout=240,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def smallest(tmp_path_factory) -> Path:
+    """A checkpoint. Read only."""
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "smallest.safetensors", "smallest")
+
+
+@pytest.fixture
+def checkpoint(tmp_path, smallest) -> Path:
+    """A folder of the user's, with a checkpoint in it."""
+    folder = tmp_path / "user"
+    folder.mkdir()
+    return Path(shutil.copy(smallest, folder / smallest.name))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, smallest) -> tuple[Path, Result]:
+    """A bundle that ``convert`` made, as a user runs it. Read only."""
+    folder = tmp_path_factory.mktemp("made")
+    path = Path(shutil.copy(smallest, folder / smallest.name))
+    return folder / "smallest-evit-k0.6", command("convert", path, "--keep-rate", "0.6", "-v", *QUICK)
+
+
+@pytest.fixture
+def bundle(made, tmp_path) -> Path:
+    """A bundle and its checkpoint that a test may break."""
+    shutil.copytree(made[0].parent, tmp_path / "user")
+    return tmp_path / "user" / made[0].name
+
+
+# Help.
+
+_HEAVY = ("torch", "timm", "numpy", "onnx", "onnxruntime", "rich", "sklearn", "PIL", "safetensors", "yaml")
+_HELP = """
+import json, sys
+from evit_deploy.cli import run
+code = run(sys.argv[2:])
+print(json.dumps([code, [name for name in json.loads(sys.argv[1]) if name in sys.modules]]), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_is_quick_to_load(name):
+    arguments = [*filter(None, [name]), "--help"]
+    done = subprocess.run(
+        [sys.executable, "-c", _HELP, json.dumps(_HEAVY), *arguments], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stderr) == [0, []]
+    assert done.stdout.startswith("Usage: ")
+    if name:
+        assert f"  evit-deploy {name}" in done.stdout  # an example
+        assert "--json" in done.stdout
+    else:
+        assert all(f"  {command} " in done.stdout for command in COMMANDS)
+        assert "Exit codes: 0 ok" in done.stdout
+
+
+def test_the_heavy_modules_are_the_real_ones():
+    for name in _HEAVY:
+        importlib.import_module(name)  # a misspelt name would never be found among the loaded ones
+
+
+def test_version(cli):
+    import evit_deploy
+
+    result = cli("--version")
+    assert (result.code, result.out) == (0, evit_deploy.__version__ + "\n")
+
+
+def test_an_unknown_command_has_a_near_name(cli):
+    cli("convrt").refused(2, "no command 'convrt'", "Did you mean 'convert'?")
+    cli("xyz").refused(2, "There are: convert")
+    cli("convert", "--keep-rates", "0.7").refused(2, "--keep-rates", "--keep-rate")
+    cli("convert").refused(2, "CHECKPOINT")
+
+
+# convert, verify, profile as a user runs them.
+
+
+def test_convert(made):
+    path, result = made
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == str(path)
+    assert "tokens in" in result.out  # the plan
+    assert "onnxruntime, batch 8: kept patches" in result.out
+    assert "speed-up" in result.out
+    stages = ["reading the checkpoint", "exporting to ONNX", "exporting the dense twin", "asking PyTorch", "verifying",
+              "profiling batch 1", "writing the bundle"]  # fmt: skip
+    lines = result.err.splitlines()
+    places = [next(i for i, line in enumerate(lines) if line.startswith(stage)) for stage in stages]
+    assert places == sorted(places)
+    assert not any(stage in result.out for stage in stages)
+    assert "never trained with token reduction" in result.err
+    bundle = read_bundle(path)
+    assert bundle.manifest.tokens.keep_rate == 0.6
+    assert bundle.manifest.model_args == SMALLEST[1]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["smallest-evit-k0.6", "smallest.safetensors"]
+
+
+def test_verify_a_moved_bundle(bundle):
+    result = command("verify", bundle, *QUICK)
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == f"verified: {bundle}"
+    assert result.err == ""
+    assert "eager, batch 2: logits" in result.out
+
+
+def test_profile_a_bundle(cli, made):
+    result = cli("profile", made[0], "--batch-sizes", "1,2", "--duration", "0.01", "-v", *QUICK)
+    assert result.code == 0
+    assert result.err.splitlines() == ["profiling batch 1", "profiling batch 2"]
+    for word in ("slice", "dense", "speed-up", "overhead", "images/s"):
+        assert word in result.out
+
+
+def test_json_is_one_document_a_command(cli, made, checkpoint):
+    short = ("--batch-sizes", "1", "--duration", "0.01", "--json", *QUICK)
+    document = cli("verify", made[0], "--json", *QUICK).document
+    assert document["passed"] is True
+    assert len(document["checks"]) > 10
+    document = cli("profile", made[0], *short).document
+    assert {row["variant"] for row in document["rows"]} == {"model", "dense", "slice"}
+    document = cli("profile", checkpoint, "--keep-rate", "0.5", *short).document
+    assert {row["runtime"] for row in document["rows"]} == {"eager"}
+    document = cli("doctor", "--json").document
+    assert document["usable"] is True
+    result = cli("convert", checkpoint, "--keep-rate", "1,0.5", "--no-fuse", "--locations", "0,1", "--json", *QUICK)
+    document = result.document
+    assert result.code == 0
+    assert document["bundle"] == str(checkpoint.with_name("smallest-evit-k1-0.5"))
+    assert [block["keep"] for block in document["plan"]["blocks"]] == [None, 8]
+    assert msgspec.convert(document, Report, strict=False).passed
+
+
+def test_quiet_says_nothing_on_stderr(cli, checkpoint, tmp_path):
+    arguments = ("--keep-rate", "0.5", "--with-indices", "--out", tmp_path / "out", "-q", *QUICK)
+    result = cli("convert", checkpoint, *arguments)
+    assert (result.code, result.err) == (0, "")
+    outputs = read_bundle(tmp_path / "out").manifest.outputs
+    assert [spec.name for spec in outputs] == ["logits", "kept_0", "kept_1"]
+    # the same place again, now full: without --force nothing happens, with it the bundle is replaced
+    before = tree(tmp_path)
+    cli("convert", checkpoint, *arguments).refused(2, "exists already", "--force")
+    assert tree(tmp_path) == before
+    assert cli("convert", checkpoint, *arguments, "--force", "--keep-rate", "0.4").code == 0
+    assert read_bundle(tmp_path / "out").manifest.tokens.keep_rate == 0.4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "user"]
+
+
+def test_doctor(cli):
+    result = cli("doctor")
+    assert result.code == 0
+    assert result.err == ""
+    assert "ok  runtime onnxruntime" in result.out
+    assert "NO" not in result.out
+
+
+# Refusals. None may leave or change anything.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hints"),
+    [
+        (["--keep-rate", "0"], ["keep rate", "got 0.0", "(0, 1]"]),
+        (["--keep-rate", "1.5"], ["keep rate", "got 1.5"]),
+        (["--keep-rate", "-1"], ["keep rate", "got -1.0"]),
+        (["--keep-rate", "nan"], ["keep rate", "got nan"]),
+        (["--keep-rate", "inf"], ["keep rate", "got inf"]),
+        (["--keep-rate", "abc"], ["--keep-rate", "'abc'", "numbers"]),
+        (["--keep-rate", ""], ["--keep-rate", "numbers"]),
+        (["--keep-rate", "0.5,"], ["--keep-rate", "numbers"]),
+        ([], ["--keep-rate", "is needed"]),
+        (["--keep-rate", "0.5", "--locations", "0,7"], ["location", "got 7", "0 to 1"]),
+        (["--keep-rate", "0.5", "--locations", "1,0"], ["not strictly rising", "got 1,0", "expected 0,1"]),
+        (["--keep-rate", "0.5", "--locations", "1,1"], ["not strictly rising", "got 1,1"]),
+        (["--keep-rate", "0.5", "--locations", "-1,1"], ["location", "got -1"]),
+        (["--keep-rate", "0.5", "--locations", "1.5"], ["--locations", "whole numbers"]),
+        (["--keep-rate", "0.5", "--locations", ""], ["--locations", "whole numbers"]),
+        (["--keep-rate", "0.5,0.6", "--locations", "1"], ["2 rates for 1 locations"]),
+        (["--keep-rate", "0.5,0.6,0.7", "--locations", "0,1"], ["3 rates for 2 locations"]),
+        (["--keep-rate", "0.5,0.6,0.7"], ["3 rates for 2 locations"]),
+        (["--keep-rate", "0.5", "--image-size", "100"], ["--image-size", "got 100", "multiple of 16", "96 or 112"]),
+        (["--keep-rate", "0.5", "--image-size", "0"], ["--image-size", "got 0"]),
+        (["--keep-rate", "0.5", "--image-size", "-64"], ["--image-size", "got -64"]),
+        (["--keep-rate", "0.5", "--image-size", "big"], ["--image-size", "'big'"]),
+        (["--keep-rate", "0.5", "--model", "deit_tiny_patch16_223"], ["--model", "deit_tiny_patch16_224"]),
+        (
+            ["--keep-rate", "0.5", "--model", "deit_tiny_patch16_224"],
+            ["smallest.safetensors", "not those of deit_tiny"],
+        ),
+        (["--keep-rate", "0.5", "--target", "tensort"], ["--target", "'tensort'", "onnx"]),
+        (["--keep-rate", "0.5", "--precision", "fp17"], ["--precision", "'fp17'", "fp32"]),
+        (["--keep-rate", "0.5", "--method", "evti"], ["unknown method", "Did you mean 'evit'?"]),
+        (["--keep-rate", "0.5", "--method", "random"], ["'random' has no exported form"]),
+        (["--keep-rate", "0.5", "--threads", "0"], ["--threads", "0"]),
+        (["--keep-rate", "0.5", "--min-speedup", "fast"], ["--min-speedup", "'fast'"]),
+        (["--keep-rate", "0.5", "--data", "absent"], ["absent", "no such folder"]),
+        (["--keep-rate", "0.5", "--out", "{user}"], ["exists already", "--force"]),
+        (["--keep-rate", "0.5", "--out", "{user}", "--force"], ["no bundle wrote", "smallest.safetensors"]),
+        (["--keep-rate", "0.5", "--out", "{user}/smallest.safetensors", "--force"], ["no bundle wrote"]),
+        (["--keep-rate", "0.5", "--out", "{user}/smallest.safetensors/x"], ["parent is not a folder"]),
+        (["--keep-rate", "0.5", "--out", "/proc/bundle"], ["cannot write there", "/proc"]),
+        (["--keep-rate", "0.5", "--out", "/sys/a/b/bundle"], ["cannot write there", "/sys"]),
+        (["--keep-rate", "0.5", "--out", "{user}/" + "x" * 300], ["cannot write there"]),
+    ],
+    ids=lambda value: " ".join(value)[:60] if value and value[0].startswith("--") else "",
+)
+def test_convert_refuses(cli, checkpoint, arguments, hints):
+    before = tree(checkpoint.parent)
+    arguments = [argument.replace("{user}", str(checkpoint.parent)) for argument in arguments]
+    cli("convert", checkpoint, *arguments).refused(2, *hints)
+    assert tree(checkpoint.parent) == before
+
+
+def test_refusals_do_not_load_what_they_do_not_need(checkpoint):
+    program = (
+        "import sys; from evit_deploy.cli import run; "
+        "code = run(['convert', 'x.pth', '--keep-rate', '7']); sys.exit(code if 'torch' not in sys.modules else 99)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("absent.pth", None, "no such file"),
+        ("empty.pth", b"", "empty"),
+        ("text.pth", b"<html>404</html>", "not a checkpoint"),
+        ("pointer.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("cut.pth", b"PK\x03\x04cut", "damaged"),
+        ("deit_tiny_patch16_225", None, "deit_tiny_patch16_224"),
+    ],
+)
+def test_checkpoints_that_are_none(cli, tmp_path, monkeypatch, name, content, hint):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    before = tree(tmp_path)
+    for arguments in (["convert", name], ["profile", name]):
+        cli(*arguments, "--keep-rate", "0.5").refused(2, name, hint)
+    assert tree(tmp_path) == before
+
+
+def test_a_checkpoint_of_another_family(cli, tmp_path):
+    torch.save({"model": {"layer1.0.conv1.weight": torch.zeros(1)}}, tmp_path / "resnet.pth")
+    cli("convert", tmp_path / "resnet.pth", "--keep-rate", "0.5").refused(2, "resnet.pth", "ResNet")
+    torch.save(hollow("deit_tiny_patch16_224") | {"head.bias": torch.zeros(7)}, tmp_path / "deit.pth")
+    cli("convert", tmp_path / "deit.pth", "--keep-rate", "0.5").refused(2, "deit.pth", "head.bias [7]")
+
+
+def test_errors_as_json(cli, checkpoint):
+    for arguments in (["--keep-rate", "7"], ["--keep-rate", "abc"], []):
+        result = cli("convert", checkpoint, "--json", *arguments)
+        assert result.code == 2
+        error = result.document["error"]
+        assert error["exit_code"] == 2
+        assert f"evit-deploy: {error['message']}" == result.err.splitlines()[-1]
+
+
+def test_debug_shows_the_traceback(cli, checkpoint):
+    result = cli("convert", checkpoint, "--keep-rate", "7", "--debug")
+    assert result.code == 2
+    assert "Traceback" in result.err
+
+
+def test_verify_and_profile_refuse(cli, bundle, tmp_path):
+    before = tree(bundle.parent)
+    for name in ("verify", "profile"):
+        cli(name, bundle, "--runtime", "onnxrutime").refused(2, "unknown runtime", "Did you mean 'onnxruntime'?")
+        cli(name, bundle, "--batch-sizes", "0").refused(2, "--batch-sizes", "from 1 up")
+        cli(name, bundle, "--batch-sizes", "a").refused(2, "--batch-sizes", "whole numbers")
+        cli(name, tmp_path / "user").refused(2, "not a bundle")
+    cli("verify", bundle, "--against", bundle / MANIFEST).refused(2, "--against", "not the checkpoint")
+    cli("verify", tmp_path / "absent").refused(2, "no such bundle")
+    cli("profile", bundle, "--duration", "0").refused(2, "--duration")
+    cli("profile", bundle / MODEL, "--min-speedup", "1.1", "--duration", "0.01", "--batch-sizes", "1").refused(
+        2, "no dense twin"
+    )
+    assert tree(bundle.parent) == before
+    manifest = json.loads((bundle / MANIFEST).read_bytes())
+    (bundle / MANIFEST).write_text(json.dumps(manifest | {"files": {"../smallest.safetensors": "0"}}))
+    cli("verify", bundle).refused(2, "outside the bundle")
+    (bundle / MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
+    cli("verify", bundle).refused(2, "another version")
+    (bundle / MANIFEST).write_text("{")
+    cli("verify", bundle).refused(2, "cannot be read")
+
+
+def test_a_timm_name_without_network(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    result = cli("convert", "deit_tiny_patch16_224", "--keep-rate", "0.7")
+    result.refused(3, "'deit_tiny_patch16_224' could not be fetched", "give its path")
+    assert [name for name in tree(tmp_path) if not name.startswith("cache")] == []
+
+
+# Gates.
+
+
+def test_a_speedup_that_is_not_reached_leaves_the_evidence(cli, checkpoint):
+    out = checkpoint.with_name("bundle")
+    arguments = ("convert", checkpoint, "--keep-rate", "0.5", "--out", out, "--min-speedup", "100", *QUICK)
+    rejected = out.with_name("bundle.rejected")
+    cli(*arguments).refused(1, "speed-up", "expected 100", str(rejected))
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["bundle.rejected", checkpoint.name]
+    report = msgspec.json.decode((rejected / "report.json").read_bytes(), type=Report)
+    assert not report.passed
+    assert {check.limit for check in report.failed} == {100}
+    assert read_bundle(rejected).manifest.results["passed"] is False
+    # once more, with something of the user's among the evidence: that stays
+    (rejected / "thoughts.txt").write_text("mine")
+    before = tree(checkpoint.parent)
+    result = cli(*arguments, "--json")
+    assert result.code == 1
+    assert "evidence was not kept" in result.document["error"]["message"]
+    assert tree(checkpoint.parent) == before
+
+
+def test_a_gate_of_profile(cli, made):
+    arguments = ("profile", made[0], "--min-speedup", "100", "--duration", "0.01", "--batch-sizes", "1", *QUICK)
+    result = cli(*arguments)
+    assert result.code == 1
+    assert "Traceback" not in result.err
+    assert "expected 100" in result.err.splitlines()[-1]
+    assert "speed-up" in result.out
+    result = cli(*arguments, "--json")
+    assert result.code == 1
+    assert result.document["checks"][0]["passed"] is False
+
+
+def test_verify_of_a_tampered_bundle(cli, bundle):
+    content = bytearray((bundle / MODEL).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / MODEL).write_bytes(content)
+    result = cli("verify", bundle)
+    assert result.code == 1
+    assert result.out.splitlines()[-1] == f"NOT verified: {bundle}"
+    assert "changed or gone: model.onnx" in result.err
+    assert "Traceback" not in result.err
+    result = cli("verify", bundle, "--json")
+    assert (result.code, result.document["passed"]) == (1, False)
+
+
+# A full disk, and interruptions.
+
+
+def test_a_full_disk(cli, checkpoint, small_disk):
+    result = cli("convert", checkpoint, "--keep-rate", "0.5", "--out", small_disk / "a" / "bundle", *QUICK)
+    result.refused(4, "No space left", "Nothing was left behind")
+    assert tree(small_disk) == {}
+
+
+def limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)
+
+
+def test_a_file_size_limit(checkpoint):
+    before = tree(checkpoint.parent)
+    result = command("convert", checkpoint, "--keep-rate", "0.5", *QUICK, limit=limit_files)
+    result.refused(4, "File too large", "Nothing was left behind")
+    assert tree(checkpoint.parent) == before
+
+
+def listen() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is started with interruptions ignored
+
+
+def interrupted(checkpoint: Path, stage: str, number: signal.Signals, more: Sequence[str]) -> Result:
+    """Starts a conversion, waits for a stage, and sends a signal."""
+    arguments = ["convert", checkpoint, "--keep-rate", "0.5", "--out", checkpoint.with_name("bundle"), "-v", *more]
+    process = subprocess.Popen(
+        [*CLI, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    )
+    with process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith(stage):
+                process.send_signal(number)
+                break
+        out, err = process.communicate(timeout=120)
+    return Result(process.returncode, out, "".join(said) + err)
+
+
+def test_an_interruption_leaves_nothing(tmp_path, smallest):
+    stages = [
+        ("exporting to ONNX", signal.SIGINT, []),
+        ("verifying", signal.SIGINT, ["--json"]),
+        ("profiling", signal.SIGTERM, []),
+    ]
+    checkpoints = []
+    for i in range(len(stages)):
+        (tmp_path / str(i)).mkdir()
+        checkpoints.append(Path(shutil.copy(smallest, tmp_path / str(i))))
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda job: interrupted(job[0], *job[1]), zip(checkpoints, stages, strict=True)))
+    for result, checkpoint, (stage, _, more) in zip(results, checkpoints, stages, strict=True):
+        assert result.code == 130, result.err
+        assert any(line.startswith(stage) for line in result.err.splitlines())
+        assert result.err.splitlines()[-1] == "evit-deploy: interrupted; nothing was left half-written"
+        assert "Traceback" not in result.err
+        assert list(checkpoint.parent.iterdir()) == [checkpoint], stage
+        if more:
+            assert result.document["error"]["exit_code"] == 130
+        else:
+            assert result.out == ""

@@ -293,8 +293,9 @@ def test_checking_leaves_nothing(tmp_path):
 def test_the_manifest_lists_what_is_there(tmp_path, converted):
     with Staging(tmp_path / "bundle", force=False) as staging:
         fill(staging)
-        manifest = write_manifest(staging.path, converted.manifest)
+        write_manifest(staging.path, converted.manifest)
         staging.publish(tmp_path / "bundle")
+    manifest = read_bundle(tmp_path / "bundle").manifest
     assert manifest.files == {name: sha256(tmp_path / "bundle" / name) for name in (DENSE, MODEL)}
     assert read_bundle(tmp_path / "bundle").manifest == manifest
 

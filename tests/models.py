@@ -35,10 +35,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("vit_tiny_patch16_224", TINY),
     "distilled": ("deit_tiny_distilled_patch16_224", TINY),
     "layer scale": ("deit3_small_patch16_224", TINY),
-    "registers": ("vit_small_patch14_reg4_dinov2", TINY | {"img_size": 84, "num_classes": 7}),
-    "qk-norm": ("vit_tiny_patch16_224", TINY | {"qk_norm": True}),
-    "no classes": ("vit_tiny_patch16_224", TINY | {"num_classes": 0}),
-    "one channel": ("vit_tiny_patch16_224", TINY | {"in_chans": 1}),
+    "registers, no classes": ("vit_small_patch14_reg4_dinov2", TINY | {"img_size": 84, "num_classes": 0}),
+    "qk-norm, one channel": ("vit_tiny_patch16_224", TINY | {"qk_norm": True, "in_chans": 1}),
 }
 
 

@@ -273,7 +273,7 @@ def test_exporting_leaves_the_model_alone():
 # The twins.
 
 
-@pytest.mark.parametrize("kind", ["plain", "registers"])
+@pytest.mark.parametrize("kind", ["plain", "registers, no classes"])
 def test_the_dense_twin_is_the_dense_model(kind):
     twin, model = exported(kind, None), of_kind(kind)
     onnx.checker.check_model(twin, full_check=True)

@@ -17,7 +17,7 @@ from evit_deploy.data import Preprocess, sample_inputs
 from evit_deploy.errors import GateFailed, InputError
 from evit_deploy.export import INPUT, LOGITS, backbone_channels, export_onnx, kept_name, versions, with_indices
 from evit_deploy.golden import Golden, make_golden
-from evit_deploy.profile import eager_contestants, measure_all, onnx_contestants, speed_gate
+from evit_deploy.profile import measure_all, onnx_contestants, speed_gate
 from evit_deploy.report import Report, device
 from evit_deploy.runtimes import TensorSpec
 from evit_deploy.tokens.plan import TokenSpec
@@ -28,7 +28,11 @@ TARGETS = ("onnx",)
 PRECISIONS = ("fp32",)
 GOLDEN_IMAGES = 4
 VERIFY_BATCHES = (1, 2, 8)
-PROFILE_BATCHES, PROFILE_SECONDS, PROFILE_ROUNDS = (1, 8), 2.0, 3  # a first look; `profile` takes its time
+PROFILE_BATCHES, PROFILE_SECONDS, PROFILE_ROUNDS = (
+    (1, 8),
+    2.0,
+    3,
+)  # a first look: `profile` takes its time, and PyTorch in
 # Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training.
 _UNTRAINED_DEIT_S = {0.9: 79.7, 0.8: 79.2, 0.7: 78.5, 0.6: 76.8, 0.5: 73.8}
 
@@ -135,9 +139,8 @@ def convert(
             progress("accuracy")
             report += accuracy("onnxruntime", exported, manifest, data, threads)
         if report.passed:
-            contestants = onnx_contestants(exported, dense) + eager_contestants(reduced)
             report += measure_all(
-                contestants,
+                onnx_contestants(exported, dense),
                 plan,
                 batch_sizes,
                 threads=threads,

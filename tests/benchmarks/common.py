@@ -14,10 +14,17 @@ from evit_deploy.report import device
 
 
 def deit_small() -> Any:
-    """DeiT-S with weights from a seed; sharper queries and keys, so that scores differ as in a trained model."""
+    """DeiT-S with weights from a seed that are as general as trained ones.
+
+    timm's first weights are not: their biases are 0 and their norms 1, which an exporter folds away; and their queries
+    and keys are so small that all scores are alike.
+    """
     torch.manual_seed(0)
     model = timm.create_model("deit_small_patch16_224")
     with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
         for block in model.blocks:
             block.attn.qkv.weight[: 2 * 384] *= 4
     return model.eval()

@@ -158,7 +158,7 @@ def set_image_size_(model: Any, image_size: int) -> None:
     """Changes the image size a model takes, in place.
 
     Raises:
-        InputError: The patch size does not divide it.
+        InputError: The patch size does not divide it, or memory cannot hold it.
     """
     patch = model.patch_embed.patch_size
     if image_size <= 0 or any(image_size % p for p in patch):
@@ -170,7 +170,10 @@ def set_image_size_(model: Any, image_size: int) -> None:
             wanted=f"a multiple of {patch[0]} such as {below} or {below + patch[0]}",
         )
     if tuple(model.patch_embed.img_size) != (image_size, image_size):
-        model.set_input_size(img_size=(image_size, image_size))
+        try:
+            model.set_input_size(img_size=(image_size, image_size))
+        except (RuntimeError, OverflowError, MemoryError) as error:  # PyTorch's words for what memory cannot hold
+            raise InputError("the image size is too large for memory", where="--image-size", seen=image_size) from error
 
 
 def _exists(path: Path) -> bool:

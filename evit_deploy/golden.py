@@ -62,11 +62,15 @@ class Golden(msgspec.Struct):
 _PLAIN = ("inputs", "logits", "reference", "dense", "dense_reference")
 
 
-def load_golden(path: Path) -> Golden:
+def load_golden(path: Path, plan: TokenPlan) -> Golden:
     """Reads ``golden.npz``; pickled arrays are refused.
 
+    Args:
+        path: The file.
+        plan: The plan of the model it belongs to.
+
     Raises:
-        InputError: The file is not a golden file.
+        InputError: The file is not a golden file, or not this model's.
     """
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
@@ -76,6 +80,9 @@ def load_golden(path: Path) -> Golden:
             field, block = name.split("_")
             located[field][int(block)] = arrays[name]
         ordered = {field: dict(sorted(value.items())) for field, value in located.items()}
+        blocks = [row.block for row in plan.locations]
+        if any(list(value) != blocks for value in ordered.values()):
+            raise KeyError(f"its locations are not those of the plan, {blocks}")
         plain: list[Any] = [arrays[name] for name in _PLAIN]
         return Golden(*plain, **ordered)
     except (OSError, ValueError, KeyError, EOFError) as error:

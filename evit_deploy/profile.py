@@ -240,6 +240,8 @@ def _ratios(contestants: Sequence[Contestant], plan: TokenPlan, clock: np.ndarra
 def median_interval(values: np.ndarray) -> tuple[float, float]:
     """A 95 % interval of the median that assumes nothing of the distribution (order statistics, binomial).
 
+    Of five values or fewer it is all of them, which covers less: 94 % of five, 75 % of three.
+
     >>> median_interval(np.arange(1.0, 12.0))
     (2.0, 10.0)
     """

@@ -56,7 +56,7 @@ def verify(
     )
     if changed:  # what follows would be about other files than the manifest's
         return Report(checks=(check,), versions=versions(), device=device())
-    golden = load_golden(bundle.file(bundles.GOLDEN))
+    golden = load_golden(bundle.file(bundles.GOLDEN), bundle.manifest.plan)
     report = Report(checks=(check,), versions=versions(), device=device())
     model, why_not = parent_model(bundle, against)
     if why_not and (against or "eager" in runtimes):

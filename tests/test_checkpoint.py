@@ -22,6 +22,7 @@ from evit_deploy.checkpoint import (
     check_model_name,
     read_checkpoint,
     save_checkpoint,
+    set_image_size_,
 )
 from evit_deploy.convert import preprocess_of
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
@@ -494,3 +495,9 @@ def test_a_timm_name_without_network(monkeypatch, tmp_path):
     with pytest.raises(MissingRequirement, match="could not be fetched") as caught:
         read_checkpoint("deit_tiny_patch16_224.fb_in1k")
     assert caught.value.exit_code == 3
+
+
+def test_an_image_size_that_no_memory_holds():
+    model = timm.create_model("test_vit")
+    with pytest.raises(InputError, match="too large for memory"):
+        set_image_size_(model, 16 * 10**11)

@@ -215,7 +215,7 @@ def test_an_answer_that_depends_on_the_other_images(bundle):
 
 
 def test_a_wrong_pytorch_model_is_found(bundle):
-    golden = load_golden(bundle.file(GOLDEN))
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
     model: Any = reduce_tokens_(of_kind("plain"), bundle.manifest.tokens)
     assert verify_runtime("eager", model, golden, bundle.manifest.plan, BATCHES, 1).passed
     with torch.no_grad():
@@ -276,7 +276,7 @@ def independent(image: Image.Image, preprocess: Any) -> np.ndarray:
 
 
 def test_golden_inputs_are_the_sample_photographs(converted):
-    golden, preprocess = load_golden(converted.file(GOLDEN)), converted.manifest.preprocess
+    golden, preprocess = load_golden(converted.file(GOLDEN), converted.manifest.plan), converted.manifest.preprocess
     np.testing.assert_array_equal(golden.inputs, sample_inputs(preprocess, len(golden.inputs)))
     photographs = sample_photographs()
     assert [photograph.size for photograph in photographs] == [(640, 427)] * 2
@@ -326,9 +326,9 @@ def golden_bytes(converted: Bundle) -> dict[str, np.ndarray]:
 
 
 def test_the_golden_file_is_read_as_it_was_written(tmp_path, converted):
-    golden = load_golden(converted.file(GOLDEN))
+    golden = load_golden(converted.file(GOLDEN), converted.manifest.plan)
     golden.save(tmp_path / GOLDEN)
-    again = load_golden(tmp_path / GOLDEN)
+    again = load_golden(tmp_path / GOLDEN, converted.manifest.plan)
     arrays, arrays_again = golden._arrays(), again._arrays()
     assert arrays.keys() == arrays_again.keys()
     for name, value in arrays.items():
@@ -346,23 +346,23 @@ def test_pickled_arrays_are_refused(tmp_path, converted):
     arrays: dict[str, Any] = golden_bytes(converted)
     np.savez(tmp_path / GOLDEN, **arrays | {"logits": np.array([{"a": 1}], object)})
     with pytest.raises(InputError, match=r"golden\.npz.*allow_pickle"):
-        load_golden(tmp_path / GOLDEN)
+        load_golden(tmp_path / GOLDEN, converted.manifest.plan)
 
 
-@pytest.mark.parametrize("missing", ["inputs", "logits", "dense_reference"])
+@pytest.mark.parametrize("missing", ["inputs", "logits", "dense_reference", "kept_1", "margin_1"])
 def test_a_golden_file_without_a_field(tmp_path, converted, missing):
     arrays: dict[str, Any] = golden_bytes(converted)
     del arrays[missing]
     np.savez(tmp_path / GOLDEN, **arrays)
-    with pytest.raises(InputError, match=missing):
-        load_golden(tmp_path / GOLDEN)
+    with pytest.raises(InputError, match="not those of the plan" if "_1" in missing else missing):
+        load_golden(tmp_path / GOLDEN, converted.manifest.plan)
 
 
 @pytest.mark.parametrize("name", ["other", "other_3", "kept_x", "kept_1_2"])
 def test_a_golden_file_with_another_field(tmp_path, converted, name):
     np.savez(tmp_path / GOLDEN, **golden_bytes(converted) | {name: np.zeros(2)})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"golden\.npz"):
-        load_golden(tmp_path / GOLDEN)
+        load_golden(tmp_path / GOLDEN, converted.manifest.plan)
 
 
 def test_a_damaged_golden_file(tmp_path, converted):
@@ -375,7 +375,7 @@ def test_a_damaged_golden_file(tmp_path, converted):
     for broken in [*damaged, bytes(flipped)]:
         (tmp_path / GOLDEN).write_bytes(broken)
         with pytest.raises(InputError, match=r"golden\.npz"):
-            load_golden(tmp_path / GOLDEN)
+            load_golden(tmp_path / GOLDEN, converted.manifest.plan)
 
 
 # Ties and tolerances.

@@ -8,7 +8,7 @@ from torch import nn
 
 from evit_deploy.recipe import CompareSection
 from evit_deploy.registry import METHODS
-from evit_deploy.report import AccuracyRow, wilson
+from evit_deploy.report import AccuracyRow, accuracy_row
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan, token_spec
 from evit_deploy.training_data import TrainingData
@@ -16,39 +16,25 @@ from evit_deploy.training_data import TrainingData
 Tell = Callable[[str], None]
 
 
-class Accuracy(msgspec.Struct, frozen=True):
-    """How often a model was right.
-
-    Args:
-        top1: Share of images whose label came first.
-        top5: Share of images whose label was among the first five.
-        count: Images.
-    """
-
-    top1: float
-    top5: float
-    count: int
-
-
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: TrainingData, batch_size: int = 64) -> Accuracy:
+def evaluate(model: nn.Module, data: TrainingData, batch_size: int = 64, name: str = "model") -> AccuracyRow:
     """Accuracy on the validation images, on the device the model is on.
 
     Args:
         model: Its mode is left as it was.
         data: Where the images come from.
         batch_size: Images a batch.
+        name: Which model, for the row.
     """
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    right1 = right5 = count = 0
-    for images, labels in data.validation(batch_size):
-        logits = model(images.to(device))
-        order = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = order == labels.to(device).unsqueeze(1)
-        right1, right5, count = right1 + int(hits[:, 0].sum()), right5 + int(hits.any(1).sum()), count + len(labels)
+    answers = (
+        (model(images.to(device)).float().cpu().numpy(), labels.numpy())
+        for images, labels in data.validation(batch_size)
+    )
+    row = accuracy_row(name, answers)
     model.train(training)
-    return Accuracy(right1 / count, right5 / count, count)
+    return row
 
 
 def finetuned_name(spec: TokenSpec) -> str:
@@ -96,9 +82,7 @@ def compare(
 def _row(name: str, model: nn.Module, data: TrainingData, batch_size: int, progress: Tell | None) -> AccuracyRow:
     if progress is not None:
         progress(f"evaluating: {name}")
-    found = evaluate(model, data, batch_size)
-    low, high = wilson(round(found.top1 * found.count), found.count)
-    return AccuracyRow(name, found.top1, found.top5, found.count, low, high, token_plan(model).macs() / 1e9)
+    return msgspec.structs.replace(evaluate(model, data, batch_size, name), gmacs=token_plan(model).macs() / 1e9)
 
 
 def with_method(spec: TokenSpec, method: str) -> TokenSpec:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 import evit_deploy
 from evit_deploy import bundle as bundles
 from evit_deploy.bundle import Bundle, read_bundle, write_atomically
 from evit_deploy.errors import GateFailed, InputError
 from evit_deploy.recipe import ModelSection, Recipe
-from evit_deploy.report import AccuracyRow, Check, Report, wilson
+from evit_deploy.report import AccuracyRow, Check, Report, accuracy_row
 
 BUNDLE, RECORD = "bundle", "stages.json"
 _DIGITS_NOTE = (
@@ -233,12 +232,8 @@ def _exported_accuracy(recipe: Recipe, bundle: Bundle) -> AccuracyRow:
 
     manifest = bundle.manifest
     data = open_data(recipe.data, manifest.preprocess)
-    right1 = right5 = count = 0
-    with opened("onnxruntime", bundle.file(bundles.MODEL), recipe.profile.threads) as runner:
-        for images, labels in data.validation(recipe.data.evaluation_batch_size):
-            logits = runner.infer(feeds(images.numpy()))[LOGITS]
-            hits = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels.numpy()[:, None]
-            right1, right5, count = right1 + int(hits[:, 0].sum()), right5 + int(hits.any(1).sum()), count + len(labels)
-    low, high = wilson(right1, count)
     name = f"{finetuned_name(recipe.tokens)}, exported (onnxruntime)"
-    return AccuracyRow(name, right1 / count, right5 / count, count, low, high, manifest.plan.macs() / 1e9)
+    with opened("onnxruntime", bundle.file(bundles.MODEL), recipe.profile.threads) as runner:
+        batches = data.validation(recipe.data.evaluation_batch_size)
+        answers = ((runner.infer(feeds(images.numpy()))[LOGITS], labels.numpy()) for images, labels in batches)
+        return accuracy_row(name, answers, manifest.plan.macs() / 1e9)

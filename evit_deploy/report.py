@@ -2,10 +2,11 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -155,6 +156,24 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     half = z * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
     scale = 1 + z * z / count
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def accuracy_row(
+    name: str, answers: Iterable[tuple[np.ndarray, np.ndarray]], gmacs: float | None = None
+) -> AccuracyRow:
+    """Counts how often answers were right.
+
+    Args:
+        name: Which model.
+        answers: Logits ``[B, classes]`` and labels ``[B]`` of each batch.
+        gmacs: Multiply-adds for one image, in 10⁹.
+    """
+    right1 = right5 = count = 0
+    for logits, labels in answers:
+        hits = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]
+        right1, right5, count = right1 + int(hits[:, 0].sum()), right5 + int(hits.any(1).sum()), count + len(labels)
+    low, high = wilson(right1, count)
+    return AccuracyRow(name, right1 / count, right5 / count, count, low, high, gmacs)
 
 
 def render(report: Report, console: Any) -> None:

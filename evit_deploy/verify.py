@@ -14,7 +14,7 @@ from evit_deploy.errors import CheckpointError, InputError
 from evit_deploy.export import LOGITS, kept_name, versions
 from evit_deploy.golden import Golden, agreement, feeds, load_golden, logit_error
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import AccuracyRow, Check, Report, device, wilson
+from evit_deploy.report import Check, Report, accuracy_row, device
 from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import reduce_tokens_
@@ -174,14 +174,9 @@ def accuracy(name: str, artifact: Any, manifest: bundles.Manifest, data: Path, t
             seen=len(folder.classes),
             wanted=f"at most {classes}",
         )
-    right1 = right5 = count = 0
     with opened(name, artifact, threads) as runner:
-        for images, labels in folder.batches(32):
-            order = np.argsort(-runner.infer(feeds(images))[LOGITS], axis=1, kind="stable")[:, :5]
-            hits = order == labels[:, None]
-            right1, right5, count = right1 + int(hits[:, 0].sum()), right5 + int(hits.any(1).sum()), count + len(labels)
-    low, high = wilson(right1, count)
-    row = AccuracyRow(name, right1 / count, right5 / count, count, low, high, manifest.plan.macs() / 1e9)
+        answers = ((runner.infer(feeds(images))[LOGITS], labels) for images, labels in folder.batches(32))
+        row = accuracy_row(name, answers, manifest.plan.macs() / 1e9)
     return Report(accuracy=(row,))
 
 

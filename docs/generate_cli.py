@@ -20,7 +20,7 @@ result one JSON document. Exit codes: 0 ok · 1 a gate failed · 2 usage, recipe
 def reference() -> str:
     """The whole page."""
     parts = [HEADER]
-    parent = click.Context(cli, info_name="evit-deploy", max_content_width=110, terminal_width=110)
+    parent = click.Context(cli, info_name="evit-deploy", terminal_width=110, **cli.context_settings)
     for name in COMMANDS:
         command = cli.get_command(parent, name)
         assert command is not None

@@ -296,10 +296,9 @@ def test_more_threads_are_timed_by_the_wall(converted):
 def test_the_bundles_own_report(converted: Any):
     report = msgspec.json.decode(converted.file("report.json").read_bytes(), type=Report)
     assert report.passed
-    assert {(r.runtime, r.variant) for r in report.rows} == {
-        ("onnxruntime", "model"), ("onnxruntime", "slice"), ("onnxruntime", "dense"),
-        ("eager", "model"), ("eager", "dense"),
-    }  # fmt: skip
+    assert [(r.runtime, r.variant) for r in report.rows] == [
+        ("onnxruntime", variant) for variant in ("model", "slice", "dense")
+    ]
     manifest = read_bundle(Path(converted.path)).manifest
-    assert manifest.results["speedup"].keys() == {"onnxruntime, batch 1", "eager, batch 1"}
+    assert manifest.results["speedup"].keys() == {"onnxruntime, batch 1"}
     assert manifest.model_args == TINY

@@ -74,6 +74,7 @@ def profile(
     Raises:
         InputError: The target is nothing that can be profiled, or a runtime cannot run it.
     """
+    progress("reading the models")
     contestants, plan, notes = contestants_of(Path(target), str(target), against, tokens, runtimes)
     if not contestants:
         raise InputError("none of these runtimes runs this", where=target, seen=", ".join(runtimes))

@@ -206,11 +206,13 @@ def render(report: Report, console: Any) -> None:
                 )
                 for row in report.accuracy
             ],
+            dispensable=("top-5 %", "95 % interval", "GMACs"),
         )
     if report.rows:
         header = ("runtime", "variant", "batch", "images/s", "p50 ms", "p95 ms", "p99 ms", "variation",
                   "speed-up", "MAC ratio", "MAC eff.", "overhead")  # fmt: skip
-        _table(console, header, [_profile_cells(row) for row in report.rows])
+        dispensable = ("variation", "p99 ms", "MAC ratio", "p95 ms")
+        _table(console, header, [_profile_cells(row) for row in report.rows], dispensable)
     for note in report.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
@@ -239,16 +241,24 @@ def _number(value: float | int | str | None) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def _table(console: Any, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _table(console: Any, header: Sequence[str], rows: Sequence[Sequence[str]], dispensable: Sequence[str] = ()) -> None:
+    """Prints a table; where the terminal is narrow, rather without dispensable columns than with cut cells."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
-    for title, right in zip(header, numeric, strict=True):
-        table.add_column(title, justify="right" if right else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+    hidden: set[str] = set()
+    for name in (None, *dispensable):
+        hidden |= {name} if name else set()
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
+        shown = [i for i, title in enumerate(header) if title not in hidden]
+        for i in shown:
+            numeric = all(_is_number(row[i]) for row in rows)
+            table.add_column(header[i], justify="right" if numeric else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[i] for i in shown))
+        wide = console.options.update(width=10_000)  # a measure is cut to the options' width
+        if console.measure(table, options=wide).maximum <= console.width:
+            break
     console.print(table)
 
 

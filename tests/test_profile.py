@@ -1,6 +1,7 @@
 """Profiling: the arithmetic on runners that only count, and one real run. How fast anything is, is nobody's promise."""
 
 import importlib
+import io
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 from models import TINY, of_kind
+from rich.console import Console
 
 from evit_deploy.bundle import DENSE, MODEL, read_bundle
 from evit_deploy.checkpoint import Tokens
@@ -26,7 +28,7 @@ from evit_deploy.profile import (
     speed_gate,
     verdict,
 )
-from evit_deploy.report import ProfileRow, Report
+from evit_deploy.report import ProfileRow, Report, render
 from evit_deploy.runtimes import Runner, TensorSpec
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
@@ -266,7 +268,7 @@ def test_a_real_run(converted):
     told: list[str] = []
     report = profile(converted.path, batch_sizes=(1, 3), threads=1, duration=1e-3, progress=told.append)
     assert report.clock == "cpu"
-    assert told == ["profiling batch 1", "profiling batch 3"]
+    assert told == ["reading the models", "profiling batch 1", "profiling batch 3"]
     assert [(r.runtime, r.variant, r.batch) for r in report.rows] == [
         (runtime, variant, batch)
         for batch in (1, 3)
@@ -302,3 +304,17 @@ def test_the_bundles_own_report(converted: Any):
     manifest = read_bundle(Path(converted.path)).manifest
     assert manifest.results["speedup"].keys() == {"onnxruntime, batch 1"}
     assert manifest.model_args == TINY
+
+
+@pytest.mark.parametrize(
+    ("width", "present", "absent"),
+    [(160, ("variation", "p99 ms", "overhead"), ()), (80, ("overhead", "speed-up"), ("variation", "p99 ms"))],
+)
+def test_a_narrow_terminal_gets_fewer_columns_and_no_cut_ones(width, present, absent):
+    console = Console(width=width, record=True, file=io.StringIO())
+    measured = row(1.49, 1.48, mac_ratio=1.52, mac_efficiency=0.98, overhead=0.004, images_per_second=1234.5)
+    render(Report(rows=(measured,)), console)
+    text = console.export_text()
+    assert "…" not in text
+    assert all(title in text for title in (*present, "1.49x"))
+    assert not any(title in text for title in absent)

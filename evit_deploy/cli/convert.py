@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.common import PATH, Output, output_options, tokens_of, tokens_options
+from evit_deploy.cli.common import PATH, tokens_of, tokens_options
+from evit_deploy.cli.output import Output, output_options
 
 
 @click.command("convert", short_help="Turn a checkpoint into a verified, measured bundle.")
@@ -42,6 +43,8 @@ def command(
     evit-deploy convert deit_s.pth --keep-rate 0.74,0.7,0.7 --locations 2,6,9
     """
     tokens = tokens_of(keep_rate, locations, fuse, method)
+    import msgspec
+
     from evit_deploy.convert import convert
 
     bundle, report = convert(
@@ -55,16 +58,10 @@ def command(
         notice=output.notice,
         **options,
     )
-    plan = "" if output.quiet else f"{bundle.manifest.plan}\n\n"
     if not output.as_json:
-        click.echo(plan, nl=False)
-    # The notes were told as notices, when they mattered; what remains are the verdicts.
-    told = set(bundle.manifest.notes)
-    import msgspec
-
-    shown = (
-        report
-        if output.as_json
-        else msgspec.structs.replace(report, notes=tuple(n for n in report.notes if n not in told))
-    )
-    output.result(shown, f"\n{bundle.path}", bundle=str(bundle.path), plan=bundle.manifest.plan)
+        if not output.quiet:
+            click.echo(f"{bundle.manifest.plan}\n")
+        # What was assumed has been told when it mattered; what remains are the verdicts.
+        verdicts = tuple(note for note in report.notes if note not in bundle.manifest.notes)
+        report = msgspec.structs.replace(report, notes=verdicts)
+    output.result(report, f"\n{bundle.path}", bundle=str(bundle.path), plan=bundle.manifest.plan)

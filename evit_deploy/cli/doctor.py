@@ -2,7 +2,7 @@
 
 import click
 
-from evit_deploy.cli.common import Output, output_options
+from evit_deploy.cli.output import Output, output_options
 
 
 @click.command("doctor", short_help="Say what is installed and usable here.")

@@ -4,7 +4,8 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.common import Numbers, Output, output_options, run_options, tokens_of, tokens_options
+from evit_deploy.cli.common import Numbers, run_options, tokens_of, tokens_options
+from evit_deploy.cli.output import Output, output_options
 
 
 @click.command("profile", short_help="Measure a model against its dense and slice twins.")

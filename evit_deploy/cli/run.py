@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from evit_deploy.cli.common import PATH, Output, output_options, recipe_options
+from evit_deploy.cli.common import PATH, recipe_options
+from evit_deploy.cli.output import Output, output_options
 
 
 @click.command("run", short_help="Train, export, verify and profile as a recipe says.")

@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.common import PATH, Numbers, Output, output_options, run_options
+from evit_deploy.cli.common import PATH, Numbers, run_options
+from evit_deploy.cli.output import Output, output_options
 
 
 @click.command("verify", short_help="Prove that a bundle answers like PyTorch.")

@@ -10,18 +10,18 @@ import onnx
 import torch
 
 from evit_deploy import bundle as bundles
-from evit_deploy.backbones import copy_sharing_weights
+from evit_deploy.backbones import backbone_of
 from evit_deploy.bundle import Bundle, Manifest, Parent, Staging
 from evit_deploy.checkpoint import FILE_SUFFIXES, Checkpoint, Tokens, build_model, read_checkpoint
 from evit_deploy.data import Preprocess, sample_inputs
 from evit_deploy.errors import GateFailed, InputError
-from evit_deploy.export import INPUT, LOGITS, backbone_channels, export_onnx, kept_name, versions, with_indices
+from evit_deploy.export import INPUT, LOGITS, export_onnx, kept_name, versions, with_indices
 from evit_deploy.golden import Golden, make_golden
 from evit_deploy.profile import measure_all, onnx_contestants, speed_gate
 from evit_deploy.report import Report, device
 from evit_deploy.runtimes import TensorSpec
 from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.verify import accuracy, verify_dense, verify_runtime
 
 TARGETS = ("onnx",)
@@ -118,7 +118,7 @@ def convert(
         preprocess=preprocess,
         precision=precision,
         labels=checkpoint.labels,
-        inputs=(TensorSpec(INPUT, "float32", (None, backbone_channels(reduced), *preprocess.size)),),
+        inputs=(TensorSpec(INPUT, "float32", (None, backbone_of(reduced).channels(reduced), *preprocess.size)),),
         outputs=outputs,
         files={},
         parents=[_parent(checkpoint, out, model)],
@@ -163,7 +163,7 @@ def _write_models(
     reduced: torch.nn.Module, manifest: Manifest, staging: Path, indices: bool, progress: Callable[[str], None]
 ) -> Golden:
     """Exports the model and its dense twin, and asks PyTorch for the golden answers."""
-    dense_model = reduce_tokens_(copy_sharing_weights(reduced), TokenSpec(keep_rate=1.0))
+    dense_model = dense_twin(reduced)
     about = {"name": manifest.model, "preprocess": manifest.preprocess}
     progress("exporting to ONNX")
     exported = export_onnx(reduced, **about)
@@ -172,7 +172,7 @@ def _write_models(
     (staging / bundles.DENSE).parent.mkdir()
     onnx.save(export_onnx(dense_model, **about), staging / bundles.DENSE)
     progress("asking PyTorch for golden answers")
-    inputs = sample_inputs(manifest.preprocess, GOLDEN_IMAGES, backbone_channels(reduced))
+    inputs = sample_inputs(manifest.preprocess, GOLDEN_IMAGES, backbone_of(reduced).channels(reduced))
     golden = make_golden(reduced, dense_model, inputs)
     golden.save(staging / bundles.GOLDEN)
     return golden

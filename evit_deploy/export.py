@@ -26,7 +26,7 @@ from evit_deploy.data import Preprocess
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.tokens import op
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
-from evit_deploy.tokens.reduce import TokenReducer, reduce_tokens_, token_plan, token_spec
+from evit_deploy.tokens.reduce import TokenReducer, token_plan, token_spec
 
 OPSET = 23  # the first with Attention; Gelu came with 20
 INPUT, LOGITS = "input", "logits"
@@ -95,7 +95,7 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess) ->
     if not all(module.exports for module in model.modules() if isinstance(module, TokenReducer)):
         raise InputError(f"the method {spec.method!r} has no exported form", fix="Use --method evit.")
     lowered = backbone.lower(model)
-    example = torch.zeros(2, backbone_channels(model), *size)  # batch 2: a 1 would be baked in as a constant
+    example = torch.zeros(2, backbone.channels(model), *size)  # batch 2: a 1 would be baked in as a constant
     proto = _run_exporter(lowered, example)
     nodes = [node for node in proto.graph.node if node.domain == op.DOMAIN]
     for node, row in zip(nodes, plan.locations, strict=True):
@@ -106,25 +106,6 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess) ->
     _write_card(proto, ModelCard(kind, name, spec, plan, preprocess, versions()))
     onnx.checker.check_model(proto)
     return proto
-
-
-def backbone_channels(model: Any) -> int:
-    """Channels of the input image."""
-    return model.patch_embed.proj.in_channels
-
-
-def export_dense_twin(model: torch.nn.Module, *, name: str, preprocess: Preprocess) -> ModelProto:
-    """Exports the same weights without token reduction; the model itself is given back as it came.
-
-    Raises:
-        The same errors as :func:`export_onnx`.
-    """
-    spec = token_spec(model)
-    reduce_tokens_(model, TokenSpec(keep_rate=1.0))
-    try:
-        return export_onnx(model, name=name, preprocess=preprocess)
-    finally:
-        reduce_tokens_(model, spec)
 
 
 def _run_exporter(model: torch.nn.Module, example: torch.Tensor) -> ModelProto:

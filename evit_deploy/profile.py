@@ -18,15 +18,14 @@ import numpy as np
 import torch
 
 from evit_deploy import bundle as bundles
-from evit_deploy.backbones import copy_sharing_weights
 from evit_deploy.checkpoint import Tokens, build_model, read_checkpoint
 from evit_deploy.errors import InputError
 from evit_deploy.export import INPUT, load_onnx, read_card, slice_twin, versions
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import Check, ProfileRow, Report, device
 from evit_deploy.runtimes import Runner
-from evit_deploy.tokens.plan import TokenPlan, TokenSpec
-from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.verify import opened, parent_model
 
 BATCH_SIZES = (1, 8, 32)
@@ -130,8 +129,7 @@ def onnx_contestants(model: Path, dense: Path | None) -> list[Contestant]:
 
 def eager_contestants(model: torch.nn.Module) -> list[Contestant]:
     """The PyTorch model and the same weights without reduction."""
-    dense = reduce_tokens_(copy_sharing_weights(model), TokenSpec(keep_rate=1.0))
-    return [Contestant("eager", "model", model), Contestant("eager", "dense", dense)]
+    return [Contestant("eager", "model", model), Contestant("eager", "dense", dense_twin(model))]
 
 
 def measure_all(

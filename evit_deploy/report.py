@@ -246,7 +246,7 @@ def _table(console: Any, header: Sequence[str], rows: Sequence[Sequence[str]], d
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    hidden: set[str] = set()
+    table, hidden = Table(), set[str]()
     for name in (None, *dispensable):
         hidden |= {name} if name else set()
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))

@@ -18,7 +18,6 @@ from evit_deploy.export import (
     LOGITS,
     OPSET,
     ModelCard,
-    export_dense_twin,
     export_onnx,
     kept_name,
     load_onnx,
@@ -31,7 +30,7 @@ from evit_deploy.golden import FLOOR
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.op import DOMAIN, NAME
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
-from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan, token_spec
+from evit_deploy.tokens.reduce import capture, dense_twin, reduce_tokens_, token_plan, token_spec
 
 DROP = TokenSpec(keep_rate=(0.8, 0.5), locations=(0, 2), fuse=False)
 BATCHES = (1, 2, 3, 5, 7)
@@ -54,8 +53,7 @@ def exported(kind: str, spec: TokenSpec | None = KEEP) -> ModelProto:
 
 def _export(kind: str, spec: TokenSpec | None) -> ModelProto:
     model = of_kind(kind) if spec is None else reduced(kind, spec)
-    export = export_dense_twin if spec is None else export_onnx
-    return export(model, name=KINDS[kind][0], preprocess=preprocess_for(model))
+    return export_onnx(model, name=KINDS[kind][0], preprocess=preprocess_for(model))
 
 
 def reduced(kind: str, spec: TokenSpec = KEEP) -> Any:
@@ -261,7 +259,8 @@ def test_exporting_leaves_the_model_alone():
     model = reduced("plain").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan, spec, blocks = token_plan(model), token_spec(model), [type(block.attn) for block in model.blocks]
-    export_dense_twin(model, name="x", preprocess=preprocess_for(model))
+    export_onnx(dense_twin(model), name="x", preprocess=preprocess_for(model))
+    export_onnx(model, name="x", preprocess=preprocess_for(model))
     assert (token_plan(model), token_spec(model)) == (plan, spec)
     assert [type(block.attn) for block in model.blocks] == blocks
     assert model.training

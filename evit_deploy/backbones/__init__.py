@@ -31,6 +31,11 @@ class Backbone(Protocol):
         ...
 
     @staticmethod
+    def channels(model: Any) -> int:
+        """Channels of the input image."""
+        ...
+
+    @staticmethod
     def blocks(model: Any) -> Any:
         """The transformer blocks, as the indexable container that holds them."""
         ...

@@ -212,6 +212,11 @@ class TimmViT:
         return height, width
 
     @staticmethod
+    def channels(model: Any) -> int:
+        """Channels of the input image."""
+        return model.patch_embed.proj.in_channels
+
+    @staticmethod
     def blocks(model: VisionTransformer) -> nn.Sequential:
         """The transformer blocks."""
         return model.blocks

@@ -9,7 +9,7 @@ import torch
 
 from evit_deploy.backbones import backbone_of
 from evit_deploy.errors import UnsupportedModelError
-from evit_deploy.export import INPUT, LOGITS, backbone_channels, kept_name
+from evit_deploy.export import INPUT, LOGITS, kept_name
 from evit_deploy.runtimes import Runner, TensorSpec
 from evit_deploy.tokens.reduce import capture, token_plan
 
@@ -47,8 +47,9 @@ class EagerRunner(Runner):
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The images."""
-        size = backbone_of(self.artifact).image_size(self.artifact)
-        return (TensorSpec(INPUT, "float32", (None, backbone_channels(self.artifact), *size)),)
+        backbone = backbone_of(self.artifact)
+        shape = (None, backbone.channels(self.artifact), *backbone.image_size(self.artifact))
+        return (TensorSpec(INPUT, "float32", shape),)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:

@@ -8,7 +8,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from evit_deploy.backbones import backbone_of
+from evit_deploy.backbones import backbone_of, copy_sharing_weights
 from evit_deploy.errors import InputError
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.op import class_scores, token_reorg
@@ -128,6 +128,11 @@ def _options(method: type[TokenReducer], spec: TokenSpec) -> msgspec.Struct:
         raise InputError(
             f"the method {spec.method!r} does not take these options: {error}", seen=spec.options, wanted=wanted
         ) from None
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """A copy of a model without token reduction; its weights are the original's own."""
+    return reduce_tokens_(copy_sharing_weights(model), TokenSpec(keep_rate=1.0))
 
 
 def token_plan(model: nn.Module) -> TokenPlan:

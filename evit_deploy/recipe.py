@@ -221,13 +221,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
-        path: A YAML file.
+        path: A YAML file, or the name of a recipe that came with the package (``digits``, ``recipes/digits.yaml``).
         overrides: ``section.key=value`` each, applied in order; values are read as YAML.
 
     Raises:
         RecipeError: The file cannot be read, or the recipe or an override asks for something impossible.
     """
-    path = Path(path)
+    path = _shipped(Path(path))
     document = _read_yaml(path)
     for override in overrides:
         _override(document, override)
@@ -276,11 +276,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _shipped(path: Path) -> Path:
+    """Where an installed package keeps its recipes: the messages and pages name them as in a checkout."""
+    if path.exists() or path.parent not in (Path(), Path("recipes")) or path.suffix not in ("", ".yaml"):
+        return path
+    package = Path(__file__).parent
+    folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package)
+    found = folder / f"{path.stem}.yaml"
+    return found if found.is_file() else path
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError("no such recipe", where=path, fix="Give the path of a YAML file.") from None
+        raise RecipeError("no such recipe", where=path, fix="Give the path of a YAML file, or `digits`.") from None
     except IsADirectoryError:
         raise RecipeError("this is a folder", where=path, wanted="a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:

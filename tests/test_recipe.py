@@ -152,3 +152,21 @@ def test_reading_a_recipe_does_not_import_torch():
         "sys.exit(len({'torch', 'timm', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(DIGITS)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["digits", "recipes/digits.yaml", "digits.yaml"])
+def test_recipes_of_the_package_are_found_from_anywhere(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(name).name == "digits"
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("name: [", encoding="utf-8")
+    with pytest.raises(RecipeError, match="not valid YAML"):  # one's own file comes first
+        load_recipe(name)
+
+
+def test_only_the_packages_own_places_are_searched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("elsewhere/digits.yaml", "digits.yml", "nothing"):
+        with pytest.raises(RecipeError, match="no such recipe"):
+            load_recipe(name)

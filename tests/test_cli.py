@@ -484,3 +484,14 @@ def test_an_interruption_leaves_nothing(tmp_path, smallest):
             assert result.document["error"]["exit_code"] == 130
         else:
             assert result.out == ""
+
+
+@pytest.mark.parametrize("value", ["nan", "0", "-1", "inf", "fast"])
+@pytest.mark.parametrize(
+    "arguments",
+    [("convert", "x.pth", "--min-speedup"), ("profile", "x", "--min-speedup"), ("profile", "x", "--duration")],
+)
+def test_what_has_to_be_above_zero(cli, arguments, value):
+    result = cli(*arguments, value)
+    assert result.code == 2
+    assert f"got '{value}', expected a number above 0" in result.err

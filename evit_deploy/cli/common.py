@@ -1,5 +1,6 @@
 """Options that commands share."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,22 @@ class Numbers(click.ParamType):
         if self.low is not None and any(not number >= self.low for number in numbers):
             self.fail(f"got {value!r}, expected {wanted} from {self.low} up", param, ctx)
         return numbers
+
+
+class Positive(click.ParamType):
+    """A finite number above 0; click's own range lets ``nan`` through, which is neither in nor out of it."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """``"1.5"`` to ``1.5``."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            self.fail(f"got {value!r}, expected a number above 0", param, ctx)
+        return number
 
 
 def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:

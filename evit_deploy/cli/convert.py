@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.common import PATH, tokens_of, tokens_options
+from evit_deploy.cli.common import PATH, Positive, tokens_of, tokens_options
 from evit_deploy.cli.output import Output, output_options
 
 
@@ -18,7 +18,9 @@ from evit_deploy.cli.output import Output, output_options
 @click.option("--target", "targets", multiple=True, help="What to make; may be repeated.  [default: onnx]")
 @click.option("--with-indices", is_flag=True, help="Give out kept indices as outputs kept_<block>.")
 @click.option("--data", type=PATH, metavar="DIR", help="Labelled images (class/image) for top-1 and top-5.")
-@click.option("--min-speedup", type=float, metavar="F", help="Fail if it is not this much faster than the dense twin.")
+@click.option(
+    "--min-speedup", type=Positive(), metavar="F", help="Fail if it is not this much faster than the dense twin."
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the runtime's own choice]")
 @click.option("--out", type=PATH, metavar="DIR", help="Bundle to write.  [default: <stem>-<method>-k<rate> beside it]")
 @click.option("--force", is_flag=True, help="Replace an older bundle there.")

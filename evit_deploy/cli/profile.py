@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.common import Numbers, run_options, tokens_of, tokens_options
+from evit_deploy.cli.common import Numbers, Positive, run_options, tokens_of, tokens_options
 from evit_deploy.cli.output import Output, output_options
 
 
@@ -13,9 +13,11 @@ from evit_deploy.cli.output import Output, output_options
 @run_options
 @tokens_options
 @click.option("--batch-sizes", type=Numbers(int, 1), metavar="1,8,32", default="1,8,32", show_default=True)
-@click.option("--duration", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
+@click.option("--duration", type=Positive(), default=10.0, show_default=True,
               help="Seconds for each batch size.")  # fmt: skip
-@click.option("--min-speedup", type=float, metavar="F", help="Fail if it is not this much faster than the dense twin.")
+@click.option(
+    "--min-speedup", type=Positive(), metavar="F", help="Fail if it is not this much faster than the dense twin."
+)
 @output_options
 def command(
     target: str,

@@ -14,12 +14,16 @@ from typing import Any, Self
 import msgspec
 
 from evit_deploy.data import Preprocess
+from evit_deploy.engine import Engine
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.runtimes import TensorSpec
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 
 FORMAT = 1
 MANIFEST, MODEL, DENSE, GOLDEN, REPORT = "manifest.json", "model.onnx", "dense/model.onnx", "golden.npz", "report.json"
+ENGINE, OPENVINO = "engine.plan", "openvino/model.xml"
+TWIN = "dense/"
+"""Folder of the dense twin; in it, files are named as the model's own."""
 
 
 class Parent(msgspec.Struct, frozen=True):
@@ -58,6 +62,7 @@ class Manifest(msgspec.Struct, frozen=True):
         device: Machine that made it.
         results: The figures that matter, from the report.
         notes: What was assumed.
+        engine: What ``engine.plan`` was built with, if there is one.
     """
 
     kind: str
@@ -77,6 +82,7 @@ class Manifest(msgspec.Struct, frozen=True):
     device: dict[str, Any]
     results: dict[str, Any]
     notes: list[str] = []
+    engine: Engine | None = None
     format: int = FORMAT
 
 

@@ -43,6 +43,7 @@ class ModelCard(msgspec.Struct, frozen=True):
         tokens: What was asked for.
         plan: The token counts.
         preprocess: From image file to input tensor.
+        precision: Of weights and matrix products: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``.
         versions: Packages that made the file.
     """
 
@@ -51,6 +52,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     tokens: TokenSpec
     plan: TokenPlan
     preprocess: Preprocess
+    precision: str
     versions: dict[str, str]
 
 
@@ -103,7 +105,7 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess) ->
     if nodes:
         _attach_function(proto)
     kind = "reduced" if plan.locations else "dense"
-    _write_card(proto, ModelCard(kind, name, spec, plan, preprocess, versions()))
+    write_card(proto, ModelCard(kind, name, spec, plan, preprocess, "fp32", versions()))
     onnx.checker.check_model(proto)
     return proto
 
@@ -157,7 +159,8 @@ def _attach_function(proto: ModelProto) -> None:
         proto.opset_import.append(helper.make_opsetid(op.DOMAIN, op.DOMAIN_VERSION))
 
 
-def _write_card(proto: ModelProto, card: ModelCard) -> None:
+def write_card(proto: ModelProto, card: ModelCard) -> None:
+    """Puts into a file what it says about itself."""
     values = {
         field: value if isinstance(value, str) else msgspec.json.encode(value).decode()
         for field, value in msgspec.structs.asdict(card).items()
@@ -229,7 +232,7 @@ def slice_twin(proto: ModelProto) -> ModelProto:
     twin = onnx_ir.to_proto(model)
     card = read_card(proto)
     if card is not None:
-        _write_card(twin, msgspec.structs.replace(card, kind="slice"))
+        write_card(twin, msgspec.structs.replace(card, kind="slice"))
     onnx.checker.check_model(twin)
     return twin
 

@@ -186,13 +186,30 @@ def opened(name: str, artifact: Any, threads: int | None = None, *, with_indices
 
     Raises:
         InputError: No such runtime, or it cannot run this.
+        MissingRequirement: The runtime is not installed, or its device is not there.
     """
     runtime: type[Runner] = RUNTIMES.get(name)
+    missing = runtime.missing()
+    if missing is not None:
+        raise missing
     reasons = runtime.accepts(artifact)
     if reasons:
         raise InputError(f"the runtime {name!r} cannot run this: {'; '.join(reasons)}", where="--runtime")
     with runtime(artifact, threads=threads, with_indices=with_indices) as runner:
         yield runner
+
+
+def artifact_of(bundle: bundles.Bundle, runtime: type[Runner], *, dense: bool = False) -> Path | None:
+    """The file of a bundle that a runtime runs best; ``None`` if it can run none of them.
+
+    Args:
+        bundle: The bundle.
+        runtime: A class from the registry of runtimes.
+        dense: The dense twin's file instead of the model's.
+    """
+    names = (bundles.TWIN * dense + name for name in runtime.files)
+    found = next((name for name in names if name in bundle.manifest.files), None)
+    return bundle.file(found) if found else None
 
 
 def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[torch.nn.Module | None, str]:

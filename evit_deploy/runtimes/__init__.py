@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Self
 import msgspec
 import numpy as np
 
+from evit_deploy.errors import MissingRequirement
+
 
 class TensorSpec(msgspec.Struct, frozen=True):
     """One input or output.
@@ -33,9 +35,16 @@ class Runner(ABC):
     """
 
     name: ClassVar[str]
+    files: ClassVar[tuple[str, ...]] = ()
+    """Files of a bundle that it can run, the best first; the dense twin's have the same names in ``dense/``."""
 
     def __init__(self, artifact: Any, *, threads: int | None = None, with_indices: bool = False) -> None:
         self.artifact, self.threads, self.with_indices = artifact, threads, with_indices
+
+    @classmethod
+    def missing(cls) -> MissingRequirement | None:
+        """What this machine lacks to run it, as the error to raise; ``None`` when nothing."""
+        return None
 
     @classmethod
     @abstractmethod

@@ -20,6 +20,7 @@ class OnnxRuntimeRunner(Runner):
     """Runs an ONNX file, or a model in memory, on the CPU provider."""
 
     name = "onnxruntime"
+    files = ("model.onnx",)
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:

@@ -22,14 +22,16 @@ if TYPE_CHECKING:
         StageError,
         UnsupportedModelError,
     )
-    from evit_deploy.export import export_onnx, slice_twin
+    from evit_deploy.export import export_onnx
     from evit_deploy.pipeline import run
+    from evit_deploy.precision import set_precision
     from evit_deploy.profile import profile
     from evit_deploy.recipe import Recipe, load_recipe
     from evit_deploy.report import Check, Report
     from evit_deploy.tokens.plan import BlockPlan, TokenPlan, TokenSpec, make_plan
     from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
     from evit_deploy.train import train
+    from evit_deploy.variants import slice_twin
     from evit_deploy.verify import verify
 
 __version__ = "0.1.0"
@@ -48,14 +50,16 @@ _HOMES = {
         "StageError",
         "UnsupportedModelError",
     ),
-    "evit_deploy.export": ("export_onnx", "slice_twin"),
+    "evit_deploy.export": ("export_onnx",),
     "evit_deploy.pipeline": ("run",),
+    "evit_deploy.precision": ("set_precision",),
     "evit_deploy.profile": ("profile",),
     "evit_deploy.recipe": ("Recipe", "load_recipe"),
     "evit_deploy.report": ("Check", "Report"),
     "evit_deploy.tokens.plan": ("BlockPlan", "TokenPlan", "TokenSpec", "make_plan"),
     "evit_deploy.tokens.reduce": ("reduce_tokens_", "set_keep_rate_", "token_plan"),
     "evit_deploy.train": ("train",),
+    "evit_deploy.variants": ("slice_twin",),
     "evit_deploy.verify": ("verify",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -89,6 +93,7 @@ __all__ = [
     "reduce_tokens_",
     "run",
     "set_keep_rate_",
+    "set_precision",
     "slice_twin",
     "token_plan",
     "train",

@@ -6,28 +6,29 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
-import onnx
+import numpy as np
 import torch
 
 from evit_deploy import bundle as bundles
 from evit_deploy.backbones import backbone_of
+from evit_deploy.build import BuildOptions
 from evit_deploy.bundle import Bundle, Manifest, Parent, Staging
 from evit_deploy.checkpoint import FILE_SUFFIXES, Checkpoint, Tokens, build_model, read_checkpoint
-from evit_deploy.data import Preprocess, sample_inputs
+from evit_deploy.data import Preprocess, calibration_images, image_files, image_folder, sample_inputs
 from evit_deploy.errors import GateFailed, InputError
-from evit_deploy.export import INPUT, LOGITS, export_onnx, kept_name, versions, with_indices
+from evit_deploy.export import INPUT, LOGITS, kept_name, versions
 from evit_deploy.golden import Golden, make_golden
-from evit_deploy.profile import measure_all, onnx_contestants, speed_gate
+from evit_deploy.lower import Lowering, lowering, write_engines, write_models, write_openvino
+from evit_deploy.precision import QUANTIZED
+from evit_deploy.profile import bundle_contestants, measure_all, sizes_within, speed_gate
 from evit_deploy.report import Report, device
 from evit_deploy.runtimes import TensorSpec
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
-from evit_deploy.verify import accuracy, verify_dense, verify_runtime
+from evit_deploy.verify import prove, verify_precision
 
-TARGETS = ("onnx",)
-PRECISIONS = ("fp32",)
-GOLDEN_IMAGES = 4
-VERIFY_BATCHES = (1, 2, 8)
+GOLDEN_IMAGES = 8
+CALIBRATION_IMAGES = 512
 PROFILE_BATCHES, PROFILE_SECONDS, PROFILE_ROUNDS = (
     (1, 8),
     2.0,
@@ -43,8 +44,10 @@ def convert(
     tokens: Tokens | TokenSpec = Tokens(),  # noqa: B008 -- frozen
     model: str | None = None,
     image_size: int | None = None,
-    precision: str = "fp32",
-    targets: Sequence[str] = ("onnx",),
+    precision: str | None = None,
+    targets: Sequence[str] = (),
+    options: BuildOptions | None = None,
+    calibration: Path | np.ndarray | None = None,
     out: Path | None = None,
     force: bool = False,
     indices: bool = False,
@@ -64,8 +67,11 @@ def convert(
         tokens: The reduction; what is left open comes from the checkpoint.
         model: timm name that decides the architecture.
         image_size: Pixels, if not the checkpoint's.
-        precision: Of the weights in the files.
-        targets: What to make.
+        precision: Of the files; ``fp16`` for an engine and ``fp32`` otherwise by default.
+        targets: What to make besides the ONNX file; ``tensorrt`` where it is usable by default.
+        options: What to tell the builder of an engine.
+        calibration: For ``int8`` and ``fp8``: a folder of real images, or such images in the deployment's
+            preprocessing, float32 ``[n, C, H, W]``.
         out: Folder for the bundle; ``<stem>-<method>-k<rate>`` beside the checkpoint by default.
         force: Whether to replace an older bundle there.
         indices: Whether ``model.onnx`` gives out the kept candidates as ``kept_<block>``.
@@ -83,14 +89,15 @@ def convert(
 
     Raises:
         InputError: The input cannot be used; nothing was written.
+        MissingRequirement: A package or a GPU that a target needs is not here; nothing was written.
         GateFailed: A check did not hold; the bundle lies in ``<out>.rejected``, with the report.
         StageError: Exporting or writing failed; nothing was written.
     """
-    _check_asked(precision, targets)
+    made = lowering(targets, precision, options, calibration, indices)
     if data is not None:
-        from evit_deploy.data import image_folder
-
         image_folder(data, Preprocess((224, 224)))  # a wrong folder is told before the work, not after it
+    if isinstance(calibration, Path):
+        image_files(calibration)
     progress("reading the checkpoint")
     checkpoint = read_checkpoint(source, model)
     spec, notes = tokens.resolve(checkpoint) if isinstance(tokens, Tokens) else (tokens, [])
@@ -116,7 +123,7 @@ def convert(
         tokens=spec,
         plan=plan,
         preprocess=preprocess,
-        precision=precision,
+        precision=made.precision,
         labels=checkpoint.labels,
         inputs=(TensorSpec(INPUT, "float32", (None, backbone_of(reduced).channels(reduced), *preprocess.size)),),
         outputs=outputs,
@@ -130,19 +137,17 @@ def convert(
     )
     report = Report(notes=tuple(notes), versions=versions(), device=device())
     with Staging(out, force=force) as staging:
-        golden = _write_models(reduced, manifest, staging.path, indices, progress)
-        exported, dense = staging.path / bundles.MODEL, staging.path / bundles.DENSE
-        progress("verifying")
-        report += verify_runtime("onnxruntime", exported, golden, plan, VERIFY_BATCHES, threads)
-        report += verify_dense("onnxruntime", dense, golden, threads)
-        if report.passed and data is not None:
-            progress("accuracy")
-            report += accuracy("onnxruntime", exported, manifest, data, threads)
+        golden, manifest, checks = _write_files(reduced, manifest, made, calibration, staging.path, progress)
+        report += checks
+        bundles.write_manifest(staging.path, manifest)
+        report += prove(bundles.read_bundle(staging.path), golden, made.runtimes, data, threads, progress)
         if report.passed:
+            contestants = bundle_contestants(bundles.read_bundle(staging.path), made.runtimes)
+            sizes = sizes_within(made.options.profiles if made.plan_target else (), batch_sizes)
             report += measure_all(
-                onnx_contestants(exported, dense),
+                contestants,
                 plan,
-                batch_sizes,
+                sizes,
                 threads=threads,
                 duration=duration,
                 minimum_rounds=PROFILE_ROUNDS,
@@ -159,23 +164,39 @@ def convert(
     return bundles.read_bundle(out), report
 
 
-def _write_models(
-    reduced: torch.nn.Module, manifest: Manifest, staging: Path, indices: bool, progress: Callable[[str], None]
-) -> Golden:
-    """Exports the model and its dense twin, and asks PyTorch for the golden answers."""
-    dense_model = dense_twin(reduced)
-    about = {"name": manifest.model, "preprocess": manifest.preprocess}
-    progress("exporting to ONNX")
-    exported = export_onnx(reduced, **about)
-    onnx.save(with_indices(exported) if indices else exported, staging / bundles.MODEL)
-    progress("exporting the dense twin")
-    (staging / bundles.DENSE).parent.mkdir()
-    onnx.save(export_onnx(dense_model, **about), staging / bundles.DENSE)
+def _write_files(
+    reduced: torch.nn.Module,
+    manifest: Manifest,
+    made: Lowering,
+    calibration: Path | np.ndarray | None,
+    staging: Path,
+    progress: Callable[[str], None],
+) -> tuple[Golden, Manifest, Report]:
+    """Writes the model and its dense twin in every form, and what PyTorch says to the golden inputs."""
+    dense, preprocess = dense_twin(reduced), manifest.preprocess
+    channels = backbone_of(reduced).channels(reduced)
+    if isinstance(calibration, Path):
+        progress("reading calibration images")
+        calibration = calibration_images(calibration, preprocess, channels, CALIBRATION_IMAGES)
+    models = write_models(reduced, dense, made, manifest.model, preprocess, calibration, staging, progress)
     progress("asking PyTorch for golden answers")
-    inputs = sample_inputs(manifest.preprocess, GOLDEN_IMAGES, backbone_of(reduced).channels(reduced))
-    golden = make_golden(reduced, dense_model, inputs)
+    inputs = sample_inputs(preprocess, GOLDEN_IMAGES, channels)
+    golden = make_golden(reduced, dense, inputs, made.precision, models if made.precision in QUANTIZED else None)
     golden.save(staging / bundles.GOLDEN)
-    return golden
+    report = verify_precision(golden)
+    if "openvino" in made.targets:
+        progress("writing the OpenVINO files")
+        write_openvino(staging)
+    if made.plan_target is not None and report.passed:
+        progress(f"building the engines with {made.plan_target}")
+        engine, checks = write_engines(reduced, dense, made, manifest.plan, staging)
+        manifest = msgspec.structs.replace(manifest, engine=engine)
+        report += checks
+        if made.plan_target not in made.runtimes:
+            report += Report(
+                notes=(f"The engine was built ahead of time and not run: verify it on {', '.join(engine.gpus)}.",)
+            )
+    return golden, manifest, report
 
 
 def _reject(staging: Staging, report: Report) -> NoReturn:
@@ -217,21 +238,6 @@ def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
     if own is not None:
         return msgspec.structs.replace(own, size=tuple(size))
     return Preprocess.from_model(model, tuple(size))
-
-
-def _check_asked(precision: str, targets: Sequence[str]) -> None:
-    for target in targets:
-        if target not in TARGETS:
-            raise InputError(
-                "this version cannot make that target", where="--target", seen=repr(target), wanted=", ".join(TARGETS)
-            )
-    if precision not in PRECISIONS:
-        raise InputError(
-            "this version cannot make that precision",
-            where="--precision",
-            seen=repr(precision),
-            wanted=", ".join(PRECISIONS),
-        )
 
 
 def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:

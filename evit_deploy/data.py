@@ -158,7 +158,11 @@ def sample_inputs(preprocess: Preprocess, count: int, channels: int = 3) -> np.n
         raise InputError("nothing to sample", seen=f"count {count}, channels {channels}", wanted="at least 1 of each")
     photographs = sample_photographs()
     inputs = [preprocess_image(_crop(photographs[i % 2], seed=i), preprocess) for i in range(count)]
-    images = np.stack(inputs)
+    return _with_channels(np.stack(inputs), channels)
+
+
+def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:
+    """Colour images for a model that takes another number of channels: one is their mean, more repeat them."""
     if channels == 1:
         images = images.mean(axis=1, keepdims=True)
     elif channels != 3:
@@ -261,6 +265,42 @@ def image_folder(
         seen = "images outside class folders" if loose else f"{len(found)} class folders, no images"
         raise InputError("no labelled images here", where=root, seen=seen, wanted="<class>/<image> files")
     return ImageFolder(root, names, files, transform or preprocess.transform())
+
+
+def image_files(path: Path) -> list[Path]:
+    """Image files anywhere below a folder, labelled or not, always in the same order.
+
+    Raises:
+        InputError: No such folder, or no images in it.
+    """
+    if not path.is_dir():
+        raise InputError(
+            "this is a file" if path.exists() else "no such folder", where=path, wanted="a folder of images"
+        )
+    files = [file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")]
+    if not files:
+        raise InputError("no images here", where=path, wanted=", ".join(EXTENSIONS))
+    return sorted(files, key=lambda file: _natural(str(file)))
+
+
+def calibration_images(path: Path, preprocess: Preprocess, channels: int, limit: int) -> np.ndarray:
+    """Real images to learn ranges from, in the deployment's preprocessing.
+
+    Args:
+        path: Folder with images anywhere below it.
+        preprocess: What is done with each.
+        channels: Channels of the model's input.
+        limit: At most this many, evenly spaced.
+
+    Returns:
+        float32 ``[n, channels, H, W]``.
+
+    Raises:
+        InputError: See :func:`image_files` and :func:`read_image`.
+    """
+    files = image_files(path)
+    chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, min(limit, len(files))).astype(int))]
+    return _with_channels(np.stack([preprocess_image(file, preprocess) for file in chosen]), channels)
 
 
 def _is_class(entry: Path) -> bool:

@@ -4,18 +4,18 @@ The file holds ``evit::TokenReorg`` nodes *and* the function that says what they
 OpenVINO and TensorRT-RTX run the function, TensorRT takes a plugin for it when one is loaded. Batch is the one dynamic
 dimension. Everything a consumer must know (plan, preprocessing, versions) stands in the model's own properties.
 
-The *dense twin* is the same model without token reduction, exported by the same code. The *slice twin* is the exported
-file itself with every ``TokenReorg`` node replaced by a plain ``Slice`` to the same token count.
+The *dense twin* is the same model without token reduction, exported by the same code.
 """
 
+import ast
 import importlib.metadata
 import logging
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, helper
@@ -99,6 +99,7 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess) ->
     lowered = backbone.lower(model)
     example = torch.zeros(2, backbone.channels(model), *size)  # batch 2: a 1 would be baked in as a constant
     proto = _run_exporter(lowered, example)
+    _name_nodes(proto)
     nodes = [node for node in proto.graph.node if node.domain == op.DOMAIN]
     for node, row in zip(nodes, plan.locations, strict=True):
         _rename_outputs(proto, node, row.block)
@@ -143,6 +144,28 @@ def _run_exporter(model: torch.nn.Module, example: torch.Tensor) -> ModelProto:
             logger.setLevel(level)
 
 
+def _name_nodes(proto: ModelProto) -> None:
+    """Names every node by its module and operator, ``blocks.3.attn.q/Gemm``, so that a profile can be read.
+
+    What else the exporter notes on a node goes: among it are stack traces with the folders of this machine.
+    """
+    taken: Counter[str] = Counter()
+    module = ""
+    for node in proto.graph.node:
+        notes = {entry.key: entry.value for entry in node.metadata_props}
+        scopes = [str(scope) for scope in ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))]
+        # A node that the exporter made up on its own belongs to the block that it stands in.
+        module = scopes[-2].lstrip("_") if scopes else ".".join(module.split(".")[:2])
+        module = "" if module.startswith("empty_nn_module") else module
+        name = "/".join(part for part in (module, node.op_type) if part)
+        node.name = f"{name}_{taken[name]}" if taken[name] else name
+        taken[name] += 1
+        del node.metadata_props[:]
+    for holder in (*proto.graph.value_info, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
+        del holder.metadata_props[:]
+    del proto.graph.metadata_props[:]
+
+
 def _rename_outputs(proto: ModelProto, node: onnx.NodeProto, block: int) -> None:
     renamed = {node.output[0]: f"blocks.{block}.tokens", node.output[1]: kept_name(block)}
     node.name = f"blocks.{block}.token_reorg"
@@ -183,58 +206,6 @@ def read_card(proto: ModelProto) -> ModelCard | None:
     except msgspec.DecodeError:
         return None
     return ModelCard(**values)
-
-
-def with_indices(proto: ModelProto) -> ModelProto:
-    """A copy whose kept candidates are outputs too: ``kept_<block>``, int32 ``[batch, K]``."""
-    copy = ModelProto()
-    copy.CopyFrom(proto)
-    present = {output.name for output in copy.graph.output}
-    for node in copy.graph.node:
-        if node.domain == op.DOMAIN and node.output[1] not in present:
-            keep = next(a.i for a in node.attribute if a.name == "keep")
-            info = helper.make_tensor_value_info(node.output[1], onnx.TensorProto.INT32, ["batch", keep])
-            copy.graph.output.append(info)
-    return copy
-
-
-def slice_twin(proto: ModelProto) -> ModelProto:
-    """The same file with each reorganisation replaced by a plain slice to the same token count.
-
-    What is left of its time under the original's is what scoring, selecting, gathering and fusing cost.
-
-    Raises:
-        InputError: The file has no ``TokenReorg`` node.
-    """
-    import onnx_ir
-    from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
-
-    model = onnx_ir.from_proto(proto)
-    graph = model.graph
-    nodes = [node for node in graph if node.domain == op.DOMAIN]
-    if not nodes:
-        raise InputError("this file has no TokenReorg node, so there is nothing to slice", seen=proto.graph.name)
-    for node in nodes:
-        counts = [node.attributes[name].as_int() for name in ("prefix", "keep", "fuse")]
-        bounds = []
-        for label, number in (("start", 0), ("end", sum(counts)), ("axis", 1)):
-            tensor = onnx_ir.tensor(np.array([number], np.int64), name=f"{node.name}.{label}")
-            bounds.append(onnx_ir.Value(name=tensor.name, const_value=tensor))
-            graph.register_initializer(bounds[-1])
-        slice_node = onnx_ir.Node("", "Slice", [node.inputs[0], *bounds], name=f"{node.name}.slice")
-        graph.insert_before(node, slice_node)
-        tokens, kept = node.outputs
-        tokens.replace_all_uses_with(slice_node.outputs[0])
-        if kept in graph.outputs:
-            graph.outputs.remove(kept)
-    for remove in (RemoveUnusedNodesPass(), RemoveUnusedFunctionsPass(), RemoveUnusedOpsetsPass()):
-        remove(model)
-    twin = onnx_ir.to_proto(model)
-    card = read_card(proto)
-    if card is not None:
-        write_card(twin, msgspec.structs.replace(card, kind="slice"))
-    onnx.checker.check_model(twin)
-    return twin
 
 
 def load_onnx(path: Path) -> ModelProto:

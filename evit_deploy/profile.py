@@ -7,6 +7,7 @@ over rounds. With one thread they are made of that thread's CPU time, which neig
 more, of wall time.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +21,18 @@ import torch
 
 from evit_deploy import bundle as bundles
 from evit_deploy.checkpoint import Tokens, build_model, read_checkpoint
+from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import InputError
-from evit_deploy.export import INPUT, load_onnx, read_card, slice_twin, versions
+from evit_deploy.export import INPUT, load_onnx, read_card, versions
+from evit_deploy.golden import DTYPES
+from evit_deploy.precision import QUANTIZED
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import Check, ProfileRow, Report, device
 from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
-from evit_deploy.verify import opened, parent_model
+from evit_deploy.variants import reorganizations, slice_twin
+from evit_deploy.verify import artifact_of, opened, parent_model, usable
 
 BATCH_SIZES = (1, 8, 32)
 DURATION = 10.0
@@ -93,21 +98,13 @@ def contestants_of(
     Returns:
         The contestants, the token plan, and notes on who is missing and why.
     """
-    wanted = set(runtimes)
-
-    def chosen(name: str) -> bool:
-        return not wanted or name in wanted
-
-    for name in wanted:
-        RUNTIMES.get(name)  # an unknown one is told, not passed over
+    wanted = [RUNTIMES.get(name) for name in runtimes]  # an unknown one is told, not passed over
     if path.is_dir():
         bundle = bundles.read_bundle(path)
         model, why_not = parent_model(bundle, against)
-        notes = [f"PyTorch was not timed: {why_not}."] if model is None and chosen("eager") else []
-        files = bundle.file(bundles.MODEL), bundle.file(bundles.DENSE)
-        rows = onnx_contestants(*files) if chosen("onnxruntime") else []
-        rows += eager_contestants(model) if model is not None and chosen("eager") else []
-        return rows, bundle.manifest.plan, notes
+        torch_wanted = not runtimes or any(not runtime.files for runtime in wanted)
+        notes = [f"PyTorch was not timed: {why_not}."] if model is None and torch_wanted else []
+        return bundle_contestants(bundle, runtimes, model), bundle.manifest.plan, notes
     if path.suffix == ".onnx":
         card = read_card(load_onnx(path))
         if card is None:
@@ -115,25 +112,84 @@ def contestants_of(
         if against is not None:
             load_onnx(against)  # refuses what is no model
         notes = [] if against else ["Speed-up not available: --against DENSE.onnx gives the dense twin."]
-        return (onnx_contestants(path, against) if chosen("onnxruntime") else []), card.plan, notes
+        names = [name for name in RUNTIMES.names() if bundles.MODEL in RUNTIMES.get(name).files]
+        rows = [row for name in _chosen(names, runtimes, path) for row in onnx_contestants(path, against, name)]
+        return rows, card.plan, notes
     checkpoint = read_checkpoint(target)
     spec, notes = (tokens or Tokens()).resolve(checkpoint)
     model = reduce_tokens_(build_model(checkpoint), spec)
-    return (eager_contestants(model) if chosen("eager") else []), token_plan(model), checkpoint.notes + notes
+    names = [name for name in RUNTIMES.names() if not RUNTIMES.get(name).files]
+    rows = [row for name in _chosen(names, runtimes, model) for row in torch_contestants(model, name)]
+    return rows, token_plan(model), checkpoint.notes + notes
 
 
-def onnx_contestants(model: Path, dense: Path | None) -> list[Contestant]:
-    """The portable file and its twins on ONNX Runtime."""
-    rows = [Contestant("onnxruntime", "model", model)]
+def _chosen(names: Sequence[str], runtimes: Sequence[str], artifact: Any) -> list[str]:
+    """Of some runtimes those that were asked for; without a wish, those that can run an artifact here."""
+    if runtimes:
+        return [name for name in names if name in runtimes]
+    return [name for name in names if usable(RUNTIMES.get(name), artifact)]
+
+
+def bundle_contestants(
+    bundle: bundles.Bundle, runtimes: Sequence[str] = (), model: torch.nn.Module | None = None
+) -> list[Contestant]:
+    """A bundle's model and its twins on every runtime that was asked for, or that can run them here.
+
+    Args:
+        bundle: The bundle.
+        runtimes: Names in the registry of runtimes.
+        model: The PyTorch model that the bundle was made from.
+    """
+    rows: list[Contestant] = []
+    for name in RUNTIMES.names():
+        runtime: type[Runner] = RUNTIMES.get(name)
+        artifact = artifact_of(bundle, runtime) if runtime.files else model
+        if artifact is None or not (name in runtimes if runtimes else usable(runtime, artifact)):
+            continue
+        if isinstance(artifact, torch.nn.Module):
+            rows += torch_contestants(artifact, name, bundle.manifest.precision)
+            continue
+        rows.append(Contestant(name, "model", artifact))
+        if bundles.MODEL in runtime.files:
+            rows += _slice(bundle.file(bundles.MODEL), name)
+        dense = artifact_of(bundle, runtime, dense=True)
+        rows += [Contestant(name, "dense", dense)] if dense is not None else []
+    return rows
+
+
+def onnx_contestants(model: Path, dense: Path | None, runtime: str = "onnxruntime") -> list[Contestant]:
+    """The portable file and its twins on one runtime."""
+    rows = [Contestant(runtime, "model", model), *_slice(model, runtime)]
+    return rows + ([Contestant(runtime, "dense", dense)] if dense is not None else [])
+
+
+def _slice(model: Path, runtime: str) -> list[Contestant]:
     proto = load_onnx(model)
-    if any(node.op_type == "TokenReorg" for node in proto.graph.node):
-        rows.append(Contestant("onnxruntime", "slice", slice_twin(proto)))
-    return rows + ([Contestant("onnxruntime", "dense", dense)] if dense is not None else [])
+    return [Contestant(runtime, "slice", slice_twin(proto))] if reorganizations(proto) else []
 
 
-def eager_contestants(model: torch.nn.Module) -> list[Contestant]:
-    """The PyTorch model and the same weights without reduction."""
-    return [Contestant("eager", "model", model), Contestant("eager", "dense", dense_twin(model))]
+def torch_contestants(model: torch.nn.Module, runtime: str, precision: str = "fp32") -> list[Contestant]:
+    """The PyTorch model and the same weights without reduction, on the GPU if there is one.
+
+    Args:
+        model: The reduced model, FP32.
+        runtime: Name of a runtime that runs PyTorch models.
+        precision: ``fp16`` and ``bf16`` are what PyTorch computes in too; beside a quantised file it is FP16 on a GPU
+            and FP32 on a CPU.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision in QUANTIZED:
+        precision = "fp16" if device == "cuda" else "fp32"
+    twins = {"model": model, "dense": dense_twin(model)}
+    if precision != "fp32" or device == "cuda":
+        twins = {name: copy.deepcopy(twin).to(device, DTYPES[precision]) for name, twin in twins.items()}
+    return [Contestant(runtime, name, twin) for name, twin in twins.items()]
+
+
+def sizes_within(profiles: Sequence[BatchProfile], sizes: Sequence[int]) -> tuple[int, ...]:
+    """The batch sizes that profiles cover; if none is, the ones they were tuned for."""
+    covered = tuple(n for n in sizes if not profiles or any(p.minimum <= n <= p.maximum for p in profiles))
+    return covered or tuple(sorted({p.optimum for p in profiles}))
 
 
 def measure_all(

@@ -87,6 +87,27 @@ class AccuracyRow(msgspec.Struct, frozen=True):
     gmacs: float | None = None
 
 
+class AgreementRow(msgspec.Struct, frozen=True):
+    """How much two runtimes agree on the same images.
+
+    Args:
+        first: One of them.
+        second: The other.
+        images: How many.
+        top1: Share of the images with the same top-1.
+        kept: By block, kept patches in common over kept patches of either (Jaccard, original patch numbers), mean over
+            the images; empty where one of them does not tell.
+        logits: Largest difference of a logit.
+    """
+
+    first: str
+    second: str
+    images: int
+    top1: float
+    kept: dict[str, float]
+    logits: float
+
+
 class Report(msgspec.Struct, frozen=True):
     """The outcome of verify, profile, convert or run.
 
@@ -94,6 +115,7 @@ class Report(msgspec.Struct, frozen=True):
         checks: What had to hold.
         rows: What was measured.
         accuracy: What was right.
+        agreement: Which runtimes agree.
         notes: Sentences for the reader.
         clock: What ratios are made of: ``cpu`` (one thread's own time) or ``wall``.
         versions: Packages.
@@ -103,6 +125,7 @@ class Report(msgspec.Struct, frozen=True):
     checks: tuple[Check, ...] = ()
     rows: tuple[ProfileRow, ...] = ()
     accuracy: tuple[AccuracyRow, ...] = ()
+    agreement: tuple[AgreementRow, ...] = ()
     notes: tuple[str, ...] = ()
     clock: str | None = None
     versions: dict[str, str] = {}
@@ -123,6 +146,7 @@ class Report(msgspec.Struct, frozen=True):
             checks=self.checks + other.checks,
             rows=self.rows + other.rows,
             accuracy=self.accuracy + other.accuracy,
+            agreement=self.agreement + other.agreement,
             notes=self.notes + tuple(note for note in other.notes if note not in self.notes),
             clock=other.clock or self.clock,
             versions=self.versions | other.versions,
@@ -207,6 +231,22 @@ def render(report: Report, console: Any) -> None:
                 for row in report.accuracy
             ],
             dispensable=("top-5 %", "95 % interval", "GMACs"),
+        )
+    if report.agreement:
+        _table(
+            console,
+            ("agreement of", "with", "images", "top-1 %", "kept patches %", "largest logit difference"),
+            [
+                (
+                    row.first,
+                    row.second,
+                    str(row.images),
+                    f"{100 * row.top1:.2f}",
+                    " / ".join(f"{100 * share:.1f}" for share in row.kept.values()) or "not told",
+                    f"{row.logits:.2e}",
+                )
+                for row in report.agreement
+            ],
         )
     if report.rows:
         header = ("runtime", "variant", "batch", "images/s", "p50 ms", "p95 ms", "p99 ms", "variation",

@@ -1,46 +1,64 @@
 """Proof that a lowered model answers like PyTorch: logits, kept patches, every batch size, every place in a batch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from evit_deploy import bundle as bundles
 from evit_deploy.checkpoint import build_model, read_checkpoint
+from evit_deploy.data import ImageFolder, image_folder
 from evit_deploy.errors import CheckpointError, InputError
-from evit_deploy.export import LOGITS, kept_name, versions
-from evit_deploy.golden import Golden, agreement, feeds, load_golden, logit_error
+from evit_deploy.export import LOGITS, versions
+from evit_deploy.golden import Golden, agreement, feeds, load_golden, named_patches, overlap, same_choice
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import Check, Report, accuracy_row, device
+from evit_deploy.report import AgreementRow, Check, Report, accuracy_row, device
 from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import reduce_tokens_
 
 BATCH_SIZES = (1, 2, 8)
+DATA_BATCH = 32
+NOISE_LIMIT = 0.5
+"""A precision whose error is half of what tells one class from another has broken the model."""
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """What one runtime said to some images.
+
+    Args:
+        logits: ``[n, classes]``.
+        kept: By block, original patch numbers ``[n, K(+1)]``; empty where the runtime gives none out.
+    """
+
+    logits: np.ndarray
+    kept: Mapping[int, np.ndarray]
 
 
 def verify(
     path: Path,
     *,
     runtimes: Sequence[str] = (),
-    batch_sizes: Sequence[int] = BATCH_SIZES,
+    batch_sizes: Sequence[int] | None = None,
     threads: int | None = None,
     against: Path | None = None,
     data: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Verifies a bundle against its golden answers.
+    """Verifies a bundle against its golden answers, and its runtimes against one another.
 
     Args:
         path: The bundle.
         runtimes: Names in the registry of runtimes; all that can run the bundle here when empty.
-        batch_sizes: Batches to try.
+        batch_sizes: Batches to try; by default 1, 2 and 8, or the ends and the optimum of every profile of a plan.
         threads: CPU threads, ``None`` for each runtime's own choice.
         against: Checkpoint that the bundle was made from, where it is no longer in its place.
-        data: Folder of labelled images (class/image) for top-1 and top-5.
+        data: Folder of labelled images (class/image) for top-1 and top-5, and for comparing runtimes on.
         progress: Told what is being done.
 
     Returns:
@@ -48,6 +66,7 @@ def verify(
 
     Raises:
         InputError: No bundle, an unknown runtime, or a runtime that cannot run it.
+        MissingRequirement: A runtime that was asked for is not there.
     """
     bundle = bundles.read_bundle(path)
     changed = bundles.changed_files(bundle)
@@ -56,31 +75,101 @@ def verify(
     )
     if changed:  # what follows would be about other files than the manifest's
         return Report(checks=(check,), versions=versions(), device=device())
+    if data is not None:
+        folder_of(data, bundle.manifest)  # a wrong folder is told before the work, not after it
     golden = load_golden(bundle.file(bundles.GOLDEN), bundle.manifest.plan)
-    report = Report(checks=(check,), versions=versions(), device=device())
+    report = Report(checks=(check,), versions=versions(), device=device()) + verify_precision(golden)
     model, why_not = parent_model(bundle, against)
     if why_not and (against or "eager" in runtimes):
         raise InputError(
             f"the PyTorch model cannot be had: {why_not}", where="--against" if against else "--runtime eager"
         )
-    names = list(runtimes) or [name for name in RUNTIMES.names() if name != "eager" or model is not None]
     if why_not and not runtimes:
         report += Report(notes=(f"PyTorch itself was not run again ({why_not}); its golden answers were used.",))
-    for name in names:
-        artifact = model if name == "eager" else bundle.file(bundles.MODEL)
+    names = list(runtimes)
+    for name in RUNTIMES.names() if not runtimes else ():
+        runtime = RUNTIMES.get(name)
+        artifact = artifact_of(bundle, runtime) if runtime.files else model
+        names += [name] if artifact is not None and usable(runtime, artifact) else []
+    return report + prove(bundle, golden, names, data, threads, progress, batch_sizes, model)
+
+
+def prove(
+    bundle: bundles.Bundle,
+    golden: Golden,
+    runtimes: Sequence[str],
+    data: Path | None = None,
+    threads: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    batch_sizes: Sequence[int] | None = None,
+    model: torch.nn.Module | None = None,
+) -> Report:
+    """Holds the answers of runtimes against the golden ones, and against one another.
+
+    Args:
+        bundle: The bundle.
+        golden: Its golden answers.
+        runtimes: Names in the registry of runtimes.
+        data: See :func:`verify`.
+        threads: CPU threads.
+        progress: Told what is being done.
+        batch_sizes: See :func:`verify`.
+        model: The PyTorch model, for the runtimes that run it.
+
+    Raises:
+        InputError: A runtime has nothing to run in this bundle.
+        MissingRequirement: A runtime is not there.
+    """
+    manifest, report = bundle.manifest, Report()
+    folder = folder_of(data, manifest) if data is not None else None
+    answers = {} if folder else {"pytorch fp32": Answers(golden.logits, golden.kept)}
+    for name in runtimes:
+        runtime = RUNTIMES.get(name)
+        artifact = artifact_of(bundle, runtime) if runtime.files else model
+        if artifact is None:
+            raise InputError(
+                f"this bundle has nothing that {name} runs", where=bundle.path, seen=", ".join(bundle.manifest.files),
+                wanted=" or ".join(runtime.files) or "a PyTorch model",
+            )  # fmt: skip
         progress(f"verifying on {name}")
-        report += verify_runtime(name, artifact, golden, bundle.manifest.plan, batch_sizes, threads)
-        if name == "onnxruntime":
-            report += verify_dense(name, bundle.file(bundles.DENSE), golden, threads)
-        if data is not None:
+        found, answers[name] = verify_runtime(name, artifact, golden, manifest.plan, batch_sizes, threads)
+        report += found
+        dense = artifact_of(bundle, runtime, dense=True)
+        if dense is not None:
+            report += verify_dense(name, dense, golden, threads)
+        if folder is not None:
             progress(f"accuracy on {name}")
-            report += accuracy(name, artifact, bundle.manifest, data, threads)
-    return report
+            found, answers[name] = accuracy(name, artifact, manifest, folder, threads)
+            report += found
+    rows = (agreement_row(one, answers[one], other, answers[other]) for one, other in combinations(answers, 2))
+    return report + Report(agreement=tuple(rows))
+
+
+def usable(runtime: type[Runner], artifact: Any) -> bool:
+    """Whether a runtime runs an artifact here without being asked for."""
+    return runtime.default and runtime.missing() is None and not runtime.accepts(artifact)
+
+
+def verify_precision(golden: Golden) -> Report:
+    """Whether the precision itself leaves the model intact, whoever computes it."""
+    if golden.precision == "fp32":
+        return Report()
+    noise = golden.noise()
+    held = noise <= NOISE_LIMIT
+    reason = (
+        "" if held else "This precision breaks the model. For fp16 try bf16, for int8 and fp8 other calibration images."
+    )
+    return Report(checks=(Check(f"{golden.precision}: error over spread of logits", noise, NOISE_LIMIT, held, reason),))
 
 
 def verify_runtime(
-    name: str, artifact: Any, golden: Golden, plan: TokenPlan, batch_sizes: Sequence[int], threads: int | None = None
-) -> Report:
+    name: str,
+    artifact: Any,
+    golden: Golden,
+    plan: TokenPlan,
+    batch_sizes: Sequence[int] | None = None,
+    threads: int | None = None,
+) -> tuple[Report, Answers]:
     """Holds one runtime's answers against the golden ones, at several batch sizes.
 
     Args:
@@ -88,83 +177,106 @@ def verify_runtime(
         artifact: What it runs.
         golden: The answers.
         plan: The model's plan.
-        batch_sizes: Batches to try.
+        batch_sizes: Batches to try; see :func:`verify`.
         threads: CPU threads.
 
+    Returns:
+        The checks, and the runtime's answers to the golden images.
+
     Raises:
-        InputError: The runtime cannot run the artifact.
+        InputError: The runtime cannot run the artifact, or not at one of these batch sizes.
     """
-    checks = []
+    checks, answers, told = [], Answers(golden.logits[:0], {}), True
     with opened(name, artifact, threads, with_indices=True) as runner:
-        for batch in batch_sizes:
+        for batch in batch_sizes or default_batches(runner):
             which = np.arange(max(batch, len(golden.inputs))) % len(golden.inputs)
-            parts = [runner.infer(feeds(golden.inputs[part])) for part in _batches(which, batch)]
-            outputs = {key: np.concatenate([part[key] for part in parts])[: len(which)] for key in parts[0]}
+            outputs = infer_all(runner, golden.inputs[which], batch)
+            kept = named_patches(outputs, plan)
+            told = bool(kept) or not plan.locations
             checks += _answer_checks(f"{name}, batch {batch}", golden, which, outputs, plan)
             checks.append(_place_check(f"{name}, batch {batch}", runner, golden, batch, plan))
-    return Report(checks=tuple(checks))
+            first = slice(len(golden.inputs))
+            answers = Answers(outputs[LOGITS][first], {block: numbers[first] for block, numbers in kept.items()})
+    note = (
+        f"{name} does not say which patches it keeps, so that only logits were compared; convert --with-indices tells."
+    )
+    return Report(checks=tuple(checks), notes=() if told else (note,)), answers
 
 
-def _batches(which: np.ndarray, batch: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(which), batch):
-        part = which[start : start + batch]
-        yield np.resize(part, batch)  # the last one is filled up by repeating; the caller cuts the excess off
+def default_batches(runner: Runner) -> tuple[int, ...]:
+    """Where a runner's batch sizes are to be tried: the ends and the optimum of each of its profiles."""
+    ends = {size for p in runner.profiles for size in (p.minimum, p.optimum, p.maximum)}
+    return tuple(sorted(ends)) or BATCH_SIZES
+
+
+def infer_all(runner: Runner, images: np.ndarray, batch: int) -> dict[str, np.ndarray]:
+    """Runs any number of images in batches of one size; the last one is filled up, and the excess cut off."""
+    parts = []
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        parts.append(runner.infer(feeds(part if len(part) == batch else np.resize(part, (batch, *part.shape[1:])))))
+    return {key: np.concatenate([part[key] for part in parts])[: len(images)] for key in parts[0]}
 
 
 def _answer_checks(label: str, golden: Golden, which: np.ndarray, outputs: Any, plan: TokenPlan) -> list[Check]:
     found = agreement(golden, which, outputs, plan)
-    ties = f"{found.ties:.0%} of the images differ within rounding (ties)" if found.ties else ""
-    kept = Check(
-        f"{label}: kept patches", f"{found.same + found.ties:.0%}", "100%", found.wrong == 0,
-        ties if found.wrong == 0 else f"{found.wrong:.0%} of the images keep other patches than PyTorch",
-    )  # fmt: skip
-    if np.isnan(found.error) and not found.limit:  # NaN with a limit is an answer of NaN
-        reason = (
-            "no image to compare: every one lies on a tie" if found.wrong == 0 else "no image keeps PyTorch's patches"
-        )
-        return [kept, Check(f"{label}: logits", None, None, False, reason)]
-    held = found.error <= found.limit
-    reason = (
-        "" if held else f"the largest error against FP64 is {found.error:.2e}, PyTorch's own doubled {found.limit:.2e}"
-    )
-    return [kept, Check(f"{label}: logits", found.error, found.limit, held, reason)]
+    told = not np.isnan(found.same)
+    checks = []
+    if told:
+        reason = f"{found.ties:.0%} of the images differ within rounding (ties)" if found.ties else ""
+        reason = f"{found.wrong:.0%} of the images keep other patches than PyTorch" if found.wrong else reason
+        share = f"{found.same + found.ties:.0%}"
+        checks.append(Check(f"{label}: kept patches", share, "100%", found.wrong == 0, reason))
+    compared = []
+    if told and found.same:
+        compared.append(("logits", found.error, found.limit))
+    if not told or found.ties:
+        compared.append(("logits on ties" if told else "logits", found.tie_error, found.tie_limit))
+    for what, error, limit in compared:
+        held = error <= limit
+        reason = "" if held else f"the largest error against FP64 is {error:.2e}, allowed is {limit:.2e}"
+        checks.append(Check(f"{label}: {what}", error, limit, held, reason))
+    if not compared:
+        checks.append(Check(f"{label}: logits", None, None, False, "no image keeps PyTorch's patches"))
+    return checks
 
 
 def _place_check(label: str, runner: Runner, golden: Golden, batch: int, plan: TokenPlan) -> Check:
     """The same image at every place of a batch has to give the same answer (NVIDIA/TensorRT#4813, #4853)."""
-    worst, limit, moved = 0.0, 0.0, 0
+    worst, limit, moved = 0.0, golden.limit(), 0
     for image in range(min(2, len(golden.inputs))):
         outputs = runner.infer(feeds(np.repeat(golden.inputs[image : image + 1], batch, axis=0)))
-        logits = outputs[LOGITS]
+        kept = named_patches(outputs, plan)
+        first = {block: np.broadcast_to(numbers[:1], numbers.shape) for block, numbers in kept.items()}
+        same, tie = same_choice(golden, np.full(batch, image), kept, first)
+        moved += int((~same & ~tie).sum())
+        if tie.any() or not kept:
+            limit = max(limit, float(golden.tie_limits()[image]))
         with np.errstate(invalid="ignore"):
-            moves = np.abs(logits - logits[0])
+            moves = np.abs(outputs[LOGITS] - outputs[LOGITS][0])
         worst = max(worst, float(np.nan_to_num(moves, nan=np.inf).max()))
-        which = np.full(batch, image)
-        limit = max(limit, logit_error(golden.logits, golden.reference, which, logits)[1])
-        certain = all(margin[image] >= 1 for margin in golden.margin.values())
-        if certain:
-            kept = [np.sort(outputs[kept_name(row.block)], axis=1) for row in plan.locations]
-            moved += sum(bool((numbers != numbers[0]).any()) for numbers in kept)
     reason = f"its logits move by {worst:.2e} with its place" if worst > limit else ""
-    reason = f"{moved} locations keep other patches at other places" if moved else reason
+    reason = f"at {moved} places other patches are kept" if moved else reason
     return Check(f"{label}: same answer at every place", worst, limit, worst <= limit and not moved, reason)
 
 
 def verify_dense(name: str, artifact: Any, golden: Golden, threads: int | None = None) -> Report:
     """Holds the dense twin against the dense PyTorch model: a wrong twin would make every speed-up worthless."""
     with opened(name, artifact, threads) as runner:
-        logits = runner.infer(feeds(golden.inputs))[LOGITS]
-    which = np.arange(len(golden.inputs))
-    error, limit = logit_error(golden.dense, golden.dense_reference, which, logits)
+        batch = max((p.maximum for p in runner.profiles), default=len(golden.inputs))
+        logits = infer_all(runner, golden.inputs, min(batch, len(golden.inputs)))[LOGITS]
+    error, limit = float(np.abs(logits - golden.dense_reference).max()), golden.dense_limit()
     held = error <= limit
     reason = "" if held else "the twin that every speed-up is measured against is not the dense model"
     return Report(checks=(Check(f"{name}: dense twin's logits", error, limit, held, reason),))
 
 
-def accuracy(name: str, artifact: Any, manifest: bundles.Manifest, data: Path, threads: int | None = None) -> Report:
-    """Top-1 and top-5 on a folder of labelled images, in the deployment's preprocessing."""
-    from evit_deploy.data import image_folder
+def folder_of(data: Path, manifest: bundles.Manifest) -> ImageFolder:
+    """Labelled images in the deployment's preprocessing.
 
+    Raises:
+        InputError: No such folder, or it has more classes than the model.
+    """
     folder = image_folder(data, manifest.preprocess)
     classes = manifest.outputs[0].shape[-1]
     if classes is not None and len(folder.classes) > classes:
@@ -174,10 +286,36 @@ def accuracy(name: str, artifact: Any, manifest: bundles.Manifest, data: Path, t
             seen=len(folder.classes),
             wanted=f"at most {classes}",
         )
-    with opened(name, artifact, threads) as runner:
-        answers = ((runner.infer(feeds(images))[LOGITS], labels) for images, labels in folder.batches(32))
-        row = accuracy_row(name, answers, manifest.plan.macs() / 1e9)
-    return Report(accuracy=(row,))
+    return folder
+
+
+def accuracy(
+    name: str, artifact: Any, manifest: bundles.Manifest, folder: ImageFolder, threads: int | None = None
+) -> tuple[Report, Answers]:
+    """Top-1 and top-5 on a folder of labelled images, and what was answered."""
+    with opened(name, artifact, threads, with_indices=True) as runner:
+        batch = min([DATA_BATCH, *(p.maximum for p in runner.profiles)])
+        parts, labels = [], []
+        for images, truth in folder.batches(batch):
+            outputs = infer_all(runner, images, batch if runner.profiles else len(images))
+            parts.append((outputs[LOGITS], named_patches(outputs, manifest.plan)))
+            labels.append(truth)
+    row = accuracy_row(name, zip((p[0] for p in parts), labels, strict=True), manifest.plan.macs() / 1e9)
+    kept = {block: np.concatenate([part[1][block] for part in parts]) for block in parts[0][1]}
+    return Report(accuracy=(row,)), Answers(np.concatenate([part[0] for part in parts]), kept)
+
+
+def agreement_row(first: str, one: Answers, second: str, other: Answers) -> AgreementRow:
+    """Compares what two runtimes said to the same images."""
+    kept = {str(b): overlap(one.kept[b], other.kept[b]) for b in one.kept if b in other.kept}
+    return AgreementRow(
+        first=first,
+        second=second,
+        images=len(one.logits),
+        top1=float((one.logits.argmax(axis=1) == other.logits.argmax(axis=1)).mean()),
+        kept=kept,
+        logits=float(np.abs(one.logits - other.logits).max()),
+    )
 
 
 @contextmanager

@@ -53,6 +53,47 @@ class Positive(click.ParamType):
         return number
 
 
+class BatchRange(click.ParamType):
+    """``MIN:OPT:MAX``, or one number for a fixed batch."""
+
+    name = "min:opt:max"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """``"1:32:128"`` to a profile."""
+        from evit_deploy.engine import BatchProfile
+
+        try:
+            numbers = [int(part) for part in str(value).split(":")]
+        except ValueError:
+            numbers = []
+        numbers = numbers * 3 if len(numbers) == 1 else numbers
+        if len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
+            self.fail(f"got {value!r}, expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX", param, ctx)
+        return BatchProfile(*numbers)
+
+
+def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What the builder of an engine can be told; see :class:`evit_deploy.build.BuildOptions`."""
+    for option in (
+        click.option("--hardware-compatible", is_flag=True, help="Engine: also for other GPUs from Ampere on."),
+        click.option("--version-compatible", is_flag=True, help="Engine: also for later TensorRT versions."),
+        click.option("--optimization-level", type=int, metavar="0-5", help="Engine: how long to search for kernels."),
+        click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Engine: most scratch memory."),
+        click.option("--timing-cache", type=PATH, metavar="FILE", help="TensorRT: remembers which kernels were fast."),
+        click.option("--plugin", metavar="PATH|none", help="TensorRT: library with the plugin.  [default: none]"),
+        click.option(
+            "--batch", "profiles", type=BatchRange(), multiple=True,
+            help="Engine: batch sizes to cover; repeatable.  [default: 1:32:128]",
+        ),
+        click.option(
+            "--gpu", "gpus", multiple=True, metavar="SM",
+            help="TensorRT-RTX: GPU to build for, as sm80; repeatable.  [default: this machine's]",
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
 def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--keep-rate --locations --fuse --method``."""
     for option in (

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.common import PATH, Positive, tokens_of, tokens_options
+from evit_deploy.cli.common import PATH, Positive, build_options, tokens_of, tokens_options
 from evit_deploy.cli.output import Output, output_options
 
 
@@ -14,8 +14,15 @@ from evit_deploy.cli.output import Output, output_options
 @tokens_options
 @click.option("--model", metavar="NAME", help="timm name, where the tensors leave it open.")
 @click.option("--image-size", type=int, metavar="N", help="Pixels; the position embedding is resampled.")
-@click.option("--precision", default="fp32", show_default=True, help="Of the weights in the files.")
-@click.option("--target", "targets", multiple=True, help="What to make; may be repeated.  [default: onnx]")
+@click.option("--precision", help="fp32, fp16, bf16, int8 or fp8.  [default: fp16 for an engine, else fp32]")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="onnx, openvino, tensorrt, tensorrt-rtx or torch-tensorrt; repeatable.  [default: tensorrt or onnx]",
+)
+@click.option("--calibration", type=PATH, metavar="DIR", help="Real images, for int8 and fp8.")
+@build_options
 @click.option("--with-indices", is_flag=True, help="Give out kept indices as outputs kept_<block>.")
 @click.option("--data", type=PATH, metavar="DIR", help="Labelled images (class/image) for top-1 and top-5.")
 @click.option(
@@ -31,7 +38,14 @@ def command(
     locations: tuple[int, ...] | None,
     fuse: bool | None,
     method: str | None,
-    targets: tuple[str, ...],
+    plugin: str | None,
+    gpus: tuple[str, ...],
+    profiles: tuple[Any, ...],
+    workspace: int | None,
+    optimization_level: int | None,
+    version_compatible: bool,
+    hardware_compatible: bool,
+    timing_cache: Path | None,
     with_indices: bool,
     out: Path | None,
     force: bool,
@@ -43,16 +57,29 @@ def command(
     \b
     evit-deploy convert deit_s.pth --keep-rate 0.7
     evit-deploy convert deit_s.pth --keep-rate 0.74,0.7,0.7 --locations 2,6,9
+    evit-deploy convert deit_s.pth --keep-rate 0.7 --target tensorrt-rtx --gpu sm80
     """
     tokens = tokens_of(keep_rate, locations, fuse, method)
     import msgspec
 
+    from evit_deploy.build import BuildOptions
     from evit_deploy.convert import convert
+
+    builder = BuildOptions(
+        profiles=profiles or BuildOptions().profiles,
+        gpus=tuple(part.strip().lower() for gpu in gpus for part in gpu.split(",")),
+        workspace=workspace,
+        optimization_level=optimization_level,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        timing_cache=timing_cache,
+        plugin=None if plugin in (None, "none") else Path(plugin),
+    )
 
     bundle, report = convert(
         checkpoint,
         tokens=tokens,
-        targets=targets or ("onnx",),
+        options=builder,
         indices=with_indices,
         out=out,
         force=force,

@@ -12,7 +12,8 @@ from evit_deploy.cli.output import Output, output_options
 @click.command("verify", short_help="Prove that a bundle answers like PyTorch.")
 @click.argument("bundle", type=PATH)
 @run_options
-@click.option("--batch-sizes", type=Numbers(int, 1), metavar="1,2,8", default="1,2,8", show_default=True)
+@click.option("--batch-sizes", type=Numbers(int, 1), metavar="1,2,8",
+              help="Images a call.  [default: 1,2,8; for an engine the ends of its profiles]")  # fmt: skip
 @click.option("--data", type=PATH, metavar="DIR", help="Labelled images (class/image) for top-1 and top-5.")
 @output_options
 def command(bundle: Path, output: Output, **options: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import msgspec
 import numpy as np
 
+from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import MissingRequirement
 
 
@@ -37,6 +38,8 @@ class Runner(ABC):
     name: ClassVar[str]
     files: ClassVar[tuple[str, ...]] = ()
     """Files of a bundle that it can run, the best first; the dense twin's have the same names in ``dense/``."""
+    default: ClassVar[bool] = True
+    """Whether it is used, where it can be, without being asked for."""
 
     def __init__(self, artifact: Any, *, threads: int | None = None, with_indices: bool = False) -> None:
         self.artifact, self.threads, self.with_indices = artifact, threads, with_indices
@@ -68,6 +71,11 @@ class Runner(ABC):
     @abstractmethod
     def outputs(self) -> tuple[TensorSpec, ...]:
         """What :meth:`infer` gives."""
+
+    @property
+    def profiles(self) -> tuple[BatchProfile, ...]:
+        """Batch sizes that it takes; empty where it takes any."""
+        return ()
 
     @abstractmethod
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -10,8 +10,9 @@ import onnx
 import onnxruntime
 
 from evit_deploy.errors import StageError
-from evit_deploy.export import load_onnx, with_indices
+from evit_deploy.export import load_onnx, read_card
 from evit_deploy.runtimes import Runner, TensorSpec
+from evit_deploy.variants import with_indices
 
 _NUMPY_NAMES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int32)": "int32"}
 
@@ -24,11 +25,13 @@ class OnnxRuntimeRunner(Runner):
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:
-        """ONNX models, by path or in memory."""
-        if isinstance(artifact, onnx.ModelProto):
-            return []
+        """ONNX models, by path or in memory, but for bf16: the CPU provider has no kernels for it."""
+        model = artifact
         if isinstance(artifact, str | Path) and Path(artifact).suffix == ".onnx":
-            return []
+            model = load_onnx(Path(artifact))
+        if isinstance(model, onnx.ModelProto):
+            card = read_card(model)
+            return ["its CPU provider has no bf16"] if card is not None and card.precision == "bf16" else []
         return [f"it runs ONNX models, not {artifact if isinstance(artifact, str | Path) else type(artifact).__name__}"]
 
     def __enter__(self) -> Self:

@@ -1,0 +1,232 @@
+"""What ``convert`` makes of a reduced model: the ONNX file, the OpenVINO files, the engine, and the twin of each."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import torch
+
+from evit_deploy import build
+from evit_deploy import bundle as bundles
+from evit_deploy.build import BuildOptions
+from evit_deploy.data import Preprocess
+from evit_deploy.engine import Engine
+from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.export import export_onnx
+from evit_deploy.precision import PRECISIONS, QUANTIZED, set_precision
+from evit_deploy.report import Check, Report
+from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.variants import with_indices
+
+PLAN_TARGETS = ("tensorrt", "tensorrt-rtx", "torch-tensorrt")
+TARGETS = ("onnx", "openvino", *PLAN_TARGETS)
+PROGRAM = "exported_program.pt2"
+"""torch-tensorrt: the engine inside a PyTorch program."""
+
+
+class Lowering(msgspec.Struct, frozen=True):
+    """What is to be made.
+
+    Args:
+        targets: Names in :data:`TARGETS`; the ONNX file is always made.
+        precision: Of the ONNX file, and so of everything that is made from it.
+        options: For the builder of an engine.
+        indices: Whether kept candidates are outputs ``kept_<block>``.
+    """
+
+    targets: tuple[str, ...]
+    precision: str
+    options: BuildOptions
+    indices: bool = False
+
+    @property
+    def plan_target(self) -> str | None:
+        """The target that makes ``engine.plan``, if there is one."""
+        return next((target for target in self.targets if target in PLAN_TARGETS), None)
+
+    @property
+    def base(self) -> str:
+        """Precision of what is not quantised: no FP32 attention is fused on a GPU, no FP16 is fast on a CPU."""
+        return "fp16" if self.plan_target else "fp32"
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """Runtimes whose answers prove what was made; those that this machine lacks are left to the target's."""
+        cpu = "openvino" if self.precision == "bf16" else "onnxruntime"
+        wanted = [cpu, *("openvino" for target in self.targets if target == "openvino")]
+        if self.plan_target in build.TARGETS and build.this_gpu() is not None:
+            wanted.append(str(self.plan_target))
+        return tuple(dict.fromkeys(wanted))
+
+
+def lowering(
+    targets: Sequence[str] = (),
+    precision: str | None = None,
+    options: BuildOptions | None = None,
+    calibration: Any = None,
+    indices: bool = False,
+) -> Lowering:
+    """Fills in the defaults and makes sure, before any work, that this machine can make what is asked.
+
+    Args:
+        targets: ``tensorrt`` where it is usable, else ``onnx``, when empty.
+        precision: ``fp16`` for an engine and ``fp32`` otherwise by default.
+        options: For the builder.
+        calibration: Real images, or where they are, if any.
+        indices: See :class:`Lowering`.
+
+    Raises:
+        InputError: Targets, precision and options contradict one another.
+        MissingRequirement: A package or a device is not here.
+    """
+    options = options or BuildOptions()
+    for target in targets:
+        if target not in TARGETS:
+            raise InputError("unknown target", where="--target", seen=repr(target), wanted=", ".join(TARGETS))
+    plans = [target for target in dict.fromkeys(targets) if target in PLAN_TARGETS]
+    if len(plans) > 1:
+        raise InputError(
+            "a bundle holds one engine", where="--target", seen=" and ".join(plans), wanted="one of them",
+            fix="Convert once for each.",
+        )  # fmt: skip
+    if not targets:
+        targets = ("tensorrt",) if build.usable("tensorrt") else ("onnx",)
+        plans = [target for target in targets if target in PLAN_TARGETS]
+    precision = precision or ("fp16" if plans else "fp32")
+    if precision not in PRECISIONS:
+        raise InputError("unknown precision", where="--precision", seen=repr(precision), wanted=", ".join(PRECISIONS))
+    if precision in QUANTIZED and calibration is None:
+        raise InputError(
+            f"{precision} needs real images, from which it learns the range of every activation",
+            where=f"--precision {precision}",
+            fix="Give a folder of them with --calibration: 128 or more, like those that the model will see.",
+        )
+    if calibration is not None and precision not in QUANTIZED:
+        raise InputError(
+            f"{precision} needs no calibration images", where="--calibration", fix="Leave it out, or ask for int8."
+        )
+    if options.gpus and not plans:
+        raise InputError("there is no engine to build", where="--gpu", fix="Add --target tensorrt-rtx.")
+    for target in plans:
+        build.check_options(target, precision, options)
+    made = Lowering(tuple(dict.fromkeys(targets)), precision, options, indices)
+    _check_runtimes(made)
+    return made
+
+
+def _check_runtimes(made: Lowering) -> None:
+    """What is made is also run: without a runtime for it there would be no proof."""
+    from evit_deploy.registry import RUNTIMES
+
+    for name in made.runtimes:
+        missing = RUNTIMES.get(name).missing()
+        if missing is not None:
+            why = "ONNX Runtime has no bf16 on a CPU" if made.precision == "bf16" else "it was asked for"
+            raise MissingRequirement(f"{name} is needed ({why}): {missing.what}", seen=missing.seen, fix=missing.fix)
+
+
+def write_models(
+    reduced: torch.nn.Module,
+    dense: torch.nn.Module,
+    made: Lowering,
+    name: str,
+    preprocess: Preprocess,
+    calibration: np.ndarray | None,
+    staging: Path,
+    progress: Callable[[str], None],
+) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """Exports a model and its dense twin, sets their precision and writes both.
+
+    Args:
+        reduced: The reduced model, FP32.
+        dense: Its dense twin.
+        made: What to make.
+        name: timm name.
+        preprocess: From image file to input tensor.
+        calibration: Images for ``int8`` and ``fp8``.
+        staging: Folder of the bundle in the making.
+        progress: Told what is being done.
+
+    Returns:
+        The two files' content, without index outputs.
+    """
+    protos = []
+    (staging / bundles.DENSE).parent.mkdir()
+    for model, file, label in ((reduced, bundles.MODEL, "to ONNX"), (dense, bundles.DENSE, "the dense twin")):
+        progress(f"exporting {label}")
+        proto = export_onnx(model, name=name, preprocess=preprocess)
+        if made.precision != "fp32":
+            progress(f"setting {made.precision}")
+            proto = set_precision(proto, made.precision, base=made.base, calibration=calibration)
+        onnx.save(with_indices(proto) if made.indices else proto, staging / file)
+        protos.append(proto)
+    return protos[0], protos[1]
+
+
+def write_openvino(staging: Path) -> None:
+    """Writes the OpenVINO files of both twins."""
+    from evit_deploy.runtimes.openvino import save_openvino
+
+    for twin in ("", bundles.TWIN):
+        save_openvino(staging / twin / bundles.MODEL, staging / twin / bundles.OPENVINO)
+
+
+def write_engines(
+    reduced: torch.nn.Module, dense: torch.nn.Module, made: Lowering, plan: TokenPlan, staging: Path
+) -> tuple[Engine, Report]:
+    """Builds the engines of both twins.
+
+    Returns:
+        What the model's was built with, and the checks on it.
+    """
+    if made.plan_target == "torch-tensorrt":
+        return _write_torch_tensorrt(reduced, dense, made, staging)
+
+    def built(twin: str) -> build.Built:
+        model, engine = staging / twin / bundles.MODEL, staging / twin / bundles.ENGINE
+        return build.build_engine(model, engine, str(made.plan_target), made.precision, made.options)
+
+    # Ahead-of-time builders leave a core idle; a builder that times kernels on the GPU must have it for itself.
+    with ThreadPoolExecutor(2 if made.plan_target == "tensorrt-rtx" else 1) as pool:
+        model, _ = pool.map(built, ("", bundles.TWIN))
+    return model.engine, Report(checks=tuple(engine_checks(model, plan)))
+
+
+def engine_checks(built: build.Built, plan: TokenPlan) -> list[Check]:
+    """Whether an engine is what was asked for: attention in fused kernels, matrix products in the asked type.
+
+    A builder refuses FP16 and BF16 attention that it has no fused kernel for, so that counting the network's attention
+    layers is enough where no GPU can load the engine.
+    """
+    engine, blocks = built.engine, len(plan.blocks)
+    checks = []
+    if engine.precision != "fp32":
+        reason = "" if built.attentions == blocks else "attention was taken apart before it reached the builder"
+        checks.append(Check(f"{engine.target}: fusable attention layers", built.attentions, blocks,
+                            built.attentions == blocks, reason))  # fmt: skip
+    return checks
+
+
+def _write_torch_tensorrt(
+    reduced: torch.nn.Module, dense: torch.nn.Module, made: Lowering, staging: Path
+) -> tuple[Engine, Report]:
+    from evit_deploy.torch_tensorrt import build_torch_tensorrt
+
+    engine: Any = None
+    for model, twin in ((dense, bundles.TWIN), (reduced, "")):
+        engine = build_torch_tensorrt(
+            model,
+            staging / twin / bundles.ENGINE,
+            staging / twin / PROGRAM,
+            precision=made.precision,
+            profiles=made.options.profiles,
+            optimization_level=made.options.optimization_level,
+            hardware_compatible=made.options.hardware_compatible,
+            version_compatible=made.options.version_compatible,
+            workspace=made.options.workspace,
+        )
+    return engine, Report()

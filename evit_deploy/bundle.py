@@ -269,6 +269,7 @@ def write_manifest(staging: Path, manifest: Manifest) -> None:
     files = {
         path.relative_to(staging).as_posix(): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file()
     }
+    files.pop(MANIFEST, None)  # written before, with less in it
     manifest = msgspec.structs.replace(manifest, files=files)
     (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
 

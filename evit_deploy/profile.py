@@ -141,7 +141,7 @@ def bundle_contestants(
         model: The PyTorch model that the bundle was made from.
     """
     rows: list[Contestant] = []
-    for name in RUNTIMES.names():
+    for name in sorted(RUNTIMES.names(), key=lambda name: not RUNTIMES.get(name).files):  # PyTorch last
         runtime: type[Runner] = RUNTIMES.get(name)
         artifact = artifact_of(bundle, runtime) if runtime.files else model
         if artifact is None or not (name in runtimes if runtimes else usable(runtime, artifact)):

@@ -22,15 +22,14 @@ from evit_deploy.export import (
     kept_name,
     load_onnx,
     read_card,
-    slice_twin,
     versions,
-    with_indices,
 )
 from evit_deploy.golden import FLOOR
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.op import DOMAIN, NAME
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import capture, dense_twin, reduce_tokens_, token_plan, token_spec
+from evit_deploy.variants import slice_twin, with_indices
 
 DROP = TokenSpec(keep_rate=(0.8, 0.5), locations=(0, 2), fuse=False)
 BATCHES = (1, 2, 3, 5, 7)
@@ -179,7 +178,7 @@ def test_names_are_unique():
 @each
 def test_the_card_says_what_the_file_is(kind, spec):
     proto, model = exported(kind, spec), reduced(kind, spec)
-    card = ModelCard("reduced", KINDS[kind][0], spec, token_plan(model), preprocess_for(model), versions())
+    card = ModelCard("reduced", KINDS[kind][0], spec, token_plan(model), preprocess_for(model), "fp32", versions())
     assert read_card(proto) == card
     assert read_card(onnx.load_from_string(proto.SerializeToString())) == card
 

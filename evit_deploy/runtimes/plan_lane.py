@@ -56,7 +56,8 @@ class Lane:
             context.set_input_shape(spec.name, (batch, *[int(n or 1) for n in spec.shape[1:]]))
         for name in (*self._inputs, *self._outputs):
             shape, dtype = tuple(context.get_tensor_shape(name)), torch_dtype(engine.get_tensor_dtype(name))
-            self._device[name] = torch.empty(shape, dtype=dtype, device=stream.device)
+            with torch.cuda.stream(stream):  # whose the memory is: the allocator hands it on in that stream's order
+                self._device[name] = torch.empty(shape, dtype=dtype, device=stream.device)
             self._host[name] = torch.empty(shape, dtype=dtype, pin_memory=True)
             context.set_tensor_address(name, self._device[name].data_ptr())
 

@@ -112,7 +112,7 @@ class TensorRTRunner(Runner):
             raise self._refusal()
         self._stream = torch.cuda.Stream(self._device)
         self._lanes: dict[int, Lane] = {}
-        self._profiles = batch_profiles(self._engine)
+        self._profiles = batch_profiles(self._engine, self.inputs[0].name)
         return self
 
     def __exit__(
@@ -334,9 +334,13 @@ def engine_validity(trt: Any, runtime: Any, content: bytes) -> tuple[str, list[s
     return validity.name, [name.lower().replace("_", " ") for name, flag in known.items() if int(bits) & int(flag)]
 
 
-def batch_profiles(engine: Any) -> tuple[BatchProfile, ...]:
-    """Batch sizes that an engine's optimization profiles cover, read from its first input."""
-    name = engine.get_tensor_name(0)
+def batch_profiles(engine: Any, name: str) -> tuple[BatchProfile, ...]:
+    """Batch sizes that an engine's optimization profiles cover.
+
+    Args:
+        engine: The library's engine.
+        name: One of its inputs; they all share the batch.
+    """
     shapes = [engine.get_tensor_profile_shape(name, index) for index in range(engine.num_optimization_profiles)]
     return tuple(BatchProfile(*(int(shape[0]) for shape in row)) for row in shapes)
 

@@ -82,5 +82,7 @@ RUNTIMES = Registry(
     {
         "eager": "evit_deploy.runtimes.eager:EagerRunner",
         "onnxruntime": "evit_deploy.runtimes.onnxruntime:OnnxRuntimeRunner",
+        "tensorrt": "evit_deploy.runtimes.tensorrt:TensorRTRunner",
+        "tensorrt-rtx": "evit_deploy.runtimes.tensorrt:TensorRTRTXRunner",
     },
 )

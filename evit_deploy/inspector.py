@@ -1,0 +1,294 @@
+"""What an engine is made of: its layers as the engine inspector lists them, and what must be true of them.
+
+TensorRT 10 and 11 write different JSON, and TensorRT-RTX writes 11's. The forms were taken from NVIDIA's migration page
+("Migrating IEngineInspector Usage from TensorRT 10.x to 11.x"), from listings in NVIDIA/TensorRT#3665, #4020 and #4397,
+and from the names of formats in NVIDIA/TensorRT, tools/experimental/trt-engine-explorer/trex/activations.py.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from evit_deploy.errors import InputError
+from evit_deploy.report import Check
+from evit_deploy.tokens.plan import TokenPlan
+
+# The order decides: BFloat16 has Float in it, and Row major linear FP16 has neither.
+_DTYPES = (
+    ("bf16", r"bfloat16|\bbf16\b"),
+    ("fp8", r"\bfp8|\be4m3"),
+    ("fp4", r"\bfp4"),
+    ("fp16", r"\bhalf\b|\bfp16\b|\bfloat16\b"),
+    ("fp32", r"\bfloat\b|\bfp32\b|\bfloat32\b|\btf32\b"),
+    ("fp64", r"\bdouble\b"),
+    ("uint8", r"\buint8\b"),
+    ("int8", r"\bint8\b"),
+    ("int4", r"\bint4\b"),
+    ("int32", r"\bint32\b"),
+    ("int64", r"\bint64\b"),
+    ("bool", r"\bbool"),
+)
+_FUSED_ATTENTION = re.compile(r"_gem[mv]_mha|fmha|flash_?attention|multi_?head_?attention", re.I)
+# The patch embedding is a convolution, and no less a product of matrices (corrltn is Myelin's word for it).
+_MATMUL_KIND = re.compile(r"gemm|matrix_?multiply|fully_?connected|matmul|runtime_fusion|convolution|corrltn", re.I)
+_MATMUL_NAME = re.compile(r"__myl_Fc|xmma_gemm|cublas", re.I)
+_ATTENTION_NODE = re.compile(r"(?:^|/)Attention(?:_\d+)?$|^node_attention")
+_BLOCK = re.compile(r"(?<![\w.])blocks\.(\d+)(?!\d)")
+_REORGANISATION = re.compile(r"blocks\.\d+\.(?:token_reorg|reducer)\b")
+# What is quantised is the matmuls with weights inside the blocks; attention, stem and head may stay in 16 bits, as the
+# quantiser chose, but not in 32.
+_BESIDE = {"int8": {"fp16", "bf16"}, "fp8": {"fp16", "bf16"}}
+_ADVICE = "Look at the layers with trtexec --loadEngine=engine.plan --dumpLayerInfo, and convert again."
+
+
+class Tensor(msgspec.Struct, frozen=True):
+    """An input or output of a layer.
+
+    Args:
+        name: Its name inside the engine.
+        dtype: ``fp32``, ``fp16``, ``bf16``, ``fp8``, ``int8``, ...; as the inspector wrote it when it is none of these;
+            empty when it did not say.
+        dimensions: Sizes; -1 where dynamic.
+    """
+
+    name: str
+    dtype: str
+    dimensions: tuple[int, ...] = ()
+
+
+class Layer(msgspec.Struct, frozen=True):
+    """A layer of an engine, which may stand for many nodes of the model.
+
+    Args:
+        name: Its name; the profiler uses it too.
+        kind: The inspector's ``LayerType``: ``gemm``, ``kgen``, ``CaskConvolution``, ...
+        inputs: What it reads.
+        outputs: What it writes.
+        tactic: The kernel, where one is named.
+        metadata: Where it comes from: the model's nodes.
+        weights: dtype of weights that are part of the layer rather than an input; empty when there are none.
+    """
+
+    name: str
+    kind: str = ""
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    tactic: str = ""
+    metadata: str = ""
+    weights: str = ""
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of the model's nodes in it; a node inside a function is preceded by the function's caller."""
+        found = []
+        for text in re.findall(r"\[ONNX Layer: ([^\]]*)\]", self.metadata):
+            # TensorRT's parser writes "inner | caller (Function)", innermost first.
+            parts = [re.sub(r" \(\w+\)$", "", part) for part in text.split(" | ")]
+            found.append("/".join(reversed(parts)))
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def blocks(self) -> tuple[int, int] | None:
+        """First and last transformer block it has a part of; ``None`` for the stem, the head and what names none."""
+        for text in (self.metadata, self.name, " ".join(tensor.name for tensor in (*self.inputs, *self.outputs))):
+            numbers = [int(number) for number in _BLOCK.findall(text)]
+            if numbers:
+                return min(numbers), max(numbers)
+        return None
+
+    @property
+    def attention(self) -> tuple[str, ...]:
+        """The model's ``Attention`` nodes in it."""
+        return tuple(node for node in self.nodes if _ATTENTION_NODE.search(node))
+
+
+def dtype_of(text: str) -> str:
+    """Reads a dtype out of what an inspector writes.
+
+    >>> dtype_of("Half"), dtype_of("Channel major FP16 format where channel % 8 == 0"), dtype_of("BFloat16")
+    ('fp16', 'fp16', 'bf16')
+    """
+    return next((name for name, pattern in _DTYPES if re.search(pattern, text, re.I)), text)
+
+
+def parse_layers(text: str) -> tuple[Layer, ...]:
+    """Reads what ``IEngineInspector.get_engine_information`` or ``trtexec --exportLayerInfo`` writes, of 10 or 11.
+
+    Args:
+        text: The JSON; an engine without detailed profiling verbosity gives names only, and so do its layers here.
+
+    Raises:
+        InputError: It is no such JSON.
+    """
+    try:
+        document = json.loads(text, strict=False)  # metadata are separated by control characters, which JSON forbids
+        rows = document["Layers"]
+        return tuple(Layer(row) if isinstance(row, str) else _layer(row) for row in rows)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"not an engine inspector's listing of layers ({type(error).__name__}: {error})") from None
+
+
+def _layer(row: Mapping[str, Any]) -> Layer:
+    weights = row.get("Weights")
+    return Layer(
+        name=row["Name"],
+        kind=row.get("LayerType", ""),
+        inputs=tuple(_tensor(tensor) for tensor in row.get("Inputs", ())),
+        outputs=tuple(_tensor(tensor) for tensor in row.get("Outputs", ())),
+        tactic=str(row.get("TacticName", "")),
+        metadata=row.get("Metadata", ""),
+        weights=dtype_of(weights["Type"]) if isinstance(weights, dict) and "Type" in weights else "",
+    )
+
+
+def _tensor(row: Mapping[str, Any]) -> Tensor:
+    written = next((row[key] for key in ("DataType", "Datatype", "Format/Datatype", "Format") if row.get(key)), "")
+    return Tensor(row.get("Name", ""), dtype_of(written), tuple(row.get("Dimensions", ())))
+
+
+def is_fused_attention(layer: Layer) -> bool:
+    """Whether a layer is one kernel for a whole attention: Q·Kᵀ, softmax and A·V."""
+    if _MATMUL_KIND.search(layer.kind):  # one of an attention's own matmuls, whatever its module is called
+        return False
+    if _FUSED_ATTENTION.search(f"{layer.name} {layer.tactic} {layer.kind}"):
+        return True
+    return layer.kind.lower().replace("_", "") in ("attention", "iattention", "fusedattention")
+
+
+def is_opaque(layer: Layer) -> bool:
+    """Whether a layer stands for a whole region of the graph that the listing does not look into."""
+    return layer.name.startswith("{ForeignNode[") or layer.kind.lower() in ("myelin", "foreignnode")
+
+
+def is_matmul(layer: Layer) -> bool:
+    """Whether a layer multiplies matrices."""
+    return bool(_MATMUL_KIND.search(layer.kind) or _MATMUL_NAME.search(f"{layer.name} {layer.tactic}"))
+
+
+def compute_dtypes(layer: Layer) -> set[str]:
+    """Floating and quantised dtypes that a matmul or an attention reads: not indices, not the scalars α and β."""
+    read = {tensor.dtype for tensor in layer.inputs if tensor.dimensions != (1,)}
+    return (read | {layer.weights}) & {"fp32", "fp16", "bf16", "fp8", "fp4", "int8", "int4", "fp64"}
+
+
+def dtype_check(layers: Sequence[Layer], precision: str) -> Check:
+    """Checks that an engine multiplies in the type that was asked for, and did not silently fall back to FP32.
+
+    What scores and gathers tokens is left out: it runs in FP32 on purpose.
+
+    Args:
+        layers: Of the engine.
+        precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``.
+    """
+    name = f"engine: matmuls in {precision}"
+    reading = [layer for layer in layers if is_matmul(layer) or is_fused_attention(layer)]
+    counted = [layer for layer in reading if not _REORGANISATION.search(layer.metadata) and compute_dtypes(layer)]
+    if not counted:
+        why = "the engine names no matmul with its types: it was built without detailed profiling verbosity"
+        return Check(name, 0, "all", False, why)
+    wrong = [layer for layer in counted if not _runs_in(layer, precision)]
+    value = f"{len(counted) - len(wrong)} of {len(counted)}"
+    if not wrong:
+        return Check(name, value, "all", True)
+    shown = "; ".join(f"{_called(layer)} in {'+'.join(sorted(compute_dtypes(layer)))}" for layer in wrong[:3])
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return Check(name, value, "all", False, f"{shown}{more}. {_ADVICE}")
+
+
+def _runs_in(layer: Layer, precision: str) -> bool:
+    dtypes = compute_dtypes(layer)
+    if precision in dtypes:  # what is fused behind the matmul, a residual for one, may be read in another type
+        return True
+    in_a_block = layer.blocks is not None and not is_fused_attention(layer)
+    return not in_a_block and bool(dtypes) and dtypes <= _BESIDE.get(precision, set())
+
+
+def _called(layer: Layer) -> str:
+    return ", ".join(layer.nodes[:2]) or layer.name
+
+
+def fusion_check(layers: Sequence[Layer], depth: int) -> Check:
+    """Checks that every attention of the model became one kernel.
+
+    A region that the listing does not look into counts for the ``Attention`` nodes in it: TensorRT refuses to build
+    what it would have to take apart, unless the attention was marked as decomposable.
+
+    Args:
+        layers: Of the engine.
+        depth: ``Attention`` nodes of the model, one a block.
+    """
+    fused: dict[object, Layer] = {}
+    for layer in layers:
+        if is_fused_attention(layer):
+            for key in layer.attention or (layer.name,):  # several kernels of one attention count once
+                fused[key] = layer
+        elif is_opaque(layer):
+            fused |= dict.fromkeys(layer.attention, layer)
+    name = "engine: fused attentions"
+    if len(fused) == depth:
+        opaque = sum(is_opaque(layer) for layer in fused.values())
+        return Check(name, depth, depth, True, f"{opaque} inside regions that are not listed" if opaque else "")
+    spans = [layer.blocks for layer in fused.values() if layer.blocks is not None]
+    covered = {block for first, last in spans for block in range(first, last + 1)}
+    missing = sorted(set(range(depth)) - covered)
+    where = f"not in block {', '.join(map(str, missing))}" if covered and missing else "of the model's attentions"
+    reason = f"{len(fused)} kernels for {depth} attentions ({where}): the rest runs as matmul, softmax, matmul. "
+    return Check(name, len(fused), depth, False, reason + _ADVICE)
+
+
+class BlockTime(msgspec.Struct, frozen=True):
+    """Time of one transformer block, or of layers that span several.
+
+    Args:
+        blocks: ``3``; ``3-4`` for layers that hold parts of both; ``rest`` for the stem, the head and what names none.
+        tokens_in: Tokens its attention sees; of a span's first block.
+        tokens_out: Tokens it hands on; of a span's last block.
+        layers: Layers of the engine in it.
+        milliseconds: Their time together.
+        share: Of the whole engine's time, 0 to 1.
+    """
+
+    blocks: str
+    tokens_in: int | None
+    tokens_out: int | None
+    layers: int
+    milliseconds: float
+    share: float
+
+
+def block_times(layers: Iterable[Layer], times: Iterable[tuple[str, float]], plan: TokenPlan) -> tuple[BlockTime, ...]:
+    """Sums layer times by transformer block, beside the token counts.
+
+    A kernel that fuses the end of one block with the start of the next cannot be divided, so it gets a row of its own.
+
+    Args:
+        layers: Of the engine.
+        times: Layer names and milliseconds, as the profiler reports them.
+        plan: The model's token counts.
+    """
+    spans = {layer.name: layer.blocks for layer in layers}
+    groups: dict[tuple[int, int] | None, list[float]] = {}
+    for name, milliseconds in times:
+        span = spans[name] if name in spans else Layer(name).blocks
+        groups.setdefault(span, []).append(milliseconds)
+    total = sum(itertools.chain.from_iterable(groups.values()))
+    rows = []
+    for span in sorted(groups, key=lambda span: span or (len(plan.blocks), 0)):
+        spent = sum(groups[span])
+        first, last = span or (None, None)
+        known = last is not None and last < len(plan.blocks)
+        rows.append(
+            BlockTime(
+                "rest" if span is None else f"{first}" if first == last else f"{first}-{last}",
+                plan.blocks[first].tokens_in if known and first is not None else None,
+                plan.blocks[last].tokens_out if known and last is not None else None,
+                len(groups[span]),
+                spent,
+                spent / total if total else 0.0,
+            )
+        )
+    return tuple(rows)

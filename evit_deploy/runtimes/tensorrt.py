@@ -1,0 +1,390 @@
+"""TensorRT and TensorRT-RTX: a plan on an NVIDIA GPU, with PyTorch's tensors as its buffers.
+
+The two libraries have one API in two packages. Every batch size gets an execution context of its own, with its shapes,
+buffers and CUDA graph fixed (:class:`~evit_deploy.runtimes.plan_lane.Lane`).
+"""
+
+import ctypes
+import importlib
+import importlib.util
+import itertools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+
+from evit_deploy import gpu
+from evit_deploy.engine import MODULES, BatchProfile, choose_profile, misfit, read_header
+from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, StageError
+from evit_deploy.inspector import Layer, parse_layers
+from evit_deploy.latency import Timings
+from evit_deploy.runtimes import Runner, TensorSpec
+from evit_deploy.runtimes.plan_lane import Lane, torch_dtype
+
+LANES = 16
+"""Batch sizes kept ready at a time; the one that was prepared first goes first."""
+WARM_UP = 3
+_LOADED: dict[Path, ctypes.CDLL] = {}  # a plugin library stays: its creators are in TensorRT's registry for good
+
+
+class TensorRTRunner(Runner):
+    """Runs a plan.
+
+    Kept candidates (``kept_<block>``) are given out when the plan was built with them as outputs; ``with_indices``
+    cannot add outputs to a finished plan, so without them :attr:`outputs` has the logits alone.
+
+    Args:
+        artifact: The plan.
+        threads: Not used.
+        with_indices: See above.
+        plugin: Library with the plan's plugins, to be loaded into this process: run only what you trust. ``None``
+            loads nothing, whatever lies beside the plan.
+        graphs: Whether to replay the work as a CUDA graph.
+    """
+
+    name = "tensorrt"
+    files = ("engine.plan",)
+    module: ClassVar[str] = "tensorrt"
+
+    def __init__(
+        self,
+        artifact: Any,
+        *,
+        threads: int | None = None,
+        with_indices: bool = False,
+        plugin: Path | None = None,
+        graphs: bool = True,
+    ) -> None:
+        super().__init__(artifact, threads=threads, with_indices=with_indices)
+        self.plugin, self.graphs = plugin, graphs
+        self.notes: list[str] = []
+
+    @classmethod
+    def missing(cls) -> MissingRequirement | None:
+        """The package, then PyTorch with CUDA, then a GPU with its driver."""
+        if importlib.util.find_spec(cls.module) is None:
+            fix = f'pip install "evit-deploy[{cls.name}]"'
+            return MissingRequirement(
+                f"{MODULES[cls.name]} is not installed", wanted=f"{cls.module} in Python", fix=fix
+            )
+        return gpu.missing()
+
+    @classmethod
+    def accepts(cls, artifact: Any) -> list[str]:
+        """Plans of this library, by path; the header tells them from the other's and from what is no plan."""
+        if not isinstance(artifact, str | Path):
+            return [f"it runs plans, not {type(artifact).__name__}"]
+        try:
+            header = read_header(Path(artifact))
+        except InputError as error:
+            return [str(error).rstrip(".")]
+        if header.family != cls.name:
+            return [f"{artifact} is a plan of {MODULES[header.family]}; give --runtime {header.family}"]
+        return []
+
+    def __enter__(self) -> Self:
+        path = Path(self.artifact)
+        self._header = read_header(path)
+        lacking = self.missing()
+        if lacking is not None:
+            raise lacking
+        try:
+            self._trt: Any = importlib.import_module(self.module)
+        except (ImportError, OSError) as error:
+            fix = f"pip install --force-reinstall {self.module.replace('_', '-')}"
+            raise MissingRequirement(
+                f"{MODULES[self.name]} is installed and broken: {error}", where=self.module, fix=fix
+            ) from error
+        if self.plugin is not None:  # after TensorRT's own library, in whose registry it enters itself
+            _load_plugin(Path(self.plugin))
+        self._device = torch.cuda.current_device()
+        self._logger = _logger(self._trt)
+        # Host code in a plan is code that the plan's author runs here: engine_host_code_allowed stays False.
+        self._runtime = self._trt.Runtime(self._logger)
+        content = path.read_bytes()
+        self._before_loading(content)
+        self._engine = self._runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            raise self._refusal()
+        self._stream = torch.cuda.Stream(self._device)
+        self._lanes: dict[int, Lane] = {}
+        self._profiles = batch_profiles(self._engine, self.inputs[0].name)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.synchronize()
+        self._lanes.clear()  # graphs and contexts first, then what they refer to
+        del self._engine, self._runtime
+
+    def _before_loading(self, content: bytes) -> None:
+        """What a library can say of a plan before it loads it; only TensorRT-RTX says something."""
+
+    def _refusal(self) -> EvitDeployError:
+        """The error for a plan that the library did not load."""
+        path, capability = Path(self.artifact), gpu.compute_capability(self._device)
+        error = misfit(path, self._header, version=self._trt.__version__, gpu=capability)
+        if error is not None:
+            return error
+        words = " ".join(self._logger.errors[:2])
+        if "plugin" in words.lower() and self.plugin is None:
+            fix = "Give the library it was built with: --plugin PATH."
+            return InputError(f"the plan needs a plugin ({words})", where=path, fix=fix)
+        return InputError(
+            f"{MODULES[self.name]} refuses the plan ({words or 'it does not say why'})",
+            where=path,
+            fix="Convert again on this machine.",
+        )
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """As the plan declares them."""
+        return self._specs("INPUT")
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """As the plan declares them."""
+        return self._specs("OUTPUT")
+
+    @property
+    def profiles(self) -> tuple[BatchProfile, ...]:
+        """Batch sizes that its optimization profiles cover."""
+        return self._profiles
+
+    def _specs(self, mode: str) -> tuple[TensorSpec, ...]:
+        engine, wanted = self._engine, getattr(self._trt.TensorIOMode, mode)
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        return tuple(
+            TensorSpec(
+                name,
+                str(torch_dtype(engine.get_tensor_dtype(name))).removeprefix("torch."),
+                tuple(None if size < 0 else int(size) for size in engine.get_tensor_shape(name)),
+            )
+            for name in names
+            if engine.get_tensor_mode(name) == wanted
+        )
+
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs one batch; answers in bfloat16 come back in float32."""
+        lane = self._lane(_batch_of(feeds))
+        lane.fill(feeds)
+        with torch.cuda.stream(self._stream):
+            lane.copy_in()
+            lane.launch()
+            lane.copy_out()
+        self._stream.synchronize()
+        return lane.answers()
+
+    def synchronize(self) -> None:
+        """Waits for the stream that everything runs on."""
+        self._stream.synchronize()
+
+    def timings(self, batch: int, *, calls: int = 100, duration: float = 0.0, warm_up: float = 0.2) -> Timings:
+        """Times calls one after the other, on random images: the host's enqueue by its clock, the rest by CUDA events.
+
+        Args:
+            batch: Images a call.
+            calls: Calls to make at least.
+            duration: Seconds to go on for.
+            warm_up: Seconds before, so that the clocks are up.
+
+        Raises:
+            InputError: No profile covers the batch.
+        """
+        lane = self._lane(batch)
+        lane.fill(self._random_feeds(batch))
+        rows: list[tuple[float, ...]] = []
+        begin = time.perf_counter()
+        end = begin + warm_up + duration
+        while len(rows) < calls or time.perf_counter() < end:
+            row = self._timed(lane)
+            if time.perf_counter() - begin >= warm_up:
+                rows.append(row)
+        enqueue, h2d, compute, d2h = np.array(rows).T
+        return Timings(enqueue, h2d, compute, d2h)
+
+    def _timed(self, lane: Lane) -> tuple[float, float, float, float]:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        with torch.cuda.stream(self._stream):
+            marks[0].record(self._stream)
+            lane.copy_in()
+            marks[1].record(self._stream)
+            started = time.perf_counter()
+            lane.launch()
+            enqueue = 1e3 * (time.perf_counter() - started)
+            marks[2].record(self._stream)
+            lane.copy_out()
+            marks[3].record(self._stream)
+        marks[3].synchronize()
+        h2d, compute, d2h = (first.elapsed_time(second) for first, second in itertools.pairwise(marks))
+        return enqueue, h2d, compute, d2h
+
+    def layer_times(self, batch: int, *, calls: int = 20) -> list[tuple[str, float]]:
+        """Mean milliseconds of each layer, by the library's own profiler, which slows the whole down a little.
+
+        Args:
+            batch: Images a call.
+            calls: Calls to average over.
+
+        Raises:
+            InputError: No profile covers the batch.
+        """
+        # A context of its own: with a profiler on it, a context cannot be captured into a graph.
+        lane = self._new_lane(batch, graph=False)
+        lane.fill(self._random_feeds(batch))
+        profiler = _profiler(self._trt)
+        with torch.cuda.stream(self._stream):
+            lane.copy_in()
+            for call in range(WARM_UP + calls):
+                if call == WARM_UP:
+                    lane.context.profiler = profiler
+                lane.launch()
+                self._stream.synchronize()
+        return [(name, total / calls) for name, total in profiler.totals.items()]
+
+    def layers(self) -> tuple[Layer, ...]:
+        """The engine's layers, as its inspector lists them; with types if it was built with detailed verbosity."""
+        inspector = self._engine.create_engine_inspector()
+        return parse_layers(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
+    def _random_feeds(self, batch: int) -> dict[str, np.ndarray]:
+        draw = np.random.default_rng(0)
+        return {
+            spec.name: draw.standard_normal((batch, *[int(n or 1) for n in spec.shape[1:]]), dtype=np.float32)
+            for spec in self.inputs
+        }
+
+    def _lane(self, batch: int) -> Lane:
+        if batch not in self._lanes:
+            while len(self._lanes) >= LANES:
+                del self._lanes[next(iter(self._lanes))]
+            self._lanes[batch] = self._new_lane(batch, graph=self.graphs)
+        return self._lanes[batch]
+
+    def _new_lane(self, batch: int, *, graph: bool) -> Lane:
+        profile = choose_profile(self._profiles, batch)
+        context = self._new_context(graph=graph)
+        if context is None:
+            raise StageError(f"no execution context for batch {batch} (is the GPU's memory full?)", where=self.artifact)
+        context.set_optimization_profile_async(profile, self._stream.cuda_stream)
+        self._stream.synchronize()
+        lane = Lane(self._engine, context, self._stream, self.inputs, self.outputs, batch)
+        if graph and self._captures:
+            why_not = lane.capture()
+            note = f"No CUDA graph: the engine cannot be captured ({why_not})."
+            self.notes += [note] if why_not and note not in self.notes else []
+        return lane
+
+    def _new_context(self, *, graph: bool) -> Any:
+        return self._engine.create_execution_context()
+
+    _captures: ClassVar[bool] = True
+    """Whether the runner captures CUDA graphs itself; TensorRT-RTX does it inside."""
+
+
+class TensorRTRTXRunner(TensorRTRunner):
+    """Runs a plan of TensorRT-RTX; see :class:`TensorRTRunner`."""
+
+    name = "tensorrt-rtx"
+    module = "tensorrt_rtx"
+    _captures = False
+
+    def _before_loading(self, content: bytes) -> None:
+        error = misfit(
+            Path(self.artifact),
+            self._header,
+            version=self._trt.__version__,
+            gpu=gpu.compute_capability(self._device),
+        )
+        validity, words = engine_validity(self._trt, self._runtime, content)
+        if validity == "SUBOPTIMAL":
+            self.notes.append("TensorRT-RTX calls the plan valid, but not the best for this GPU: convert again here.")
+        if validity == "INVALID":
+            raise error or InputError(
+                f"TensorRT-RTX refuses the plan ({', '.join(words) or 'it does not say why'})",
+                where=self.artifact,
+                fix="Convert again on this machine.",
+            )
+
+    def _new_context(self, *, graph: bool) -> Any:
+        config = self._engine.create_runtime_config()
+        strategies = self._trt.CudaGraphStrategy
+        config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if graph else strategies.DISABLED
+        return self._engine.create_execution_context(runtime_config=config)
+
+
+def engine_validity(trt: Any, runtime: Any, content: bytes) -> tuple[str, list[str]]:
+    """What TensorRT-RTX says of a plan before loading it.
+
+    Args:
+        trt: The library.
+        runtime: Its runtime.
+        content: The plan.
+
+    Returns:
+        ``VALID``, ``SUBOPTIMAL`` or ``INVALID``, and why it is not valid; without a GPU it is never valid.
+    """
+    validity, bits = runtime.get_engine_validity(content)
+    known = trt.EngineInvalidityDiagnostics.__members__
+    return validity.name, [name.lower().replace("_", " ") for name, flag in known.items() if int(bits) & int(flag)]
+
+
+def batch_profiles(engine: Any, name: str) -> tuple[BatchProfile, ...]:
+    """Batch sizes that an engine's optimization profiles cover.
+
+    Args:
+        engine: The library's engine.
+        name: One of its inputs; they all share the batch.
+    """
+    shapes = [engine.get_tensor_profile_shape(name, index) for index in range(engine.num_optimization_profiles)]
+    return tuple(BatchProfile(*(int(shape[0]) for shape in row)) for row in shapes)
+
+
+def _batch_of(feeds: Mapping[str, np.ndarray]) -> int:
+    return len(next(iter(feeds.values())))
+
+
+def _load_plugin(path: Path) -> None:
+    """Loads a library whose plugins register themselves.
+
+    Raises:
+        InputError: It is missing, or does not fit this machine.
+    """
+    path = path.resolve()
+    if path in _LOADED:
+        return
+    try:
+        _LOADED[path] = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        fix = "Build it for this TensorRT: evit-deploy plugin build."
+        raise InputError(f"the plugin library cannot be loaded ({error})", where=path, fix=fix) from None
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # the base class exists only where the package does
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Logger()
+
+
+def _profiler(trt: Any) -> Any:
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.totals: dict[str, float] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.totals[layer_name] = self.totals.get(layer_name, 0.0) + ms
+
+    return Profiler()

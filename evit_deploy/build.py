@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from evit_deploy import gpu
 from evit_deploy.engine import BatchProfile, Engine
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 
@@ -101,7 +102,7 @@ def check_options(target: str, precision: str, options: BuildOptions) -> None:
             f"{target} needs {' and '.join(missing)}", where=f"--target {target}", seen="not installed",
             fix=f'pip install "evit-deploy[{target}]"',
         )  # fmt: skip
-    if target == "tensorrt" and this_gpu() is None:
+    if target == "tensorrt" and gpu.compute_capability() is None:
         raise MissingRequirement(
             "TensorRT builds on a GPU, and this machine has none",
             where="--target tensorrt",
@@ -116,23 +117,23 @@ def _check_rtx(precision: str, options: BuildOptions) -> None:
         raise InputError(
             "TensorRT-RTX takes no plugins", where="--plugin", fix="Leave it out: the operator's body is built in."
         )
-    for gpu in options.gpus:
-        if gpu not in RTX_GPUS:
+    for name in options.gpus:
+        if name not in RTX_GPUS:
             raise InputError(
-                "not a GPU that TensorRT-RTX builds for", where="--gpu", seen=repr(gpu), wanted=", ".join(RTX_GPUS),
-                fix="Hopper and data-centre Blackwell need --target tensorrt." if gpu in ("sm90", "sm100") else None,
+                "not a GPU that TensorRT-RTX builds for", where="--gpu", seen=repr(name), wanted=", ".join(RTX_GPUS),
+                fix="Hopper and data-centre Blackwell need --target tensorrt." if name in ("sm90", "sm100", "sm103") else None,
             )  # fmt: skip
-    current = this_gpu()
+    current = gpu.compute_capability()
     if not options.gpus and current is None:
         raise InputError(
             "which GPU is the engine for? This machine has none to look at", where="--gpu", wanted=", ".join(RTX_GPUS),
             fix="An A100 is sm80, an A10 or RTX 30 sm86, an L4, L40 or RTX 40 sm89, an RTX 50 sm120.",
         )  # fmt: skip
-    for gpu in options.gpus or (current,):
+    for name in options.gpus or (current,):
         least = _LEAST.get(precision, 0)
-        if gpu is not None and int(gpu.removeprefix("sm")) < least:
+        if name is not None and int(name.removeprefix("sm")) < least:
             raise InputError(
-                f"{gpu} cannot compute in {precision}", where="--precision", seen=precision,
+                f"{name} cannot compute in {precision}", where="--precision", seen=precision,
                 wanted=f"sm{least} or later for {precision}", fix="Use --precision fp16 or int8.",
             )  # fmt: skip
 
@@ -140,17 +141,7 @@ def _check_rtx(precision: str, options: BuildOptions) -> None:
 def usable(target: str) -> bool:
     """Whether this machine can build for a target without being told more."""
     modules = (TARGETS[target], "polygraphy")
-    return all(importlib.util.find_spec(name) is not None for name in modules) and this_gpu() is not None
-
-
-def this_gpu() -> str | None:
-    """Compute capability of this machine's first GPU, ``sm80``; ``None`` without one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm{major}{minor}"
+    return all(importlib.util.find_spec(name) is not None for name in modules) and gpu.compute_capability() is not None
 
 
 def build_engine(model: Path, plan: Path, target: str, precision: str, options: BuildOptions) -> Built:
@@ -190,12 +181,12 @@ def build_engine(model: Path, plan: Path, target: str, precision: str, options: 
         plan.unlink(missing_ok=True)
         raise StageError(f"{target} could not build the engine: {_reason(process)}", where=model)
     answer = json.loads(process.stdout)
-    current = this_gpu()
+    current = gpu.compute_capability()
     engine = Engine(
         target=target,
         version=answer["version"],
         gpus=options.gpus or ((current,) if current else ()),
-        driver=_driver() if current else None,
+        driver=gpu.snapshot().driver if current else None,
         precision=precision,
         profiles=options.profiles,
         plugin=_sha256(options.plugin) if options.plugin and answer["plugins"] else None,
@@ -223,16 +214,6 @@ def _sha256(path: Path) -> str:
     from evit_deploy.bundle import sha256
 
     return sha256(path)
-
-
-def _driver() -> str | None:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:  # NVML is a convenience: its absence must not cost a finished engine
-        return None
 
 
 def _main() -> None:

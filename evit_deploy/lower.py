@@ -1,5 +1,6 @@
 """What ``convert`` makes of a reduced model: the ONNX file, the OpenVINO files, the engine, and the twin of each."""
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,8 @@ from evit_deploy.data import Preprocess
 from evit_deploy.engine import Engine
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export import export_onnx
+from evit_deploy.inspector import dtype_check, fusion_check, parse_layers
+from evit_deploy.plan_text import plan_layers
 from evit_deploy.precision import PRECISIONS, QUANTIZED, set_precision
 from evit_deploy.report import Check, Report
 from evit_deploy.tokens.plan import TokenPlan
@@ -58,7 +61,7 @@ class Lowering(msgspec.Struct, frozen=True):
         """Runtimes whose answers prove what was made; those that this machine lacks are left to the target's."""
         cpu = "openvino" if self.precision == "bf16" else "onnxruntime"
         wanted = [cpu, *("openvino" for target in self.targets if target == "openvino")]
-        if self.plan_target in build.TARGETS and build.this_gpu() is not None:
+        if self.plan_target in build.TARGETS and gpu.compute_capability() is not None:
             wanted.append(str(self.plan_target))
         return tuple(dict.fromkeys(wanted))
 
@@ -112,7 +115,8 @@ def lowering(
     if options.gpus and not plans:
         raise InputError("there is no engine to build", where="--gpu", fix="Add --target tensorrt-rtx.")
     for target in plans:
-        build.check_options(target, precision, options)
+        check = check_torch_tensorrt if target == "torch-tensorrt" else functools.partial(build.check_options, target)
+        check(precision, options)
     made = Lowering(tuple(dict.fromkeys(targets)), precision, options, indices)
     _check_runtimes(made)
     return made
@@ -193,22 +197,47 @@ def write_engines(
     # Ahead-of-time builders leave a core idle; a builder that times kernels on the GPU must have it for itself.
     with ThreadPoolExecutor(2 if made.plan_target == "tensorrt-rtx" else 1) as pool:
         model, _ = pool.map(built, ("", bundles.TWIN))
-    return model.engine, Report(checks=tuple(engine_checks(model, plan)))
+    return model.engine, engine_checks(model, staging / bundles.ENGINE, plan)
 
 
-def engine_checks(built: build.Built, plan: TokenPlan) -> list[Check]:
+def engine_checks(built: build.Built, path: Path, plan: TokenPlan) -> Report:
     """Whether an engine is what was asked for: attention in fused kernels, matrix products in the asked type.
 
-    A builder refuses FP16 and BF16 attention that it has no fused kernel for, so that counting the network's attention
-    layers is enough where no GPU can load the engine.
+    A GPU's inspector lists the layers of any engine; TensorRT-RTX also writes them into the plan.
+
+    Args:
+        built: The build.
+        path: Its plan.
+        plan: The model's plan.
     """
-    engine, blocks = built.engine, len(plan.blocks)
-    checks = []
-    if engine.precision != "fp32":
-        reason = "" if built.attentions == blocks else "attention was taken apart before it reached the builder"
-        checks.append(Check(f"{engine.target}: fusable attention layers", built.attentions, blocks,
-                            built.attentions == blocks, reason))  # fmt: skip
-    return checks
+    engine, depth = built.engine, len(plan.blocks)
+    layers = parse_layers(built.layers) if built.layers else ()
+    if not layers and engine.target == "tensorrt-rtx":
+        layers = plan_layers(path)
+    checks = [dtype_check(layers, engine.precision)] if layers else []
+    if engine.precision != "fp32":  # no kernel fuses FP32 attention
+        # Without a listing the build is the proof: it fails on an attention that has no fused kernel.
+        count = Check("engine: fusable attentions", built.attentions, depth, built.attentions == depth,
+                      "" if built.attentions == depth else "attention was taken apart on the way to the builder")  # fmt: skip
+        checks.append(fusion_check(layers, depth) if layers else count)
+    notes = () if layers else ("The engine's layers could not be listed here, so its types were not checked.",)
+    return Report(checks=tuple(checks), notes=notes)
+
+
+def check_torch_tensorrt(precision: str, options: BuildOptions) -> None:
+    """Makes sure, before any work, that Torch-TensorRT is here and can do what is asked.
+
+    Raises:
+        InputError: It cannot.
+        MissingRequirement: It is not here, or there is no GPU.
+    """
+    from evit_deploy.torch_tensorrt import check_request, require_torch_tensorrt
+
+    if options.timing_cache is not None or options.plugin is not None or options.gpus:
+        where = "--timing-cache" if options.timing_cache else "--plugin" if options.plugin else "--gpu"
+        raise InputError("torch-tensorrt has no use for it", where=where, fix="Leave it out.")
+    check_request(precision, options.profiles)
+    require_torch_tensorrt()
 
 
 def _write_torch_tensorrt(
@@ -227,6 +256,6 @@ def _write_torch_tensorrt(
             optimization_level=made.options.optimization_level,
             hardware_compatible=made.options.hardware_compatible,
             version_compatible=made.options.version_compatible,
-            workspace=made.options.workspace,
+            workspace=made.options.workspace << 20 if made.options.workspace else None,
         )
     return engine, Report()

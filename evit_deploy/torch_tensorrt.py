@@ -116,8 +116,7 @@ def build_torch_tensorrt(
         MissingRequirement: See :func:`require_torch_tensorrt`.
         StageError: Building or writing failed; neither file was written.
     """
-    _check_precision(precision)
-    profile = _only(profiles)
+    profile = check_request(precision, profiles)
     package = require_torch_tensorrt()
     tensorrt = importlib.import_module("tensorrt")  # with the -rtx wheel, an alias of tensorrt_rtx that it installs
     runtime = getattr(tensorrt, "_package_name", "tensorrt")
@@ -172,7 +171,15 @@ def build_torch_tensorrt(
     )
 
 
-def _check_precision(precision: str) -> None:
+def check_request(precision: str, profiles: Sequence[BatchProfile]) -> BatchProfile:
+    """Looks at what is asked before any work.
+
+    Returns:
+        The one profile there may be.
+
+    Raises:
+        InputError: The precision or the profiles cannot be had.
+    """
     if precision in ("int8", "fp8"):
         raise InputError(
             f"{TARGET} cannot make {precision}: quantization happens in the ONNX file, which this target bypasses",
@@ -183,6 +190,7 @@ def _check_precision(precision: str) -> None:
         )
     if precision not in DTYPES:
         raise InputError("no such precision", where="--precision", seen=repr(precision), wanted=", ".join(DTYPES))
+    return _only(profiles)
 
 
 def _only(profiles: Sequence[BatchProfile]) -> BatchProfile:

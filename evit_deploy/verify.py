@@ -327,12 +327,12 @@ def opened(name: str, artifact: Any, threads: int | None = None, *, with_indices
         MissingRequirement: The runtime is not installed, or its device is not there.
     """
     runtime: type[Runner] = RUNTIMES.get(name)
+    reasons = runtime.accepts(artifact)  # asked first: what can be run nowhere is not this machine's fault
+    if reasons:
+        raise InputError(f"the runtime {name!r} cannot run this: {'; '.join(reasons)}", where="--runtime")
     missing = runtime.missing()
     if missing is not None:
         raise missing
-    reasons = runtime.accepts(artifact)
-    if reasons:
-        raise InputError(f"the runtime {name!r} cannot run this: {'; '.join(reasons)}", where="--runtime")
     with runtime(artifact, threads=threads, with_indices=with_indices) as runner:
         yield runner
 

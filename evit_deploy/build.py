@@ -26,6 +26,7 @@ from evit_deploy.errors import InputError, MissingRequirement, StageError
 TARGETS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Target -> the Python module that builds for it."""
 RTX_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+DATA_CENTRE = ("sm90", "sm100", "sm103")
 _LEAST = {"fp8": 89, "bf16": 80}
 """The first compute capability with matrix units for a type."""
 TIME_LIMIT = 3600.0
@@ -121,7 +122,7 @@ def _check_rtx(precision: str, options: BuildOptions) -> None:
         if name not in RTX_GPUS:
             raise InputError(
                 "not a GPU that TensorRT-RTX builds for", where="--gpu", seen=repr(name), wanted=", ".join(RTX_GPUS),
-                fix="Hopper and data-centre Blackwell need --target tensorrt." if name in ("sm90", "sm100", "sm103") else None,
+                fix="Hopper and data-centre Blackwell need --target tensorrt." if name in DATA_CENTRE else None,
             )  # fmt: skip
     current = gpu.compute_capability()
     if not options.gpus and current is None:

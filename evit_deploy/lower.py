@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import torch
 
-from evit_deploy import build
+from evit_deploy import build, gpu
 from evit_deploy import bundle as bundles
 from evit_deploy.build import BuildOptions
 from evit_deploy.data import Preprocess
@@ -217,8 +217,9 @@ def engine_checks(built: build.Built, path: Path, plan: TokenPlan) -> Report:
     checks = [dtype_check(layers, engine.precision)] if layers else []
     if engine.precision != "fp32":  # no kernel fuses FP32 attention
         # Without a listing the build is the proof: it fails on an attention that has no fused kernel.
-        count = Check("engine: fusable attentions", built.attentions, depth, built.attentions == depth,
-                      "" if built.attentions == depth else "attention was taken apart on the way to the builder")  # fmt: skip
+        whole = built.attentions == depth
+        reason = "" if whole else "attention was taken apart on the way to the builder"
+        count = Check("engine: fusable attentions", built.attentions, depth, whole, reason)
         checks.append(fusion_check(layers, depth) if layers else count)
     notes = () if layers else ("The engine's layers could not be listed here, so its types were not checked.",)
     return Report(checks=tuple(checks), notes=notes)

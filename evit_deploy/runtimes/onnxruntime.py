@@ -183,7 +183,7 @@ class OnnxRuntimeTensorRTRTXRunner(_GpuRunner):
 _RTX = "onnxruntime_ep_nv_tensorrt_rtx"
 _RECORD = "session.record_ep_graph_assignment_info"
 # Names of operators, fused ones included, that nobody would want on the CPU; shapes are computed there by right.
-_HEAVY = ("MatMul", "Gemm", "Conv", "Attention", "Softmax", "Normalization", "Gelu", "TopK", "Gather")
+_HEAVY = ("MatMul", "Gemm", "Conv", "Attention", "Softmax", "Normalization", "Gelu", "TopK")
 
 
 def refuse_cpu(session: Any, provider: str, where: str) -> None:

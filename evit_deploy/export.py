@@ -12,6 +12,7 @@ import importlib.metadata
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,17 +185,25 @@ def _attach_function(proto: ModelProto) -> None:
 
 def write_card(proto: ModelProto, card: ModelCard) -> None:
     """Puts into a file what it says about itself."""
-    values = {
-        field: value if isinstance(value, str) else msgspec.json.encode(value).decode()
-        for field, value in msgspec.structs.asdict(card).items()
-    }
-    helper.set_model_props(proto, {_PROPERTY + field: value for field, value in values.items()})
+    helper.set_model_props(proto, {_PROPERTY + field: value for field, value in card_fields(card).items()})
     proto.producer_name, proto.producer_version = "evit-deploy", evit_deploy.__version__
 
 
 def read_card(proto: ModelProto) -> ModelCard | None:
     """What a file says about itself; ``None`` if evit-deploy did not make it."""
-    found = {p.key.removeprefix(_PROPERTY): p.value for p in proto.metadata_props if p.key.startswith(_PROPERTY)}
+    return parse_card({p.key.removeprefix(_PROPERTY): p.value for p in proto.metadata_props})
+
+
+def card_fields(card: ModelCard) -> dict[str, str]:
+    """A card as text, field by field; :func:`parse_card` reads it."""
+    return {
+        field: value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        for field, value in msgspec.structs.asdict(card).items()
+    }
+
+
+def parse_card(found: Mapping[str, str]) -> ModelCard | None:
+    """A card from its fields as text; ``None`` if some are missing or are something else."""
     types = {field.name: field.type for field in msgspec.structs.fields(ModelCard)}
     if not types.keys() <= found.keys():
         return None

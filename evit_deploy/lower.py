@@ -173,7 +173,7 @@ def write_models(
 
 def write_openvino(staging: Path) -> None:
     """Writes the OpenVINO files of both twins."""
-    from evit_deploy.runtimes.openvino import save_openvino
+    from evit_deploy.openvino_ir import save_openvino
 
     for twin in ("", bundles.TWIN):
         save_openvino(staging / twin / bundles.MODEL, staging / twin / bundles.OPENVINO)

@@ -233,7 +233,6 @@ def _quantize(proto: ModelProto, precision: str, calibration: np.ndarray) -> Mod
                     # TensorRT has no INT32 biases, and the sum of a linear layer is not to be rounded before its bias.
                     "QuantizeBias": False,
                     "OpTypesToExcludeOutputQuantization": list(_LINEAR),
-                    "CalibMaxIntermediateOutputs": 4,
                 },
             )
         except Exception as error:  # the quantiser raises whatever its parts raise

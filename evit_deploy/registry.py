@@ -82,6 +82,10 @@ RUNTIMES = Registry(
     {
         "eager": "evit_deploy.runtimes.eager:EagerRunner",
         "onnxruntime": "evit_deploy.runtimes.onnxruntime:OnnxRuntimeRunner",
+        "openvino": "evit_deploy.runtimes.openvino:OpenVINORunner",
+        "onnxruntime-cuda": "evit_deploy.runtimes.onnxruntime:OnnxRuntimeCudaRunner",
+        "onnxruntime-tensorrt": "evit_deploy.runtimes.onnxruntime:OnnxRuntimeTensorRTRunner",
+        "onnxruntime-tensorrt-rtx": "evit_deploy.runtimes.onnxruntime:OnnxRuntimeTensorRTRTXRunner",
         "tensorrt": "evit_deploy.runtimes.tensorrt:TensorRTRunner",
         "tensorrt-rtx": "evit_deploy.runtimes.tensorrt:TensorRTRTXRunner",
     },

@@ -1,15 +1,25 @@
-"""ONNX Runtime: the portable file on any CPU."""
+"""ONNX Runtime: the portable file on any CPU, and on NVIDIA's GPUs with the providers for them.
 
+ONNX Runtime goes on without a provider that does not load, and puts what a provider cannot do on the CPU; neither is
+an error to it. Here both are.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnx
 import onnxruntime
 
-from evit_deploy.errors import StageError
+from evit_deploy.errors import MissingRequirement, StageError
 from evit_deploy.export import load_onnx, read_card
 from evit_deploy.runtimes import Runner, TensorSpec
 from evit_deploy.variants import with_indices
@@ -22,16 +32,21 @@ class OnnxRuntimeRunner(Runner):
 
     name = "onnxruntime"
     files = ("model.onnx",)
+    providers: ClassVar[tuple[str | tuple[str, dict[str, str]], ...]] = ("CPUExecutionProvider",)
+    """What computes, in the order of preference, with options."""
+    has_bf16: ClassVar[bool] = False
+    """Whether the provider has kernels for bfloat16."""
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:
-        """ONNX models, by path or in memory, but for bf16: the CPU provider has no kernels for it."""
+        """ONNX models, by path or in memory."""
         model = artifact
         if isinstance(artifact, str | Path) and Path(artifact).suffix == ".onnx":
             model = load_onnx(Path(artifact))
         if isinstance(model, onnx.ModelProto):
             card = read_card(model)
-            return ["its CPU provider has no bf16"] if card is not None and card.precision == "bf16" else []
+            low = card is not None and card.precision == "bf16" and not cls.has_bf16
+            return ["its CPU provider has no bf16"] if low else []
         return [f"it runs ONNX models, not {artifact if isinstance(artifact, str | Path) else type(artifact).__name__}"]
 
     def __enter__(self) -> Self:
@@ -47,12 +62,15 @@ class OnnxRuntimeRunner(Runner):
             model = with_indices(model if isinstance(model, onnx.ModelProto) else load_onnx(Path(model)))
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
         try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self._session = self._open(source, options)
         except Exception as error:  # ONNX Runtime raises its own undocumented classes
             raise StageError(
                 f"ONNX Runtime refuses the model: {_first_line(error)}", where=_name(self.artifact)
             ) from error
         return self
+
+    def _open(self, source: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+        return onnxruntime.InferenceSession(source, options, providers=list(self.providers), enable_fallback=0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -77,6 +95,160 @@ class OnnxRuntimeRunner(Runner):
             return dict(zip(names, answers, strict=True))
         except Exception as error:
             raise StageError(f"ONNX Runtime failed: {_first_line(error)}", where=_name(self.artifact)) from error
+
+
+class _GpuRunner(OnnxRuntimeRunner):
+    """What the GPU's providers have in common: a GPU, and that the work is done there or not at all."""
+
+    provider: ClassVar[str]
+    has_bf16 = True
+
+    @classmethod
+    def missing(cls) -> MissingRequirement | None:
+        """The provider, or a GPU for it."""
+        available = onnxruntime.get_available_providers()
+        if cls.provider not in available:
+            return MissingRequirement(
+                f"ONNX Runtime was installed without its {cls.provider}",
+                seen=", ".join(available),
+                fix="Run: pip uninstall --yes onnxruntime && pip install --force-reinstall onnxruntime-gpu",
+            )
+        return None if _cuda_devices() else _no_gpu()
+
+    def __enter__(self) -> Self:
+        missing = self.missing()
+        if missing is not None:
+            raise missing
+        super().__enter__()
+        try:
+            self._refuse_cpu()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _open(self, source: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+        options.add_session_config_entry(_RECORD, "1")
+        return super()._open(source, options)
+
+    def _refuse_cpu(self) -> None:
+        refuse_cpu(self._session, self.provider, _name(self.artifact))
+
+
+class OnnxRuntimeCudaRunner(_GpuRunner):
+    """Runs an ONNX file, or a model in memory, on the CUDA provider."""
+
+    name = "onnxruntime-cuda"
+    provider = "CUDAExecutionProvider"
+    # Its default multiplies FP32 matrices in TF32, of 10 bits.
+    providers = (("CUDAExecutionProvider", {"use_tf32": "0"}),)
+
+
+class OnnxRuntimeTensorRTRunner(_GpuRunner):
+    """Runs an ONNX file, or a model in memory, on the TensorRT provider; what that cannot do, on the CUDA provider."""
+
+    name = "onnxruntime-tensorrt"
+    provider = "TensorrtExecutionProvider"
+    providers = ("TensorrtExecutionProvider", *OnnxRuntimeCudaRunner.providers)
+
+
+class OnnxRuntimeTensorRTRTXRunner(_GpuRunner):
+    """Runs an ONNX file, or a model in memory, on NVIDIA's TensorRT-RTX provider, a package of its own."""
+
+    name = "onnxruntime-tensorrt-rtx"
+    provider = "NvTensorRTRTXExecutionProvider"
+
+    @classmethod
+    def missing(cls) -> MissingRequirement | None:
+        """The provider's package, or a GPU for it."""
+        if importlib.util.find_spec(_RTX) is None:
+            return MissingRequirement(
+                "ONNX Runtime's provider for TensorRT-RTX is needed",
+                seen="not installed",
+                fix="Run: pip install onnxruntime-ep-nv-tensorrt-rtx",
+            )
+        if not _cuda_devices():
+            return _no_gpu()
+        try:
+            devices = _rtx_devices()
+        except Exception as error:  # a library that does not load, another ONNX Runtime than it was made for
+            return MissingRequirement(
+                f"the provider for TensorRT-RTX does not load: {_first_line(error)}",
+                fix="Run: pip install --force-reinstall onnxruntime onnxruntime-ep-nv-tensorrt-rtx",
+            )
+        return None if devices else _no_gpu("a GPU that TensorRT-RTX runs on (GeForce or RTX, Ampere or newer)")
+
+    def _open(self, source: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+        options.add_session_config_entry(_RECORD, "1")
+        options.add_provider_for_devices(_rtx_devices()[:1], {})
+        return onnxruntime.InferenceSession(source, options, enable_fallback=0)
+
+    def _refuse_cpu(self) -> None:
+        refuse_cpu(self._session, _register_rtx(), _name(self.artifact))
+
+
+_RTX = "onnxruntime_ep_nv_tensorrt_rtx"
+_RECORD = "session.record_ep_graph_assignment_info"
+# Names of operators, fused ones included, that nobody would want on the CPU; shapes are computed there by right.
+_HEAVY = ("MatMul", "Gemm", "Conv", "Attention", "Softmax", "Normalization", "Gelu", "TopK")
+
+
+def refuse_cpu(session: Any, provider: str, where: str) -> None:
+    """Makes sure that a session computes where it was told to.
+
+    Args:
+        session: The session, opened with its record of who computes what.
+        provider: Who was to compute.
+        where: What it runs, for the message.
+
+    Raises:
+        StageError: The provider is not there, or left some of the work to the CPU.
+    """
+    found = session.get_providers()
+    if found[:1] != [provider]:
+        raise StageError(
+            f"ONNX Runtime did not load its {provider} and would go on without it",
+            where=where,
+            seen=", ".join(found),
+            fix="Install the CUDA, cuDNN or TensorRT version that this ONNX Runtime was built for.",
+        )
+    left = {
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == "CPUExecutionProvider"
+        for node in part.get_nodes()
+        if any(name in node.op_type for name in _HEAVY)
+    }
+    if left:
+        what = f"{provider} leaves a part of the model to the CPU"
+        raise StageError(what, where=where, seen=", ".join(sorted(left)), fix="Use a newer ONNX Runtime.")
+
+
+def _no_gpu(wanted: str | None = None) -> MissingRequirement:
+    return MissingRequirement("no GPU that it could run on", wanted=wanted, fix="Run it where nvidia-smi lists one.")
+
+
+def _cuda_devices() -> int:
+    """GPUs that the driver offers; asked of the driver, since a PyTorch for CPUs knows of none."""
+    count = ctypes.c_int(0)
+    with contextlib.suppress(OSError):  # no driver, no GPU
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+            return 0
+    return count.value
+
+
+@functools.cache
+def _register_rtx() -> str:
+    """Tells ONNX Runtime where the provider's library is, once a process; returns the provider's name."""
+    package = importlib.import_module(_RTX)
+    onnxruntime.register_execution_provider_library(package.get_ep_name(), package.get_library_path())
+    return package.get_ep_name()
+
+
+def _rtx_devices() -> list[Any]:
+    name = _register_rtx()
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
 
 
 def _spec(node: Any) -> TensorSpec:

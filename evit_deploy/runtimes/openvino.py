@@ -1,0 +1,226 @@
+"""OpenVINO: the portable file, or its own format, on Intel and other CPUs."""
+
+import contextlib
+import importlib.util
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from onnx import ModelProto
+
+from evit_deploy.errors import InputError, MissingRequirement, StageError
+from evit_deploy.export import ModelCard, load_onnx
+from evit_deploy.openvino_ir import (
+    import_openvino,
+    kept_outputs,
+    one_line,
+    openvino_card,
+    openvino_model,
+    read_openvino,
+)
+from evit_deploy.runtimes import Runner, TensorSpec
+
+# Precision of a file -> what OpenVINO is told to compute in. INT8 lies in the file's own quantised operators; the rest
+# of such a file is FP32.
+_COMPUTES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
+
+
+class OpenVINORunner(Runner):
+    """Runs ``model.xml``, an ONNX file or an ONNX model in memory, on the CPU, in the precision that the file is in.
+
+    OpenVINO left to itself computes in BF16 wherever the processor can, whatever the file says; so it is always told.
+    A file that evit-deploy did not make runs in FP32.
+
+    Args:
+        artifact: What to run.
+        threads: CPU threads, ``None`` for OpenVINO's own choice.
+        with_indices: Whether to give out the kept candidates as ``kept_<block>`` too.
+        mode: ``latency`` for one request at a time on all threads; ``throughput`` for several at a time, a few
+            threads each: see :meth:`infer_many`.
+    """
+
+    name = "openvino"
+    files = ("openvino/model.xml", "model.onnx")
+
+    def __init__(
+        self,
+        artifact: Any,
+        *,
+        threads: int | None = None,
+        with_indices: bool = False,
+        mode: Literal["latency", "throughput"] = "latency",
+    ) -> None:
+        super().__init__(artifact, threads=threads, with_indices=with_indices)
+        self.mode = mode
+
+    @classmethod
+    def missing(cls) -> MissingRequirement | None:
+        """The package."""
+        if importlib.util.find_spec("openvino") is None:
+            return MissingRequirement(
+                "openvino is needed", seen="not installed", fix='Run: pip install "evit-deploy[openvino]"'
+            )
+        return None
+
+    @classmethod
+    def accepts(cls, artifact: Any) -> list[str]:
+        """OpenVINO models by path; ONNX models by path or in memory."""
+        if isinstance(artifact, ModelProto):
+            return []
+        if not isinstance(artifact, str | Path):
+            return [f"it runs OpenVINO and ONNX models, not {type(artifact).__name__}"]
+        return [] if Path(artifact).suffix in (".xml", ".onnx") else [f"it runs .xml and .onnx, not {artifact}"]
+
+    def __enter__(self) -> Self:
+        missing = self.missing()
+        if missing is not None:
+            raise missing
+        if isinstance(self.artifact, ModelProto):
+            model = openvino_model(self.artifact)
+        elif Path(self.artifact).suffix == ".xml":
+            model = read_openvino(Path(self.artifact))
+        else:
+            model = openvino_model(load_onnx(Path(self.artifact)), str(self.artifact))
+        if self.with_indices:
+            present = {name for output in model.outputs for name in output.get_names()}
+            model.add_outputs([name for name in kept_outputs(model) if name not in present])
+        self._card = openvino_card(model)
+        options = {
+            "INFERENCE_PRECISION_HINT": self._computes(self._card),
+            "PERFORMANCE_HINT": self.mode.upper(),
+            # Runtimes take turns in one process here. OpenVINO's threads sleep between turns, but pinned to a core they
+            # wait for whoever is on it: with two threads on two busy cores, calls took half as long again.
+            "ENABLE_CPU_PINNING": False,
+        }
+        if self.threads:
+            options["INFERENCE_NUM_THREADS"] = self.threads
+        try:
+            self._compiled = import_openvino().Core().compile_model(model, "CPU", options)
+            self._request = self._compiled.create_infer_request()
+        except Exception as error:  # OpenVINO raises RuntimeError for everything
+            raise StageError(f"OpenVINO refuses the model: {one_line(error)}", where=self._where()) from error
+        self._refuse_other_precision(options["INFERENCE_PRECISION_HINT"])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._request, self._compiled
+
+    @property
+    def card(self) -> ModelCard | None:
+        """What the file says about itself; ``None`` if evit-deploy did not make it."""
+        return self._card
+
+    @property
+    def computes_in(self) -> str:
+        """What OpenVINO says that it computes in: ``f32``, ``bf16`` or ``f16``."""
+        return self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+
+    @property
+    def requests(self) -> int:
+        """How many batches :meth:`infer_many` runs at a time."""
+        return self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """As the file declares them."""
+        return tuple(_spec(port) for port in self._compiled.inputs)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """As the file declares them, then the kept candidates if they were asked for."""
+        return tuple(_spec(port) for port in self._compiled.outputs)
+
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs one batch."""
+        self._check_names(feeds)
+        try:
+            self._request.infer(dict(feeds), share_inputs=True)
+            return self._answers(self._request)
+        except Exception as error:
+            raise StageError(f"OpenVINO failed: {one_line(error)}", where=self._where()) from error
+
+    def infer_many(self, batches: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+        """Runs several batches, as many at a time as the mode allows.
+
+        Args:
+            batches: For each batch, one array for each input.
+
+        Returns:
+            For each batch, in the same order, one array for each output.
+        """
+        for feeds in batches:
+            self._check_names(feeds)
+        answers: list[dict[str, np.ndarray]] = []
+        running: deque[Any] = deque()  # oldest first; all batches cost the same, so the oldest is the next to be done
+        try:
+            idle = [self._compiled.create_infer_request() for _ in range(min(self.requests, len(batches)))]
+            for feeds in batches:
+                if not idle:
+                    idle.append(self._finish(running, answers))
+                request = idle.pop()
+                request.start_async(dict(feeds), share_inputs=True)
+                running.append(request)
+            while running:
+                self._finish(running, answers)
+        except Exception as error:
+            for request in running:  # it reads from the caller's arrays
+                request.cancel()
+                with contextlib.suppress(Exception):  # that it was cancelled
+                    request.wait()
+            raise StageError(f"OpenVINO failed: {one_line(error)}", where=self._where()) from error
+        return answers
+
+    def _finish(self, running: deque[Any], answers: list[dict[str, np.ndarray]]) -> Any:
+        running[0].wait()
+        request = running.popleft()
+        answers.append(self._answers(request))
+        return request
+
+    def _answers(self, request: Any) -> dict[str, np.ndarray]:
+        arrays = zip(self._compiled.outputs, request.output_tensors, strict=True)
+        return {port.any_name: _narrow(np.array(tensor.data)) for port, tensor in arrays}
+
+    def _check_names(self, feeds: Mapping[str, np.ndarray]) -> None:
+        wanted = {port.any_name for port in self._compiled.inputs}
+        if feeds.keys() != wanted:  # OpenVINO runs on what an input happens to hold when it is not given
+            what = "OpenVINO failed: these are not the model's inputs"
+            raise StageError(what, where=self._where(), seen=sorted(feeds), wanted=sorted(wanted))
+
+    def _computes(self, card: ModelCard | None) -> str:
+        precision = card.precision if card else "fp32"
+        if precision not in _COMPUTES:
+            raise InputError(
+                "OpenVINO has no such precision", where=self._where(), seen=precision, wanted=", ".join(_COMPUTES)
+            )
+        return _COMPUTES[precision]
+
+    def _refuse_other_precision(self, wanted: str) -> None:
+        found = self.computes_in
+        if found != wanted:
+            self.__exit__(None, None, None)
+            raise MissingRequirement(
+                "this processor cannot compute in the file's precision, and OpenVINO would take another",
+                where=self._where(),
+                seen=found,
+                wanted=wanted,
+                fix="Convert with --precision fp32, or run it on another machine.",
+            )
+
+    def _where(self) -> str:
+        return str(self.artifact) if isinstance(self.artifact, str | Path) else "model in memory"
+
+
+def _spec(port: Any) -> TensorSpec:
+    dtype = port.get_element_type().to_dtype()
+    shape = tuple(None if size.is_dynamic else size.get_length() for size in port.get_partial_shape())
+    return TensorSpec(port.any_name, "int32" if dtype == np.int64 else np.dtype(dtype).name, shape)
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    """Indices as int32, as every other runtime gives them; inside OpenVINO they are int64."""
+    return array.astype(np.int32) if array.dtype == np.int64 else array

@@ -1,0 +1,446 @@
+"""OpenVINO: the same answers as PyTorch, in the precision of the file, whatever OpenVINO would rather compute in."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from models import KEEP, KINDS, images, of_kind, preprocess_for
+from onnx import ModelProto, TensorProto, helper
+
+from evit_deploy.errors import InputError, MissingRequirement, StageError
+from evit_deploy.export import INPUT, LOGITS, export_onnx, kept_name, read_card, write_card
+from evit_deploy.golden import Golden, make_golden
+from evit_deploy.openvino_ir import openvino_card, read_openvino, save_openvino
+from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
+from evit_deploy.runtimes.openvino import OpenVINORunner
+from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
+from evit_deploy.variants import with_indices
+from evit_deploy.verify import verify_dense, verify_runtime
+
+pytestmark = [
+    pytest.mark.openvino,
+    pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed"),
+]
+BATCHES = (1, 2, 5)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+_made: dict[Any, Any] = {}
+
+
+def once(key: Any, make: Any) -> Any:
+    """What takes seconds to make is made once and shared."""
+    if key not in _made:
+        _made[key] = make()
+    return _made[key]
+
+
+def reduced(kind: str) -> Any:
+    return once(("reduced", kind), lambda: reduce_tokens_(of_kind(kind), KEEP))
+
+
+def exported(kind: str = "plain") -> ModelProto:
+    model = reduced(kind)
+    return once(kind, lambda: export_onnx(model, name=KINDS[kind][0], preprocess=preprocess_for(model)))
+
+
+def golden_of(kind: str) -> Golden:
+    model = reduced(kind)
+    return once(("golden", kind), lambda: make_golden(model, dense_twin(model), images(model, 3)))
+
+
+def inputs(count: int = 3) -> dict[str, np.ndarray]:
+    return {INPUT: images(reduced("plain"), count)}
+
+
+class Typed(torch.nn.Module):
+    """A model in a shorter type between a float32 input and a float32 output."""
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model.to(dtype), dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x.to(self.dtype)).float()
+
+
+def relabelled(precision: str, proto: ModelProto | None = None) -> ModelProto:
+    """A file that says that it is in another precision, and so is to be computed in that."""
+    copy = ModelProto()
+    copy.CopyFrom(proto or exported())
+    card = read_card(copy)
+    assert card is not None
+    write_card(copy, msgspec.structs.replace(card, precision=precision))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def ir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain model in OpenVINO's format. Read only."""
+    path = tmp_path_factory.mktemp("openvino") / "model.xml"
+    save_openvino(exported(), path)
+    return path
+
+
+def computes(precision: str) -> bool:
+    """Whether this processor computes in a precision, as OpenVINO sees it."""
+    import openvino
+
+    return precision == "fp32" or precision.upper() in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def run(artifact: Any, feeds: dict[str, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
+    with OpenVINORunner(artifact, threads=1, **options) as runner:
+        return runner.infer(feeds)
+
+
+# Answers.
+
+
+@each_kind
+def test_it_gives_the_golden_answers(kind):
+    report = verify_runtime("openvino", exported(kind), golden_of(kind), token_plan(reduced(kind)), BATCHES, threads=1)
+    assert report.passed, [check for check in report.checks if not check.passed]
+    assert len(report.checks) == 3 * len(BATCHES)
+
+
+@each_kind
+def test_its_own_format_gives_the_same_bits(kind, tmp_path):
+    save_openvino(exported(kind), tmp_path / "model.xml")
+    feeds = {INPUT: golden_of(kind).inputs}
+    from_onnx, from_ir = (run(a, feeds, with_indices=True) for a in (exported(kind), tmp_path / "model.xml"))
+    assert from_onnx.keys() == from_ir.keys() == {LOGITS, *(kept_name(b) for b in (1, 2, 3))}
+    for name in from_onnx:
+        np.testing.assert_array_equal(from_onnx[name], from_ir[name])
+
+
+def test_the_dense_twin(tmp_path):
+    golden = golden_of("plain")
+    dense = export_onnx(of_kind("plain"), name=KINDS["plain"][0], preprocess=preprocess_for(of_kind("plain")))
+    assert verify_dense("openvino", dense, golden, threads=1).passed
+    save_openvino(dense, tmp_path / "model.xml")
+    assert verify_dense("openvino", tmp_path / "model.xml", golden, threads=1).passed
+    with OpenVINORunner(tmp_path / "model.xml", with_indices=True) as runner:
+        assert [spec.name for spec in runner.outputs] == [LOGITS]
+
+
+@pytest.mark.parametrize("source", ["onnx in memory", "onnx", "xml"])
+def test_what_goes_in_and_comes_out(source, ir, tmp_path):
+    onnx.save(exported(), tmp_path / "model.onnx")
+    artifact = {"onnx in memory": exported(), "onnx": tmp_path / "model.onnx", "xml": str(ir)}[source]
+    with (
+        OnnxRuntimeRunner(exported(), with_indices=True) as other,
+        OpenVINORunner(artifact, with_indices=True) as runner,
+    ):
+        assert runner.inputs == other.inputs
+        assert runner.outputs == other.outputs
+        answers, wanted = runner.infer(inputs()), other.infer(inputs())
+    assert [(name, a.dtype, a.shape) for name, a in answers.items()] == [
+        (name, a.dtype, a.shape) for name, a in wanted.items()
+    ]
+    for row in token_plan(reduced("plain")).locations:  # seeded scores have no ties, so the order is the same too
+        np.testing.assert_array_equal(answers[kept_name(row.block)], wanted[kept_name(row.block)])
+
+
+def test_without_indices_only_the_logits(ir):
+    for artifact in (ir, exported()):
+        with OpenVINORunner(artifact) as runner:
+            assert [spec.name for spec in runner.outputs] == [LOGITS]
+            assert list(runner.infer(inputs())) == [LOGITS]
+
+
+def test_a_file_that_has_the_indices_as_outputs_keeps_them(tmp_path):
+    proto = with_indices(exported())
+    save_openvino(proto, tmp_path / "model.xml")
+    names = [output.name for output in proto.graph.output]
+    for options in ({}, {"with_indices": True}):
+        with OpenVINORunner(tmp_path / "model.xml", **options) as runner:
+            assert [spec.name for spec in runner.outputs] == names
+            assert {spec.dtype for spec in runner.outputs[1:]} == {"int32"}
+
+
+def test_answers_are_not_overwritten_by_the_next_ones(ir):
+    with OpenVINORunner(ir) as runner:
+        first = runner.infer(inputs())[LOGITS]
+        kept = first.copy()
+        runner.infer({INPUT: -inputs()[INPUT]})
+    np.testing.assert_array_equal(first, kept)
+
+
+# Precision.
+
+
+@pytest.mark.parametrize(("precision", "wanted"), [("fp32", "f32"), ("bf16", "bf16"), ("fp16", "f16"), ("int8", "f32")])
+def test_it_computes_in_the_files_precision(precision, wanted):
+    if not computes(precision.replace("int8", "fp32")):
+        pytest.skip(f"this processor does not compute in {precision}")
+    with OpenVINORunner(relabelled(precision), threads=1) as runner:
+        assert runner.computes_in == wanted
+        assert runner.card is not None
+        assert runner.card.precision == precision
+
+
+def test_another_precision_than_the_files_is_refused(tmp_path):
+    if not computes("fp16"):
+        pytest.skip("this processor does not compute in fp16, so it cannot pretend to have lost it")
+    onnx.save(relabelled("fp16"), tmp_path / "model.onnx")
+    code = (
+        "import sys; from evit_deploy.errors import MissingRequirement\n"
+        "from evit_deploy.runtimes.openvino import OpenVINORunner\n"
+        "try:\n    OpenVINORunner(sys.argv[1]).__enter__()\n"
+        "except MissingRequirement as error:\n    print(error)\n"
+    )
+    # As far as OpenVINO's kernels can tell, an older processor: it has BF16 at best, and would take that for FP16.
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.onnx")],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "cannot compute in the file's precision" in done.stdout
+    assert "expected f16" in done.stdout
+
+
+def test_fp8_is_refused():
+    with pytest.raises(InputError, match=r"no such precision \(got fp8"), OpenVINORunner(relabelled("fp8")):
+        pass
+
+
+def typed(dtype: torch.dtype) -> ModelProto:
+    """The plain model with weights and matrix products in a shorter type, scores in FP32."""
+    from evit_deploy import export
+    from evit_deploy.backbones import backbone_of
+    from evit_deploy.tokens import op
+
+    model = reduce_tokens_(of_kind("plain"), KEEP)
+    lowered = Typed(backbone_of(model).lower(model), dtype).eval()
+    proto = export._run_exporter(lowered, torch.zeros(2, 3, 96, 96))
+    reorgs = [node for node in proto.graph.node if node.domain == op.DOMAIN]
+    for node, row in zip(reorgs, token_plan(model).locations, strict=True):
+        export._rename_outputs(proto, node, row.block)
+    export._attach_function(proto)
+    card = read_card(exported())
+    assert card is not None
+    write_card(proto, card)
+    return relabelled("fp16" if dtype == torch.float16 else "bf16", proto)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("weights", ["short", "fp32"])
+def test_scores_stay_in_fp32_and_looking_at_the_choice_changes_nothing(dtype, weights, tmp_path):
+    precision = "fp16" if dtype == torch.float16 else "bf16"
+    if not computes(precision):
+        pytest.skip(f"this processor does not compute in {precision}")
+    proto = once(("typed", dtype), lambda: typed(dtype)) if weights == "short" else relabelled(precision)
+    save_openvino(proto, tmp_path / "model.xml")
+    answers = []
+    for indices in (False, True):
+        with OpenVINORunner(tmp_path / "model.xml", threads=1, with_indices=indices) as runner:
+            answers.append(runner.infer(inputs(8))[LOGITS])
+            layers = [
+                (node.get_rt_info()["layerType"].astype(str), node.get_rt_info()["runtimePrecision"].astype(str))
+                for node in runner._compiled.get_runtime_model().get_ops()
+            ]
+        locations = len(token_plan(reduced("plain")).locations)
+        short = {"fp16": "f16", "bf16": "bf16"}[precision]
+        assert layers.count(("TopK", "f32")) == locations
+        assert layers.count(("Softmax", "f32")) == locations
+        assert ("TopK", short) not in layers
+        assert not any(kind == "Reduce" and computed == short for kind, computed in layers)
+        assert layers.count(("FullyConnected", short)) > locations
+    np.testing.assert_array_equal(*answers)
+    exact = golden_reference(8)
+    with torch.inference_mode():
+        model = reduce_tokens_(of_kind("plain"), KEEP).to(dtype)
+        eager = model(torch.from_numpy(inputs(8)[INPUT]).to(dtype)).float().numpy()
+    # Near-ties choose otherwise in 8 or 11 bits, with another answer then; most images have none.
+    error, limit = (np.median(np.abs(a - exact).max(axis=1)) for a in (answers[0], eager))
+    assert error <= 2 * limit
+
+
+def golden_reference(count: int) -> np.ndarray:
+    model = reduce_tokens_(of_kind("plain"), KEEP).double()
+    with torch.inference_mode():
+        return model(torch.from_numpy(inputs(count)[INPUT]).double()).numpy()
+
+
+# Threads and modes.
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads(ir, threads):
+    with OpenVINORunner(ir, threads=threads) as runner:
+        assert runner._compiled.get_property("INFERENCE_NUM_THREADS") == threads
+        assert runner.requests == 1
+        np.testing.assert_allclose(runner.infer(inputs())[LOGITS], run(ir, inputs())[LOGITS], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
+def test_many_batches_come_back_in_order(ir, mode):
+    batches = [{INPUT: images(reduced("plain"), 1 + seed % 3, seed)} for seed in range(9)]
+    with OpenVINORunner(ir, threads=2, mode=mode, with_indices=True) as runner:
+        assert (runner.requests > 1) == (mode == "throughput")
+        answers = runner.infer_many(batches)
+        one_by_one = [runner.infer(feeds) for feeds in batches]
+        assert runner.infer_many([]) == []
+        assert len(runner.infer_many(batches[:1])) == 1
+    for many, one in zip(answers, one_by_one, strict=True):
+        assert many.keys() == one.keys()
+        for name in many:
+            np.testing.assert_array_equal(many[name], one[name])
+
+
+def test_a_bad_batch_among_many_is_told_and_does_no_harm(ir):
+    good = inputs()
+    with OpenVINORunner(ir, threads=2, mode="throughput") as runner:
+        with pytest.raises(StageError, match="OpenVINO failed: Can't set the input"):
+            runner.infer_many([good, good, {INPUT: good[INPUT][:, :1]}, good])
+        assert len(runner.infer_many([good] * 3)) == 3
+
+
+# The file.
+
+
+def test_the_file_says_what_it_is(ir):
+    assert openvino_card(read_openvino(ir)) == read_card(exported())
+
+
+def test_the_same_model_gives_the_same_bytes(ir, tmp_path):
+    save_openvino(exported(), tmp_path / "again" / "other.xml")
+    assert (tmp_path / "again" / "other.xml").read_bytes() == ir.read_bytes()
+    assert (tmp_path / "again" / "other.bin").read_bytes() == ir.with_suffix(".bin").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["other.bin", "other.xml"]
+
+
+def test_weights_are_written_as_they_are(ir):
+    weights = sum(len(tensor.raw_data) for tensor in exported().graph.initializer if len(tensor.dims) > 1)
+    assert ir.with_suffix(".bin").stat().st_size >= weights
+
+
+def test_a_full_disk_leaves_nothing(small_disk):
+    with pytest.raises(StageError):
+        save_openvino(exported(), small_disk / "model.xml")
+    assert list(small_disk.iterdir()) == []
+
+
+def test_what_cannot_be_written(tmp_path):
+    with pytest.raises(InputError, match=r"named \.xml"):
+        save_openvino(exported(), tmp_path / "model.bin")
+    with pytest.raises(InputError, match="did not write this file"):
+        save_openvino(foreign(), tmp_path / "model.xml")
+    with pytest.raises(InputError, match="no such file"):
+        save_openvino(tmp_path / "none.onnx", tmp_path / "model.xml")
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is not ours, and what is no model.
+
+
+def foreign(operator: str = "Relu", domain: str = "") -> ModelProto:
+    node = helper.make_node(operator, ["a"], ["b"], domain=domain)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3]) for name in "ab"]
+    opsets = [helper.make_opsetid("", 20)] + ([helper.make_opsetid(domain, 1)] if domain else [])
+    return helper.make_model(helper.make_graph([node], "foreign", ends[:1], ends[1:]), opset_imports=opsets)
+
+
+def test_models_of_others_run_in_fp32(tmp_path):
+    import openvino
+
+    openvino.save_model(openvino.Core().read_model(foreign().SerializeToString()), tmp_path / "other.xml")
+    for artifact in (foreign(), tmp_path / "other.xml"):
+        with OpenVINORunner(artifact, with_indices=True) as runner:
+            assert runner.computes_in == "f32"
+            assert runner.card is None
+            answers = runner.infer({"a": np.array([[-1, 0, 2]], np.float32)})
+        assert list(answers) == ["b"]
+        np.testing.assert_array_equal(answers["b"], [[0, 0, 2]])
+
+
+def test_operators_that_openvino_does_not_know():
+    with (
+        pytest.raises(StageError, match=r"OpenVINO does not read the model: .*No conversion rule.*NoSuch") as error,
+        OpenVINORunner(foreign("NoSuch", "other")),
+    ):
+        pass
+    assert "\n" not in str(error.value)
+
+
+def text(path: Path, ir: Path) -> None:
+    path.write_text("a letter to a friend")
+    path.with_suffix(".bin").write_bytes(b"")
+
+
+def truncated_weights(path: Path, ir: Path) -> None:
+    path.write_bytes(ir.read_bytes())
+    path.with_suffix(".bin").write_bytes(ir.with_suffix(".bin").read_bytes()[:1000])
+
+
+def truncated_network(path: Path, ir: Path) -> None:
+    path.write_bytes(ir.read_bytes()[:20000])
+    path.with_suffix(".bin").write_bytes(ir.with_suffix(".bin").read_bytes())
+
+
+def no_weights(path: Path, ir: Path) -> None:
+    path.write_bytes(ir.read_bytes())
+
+
+def empty(path: Path, ir: Path) -> None:
+    path.write_bytes(b"")
+    path.with_suffix(".bin").write_bytes(b"")
+
+
+def nothing(path: Path, ir: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize("damage", [text, truncated_weights, truncated_network, no_weights, empty, nothing])
+def test_damaged_files(damage, ir, tmp_path, capfd):
+    damage(tmp_path / "model.xml", ir)
+    with pytest.raises(InputError, match=str(tmp_path)) as error, OpenVINORunner(tmp_path / "model.xml"):
+        pass
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("feeds", "message"),
+    [
+        ({}, r"not the model's inputs \(got \[\], expected \['input'\]\)"),
+        ({"image": np.zeros((1, 3, 96, 96), np.float32)}, "not the model's inputs"),
+        ({INPUT: np.zeros((1, 1, 96, 96), np.float32)}, "incompatible"),
+    ],
+)
+def test_inputs_that_do_not_fit(ir, feeds, message):
+    with OpenVINORunner(ir) as runner, pytest.raises(StageError, match=message) as error:
+        runner.infer(feeds)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("artifact", [torch.nn.Linear(1, 1), "engine.plan", Path("model.bin")])
+def test_what_it_does_not_accept(artifact):
+    assert OpenVINORunner.accepts(artifact)
+
+
+# The package.
+
+
+def test_its_makers_are_not_told():
+    code = (
+        "import sys; from evit_deploy.openvino_ir import import_openvino\n"
+        "import_openvino().Core(); print('openvino_telemetry' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingRequirement, match=r'pip install "evit-deploy\[openvino\]"'), OpenVINORunner(exported()):
+        pass

@@ -40,13 +40,11 @@ class Extra(msgspec.Struct, frozen=True):
         purpose: The ability.
         packages: Package -> the least version that works; the same bounds stand in pyproject.toml.
         below: Package -> the first version that does not work any more.
-        install: The line that installs it, where that is not ``pip install "evit-deploy[<name>]"``.
     """
 
     purpose: str
     packages: dict[str, str]
     below: dict[str, str] = {}
-    install: str | None = None
 
 
 EXTRAS = {
@@ -115,7 +113,7 @@ def fits(version: str | None, least: str, below: str | None = None) -> bool:
 def install_line(name: str) -> str:
     """The line that installs an extra or a required package."""
     if name in EXTRAS:
-        return EXTRAS[name].install or f'pip install "evit-deploy[{name}]"'
+        return f'pip install "evit-deploy[{name}]"'
     return f'pip install "{name}>={REQUIRED[name]}"'
 
 

@@ -81,6 +81,7 @@ RUNTIMES = Registry(
     "runtime",
     {
         "eager": "evit_deploy.runtimes.eager:EagerRunner",
+        "torch.compile": "evit_deploy.runtimes.compiled:CompiledRunner",
         "onnxruntime": "evit_deploy.runtimes.onnxruntime:OnnxRuntimeRunner",
         "openvino": "evit_deploy.runtimes.openvino:OpenVINORunner",
         "onnxruntime-cuda": "evit_deploy.runtimes.onnxruntime:OnnxRuntimeCudaRunner",

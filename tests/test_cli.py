@@ -228,7 +228,9 @@ def test_doctor(cli):
     result = cli("doctor")
     assert result.code == 0
     assert result.err == ""
-    assert "ok  runtime onnxruntime" in result.out
+    for group in ("Python and packages", "Extras", "GPU", "Plugin", "Runtimes", "Targets"):
+        assert f"\n{group}\n" in f"\n{result.out}"
+    assert "ok  onnxruntime" in result.out
     assert "NO" not in result.out
 
 

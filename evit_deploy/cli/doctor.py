@@ -1,5 +1,8 @@
 """``evit-deploy doctor``."""
 
+from itertools import groupby
+from typing import Any
+
 import click
 
 from evit_deploy.cli.output import Output, output_options
@@ -10,20 +13,43 @@ from evit_deploy.cli.output import Output, output_options
 def command(output: Output) -> None:
     """Say what is installed here, what it can be used for, and the line that fixes what is not.
 
+    Packages, extras, GPU and driver, the plugin's tools, runtimes, and for each target whether it can be built and run
+    here. What is optional and missing is no failure; what is needed and broken ends with exit code 3.
+
     \b
     evit-deploy doctor
     """
-    from evit_deploy.environment import doctor
     from evit_deploy.errors import MissingRequirement
 
-    findings = doctor()
-    broken = [finding for finding in findings if finding.needed and not finding.usable]
-    output.result(findings, usable=not broken) if output.as_json else None
-    if not output.as_json:
+    try:
+        from evit_deploy.doctor import doctor
+    except ImportError as error:  # all that doctor itself needs
+        raise MissingRequirement(
+            f"msgspec cannot be used: {error}", fix="Run: pip install --force-reinstall msgspec"
+        ) from error
+
+    diagnosis = doctor(output.progress)
+    output.result(diagnosis if output.as_json else None, _text(diagnosis), usable=not diagnosis.broken)
+    if diagnosis.broken:
+        first = diagnosis.broken[0]
+        raise MissingRequirement(f"{first.name} cannot be used", seen=first.note or first.found, fix=first.fix)
+
+
+def _text(diagnosis: Any) -> str:
+    lines = []
+    for group, findings in groupby(diagnosis.findings, key=lambda finding: finding.group):
+        lines += ["", group]
         for finding in findings:
-            mark = "ok" if finding.usable else "NO"
-            click.echo(f"{mark}  {finding.name:24} {finding.found or 'not installed'}")
-            if finding.fix:
-                click.echo(f"    {finding.fix}")
-    if broken:
-        raise MissingRequirement(f"{broken[0].name} cannot be used", seen=broken[0].found, fix=broken[0].fix)
+            mark = "ok" if finding.usable else "NO" if finding.needed else "--"
+            note = f"  ({finding.note})" if finding.note else ""
+            lines.append(f"  {mark}  {finding.name:18} {finding.found or 'not there'}{note}")
+            lines += [f"        {finding.fix}"] if finding.fix else []
+    lines += ["", "Targets"]
+    for target in diagnosis.targets:
+        mark = "ok" if target.builds and target.runs else "--"
+        able = {(True, True): "builds and runs here", (True, False): "builds here, does not run here"}
+        found = able.get((target.builds, target.runs), "neither builds nor runs here")
+        reasons = f"  ({'; '.join(target.reasons)})" if target.reasons else ""
+        lines.append(f"  {mark}  {target.name:18} {found}{reasons}")
+        lines += [f"        {target.fix}"] if target.fix else []
+    return "\n".join(lines[1:])

@@ -1,5 +1,6 @@
 """What a command says and where: the result on stdout, everything else on stderr."""
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -46,10 +47,11 @@ class Output:
 
     def __enter__(self) -> "Output":
         if sys.stderr.isatty() and not self.quiet and not self.verbose:
-            from rich.console import Console
+            with contextlib.suppress(ImportError):  # `doctor` has to say that rich is missing
+                from rich.console import Console
 
-            self._status = Console(stderr=True).status("starting")
-            self._status.start()
+                self._status = Console(stderr=True).status("starting")
+                self._status.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -72,7 +74,7 @@ class Output:
         """Prints the result.
 
         Args:
-            report: A Report, or anything msgspec can encode.
+            report: A Report; for JSON anything msgspec can encode, ``None`` for nothing but the text.
             text: What a person reads last.
             extra: More keys for the JSON document.
         """
@@ -87,12 +89,13 @@ class Output:
             document = document if isinstance(document, dict) else {"items": document}
             click.echo(msgspec.json.format(msgspec.json.encode(extra | document), indent=2).decode())
             return
-        from rich.console import Console
+        if report is not None:
+            from rich.console import Console
 
-        from evit_deploy.report import Report, render
+            from evit_deploy.report import Report, render
 
-        width = None if sys.stdout.isatty() else 160  # a pipe has no width; tables must not be cut there
-        if isinstance(report, Report):
-            render(report, Console(width=width))
+            width = None if sys.stdout.isatty() else 160  # a pipe has no width; tables must not be cut there
+            if isinstance(report, Report):
+                render(report, Console(width=width))
         if text:
             click.echo(text)

@@ -67,9 +67,9 @@ class EagerRunner(Runner):
         images = torch.from_numpy(np.ascontiguousarray(feeds[INPUT])).to(parameter.device, parameter.dtype)
         if not self.with_indices:
             with torch.inference_mode():
-                return {LOGITS: _to_numpy(self.artifact(images))}
+                return {LOGITS: to_numpy(self.artifact(images))}
         with capture(self.artifact) as seen:
-            result = {LOGITS: _to_numpy(self.artifact(images))}
+            result = {LOGITS: to_numpy(self.artifact(images))}
         for row, kept in zip(token_plan(self.artifact).locations, seen.kept, strict=True):
             result[kept_name(row.block)] = kept.cpu().numpy()
         return result
@@ -80,5 +80,6 @@ class EagerRunner(Runner):
             torch.cuda.synchronize()
 
 
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """In float32, whatever half precision it was computed in; float64 stays what it is."""
     return tensor.cpu().numpy() if tensor.dtype == torch.float64 else tensor.float().cpu().numpy()

@@ -69,6 +69,7 @@ def run(
     """
     from evit_deploy.train import EVIT
 
+    _check_convert(recipe)
     report = train_stage(recipe, out, force=force, progress=progress, notice=notice)
     checkpoint = out / EVIT
     bundle = None if force else _fresh_bundle(recipe, out / BUNDLE, checkpoint)
@@ -78,6 +79,10 @@ def run(
         bundle, found = convert(
             checkpoint,
             tokens=recipe.tokens,
+            targets=recipe.convert.targets,
+            precision=recipe.convert.precision,
+            options=_build_options(recipe),
+            calibration=_calibration(recipe, checkpoint),
             out=out / BUNDLE,
             force=True,
             threads=recipe.profile.threads,
@@ -93,6 +98,38 @@ def run(
     progress("accuracy of the exported model")
     report += found + Report(accuracy=(_exported_accuracy(recipe, bundle),))
     return bundle, report
+
+
+def _build_options(recipe: Recipe) -> Any:
+    from evit_deploy.build import BuildOptions
+    from evit_deploy.engine import BatchProfile
+
+    profiles = tuple(BatchProfile(*sizes) for sizes in recipe.convert.batches)
+    return BuildOptions(profiles=profiles, gpus=recipe.convert.gpus)
+
+
+def _check_convert(recipe: Recipe) -> None:
+    """What cannot be made is told before hours of training, not after them."""
+    from evit_deploy.lower import lowering
+    from evit_deploy.precision import QUANTIZED
+
+    section = recipe.convert
+    calibration = True if section.precision in QUANTIZED else None
+    lowering(section.targets, section.precision, _build_options(recipe), calibration)
+
+
+def _calibration(recipe: Recipe, checkpoint: Path) -> Any:
+    """Training images as they will be seen later, evenly spaced; ``None`` where no ranges have to be learned."""
+    from evit_deploy.precision import QUANTIZED
+
+    if recipe.convert.precision not in QUANTIZED:
+        return None
+    from evit_deploy.checkpoint import read_checkpoint
+    from evit_deploy.training_data import open_data
+
+    preprocess = read_checkpoint(checkpoint).preprocess
+    assert preprocess is not None  # train_stage wrote it
+    return open_data(recipe.data, preprocess).calibration(recipe.convert.calibration_images)
 
 
 def train_stage(
@@ -232,8 +269,9 @@ def _exported_accuracy(recipe: Recipe, bundle: Bundle) -> AccuracyRow:
 
     manifest = bundle.manifest
     data = open_data(recipe.data, manifest.preprocess)
-    name = f"{finetuned_name(recipe.tokens)}, exported (onnxruntime)"
-    with opened("onnxruntime", bundle.file(bundles.MODEL), recipe.profile.threads) as runner:
+    runtime = "openvino" if manifest.precision == "bf16" else "onnxruntime"  # whose CPU provider has no bf16
+    name = f"{finetuned_name(recipe.tokens)}, exported ({runtime}, {manifest.precision})"
+    with opened(runtime, bundle.file(bundles.MODEL), recipe.profile.threads) as runner:
         batches = data.validation(recipe.data.evaluation_batch_size)
         answers = ((runner.infer(feeds(images.numpy()))[LOGITS], labels.numpy()) for images, labels in batches)
         return accuracy_row(name, answers, manifest.plan.macs() / 1e9)

@@ -23,6 +23,7 @@ from msgspec import Meta
 from evit_deploy.errors import RecipeError
 from evit_deploy.tokens.plan import TokenSpec
 
+_Kind = typing.TypeVar("_Kind", bound="_Section")
 Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
 
@@ -170,6 +171,21 @@ class ProfileSection(_Section, frozen=True, kw_only=True):
     """CPU threads; ``null`` leaves the runtime's own choice."""
 
 
+class ConvertSection(_Section, frozen=True, kw_only=True):
+    """What the fine-tuned model is turned into; see ``evit-deploy convert --help``."""
+
+    targets: tuple[str, ...] = ("onnx",)
+    """``onnx``, ``openvino``, and at most one of ``tensorrt``, ``tensorrt-rtx``, ``torch-tensorrt``."""
+    precision: str | None = None
+    """``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``; ``null`` is fp16 for an engine and fp32 otherwise."""
+    gpus: tuple[str, ...] = ()
+    """TensorRT-RTX: GPUs to build for (``sm80``); this machine's by default."""
+    batches: tuple[tuple[Count, Count, Count], ...] = ((1, 32, 128),)
+    """Least, best and largest batch of each of an engine's optimization profiles."""
+    calibration_images: Count = 256
+    """For ``int8`` and ``fp8``: how many training images to learn ranges from, without their augmentation."""
+
+
 class ExpectSection(_Section, frozen=True, kw_only=True):
     """Gates on accuracy: the run fails, with everything kept, where a model does worse."""
 
@@ -201,6 +217,8 @@ class Recipe(_Section, frozen=True, kw_only=True):
     """What the result is compared with."""
     expect: ExpectSection = ExpectSection()
     """What the result has to reach."""
+    convert: ConvertSection = ConvertSection()
+    """What the result is turned into."""
     profile: ProfileSection = ProfileSection()
     """How speed is measured."""
 
@@ -217,6 +235,45 @@ class Recipe(_Section, frozen=True, kw_only=True):
                     )
 
 
+class Sweep(_Section, frozen=True, kw_only=True):
+    """A recipe of its own kind: the speed of many keep rates side by side, without any training.
+
+    Weights come from a seed: speed does not depend on what was learned.
+    """
+
+    name: str
+    """Name of the recipe; reports carry it."""
+    models: Annotated[tuple[str, ...], Meta(min_length=1)]
+    """timm names."""
+    keep_rates: Annotated[tuple[Annotated[float, Meta(gt=0, lt=1)], ...], Meta(min_length=1)]
+    """Rates to run; the dense model is always among them."""
+    fuse: Annotated[tuple[bool, ...], Meta(min_length=1)] = (True,)
+    """With fusion, without, or both."""
+    runtimes: Annotated[tuple[str, ...], Meta(min_length=1)] = ("eager:fp32",)
+    """``runtime:precision`` each: ``eager:fp32``, ``torch.compile:fp16``, ``tensorrt:fp16``."""
+    batch_size: Count = 128
+    """Images a call."""
+    duration: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
+    """Seconds of measurement for each model, all its variants in turn."""
+    threads: Count | None = None
+    """CPU threads; ``null`` leaves the runtime's own choice."""
+    published: dict[str, dict[str, float]] = {}
+    """Images a second that a paper gives, by model and variant (``dense``, ``0.7``, ``0.7 without fusion``)."""
+
+
+def is_sweep(path: str | Path) -> bool:
+    """Whether a recipe file is a :class:`Sweep`; an unreadable one is not."""
+    try:
+        return "models" in _read_yaml(_shipped(Path(path)))
+    except RecipeError:
+        return False
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Reads and checks a sweep; see :func:`load_recipe`."""
+    return _load(path, overrides, Sweep)
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe.
 
@@ -227,13 +284,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: The file cannot be read, or the recipe or an override asks for something impossible.
     """
+    return _load(path, overrides, Recipe)
+
+
+def _load(path: str | Path, overrides: Sequence[str], kind: type[_Kind]) -> _Kind:
     path = _shipped(Path(path))
     document = _read_yaml(path)
     for override in overrides:
         _override(document, override)
-    _check_keys(document, Recipe, "", path)
+    _check_keys(document, kind, "", path)
     try:
-        return msgspec.convert(document, Recipe, strict=False)
+        return msgspec.convert(document, kind, strict=False)
     except msgspec.ValidationError as error:
         what, _, place = str(error).partition(" - at `$")
         place = place.rstrip("`").lstrip(".")

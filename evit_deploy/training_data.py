@@ -36,6 +36,10 @@ class TrainingData(Protocol):
         """Every validation image once: images float32 ``[B, 3, H, W]`` and labels int64 ``[B]``."""
         ...
 
+    def calibration(self, count: int) -> np.ndarray:
+        """Training images as in deployment, not varied: at most ``count``, evenly spaced, float32 ``[n, 3, H, W]``."""
+        ...
+
 
 def open_data(section: DataSection, preprocess: Preprocess) -> TrainingData:
     """Opens what a recipe's ``data`` section names.
@@ -79,6 +83,11 @@ class DigitsData:
         """See :class:`TrainingData`."""
         images, labels = self._test
         yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
+
+    def calibration(self, count: int) -> np.ndarray:
+        """See :class:`TrainingData`."""
+        images = self._train[0]
+        return images[np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))].numpy()
 
 
 def augment(images: Tensor, section: DataSection, generator: torch.Generator, background: float) -> Tensor:
@@ -169,6 +178,12 @@ class FolderData:
         """See :class:`TrainingData`."""
         for images, labels in self._validation.batches(batch_size, workers=self._section.workers):
             yield torch.from_numpy(images), torch.from_numpy(labels)
+
+    def calibration(self, count: int) -> np.ndarray:
+        """See :class:`TrainingData`."""
+        assert self._section.train is not None
+        folder = image_folder(self._section.train, self.preprocess)
+        return np.concatenate([images for images, _ in folder.batches(64, limit=count, workers=self._section.workers)])
 
 
 def _mixed(mix: Mixup, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

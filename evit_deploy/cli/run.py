@@ -18,8 +18,13 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: b
     \b
     evit-deploy run recipes/digits.yaml
     """
-    from evit_deploy.recipe import load_recipe
+    from evit_deploy.recipe import is_sweep, load_recipe, load_sweep
 
+    if is_sweep(recipe):
+        from evit_deploy.sweep import sweep
+
+        output.result(sweep(load_sweep(recipe, overrides), progress=output.progress))
+        return
     loaded = load_recipe(recipe, overrides)
     from evit_deploy.pipeline import run
 

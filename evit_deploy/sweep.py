@@ -1,0 +1,170 @@
+"""The speed of many keep rates side by side, as in the tables of the paper; weights from a seed, nothing is trained.
+
+All variants of a model run interleaved on all runtimes, so that their ratios hold on a machine whose speed drifts.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import timm
+import torch
+
+from evit_deploy import build, gpu
+from evit_deploy.data import Preprocess
+from evit_deploy.engine import BatchProfile
+from evit_deploy.errors import InputError
+from evit_deploy.export import export_onnx, versions
+from evit_deploy.golden import DTYPES
+from evit_deploy.precision import set_precision
+from evit_deploy.profile import SETTLE, measure, median_interval
+from evit_deploy.recipe import Sweep
+from evit_deploy.registry import RUNTIMES
+from evit_deploy.report import ProfileRow, Report, device
+from evit_deploy.tokens.plan import TokenPlan, TokenSpec
+from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from evit_deploy.verify import opened
+
+MINIMUM_ROUNDS = 5
+DENSE = "dense"
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """One keep rate of one model.
+
+    Args:
+        name: ``dense``, ``0.7`` or ``0.7 without fusion``.
+        model: PyTorch, FP32, on the CPU.
+        plan: Its token plan.
+    """
+
+    name: str
+    model: torch.nn.Module
+    plan: TokenPlan
+
+
+def sweep(recipe: Sweep, *, progress: Callable[[str], None] = lambda text: None) -> Report:
+    """Runs a sweep.
+
+    Args:
+        recipe: What to run.
+        progress: Told what is being done.
+
+    Returns:
+        A row for every model, variant and runtime, with its speed-up over the dense model; the paper's figures, where
+        the recipe has them, as notes.
+
+    Raises:
+        InputError: An unknown runtime or precision, or a model that cannot be reduced.
+        MissingRequirement: A runtime is not here.
+        StageError: An engine could not be built.
+    """
+    pairs = [_pair(text, recipe.batch_size) for text in recipe.runtimes]
+    report = Report(versions=versions(), device=device())
+    for name in recipe.models:
+        progress(f"making {name}")
+        variants = list(_variants(name, recipe))
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            runners, labels = [], []
+            for runtime, precision in pairs:
+                for variant in variants:
+                    progress(f"{name}, {variant.name}: preparing {runtime} in {precision}")
+                    place = Path(folder) / f"{len(runners)}"
+                    artifact = _artifact(variant, name, runtime, precision, recipe.batch_size, place)
+                    runners.append(stack.enter_context(opened(runtime, artifact, recipe.threads)))
+                    labels.append((f"{runtime} {precision}", variant))
+            progress(f"{name}: measuring {len(runners)} variants")
+            settle = 0.0 if recipe.threads == 1 else SETTLE
+            wall, cpu = measure(runners, recipe.batch_size, recipe.duration, MINIMUM_ROUNDS, settle)
+        clock, of = (cpu, "cpu") if recipe.threads == 1 else (wall, "wall")
+        report += Report(rows=tuple(_rows(name, labels, recipe.batch_size, wall, clock)), clock=of)
+        report += Report(notes=tuple(_published(name, recipe)))
+    return report
+
+
+def _pair(text: str, batch: int) -> tuple[str, str]:
+    """A runtime and a precision, both looked at before any work."""
+    runtime, _, precision = text.partition(":")
+    if precision not in DTYPES:
+        raise InputError(
+            "not a runtime with its precision", where="runtimes", seen=repr(text), wanted=f"RUNTIME:{'|'.join(DTYPES)}"
+        )
+    missing = RUNTIMES.get(runtime).missing()
+    if missing is not None:
+        raise missing
+    if runtime in build.TARGETS:
+        build.check_options(runtime, precision, _options(batch))
+    return runtime, precision
+
+
+def _options(batch: int) -> build.BuildOptions:
+    return build.BuildOptions(profiles=(BatchProfile(batch, batch, batch),))
+
+
+def _variants(name: str, recipe: Sweep) -> Iterator[Variant]:
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    specs = [(DENSE, TokenSpec(keep_rate=1.0))]
+    for rate in recipe.keep_rates:
+        for fuse in recipe.fuse:
+            specs.append((f"{rate:g}" + ("" if fuse else " without fusion"), TokenSpec(keep_rate=rate, fuse=fuse)))
+    for label, spec in specs:
+        reduced = reduce_tokens_(copy.deepcopy(model), spec)
+        yield Variant(label, reduced, token_plan(reduced))
+
+
+def _artifact(variant: Variant, name: str, runtime: str, precision: str, batch: int, place: Path) -> Any:
+    """What a runtime runs: the module itself, an ONNX file, or an engine for the one batch size."""
+    files = RUNTIMES.get(runtime).files
+    if not files:
+        device_name = "cuda" if gpu.compute_capability() else "cpu"
+        return copy.deepcopy(variant.model).to(device_name, DTYPES[precision])
+    proto = export_onnx(variant.model, name=name, preprocess=Preprocess.from_model(variant.model))
+    path = place.with_suffix(".onnx")
+    onnx.save(set_precision(proto, precision), path)
+    if runtime not in build.TARGETS:
+        return path
+    plan = place.with_suffix(".plan")
+    build.build_engine(path, plan, runtime, precision, _options(batch))
+    return plan
+
+
+def _rows(
+    name: str, labels: list[tuple[str, Variant]], batch: int, wall: np.ndarray, clock: np.ndarray
+) -> Iterator[ProfileRow]:
+    dense = {runtime: index for index, (runtime, variant) in enumerate(labels) if variant.name == DENSE}
+    for index, (runtime, variant) in enumerate(labels):
+        seconds = wall[:, index]
+        p50, p95, p99 = (1e3 * float(value) for value in np.percentile(seconds, (50, 95, 99)))
+        paired = clock[:, dense[runtime]] / clock[:, index]
+        low, high = median_interval(paired)
+        speedup, mac_ratio = float(np.median(paired)), float(variant.plan.mac_ratio())
+        yield ProfileRow(
+            runtime=runtime,
+            variant=f"{name}, {variant.name}",
+            batch=batch,
+            rounds=len(wall),
+            images_per_second=1e3 * batch / p50,
+            p50=p50,
+            p95=p95,
+            p99=p99,
+            variation=float(seconds.std() / seconds.mean()),
+            speedup=speedup,
+            speedup_low=low,
+            speedup_high=high,
+            mac_ratio=mac_ratio,
+            mac_efficiency=speedup / mac_ratio,
+        )
+
+
+def _published(name: str, recipe: Sweep) -> Iterator[str]:
+    figures = recipe.published.get(name, {})
+    for variant, speed in figures.items():
+        gain = f", {speed / figures[DENSE]:.2f}x dense" if DENSE in figures else ""
+        yield f"Published for {name}, {variant}: {speed:g} images/s{gain}."

@@ -189,7 +189,13 @@ class _Nvml:
             raise MissingRequirement(f"the GPU's driver cannot be asked ({error})", fix=fix) from None
         properties = torch.cuda.get_device_properties(self._device)
         self._name, self._capability = properties.name, f"sm{properties.major}{properties.minor}"
-        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+        try:
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+        except pynvml.NVMLError as error:  # a slice of a GPU (MIG) has another kind of number
+            pynvml.nvmlShutdown()
+            raise MissingRequirement(
+                f"the driver does not know PyTorch's GPU by its number ({error})", seen=str(properties.uuid)
+            ) from None
         return self
 
     def __exit__(

@@ -23,8 +23,8 @@ from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import InputError
 from evit_deploy.export import export_onnx, versions
 from evit_deploy.golden import DTYPES
+from evit_deploy.measure import SETTLE, measure, median_interval
 from evit_deploy.precision import set_precision
-from evit_deploy.profile import SETTLE, measure, median_interval
 from evit_deploy.recipe import Sweep
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import ProfileRow, Report, device

@@ -48,7 +48,7 @@ class Golden(msgspec.Struct):
         dense_reference: The same in FP64.
         dense_expected: The same in the bundle's precision.
         kept: Per location, original patch numbers ``[n, K(+1)]``, fused = −1, of the FP32 model.
-        margin: Per location ``[n, patches + 1]``, by original patch number, the fused token last: distance of the
+        margin: Per location ``[n, patches + 1]``, by original patch number, fused tokens last: distance of the
             patch's score from the boundary between kept and dropped, over what the scores differ by for rounding,
             both in logarithms. Below 1 the patch may be kept or not; infinite where it is no candidate.
     """
@@ -199,7 +199,8 @@ def make_golden(
         boundary = ranked[:, row.keep - 1 : row.keep + 1].mean(axis=1, keepdims=True)
         rounding = 2 * np.abs(low - true).max() + FLOOR * np.finfo(np.float32).eps
         margin[row.block] = np.full((len(inputs), plan.patches + 1), np.inf)
-        np.put_along_axis(margin[row.block], candidates % (plan.patches + 1), np.abs(true - boundary) / rounding, 1)
+        place = np.arange(len(inputs))[:, None], candidates % (plan.patches + 1)
+        np.minimum.at(margin[row.block], place, np.abs(true - boundary) / rounding)  # fused tokens share one place
         candidates = patches
     kept_patches = dict(zip((row.block for row in plan.locations), numbers, strict=True))
     return Golden(
@@ -382,9 +383,12 @@ def same_choice(
 
 
 def _members(numbers: np.ndarray, patches: int) -> np.ndarray:
-    """Sets of patch numbers ``[rows, K]`` as truth values ``[rows, patches + 1]``; the fused token comes last."""
-    members = np.zeros((len(numbers), patches + 1), bool)
-    np.put_along_axis(members, numbers.astype(np.int64) % (patches + 1), True, axis=1)
+    """How often each number is among ``[rows, K]``, as ``[rows, patches + 1]``.
+
+    Fused tokens come last: there may be several, the one just made and those of earlier locations that were kept.
+    """
+    members = np.zeros((len(numbers), patches + 1), int)
+    np.add.at(members, (np.arange(len(numbers))[:, None], numbers.astype(np.int64) % (patches + 1)), 1)
     return members
 
 
@@ -392,7 +396,8 @@ def overlap(kept: np.ndarray, others: np.ndarray) -> float:
     """Mean over images of patches in common over patches of either (Jaccard); the fused token is none."""
     patches = int(max(kept.max(), others.max())) + 1
     one, other = (_members(numbers, patches)[:, :-1] for numbers in (kept, others))
-    return float(((one & other).sum(1) / np.maximum((one | other).sum(1), 1)).mean())
+    either = np.maximum(one, other).sum(axis=1)
+    return float((np.minimum(one, other).sum(axis=1) / np.maximum(either, 1)).mean())
 
 
 def logit_error(golden: Golden, which: np.ndarray, answers: np.ndarray) -> float:

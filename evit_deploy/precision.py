@@ -66,7 +66,7 @@ def set_precision(
     if precision in QUANTIZED:
         if base not in ("fp32", *_TYPES):
             raise InputError(
-                "no precision to leave unquantised", seen=repr(base), wanted="fp32 or " + " or ".join(_TYPES)
+                "not a precision for what stays unquantised", seen=repr(base), wanted="fp32 or " + " or ".join(_TYPES)
             )
         if calibration is None or not len(calibration):
             raise InputError(

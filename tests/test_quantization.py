@@ -201,8 +201,9 @@ def test_scales_that_fp16_would_round_to_zero_do_not():
 
 # Of the spread of the logits. INT8 rounds to 1/254 of the range, which is some 7 standard deviations: 0.8 % of one for
 # each of the 17 roundings in a row of these models, whose squares add up to 3 %. FP8 has 3 bits of mantissa, so it
-# rounds by up to 1/16, 3.6 % as a root mean square of both factors, shrunk by less than half in the sum: 6 to 9 %.
-NOISE = {"int8": 0.035, "fp8": 0.12}
+# rounds by up to 1/16, 3.6 % as a root mean square of both factors, shrunk by less than half in the sum: 6 to 10 %.
+# Half as much again is left for machines that round elsewhere.
+NOISE = {"int8": 0.05, "fp8": 0.15}
 
 
 def noise_of(proto: ModelProto, kind: str, precision: str) -> float:

@@ -48,9 +48,9 @@ class Golden(msgspec.Struct):
         dense_reference: The same in FP64.
         dense_expected: The same in the bundle's precision.
         kept: Per location, original patch numbers ``[n, K(+1)]``, fused = −1, of the FP32 model.
-        margin: Per location ``[n, patches + 1]``, by original patch number, the fused token last: distance of the
-            patch's score from the boundary between kept and dropped, over what the scores differ by for rounding.
-            Below 1 the patch may be kept or not; infinite where it is no candidate.
+        margin: Per location ``[n, patches + 1]``, by original patch number, fused tokens last: distance of the
+            patch's score from the boundary between kept and dropped, over what the scores differ by for rounding,
+            both in logarithms. Below 1 the patch may be kept or not; infinite where it is no candidate.
     """
 
     precision: str
@@ -80,9 +80,12 @@ class Golden(msgspec.Struct):
         return max(2 * _distance(self.expected, self.reference), _floor(self.reference))
 
     def tie_limits(self) -> np.ndarray:
-        """The same for each image ``[n]`` where another choice within rounding was made."""
-        free = 2 * _distance(self.expected_free, self.reference)
-        return max(self.limit(), free) + np.abs(self.swapped - self.reference).max(axis=1)
+        """The same for each image ``[n]`` where another choice within rounding may have been made."""
+        free = max(self.limit(), 2 * _distance(self.expected_free, self.reference))
+        free = free + np.abs(self.swapped - self.reference).max(axis=1)
+        # It takes two patches within rounding to change places; elsewhere there is no other choice.
+        possible = [(~(margin >= 1)).sum(axis=1) > 1 for margin in self.margin.values()]
+        return np.where(np.any([np.zeros(len(free), bool), *possible], axis=0), free, self.limit())
 
     def dense_limit(self) -> float:
         """The same for the dense twin."""
@@ -90,7 +93,8 @@ class Golden(msgspec.Struct):
 
     def noise(self) -> float:
         """What the precision costs: its error over the spread of the logits, both as root mean squares."""
-        spread = self.reference - self.reference.mean(axis=1, keepdims=True)
+        axis = 0 if self.reference.shape[1] == 1 else 1  # a single logit has no others to stand out from
+        spread = self.reference - self.reference.mean(axis=axis, keepdims=True)
         with np.errstate(invalid="ignore", over="ignore"):
             error = np.linalg.norm(self.expected - self.reference)
         return float(error / max(float(np.linalg.norm(spread)), np.finfo(np.float64).tiny))
@@ -190,17 +194,24 @@ def make_golden(
     margin, candidates = {}, np.broadcast_to(np.arange(plan.patches), (len(inputs), plan.patches))
     for row, low, true, patches in zip(plan.locations, expected.scores, exact_scores, numbers, strict=True):
         assert row.keep is not None
-        ranked = -np.sort(-true, axis=1)
+        # In logarithms: scores are exponentials, so that rounding moves each by a share of itself.
+        ranked, true, low = -np.sort(-_logarithm(true), axis=1), _logarithm(true), _logarithm(low)
         boundary = ranked[:, row.keep - 1 : row.keep + 1].mean(axis=1, keepdims=True)
-        rounding = 2 * np.abs(low - true).max() + FLOOR * np.finfo(np.float32).eps * true.max()
+        rounding = 2 * np.abs(low - true).max() + FLOOR * np.finfo(np.float32).eps
         margin[row.block] = np.full((len(inputs), plan.patches + 1), np.inf)
-        np.put_along_axis(margin[row.block], candidates % (plan.patches + 1), np.abs(true - boundary) / rounding, 1)
+        place = np.arange(len(inputs))[:, None], candidates % (plan.patches + 1)
+        np.minimum.at(margin[row.block], place, np.abs(true - boundary) / rounding)  # fused tokens share one place
         candidates = patches
     kept_patches = dict(zip((row.block for row in plan.locations), numbers, strict=True))
     return Golden(
         precision, inputs, logits, reference, swapped, expected.logits, expected.free,
         dense_logits, dense_reference, expected.dense, kept_patches, margin,
     )  # fmt: skip
+
+
+def _logarithm(scores: np.ndarray) -> np.ndarray:
+    """What FP32 cannot hold counts as its smallest number."""
+    return np.log(np.maximum(scores.astype(np.float64), np.finfo(np.float32).tiny))
 
 
 def _swap(kept: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -372,9 +383,12 @@ def same_choice(
 
 
 def _members(numbers: np.ndarray, patches: int) -> np.ndarray:
-    """Sets of patch numbers ``[rows, K]`` as truth values ``[rows, patches + 1]``; the fused token comes last."""
-    members = np.zeros((len(numbers), patches + 1), bool)
-    np.put_along_axis(members, numbers.astype(np.int64) % (patches + 1), True, axis=1)
+    """How often each number is among ``[rows, K]``, as ``[rows, patches + 1]``.
+
+    Fused tokens come last: there may be several, the one just made and those of earlier locations that were kept.
+    """
+    members = np.zeros((len(numbers), patches + 1), int)
+    np.add.at(members, (np.arange(len(numbers))[:, None], numbers.astype(np.int64) % (patches + 1)), 1)
     return members
 
 
@@ -382,7 +396,8 @@ def overlap(kept: np.ndarray, others: np.ndarray) -> float:
     """Mean over images of patches in common over patches of either (Jaccard); the fused token is none."""
     patches = int(max(kept.max(), others.max())) + 1
     one, other = (_members(numbers, patches)[:, :-1] for numbers in (kept, others))
-    return float(((one & other).sum(1) / np.maximum((one | other).sum(1), 1)).mean())
+    either = np.maximum(one, other).sum(axis=1)
+    return float((np.minimum(one, other).sum(axis=1) / np.maximum(either, 1)).mean())
 
 
 def logit_error(golden: Golden, which: np.ndarray, answers: np.ndarray) -> float:

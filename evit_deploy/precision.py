@@ -64,6 +64,10 @@ def set_precision(
         seen = "no card" if card is None else card.precision
         raise InputError("not a model that evit-deploy exported in FP32", seen=seen, wanted="fp32")
     if precision in QUANTIZED:
+        if base not in ("fp32", *_TYPES):
+            raise InputError(
+                "not a precision for what stays unquantised", seen=repr(base), wanted="fp32 or " + " or ".join(_TYPES)
+            )
         if calibration is None or not len(calibration):
             raise InputError(
                 f"{precision} needs real images, from which it learns the range of every activation",
@@ -233,6 +237,7 @@ def _quantize(proto: ModelProto, precision: str, calibration: np.ndarray) -> Mod
                     # TensorRT has no INT32 biases, and the sum of a linear layer is not to be rounded before its bias.
                     "QuantizeBias": False,
                     "OpTypesToExcludeOutputQuantization": list(_LINEAR),
+                    # Not CalibMaxIntermediateOutputs: it throws the ranges of earlier batches away.
                 },
             )
         except Exception as error:  # the quantiser raises whatever its parts raise

@@ -97,5 +97,6 @@ def with_choice(proto: ModelProto) -> ModelProto:
         choice = helper.make_tensor_value_info(node.input[2], onnx.TensorProto.INT32, ["batch", keep])
         copy.graph.input.append(choice)
         copy.graph.node.append(helper.make_node("Identity", [node.input[1]], [f"scores_{block}"]))
-        copy.graph.output.append(helper.make_tensor_value_info(f"scores_{block}", onnx.TensorProto.FLOAT, None))
+        scores = helper.make_tensor_value_info(f"scores_{block}", onnx.TensorProto.FLOAT, ["batch", None])
+        copy.graph.output.append(scores)
     return copy

@@ -1,16 +1,12 @@
 """The portable file: what stands in it, that it answers like PyTorch at every batch size, and its two twins."""
 
-import copy
-from typing import Any
-
 import msgspec
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
-from models import KEEP, KINDS, images, of_kind, preprocess_for
-from onnx import ModelProto
+from exports import answers, assert_close, attributes, copied, each, exported, nodes, operators, reduced, shape
+from models import KINDS, images, of_kind, preprocess_for
 
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.export import (
@@ -24,77 +20,12 @@ from evit_deploy.export import (
     read_card,
     versions,
 )
-from evit_deploy.golden import FLOOR
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.op import DOMAIN, NAME
-from evit_deploy.tokens.plan import TokenPlan, TokenSpec
-from evit_deploy.tokens.reduce import capture, dense_twin, reduce_tokens_, token_plan, token_spec
-from evit_deploy.variants import slice_twin, with_indices
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.reduce import capture, dense_twin, token_plan, token_spec
 
-DROP = TokenSpec(keep_rate=(0.8, 0.5), locations=(0, 2), fuse=False)
 BATCHES = (1, 2, 3, 5, 7)
-
-# What was exported, once each: exporting takes seconds.
-EXPORTED = [(kind, KEEP) for kind in KINDS] + [("distilled", DROP)]
-each = pytest.mark.parametrize(
-    ("kind", "spec"), EXPORTED, ids=[f"{kind}{'' if spec is KEEP else ', no fusion'}" for kind, spec in EXPORTED]
-)
-_files: dict[tuple[str, str], ModelProto] = {}
-
-
-def exported(kind: str, spec: TokenSpec | None = KEEP) -> ModelProto:
-    """A model's portable file; ``None`` for the dense twin. Shared: copy it to change it."""
-    key = kind, repr(spec)
-    if key not in _files:
-        _files[key] = _export(kind, spec)
-    return _files[key]
-
-
-def _export(kind: str, spec: TokenSpec | None) -> ModelProto:
-    model = of_kind(kind) if spec is None else reduced(kind, spec)
-    return export_onnx(model, name=KINDS[kind][0], preprocess=preprocess_for(model))
-
-
-def reduced(kind: str, spec: TokenSpec = KEEP) -> Any:
-    return reduce_tokens_(of_kind(kind), spec)
-
-
-def copied(proto: ModelProto) -> ModelProto:
-    copy = ModelProto()
-    copy.CopyFrom(proto)
-    return copy
-
-
-def operators(proto: ModelProto) -> list[str]:
-    return [node.op_type for node in proto.graph.node]
-
-
-def nodes(proto: ModelProto, operator: str) -> list[onnx.NodeProto]:
-    return [node for node in proto.graph.node if node.op_type == operator]
-
-
-def attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    return {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}
-
-
-def shape(info: onnx.ValueInfoProto) -> list[int | str]:
-    return [size.dim_param or size.dim_value for size in info.type.tensor_type.shape.dim]
-
-
-def answers(proto: ModelProto, inputs: np.ndarray, *, indices: bool = False) -> dict[str, np.ndarray]:
-    with OnnxRuntimeRunner(proto, threads=1, with_indices=indices) as runner:
-        return runner.infer({INPUT: inputs})
-
-
-def assert_close(answer: np.ndarray, model: Any, inputs: np.ndarray) -> None:
-    """Within twice the error that PyTorch itself makes in FP32; the model in FP64 is the reference."""
-    with torch.inference_mode():
-        eager = model(torch.from_numpy(inputs)).numpy()
-        exact = copy.deepcopy(model).double()(torch.from_numpy(inputs).double()).numpy()
-    floor = FLOOR * np.finfo(np.float32).eps * np.abs(exact).max()
-    assert answer.shape == exact.shape
-    assert np.abs(answer - exact).max() <= max(2 * np.abs(eager - exact).max(), floor)
 
 
 # What stands in the file.
@@ -243,17 +174,6 @@ def test_every_parameter_has_a_part_in_the_answer():
         assert torch.equal(model(inputs), before)
 
 
-def test_indices_are_outputs_when_asked_for():
-    proto = exported("plain")
-    plan = token_plan(reduced("plain"))
-    extended = with_indices(proto)
-    onnx.checker.check_model(extended, full_check=True)
-    assert [output.name for output in extended.graph.output] == [LOGITS] + [kept_name(r.block) for r in plan.locations]
-    assert [shape(output)[1:] for output in extended.graph.output[1:]] == [[row.keep] for row in plan.locations]
-    assert len(proto.graph.output) == 1  # the given one is left alone
-    assert with_indices(extended) == extended
-
-
 def test_exporting_leaves_the_model_alone():
     model = reduced("plain").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -268,7 +188,7 @@ def test_exporting_leaves_the_model_alone():
         assert torch.equal(value, before[name]), name
 
 
-# The twins.
+# The dense twin.
 
 
 @pytest.mark.parametrize("kind", ["plain", "registers, no classes"])
@@ -284,62 +204,6 @@ def test_the_dense_twin_is_the_dense_model(kind):
     assert card is not None
     assert (card.kind, card.plan) == ("dense", token_plan(model))
     assert card.plan.locations == ()
-
-
-@each
-def test_the_slice_twin_slices(kind, spec):
-    proto = exported(kind, spec)
-    before = proto.SerializeToString()
-    twin = slice_twin(proto)
-    assert proto.SerializeToString() == before
-    onnx.checker.check_model(twin, full_check=True)
-    assert NAME not in operators(twin)
-    assert not twin.functions
-    assert [(entry.domain, entry.version) for entry in twin.opset_import] == [("", OPSET)]
-    used = {name for node in twin.graph.node for name in node.input} | {output.name for output in twin.graph.output}
-    made = {name for node in twin.graph.node for name in node.output}
-    assert all(used & set(node.output) for node in twin.graph.node)  # scoring went with its only reader
-    assert {tensor.name for tensor in twin.graph.initializer} <= used
-    assert used <= made | {tensor.name for tensor in twin.graph.initializer} | {INPUT, ""}
-    assert len(twin.graph.node) < len(proto.graph.node)
-    card, own = read_card(twin), read_card(proto)
-    assert card is not None
-    assert own is not None
-    assert card == msgspec.structs.replace(own, kind="slice")
-    assert tokens_seen(twin, own.plan) == tokens_seen(proto, own.plan) == [row.tokens_in for row in own.plan.blocks]
-
-
-def tokens_seen(proto: ModelProto, plan: TokenPlan) -> list[int]:
-    """How many tokens each attention really gets, at run time."""
-    spied = copied(proto)
-    for node in nodes(spied, "Attention"):
-        spied.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
-    session = onnxruntime.InferenceSession(spied.SerializeToString(), providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
-    outputs = session.run(None, {INPUT: np.zeros((2, *given.shape[1:]), np.float32)})
-    return [value.shape[1] for value in outputs[-len(plan.blocks) :]]  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(("kind", "spec"), [("plain", KEEP), ("distilled", DROP)])
-def test_the_slice_twin_is_the_slice_method(kind, spec):
-    inputs = images(of_kind(kind), 3)
-    model = reduced(kind, msgspec.structs.replace(spec, method="slice"))
-    twin = slice_twin(exported(kind, spec))
-    assert_close(answers(twin, inputs)[LOGITS], model, inputs)
-    assert np.abs(answers(exported(kind, spec), inputs)[LOGITS] - answers(twin, inputs)[LOGITS]).max() > 0.01
-
-
-def test_the_slice_twin_of_a_file_with_indices():
-    twin = slice_twin(with_indices(exported("plain")))
-    assert [output.name for output in twin.graph.output] == [LOGITS]
-    inputs = images(of_kind("plain"), 2)
-    wanted = answers(slice_twin(exported("plain")), inputs)[LOGITS]
-    np.testing.assert_array_equal(answers(twin, inputs)[LOGITS], wanted)
-
-
-def test_there_is_nothing_to_slice_in_a_dense_file():
-    with pytest.raises(InputError, match="nothing to slice"):
-        slice_twin(exported("plain", None))
 
 
 # What is refused.

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,28 @@ def command(*arguments: object) -> Result:
     """Runs the command line as a user does."""
     done = subprocess.run([*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=240)
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def listen() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is started with interruptions ignored
+
+
+def interrupted(checkpoint: Path, stage: str, number: signal.Signals, more: Sequence[str]) -> Result:
+    """Starts a conversion, waits for a stage, and sends a signal."""
+    arguments = ["convert", checkpoint, "--keep-rate", "0.5", "--out", checkpoint.with_name("bundle"), "-v", *more]
+    process = subprocess.Popen(
+        [*CLI, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    )
+    with process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith(stage):
+                process.send_signal(number)
+                break
+        out, err = process.communicate(timeout=120)
+    return Result(process.returncode, out, "".join(said) + err)
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-from command_line import CLI, QUICK, Result, command
+from command_line import QUICK, Result, command, interrupted
 from models import SMALLEST, hollow, tree
 
 from evit_deploy.bundle import MANIFEST, MODEL, read_bundle
@@ -372,28 +371,6 @@ def test_a_file_size_limit(cli, checkpoint):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     result.refused(4, "File too large", "Nothing was left behind")
     assert tree(checkpoint.parent) == before
-
-
-def listen() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is started with interruptions ignored
-
-
-def interrupted(checkpoint: Path, stage: str, number: signal.Signals, more: Sequence[str]) -> Result:
-    """Starts a conversion, waits for a stage, and sends a signal."""
-    arguments = ["convert", checkpoint, "--keep-rate", "0.5", "--out", checkpoint.with_name("bundle"), "-v", *more]
-    process = subprocess.Popen(
-        [*CLI, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
-    )
-    with process:
-        assert process.stderr is not None
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if line.startswith(stage):
-                process.send_signal(number)
-                break
-        out, err = process.communicate(timeout=120)
-    return Result(process.returncode, out, "".join(said) + err)
 
 
 def test_an_interruption_leaves_nothing(tmp_path, smallest):

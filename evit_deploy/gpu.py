@@ -5,6 +5,7 @@ A measurement on a GPU whose clocks moved measured the clocks. NVIDIA's own advi
 """
 
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,7 +25,8 @@ REASONS = {
     0x80: "the power supply asks for less",
     0x100: "display clocks are set",
 }
-_HARMLESS = 0x1 | 0x2 | 0x100  # nobody's clock suffers from being idle between calls, or from what its owner has set
+_IDLE = 0x1
+_HARMLESS = _IDLE | 0x2 | 0x100  # nobody's clock suffers from being idle between calls, or from what its owner has set
 MOVED = 0.03
 """Clocks that differ by more than this share during a measurement are said to have moved."""
 INTERVAL = 0.05
@@ -66,6 +68,42 @@ class GpuState(msgspec.Struct, frozen=True):
         return reasons_in_words(self.throttled_by)
 
 
+class GpuSummary(msgspec.Struct, frozen=True):
+    """What a GPU did while one batch size was measured; ``None`` where the driver does not say.
+
+    Args:
+        name: As the driver calls it.
+        driver: Version.
+        compute_capability: ``sm80``.
+        batch: Images a call.
+        samples: How often it was looked at and found busy.
+        sm_clock: Slowest and fastest, MHz.
+        sm_clock_max: MHz at most.
+        memory_clock: Slowest and fastest, MHz.
+        memory_clock_max: MHz at most.
+        slowed_down: Share of the samples in which something slowed it down, 0 to 1.
+        reasons: What did, in words.
+        temperature: Highest, °C.
+        power: Highest, watts.
+        power_limit: Watts.
+    """
+
+    name: str
+    driver: str
+    compute_capability: str
+    batch: int
+    samples: int
+    sm_clock: tuple[int, int] | None = None
+    sm_clock_max: int | None = None
+    memory_clock: tuple[int, int] | None = None
+    memory_clock_max: int | None = None
+    slowed_down: float = 0.0
+    reasons: tuple[str, ...] = ()
+    temperature: int | None = None
+    power: float | None = None
+    power_limit: float | None = None
+
+
 def reasons_in_words(bits: int) -> list[str]:
     """Puts NVML's clock event reasons into words.
 
@@ -94,6 +132,13 @@ def missing() -> MissingRequirement | None:
         wanted=f"an NVIDIA GPU, and a driver for CUDA {torch.version.cuda}",
         fix="Run it where nvidia-smi lists a GPU.",
     )
+
+
+def current_device() -> int:
+    """PyTorch's number of the GPU that work goes to."""
+    import torch
+
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 def compute_capability(device: int = 0) -> str | None:
@@ -144,7 +189,13 @@ class _Nvml:
             raise MissingRequirement(f"the GPU's driver cannot be asked ({error})", fix=fix) from None
         properties = torch.cuda.get_device_properties(self._device)
         self._name, self._capability = properties.name, f"sm{properties.major}{properties.minor}"
-        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+        try:
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+        except pynvml.NVMLError as error:  # a slice of a GPU (MIG) has another kind of number
+            pynvml.nvmlShutdown()
+            raise MissingRequirement(
+                f"the driver does not know PyTorch's GPU by its number ({error})", seen=str(properties.uuid)
+            ) from None
         return self
 
     def __exit__(
@@ -211,13 +262,17 @@ class Watch:
         self._stop.set()
         self._thread.join()
         try:
-            self.states.append(self._nvml.state())
+            self.look()
         finally:
             self._nvml.__exit__(kind, error, trace)
 
+    def look(self) -> None:
+        """Takes a sample now, beside those that are taken all the time."""
+        self.states.append(self._nvml.state())
+
     def _sample(self) -> None:
         while not self._stop.wait(INTERVAL):
-            self.states.append(self._nvml.state())
+            self.look()
 
     @property
     def notes(self) -> list[str]:
@@ -225,7 +280,42 @@ class Watch:
         return notes_on(self.states)
 
 
-def notes_on(states: list[GpuState]) -> list[str]:
+def summarize_states(states: Sequence[GpuState], batch: int) -> GpuSummary:
+    """Condenses what a GPU did while one batch size was measured; idle samples are left out.
+
+    Args:
+        states: Samples of one GPU, at least one.
+        batch: Images a call.
+    """
+    busy = [state for state in states if not state.throttled_by & _IDLE]
+    slowed = 0
+    for state in busy:
+        slowed |= state.throttled_by & ~_HARMLESS
+    last = states[-1]
+    return GpuSummary(
+        name=last.name,
+        driver=last.driver,
+        compute_capability=last.compute_capability,
+        batch=batch,
+        samples=len(busy),
+        sm_clock=_span([state.sm_clock for state in busy]),
+        sm_clock_max=last.sm_clock_max,
+        memory_clock=_span([state.memory_clock for state in busy]),
+        memory_clock_max=last.memory_clock_max,
+        slowed_down=sum(bool(state.throttled_by & ~_HARMLESS) for state in busy) / max(len(busy), 1),
+        reasons=tuple(reasons_in_words(slowed)),
+        temperature=max((state.temperature for state in busy if state.temperature is not None), default=None),
+        power=max((state.power for state in busy if state.power is not None), default=None),
+        power_limit=last.power_limit,
+    )
+
+
+def _span(clocks: Sequence[int | None]) -> tuple[int, int] | None:
+    known = [clock for clock in clocks if clock]
+    return (min(known), max(known)) if known else None
+
+
+def notes_on(states: Sequence[GpuState]) -> list[str]:
     """Says in sentences whether clocks moved between samples, and what slowed the GPU down.
 
     Idle samples are left out: before and between the calls a GPU lowers its clocks, and nobody is timed then.
@@ -233,7 +323,7 @@ def notes_on(states: list[GpuState]) -> list[str]:
     Args:
         states: Samples of one GPU.
     """
-    busy = [state for state in states if not state.throttled_by & 0x1]
+    busy = [state for state in states if not state.throttled_by & _IDLE]
     notes = []
     for label, clocks in (
         ("SM", [state.sm_clock for state in busy if state.sm_clock]),

@@ -7,6 +7,7 @@ and from the names of formats in NVIDIA/TensorRT, tools/experimental/trt-engine-
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -277,7 +278,7 @@ def block_times(layers: Iterable[Layer], times: Iterable[tuple[str, float]], pla
         groups.setdefault(span, []).append(milliseconds)
     total = sum(itertools.chain.from_iterable(groups.values()))
     rows = []
-    for span in sorted(groups, key=lambda span: span or (len(plan.blocks), 0)):
+    for span in sorted(groups, key=lambda span: span or (math.inf, 0)):
         spent = sum(groups[span])
         first, last = span or (None, None)
         known = last is not None and last < len(plan.blocks)

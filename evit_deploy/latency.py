@@ -4,7 +4,7 @@ The same figures and warnings as NVIDIA's trtexec prints (its reporting of enque
 the two can be laid side by side, and one more: the regime in which time goes into launches rather than arithmetic.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -38,6 +38,12 @@ class Timings(msgspec.Struct, frozen=True):
     def latency(self) -> np.ndarray:
         """Copies and compute of each call, as trtexec defines latency."""
         return self.h2d + self.compute + self.d2h
+
+
+def joined(parts: Sequence[Timings]) -> Timings:
+    """Timings of one engine that were taken in several goes."""
+    names = Timings.__struct_fields__
+    return Timings(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 class Summary(msgspec.Struct, frozen=True):

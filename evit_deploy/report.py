@@ -2,11 +2,15 @@
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 import numpy as np
+
+from evit_deploy.gpu import GpuSummary
+from evit_deploy.latency import Summary
+from evit_deploy.tables import render as render  # what a report is printed with is asked for here
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -46,6 +50,7 @@ class ProfileRow(msgspec.Struct, frozen=True):
         mac_ratio: Dense multiply-adds over this one's.
         mac_efficiency: Speed-up over MAC ratio: 1 when time follows arithmetic.
         overhead: This one's time over the slice twin's, less 1: what the reorganisation itself costs.
+        device: Where it ran, ``cpu`` or ``gpu``; what ran on different ones did not take turns.
     """
 
     runtime: str
@@ -63,6 +68,63 @@ class ProfileRow(msgspec.Struct, frozen=True):
     mac_ratio: float | None = None
     mac_efficiency: float | None = None
     overhead: float | None = None
+    device: str = "cpu"
+
+
+class LatencyRow(msgspec.Struct, frozen=True):
+    """Where the time of one engine's calls went, as trtexec reports it: CUDA events, milliseconds.
+
+    Args:
+        runtime: Name in the registry of runtimes.
+        variant: ``model``, ``dense`` or ``slice``.
+        batch: Images a call.
+        images_per_second: Batch over the median compute time: what the engine could do if data lay on the GPU.
+        latency: Copies and compute.
+        enqueue: Host time that putting the work on the stream took.
+        h2d: Copies to the device.
+        compute: The engine itself.
+        d2h: Copies back.
+        speedup: Dense twin's compute time over this one's, median of the rounds, in which all engines took turns.
+        overhead: This one's compute time over the slice twin's, less 1.
+    """
+
+    runtime: str
+    variant: str
+    batch: int
+    images_per_second: float
+    latency: Summary
+    enqueue: Summary
+    h2d: Summary
+    compute: Summary
+    d2h: Summary
+    speedup: float | None = None
+    overhead: float | None = None
+
+
+class BlockRow(msgspec.Struct, frozen=True):
+    """Time of one transformer block of an engine, beside its token counts.
+
+    Args:
+        runtime: Name in the registry of runtimes.
+        variant: ``model`` or ``dense``.
+        batch: Images a call.
+        blocks: ``3``; ``3-4`` for layers that hold parts of both; ``rest`` for the stem, the head and what names none.
+        tokens_in: Tokens its attention sees; of a span's first block.
+        tokens_out: Tokens it hands on; of a span's last block.
+        layers: Layers of the engine in it.
+        milliseconds: Their time together, under the library's own profiler, which slows the whole down a little.
+        share: Of the whole engine's time, 0 to 1.
+    """
+
+    runtime: str
+    variant: str
+    batch: int
+    blocks: str
+    tokens_in: int | None
+    tokens_out: int | None
+    layers: int
+    milliseconds: float
+    share: float
 
 
 class AccuracyRow(msgspec.Struct, frozen=True):
@@ -113,7 +175,10 @@ class Report(msgspec.Struct, frozen=True):
 
     Args:
         checks: What had to hold.
-        rows: What was measured.
+        rows: What was measured, by the host's clock.
+        latencies: Engines: where the time of a call goes.
+        blocks: Engines: time by transformer block.
+        gpu: What the GPU's clocks did meanwhile, by batch size.
         accuracy: What was right.
         agreement: Which runtimes agree.
         notes: Sentences for the reader.
@@ -124,6 +189,9 @@ class Report(msgspec.Struct, frozen=True):
 
     checks: tuple[Check, ...] = ()
     rows: tuple[ProfileRow, ...] = ()
+    latencies: tuple[LatencyRow, ...] = ()
+    blocks: tuple[BlockRow, ...] = ()
+    gpu: tuple[GpuSummary, ...] = ()
     accuracy: tuple[AccuracyRow, ...] = ()
     agreement: tuple[AgreementRow, ...] = ()
     notes: tuple[str, ...] = ()
@@ -145,6 +213,9 @@ class Report(msgspec.Struct, frozen=True):
         return Report(
             checks=self.checks + other.checks,
             rows=self.rows + other.rows,
+            latencies=self.latencies + other.latencies,
+            blocks=self.blocks + other.blocks,
+            gpu=self.gpu + other.gpu,
             accuracy=self.accuracy + other.accuracy,
             agreement=self.agreement + other.agreement,
             notes=self.notes + tuple(note for note in other.notes if note not in self.notes),
@@ -198,109 +269,3 @@ def accuracy_row(
         right1, right5, count = right1 + int(hits[:, 0].sum()), right5 + int(hits.any(1).sum()), count + len(labels)
     low, high = wilson(right1, count)
     return AccuracyRow(name, right1 / count, right5 / count, count, low, high, gmacs)
-
-
-def render(report: Report, console: Any) -> None:
-    """Prints a report on a rich console, as tables.
-
-    Args:
-        report: What to print.
-        console: A ``rich.console.Console``.
-    """
-    if report.checks:
-        _table(
-            console,
-            ("check", "value", "limit", ""),
-            [(c.name, _number(c.value), _number(c.limit), "ok" if c.passed else "FAILED") for c in report.checks],
-        )
-        for check in report.failed:
-            console.print(f"FAILED {check.name}: {check.reason}", markup=False, highlight=False)
-    if report.accuracy:
-        _table(
-            console,
-            ("accuracy", "top-1 %", "95 % interval", "top-5 %", "images", "GMACs"),
-            [
-                (
-                    row.name,
-                    f"{100 * row.top1:.2f}",
-                    f"{100 * row.low:.1f} - {100 * row.high:.1f}",
-                    f"{100 * row.top5:.2f}",
-                    str(row.count),
-                    "" if row.gmacs is None else f"{row.gmacs:.4g}",
-                )
-                for row in report.accuracy
-            ],
-            dispensable=("top-5 %", "95 % interval", "GMACs"),
-        )
-    if report.agreement:
-        _table(
-            console,
-            ("agreement of", "with", "images", "top-1 %", "kept patches %", "largest logit difference"),
-            [
-                (
-                    row.first,
-                    row.second,
-                    str(row.images),
-                    f"{100 * row.top1:.2f}",
-                    " / ".join(f"{100 * share:.1f}" for share in row.kept.values()) or "not told",
-                    f"{row.logits:.2e}",
-                )
-                for row in report.agreement
-            ],
-        )
-    if report.rows:
-        header = ("runtime", "variant", "batch", "images/s", "p50 ms", "p95 ms", "p99 ms", "variation",
-                  "speed-up", "MAC ratio", "MAC eff.", "overhead")  # fmt: skip
-        dispensable = ("variation", "p99 ms", "MAC ratio", "p95 ms")
-        _table(console, header, [_profile_cells(row) for row in report.rows], dispensable)
-    for note in report.notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
-
-
-def _profile_cells(row: ProfileRow) -> tuple[str, ...]:
-    def shown(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    return (
-        row.runtime,
-        row.variant,
-        str(row.batch),
-        f"{row.images_per_second:.1f}",
-        f"{row.p50:.2f}",
-        f"{row.p95:.2f}",
-        f"{row.p99:.2f}",
-        f"{row.variation:.1%}",
-        shown(row.speedup, ".2f") and f"{row.speedup:.2f}x",
-        shown(row.mac_ratio, ".2f") and f"{row.mac_ratio:.2f}x",
-        shown(row.mac_efficiency, ".2f"),
-        shown(row.overhead, "+.1%"),
-    )
-
-
-def _number(value: float | int | str | None) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def _table(console: Any, header: Sequence[str], rows: Sequence[Sequence[str]], dispensable: Sequence[str] = ()) -> None:
-    """Prints a table; where the terminal is narrow, rather without dispensable columns than with cut cells."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table, hidden = Table(), set[str]()
-    for name in (None, *dispensable):
-        hidden |= {name} if name else set()
-        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
-        shown = [i for i, title in enumerate(header) if title not in hidden]
-        for i in shown:
-            numeric = all(_is_number(row[i]) for row in rows)
-            table.add_column(header[i], justify="right" if numeric else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*(row[i] for i in shown))
-        wide = console.options.update(width=10_000)  # a measure is cut to the options' width
-        if console.measure(table, options=wide).maximum <= console.width:
-            break
-    console.print(table)
-
-
-def _is_number(text: str) -> bool:
-    return not text or text.lstrip("+-")[:1].isdigit()

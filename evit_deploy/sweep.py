@@ -4,6 +4,7 @@ All variants of a model run interleaved on all runtimes, so that their ratios ho
 """
 
 import copy
+import difflib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,8 +23,8 @@ from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import InputError
 from evit_deploy.export import export_onnx, versions
 from evit_deploy.golden import DTYPES
+from evit_deploy.measure import SETTLE, measure, median_interval
 from evit_deploy.precision import set_precision
-from evit_deploy.profile import SETTLE, measure, median_interval
 from evit_deploy.recipe import Sweep
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import ProfileRow, Report, device
@@ -108,6 +109,10 @@ def _options(batch: int) -> build.BuildOptions:
 
 
 def _variants(name: str, recipe: Sweep) -> Iterator[Variant]:
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        fix = f"Did you mean {close[0]!r}?" if close else None
+        raise InputError("no timm model", where="models", seen=repr(name), fix=fix)
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     specs = [(DENSE, TokenSpec(keep_rate=1.0))]

@@ -51,7 +51,7 @@ def test_readme_begins_with_the_two_commands():
 @pytest.mark.timeout(600)
 def test_every_command_of_the_readme_runs(folder: Path):
     commands = commands_of_readme()
-    assert {command.split()[1] for command in commands} >= {"run", "convert", "verify", "profile"}
+    assert {command.split()[1] for command in commands} >= {"run", "convert", "verify", "profile", "doctor"}
     for command in commands:
         arguments = shlex.split(command.replace("digits.yaml", f"digits.yaml {SHORT}"))[1:]
         if arguments[0] == "profile":

@@ -39,7 +39,7 @@ def test_run_makes_a_verified_bundle_and_the_comparison(tmp_path: Path):
         "random 0.7, not fine-tuned",
         "inverse 0.7, not fine-tuned",
         "evit 0.7, fine-tuned",
-        "evit 0.7, fine-tuned, exported (onnxruntime)",
+        "evit 0.7, fine-tuned, exported (onnxruntime, fp32)",
     ]
     finetuned, exported = report.accuracy[-2:]
     assert exported.top1 == finetuned.top1  # the same 360 images through the exported file

@@ -1,6 +1,5 @@
 """Profiling: the arithmetic on runners that only count, and one real run. How fast anything is, is nobody's promise."""
 
-import importlib
 import io
 import itertools
 from collections.abc import Mapping
@@ -11,29 +10,30 @@ from typing import Any, Self
 import msgspec
 import numpy as np
 import pytest
+import torch
 from models import TINY, of_kind
 from rich.console import Console
 
 from evit_deploy.bundle import DENSE, MODEL, read_bundle
 from evit_deploy.checkpoint import Tokens
+from evit_deploy.contestants import Contestant, contestants_of
 from evit_deploy.errors import InputError
 from evit_deploy.export import INPUT
-from evit_deploy.profile import (
-    Contestant,
-    contestants_of,
-    measure,
-    measure_all,
-    median_interval,
-    profile,
-    speed_gate,
-    verdict,
-)
+from evit_deploy.measure import MINIMUM_ROUNDS, measure, measure_all, median_interval, rows_of, verdict
+from evit_deploy.profile import profile, speed_gate
+from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import ProfileRow, Report, render
 from evit_deploy.runtimes import Runner, TensorSpec
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
-profiles = importlib.import_module("evit_deploy.profile")  # evit_deploy.profile itself is the function
+# What takes part without being asked for, beside what the tests are about.
+ONNX = [
+    name
+    for name in RUNTIMES.names()
+    if MODEL in RUNTIMES.get(name).files and RUNTIMES.get(name).default and RUNTIMES.get(name).missing() is None
+]
+TORCH = ["eager", "torch.compile"] if torch.cuda.is_available() else ["eager"]
 
 
 class Counting(Runner):
@@ -93,7 +93,7 @@ def test_contestants_take_turns_and_do_not_always_follow_the_same_one():
 
 
 def test_a_duration_is_bounded_by_rounds(monkeypatch):
-    monkeypatch.setattr(profiles, "MAXIMUM_ROUNDS", 7)
+    monkeypatch.setattr("evit_deploy.measure.MAXIMUM_ROUNDS", 7)
     runners = [Counting("a", [])]
     assert len(measure(runners, 1, duration=60.0, minimum_rounds=2)[0]) == 7
     assert len(measure(runners, 1, duration=1e-9, minimum_rounds=9)[0]) == 9
@@ -103,8 +103,8 @@ PLAN = token_plan(reduce_tokens_(of_kind("plain"), TokenSpec(keep_rate=0.6)))
 RUNTIME = [Contestant("onnxruntime", variant, None) for variant in ("model", "slice", "dense")]
 
 
-def rows_of(contestants: list[Contestant], wall: np.ndarray, clock: np.ndarray | None = None) -> list[ProfileRow]:
-    return profiles._rows(contestants, PLAN, 4, wall, wall if clock is None else clock)
+def rows_at_4(contestants: list[Contestant], wall: np.ndarray, clock: np.ndarray | None = None) -> list[ProfileRow]:
+    return rows_of(contestants, PLAN, 4, wall, wall if clock is None else clock)
 
 
 def test_ratios_are_medians_of_pairs():
@@ -112,7 +112,7 @@ def test_ratios_are_medians_of_pairs():
     model = np.array([1.0, 2.0, 4.0, 8.0, 2.0])
     dense = model * np.array([2.0, 2.0, 0.5, 3.0, 1.5])
     sliced = model / np.array([1.1, 1.2, 1.3, 1.0, 1.25])
-    own, other, last = rows_of(RUNTIME, np.stack([model, sliced, dense], axis=1))
+    own, other, last = rows_at_4(RUNTIME, np.stack([model, sliced, dense], axis=1))
     assert own.speedup == 2.0
     assert own.mac_ratio == pytest.approx(PLAN.mac_ratio())
     assert own.mac_ratio > 1.1
@@ -127,7 +127,7 @@ def test_ratios_are_medians_of_pairs():
 def test_latencies_are_wall_time_and_ratios_are_of_the_chosen_clock():
     wall = np.array([[0.010, 0.020], [0.012, 0.020], [0.020, 0.020]])
     cpu = np.array([[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]])
-    own, dense = rows_of([RUNTIME[0], RUNTIME[2]], wall, cpu)
+    own, dense = rows_at_4([RUNTIME[0], RUNTIME[2]], wall, cpu)
     assert own.p50 == pytest.approx(12)
     assert own.images_per_second == pytest.approx(4 / 0.012)
     assert own.p95 == pytest.approx(1e3 * np.percentile(wall[:, 0], 95))
@@ -141,12 +141,12 @@ def test_latencies_are_wall_time_and_ratios_are_of_the_chosen_clock():
 
 def test_a_runtime_is_compared_with_its_own_twins_only():
     contestants = [Contestant(r, v, None) for r, v in itertools.product(("onnxruntime", "eager"), ("model", "dense"))]
-    rows = rows_of(contestants, np.array([[1.0, 2.0, 10.0, 15.0]] * 3))
+    rows = rows_at_4(contestants, np.array([[1.0, 2.0, 10.0, 15.0]] * 3))
     assert [row.speedup for row in rows] == [2.0, None, 1.5, None]
 
 
 def test_without_a_dense_twin_there_is_no_speedup():
-    (own,) = rows_of(RUNTIME[:1], np.ones((5, 1)))
+    (own,) = rows_at_4(RUNTIME[:1], np.ones((5, 1)))
     assert own.speedup is None
     assert own.mac_efficiency is None
     assert own.mac_ratio is not None
@@ -217,34 +217,38 @@ def variants(contestants: list[Contestant]) -> list[tuple[str, str]]:
 
 
 def test_a_bundle_brings_its_twins(converted):
-    found, plan, notes = contestants_of(converted.path, "bundle", None, None, ())
-    onnx = [("onnxruntime", variant) for variant in ("model", "slice", "dense")]
-    eager = [("eager", variant) for variant in ("model", "dense")]
-    assert variants(found) == onnx + eager
-    assert (plan, notes) == (converted.manifest.plan, [])
-    assert variants(contestants_of(converted.path, "bundle", None, None, ["eager"])[0]) == eager
-    assert variants(contestants_of(converted.path, "bundle", None, None, ["onnxruntime"])[0]) == onnx
-    dense = found[-1].artifact
+    entry = contestants_of(converted.path, "bundle", None, None, ())
+    onnx = list(itertools.product(ONNX, ("model", "slice", "dense")))
+    torch_rows = list(itertools.product(TORCH, ("model", "dense")))
+    assert variants(entry.contestants) == onnx + torch_rows
+    assert (entry.plan, entry.notes, entry.required) == (converted.manifest.plan, [], set())
+    eager = contestants_of(converted.path, "bundle", None, None, ["eager"])
+    assert variants(eager.contestants) == [("eager", "model"), ("eager", "dense")]
+    assert eager.required == {"eager"}
+    found = contestants_of(converted.path, "bundle", None, None, ["onnxruntime"]).contestants
+    assert variants(found) == [("onnxruntime", variant) for variant in ("model", "slice", "dense")]
+    model, dense = (row.artifact for row in eager.contestants)
     assert token_plan(dense).locations == ()
-    assert dense.blocks[0].attn.qkv.weight is found[-2].artifact.blocks[0].attn.qkv.weight  # not a second copy
+    if not torch.cuda.is_available():
+        assert dense.blocks[0].attn.qkv.weight is model.blocks[0].attn.qkv.weight  # not a second copy
 
 
 def test_a_file_is_compared_with_what_is_given(converted):
     path = converted.file(MODEL)
-    found, plan, notes = contestants_of(path, str(path), None, None, ())
-    assert variants(found) == [("onnxruntime", "model"), ("onnxruntime", "slice")]
-    assert plan == converted.manifest.plan
-    assert "--against" in notes[0]
-    found, _, notes = contestants_of(path, str(path), converted.file(DENSE), None, ())
-    assert variants(found)[-1] == ("onnxruntime", "dense")
-    assert notes == []
+    entry = contestants_of(path, str(path), None, None, ())
+    assert variants(entry.contestants) == list(itertools.product(ONNX, ("model", "slice")))
+    assert entry.plan == converted.manifest.plan
+    assert "--against" in entry.notes[0]
+    entry = contestants_of(path, str(path), converted.file(DENSE), None, ())
+    assert variants(entry.contestants) == list(itertools.product(ONNX, ("model", "slice", "dense")))
+    assert entry.notes == []
 
 
 def test_a_checkpoint_runs_in_pytorch(checkpoint_file):
     tokens = Tokens(keep_rate=0.5)
-    found, plan, _ = contestants_of(checkpoint_file, str(checkpoint_file), None, tokens, ())
-    assert variants(found) == [("eager", "model"), ("eager", "dense")]
-    assert plan == token_plan(reduce_tokens_(of_kind("plain"), TokenSpec(keep_rate=0.5)))
+    entry = contestants_of(checkpoint_file, str(checkpoint_file), None, tokens, ())
+    assert variants(entry.contestants) == list(itertools.product(TORCH, ("model", "dense")))
+    assert entry.plan == token_plan(reduce_tokens_(of_kind("plain"), TokenSpec(keep_rate=0.5)))
 
 
 def test_targets_that_cannot_be_profiled(converted, checkpoint_file, tmp_path):
@@ -266,6 +270,7 @@ def test_targets_that_cannot_be_profiled(converted, checkpoint_file, tmp_path):
         profile(converted.file(MODEL), against=tmp_path / "other.onnx", **options)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch would run on the GPU, timed apart")
 def test_a_real_run(converted):
     told: list[str] = []
     report = profile(converted.path, batch_sizes=(1, 3), threads=1, duration=1e-3, progress=told.append)
@@ -274,10 +279,10 @@ def test_a_real_run(converted):
     assert [(r.runtime, r.variant, r.batch) for r in report.rows] == [
         (runtime, variant, batch)
         for batch in (1, 3)
-        for runtime, variant in variants(contestants_of(converted.path, "", None, None, ())[0])
+        for runtime, variant in variants(contestants_of(converted.path, "", None, None, ()).contestants)
     ]
     for found in report.rows:
-        assert found.rounds >= profiles.MINIMUM_ROUNDS
+        assert found.rounds >= MINIMUM_ROUNDS
         assert 0 < found.p50 <= found.p95 <= found.p99
         assert found.images_per_second == pytest.approx(1e3 * found.batch / found.p50)
         if found.variant != "dense":
@@ -289,7 +294,7 @@ def test_a_real_run(converted):
 
 
 def test_more_threads_are_timed_by_the_wall(converted):
-    contestants = contestants_of(converted.path, "", None, None, ["onnxruntime"])[0]
+    contestants = contestants_of(converted.path, "", None, None, ["onnxruntime"]).contestants
     for threads in (2, None):
         report = measure_all(
             contestants, converted.manifest.plan, (1,), threads=threads, duration=1e-9, minimum_rounds=1

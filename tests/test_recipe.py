@@ -8,7 +8,16 @@ import msgspec
 import pytest
 
 from evit_deploy.errors import RecipeError
-from evit_deploy.recipe import Recipe, TrainSection, dump_recipe, field_docs, load_recipe, recipe_schema
+from evit_deploy.recipe import (
+    Recipe,
+    TrainSection,
+    dump_recipe,
+    field_docs,
+    is_sweep,
+    load_recipe,
+    load_sweep,
+    recipe_schema,
+)
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 DIGITS = Path(__file__).parent.parent / "recipes" / "digits.yaml"
@@ -16,7 +25,7 @@ DIGITS = Path(__file__).parent.parent / "recipes" / "digits.yaml"
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_is_listed(path):
-    assert load_recipe(path).name == path.stem
+    assert (load_sweep if is_sweep(path) else load_recipe)(path).name == path.stem
     assert f"[{path.name}]({path.name})" in (path.parent / "README.md").read_text()
 
 

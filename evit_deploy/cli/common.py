@@ -129,7 +129,10 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--runtime --batch-sizes --threads --against``."""
     for option in (
         click.option(
-            "--against", type=PATH, metavar="PATH", help="Checkpoint of the bundle, or dense twin of an ONNX file."
+            "--against",
+            type=PATH,
+            metavar="PATH",
+            help="Checkpoint of the bundle, or dense twin of an engine or ONNX file.",
         ),
         click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the runtime's own choice]"),
         click.option("--runtime", "runtimes", multiple=True, help="Runtime to use; may be repeated.  [default: all]"),

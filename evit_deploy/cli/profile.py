@@ -12,9 +12,10 @@ from evit_deploy.cli.output import Output, output_options
 @click.argument("target")
 @run_options
 @tokens_options
-@click.option("--batch-sizes", type=Numbers(int, 1), metavar="1,8,32", default="1,8,32", show_default=True)
+@click.option("--batch-sizes", type=Numbers(int, 1), metavar="1,8,32",
+              help="Images a call.  [default: 1,8,32, on a GPU 128 too; what an engine covers of them]")  # fmt: skip
 @click.option("--duration", type=Positive(), default=10.0, show_default=True,
-              help="Seconds for each batch size.")  # fmt: skip
+              help="Seconds for each batch size, CPU and GPU each.")  # fmt: skip
 @click.option(
     "--min-speedup", type=Positive(), metavar="F", help="Fail if it is not this much faster than the dense twin."
 )
@@ -29,10 +30,13 @@ def command(
     output: Output,
     **options: Any,
 ) -> None:
-    """Measure TARGET (a bundle, model.onnx or checkpoint) against its dense and slice twins, interleaved.
+    """Measure TARGET (a bundle, engine.plan, model.onnx or checkpoint) against its dense and slice twins, interleaved.
+
+    Of an engine it says where the time of a call goes, and which block takes how much of it.
 
     \b
     evit-deploy profile deit_s-evit-k0.7
+    evit-deploy profile engine.plan --against dense.plan
     evit-deploy profile deit_s.pth --keep-rate 0.7 --threads 1
     """
     tokens = tokens_of(keep_rate, locations, fuse, method)

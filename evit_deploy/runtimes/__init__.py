@@ -40,6 +40,8 @@ class Runner(ABC):
     """Files of a bundle that it can run, the best first; the dense twin's have the same names in ``dense/``."""
     default: ClassVar[bool] = True
     """Whether it is used, where it can be, without being asked for."""
+    on_gpu: ClassVar[bool] = False
+    """Whether it computes on a GPU, whatever it is given; PyTorch does so where its model's parameters are."""
 
     def __init__(self, artifact: Any, *, threads: int | None = None, with_indices: bool = False) -> None:
         self.artifact, self.threads, self.with_indices = artifact, threads, with_indices

@@ -102,6 +102,7 @@ class _GpuRunner(OnnxRuntimeRunner):
 
     provider: ClassVar[str]
     has_bf16 = True
+    on_gpu = True
 
     @classmethod
     def missing(cls) -> MissingRequirement | None:

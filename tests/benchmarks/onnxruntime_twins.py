@@ -16,7 +16,7 @@ from common import deit_small, save
 
 from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, slice_twin, token_plan
 from evit_deploy.data import Preprocess
-from evit_deploy.profile import measure, median_interval
+from evit_deploy.measure import measure, median_interval
 from evit_deploy.verify import opened
 
 

@@ -19,7 +19,7 @@ from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, set_precision, s
 from evit_deploy.checkpoint import build_model, read_checkpoint
 from evit_deploy.data import Preprocess, sample_inputs
 from evit_deploy.golden import DTYPES, named_patches
-from evit_deploy.profile import measure, median_interval
+from evit_deploy.measure import measure, median_interval
 from evit_deploy.recipe import load_recipe
 from evit_deploy.report import wilson
 from evit_deploy.tokens.reduce import dense_twin

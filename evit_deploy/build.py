@@ -8,11 +8,14 @@ TensorRT builds on the GPU that will run the engine. TensorRT-RTX builds ahead o
 machine.
 """
 
-import importlib.util
+import importlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,15 +24,27 @@ import msgspec
 
 from evit_deploy import gpu
 from evit_deploy.engine import BatchProfile, Engine
+from evit_deploy.environment import require_extra, usable_targets
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 
 TARGETS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Target -> the Python module that builds for it."""
 RTX_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-DATA_CENTRE = ("sm90", "sm100", "sm103")
+_DATA_CENTRE = ("sm90", "sm100", "sm103")
 _LEAST = {"fp8": 89, "bf16": 80}
 """The first compute capability with matrix units for a type."""
+_WHICH_GPU = "An A100 is sm80, an A10 or RTX 30 sm86, an L4, L40 or RTX 40 sm89, an RTX 50 sm120."
 TIME_LIMIT = 3600.0
+_ADVICE = (
+    (r"not supported by a dedicated kernel", "Use --precision fp32, where attention may be taken apart."),
+    (
+        r"node_of_sum.*FP32 GEMM is not supported",
+        "Turing cannot sum up the fused token: convert with --no-fuse, or without sm75.",
+    ),
+    (r"within workspace limit", "Give a larger --workspace, or none."),
+    (r"exceed_int32_dim", "Give a --batch with a smaller maximum."),
+)
+"""What to do about some complaints of the builder."""
 
 
 class BuildOptions(msgspec.Struct, frozen=True):
@@ -40,10 +55,10 @@ class BuildOptions(msgspec.Struct, frozen=True):
         gpus: TensorRT-RTX: compute capabilities to build for (``sm80``); the GPU of this machine when empty.
         workspace: Most scratch memory in MiB; the builder's own limit by default.
         optimization_level: 0 (quick) to 5 (thorough); the builder's own by default.
-        version_compatible: Whether later TensorRT versions may run the engine.
-        hardware_compatible: Whether GPUs from Ampere on may run it, at some cost.
+        version_compatible: TensorRT: whether later versions may run the engine.
+        hardware_compatible: TensorRT: whether other GPUs from Ampere on may run it, at some cost.
         timing_cache: TensorRT: file that remembers which kernels were fast, read and extended.
-        plugin: Library with a plugin for ``evit::TokenReorg``; without it the operator's body is built in.
+        plugin: TensorRT: library with a plugin for ``evit::TokenReorg``; without it the operator's body is built in.
     """
 
     profiles: tuple[BatchProfile, ...] = (BatchProfile(1, 32, 128),)
@@ -73,76 +88,99 @@ class Built(msgspec.Struct, frozen=True):
 def check_options(target: str, precision: str, options: BuildOptions) -> None:
     """Makes sure, before any work, that this machine can build what is asked.
 
+    Args:
+        target: ``tensorrt``, ``tensorrt-rtx`` or ``torch-tensorrt``, which looks for its own packages.
+        precision: Of the engine.
+        options: For its builder.
+
     Raises:
         InputError: The options contradict the target or one another.
         MissingRequirement: The builder or its GPU is not here.
     """
+    _check_values(options)
+    if target == "tensorrt-rtx":
+        _check_rtx(options)
+    elif options.gpus:
+        raise InputError(
+            f"{target} builds for the GPU it runs on", where="--gpu", seen=", ".join(options.gpus),
+            fix="Leave --gpu out, or use --target tensorrt-rtx, which builds ahead of time.",
+        )  # fmt: skip
+    for name in _gpus(options):
+        least = _LEAST.get(precision, 0)
+        if int(name.removeprefix("sm")) < least:
+            raise InputError(
+                f"{name} cannot compute in {precision}", where="--precision", seen=precision,
+                wanted=f"a GPU from sm{least} on", fix="Use --precision fp16 or int8.",
+            )  # fmt: skip
+    if target in TARGETS:
+        require_extra(target)
+    if target == "tensorrt" and (lacking := gpu.missing()) is not None:
+        raise MissingRequirement(
+            f"TensorRT builds on the GPU that will run the engine: {lacking.what}",
+            where="--target tensorrt",
+            seen=lacking.seen,
+            fix="Build where the engine will run, or ahead of time with --target tensorrt-rtx --gpu sm80.",
+        )
+
+
+def _check_values(options: BuildOptions) -> None:
+    if not options.profiles:
+        raise InputError("an engine covers at least one range of batch sizes", where="--batch", wanted="MIN:OPT:MAX")
     for profile in options.profiles:
         if not 1 <= profile.minimum <= profile.optimum <= profile.maximum:
             raise InputError(
                 "not a range of batch sizes", where="--batch", seen=profile, wanted="1 <= MIN <= OPT <= MAX"
             )
+    if options.workspace is not None and options.workspace < 1:
+        raise InputError("no room to work in", where="--workspace", seen=options.workspace, wanted="1 MiB or more")
     if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
         raise InputError(
             "no such level", where="--optimization-level", seen=options.optimization_level, wanted="0 to 5"
         )
     if options.plugin is not None and not options.plugin.is_file():
         raise InputError("no such library", where="--plugin", seen=options.plugin)
-    if target == "tensorrt-rtx":
-        _check_rtx(precision, options)
-    elif options.gpus:
-        raise InputError(
-            f"{target} builds for the GPU it runs on", where="--gpu", seen=", ".join(options.gpus),
-            fix="Leave --gpu out, or use --target tensorrt-rtx, which builds ahead of time.",
-        )  # fmt: skip
-    if target not in TARGETS:  # torch-tensorrt looks after itself
-        return
-    missing = [name for name in (TARGETS[target], "polygraphy") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingRequirement(
-            f"{target} needs {' and '.join(missing)}", where=f"--target {target}", seen="not installed",
-            fix=f'pip install "evit-deploy[{target}]"',
-        )  # fmt: skip
-    if target == "tensorrt" and gpu.compute_capability() is None:
-        raise MissingRequirement(
-            "TensorRT builds on a GPU, and this machine has none",
-            where="--target tensorrt",
-            fix="Build where the engine will run, or ahead of time with --target tensorrt-rtx --gpu sm80.",
-        )
+    cache = options.timing_cache
+    if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
+        raise InputError("no file can be written there", where="--timing-cache", seen=cache)
 
 
-def _check_rtx(precision: str, options: BuildOptions) -> None:
-    if options.timing_cache is not None:
-        raise InputError("TensorRT-RTX has no use for a timing cache", where="--timing-cache", fix="Leave it out.")
-    if options.plugin is not None:
+def _check_rtx(options: BuildOptions) -> None:
+    for field, why in (
+        ("timing_cache", "has no use for a timing cache"),
+        ("plugin", "takes no plugins: the operator's body is built in"),
+        ("version_compatible", "runs an engine in its own version only: pip has no lean runtime for others"),
+        ("hardware_compatible", "builds for every GPU that is named: repeat --gpu instead"),
+    ):
+        if getattr(options, field):
+            raise InputError(f"TensorRT-RTX {why}", where=flag(field), fix="Leave it out.")
+    gpus = _gpus(options)
+    if not gpus:
         raise InputError(
-            "TensorRT-RTX takes no plugins", where="--plugin", fix="Leave it out: the operator's body is built in."
-        )
-    for name in options.gpus:
+            "which GPU is the engine for? This machine has none to look at", where="--gpu", wanted=", ".join(RTX_GPUS),
+            fix=_WHICH_GPU,
+        )  # fmt: skip
+    for name in gpus:
         if name not in RTX_GPUS:
             raise InputError(
                 "not a GPU that TensorRT-RTX builds for", where="--gpu", seen=repr(name), wanted=", ".join(RTX_GPUS),
-                fix="Hopper and data-centre Blackwell need --target tensorrt." if name in DATA_CENTRE else None,
+                fix="Hopper and data-centre Blackwell need --target tensorrt." if name in _DATA_CENTRE else _WHICH_GPU,
             )  # fmt: skip
+
+
+def flag(field: str) -> str:
+    """The command line's name of a field of :class:`BuildOptions`."""
+    return {"profiles": "--batch", "gpus": "--gpu"}.get(field, "--" + field.replace("_", "-"))
+
+
+def _gpus(options: BuildOptions) -> tuple[str, ...]:
+    """GPUs that the engine is for, each once: those that are named, else the one of this machine, if it has one."""
     current = gpu.compute_capability()
-    if not options.gpus and current is None:
-        raise InputError(
-            "which GPU is the engine for? This machine has none to look at", where="--gpu", wanted=", ".join(RTX_GPUS),
-            fix="An A100 is sm80, an A10 or RTX 30 sm86, an L4, L40 or RTX 40 sm89, an RTX 50 sm120.",
-        )  # fmt: skip
-    for name in options.gpus or (current,):
-        least = _LEAST.get(precision, 0)
-        if name is not None and int(name.removeprefix("sm")) < least:
-            raise InputError(
-                f"{name} cannot compute in {precision}", where="--precision", seen=precision,
-                wanted=f"sm{least} or later for {precision}", fix="Use --precision fp16 or int8.",
-            )  # fmt: skip
+    return tuple(dict.fromkeys(options.gpus)) or ((current,) if current else ())
 
 
 def usable(target: str) -> bool:
-    """Whether this machine can build for a target without being told more."""
-    modules = (TARGETS[target], "polygraphy")
-    return all(importlib.util.find_spec(name) is not None for name in modules) and gpu.compute_capability() is not None
+    """Whether this machine can build and run a target's engine without being told more."""
+    return target in usable_targets() and gpu.missing() is None
 
 
 def build_engine(model: Path, plan: Path, target: str, precision: str, options: BuildOptions) -> Built:
@@ -150,44 +188,33 @@ def build_engine(model: Path, plan: Path, target: str, precision: str, options: 
 
     Args:
         model: A file that ``export_onnx`` and ``set_precision`` made.
-        plan: Where the engine goes.
+        plan: Where the engine goes; it appears there whole or not at all.
         target: ``tensorrt`` or ``tensorrt-rtx``.
         precision: Of the file.
         options: What to tell the builder.
 
     Raises:
-        InputError: See :func:`check_options`.
+        InputError: See :func:`check_options`; or the file is not what it should be.
         MissingRequirement: See :func:`check_options`.
-        StageError: The builder failed; ``plan`` was not written.
+        StageError: The builder failed.
     """
     check_options(target, precision, options)
-    request = {
-        "model": str(model.absolute()),
-        "plan": str(plan.absolute()),
-        "module": TARGETS[target],
-        "precision": precision,
-        "options": options,
-    }
-    environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(target == "tensorrt-rtx"))}
+    _check_model(model, precision)
+    gpus = _gpus(options)
+    driver = gpu.snapshot().driver if gpu.compute_capability() else None
     started = time.perf_counter()
     try:
-        process = subprocess.run(
-            [sys.executable, "-m", "evit_deploy.build"],
-            input=msgspec.json.encode(request), capture_output=True, env=environment, timeout=TIME_LIMIT,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise StageError(f"the builder did not finish in {TIME_LIMIT:.0f} seconds", where=model) from None
-    seconds = time.perf_counter() - started
-    if process.returncode or not plan.is_file():
-        plan.unlink(missing_ok=True)
-        raise StageError(f"{target} could not build the engine: {_reason(process)}", where=model)
-    answer = json.loads(process.stdout)
-    current = gpu.compute_capability()
+        with tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}-") as room:
+            built = Path(room) / plan.name
+            answer = _ask_builder(model, built, target, precision, msgspec.structs.replace(options, gpus=gpus))
+            os.replace(built, plan)
+    except OSError as error:
+        raise StageError(f"the engine could not be written ({error.strerror})", where=plan) from error
     engine = Engine(
         target=target,
         version=answer["version"],
-        gpus=options.gpus or ((current,) if current else ()),
-        driver=gpu.snapshot().driver if current else None,
+        gpus=gpus,
+        driver=driver,
         precision=precision,
         profiles=options.profiles,
         plugin=_sha256(options.plugin) if options.plugin and answer["plugins"] else None,
@@ -197,18 +224,61 @@ def build_engine(model: Path, plan: Path, target: str, precision: str, options: 
             "version_compatible": options.version_compatible,
             "hardware_compatible": options.hardware_compatible,
         },
-        seconds=round(seconds, 2),
+        seconds=round(time.perf_counter() - started, 2),
     )
     return Built(engine, answer["attentions"], answer["layers"])
 
 
-def _reason(process: "subprocess.CompletedProcess[bytes]") -> str:
-    """What the builder complained about first; its own lines are marked [E]."""
-    lines = [line.strip() for line in process.stderr.decode(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "[E]" in line or "Error" in line] or lines[-1:]
-    if process.returncode < 0:
-        errors.append(f"the process ended by signal {-process.returncode}")
-    return errors[0][:500] if errors else f"exit code {process.returncode}"
+def _check_model(model: Path, precision: str) -> None:
+    from evit_deploy.export import load_onnx, read_card
+
+    card = read_card(load_onnx(model))
+    if card is None:
+        raise InputError(
+            "not a model that evit-deploy exported", where=model, fix="Make one: evit-deploy convert CHECKPOINT."
+        )
+    if card.precision != precision:
+        raise InputError("the file has another precision", where=model, seen=card.precision, wanted=precision)
+
+
+def _ask_builder(model: Path, plan: Path, target: str, precision: str, options: BuildOptions) -> dict[str, Any]:
+    """Runs the builder's process; an interruption ends it too."""
+    request = {
+        "model": model.absolute(),
+        "plan": plan.absolute(),
+        "module": TARGETS[target],
+        "precision": precision,
+        "options": options,
+    }
+    environment = os.environ | {
+        "POLYGRAPHY_USE_TENSORRT_RTX": str(int(target == "tensorrt-rtx")),
+        "PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path),
+    }
+    try:
+        process = subprocess.run(
+            # -P: what happens to lie in the current folder is no module. The paths are this process's own.
+            [sys.executable, "-P", "-m", "evit_deploy.build"],
+            input=msgspec.json.encode(request, enc_hook=str), capture_output=True, env=environment, timeout=TIME_LIMIT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise StageError(f"no engine of {model.name} after {TIME_LIMIT:g} seconds", where=target) from None
+    if process.returncode or not plan.is_file():
+        reason = _reason(process.returncode, process.stderr.decode(errors="replace"))
+        fix = next((advice for pattern, advice in _ADVICE if re.search(pattern, reason)), None)
+        raise StageError(f"no engine of {model.name} could be built: {reason}", where=target, fix=fix)
+    return json.loads(process.stdout)
+
+
+def _reason(code: int, said: str) -> str:
+    """Why the builder's process failed: its first complaint, which it marks [E], or the exception that ended it."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"its process was ended by {name}" + (", as for want of memory" if name == "SIGKILL" else "")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    # The parser first quotes the node, line by line, and then says what is wrong with it.
+    complaints = [line for line in lines if line.startswith("[E] ") and "ModelImporter.cpp" not in line]
+    reason = (complaints or lines[-1:] or [f"exit code {code}"])[0].removeprefix("[E] ").rstrip(".")
+    return reason if len(reason) <= 500 else reason[:500] + " ..."
 
 
 def _sha256(path: Path) -> str:
@@ -244,7 +314,7 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     options = request["options"]
     path = request["model"]
     if options["plugin"]:
-        path = LoadPlugins([options["plugin"]], path)
+        path = LoadPlugins([os.path.abspath(options["plugin"])], path)
     builder, network, parser = NetworkFromOnnxPath(path, strongly_typed=True)()
     if request["precision"] == "fp32":  # no kernel fuses FP32 attention: it may be taken apart
         builder, network, parser = SetDecomposableAttentions((builder, network, parser))()
@@ -260,8 +330,8 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     if options["hardware_compatible"]:
         settings["hardware_compatibility_level"] = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if request["module"] == "tensorrt_rtx":
-        capabilities = [(int(gpu[2:-1]), int(gpu[-1])) for gpu in options["gpus"]]
-        config: Any = CreateConfigRTX(**settings, compute_capabilities=capabilities or None, use_gpu=not capabilities)
+        capabilities = [(int(name[2:-1]), int(name[-1])) for name in options["gpus"]]
+        config: Any = CreateConfigRTX(**settings, compute_capabilities=capabilities)
     else:
         config = CreateConfig(**settings, tf32=False, load_timing_cache=options["timing_cache"])
     plan = EngineBytesFromNetwork((builder, network, parser), config, save_timing_cache=options["timing_cache"])()
@@ -287,7 +357,7 @@ def _layers(trt: Any, plan: Any) -> str | None:
     try:
         engine = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR)).deserialize_cuda_engine(plan)
         return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    except Exception:
+    except Exception:  # each way of having no GPU for it ends in another error
         return None
 
 

@@ -28,12 +28,9 @@ from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.verify import prove, verify_precision
 
 GOLDEN_IMAGES = 8
-CALIBRATION_IMAGES = 512
-PROFILE_BATCHES, PROFILE_SECONDS, PROFILE_ROUNDS = (
-    (1, 8),
-    2.0,
-    3,
-)  # a first look: `profile` takes its time, and PyTorch in
+CALIBRATION_IMAGES, FEW_IMAGES = 512, 32
+# For a first look; `profile` takes its time.
+PROFILE_BATCHES, PROFILE_SECONDS, PROFILE_ROUNDS = (1, 8), 2.0, 3
 # Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training.
 _UNTRAINED_DEIT_S = {0.9: 79.7, 0.8: 79.2, 0.7: 78.5, 0.6: 76.8, 0.5: 73.8}
 
@@ -96,12 +93,11 @@ def convert(
     made = lowering(targets, precision, options, calibration, indices)
     if data is not None:
         image_folder(data, Preprocess((224, 224)))  # a wrong folder is told before the work, not after it
-    if isinstance(calibration, Path):
-        image_files(calibration)
+    calibration_notes = _calibration_notes(calibration)
     progress("reading the checkpoint")
     checkpoint = read_checkpoint(source, model)
     spec, notes = tokens.resolve(checkpoint) if isinstance(tokens, Tokens) else (tokens, [])
-    notes = checkpoint.notes + notes
+    notes = checkpoint.notes + notes + calibration_notes
     out = out or default_out(checkpoint, spec)
     bundles.check_out(out, force=force)
     reduced = reduce_tokens_(build_model(checkpoint, image_size), spec)
@@ -238,6 +234,16 @@ def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
     if own is not None:
         return msgspec.structs.replace(own, size=tuple(size))
     return Preprocess.from_model(model, tuple(size))
+
+
+def _calibration_notes(calibration: Path | np.ndarray | None) -> list[str]:
+    """Whether there are enough images; a folder without any is told before the work, not after it."""
+    if calibration is None:
+        return []
+    count = len(image_files(calibration) if isinstance(calibration, Path) else calibration)
+    if count >= FEW_IMAGES:
+        return []
+    return [f"Few images to learn ranges from ({count}): larger values than theirs will be cut off. Give 128 or more."]
 
 
 def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:

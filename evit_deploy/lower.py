@@ -1,8 +1,6 @@
 """What ``convert`` makes of a reduced model: the ONNX file, the OpenVINO files, the engine, and the twin of each."""
 
-import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +56,11 @@ class Lowering(msgspec.Struct, frozen=True):
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """Runtimes whose answers prove what was made; those that this machine lacks are left to the target's."""
+        """Runtimes whose answers prove what was made; an engine for other GPUs is left to where they are."""
         cpu = "openvino" if self.precision == "bf16" else "onnxruntime"
         wanted = [cpu, *("openvino" for target in self.targets if target == "openvino")]
-        if self.plan_target in build.TARGETS and gpu.compute_capability() is not None:
+        here = gpu.compute_capability()
+        if self.plan_target in build.TARGETS and here is not None and here in (self.options.gpus or (here,)):
             wanted.append(str(self.plan_target))
         return tuple(dict.fromkeys(wanted))
 
@@ -90,18 +89,36 @@ def lowering(
     for target in targets:
         if target not in TARGETS:
             raise InputError("unknown target", where="--target", seen=repr(target), wanted=", ".join(TARGETS))
-    plans = [target for target in dict.fromkeys(targets) if target in PLAN_TARGETS]
+    targets = tuple(dict.fromkeys(targets)) or (("tensorrt",) if build.usable("tensorrt") else ("onnx",))
+    plans = [target for target in targets if target in PLAN_TARGETS]
     if len(plans) > 1:
         raise InputError(
             "a bundle holds one engine", where="--target", seen=" and ".join(plans), wanted="one of them",
             fix="Convert once for each.",
         )  # fmt: skip
-    if not targets:
-        targets = ("tensorrt",) if build.usable("tensorrt") else ("onnx",)
-        plans = [target for target in targets if target in PLAN_TARGETS]
     precision = precision or ("fp16" if plans else "fp32")
+    _check_precision(precision, targets, calibration)
+    if not plans:
+        _refuse_options(options)
+    for target in plans:
+        build.check_options(target, precision, options)
+        if target == "torch-tensorrt":
+            check_torch_tensorrt(precision, options)
+    made = Lowering(targets, precision, options, indices)
+    _check_runtimes(made)
+    return made
+
+
+def _check_precision(precision: str, targets: Sequence[str], calibration: Any) -> None:
     if precision not in PRECISIONS:
         raise InputError("unknown precision", where="--precision", seen=repr(precision), wanted=", ".join(PRECISIONS))
+    if precision in QUANTIZED and "torch-tensorrt" in targets:
+        raise InputError(
+            "torch-tensorrt does not quantise", where="--precision", seen=precision, wanted="fp32, fp16 or bf16",
+            fix="Use --target tensorrt.",
+        )  # fmt: skip
+    if precision == "fp8" and "openvino" in targets:
+        raise InputError("OpenVINO has no fp8", where="--precision", seen=precision, fix="Use --precision int8.")
     if precision in QUANTIZED and calibration is None:
         raise InputError(
             f"{precision} needs real images, from which it learns the range of every activation",
@@ -112,14 +129,15 @@ def lowering(
         raise InputError(
             f"{precision} needs no calibration images", where="--calibration", fix="Leave it out, or ask for int8."
         )
-    if options.gpus and not plans:
-        raise InputError("there is no engine to build", where="--gpu", fix="Add --target tensorrt-rtx.")
-    for target in plans:
-        check = check_torch_tensorrt if target == "torch-tensorrt" else functools.partial(build.check_options, target)
-        check(precision, options)
-    made = Lowering(tuple(dict.fromkeys(targets)), precision, options, indices)
-    _check_runtimes(made)
-    return made
+
+
+def _refuse_options(options: BuildOptions) -> None:
+    """Nothing that was asked for is passed over in silence."""
+    default = BuildOptions()
+    for field in BuildOptions.__struct_fields__:
+        if getattr(options, field) != getattr(default, field):
+            fix = "Leave it out, or add a --target that builds an engine: " + ", ".join(PLAN_TARGETS) + "."
+            raise InputError("there is no engine to build", where=build.flag(field), fix=fix)
 
 
 def _check_runtimes(made: Lowering) -> None:
@@ -190,25 +208,28 @@ def write_engines(
     if made.plan_target == "torch-tensorrt":
         return _write_torch_tensorrt(reduced, dense, made, staging)
 
-    def built(twin: str) -> build.Built:
-        model, engine = staging / twin / bundles.MODEL, staging / twin / bundles.ENGINE
-        return build.build_engine(model, engine, str(made.plan_target), made.precision, made.options)
+    engine: Any = None
+    report = Report()
+    # One after the other: a builder that times kernels must have the GPU for itself.
+    for twin in (bundles.TWIN, ""):
+        model, path = staging / twin / bundles.MODEL, staging / twin / bundles.ENGINE
+        built = build.build_engine(model, path, str(made.plan_target), made.precision, made.options)
+        engine = built.engine
+        report += engine_checks(built, path, plan, "dense engine" if twin else "engine")
+    return engine, report
 
-    # Ahead-of-time builders leave a core idle; a builder that times kernels on the GPU must have it for itself.
-    with ThreadPoolExecutor(2 if made.plan_target == "tensorrt-rtx" else 1) as pool:
-        model, _ = pool.map(built, ("", bundles.TWIN))
-    return model.engine, engine_checks(model, staging / bundles.ENGINE, plan)
 
-
-def engine_checks(built: build.Built, path: Path, plan: TokenPlan) -> Report:
+def engine_checks(built: build.Built, path: Path, plan: TokenPlan, name: str = "engine") -> Report:
     """Whether an engine is what was asked for: attention in fused kernels, matrix products in the asked type.
 
-    A GPU's inspector lists the layers of any engine; TensorRT-RTX also writes them into the plan.
+    A GPU's inspector lists the layers of any engine; TensorRT-RTX also writes them into the plan. The dense twin's has
+    to pass as well: a speed-up over a twin whose attention was taken apart would be too good.
 
     Args:
         built: The build.
         path: Its plan.
         plan: The model's plan.
+        name: What the checks call the engine.
     """
     engine, depth = built.engine, len(plan.blocks)
     layers = parse_layers(built.layers) if built.layers else ()
@@ -221,8 +242,9 @@ def engine_checks(built: build.Built, path: Path, plan: TokenPlan) -> Report:
         reason = "" if whole else "attention was taken apart on the way to the builder"
         count = Check("engine: fusable attentions", built.attentions, depth, whole, reason)
         checks.append(fusion_check(layers, depth) if layers else count)
-    notes = () if layers else ("The engine's layers could not be listed here, so its types were not checked.",)
-    return Report(checks=tuple(checks), notes=notes)
+    named = tuple(msgspec.structs.replace(check, name=check.name.replace("engine", name, 1)) for check in checks)
+    notes = () if layers else (f"The {name}'s layers could not be listed here, so its types were not checked.",)
+    return Report(checks=named, notes=notes)
 
 
 def check_torch_tensorrt(precision: str, options: BuildOptions) -> None:
@@ -234,9 +256,9 @@ def check_torch_tensorrt(precision: str, options: BuildOptions) -> None:
     """
     from evit_deploy.torch_tensorrt import check_request, require_torch_tensorrt
 
-    if options.timing_cache is not None or options.plugin is not None or options.gpus:
-        where = "--timing-cache" if options.timing_cache else "--plugin" if options.plugin else "--gpu"
-        raise InputError("torch-tensorrt has no use for it", where=where, fix="Leave it out.")
+    for field in ("timing_cache", "plugin"):
+        if getattr(options, field):
+            raise InputError("torch-tensorrt has no use for it", where=build.flag(field), fix="Leave it out.")
     check_request(precision, options.profiles)
     require_torch_tensorrt()
 

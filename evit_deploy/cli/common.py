@@ -75,8 +75,8 @@ class BatchRange(click.ParamType):
 def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """What the builder of an engine can be told; see :class:`evit_deploy.build.BuildOptions`."""
     for option in (
-        click.option("--hardware-compatible", is_flag=True, help="Engine: also for other GPUs from Ampere on."),
-        click.option("--version-compatible", is_flag=True, help="Engine: also for later TensorRT versions."),
+        click.option("--hardware-compatible", is_flag=True, help="TensorRT: also for other GPUs from Ampere on."),
+        click.option("--version-compatible", is_flag=True, help="TensorRT: also for its later versions."),
         click.option("--optimization-level", type=int, metavar="0-5", help="Engine: how long to search for kernels."),
         click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Engine: most scratch memory."),
         click.option("--timing-cache", type=PATH, metavar="FILE", help="TensorRT: remembers which kernels were fast."),

@@ -197,6 +197,11 @@ def _of_bundle(
     scratch: Path | None,
     progress: Callable[[str], None],
 ) -> Entry:
+    changed = bundles.changed_files(bundle)
+    if changed:
+        raise InputError(
+            "files are not what the manifest says: " + ", ".join(changed), where=bundle.path, fix="Convert again."
+        )
     model, why_not = parent_model(bundle, against)
     torch_wanted = not runtimes or any(not RUNTIMES.get(name).files for name in runtimes)
     notes = [f"PyTorch was not timed: {why_not}."] if model is None and torch_wanted else []

@@ -4,8 +4,8 @@ TensorRT 11 knows no other way, and every other runtime understands it too. Inpu
 happens between them. Scores, selection and the fused sum stay in FP32, because half precision is too coarse to rank
 patches by; LayerNorm keeps its statistics in FP32 (``stash_type``).
 
-INT8 and FP8 are laid on top by ONNX Runtime's own quantiser: activations by one symmetric scale a tensor, weights by
-one a channel, for linear layers only. What is not quantised is FP32 where a CPU runs it, FP16 where TensorRT does.
+INT8 and FP8 are laid on top by ONNX Runtime's own quantiser: activations by one scale a tensor, weights by one a
+channel, for linear layers only. What is not quantised is FP32 where a CPU runs it, FP16 where TensorRT does.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ def set_precision(
                 f"{precision} needs real images, from which it learns the range of every activation",
                 fix="Give a folder of them with --calibration; 128 or more, like those it will see.",
             )
-        proto = _quantize(proto, precision, calibration)
+        proto = _quantize(proto, precision, base, calibration)
         precision_of_rest = base
     else:
         precision_of_rest = precision
@@ -205,7 +205,13 @@ def _widen_output(graph: onnx_ir.Graph, value: onnx_ir.Value, low: DataType) -> 
     return output
 
 
-def _quantize(proto: ModelProto, precision: str, calibration: np.ndarray) -> ModelProto:
+def _quantize(proto: ModelProto, precision: str, base: str, calibration: np.ndarray) -> ModelProto:
+    """Puts Q/DQ pairs around the linear layers.
+
+    Two forms of INT8. TensorRT wants signed activations around zero and biases as they are. CPUs multiply unsigned by
+    signed, and ONNX Runtime's kernels take the INT32 biases along: on DeiT-S 2.4 times as fast as the other form there,
+    1.4 times in OpenVINO, and more accurate, because what comes out of Gelu is hardly ever negative.
+    """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
@@ -218,6 +224,7 @@ def _quantize(proto: ModelProto, precision: str, calibration: np.ndarray) -> Mod
         def get_next(self) -> Any:
             return next(self.batches, None)
 
+    for_cpu = precision == "int8" and base == "fp32"
     with tempfile.TemporaryDirectory() as folder, _silent():
         source, target = Path(folder) / "source.onnx", Path(folder) / "target.onnx"
         onnx.save(proto, source)
@@ -229,13 +236,13 @@ def _quantize(proto: ModelProto, precision: str, calibration: np.ndarray) -> Mod
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(_LINEAR),
                 per_channel=True,
-                activation_type=QuantType.QInt8,
+                activation_type=QuantType.QUInt8 if for_cpu else QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 extra_options={
-                    "ActivationSymmetric": True,
+                    "ActivationSymmetric": not for_cpu,
                     "WeightSymmetric": True,
-                    # TensorRT has no INT32 biases, and the sum of a linear layer is not to be rounded before its bias.
-                    "QuantizeBias": False,
+                    "QuantizeBias": for_cpu,
+                    # The sum of a linear layer is not rounded again: what follows is not quantised.
                     "OpTypesToExcludeOutputQuantization": list(_LINEAR),
                     # Not CalibMaxIntermediateOutputs: it throws the ranges of earlier batches away.
                 },

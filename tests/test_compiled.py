@@ -138,12 +138,15 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch, tmp_path):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho internal compiler error >&2\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(broken)))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing that was compiled before
     torch.compiler.reset()
     model = reduce_tokens_(of_kind("smallest"), KEEP)
     threads = torch.get_num_threads()
-    with pytest.raises(StageError, match=r"torch\.compile fails") as caught, CompiledRunner(model, threads=1) as runner:
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, str(broken))}),  # monkeypatch would not put it back
+        pytest.raises(StageError, match=r"torch\.compile fails") as caught,
+        CompiledRunner(model, threads=1) as runner,
+    ):
         runner.infer({"input": images(model, 1)})
     assert "\n" not in str(caught.value)
     assert torch.get_num_threads() == threads

@@ -278,7 +278,6 @@ def test_options_are_the_engine_s_own(engines):
 
 
 @pytest.mark.gpu
-@pytest.mark.tensorrt_rtx
 @needs_gpu
 @pytest.mark.timeout(900)
 def test_a_real_engine_against_pytorch_on_a_gpu(engines):

@@ -41,14 +41,24 @@ def makers(proto: ModelProto) -> dict[str, onnx.NodeProto]:
     return {output: node for node in proto.graph.node for output in node.output}
 
 
-def observed(kind: str, names: list[str], inputs: np.ndarray) -> dict[str, float]:
-    """Largest magnitude of some values of the FP32 file over all inputs at once."""
+def for_cpu(precision: str, base: str = "fp32") -> bool:
+    """Whether activations are unsigned with a zero point and biases quantised, as CPUs have it."""
+    return precision == "int8" and base == "fp32"
+
+
+def observed(kind: str, names: list[str], inputs: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Smallest and largest of some values of the FP32 file, and zero, over all inputs at once."""
     spied = copied(exported(kind))
     infos = {info.name: info for info in spied.graph.value_info}
     spied.graph.output.extend(infos[name] for name in names)
     with OnnxRuntimeRunner(spied, threads=1) as runner:
         found = runner.infer({INPUT: inputs})
-    return {name: float(np.abs(found[name]).max()) for name in names}
+    return {name: (min(float(found[name].min()), 0), max(float(found[name].max()), 0)) for name in names}
+
+
+def scale_of(limits: tuple[float, float], precision: str, base: str = "fp32") -> float:
+    low, high = limits
+    return (high - low) / 255 if for_cpu(precision, base) else max(-low, high) / LARGEST[precision]
 
 
 # What stands in the file.
@@ -61,6 +71,7 @@ def test_linear_layers_alone_are_quantised(kind, precision, base):
     linear = nodes(proto, "Gemm") + nodes(proto, "MatMul")
     assert [node.name for node in linear] == [n.name for n in nodes(original, "Gemm") + nodes(original, "MatMul")]
     assert linear
+    biases = set()
     readers = {node.op_type for node in proto.graph.node if any(_is_dequantized(made, name) for name in node.input)}
     assert readers == {node.op_type for node in linear}
     for node in linear:
@@ -71,9 +82,15 @@ def test_linear_layers_alone_are_quantised(kind, precision, base):
         assert constants[activation.input[1]].shape == ()
         assert constants[weight.input[1]].shape == constants[weight.input[0]].shape[:1]  # one for each output
         assert [a.i for a in weight.attribute if a.name == "axis"] == [0]
-        assert node.input[2] in constants  # the bias, as it was
+        if for_cpu(precision, base):
+            bias = made[node.input[2]]
+            assert bias.op_type == "DequantizeLinear"
+            assert constants[bias.input[0]].dtype == np.int32
+            biases.add(bias.name)
+        else:
+            assert node.input[2] in constants  # as it was
         assert not any(reader.op_type in QUANTIZERS for reader in proto.graph.node if node.output[0] in reader.input)
-    distinct = {made[node.input[0]].name for node in linear} | {made[node.input[1]].name for node in linear}
+    distinct = biases | {made[node.input[i]].name for node in linear for i in (0, 1)}
     assert len(nodes(proto, "DequantizeLinear")) == len(distinct)  # q, k and v share one
 
 
@@ -106,7 +123,8 @@ def test_what_is_not_quantised_is_in_the_base_precision(precision, base):
     wanted = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}[base]
     before = arrays(exported("plain"))
     shared = [name for name in constants if before.get(name, np.zeros(1)).dtype == np.float32 and name in before]
-    assert {"head.bias", "pos_embed", "patch_embed.proj.weight"} <= set(shared)
+    assert {"norm.bias", "pos_embed", "patch_embed.proj.weight"} <= set(shared)
+    assert ("head.bias" in shared) != for_cpu(precision, base)
     rows = {name for node in lowered("plain", precision).graph.node if node.op_type == "Mul" for name in node.input}
     for name in set(shared) - rows:  # the score row stays FP32
         assert constants[name].dtype == wanted, name
@@ -117,13 +135,13 @@ def test_what_is_not_quantised_is_in_the_base_precision(precision, base):
 
 
 @each_fp32_file
-def test_scales_of_activations_are_the_largest_value_of_any_calibration_image(kind, precision):
+def test_scales_of_activations_cover_every_calibration_image(kind, precision):
     proto = lowered(kind, precision)
     constants = arrays(proto)
     seen = {node.input[0]: float(constants[node.input[1]]) for node in nodes(proto, "QuantizeLinear")}
-    largest = observed(kind, list(seen), calibration_of(kind))
+    limits = observed(kind, list(seen), calibration_of(kind))
     for name, scale in seen.items():
-        assert scale == pytest.approx(largest[name] / LARGEST[precision], rel=1e-5), name
+        assert scale == pytest.approx(scale_of(limits[name], precision), rel=1e-5), name
 
 
 @pytest.mark.parametrize("count", [1, 8, 32, 40])
@@ -134,8 +152,8 @@ def test_an_outlier_counts_wherever_it_stands_among_the_calibration_images(count
     calibration[place] *= 20
     proto = set_precision(exported("plain"), "int8", calibration=calibration)
     node = nodes(proto, "QuantizeLinear")[0]
-    largest = observed("plain", [node.input[0]], calibration)[node.input[0]]
-    assert float(arrays(proto)[node.input[1]]) == pytest.approx(largest / 127, rel=1e-5)
+    limits = observed("plain", [node.input[0]], calibration)[node.input[0]]
+    assert float(arrays(proto)[node.input[1]]) == pytest.approx(scale_of(limits, "int8"), rel=1e-5)
 
 
 @each_fp32_file
@@ -144,7 +162,7 @@ def test_weights_are_quantised_by_row_to_the_nearest(kind, precision):
     constants = arrays(proto)
     found = 0
     for node in nodes(proto, "DequantizeLinear"):
-        if node.input[0] not in constants:
+        if node.input[0] not in constants or constants[node.input[0]].dtype == np.int32:
             continue
         weight = before[node.input[0].removesuffix("_quantized")]
         scale = constants[node.input[1]][:, None]
@@ -165,9 +183,38 @@ def test_weights_are_quantised_by_row_to_the_nearest(kind, precision):
 def test_zero_points_are_zero_and_in_the_quantised_type(precision, base):
     proto = lowered("plain", precision, base)
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    activations = {node.input[2] for node in nodes(proto, "QuantizeLinear")}
     for node in (*nodes(proto, "QuantizeLinear"), *nodes(proto, "DequantizeLinear")):
-        assert tensors[node.input[2]].data_type == KIND[precision]
-        assert not numpy_helper.to_array(tensors[node.input[2]]).astype(np.float32).any()
+        zero = tensors[node.input[2]]
+        if for_cpu(precision, base) and zero.name in activations:
+            assert zero.data_type == TensorProto.UINT8
+        elif tensors.get(node.input[0], zero).data_type == TensorProto.INT32:
+            assert not numpy_helper.to_array(zero).any()  # a bias
+        else:
+            assert zero.data_type == KIND[precision]
+            assert not numpy_helper.to_array(zero).astype(np.float32).any()
+
+
+def test_zero_is_exact_on_a_cpu():
+    """After Gelu most values are near zero, and the zero point is where the smallest one puts it."""
+    proto = lowered("plain", "int8")
+    constants = arrays(proto)
+    seen = {node.input[0]: node for node in nodes(proto, "QuantizeLinear")}
+    limits = observed("plain", list(seen), calibration_of("plain"))
+    for name, node in seen.items():
+        wanted = round(-limits[name][0] / float(constants[node.input[1]]))
+        assert abs(int(constants[node.input[2]]) - wanted) <= 1, name
+
+
+def test_biases_are_quantised_with_the_scales_of_what_they_are_added_to():
+    proto, before = lowered("plain", "int8"), arrays(exported("plain"))
+    constants, made = arrays(proto), makers(proto)
+    for node in nodes(proto, "Gemm"):
+        activation, weight, bias = (made[name] for name in node.input)
+        scale = constants[activation.input[1]] * constants[weight.input[1]]
+        np.testing.assert_allclose(constants[bias.input[1]], scale, rtol=1e-6)
+        exact = before[bias.input[0].removesuffix("_quantized")]
+        np.testing.assert_allclose(constants[bias.input[0]] * scale, exact, atol=0.51 * float(scale.max()))
 
 
 @based

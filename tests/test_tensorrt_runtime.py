@@ -192,7 +192,6 @@ def images(batch: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.gpu
-@pytest.mark.tensorrt_rtx
 @needs_gpu
 def test_a_plan_answers_like_onnx_runtime_at_every_batch_size_and_place(rtx):
     import onnxruntime
@@ -208,7 +207,6 @@ def test_a_plan_answers_like_onnx_runtime_at_every_batch_size_and_place(rtx):
 
 
 @pytest.mark.gpu
-@pytest.mark.tensorrt_rtx
 @needs_gpu
 def test_answers_stay_when_the_next_call_runs(rtx):
     first = rtx.infer(images(2))["logits"]
@@ -218,7 +216,6 @@ def test_answers_stay_when_the_next_call_runs(rtx):
 
 
 @pytest.mark.gpu
-@pytest.mark.tensorrt_rtx
 @needs_gpu
 def test_a_batch_outside_the_profile_is_an_input_error(rtx):
     assert rtx.profiles == (BatchProfile(1, 4, 8),)
@@ -227,7 +224,6 @@ def test_a_batch_outside_the_profile_is_an_input_error(rtx):
 
 
 @pytest.mark.gpu
-@pytest.mark.tensorrt_rtx
 @needs_gpu
 def test_times_of_calls_and_of_layers_are_positive_and_belong_together(rtx):
     found = summaries(rtx.timings(8, calls=20, warm_up=0.05))
@@ -240,7 +236,6 @@ def test_times_of_calls_and_of_layers_are_positive_and_belong_together(rtx):
 
 
 @pytest.mark.gpu
-@pytest.mark.tensorrt_rtx
 @needs_gpu
 def test_what_it_takes_and_gives(rtx):
     assert [(spec.name, spec.dtype, spec.shape) for spec in (*rtx.inputs, *rtx.outputs)] == [
@@ -250,7 +245,6 @@ def test_what_it_takes_and_gives(rtx):
 
 
 @pytest.mark.gpu
-@pytest.mark.tensorrt_rtx
 @needs_gpu
 def test_a_plan_for_another_gpu_is_refused_with_both(tmp_path):
     from evit_deploy.gpu import compute_capability

@@ -28,6 +28,7 @@ from evit_deploy.bundle import DENSE, GOLDEN, MANIFEST, MODEL, Bundle, read_bund
 from evit_deploy.data import _crop, preprocess_image, sample_inputs, sample_photographs
 from evit_deploy.errors import InputError
 from evit_deploy.golden import load_golden
+from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import Report, wilson
 from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.verify import verify, verify_runtime
@@ -71,7 +72,7 @@ def every_batch(what: str, batches: tuple[int, ...] = BATCHES) -> set[str]:
 
 
 def test_a_sound_bundle_passes(bundle):
-    report = verify(bundle.path, batch_sizes=BATCHES, threads=1)
+    report = verify(bundle.path, runtimes=["eager", "onnxruntime"], batch_sizes=BATCHES, threads=1)
     assert report.passed
     wanted = {"files as written", "onnxruntime: dense twin's logits"}
     for what in ("kept patches", "logits", "same answer at every place"):
@@ -84,6 +85,13 @@ def test_a_sound_bundle_passes(bundle):
     for row in report.agreement:
         assert (row.images, row.top1, set(row.kept.values())) == (8, 1, {1})
         assert row.logits < 1e-5
+
+
+def test_without_a_wish_every_runtime_that_can_is_used(bundle):
+    report = verify(bundle.path, batch_sizes=(1,), threads=1)
+    used = {check.name.split(",")[0] for check in report.checks if "batch 1: logits" in check.name}
+    assert used >= {"eager", "onnxruntime"}
+    assert used <= {"eager", "onnxruntime", "openvino", *(name for name in RUNTIMES.names() if "onnxruntime-" in name)}
 
 
 # Damage after the bundle was written.

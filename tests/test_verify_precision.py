@@ -79,7 +79,8 @@ FLOATS = ("fp32", "fp16", "bf16")
 @pytest.mark.parametrize(
     ("precision", "kind"),
     [(precision, kind) for precision in FLOATS for kind in DAMAGE]
-    + [("int8", kind) for kind in DAMAGE if kind != "not a number"]  # an integer is always finite
+    # an integer is always finite; and the images' mean logits differ by less than int8 costs
+    + [("int8", kind) for kind in DAMAGE if kind not in ("not a number", "the neighbours")]
     + [("fp8", kind) for kind in ("the lowest", "the second best", "the place")],  # it is too coarse for the others
 )
 def test_damage_is_caught(precision, kind):

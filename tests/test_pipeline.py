@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import msgspec
+import onnx
 import pytest
+import torch
 from PIL import Image
 
 from evit_deploy import GateFailed, InputError, load_recipe, read_bundle, run
@@ -51,6 +53,34 @@ def test_run_makes_a_verified_bundle_and_the_comparison(tmp_path: Path):
     assert manifest.labels == list("0123456789")
     assert manifest.recipe is not None
     assert manifest.recipe["name"] == "digits"
+
+
+def test_a_recipe_says_what_the_result_is_turned_into(tmp_path: Path):
+    recipe = digits("convert.precision=int8", "convert.calibration_images=40", "convert.targets=[onnx, openvino]")
+    bundle, report = run(recipe, tmp_path)
+    assert report.passed
+    assert bundle.manifest.precision == "int8"
+    assert {"openvino/model.xml", "dense/openvino/model.bin"} <= bundle.manifest.files.keys()
+    assert report.accuracy[-1].name == "evit 0.7, fine-tuned, exported (onnxruntime, int8)"
+    assert any("QuantizeLinear" in node.op_type for node in onnx.load(bundle.file("model.onnx")).graph.node)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("convert.targets=[tensorrt, tensorrt-rtx]", "one engine"),
+        ("convert.targets=[tensorrt-rtx]", "--gpu"),
+        ("convert.precision=fp64", "unknown precision"),
+    ],
+)
+def test_what_cannot_be_made_is_told_before_the_training(tmp_path: Path, override: str, message: str):
+    if override.endswith("[tensorrt-rtx]") and torch.cuda.is_available():
+        pytest.skip("with a GPU this can be made")
+    told = Told()
+    with pytest.raises(InputError, match=message):
+        run(digits(override), tmp_path, progress=told, notice=told)
+    assert not told
+    assert not list(tmp_path.iterdir())
 
 
 def test_stages_that_are_up_to_date_are_skipped(tmp_path: Path):

@@ -25,6 +25,7 @@ REQUIRED = {
     "safetensors": "0.4.5",
     "scikit-learn": "1.4",
     "pillow": "10",
+    "ml-dtypes": "0.5",
     "msgspec": "0.19",
     "pyyaml": "6",
     "huggingface-hub": "0.23",

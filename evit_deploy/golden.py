@@ -11,7 +11,6 @@ FP64 answer when the last kept and the first dropped patch change places at ever
 import copy
 import functools
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import InputError
-from evit_deploy.export import INPUT, LOGITS, kept_name
+from evit_deploy.export import INPUT, LOGITS
 from evit_deploy.tokens.op import reorganize
 from evit_deploy.tokens.plan import TokenPlan, original_patches
 from evit_deploy.tokens.reduce import TokenReducer, capture, token_plan
@@ -77,11 +76,11 @@ class Golden(msgspec.Struct):
 
     def limit(self) -> float:
         """Largest logit error against FP64 of answers with the golden kept sets: twice the precision's own."""
-        return max(2 * _distance(self.expected, self.reference), _floor(self.reference))
+        return max(2 * distance(self.expected, self.reference), _floor(self.reference))
 
     def tie_limits(self) -> np.ndarray:
         """The same for each image ``[n]`` where another choice within rounding may have been made."""
-        free = max(self.limit(), 2 * _distance(self.expected_free, self.reference))
+        free = max(self.limit(), 2 * distance(self.expected_free, self.reference))
         free = free + np.abs(self.swapped - self.reference).max(axis=1)
         # It takes two patches within rounding to change places; elsewhere there is no other choice.
         possible = [(~(margin >= 1)).sum(axis=1) > 1 for margin in self.margin.values()]
@@ -89,7 +88,7 @@ class Golden(msgspec.Struct):
 
     def dense_limit(self) -> float:
         """The same for the dense twin."""
-        return max(2 * _distance(self.dense_expected, self.dense_reference), _floor(self.dense_reference))
+        return max(2 * distance(self.dense_expected, self.dense_reference), _floor(self.dense_reference))
 
     def noise(self) -> float:
         """What the precision costs: its error over the spread of the logits, both as root mean squares."""
@@ -103,7 +102,8 @@ class Golden(msgspec.Struct):
 _PLAIN = tuple(field for field in Golden.__struct_fields__ if field not in ("kept", "margin"))
 
 
-def _distance(answers: np.ndarray, reference: np.ndarray) -> float:
+def distance(answers: np.ndarray, reference: np.ndarray) -> float:
+    """Largest difference of any number; NaN if one is."""
     with np.errstate(invalid="ignore"):
         return float(np.abs(answers - reference).max(initial=0.0))
 
@@ -280,135 +280,6 @@ def _quantized_answers(model: Any, dense: Any, inputs: np.ndarray, kept: list[np
     scores = [replayed[f"scores_{block}"] for block in blocks]
     free, dense_logits = run(model, feeds(inputs))[LOGITS], run(dense, feeds(inputs))[LOGITS]
     return Expected(replayed[LOGITS], scores, free, dense_logits)
-
-
-def named_patches(outputs: Mapping[str, np.ndarray], plan: TokenPlan) -> dict[int, np.ndarray]:
-    """A runner's kept outputs in original patch numbers, by block; empty if it gives none out."""
-    blocks = [row.block for row in plan.locations]
-    if any(kept_name(block) not in outputs for block in blocks):
-        return {}
-    kept: list[Any] = [outputs[kept_name(block)] for block in blocks]
-    return dict(zip(blocks, original_patches(kept, plan), strict=True))
-
-
-class Agreement(msgspec.Struct, frozen=True):
-    """How one runtime's answers compare with the golden ones.
-
-    Args:
-        error: Largest logit error against FP64, over the images with equal kept sets; NaN if there is none.
-        limit: What it may be.
-        tie_error: The same of the image on a tie (of any, where the runtime gives no kept patches out) that comes
-            closest to its own limit.
-        tie_limit: What it may be.
-        same: Share of images whose kept sets are equal at every location; NaN where the runtime gives none out.
-        ties: Share whose first difference lies within rounding; NaN likewise.
-        wrong: Share whose first difference does not.
-        overlap: Kept patches in common over kept patches of either (Jaccard), mean over images and locations.
-        top1: Share of images with the golden top-1, over all images.
-    """
-
-    error: float
-    limit: float
-    tie_error: float
-    tie_limit: float
-    same: float
-    ties: float
-    wrong: float
-    overlap: float
-    top1: float
-
-
-def agreement(golden: Golden, which: np.ndarray, outputs: Mapping[str, np.ndarray], plan: TokenPlan) -> Agreement:
-    """Compares a runner's outputs with the golden answers.
-
-    Args:
-        golden: The answers.
-        which: For every row of the outputs, the number of the golden image it belongs to.
-        outputs: ``logits`` and, where the runner gives them out, ``kept_<block>`` for every location of the plan.
-        plan: The model's plan.
-    """
-    kept = named_patches(outputs, plan)
-    told = bool(kept) or not plan.locations
-    same, tie = same_choice(golden, which, kept, {b: golden.kept[b][which] for b in kept})
-    overlaps = [overlap(numbers, golden.kept[block][which]) for block, numbers in kept.items()]
-    if not told:  # it may have kept others within rounding
-        same, tie = ~same, same
-    tie_error, tie_limit = _closest_to_limit(golden, which[tie], outputs[LOGITS][tie])
-    return Agreement(
-        error=logit_error(golden, which[same], outputs[LOGITS][same]),
-        limit=golden.limit(),
-        tie_error=tie_error,
-        tie_limit=tie_limit,
-        same=float(same.mean()) if told else float("nan"),
-        ties=float(tie.mean()) if told else float("nan"),
-        wrong=float((~same & ~tie).mean()),
-        overlap=float(np.mean(overlaps)) if overlaps else float("nan" if not told else 1.0),
-        top1=float((outputs[LOGITS].argmax(axis=1) == golden.logits[which].argmax(axis=1)).mean()),
-    )
-
-
-def _closest_to_limit(golden: Golden, which: np.ndarray, answers: np.ndarray) -> tuple[float, float]:
-    """Error and limit of the image that comes closest to its own limit, or exceeds it most."""
-    if not len(which):
-        return float("nan"), 0.0
-    with np.errstate(invalid="ignore"):
-        errors = np.abs(answers - golden.reference[which]).max(axis=1)
-    limits = golden.tie_limits()[which]
-    worst = int(np.argmax(errors / limits))
-    return float(errors[worst]), float(limits[worst])
-
-
-def same_choice(
-    golden: Golden, which: np.ndarray, kept: Mapping[int, np.ndarray], others: Mapping[int, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Compares two choices of patches image by image, location by location.
-
-    Args:
-        golden: Has the margins.
-        which: Golden image of every row.
-        kept: By block, original patch numbers ``[rows, K(+1)]``.
-        others: The same of the other.
-
-    Returns:
-        Which rows have the same patches everywhere, and of the rest, whose first difference lies within rounding.
-    """
-    same, tie = np.ones(len(which), bool), np.zeros(len(which), bool)
-    for block, numbers in kept.items():
-        patches = golden.margin[block].shape[1] - 1
-        exchanged = _members(numbers, patches) != _members(others[block], patches)
-        clear = (exchanged & (golden.margin[block][which] >= 1)).any(axis=1)
-        tie |= same & exchanged.any(axis=1) & ~clear
-        same &= ~exchanged.any(axis=1)
-    return same, tie
-
-
-def _members(numbers: np.ndarray, patches: int) -> np.ndarray:
-    """How often each number is among ``[rows, K]``, as ``[rows, patches + 1]``.
-
-    Fused tokens come last: there may be several, the one just made and those of earlier locations that were kept.
-    """
-    members = np.zeros((len(numbers), patches + 1), int)
-    np.add.at(members, (np.arange(len(numbers))[:, None], numbers.astype(np.int64) % (patches + 1)), 1)
-    return members
-
-
-def overlap(kept: np.ndarray, others: np.ndarray) -> float:
-    """Mean over images of patches in common over patches of either (Jaccard); the fused token is none."""
-    patches = int(max(kept.max(), others.max())) + 1
-    one, other = (_members(numbers, patches)[:, :-1] for numbers in (kept, others))
-    either = np.maximum(one, other).sum(axis=1)
-    return float((np.minimum(one, other).sum(axis=1) / np.maximum(either, 1)).mean())
-
-
-def logit_error(golden: Golden, which: np.ndarray, answers: np.ndarray) -> float:
-    """Largest error of some logits against FP64; NaN with none to judge.
-
-    Args:
-        golden: The answers.
-        which: Golden image of every row of ``answers``.
-        answers: Logits to judge.
-    """
-    return _distance(answers, golden.reference[which]) if len(which) else float("nan")
 
 
 def feeds(images: np.ndarray) -> dict[str, np.ndarray]:

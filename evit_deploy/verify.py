@@ -1,23 +1,23 @@
 """Proof that a lowered model answers like PyTorch: logits, kept patches, every batch size, every place in a batch."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
 from evit_deploy import bundle as bundles
+from evit_deploy.agreement import Answers, agreement, agreement_row, named_patches, same_choice
 from evit_deploy.checkpoint import build_model, read_checkpoint
 from evit_deploy.data import ImageFolder, image_folder
-from evit_deploy.errors import CheckpointError, InputError
+from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
 from evit_deploy.export import LOGITS, versions
-from evit_deploy.golden import Golden, agreement, feeds, load_golden, named_patches, overlap, same_choice
+from evit_deploy.golden import Golden, feeds, load_golden
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import AgreementRow, Check, Report, accuracy_row, device
+from evit_deploy.report import Check, Report, accuracy_row, device
 from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import reduce_tokens_
@@ -26,18 +26,6 @@ BATCH_SIZES = (1, 2, 8)
 DATA_BATCH = 32
 NOISE_LIMIT = 0.5
 """A precision whose error is half of what tells one class from another has broken the model."""
-
-
-class Answers(msgspec.Struct, frozen=True):
-    """What one runtime said to some images.
-
-    Args:
-        logits: ``[n, classes]``.
-        kept: By block, original patch numbers ``[n, K(+1)]``; empty where the runtime gives none out.
-    """
-
-    logits: np.ndarray
-    kept: Mapping[int, np.ndarray]
 
 
 def verify(
@@ -66,7 +54,7 @@ def verify(
 
     Raises:
         InputError: No bundle, an unknown runtime, or a runtime that cannot run it.
-        MissingRequirement: A runtime that was asked for is not there.
+        MissingRequirement: A runtime that was asked for is not there, or none for any of the files.
     """
     bundle = bundles.read_bundle(path)
     changed = bundles.changed_files(bundle)
@@ -86,12 +74,48 @@ def verify(
         )
     if why_not and not runtimes:
         report += Report(notes=(f"PyTorch itself was not run again ({why_not}); its golden answers were used.",))
-    names = list(runtimes)
-    for name in RUNTIMES.names() if not runtimes else ():
-        runtime = RUNTIMES.get(name)
+    if runtimes:
+        return report + prove(bundle, golden, runtimes, data, threads, progress, batch_sizes, model)
+    return report + _prove_all(bundle, golden, data, threads, progress, batch_sizes, model)
+
+
+def _prove_all(
+    bundle: bundles.Bundle,
+    golden: Golden,
+    data: Path | None,
+    threads: int | None,
+    progress: Callable[[str], None],
+    batch_sizes: Sequence[int] | None,
+    model: torch.nn.Module | None,
+) -> Report:
+    """Proves what can be proven here, and says which files of the bundle were not.
+
+    Raises:
+        MissingRequirement: Nothing here runs any of them.
+    """
+    artifacts: dict[str, Any] = {}
+    unable: dict[str, MissingRequirement] = {}
+    for name in RUNTIMES.names():
+        runtime: type[Runner] = RUNTIMES.get(name)
         artifact = artifact_of(bundle, runtime) if runtime.files else model
-        names += [name] if artifact is not None and usable(runtime, artifact) else []
-    return report + prove(bundle, golden, names, data, threads, progress, batch_sizes, model)
+        if artifact is not None and runtime.default and not runtime.accepts(artifact):
+            artifacts[name] = artifact
+            missing = runtime.missing()
+            unable |= {name: missing} if missing is not None else {}
+    names = [name for name in artifacts if name not in unable]
+    report = prove(bundle, golden, names, data, threads, progress, batch_sizes, model, unable)
+    proven = {artifact for name, artifact in artifacts.items() if name not in unable and artifact is not model}
+    if not proven:
+        reasons = "; ".join(f"{name}: {error.what}" for name, error in unable.items())
+        raise MissingRequirement(
+            f"nothing here runs any file of this bundle ({reasons or 'no runtime is for its precision'})",
+            where=bundle.path, fix="evit-deploy doctor says what is missing.",
+        )  # fmt: skip
+    for artifact in dict.fromkeys(artifacts[name] for name in unable):
+        if artifact not in proven:
+            reasons = "; ".join(f"{n}: {error.what}" for n, error in unable.items() if artifacts[n] == artifact)
+            report += Report(notes=(f"{artifact.relative_to(bundle.path)} was not verified here ({reasons}).",))
+    return report
 
 
 def prove(
@@ -103,6 +127,7 @@ def prove(
     progress: Callable[[str], None] = lambda text: None,
     batch_sizes: Sequence[int] | None = None,
     model: torch.nn.Module | None = None,
+    unable: dict[str, MissingRequirement] | None = None,
 ) -> Report:
     """Holds the answers of runtimes against the golden ones, and against one another.
 
@@ -115,10 +140,11 @@ def prove(
         progress: Told what is being done.
         batch_sizes: See :func:`verify`.
         model: The PyTorch model, for the runtimes that run it.
+        unable: Takes the runtimes that turn out not to run here, and why; without it that is an error.
 
     Raises:
         InputError: A runtime has nothing to run in this bundle.
-        MissingRequirement: A runtime is not there.
+        MissingRequirement: A runtime is not there, or its processor lacks the precision.
     """
     manifest, report = bundle.manifest, Report()
     folder = folder_of(data, manifest) if data is not None else None
@@ -132,7 +158,13 @@ def prove(
                 wanted=" or ".join(runtime.files) or "a PyTorch model",
             )  # fmt: skip
         progress(f"verifying on {name}")
-        found, answers[name] = verify_runtime(name, artifact, golden, manifest.plan, batch_sizes, threads)
+        try:
+            found, answers[name] = verify_runtime(name, artifact, golden, manifest.plan, batch_sizes, threads)
+        except MissingRequirement as error:  # a processor without the type is found out when the file is opened
+            if unable is None:
+                raise
+            unable[name] = error
+            continue
         report += found
         dense = artifact_of(bundle, runtime, dense=True)
         if dense is not None:
@@ -303,19 +335,6 @@ def accuracy(
     row = accuracy_row(name, zip((p[0] for p in parts), labels, strict=True), manifest.plan.macs() / 1e9)
     kept = {block: np.concatenate([part[1][block] for part in parts]) for block in parts[0][1]}
     return Report(accuracy=(row,)), Answers(np.concatenate([part[0] for part in parts]), kept)
-
-
-def agreement_row(first: str, one: Answers, second: str, other: Answers) -> AgreementRow:
-    """Compares what two runtimes said to the same images."""
-    kept = {str(b): overlap(one.kept[b], other.kept[b]) for b in one.kept if b in other.kept}
-    return AgreementRow(
-        first=first,
-        second=second,
-        images=len(one.logits),
-        top1=float((one.logits.argmax(axis=1) == other.logits.argmax(axis=1)).mean()),
-        kept=kept,
-        logits=float(np.abs(one.logits - other.logits).max()),
-    )
 
 
 @contextmanager

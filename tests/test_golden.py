@@ -10,10 +10,11 @@ import torch
 from exports import lowered, reduced
 from models import images, of_kind
 
+from evit_deploy.agreement import agreement, logit_error, overlap, same_choice
 from evit_deploy.bundle import GOLDEN, Bundle
 from evit_deploy.errors import InputError
 from evit_deploy.export import LOGITS, kept_name
-from evit_deploy.golden import FLOOR, Golden, agreement, load_golden, logit_error, make_golden, overlap, same_choice
+from evit_deploy.golden import FLOOR, Golden, load_golden, make_golden
 from evit_deploy.report import Report
 from evit_deploy.tokens.plan import TokenSpec, make_plan, original_patches
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan

@@ -211,6 +211,7 @@ def test_another_precision_than_the_files_is_refused(tmp_path):
 
 
 def test_fp8_is_refused():
+    assert OpenVINORunner.accepts(relabelled("fp8")) == ["it has no fp8"]
     with pytest.raises(InputError, match=r"no such precision \(got fp8"), OpenVINORunner(relabelled("fp8")):
         pass
 

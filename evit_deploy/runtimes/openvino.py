@@ -12,7 +12,7 @@ import numpy as np
 from onnx import ModelProto
 
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.export import ModelCard, load_onnx
+from evit_deploy.export import ModelCard, load_onnx, read_card
 from evit_deploy.openvino_ir import (
     import_openvino,
     kept_outputs,
@@ -67,12 +67,13 @@ class OpenVINORunner(Runner):
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:
-        """OpenVINO models by path; ONNX models by path or in memory."""
-        if isinstance(artifact, ModelProto):
-            return []
-        if not isinstance(artifact, str | Path):
+        """OpenVINO models by path; ONNX models by path or in memory, in a precision that it has."""
+        if not isinstance(artifact, ModelProto | str | Path):
             return [f"it runs OpenVINO and ONNX models, not {type(artifact).__name__}"]
-        return [] if Path(artifact).suffix in (".xml", ".onnx") else [f"it runs .xml and .onnx, not {artifact}"]
+        if not isinstance(artifact, ModelProto) and Path(artifact).suffix != ".onnx":
+            return [] if Path(artifact).suffix == ".xml" else [f"it runs .xml and .onnx, not {artifact}"]
+        card = read_card(artifact if isinstance(artifact, ModelProto) else load_onnx(Path(artifact)))
+        return [f"it has no {card.precision}"] if card is not None and card.precision not in _COMPUTES else []
 
     def __enter__(self) -> Self:
         missing = self.missing()

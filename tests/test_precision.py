@@ -21,6 +21,7 @@ from evit_deploy.errors import InputError
 from evit_deploy.export import INPUT, LOGITS, OPSET, export_onnx, kept_name, read_card
 from evit_deploy.golden import DTYPES, FLOOR, _replayed, make_golden
 from evit_deploy.precision import set_precision
+from evit_deploy.runtimes.openvino import OpenVINORunner
 from evit_deploy.tokens.op import DOMAIN, NAME
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
@@ -232,12 +233,11 @@ def test_bf16_answers_in_onnxs_own_evaluator(kind, spec):
 
 @pytest.mark.openvino
 def test_bf16_answers_in_openvino():
-    openvino = pytest.importorskip("openvino")
+    if OpenVINORunner.missing() is not None:
+        pytest.skip("OpenVINO is not installed")
     model, inputs = reduced("plain"), images(of_kind("plain"), 6)
-    proto, core = inlined(with_indices(lowered("plain", "bf16"))), openvino.Core()
-    compiled = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", {"INFERENCE_NUM_THREADS": 1})
-    found = {output.any_name: value for output, value in compiled(inputs).items()}
-    assert_within_eagers_error(found, model, inputs, "bf16")
+    with OpenVINORunner(lowered("plain", "bf16"), threads=1, with_indices=True) as runner:
+        assert_within_eagers_error(runner.infer({INPUT: inputs}), model, inputs, "bf16")
 
 
 @both

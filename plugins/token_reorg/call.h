@@ -1,0 +1,62 @@
+// What is common to the launchers.
+#pragma once
+
+#include <stdarg.h>
+#include <stdio.h>
+
+#include "token_reorg.h"
+
+namespace evit {
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 4, 5)))
+#endif
+inline int32_t refuse(int32_t status, char* message, size_t size, const char* format, ...) {
+  if (message != nullptr && size > 0) {
+    va_list values;
+    va_start(values, format);
+    vsnprintf(message, size, format, values);
+    va_end(values);
+  }
+  return status;
+}
+
+// Looks at a call before anything is started.
+inline int32_t check_call(const EvitTokenReorgCall* call, char* message, size_t size) {
+  const auto no = [&](const char* what, int value, const char* wanted, int low, int high) {
+    return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: %s is %d, expected %s%d to %d", what, value, wanted,
+                  low, high);
+  };
+  if (call == nullptr) return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: the call is a null pointer");
+  constexpr int32_t kMost = 1 << 30;
+  if (call->dtype < EVIT_FP32 || call->dtype > EVIT_BF16) return no("dtype", call->dtype, "", EVIT_FP32, EVIT_BF16);
+  if (call->batch < 0) return no("batch", call->batch, "", 0, kMost);
+  if (call->prefix < 0 || call->prefix > EVIT_MAX_PREFIX) return no("prefix", call->prefix, "", 0, EVIT_MAX_PREFIX);
+  if (call->candidates < 1 || call->candidates > EVIT_MAX_CANDIDATES)
+    return no("the number of candidates", call->candidates, "", 1, EVIT_MAX_CANDIDATES);
+  if (call->keep < 1 || call->keep > call->candidates)
+    return no("keep", call->keep, "at most the number of candidates, ", 1, call->candidates);
+  if (call->fuse != 0 && call->fuse != 1) return no("fuse", call->fuse, "", 0, 1);
+  constexpr int32_t kMostChannels = 1 << 20;
+  if (call->channels < 1 || call->channels > kMostChannels)
+    return no("the number of channels", call->channels, "", 1, kMostChannels);
+  if (call->batch == 0) return EVIT_OK;
+  const struct {
+    const char* name;
+    const void* pointer;
+    unsigned alignment;
+  } tensors[] = {{"x", call->x, call->dtype == EVIT_FP32 ? 4u : 2u},
+                 {"scores", call->scores, 4},
+                 {"y", call->y, call->dtype == EVIT_FP32 ? 4u : 2u},
+                 {"idx", call->idx, 4}};
+  for (const auto& tensor : tensors) {
+    if (tensor.pointer == nullptr)
+      return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: %s is a null pointer", tensor.name);
+    if (reinterpret_cast<uintptr_t>(tensor.pointer) % tensor.alignment != 0)
+      return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: %s is not aligned to its elements of %u bytes",
+                    tensor.name, tensor.alignment);
+  }
+  return EVIT_OK;
+}
+
+}  // namespace evit

@@ -1,0 +1,70 @@
+// evit::TokenReorg behind a C interface, so that C++, Python (ctypes) and the TensorRT plugin call the same thing.
+//
+//   y, idx = TokenReorg(x, scores)
+//
+// Of N candidates the K with the highest scores stay, in descending order, the lowest index first on ties. y holds the
+// prefix rows, the kept rows and, with fuse, the sum of score * row over the rest: EViT, equation 3.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define EVIT_TOKEN_REORG_ABI 1  // of this header; evit_token_reorg_abi() says the library's
+#define EVIT_MAX_CANDIDATES 4096
+#define EVIT_MAX_PREFIX 8
+
+#if defined(_WIN32)
+#define EVIT_EXPORT __declspec(dllexport)
+#else
+#define EVIT_EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum EvitDtype { EVIT_FP32 = 0, EVIT_FP16 = 1, EVIT_BF16 = 2 };
+
+enum EvitStatus {
+  EVIT_OK = 0,
+  EVIT_INVALID_CALL = 1,  // the call is at fault: nothing was started
+  EVIT_CUDA_ERROR = 2     // CUDA refused
+};
+
+// One call. All tensors are dense, row by row, in the memory of the current device; y and idx overlap nothing.
+typedef struct EvitTokenReorgCall {
+  const void* x;        // [batch, prefix + candidates, channels]
+  const float* scores;  // [batch, candidates]
+  void* y;              // [batch, prefix + keep + fuse, channels], in x's type
+  int32_t* idx;         // [batch, keep], numbers of candidates from 0
+  int32_t dtype;        // EvitDtype of x and y
+  int32_t batch;        // 0 is allowed, and does nothing
+  int32_t prefix;       // rows in front that always stay, 0 to EVIT_MAX_PREFIX
+  int32_t candidates;   // N, 1 to EVIT_MAX_CANDIDATES
+  int32_t channels;     // C
+  int32_t keep;         // K, 1 to N
+  int32_t fuse;         // 0 or 1
+} EvitTokenReorgCall;
+
+// Starts the kernel on a stream (cudaStream_t, NULL for the default one) and does not wait for it. One launch, no
+// allocation, no synchronisation: it may be captured in a CUDA graph. The same call gives the same bits on every run,
+// in every batch and on every device, as long as no score is NaN.
+//
+// Returns an EvitStatus. On failure `message` (if not NULL) receives up to `size` bytes of what was wrong,
+// NUL-terminated.
+EVIT_EXPORT int32_t evit_token_reorg(const EvitTokenReorgCall* call, void* stream, char* message, size_t size);
+
+// The same on the CPU, by a team of `threads` threads in place of a block: the kernel's own code, to be tested without
+// a GPU. `lanes` and `tiles` set how the work is cut (0: as a GPU would) and change no bit of the result. Only the
+// host library has it.
+EVIT_EXPORT int32_t evit_token_reorg_on_host(const EvitTokenReorgCall* call, int32_t threads, int32_t lanes,
+                                             int32_t tiles, char* message, size_t size);
+
+EVIT_EXPORT int32_t evit_token_reorg_abi(void);
+
+// What the library is, as one line; the same line can be read from the file without loading it.
+EVIT_EXPORT const char* evit_library_identity(void);
+
+#ifdef __cplusplus
+}
+#endif

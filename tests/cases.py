@@ -118,6 +118,12 @@ def _table() -> Iterator[Case]:
     yield Case(1, 1, 576, 33, 575, True)
     yield Case(1, 1, 576, 33, 576, True)
     yield Case(8, 1, 45, 1, 9, True)
+    # Where the kernel changes from counting to sorting, and the most it takes.
+    for candidates in (511, 512, 513):
+        yield Case(1, 1, candidates, 8, 40, True, "ties")
+    yield Case(2, 1, 1025, 16, 64, True, "ties")
+    yield Case(1, 1, 1024, 8, 64, True, "nan")
+    yield Case(1, 8, 4096, 8, 32, True)
     yield Case(2, 1, 196, 16, 1, True, "equal", "cancelling")
     yield Case(1, 1, 8, 3, 1, True, "equal", "cancelling")
 

@@ -24,9 +24,21 @@ def reference() -> str:
     for name in COMMANDS:
         command = cli.get_command(parent, name)
         assert command is not None
-        context = click.Context(command, info_name=name, parent=parent, max_content_width=110, terminal_width=110)
-        parts.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
+        parts += _pages(command, name, parent)
     return "\n".join(parts)
+
+
+def _pages(command: click.Command, name: str, parent: click.Context) -> list[str]:
+    context = click.Context(
+        command, info_name=name.split()[-1], parent=parent, max_content_width=110, terminal_width=110
+    )
+    pages = [f"## {name}\n\n```text\n{command.get_help(context)}\n```\n"]
+    if isinstance(command, click.Group):
+        for below in command.list_commands(context):
+            part = command.get_command(context, below)
+            assert part is not None
+            pages += _pages(part, f"{name} {below}", context)
+    return pages
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from evit_deploy import gpu
 from evit_deploy.engine import BatchProfile, Engine
 from evit_deploy.environment import require_extra, usable_targets
 from evit_deploy.errors import InputError, MissingRequirement, StageError
+from evit_deploy.plugin import choose_plugin, load_plugin
 
 TARGETS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Target -> the Python module that builds for it."""
@@ -112,6 +113,8 @@ def check_options(target: str, precision: str, options: BuildOptions) -> None:
                 f"{name} cannot compute in {precision}", where="--precision", seen=precision,
                 wanted=f"a GPU from sm{least} on", fix="Use --precision fp16 or int8.",
             )  # fmt: skip
+    if target == "tensorrt" and options.plugin is not None:
+        choose_plugin(options.plugin)
     if target in TARGETS:
         require_extra(target)
     if target == "tensorrt" and (lacking := gpu.missing()) is not None:
@@ -137,8 +140,6 @@ def _check_values(options: BuildOptions) -> None:
         raise InputError(
             "no such level", where="--optimization-level", seen=options.optimization_level, wanted="0 to 5"
         )
-    if options.plugin is not None and not options.plugin.is_file():
-        raise InputError("no such library", where="--plugin", seen=options.plugin)
     cache = options.timing_cache
     if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
         raise InputError("no file can be written there", where="--timing-cache", seen=cache)
@@ -199,7 +200,7 @@ def build_engine(model: Path, plan: Path, target: str, precision: str, options: 
         StageError: The builder failed.
     """
     check_options(target, precision, options)
-    _check_model(model, precision)
+    locations = _check_model(model, precision)
     gpus = _gpus(options)
     driver = gpu.snapshot().driver if gpu.compute_capability() else None
     started = time.perf_counter()
@@ -207,6 +208,11 @@ def build_engine(model: Path, plan: Path, target: str, precision: str, options: 
         with tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}-") as room:
             built = Path(room) / plan.name
             answer = _ask_builder(model, built, target, precision, msgspec.structs.replace(options, gpus=gpus))
+            if options.plugin is not None and answer["plugins"] != locations:
+                raise StageError(
+                    "TensorRT did not take the plugin", where=options.plugin,
+                    seen=f"{answer['plugins']} of {locations} reorganisations",
+                )  # fmt: skip
             os.replace(built, plan)
     except OSError as error:
         raise StageError(f"the engine could not be written ({error.strerror})", where=plan) from error
@@ -229,16 +235,20 @@ def build_engine(model: Path, plan: Path, target: str, precision: str, options: 
     return Built(engine, answer["attentions"], answer["layers"])
 
 
-def _check_model(model: Path, precision: str) -> None:
+def _check_model(model: Path, precision: str) -> int:
+    """Makes sure that a file is ours and in a precision; gives the number of its reorganisations."""
     from evit_deploy.export import load_onnx, read_card
+    from evit_deploy.variants import reorganizations
 
-    card = read_card(load_onnx(model))
+    proto = load_onnx(model)
+    card = read_card(proto)
     if card is None:
         raise InputError(
             "not a model that evit-deploy exported", where=model, fix="Make one: evit-deploy convert CHECKPOINT."
         )
     if card.precision != precision:
         raise InputError("the file has another precision", where=model, seen=card.precision, wanted=precision)
+    return len(reorganizations(proto))
 
 
 def _ask_builder(model: Path, plan: Path, target: str, precision: str, options: BuildOptions) -> dict[str, Any]:
@@ -302,7 +312,6 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     from polygraphy.backend.trt import (
         CreateConfig,
         EngineBytesFromNetwork,
-        LoadPlugins,
         NetworkFromOnnxPath,
         Profile,
         SetDecomposableAttentions,
@@ -314,7 +323,7 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     options = request["options"]
     path = request["model"]
     if options["plugin"]:
-        path = LoadPlugins([os.path.abspath(options["plugin"])], path)
+        load_plugin(Path(options["plugin"]))
     builder, network, parser = NetworkFromOnnxPath(path, strongly_typed=True)()
     if request["precision"] == "fp32":  # no kernel fuses FP32 attention: it may be taken apart
         builder, network, parser = SetDecomposableAttentions((builder, network, parser))()

@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import onnx
 import torch
 
-from evit_deploy import build, gpu
 from evit_deploy import bundle as bundles
-from evit_deploy.build import BuildOptions
 from evit_deploy.checkpoint import Tokens, build_model, read_checkpoint
-from evit_deploy.engine import FAMILIES, Engine, choose_profile, read_header
-from evit_deploy.errors import EvitDeployError, InputError
+from evit_deploy.engine import FAMILIES, choose_profile, read_header
+from evit_deploy.errors import InputError
 from evit_deploy.export import load_onnx, read_card
 from evit_deploy.golden import DTYPES
+from evit_deploy.plugin import TENSORRT, provide_plugin
 from evit_deploy.precision import QUANTIZED
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
+from evit_deploy.twin_engines import other_body, slice_engine
 from evit_deploy.variants import reorganizations, slice_twin
 from evit_deploy.verify import artifact_of, parent_model, usable
 
@@ -36,7 +35,8 @@ class Contestant(msgspec.Struct, frozen=True):
 
     Args:
         runtime: Name in the registry of runtimes.
-        variant: ``model``, ``dense`` or ``slice``.
+        variant: ``model``, ``dense`` or ``slice``; ``body`` is a model's engine built without its plugin, ``plugin``
+            one built with it.
         artifact: What the runtime runs.
     """
 
@@ -77,6 +77,7 @@ def contestants_of(
     *,
     batch_sizes: Sequence[int] | None = None,
     scratch: Path | None = None,
+    plugin: Path | str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Entry:
     """Who runs: the target and its twins, on each runtime.
@@ -88,7 +89,8 @@ def contestants_of(
         tokens: Checkpoint: how to reduce it.
         runtimes: Names in the registry of runtimes; all that can run the target when empty.
         batch_sizes: Images a call, where they were asked for.
-        scratch: Empty folder, in which a slice twin's engine may be built; without it, none is.
+        scratch: Empty folder, in which engines to compare with may be built; without it, none is.
+        plugin: See :func:`evit_deploy.profile.profile`.
         progress: Told what is being done.
 
     Raises:
@@ -98,9 +100,11 @@ def contestants_of(
     for name in runtimes:
         RUNTIMES.get(name)  # an unknown one is told, not passed over
     if path.is_dir():
-        return _of_bundle(bundles.read_bundle(path), against, runtimes, batch_sizes, scratch, progress)
+        return _of_bundle(bundles.read_bundle(path), against, runtimes, batch_sizes, scratch, plugin, progress)
     if is_plan(path):
-        return _of_plan(path, against, runtimes, batch_sizes, scratch, progress)
+        return _of_plan(path, against, runtimes, batch_sizes, scratch, plugin, progress)
+    if plugin not in (None, "none", "auto"):
+        raise InputError("only an engine takes a plugin", where="--plugin", seen=plugin)
     if path.suffix == ".onnx":
         return _of_onnx(path, against, runtimes)
     checkpoint = read_checkpoint(target)
@@ -139,6 +143,7 @@ def _of_plan(
     runtimes: Sequence[str],
     batch_sizes: Sequence[int] | None,
     scratch: Path | None,
+    plugin: Path | str | None,
     progress: Callable[[str], None],
 ) -> Entry:
     family = read_header(path).family
@@ -155,8 +160,11 @@ def _of_plan(
     if missing is not None and family in required:
         raise missing
     if bundle is not None:
-        entry = _of_bundle(bundle, against, runtimes, batch_sizes, scratch, progress)
+        entry = _of_bundle(bundle, against, runtimes, batch_sizes, scratch, plugin, progress)
         return msgspec.structs.replace(entry, required=required)
+    lacking = provide_plugin(None, plugin)
+    if lacking is not None:
+        raise lacking
     notes = [why_bare, "Its token plan is unknown: no MAC ratio, no token counts by block, no slice twin."]
     notes += [] if against else ["Speed-up not available: --against DENSE.plan gives the dense twin."]
     rows = []
@@ -195,6 +203,7 @@ def _of_bundle(
     runtimes: Sequence[str],
     batch_sizes: Sequence[int] | None,
     scratch: Path | None,
+    plugin: Path | str | None,
     progress: Callable[[str], None],
 ) -> Entry:
     changed = bundles.changed_files(bundle)
@@ -206,13 +215,25 @@ def _of_bundle(
     torch_wanted = not runtimes or any(not RUNTIMES.get(name).files for name in runtimes)
     notes = [f"PyTorch was not timed: {why_not}."] if model is None and torch_wanted else []
     rows = bundle_contestants(bundle, runtimes, model)
+    engine = bundle.manifest.engine
+    compared = plugin if engine is not None and engine.target == TENSORRT and engine.plugin is None else None
+    lacking = provide_plugin(engine, None if compared is not None else plugin)
+    if lacking is not None:
+        if TENSORRT in runtimes:
+            raise lacking
+        rows = [row for row in rows if row.runtime != TENSORRT]
+        notes.append(f"{TENSORRT} was not timed: {lacking}")
     running = next((row for row in rows if row.variant == "model" and _is_engine(row)), None)
     if running is not None:
         _check_sizes(bundle, batch_sizes)
     if running is not None and scratch is not None:
-        twin, why_not = slice_engine(bundle, running.runtime, scratch, progress)
-        rows[rows.index(running) + 1 : rows.index(running) + 1] = [twin] if twin else []
+        twin, why_not = slice_engine(bundle, scratch, progress)
         notes += [f"Overhead not available on {running.runtime}: {why_not}."] if why_not else []
+        other, why_not = other_body(bundle, scratch, compared, progress)
+        notes += [f"Plugin and operator's body were not compared: {why_not}."] if why_not else []
+        plans = {"slice": twin, other.stem if other is not None else "body": other}
+        place = rows.index(running) + 1
+        rows[place:place] = [Contestant(running.runtime, variant, plan) for variant, plan in plans.items() if plan]
     notes += [] if runtimes else _left_out(bundle, model)
     return Entry(rows, bundle.manifest.plan, notes, frozenset(runtimes))
 
@@ -280,47 +301,6 @@ def bundle_contestants(
         dense = artifact_of(bundle, runtime, dense=True)
         rows += [Contestant(name, "dense", dense)] if dense is not None else []
     return rows
-
-
-def slice_engine(
-    bundle: bundles.Bundle, runtime: str, scratch: Path, progress: Callable[[str], None] = lambda text: None
-) -> tuple[Contestant | None, str]:
-    """Builds the slice twin of a bundle's engine, as the engine itself was built.
-
-    Args:
-        bundle: The bundle.
-        runtime: Who runs the engine.
-        scratch: Folder for the twin.
-        progress: Told what is being done.
-
-    Returns:
-        The twin and an empty text, or ``None`` and why there is none (nothing to say where nothing is reduced).
-    """
-    engine = bundle.manifest.engine
-    proto = load_onnx(bundle.file(bundles.MODEL))
-    if not reorganizations(proto):
-        return None, ""
-    if engine is None or engine.target not in build.TARGETS:
-        builder = "nobody says how the engine was built" if engine is None else f"{engine.target} built the engine"
-        return None, f"its slice twin would have to be built likewise, and {builder}"
-    if not build.usable(engine.target):
-        return None, f"{engine.target} cannot build its slice twin here (evit-deploy doctor says what is missing)"
-    model, plan = scratch / "slice.onnx", scratch / "slice.plan"
-    onnx.save(slice_twin(proto), model)
-    progress(f"building the slice twin's engine with {engine.target}")
-    try:
-        build.build_engine(model, plan, engine.target, engine.precision, options_of(engine))
-    except EvitDeployError as error:
-        return None, f"its slice twin could not be built ({error.what.rstrip('.')})"
-    return Contestant(runtime, "slice", plan), ""
-
-
-def options_of(engine: Engine) -> BuildOptions:
-    """What a builder has to be told to build as an engine of a bundle was built; its plugin has no place in a twin."""
-    ahead = engine.target == "tensorrt-rtx" and (engine.driver is None or engine.gpus != (gpu.compute_capability(),))
-    known = set(BuildOptions.__struct_fields__) - {"profiles", "gpus", "plugin", "timing_cache"}
-    told = {name: value for name, value in engine.options.items() if name in known}
-    return BuildOptions(profiles=engine.profiles, gpus=engine.gpus if ahead else (), **told)
 
 
 def onnx_contestants(model: Path, dense: Path | None, runtime: str = "onnxruntime") -> list[Contestant]:

@@ -33,6 +33,7 @@ def profile(
     duration: float = DURATION,
     against: Path | None = None,
     tokens: Tokens | None = None,
+    plugin: Path | str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Profiles a bundle, an engine, an ONNX file or a checkpoint.
@@ -46,6 +47,8 @@ def profile(
         duration: Seconds to measure each batch size for, on each kind of device; at least five rounds are always run.
         against: Bundle: its checkpoint, where it is no longer in its place. Engine or ONNX file: its dense twin.
         tokens: Checkpoint: how to reduce it.
+        plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
+            has. For an engine that has the operator's body built in: what to compare that with.
         progress: Told what is being done.
 
     Raises:
@@ -57,7 +60,7 @@ def profile(
     with tempfile.TemporaryDirectory(prefix="evit-deploy-") as scratch:
         entry = contestants_of(
             Path(target), str(target), against, tokens, runtimes, batch_sizes=batch_sizes, scratch=Path(scratch),
-            progress=progress,
+            plugin=plugin, progress=progress,
         )  # fmt: skip
         if not entry.contestants:
             raise InputError("none of these runtimes runs this", where=target, seen=", ".join(runtimes) or None)

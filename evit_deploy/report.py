@@ -36,7 +36,8 @@ class ProfileRow(msgspec.Struct, frozen=True):
 
     Args:
         runtime: Name in the registry of runtimes.
-        variant: ``model``, ``dense`` or ``slice``.
+        variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
+            :class:`evit_deploy.contestants.Contestant`.
         batch: Images a call.
         rounds: Calls measured.
         images_per_second: Batch over the median latency.
@@ -76,7 +77,8 @@ class LatencyRow(msgspec.Struct, frozen=True):
 
     Args:
         runtime: Name in the registry of runtimes.
-        variant: ``model``, ``dense`` or ``slice``.
+        variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
+            :class:`evit_deploy.contestants.Contestant`.
         batch: Images a call.
         images_per_second: Batch over the median compute time: what the engine could do if data lay on the GPU.
         latency: Copies and compute.

@@ -16,6 +16,7 @@ from evit_deploy.data import ImageFolder, image_folder
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
 from evit_deploy.export import LOGITS, versions
 from evit_deploy.golden import Golden, feeds, load_golden
+from evit_deploy.plugin import TENSORRT, provide_plugin
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import Check, Report, accuracy_row, device
 from evit_deploy.runtimes import Runner
@@ -36,6 +37,7 @@ def verify(
     threads: int | None = None,
     against: Path | None = None,
     data: Path | None = None,
+    plugin: Path | str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Verifies a bundle against its golden answers, and its runtimes against one another.
@@ -47,6 +49,7 @@ def verify(
         threads: CPU threads, ``None`` for each runtime's own choice.
         against: Checkpoint that the bundle was made from, where it is no longer in its place.
         data: Folder of labelled images (class/image) for top-1 and top-5, and for comparing runtimes on.
+        plugin: Library that the engine needs; by default the one in the user's cache whose hash the manifest has.
         progress: Told what is being done.
 
     Returns:
@@ -74,9 +77,13 @@ def verify(
         )
     if why_not and not runtimes:
         report += Report(notes=(f"PyTorch itself was not run again ({why_not}); its golden answers were used.",))
+    lacking = provide_plugin(bundle.manifest.engine, plugin)
+    if lacking is not None and TENSORRT in runtimes:
+        raise lacking
     if runtimes:
         return report + prove(bundle, golden, runtimes, data, threads, progress, batch_sizes, model)
-    return report + _prove_all(bundle, golden, data, threads, progress, batch_sizes, model)
+    unable = {} if lacking is None else {TENSORRT: lacking}
+    return report + _prove_all(bundle, golden, data, threads, progress, batch_sizes, model, unable)
 
 
 def _prove_all(
@@ -87,6 +94,7 @@ def _prove_all(
     progress: Callable[[str], None],
     batch_sizes: Sequence[int] | None,
     model: torch.nn.Module | None,
+    unable: dict[str, MissingRequirement],
 ) -> Report:
     """Proves what can be proven here, and says which files of the bundle were not.
 
@@ -94,14 +102,13 @@ def _prove_all(
         MissingRequirement: Nothing here runs any of them.
     """
     artifacts: dict[str, Any] = {}
-    unable: dict[str, MissingRequirement] = {}
     for name in RUNTIMES.names():
         runtime: type[Runner] = RUNTIMES.get(name)
         artifact = artifact_of(bundle, runtime) if runtime.files else model
         if artifact is not None and runtime.default and not runtime.accepts(artifact):
             artifacts[name] = artifact
             missing = runtime.missing()
-            unable |= {name: missing} if missing is not None else {}
+            unable |= {name: missing} if missing is not None and name not in unable else {}
     names = [name for name in artifacts if name not in unable]
     report = prove(bundle, golden, names, data, threads, progress, batch_sizes, model, unable)
     proven = {artifact for name, artifact in artifacts.items() if name not in unable and artifact is not model}

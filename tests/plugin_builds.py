@@ -36,17 +36,19 @@ def tensorrt_headers() -> Path:
     pytest.skip("needs TensorRT's headers: TENSORRT_ROOT=FOLDER, the one with include/NvInferRuntime.h")
 
 
+def run(*command: str) -> str:
+    """Runs a tool; gives what it said, and ends the test with that if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 @cache
 def build(*arguments: str, targets: tuple[str, ...] = ()) -> Path:
-    """Configures and compiles; gives the folder with what was built. A failure ends the test with what was said."""
+    """Configures and compiles; gives the folder with what was built."""
     place = folder() / f"build-{abs(hash((arguments, targets))):x}"
-    compile_ = ["cmake", "--build", str(place), "--parallel", "2"]
-    for command in (
-        ["cmake", "-S", str(PLUGINS), "-B", str(place), *arguments],
-        [*compile_, *(["--target", *targets] if targets else [])],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run("cmake", "-S", str(PLUGINS), "-B", str(place), *arguments)
+    run("cmake", "--build", str(place), "--parallel", "2", *(["--target", *targets] if targets else []))
     return place / "token_reorg"
 
 

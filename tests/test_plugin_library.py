@@ -5,10 +5,9 @@ import subprocess
 import plugin_builds
 import pytest
 
-from evit_deploy.kernel import read_identity
+from evit_deploy.plugin import read_identity
 
 
-@pytest.mark.nvcc
 @pytest.mark.slow
 def test_the_plugin_compiles_and_passes_its_own_tests():
     root = plugin_builds.tensorrt_headers()

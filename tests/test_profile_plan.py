@@ -18,7 +18,7 @@ from evit_deploy import bundle as bundles
 from evit_deploy.build import BuildOptions, build_engine
 from evit_deploy.bundle import DENSE, ENGINE, MODEL, Bundle, read_bundle, write_manifest
 from evit_deploy.cli import run
-from evit_deploy.contestants import Contestant, contestants_of, is_plan, options_of, slice_engine
+from evit_deploy.contestants import Contestant, contestants_of, is_plan
 from evit_deploy.engine import BatchProfile, read_header
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.plan_text import plan_layers
@@ -27,6 +27,7 @@ from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import Report
 from evit_deploy.runtimes.tensorrt import TensorRTRTXRunner
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from evit_deploy.twin_engines import options_of, slice_engine
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
@@ -239,15 +240,12 @@ def test_a_batch_size_outside_the_profiles_is_refused_before_anything_else(engin
 def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "usable", lambda target: True)
     told: list[str] = []
-    twin, why_not = slice_engine(engines, "tensorrt-rtx", tmp_path, told.append)
+    twin, why_not = slice_engine(engines, tmp_path, told.append)
     assert why_not == ""
     assert twin is not None
-    assert (twin.runtime, twin.variant) == ("tensorrt-rtx", "slice")
     assert told == ["building the slice twin's engine with tensorrt-rtx"]
-    assert read_header(twin.artifact) == read_header(engines.file(ENGINE))
-    scores = [
-        any("(TokenReorg)" in layer.metadata for layer in plan_layers(p)) for p in (twin.artifact, engines.file(ENGINE))
-    ]
+    assert read_header(twin) == read_header(engines.file(ENGINE))
+    scores = [any("(TokenReorg)" in layer.metadata for layer in plan_layers(p)) for p in (twin, engines.file(ENGINE))]
     assert scores == [False, True]
 
 
@@ -261,7 +259,7 @@ def test_where_no_slice_twin_can_be_built_its_overhead_is_said_to_be_missing(eng
     assert note.startswith("Overhead not available on tensorrt-rtx: tensorrt-rtx cannot build its slice twin here")
     other = msgspec.structs.replace(engines.manifest.engine, target="torch-tensorrt")
     manifest = msgspec.structs.replace(engines.manifest, engine=other)
-    assert "torch-tensorrt built the engine" in slice_engine(Bundle(engines.path, manifest), "tensorrt", tmp_path)[1]
+    assert "torch-tensorrt built the engine" in slice_engine(Bundle(engines.path, manifest), tmp_path)[1]
 
 
 @pytest.mark.tensorrt_rtx

@@ -80,7 +80,7 @@ def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--optimization-level", type=int, metavar="0-5", help="Engine: how long to search for kernels."),
         click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Engine: most scratch memory."),
         click.option("--timing-cache", type=PATH, metavar="FILE", help="TensorRT: remembers which kernels were fast."),
-        click.option("--plugin", metavar="PATH|none", help="TensorRT: library with the plugin.  [default: none]"),
+        click.option("--plugin", metavar="PATH|auto|none", help="TensorRT: library with the plugin.  [default: none]"),
         click.option(
             "--batch", "profiles", type=BatchRange(), multiple=True,
             help="Engine: batch sizes to cover; repeatable.  [default: 1:32:128]",
@@ -126,8 +126,13 @@ def tokens_of(
 
 
 def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--runtime --batch-sizes --threads --against``."""
+    """``--runtime --threads --against --plugin``."""
     for option in (
+        click.option(
+            "--plugin",
+            metavar="PATH|auto|none",
+            help="TensorRT: library with the plugin.  [default: the one in the cache that the engine was built with]",
+        ),
         click.option(
             "--against",
             type=PATH,

@@ -64,6 +64,7 @@ def command(
 
     from evit_deploy.build import BuildOptions
     from evit_deploy.convert import convert
+    from evit_deploy.plugin import choose_plugin
 
     builder = BuildOptions(
         profiles=profiles or BuildOptions().profiles,
@@ -73,7 +74,7 @@ def command(
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
         timing_cache=timing_cache,
-        plugin=None if plugin in (None, "none") else Path(plugin),
+        plugin=choose_plugin(plugin),
     )
 
     bundle, report = convert(

@@ -4,7 +4,6 @@ The two libraries have one API in two packages. Every batch size gets an executi
 buffers and CUDA graph fixed (:class:`~evit_deploy.runtimes.plan_lane.Lane`).
 """
 
-import ctypes
 import importlib
 import importlib.util
 import itertools
@@ -22,13 +21,13 @@ from evit_deploy.engine import MODULES, BatchProfile, choose_profile, misfit, re
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, StageError
 from evit_deploy.inspector import Layer, parse_layers
 from evit_deploy.latency import Timings
+from evit_deploy.plugin import load_plugin
 from evit_deploy.runtimes import Runner, TensorSpec
 from evit_deploy.runtimes.plan_lane import Lane, torch_dtype
 
 LANES = 16
 """Batch sizes kept ready at a time; the one that was prepared first goes first."""
 WARM_UP = 3
-_LOADED: dict[Path, ctypes.CDLL] = {}  # a plugin library stays: its creators are in TensorRT's registry for good
 
 
 class TensorRTRunner(Runner):
@@ -102,7 +101,7 @@ class TensorRTRunner(Runner):
                 f"{MODULES[self.name]} is installed and broken: {error}", where=self.module, fix=fix
             ) from error
         if self.plugin is not None:  # after TensorRT's own library, in whose registry it enters itself
-            _load_plugin(Path(self.plugin))
+            load_plugin(Path(self.plugin))
         self._device = torch.cuda.current_device()
         self._logger = _logger(self._trt)
         # Host code in a plan is code that the plan's author runs here: engine_host_code_allowed stays False.
@@ -352,22 +351,6 @@ def batch_profiles(engine: Any, name: str) -> tuple[BatchProfile, ...]:
 
 def _batch_of(feeds: Mapping[str, np.ndarray]) -> int:
     return len(next(iter(feeds.values())))
-
-
-def _load_plugin(path: Path) -> None:
-    """Loads a library whose plugins register themselves.
-
-    Raises:
-        InputError: It is missing, or does not fit this machine.
-    """
-    path = path.resolve()
-    if path in _LOADED:
-        return
-    try:
-        _LOADED[path] = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        fix = "Build it for this TensorRT: evit-deploy plugin build."
-        raise InputError(f"the plugin library cannot be loaded ({error})", where=path, fix=fix) from None
 
 
 def _logger(trt: Any) -> Any:

@@ -1,0 +1,66 @@
+"""``evit-deploy plugin``."""
+
+from pathlib import Path
+
+import click
+
+from evit_deploy.cli.common import PATH
+from evit_deploy.cli.output import Output, output_options
+
+
+@click.group("plugin", short_help="Build and check the TensorRT plugin.")
+def command() -> None:
+    """Build and check the TensorRT plugin, which makes the reorganisation of tokens one kernel.
+
+    \b
+    evit-deploy plugin build
+    evit-deploy plugin check
+    evit-deploy convert deit_s.pth --keep-rate 0.7 --target tensorrt --plugin auto
+    """
+
+
+@command.command("build", short_help="Compile it and keep it for --plugin auto.")
+@click.option("--tensorrt-root", type=PATH, metavar="DIR",
+              help="Folder with TensorRT's include/.  [default: $TENSORRT_ROOT, the system's, or fetched]")  # fmt: skip
+@click.option("--architectures", metavar="80,90,...", help="CUDA architectures.  [default: 80,86,89,90,100,120]")
+@click.option("--out", type=PATH, metavar="DIR", help="Where the libraries go.  [default: the user's cache]")
+@output_options
+def build(tensorrt_root: Path | None, architectures: str | None, out: Path | None, output: Output) -> None:
+    """Compile the plugin with CMake and nvcc, run its tests, and keep it for --plugin auto.
+
+    \b
+    evit-deploy plugin build
+    evit-deploy plugin build --tensorrt-root /opt/TensorRT-11.1 --architectures 90
+    """
+    from evit_deploy.bundle import sha256
+    from evit_deploy.plugin import LIBRARY
+    from evit_deploy.plugin_build import build_plugin
+
+    names = architectures.split(",") if architectures is not None else ()
+    folder = build_plugin(out, tensorrt_root=tensorrt_root, architectures=names, progress=output.progress)
+    hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.so"))}
+    output.result({"folder": str(folder), "files": hashes} if output.as_json else None, str(folder / LIBRARY))
+
+
+@command.command("check", short_help="Say what a library is and whether it works here.")
+@click.argument("library", type=PATH, required=False)
+@output_options
+def check(library: Path | None, output: Output) -> None:
+    """Say what LIBRARY is, whether it goes with this machine's TensorRT and GPU, and whether it answers as PyTorch.
+
+    Without LIBRARY: the one that --plugin auto takes.
+
+    \b
+    evit-deploy plugin check
+    """
+    from evit_deploy.errors import GateFailed
+    from evit_deploy.plugin_build import check_plugin
+
+    report = check_plugin(library, output.progress)
+    output.result(report, passed=report.passed)
+    if not report.passed:
+        first = report.failed[0]
+        raise GateFailed(
+            f"the library cannot be used: {first.name}", where=library, seen=first.value, wanted=first.limit,
+            fix=first.reason,
+        )  # fmt: skip

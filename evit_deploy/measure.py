@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -101,9 +102,14 @@ def measure_all(
         report = Report(notes=tuple(notes))
         for group, own in zip(groups, sizes, strict=True):
             report += _measure_group(group, plan, own, threads, duration, minimum_rounds, progress)
-    if threads == 1 and len(groups) > 1:
-        report += Report(clock="cpu", notes=("Ratios are of CPU time, but for what ran on the GPU: of wall time.",))
-    return report
+    return report + clock_of_both(report.rows, threads)
+
+
+def clock_of_both(rows: Sequence[ProfileRow], threads: int | None) -> Report:
+    """What to add to a report on both kinds of device, whose ratios are not of the same clock; else nothing."""
+    if threads != 1 or len({row.device for row in rows}) < 2:
+        return Report()
+    return Report(clock="cpu", notes=("Ratios are of CPU time, but for what ran on the GPU: of wall time.",))
 
 
 def open_all(
@@ -210,8 +216,7 @@ def _measure_group(
     minimum_rounds: int,
     progress: Callable[[str], None],
 ) -> Report:
-    clock = "cpu" if threads == 1 and not group.on_gpu else "wall"
-    settle = 0.0 if threads == 1 or group.on_gpu else SETTLE
+    clock, settle = clock_and_settle(threads, on_gpu=group.on_gpu)
     report, engines = Report(clock=clock), group.engines
     with ExitStack() as stack:
         watch, notes = watched(stack) if group.on_gpu else (None, [])
@@ -238,6 +243,20 @@ def _measure_group(
         {"gpu": first.name, "driver": first.driver, "compute_capability": first.compute_capability} if first else {}
     )
     return report + Report(notes=tuple(notes), device=device)
+
+
+def clock_and_settle(threads: int | None, *, on_gpu: bool) -> tuple[Literal["cpu", "wall"], float]:
+    """What ratios are to be made of, and the seconds to wait before each call.
+
+    A GPU's work is not in any thread's CPU time, and nobody's threads spin on beside it.
+
+    Args:
+        threads: CPU threads.
+        on_gpu: Whether the contestants compute on a GPU.
+    """
+    if on_gpu:
+        return "wall", 0.0
+    return ("cpu", 0.0) if threads == 1 else ("wall", SETTLE)
 
 
 def watched(stack: ExitStack) -> tuple[gpu.Watch | None, list[str]]:
@@ -315,40 +334,67 @@ def rows_of(
     """
     rows = []
     for index, contestant in enumerate(contestants):
-        seconds = wall[:, index]
-        p50, p95, p99 = (1e3 * float(v) for v in np.percentile(seconds, (50, 95, 99)))
-        row = ProfileRow(
-            runtime=contestant.runtime,
-            variant=contestant.variant,
-            batch=batch,
-            rounds=len(wall),
-            images_per_second=1e3 * batch / p50,
-            p50=p50,
-            p95=p95,
-            p99=p99,
-            variation=float(seconds.std() / seconds.mean()),
-            device="gpu" if contestant.on_gpu else "cpu",
-        )
+        row = row_of(contestant.runtime, contestant.variant, batch, wall[:, index], on_gpu=contestant.on_gpu)
         ratios = _ratios(contestants, plan, clock, index) if contestant.variant != "dense" else {}
         rows.append(msgspec.structs.replace(row, **ratios))
     return rows
+
+
+def row_of(runtime: str, variant: str, batch: int, seconds: np.ndarray, *, on_gpu: bool) -> ProfileRow:
+    """What one contestant's own wall times say; no ratios yet.
+
+    Args:
+        runtime: What the row calls its runtime.
+        variant: What the row calls it.
+        batch: Images a call.
+        seconds: Wall time of each round.
+        on_gpu: Where it ran.
+    """
+    p50, p95, p99 = (1e3 * float(v) for v in np.percentile(seconds, (50, 95, 99)))
+    return ProfileRow(
+        runtime=runtime,
+        variant=variant,
+        batch=batch,
+        rounds=len(seconds),
+        images_per_second=1e3 * batch / p50,
+        p50=p50,
+        p95=p95,
+        p99=p99,
+        variation=float(seconds.std() / seconds.mean()),
+        device="gpu" if on_gpu else "cpu",
+    )
+
+
+def ratios_to_dense(dense: np.ndarray | None, own: np.ndarray, mac_ratio: float | None) -> dict[str, float]:
+    """How much faster one contestant is than its dense twin, and how much of the saved arithmetic that is.
+
+    Args:
+        dense: Seconds of the twin in each round; ``None`` without one.
+        own: Its own, in the same rounds.
+        mac_ratio: Dense multiply-adds over its own, if known.
+
+    Returns:
+        Fields of a :class:`ProfileRow`; those that cannot be told are left out.
+    """
+    ratios = {} if mac_ratio is None else {"mac_ratio": float(mac_ratio)}
+    if dense is not None:
+        paired = dense / own
+        low, high = median_interval(paired)
+        ratios |= {"speedup": statistics.median(paired.tolist()), "speedup_low": low, "speedup_high": high}
+        if mac_ratio is not None:
+            ratios["mac_efficiency"] = ratios["speedup"] / mac_ratio
+    return ratios
 
 
 def _ratios(
     contestants: Sequence[Contestant], plan: TokenPlan | None, clock: np.ndarray, index: int
 ) -> dict[str, float]:
     twins = {c.variant: i for i, c in enumerate(contestants) if c.runtime == contestants[index].runtime}
-    ratios = {"mac_ratio": plan.mac_ratio()} if plan is not None else {}
-    if "dense" in twins:
-        paired = clock[:, twins["dense"]] / clock[:, index]
-        low, high = median_interval(paired)
-        speedup = statistics.median(paired)
-        ratios |= {"speedup": speedup, "speedup_low": low, "speedup_high": high}
-        if plan is not None:
-            ratios["mac_efficiency"] = speedup / ratios["mac_ratio"]
+    dense = clock[:, twins["dense"]] if "dense" in twins else None
+    ratios = ratios_to_dense(dense, clock[:, index], plan.mac_ratio() if plan is not None else None)
     if "slice" in twins and contestants[index].variant == "model":
-        ratios["overhead"] = statistics.median(clock[:, index] / clock[:, twins["slice"]]) - 1
-    return {name: float(value) for name, value in ratios.items()}
+        ratios["overhead"] = float(statistics.median(clock[:, index] / clock[:, twins["slice"]])) - 1
+    return ratios
 
 
 def verdict(rows: Sequence[ProfileRow]) -> list[str]:

@@ -254,7 +254,7 @@ class Sweep(_Section, frozen=True, kw_only=True):
     batch_size: Count = 128
     """Images a call."""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
-    """Seconds of measurement for each model, all its variants in turn."""
+    """Seconds of measurement for each model on each kind of device, all its variants there in turn."""
     threads: Count | None = None
     """CPU threads; ``null`` leaves the runtime's own choice."""
     published: dict[str, dict[str, float]] = {}

@@ -7,6 +7,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import re
 import textwrap
 import types
 import typing
@@ -41,9 +42,39 @@ def load(path: str | Path, overrides: Sequence[str], kind: type[_Kind]) -> _Kind
     try:
         return msgspec.convert(document, kind, strict=False)
     except msgspec.ValidationError as error:
-        what, _, place = str(error).partition(" - at `$")
-        place = place.rstrip("`").lstrip(".")
-        raise RecipeError(what, where=f"{path}: {place}" if place else path) from None
+        raise _refusal(str(error), document, kind, path) from None
+
+
+def _refusal(text: str, document: dict[str, Any], kind: type[msgspec.Struct], path: Path) -> RecipeError:
+    """msgspec's complaint, with the value it is about and what the field is for."""
+    what, _, place = text.partition(" - at `$")
+    place = place.rstrip("`").lstrip(".")
+    where = f"{path}: {place}" if place else path
+    if not what.startswith(("Expected ", "Invalid ")):  # a section's own words, which say all
+        return RecipeError(what, where=where)
+    value, purpose = _at(place, document, kind)
+    if what.startswith("Invalid "):  # it has the value in it
+        return RecipeError(what, where=where, fix=purpose)
+    wanted, _, got = what.removeprefix("Expected ").partition(", got ")
+    return RecipeError("this value does not fit", where=where, seen=value or got or None, wanted=wanted, fix=purpose)
+
+
+def _at(place: str, document: dict[str, Any], kind: type[msgspec.Struct]) -> tuple[str | None, str | None]:
+    """The value at a place like ``convert.batches[0]``, and what is written below the innermost field on the way."""
+    value: Any = document
+    struct: type[msgspec.Struct] | None = kind
+    known: str | None = None
+    name = ""
+    for step in re.findall(r"[^.\[\]]+|\.{3}", place):
+        if step == "...":  # some key of a mapping: which one is not told
+            return None, known
+        value = value[int(step) if isinstance(value, list) else step]
+        if struct is not None:
+            name += ("." if name else "") + step
+            text = field_docs(struct).get(step)
+            known = f"{name}: {text.replace('``', chr(39))}" if text else known
+            struct = _struct_in({field.name: field.type for field in msgspec.structs.fields(struct)}[step])
+    return textwrap.shorten(repr(value), 60, placeholder=" ..."), known
 
 
 def read_document(path: Path) -> dict[str, Any]:

@@ -95,6 +95,11 @@ def test_a_sweep_that_says_nothing_sensible(override):
         load_sweep("a100", [override])
 
 
+def test_a_value_below_a_key_of_ones_own_is_refused_with_its_kind():
+    with pytest.raises(RecipeError, match=r"published\[...\]\[...\]: .*got `str`, expected `float`.*a paper gives"):
+        load_sweep("a100", ["published={deit_tiny_patch16_224: {dense: fast}}"])
+
+
 @pytest.mark.tensorrt_rtx
 def test_a_sweep_needs_its_runtimes():
     if build.gpu.compute_capability() is not None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import QUICK
 from exports import exported
 from onnx import ModelProto, TensorProto, helper
 from openvino_model import NEEDS_OPENVINO
 
+from evit_deploy.bundle import OPENVINO
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.export import INPUT, read_card
 from evit_deploy.openvino_ir import openvino_card, read_openvino, save_openvino
@@ -52,6 +54,19 @@ def test_what_cannot_be_written(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         save_openvino(tmp_path / "none.onnx", tmp_path / "model.xml")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_whose_weights_are_gone(cli, checkpoint):
+    out = checkpoint.with_name("bundle")
+    made = cli("convert", checkpoint, "--keep-rate", "0.5", "--target", "openvino", "--out", out, *QUICK)
+    assert made.code == 0, made.err
+    (out / OPENVINO).with_suffix(".bin").unlink()
+    for more in ([], ["--runtime", "openvino"]):
+        result = cli("verify", out, *more, *QUICK)
+        assert result.code == 1
+        assert "Traceback" not in result.err
+        assert "changed or gone: openvino/model.bin. Copy the bundle here again" in result.err.splitlines()[-1]
+    cli("profile", out, *QUICK).refused(2, "openvino/model.bin", "not what the manifest says", "Convert again")
 
 
 # What is not ours, and what is no model.

@@ -25,11 +25,12 @@ from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import InputError
 from evit_deploy.export import export_onnx, versions
 from evit_deploy.golden import DTYPES
-from evit_deploy.measure import clock_and_settle, clock_of_both, measure, ratios_to_dense, row_of
+from evit_deploy.measure import clock_and_settle, clock_of_both, measure
 from evit_deploy.precision import set_precision
 from evit_deploy.recipe import Sweep
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import ProfileRow, Report, device
+from evit_deploy.rows import ratios_to_dense, row_of
 from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan

@@ -21,11 +21,12 @@ from evit_deploy.errors import InputError
 from evit_deploy.gpu import GpuState, summarize_states
 from evit_deploy.inspector import Layer
 from evit_deploy.latency import Timings, summarize
-from evit_deploy.measure import measure_all, sizes_for, verdict
+from evit_deploy.measure import measure_all, sizes_for
 from evit_deploy.plan_text import plan_layers
 from evit_deploy.profile import speed_gate
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import LatencyRow, ProfileRow, Report, render
+from evit_deploy.rows import verdict
 from evit_deploy.runtimes import TensorSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 

@@ -19,10 +19,11 @@ from evit_deploy.checkpoint import Tokens
 from evit_deploy.contestants import Contestant, contestants_of
 from evit_deploy.errors import InputError
 from evit_deploy.export import INPUT
-from evit_deploy.measure import MINIMUM_ROUNDS, measure, measure_all, median_interval, rows_of, verdict
+from evit_deploy.measure import MINIMUM_ROUNDS, measure, measure_all
 from evit_deploy.profile import profile, speed_gate
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import ProfileRow, Report, render
+from evit_deploy.rows import median_interval, rows_of, verdict
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 

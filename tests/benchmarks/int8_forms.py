@@ -17,8 +17,9 @@ from common import deit_small, save
 
 from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, set_precision
 from evit_deploy.data import Preprocess, sample_inputs
-from evit_deploy.measure import measure, median_interval
+from evit_deploy.measure import measure
 from evit_deploy.precision import _quantize
+from evit_deploy.rows import median_interval
 from evit_deploy.verify import infer_all, opened
 
 RUNTIMES = ("onnxruntime", "openvino")

@@ -23,14 +23,13 @@ from typing import Any
 import msgspec
 
 from evit_deploy import gpu
-from evit_deploy.engine import BatchProfile, Engine
-from evit_deploy.environment import require_extra, usable_targets
+from evit_deploy.engine import RTX_GPUS, BatchProfile, Engine
+from evit_deploy.environment import nvidia, require_extra, usable_targets
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.plugin import choose_plugin, load_plugin
 
 TARGETS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Target -> the Python module that builds for it."""
-RTX_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 _DATA_CENTRE = ("sm90", "sm100", "sm103")
 _LEAST = {"fp8": 89, "bf16": 80}
 """The first compute capability with matrix units for a type."""
@@ -202,7 +201,7 @@ def build_engine(model: Path, plan: Path, target: str, precision: str, options: 
     check_options(target, precision, options)
     locations = _check_model(model, precision)
     gpus = _gpus(options)
-    driver = gpu.snapshot().driver if gpu.compute_capability() else None
+    driver = nvidia().driver if gpu.compute_capability() else None
     started = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}-") as room:

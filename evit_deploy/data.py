@@ -104,7 +104,8 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"the image cannot be read: {error}", where=path) from None
+        fix = "Copy it here again, or leave it out."
+        raise InputError(f"the image cannot be read: {error}", where=path, wanted="a whole image", fix=fix) from None
 
 
 def preprocess_image(image: str | Path | Image.Image, preprocess: Preprocess) -> np.ndarray:

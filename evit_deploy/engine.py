@@ -18,7 +18,8 @@ serialization version 0, then the version in bytes 24 to 27); TensorRT-RTX 1.7.1
 
 MODULES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 HEADER = 28
-_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+RTX_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""What TensorRT-RTX builds for and runs on, in the order of the bits in a plan's header."""
 _ONNX_SECOND_FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # tags of ModelProto's fields 2 to 8
 
 
@@ -162,9 +163,9 @@ def _rtx_gpus(path: Path, start: bytes, size: int) -> tuple[str, ...]:
             fix="Copy it again, or build the engine again.",
         )
     bits = struct.unpack_from("<Q", start, 32)[0]
-    if not bits or bits >> len(_GPUS):
+    if not bits or bits >> len(RTX_GPUS):
         return ()
-    return tuple(name for index, name in enumerate(_GPUS) if bits >> index & 1)
+    return tuple(name for index, name in enumerate(RTX_GPUS) if bits >> index & 1)
 
 
 def _stranger(path: Path, start: bytes) -> InputError:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from evit_deploy.engine import RTX_GPUS
 from evit_deploy.errors import InputError, MissingRequirement
 
 # Package -> the least version that works; the same bounds stand in pyproject.toml.
@@ -69,9 +70,7 @@ _ALSO_KNOWN_AS = {
 # The first driver branch of a CUDA major version; an older driver runs nothing that was built with it.
 _FIRST_DRIVER = {12: 525, 13: 580}
 
-# Compute capabilities that TensorRT 10.15 and newer has kernels for, and those that TensorRT-RTX lists.
-_TENSORRT_SINCE = (7, 5)
-_TENSORRT_RTX = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+_TENSORRT_SINCE = (7, 5)  # the first compute capability that TensorRT 10.15 and newer has kernels for
 
 _NO_GPU = "no NVIDIA GPU is visible"
 _GPU_FIX = "Run it on a machine with an NVIDIA GPU and its driver; CUDA_VISIBLE_DEVICES may hide one."
@@ -316,8 +315,8 @@ def _device(name: str, driver: Nvidia) -> tuple[str | None, str | None]:
         reason = f"it is built with CUDA {needed}, and the driver {driver.driver} runs CUDA {runs}"
         return reason, _old_driver_fix(name, needed, driver.cuda[0])
     gpu = driver.gpus[0]
-    if name == "tensorrt-rtx" and gpu.capability not in _TENSORRT_RTX:
-        names = ", ".join("sm{}{}".format(*one) for one in _TENSORRT_RTX)
+    if name == "tensorrt-rtx" and gpu.architecture not in RTX_GPUS:
+        names = ", ".join(RTX_GPUS)
         return f"{gpu.name} is {gpu.architecture}, TensorRT-RTX runs on {names}", "Use --target tensorrt on this GPU."
     if gpu.capability < _TENSORRT_SINCE:
         return f"{gpu.name} is {gpu.architecture}, TensorRT needs sm75 or newer", "Use --target onnx on this GPU."

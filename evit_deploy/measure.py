@@ -8,10 +8,10 @@ What runs on the CPU and what runs on a GPU take turns among themselves: beside 
 there would be few rounds, and a GPU that is left idle in between lowers its clocks.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -30,6 +30,7 @@ from evit_deploy.engine_profile import (
 )
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.report import ProfileRow, Report
+from evit_deploy.rows import rows_of, verdict
 from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.verify import opened
@@ -101,9 +102,14 @@ def measure_all(
         report = Report(notes=tuple(notes))
         for group, own in zip(groups, sizes, strict=True):
             report += _measure_group(group, plan, own, threads, duration, minimum_rounds, progress)
-    if threads == 1 and len(groups) > 1:
-        report += Report(clock="cpu", notes=("Ratios are of CPU time, but for what ran on the GPU: of wall time.",))
-    return report
+    return report + clock_of_both(report.rows, threads)
+
+
+def clock_of_both(rows: Sequence[ProfileRow], threads: int | None) -> Report:
+    """What to add to a report on both kinds of device, whose ratios are not of the same clock; else nothing."""
+    if threads != 1 or len({row.device for row in rows}) < 2:
+        return Report()
+    return Report(clock="cpu", notes=("Ratios are of CPU time, but for what ran on the GPU: of wall time.",))
 
 
 def open_all(
@@ -210,8 +216,7 @@ def _measure_group(
     minimum_rounds: int,
     progress: Callable[[str], None],
 ) -> Report:
-    clock = "cpu" if threads == 1 and not group.on_gpu else "wall"
-    settle = 0.0 if threads == 1 or group.on_gpu else SETTLE
+    clock, settle = clock_and_settle(threads, on_gpu=group.on_gpu)
     report, engines = Report(clock=clock), group.engines
     with ExitStack() as stack:
         watch, notes = watched(stack) if group.on_gpu else (None, [])
@@ -238,6 +243,20 @@ def _measure_group(
         {"gpu": first.name, "driver": first.driver, "compute_capability": first.compute_capability} if first else {}
     )
     return report + Report(notes=tuple(notes), device=device)
+
+
+def clock_and_settle(threads: int | None, *, on_gpu: bool) -> tuple[Literal["cpu", "wall"], float]:
+    """What ratios are to be made of, and the seconds to wait before each call.
+
+    A GPU's work is not in any thread's CPU time, and nobody's threads spin on beside it.
+
+    Args:
+        threads: CPU threads.
+        on_gpu: Whether the contestants compute on a GPU.
+    """
+    if on_gpu:
+        return "wall", 0.0
+    return ("cpu", 0.0) if threads == 1 else ("wall", SETTLE)
 
 
 def watched(stack: ExitStack) -> tuple[gpu.Watch | None, list[str]]:
@@ -299,89 +318,3 @@ def _feeds(runners: Sequence[Runner], batch: int) -> list[Mapping[str, np.ndarra
             own[spec.name] = drawn[shape]
         feeds.append(own)
     return feeds
-
-
-def rows_of(
-    contestants: Sequence[Contestant], plan: TokenPlan | None, batch: int, wall: np.ndarray, clock: np.ndarray
-) -> list[ProfileRow]:
-    """One row for each contestant.
-
-    Args:
-        contestants: Who was timed.
-        plan: Token plan of the reduced ones, if known.
-        batch: Images a call.
-        wall: Seconds, ``[rounds, contestants]``.
-        clock: What ratios are made of, likewise.
-    """
-    rows = []
-    for index, contestant in enumerate(contestants):
-        seconds = wall[:, index]
-        p50, p95, p99 = (1e3 * float(v) for v in np.percentile(seconds, (50, 95, 99)))
-        row = ProfileRow(
-            runtime=contestant.runtime,
-            variant=contestant.variant,
-            batch=batch,
-            rounds=len(wall),
-            images_per_second=1e3 * batch / p50,
-            p50=p50,
-            p95=p95,
-            p99=p99,
-            variation=float(seconds.std() / seconds.mean()),
-            device="gpu" if contestant.on_gpu else "cpu",
-        )
-        ratios = _ratios(contestants, plan, clock, index) if contestant.variant != "dense" else {}
-        rows.append(msgspec.structs.replace(row, **ratios))
-    return rows
-
-
-def _ratios(
-    contestants: Sequence[Contestant], plan: TokenPlan | None, clock: np.ndarray, index: int
-) -> dict[str, float]:
-    twins = {c.variant: i for i, c in enumerate(contestants) if c.runtime == contestants[index].runtime}
-    ratios = {"mac_ratio": plan.mac_ratio()} if plan is not None else {}
-    if "dense" in twins:
-        paired = clock[:, twins["dense"]] / clock[:, index]
-        low, high = median_interval(paired)
-        speedup = statistics.median(paired)
-        ratios |= {"speedup": speedup, "speedup_low": low, "speedup_high": high}
-        if plan is not None:
-            ratios["mac_efficiency"] = speedup / ratios["mac_ratio"]
-    if "slice" in twins and contestants[index].variant == "model":
-        ratios["overhead"] = statistics.median(clock[:, index] / clock[:, twins["slice"]]) - 1
-    return {name: float(value) for name, value in ratios.items()}
-
-
-def verdict(rows: Sequence[ProfileRow]) -> list[str]:
-    """Says in words where token reduction does not pay, or cannot be told to, for each runtime."""
-    notes = []
-    for runtime in dict.fromkeys(row.runtime for row in rows):
-        own = [row for row in rows if row.runtime == runtime and row.variant == "model"]
-        losing = [row for row in own if row.speedup is not None and row.speedup <= 1]
-        unclear = [row for row in own if row.speedup is not None and row.speedup > 1 >= (row.speedup_low or 0)]
-        if losing:
-            notes.append(f"Token reduction does not pay on {runtime} at {_batches(losing)}.")
-        if unclear:
-            busy = "lock the GPU's clocks" if unclear[0].device == "gpu" else "with --threads 1 on a busy machine"
-            notes.append(
-                f"On {runtime} at {_batches(unclear)} the gain is within noise: measure longer with --duration, or "
-                f"{busy}."
-            )
-    return notes
-
-
-def _batches(rows: Sequence[ProfileRow]) -> str:
-    return ", ".join(f"batch {row.batch} ({row.speedup:.2f}x)" for row in rows)
-
-
-def median_interval(values: np.ndarray) -> tuple[float, float]:
-    """A 95 % interval of the median that assumes nothing of the distribution (order statistics, binomial).
-
-    Of five values or fewer it is all of them, which covers less: 94 % of five, 75 % of three.
-
-    >>> median_interval(np.arange(1.0, 12.0))
-    (2.0, 10.0)
-    """
-    ordered = np.sort(values)
-    n = len(ordered)
-    rank = max(int(np.floor((n - 1.96 * np.sqrt(n)) / 2)), 1)
-    return float(ordered[rank - 1]), float(ordered[n - rank])

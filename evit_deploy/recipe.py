@@ -5,14 +5,7 @@ they stand at. The string below a field is its documentation; ``recipe_schema`` 
 PyTorch here: a recipe can be read and checked in milliseconds.
 """
 
-import ast
-import difflib
-import inspect
-import itertools
-import textwrap
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,9 +14,9 @@ import yaml
 from msgspec import Meta
 
 from evit_deploy.errors import RecipeError
+from evit_deploy.recipe_file import field_docs, load, read_document, structs_in
 from evit_deploy.tokens.plan import TokenSpec
 
-_Kind = typing.TypeVar("_Kind", bound="_Section")
 Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
 
@@ -254,7 +247,7 @@ class Sweep(_Section, frozen=True, kw_only=True):
     batch_size: Count = 128
     """Images a call."""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
-    """Seconds of measurement for each model, all its variants in turn."""
+    """Seconds of measurement for each model on each kind of device, all its variants there in turn."""
     threads: Count | None = None
     """CPU threads; ``null`` leaves the runtime's own choice."""
     published: dict[str, dict[str, float]] = {}
@@ -264,14 +257,14 @@ class Sweep(_Section, frozen=True, kw_only=True):
 def is_sweep(path: str | Path) -> bool:
     """Whether a recipe file is a :class:`Sweep`; an unreadable one is not."""
     try:
-        return "models" in _read_yaml(_shipped(Path(path)))
+        return "models" in read_document(Path(path))
     except RecipeError:
         return False
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """Reads and checks a sweep; see :func:`load_recipe`."""
-    return _load(path, overrides, Sweep)
+    return load(path, overrides, Sweep)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -284,21 +277,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: The file cannot be read, or the recipe or an override asks for something impossible.
     """
-    return _load(path, overrides, Recipe)
-
-
-def _load(path: str | Path, overrides: Sequence[str], kind: type[_Kind]) -> _Kind:
-    path = _shipped(Path(path))
-    document = _read_yaml(path)
-    for override in overrides:
-        _override(document, override)
-    _check_keys(document, kind, "", path)
-    try:
-        return msgspec.convert(document, kind, strict=False)
-    except msgspec.ValidationError as error:
-        what, _, place = str(error).partition(" - at `$")
-        place = place.rstrip("`").lstrip(".")
-        raise RecipeError(what, where=f"{path}: {place}" if place else path) from None
+    return load(path, overrides, Recipe)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -309,106 +288,8 @@ def dump_recipe(recipe: Recipe) -> str:
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema of a recipe, with the documentation of every field; editors use it to complete and to check."""
     schema = msgspec.json.schema(Recipe)
-    for struct in _structs(Recipe):
+    for struct in structs_in(Recipe):
         properties = schema["$defs"][struct.__name__]["properties"]
         for field, text in field_docs(struct).items():
             properties[field] = {"description": text, **properties[field]}
     return schema
-
-
-def field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
-    """What is written below the fields of a section: field -> text on one line."""
-    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(struct))).body[0]).body
-    docs = {}
-    for field, below in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            docs[field.target.id] = " ".join(str(typing.cast(ast.Constant, below.value).value).split())
-    return docs
-
-
-class _Loader(yaml.SafeLoader):
-    """``yaml.safe_load`` that refuses a key written twice, of which YAML would silently drop the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands here twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _shipped(path: Path) -> Path:
-    """Where an installed package keeps its recipes: the messages and pages name them as in a checkout."""
-    if path.exists() or path.parent not in (Path(), Path("recipes")) or path.suffix not in ("", ".yaml"):
-        return path
-    package = Path(__file__).parent
-    folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package)
-    found = folder / f"{path.stem}.yaml"
-    return found if found.is_file() else path
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError("no such recipe", where=path, fix="Give the path of a YAML file, or `digits`.") from None
-    except IsADirectoryError:
-        raise RecipeError("this is a folder", where=path, wanted="a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe cannot be read: {error}", where=path) from None
-    try:
-        document = yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"this is not valid YAML: {error}", where=path) from None
-    if document is None:
-        raise RecipeError("the recipe is empty", where=path)
-    if not isinstance(document, dict):
-        raise RecipeError("a recipe is a mapping", where=path, seen=type(document).__name__, wanted="'name: ...' lines")
-    return document
-
-
-def _override(document: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    steps = [step.strip() for step in key.split(".")]
-    if not equals or not all(steps):
-        raise RecipeError("not an override", where="--set", seen=repr(override), wanted="section.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"the value is not valid YAML: {error}", where=f"--set {key}") from None
-    for i, step in enumerate(steps[:-1]):
-        if document.get(step) is None:  # a section that is absent or null is begun by its first key
-            document[step] = {}
-        document = document[step]
-        if not isinstance(document, dict):
-            raise RecipeError(f"{'.'.join(steps[: i + 1])} has no keys", where="--set", seen=repr(override))
-    document[steps[-1]] = value
-
-
-def _check_keys(document: Mapping[Any, Any], struct: type[msgspec.Struct], place: str, path: Path) -> None:
-    known = {field.name: field.type for field in msgspec.structs.fields(struct)}
-    for key, value in document.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            raise RecipeError(
-                f"unknown key {place + str(key)!r}",
-                where=path,
-                wanted="one of " + ", ".join(known),
-                fix=f"Did you mean {place + close[0]!r}?" if close else None,
-            )
-        inner = _struct_in(known[key])
-        if inner is not None and isinstance(value, Mapping):
-            _check_keys(value, inner, f"{place}{key}.", path)
-
-
-def _struct_in(annotation: Any) -> type[msgspec.Struct] | None:
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((t for t in options if isinstance(t, type) and issubclass(t, msgspec.Struct)), None)
-
-
-def _structs(struct: type[msgspec.Struct]) -> Iterator[type[msgspec.Struct]]:
-    yield struct
-    for field in msgspec.structs.fields(struct):
-        inner = _struct_in(field.type)
-        if inner is not None:
-            yield from _structs(inner)

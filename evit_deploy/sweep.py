@@ -1,12 +1,13 @@
 """The speed of many keep rates side by side, as in the tables of the paper; weights from a seed, nothing is trained.
 
-All variants of a model run interleaved on all runtimes, so that their ratios hold on a machine whose speed drifts.
+All variants of a model run interleaved on all runtimes of one kind of device, so that their ratios hold on a machine
+whose speed drifts.
 """
 
 import copy
 import difflib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,19 @@ import timm
 import torch
 
 from evit_deploy import build, gpu
+from evit_deploy.contestants import Contestant
 from evit_deploy.data import Preprocess
 from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import InputError
 from evit_deploy.export import export_onnx, versions
 from evit_deploy.golden import DTYPES
-from evit_deploy.measure import SETTLE, measure, median_interval
+from evit_deploy.measure import clock_and_settle, clock_of_both, measure
 from evit_deploy.precision import set_precision
 from evit_deploy.recipe import Sweep
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import ProfileRow, Report, device
+from evit_deploy.rows import ratios_to_dense, row_of
+from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 from evit_deploy.verify import opened
@@ -48,6 +52,22 @@ class Variant(msgspec.Struct, frozen=True):
     name: str
     model: torch.nn.Module
     plan: TokenPlan
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One variant on one runtime.
+
+    Args:
+        runtime: With its precision, ``eager fp32``.
+        variant: Which keep rate.
+        runner: Its runner, opened.
+        on_gpu: Whether it computes on a GPU.
+    """
+
+    runtime: str
+    variant: Variant
+    runner: Runner
+    on_gpu: bool
 
 
 def sweep(recipe: Sweep, *, progress: Callable[[str], None] = lambda text: None) -> Report:
@@ -72,19 +92,17 @@ def sweep(recipe: Sweep, *, progress: Callable[[str], None] = lambda text: None)
         progress(f"making {name}")
         variants = list(_variants(name, recipe))
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            runners, labels = [], []
+            entries: list[Entry] = []
             for runtime, precision in pairs:
                 for variant in variants:
                     progress(f"{name}, {variant.name}: preparing {runtime} in {precision}")
-                    place = Path(folder) / f"{len(runners)}"
+                    place = Path(folder) / f"{len(entries)}"
                     artifact = _artifact(variant, name, runtime, precision, recipe.batch_size, place)
-                    runners.append(stack.enter_context(opened(runtime, artifact, recipe.threads)))
-                    labels.append((f"{runtime} {precision}", variant))
-            progress(f"{name}: measuring {len(runners)} variants")
-            settle = 0.0 if recipe.threads == 1 else SETTLE
-            wall, cpu = measure(runners, recipe.batch_size, recipe.duration, MINIMUM_ROUNDS, settle)
-        clock, of = (cpu, "cpu") if recipe.threads == 1 else (wall, "wall")
-        report += Report(rows=tuple(_rows(name, labels, recipe.batch_size, wall, clock)), clock=of)
+                    runner = stack.enter_context(opened(runtime, artifact, recipe.threads))
+                    on_gpu = Contestant(runtime, variant.name, artifact).on_gpu
+                    entries.append(Entry(f"{runtime} {precision}", variant, runner, on_gpu))
+            progress(f"{name}: measuring {len(entries)} variants")
+            report += _measured(name, entries, recipe)
         report += Report(notes=tuple(_published(name, recipe)))
     return report
 
@@ -140,32 +158,27 @@ def _artifact(variant: Variant, name: str, runtime: str, precision: str, batch: 
     return plan
 
 
-def _rows(
-    name: str, labels: list[tuple[str, Variant]], batch: int, wall: np.ndarray, clock: np.ndarray
-) -> Iterator[ProfileRow]:
-    dense = {runtime: index for index, (runtime, variant) in enumerate(labels) if variant.name == DENSE}
-    for index, (runtime, variant) in enumerate(labels):
-        seconds = wall[:, index]
-        p50, p95, p99 = (1e3 * float(value) for value in np.percentile(seconds, (50, 95, 99)))
-        paired = clock[:, dense[runtime]] / clock[:, index]
-        low, high = median_interval(paired)
-        speedup, mac_ratio = float(np.median(paired)), float(variant.plan.mac_ratio())
-        yield ProfileRow(
-            runtime=runtime,
-            variant=f"{name}, {variant.name}",
-            batch=batch,
-            rounds=len(wall),
-            images_per_second=1e3 * batch / p50,
-            p50=p50,
-            p95=p95,
-            p99=p99,
-            variation=float(seconds.std() / seconds.mean()),
-            speedup=speedup,
-            speedup_low=low,
-            speedup_high=high,
-            mac_ratio=mac_ratio,
-            mac_efficiency=speedup / mac_ratio,
-        )
+def _measured(name: str, entries: Sequence[Entry], recipe: Sweep) -> Report:
+    """One model's variants, in turn with those on the same device."""
+    report = Report()
+    for on_gpu in (False, True):
+        own = [entry for entry in entries if entry.on_gpu == on_gpu]
+        if own:
+            clock, settle = clock_and_settle(recipe.threads, on_gpu=on_gpu)
+            runners = [entry.runner for entry in own]
+            wall, cpu = measure(runners, recipe.batch_size, recipe.duration, MINIMUM_ROUNDS, settle)
+            rows = _rows(name, own, recipe.batch_size, wall, cpu if clock == "cpu" else wall)
+            report += Report(rows=tuple(rows), clock=clock)
+    return report + clock_of_both(report.rows, recipe.threads)
+
+
+def _rows(name: str, entries: Sequence[Entry], batch: int, wall: np.ndarray, clock: np.ndarray) -> Iterator[ProfileRow]:
+    dense = {entry.runtime: index for index, entry in enumerate(entries) if entry.variant.name == DENSE}
+    for index, entry in enumerate(entries):
+        row = row_of(entry.runtime, f"{name}, {entry.variant.name}", batch, wall[:, index], on_gpu=entry.on_gpu)
+        twin = clock[:, dense[entry.runtime]]
+        ratios = ratios_to_dense(twin, clock[:, index], entry.variant.plan.mac_ratio())
+        yield msgspec.structs.replace(row, **ratios)
 
 
 def _published(name: str, recipe: Sweep) -> Iterator[str]:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from evit_deploy.backbones import backbone_of
 from evit_deploy.bundle import write_atomically
 from evit_deploy.engine import BatchProfile, Engine
-from evit_deploy.environment import version_of
+from evit_deploy.environment import nvidia, version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.export import INPUT, LOGITS
+from evit_deploy.golden import DTYPES
 
 TARGET = "torch-tensorrt"
 RELEASE = "2.14"
@@ -33,7 +34,6 @@ RELEASE = "2.14"
 DISTRIBUTIONS = ("torch-tensorrt", "torch-tensorrt-rtx")
 """Both install the Python package ``torch_tensorrt``; the second lowers to TensorRT-RTX."""
 ENVIRONMENT = 'python -m venv tt-env && tt-env/bin/pip install "evit-deploy[torch-tensorrt]"'
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def require_torch_tensorrt() -> Any:
@@ -154,7 +154,7 @@ def build_torch_tensorrt(
         target=TARGET,
         version=tensorrt.__version__,
         gpus=(f"sm{major}{minor}",),
-        driver=_driver(),
+        driver=nvidia().driver,
         precision=precision,
         profiles=(profile,),
         plugin=None,
@@ -377,15 +377,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _driver() -> str | None:
-    try:
-        pynvml = importlib.import_module("pynvml")
-        pynvml.nvmlInit()
-        try:
-            return str(pynvml.nvmlSystemGetDriverVersion())
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # not installed, or a container without the library: the record goes without it
-        return None

@@ -61,9 +61,8 @@ def verify(
     """
     bundle = bundles.read_bundle(path)
     changed = bundles.changed_files(bundle)
-    check = Check(
-        "files as written", len(changed), 0, not changed, "changed or gone: " + ", ".join(changed) if changed else ""
-    )
+    reason = f"changed or gone: {', '.join(changed)}. Copy the bundle here again, or convert again." if changed else ""
+    check = Check("files as written", len(changed), 0, not changed, reason)
     if changed:  # what follows would be about other files than the manifest's
         return Report(checks=(check,), versions=versions(), device=device())
     if data is not None:

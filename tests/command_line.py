@@ -103,3 +103,18 @@ def checkpoint(tmp_path, smallest) -> Path:
     folder = tmp_path / "user"
     folder.mkdir()
     return Path(shutil.copy(smallest, folder / smallest.name))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, smallest) -> tuple[Path, Result]:
+    """A bundle that ``convert`` made, as a user runs it. Read only."""
+    folder = tmp_path_factory.mktemp("made")
+    path = Path(shutil.copy(smallest, folder / smallest.name))
+    return folder / "smallest-evit-k0.6", command("convert", path, "--keep-rate", "0.6", "-v", *QUICK)
+
+
+@pytest.fixture
+def bundle(made, tmp_path) -> Path:
+    """A bundle and its checkpoint that a test may break."""
+    shutil.copytree(made[0].parent, tmp_path / "user")
+    return tmp_path / "user" / made[0].name

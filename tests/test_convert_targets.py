@@ -227,6 +227,16 @@ def test_what_cannot_be_made_is_refused_and_nothing_is_written(convert, tmp_path
     assert tree(tmp_path) == before
 
 
+def test_one_cut_image_among_good_ones_is_named(convert, tmp_path, photographs):
+    images = shutil.copytree(photographs, tmp_path / "images")
+    cut = images / "1" / "5.jpg"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    before = tree(tmp_path)
+    result = convert("--precision", "int8", "--calibration", images)
+    result.refused(2, "1/5.jpg", "cannot be read", "truncated", "expected a whole image", "Copy it here again")
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("target", ["tensorrt", "torch-tensorrt"])
 def test_what_this_machine_cannot_build(convert, tmp_path, target):
     if target in usable_targets():

@@ -70,16 +70,25 @@ def test_every_command_of_the_readme_runs(folder: Path):
     assert (folder / "runs" / "digits" / "bundle" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "extending.md"], ids=lambda path: path.name)
-def test_python_blocks_run(page: Path):
-    found = blocks(page, "python")
+@pytest.mark.parametrize(
+    ("page", "package"),
+    [
+        pytest.param("README.md", None, id="README.md"),
+        pytest.param("docs/extending.md", None, id="extending.md"),
+        pytest.param("docs/engines.md", "openvino", id="engines.md", marks=pytest.mark.openvino),
+    ],
+)
+def test_python_blocks_run(page: str, package: str | None):
+    if package is not None:
+        pytest.importorskip(package)
+    found = blocks(ROOT / page, "python")
     assert found
     for block in found:
         name = "documented_example"
         module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None))
         sys.modules[name] = module
         try:
-            exec(compile(block, str(page), "exec"), module.__dict__)
+            exec(compile(block, page, "exec"), module.__dict__)
         finally:
             del sys.modules[name]
 

@@ -3,8 +3,7 @@
 import io
 import json
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from models import KEEP, of_kind
 from plans import rtx_plan, tiny_blocks
 from rich.console import Console
+from standins import IdleRunner
 
 from evit_deploy.contestants import Contestant, contestants_of
 from evit_deploy.engine import BatchProfile
@@ -21,12 +21,13 @@ from evit_deploy.errors import InputError
 from evit_deploy.gpu import GpuState, summarize_states
 from evit_deploy.inspector import Layer
 from evit_deploy.latency import Timings, summarize
-from evit_deploy.measure import measure_all, sizes_for, verdict
+from evit_deploy.measure import measure_all, sizes_for
 from evit_deploy.plan_text import plan_layers
 from evit_deploy.profile import speed_gate
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import LatencyRow, ProfileRow, Report, render
-from evit_deploy.runtimes import Runner, TensorSpec
+from evit_deploy.rows import verdict
+from evit_deploy.runtimes import TensorSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
 PLAN = token_plan(reduce_tokens_(of_kind("plain"), KEEP))
@@ -215,7 +216,7 @@ def test_a_report_on_an_engine_survives_json_and_addition():
 # ---- the way through, with a stand-in for an engine
 
 
-class StandIn(Runner):
+class StandIn(IdleRunner):
     """Runs nothing, and tells what an engine would tell."""
 
     name = "stand-in"
@@ -230,22 +231,10 @@ class StandIn(Runner):
     def accepts(cls, artifact: Any) -> list[str]:
         return ["it is broken"] if artifact == "broken" else []
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return
-
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         shape = (None, 3, 8, 8) if self.artifact == "larger" else (None, 3, 4, 4)
         return (TensorSpec("pictures", "float16", shape),)
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return ()
 
     @property
     def profiles(self) -> tuple[BatchProfile, ...]:

@@ -4,8 +4,7 @@ import io
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,17 +12,18 @@ import pytest
 import torch
 from models import TINY, of_kind
 from rich.console import Console
+from standins import IdleRunner
 
 from evit_deploy.bundle import DENSE, MODEL, read_bundle
 from evit_deploy.checkpoint import Tokens
 from evit_deploy.contestants import Contestant, contestants_of
 from evit_deploy.errors import InputError
 from evit_deploy.export import INPUT
-from evit_deploy.measure import MINIMUM_ROUNDS, measure, measure_all, median_interval, rows_of, verdict
+from evit_deploy.measure import MINIMUM_ROUNDS, measure, measure_all
 from evit_deploy.profile import profile, speed_gate
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import ProfileRow, Report, render
-from evit_deploy.runtimes import Runner, TensorSpec
+from evit_deploy.rows import median_interval, rows_of, verdict
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
@@ -36,7 +36,7 @@ ONNX = [
 TORCH = ["eager", "torch.compile"] if torch.cuda.is_available() else ["eager"]
 
 
-class Counting(Runner):
+class Counting(IdleRunner):
     """Does nothing but write down who was called."""
 
     name = "counting"
@@ -45,26 +45,6 @@ class Counting(Runner):
         super().__init__(artifact)
         self.calls = calls
         self.shapes: list[tuple[int, ...]] = []
-
-    @classmethod
-    def accepts(cls, artifact: Any) -> list[str]:
-        return []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec(INPUT, "float32", (None, 3, 4, 5)),)
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return ()
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.calls.append(self.artifact)

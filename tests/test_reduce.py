@@ -2,7 +2,6 @@
 
 import copy
 import math
-import zlib
 from fractions import Fraction
 
 import numpy as np
@@ -10,69 +9,21 @@ import oracle
 import pytest
 import timm
 import torch
-from timm.layers import PatchDropout
-from timm.models.vision_transformer import ParallelScalingBlock
+from families import SPEC, create, each_method, each_model, images, logits
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from evit_deploy.backbones.timm_vit import ReducedBlock, TimmViT
 from evit_deploy.errors import InputError, UnsupportedModelError
-from evit_deploy.registry import METHODS
 from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.tokens.reduce import TokenReducer, capture, reduce_tokens_, set_keep_rate_, token_plan, token_spec
+from evit_deploy.tokens.reduce import capture, reduce_tokens_, set_keep_rate_, token_plan, token_spec
 
-# Small instances of the families: 16 patches, few blocks, their own widths, prefixes, norms and heads.
-MODELS = {
-    "deit": ("deit_tiny_patch16_224", {"img_size": 64, "depth": 4}),
-    "deit_distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 4}),
-    "deit3": ("deit3_small_patch16_224", {"img_size": 64, "depth": 4}),
-    "augreg": ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", {"img_size": 64, "depth": 4}),
-    "dinov2_registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "depth": 4, "num_classes": 10}),
-    "test_vit": ("test_vit", {"img_size": 64}),
-    "qk_norm": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 4, "qk_norm": True, "qkv_bias": False}),
-    "norms": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 4, "scale_attn_norm": True, "init_values": 0.1}),
-}
-SPEC = TokenSpec(keep_rate=0.6)
 SPECS = {
     "fuse": SPEC,
     "no_fuse": TokenSpec(keep_rate=0.6, fuse=False),
     "per_location": TokenSpec(keep_rate=(0.9, 0.4), locations=(0, 2)),
 }
-
-each_model = pytest.mark.parametrize("name", MODELS)
-each_method = pytest.mark.parametrize("method", METHODS.names())
-
-
-def create(name: str) -> nn.Module:
-    """A model whose weights are random, the same every time, and large enough that every part matters.
-
-    As created, a timm model's LayerScale, class token and biases are next to nothing: wrong code would pass.
-    """
-    model_name, options = MODELS[name]
-    model = timm.create_model(model_name, pretrained=False, **options).eval()
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    with torch.no_grad():
-        for key, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in key and key.endswith("weight"):
-                parameter.copy_(1 + 0.2 * noise)
-            elif key.endswith(("gamma",)):
-                parameter.copy_(0.5 + 0.1 * noise)
-            elif parameter.ndim >= 2 and key.endswith("weight"):
-                parameter.copy_(noise * (1.2 / math.sqrt(parameter[0].numel())))
-            else:
-                parameter.copy_(0.5 * noise)
-    return model
-
-
-def images(model: nn.Module, batch: int = 3, seed: int = 0) -> torch.Tensor:
-    return torch.randn(batch, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def logits(model: nn.Module, batch: int = 3) -> torch.Tensor:
-    return model(images(model, batch))
 
 
 def spoiled(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -397,157 +348,6 @@ def test_evit_adds_less_than_a_thousandth():
     fused_rows = sum(2 * (row.tokens_in - 1) * 192 for row in token_plan(model).locations)
     assert counted_flops(model) - without == fused_rows
     assert 2 * fused_rows < without / 1000
-
-
-# ---- the contract that every registered method signs
-
-
-@each_method
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("name", ["deit", "dinov2_registers"])
-def test_methods_keep_the_contract(name, fuse, method):
-    model = create(name)
-    keys = list(model.state_dict())
-    spec = TokenSpec(keep_rate=0.6, fuse=fuse, method=method)
-    reduce_tokens_(model, spec)
-    assert list(model.state_dict()) == keys
-    plan = token_plan(model)
-    blocks = [module for module in model.modules() if isinstance(module, ReducedBlock)]
-    assert len(blocks) == len(plan.locations) == 3
-    reached = []
-    for block in blocks:
-        reducer = block.reducer
-        assert isinstance(reducer, TokenReducer)
-        assert not list(reducer.parameters())
-        reducer.register_forward_hook(lambda _, inputs, output: reached.append((inputs[0], *output)))
-    pixels = images(model).requires_grad_()
-    result = model(pixels)
-    assert result.shape == (3, model.num_classes)
-    assert result.isfinite().all()
-    for row, (x, y, kept) in zip(plan.locations, reached, strict=True):
-        candidates = row.tokens_in - plan.prefix
-        assert y.shape == (3, row.tokens_out, x.shape[2])
-        assert y.dtype == x.dtype
-        assert kept.shape == (3, row.keep)
-        assert kept.dtype == torch.int32
-        assert oracle.is_valid_choice(kept.numpy(), candidates)
-        assert torch.equal(y[:, : plan.prefix], x[:, : plan.prefix])
-        for image in range(3):
-            rows = x[image, plan.prefix :][kept[image].long()]
-            assert torch.equal(y[image, plan.prefix : plan.prefix + row.keep], rows)
-    result.sum().backward()
-    assert pixels.grad.isfinite().all()
-    assert pixels.grad.abs().sum() > 0
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None, key
-
-
-@each_method
-def test_methods_work_in_half_precision(method):
-    model = create("deit").bfloat16()
-    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method=method))
-    with torch.inference_mode():
-        result = model(images(model).bfloat16())
-    assert result.dtype == torch.bfloat16
-    assert result.isfinite().all()
-
-
-@each_method
-def test_methods_refuse_options_they_do_not_have(method):
-    with pytest.raises(InputError, match=f"the method '{method}' does not take these options.*no_such_option"):
-        reduce_tokens_(create("deit"), TokenSpec(keep_rate=0.6, method=method, options={"no_such_option": 1}))
-
-
-def kept_by(method: str, **options) -> list[torch.Tensor]:
-    model = create("deit")
-    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method=method, options=options))
-    with capture(model) as seen:
-        model(images(model))
-        model(images(model))
-    return seen.kept
-
-
-def test_slice_keeps_the_first():
-    assert all(kept.tolist() == [list(range(kept.shape[1]))] * 3 for kept in kept_by("slice"))
-
-
-def test_random_follows_its_seed_and_differs_by_image_and_call():
-    first, again, other = kept_by("random"), kept_by("random"), kept_by("random", seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert not torch.equal(first[0][0], first[0][1])
-    assert not torch.equal(first[0], first[3])  # the same location in the second call
-
-
-def test_inverse_keeps_the_lowest_scores():
-    model = create("deit")
-    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method="inverse"))
-    with capture(model) as seen:
-        model(images(model))
-    for kept, scores in zip(seen.kept, seen.scores, strict=True):
-        np.testing.assert_array_equal(kept.numpy(), oracle.select(-scores.numpy(), kept.shape[1]))
-
-
-# ---- refusals
-
-
-def with_option(name: str, **options):
-    return lambda: timm.create_model(name, pretrained=False, device="meta", **options)
-
-
-@pytest.mark.parametrize(
-    ("make", "model", "reason"),
-    [
-        (with_option("swin_tiny_patch4_window7_224"), "SwinTransformer", "it computes attention in windows"),
-        (with_option("eva02_tiny_patch14_224"), "Eva", "its position embedding is rotary"),
-        (with_option("beit_base_patch16_224", depth=2), "Beit", "its relative position bias"),
-        (with_option("levit_128s"), "LevitDistilled", "its stages shrink a grid of patches"),
-        (with_option("resnet10t"), "ResNet", "it is not a timm VisionTransformer"),
-        (lambda: nn.Linear(2, 2), "Linear", "it is not a timm VisionTransformer"),
-        (
-            with_option("vit_tiny_patch16_224", depth=2, class_token=False, global_pool="avg"),
-            "VisionTransformer",
-            "it has no class token",
-        ),
-        (
-            with_option("vit_tiny_patch16_224", depth=2, global_pool="avg"),
-            "VisionTransformer",
-            r"its head pools the patch tokens \(global_pool='avg', needed 'token'\)",
-        ),
-        (
-            with_option("vit_tiny_patch16_224", depth=2, global_pool="map"),
-            "VisionTransformer",
-            "its head pools all patch tokens by attention",
-        ),
-        (
-            with_option("vit_tiny_patch16_224", depth=2, patch_drop_rate=0.1),
-            "VisionTransformer",
-            "it drops patches at random",
-        ),
-        (
-            with_option("vit_tiny_patch16_224", depth=2, block_fn=ParallelScalingBlock),
-            "VisionTransformer",
-            "block 0 is a ParallelScalingBlock, not a Block",
-        ),
-    ],
-)
-def test_models_that_do_not_fit_are_refused_with_the_reason(make, model, reason):
-    refused = make()
-    with pytest.raises(UnsupportedModelError, match=f"{model} cannot be token-reduced exactly: .*{reason}") as error:
-        reduce_tokens_(refused, SPEC)
-    assert len(error.value.reasons) >= 1
-    assert not hasattr(refused, "token_spec")
-
-
-def test_every_reason_is_named_at_once():
-    model = timm.create_model("vit_tiny_patch16_224", depth=2, class_token=False, global_pool="avg", device="meta")
-    model.patch_drop = PatchDropout(0.5)
-    reasons = TimmViT.unsupported(model)
-    assert [reason.split(",")[0] for reason in reasons] == [
-        "it has no class token",
-        "its head pools the patch tokens (global_pool='avg'",
-        "it drops patches at random while training (patch_drop_rate > 0)",
-    ]
 
 
 # ---- the lowered form

@@ -16,7 +16,8 @@ from common import deit_small, save
 
 from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, slice_twin, token_plan
 from evit_deploy.data import Preprocess
-from evit_deploy.measure import measure, median_interval
+from evit_deploy.measure import measure
+from evit_deploy.rows import median_interval
 from evit_deploy.verify import opened
 
 

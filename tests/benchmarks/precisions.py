@@ -20,9 +20,10 @@ from evit_deploy.agreement import Answers, agreement_row, named_patches
 from evit_deploy.checkpoint import build_model, read_checkpoint
 from evit_deploy.data import Preprocess, sample_inputs
 from evit_deploy.golden import DTYPES
-from evit_deploy.measure import measure, median_interval
+from evit_deploy.measure import measure
 from evit_deploy.recipe import load_recipe
 from evit_deploy.report import wilson
+from evit_deploy.rows import median_interval
 from evit_deploy.tokens.reduce import dense_twin
 from evit_deploy.training_data import open_data
 from evit_deploy.verify import infer_all, opened

@@ -1,0 +1,59 @@
+"""Models of several families for tests of the reduction, their weights such that every part matters."""
+
+import math
+import zlib
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from evit_deploy.registry import METHODS
+from evit_deploy.tokens.plan import TokenSpec
+
+# Small instances of the families: 16 patches, few blocks, their own widths, prefixes, norms and heads.
+MODELS = {
+    "deit": ("deit_tiny_patch16_224", {"img_size": 64, "depth": 4}),
+    "deit_distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 4}),
+    "deit3": ("deit3_small_patch16_224", {"img_size": 64, "depth": 4}),
+    "augreg": ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", {"img_size": 64, "depth": 4}),
+    "dinov2_registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "depth": 4, "num_classes": 10}),
+    "test_vit": ("test_vit", {"img_size": 64}),
+    "qk_norm": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 4, "qk_norm": True, "qkv_bias": False}),
+    "norms": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 4, "scale_attn_norm": True, "init_values": 0.1}),
+}
+SPEC = TokenSpec(keep_rate=0.6)
+
+each_method = pytest.mark.parametrize("method", METHODS.names())
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+def create(name: str) -> nn.Module:
+    """A model whose weights are random, the same every time, and large enough that every part matters.
+
+    As created, a timm model's LayerScale, class token and biases are next to nothing: wrong code would pass.
+    """
+    model_name, options = MODELS[name]
+    model = timm.create_model(model_name, pretrained=False, **options).eval()
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    with torch.no_grad():
+        for key, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in key and key.endswith("weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif key.endswith(("gamma",)):
+                parameter.copy_(0.5 + 0.1 * noise)
+            elif parameter.ndim >= 2 and key.endswith("weight"):
+                parameter.copy_(noise * (1.2 / math.sqrt(parameter[0].numel())))
+            else:
+                parameter.copy_(0.5 * noise)
+    return model
+
+
+def images(model: nn.Module, batch: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, batch: int = 3) -> torch.Tensor:
+    return model(images(model, batch))

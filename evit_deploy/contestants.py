@@ -20,12 +20,12 @@ from evit_deploy.golden import DTYPES
 from evit_deploy.plugin import TENSORRT, provide_plugin
 from evit_deploy.precision import QUANTIZED
 from evit_deploy.registry import RUNTIMES
+from evit_deploy.running import artifact_of, parent_model, usable
 from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.twin_engines import other_body, slice_engine
 from evit_deploy.variants import reorganizations, slice_twin
-from evit_deploy.verify import artifact_of, parent_model, usable
 
 PLAN_SUFFIXES = (".plan", ".engine", ".trt")
 

@@ -112,7 +112,7 @@ def latency_report(engines: Sequence[Timed], parts: Sequence[Sequence[Timings]],
         speedup = overhead = None
         if who.variant != "dense" and "dense" in twins:
             speedup = float(statistics.median(twins["dense"] / compute[index]))
-        if who.variant == "model" and "slice" in twins:
+        if who.variant not in ("dense", "slice") and "slice" in twins:
             overhead = float(statistics.median(compute[index] / twins["slice"])) - 1
         rate = 1e3 * batch / found["compute"].median if found["compute"].median else 0.0
         row = LatencyRow(who.runtime, who.variant, batch, rate, **found, speedup=speedup, overhead=overhead)

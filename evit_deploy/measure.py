@@ -31,9 +31,9 @@ from evit_deploy.engine_profile import (
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.report import ProfileRow, Report
 from evit_deploy.rows import rows_of, verdict
+from evit_deploy.running import opened
 from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan
-from evit_deploy.verify import opened
 
 CPU_BATCH_SIZES = (1, 8, 32)
 GPU_BATCH_SIZES = (1, 8, 32, 128)

@@ -264,8 +264,8 @@ def _exported_accuracy(recipe: Recipe, bundle: Bundle) -> AccuracyRow:
     from evit_deploy.compare import finetuned_name
     from evit_deploy.export import LOGITS
     from evit_deploy.golden import feeds
+    from evit_deploy.running import opened
     from evit_deploy.training_data import open_data
-    from evit_deploy.verify import opened
 
     manifest = bundle.manifest
     data = open_data(recipe.data, manifest.preprocess)

@@ -83,7 +83,7 @@ def _ratios(
     twins = {c.variant: i for i, c in enumerate(contestants) if c.runtime == contestants[index].runtime}
     dense = clock[:, twins["dense"]] if "dense" in twins else None
     ratios = ratios_to_dense(dense, clock[:, index], plan.mac_ratio() if plan is not None else None)
-    if "slice" in twins and contestants[index].variant == "model":
+    if "slice" in twins and contestants[index].variant not in ("dense", "slice"):
         ratios["overhead"] = float(statistics.median(clock[:, index] / clock[:, twins["slice"]])) - 1
     return ratios
 

@@ -31,10 +31,10 @@ from evit_deploy.recipe import Sweep
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import ProfileRow, Report, device
 from evit_deploy.rows import ratios_to_dense, row_of
+from evit_deploy.running import opened
 from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
-from evit_deploy.verify import opened
 
 MINIMUM_ROUNDS = 5
 DENSE = "dense"

@@ -1,7 +1,6 @@
 """Proof that a lowered model answers like PyTorch: logits, kept patches, every batch size, every place in a batch."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,16 @@ import torch
 
 from evit_deploy import bundle as bundles
 from evit_deploy.agreement import Answers, agreement, agreement_row, named_patches, same_choice
-from evit_deploy.checkpoint import build_model, read_checkpoint
 from evit_deploy.data import ImageFolder, image_folder
-from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
+from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export import LOGITS, versions
 from evit_deploy.golden import Golden, feeds, load_golden
 from evit_deploy.plugin import TENSORRT, provide_plugin
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import Check, Report, accuracy_row, device
+from evit_deploy.running import artifact_of, opened, parent_model
 from evit_deploy.runtimes import Runner
 from evit_deploy.tokens.plan import TokenPlan
-from evit_deploy.tokens.reduce import reduce_tokens_
 
 BATCH_SIZES = (1, 2, 8)
 DATA_BATCH = 32
@@ -183,11 +181,6 @@ def prove(
     return report + Report(agreement=tuple(rows))
 
 
-def usable(runtime: type[Runner], artifact: Any) -> bool:
-    """Whether a runtime runs an artifact here without being asked for."""
-    return runtime.default and runtime.missing() is None and not runtime.accepts(artifact)
-
-
 def verify_precision(golden: Golden) -> Report:
     """Whether the precision itself leaves the model intact, whoever computes it."""
     if golden.precision == "fp32":
@@ -341,62 +334,3 @@ def accuracy(
     row = accuracy_row(name, zip((p[0] for p in parts), labels, strict=True), manifest.plan.macs() / 1e9)
     kept = {block: np.concatenate([part[1][block] for part in parts]) for block in parts[0][1]}
     return Report(accuracy=(row,)), Answers(np.concatenate([part[0] for part in parts]), kept)
-
-
-@contextmanager
-def opened(name: str, artifact: Any, threads: int | None = None, *, with_indices: bool = False) -> Iterator[Runner]:
-    """A runner by its runtime's name, opened.
-
-    Raises:
-        InputError: No such runtime, or it cannot run this.
-        MissingRequirement: The runtime is not installed, or its device is not there.
-    """
-    runtime: type[Runner] = RUNTIMES.get(name)
-    reasons = runtime.accepts(artifact)  # asked first: what can be run nowhere is not this machine's fault
-    if reasons:
-        raise InputError(f"the runtime {name!r} cannot run this: {'; '.join(reasons)}", where="--runtime")
-    missing = runtime.missing()
-    if missing is not None:
-        raise missing
-    with runtime(artifact, threads=threads, with_indices=with_indices) as runner:
-        yield runner
-
-
-def artifact_of(bundle: bundles.Bundle, runtime: type[Runner], *, dense: bool = False) -> Path | None:
-    """The file of a bundle that a runtime runs best; ``None`` if it can run none of them.
-
-    Args:
-        bundle: The bundle.
-        runtime: A class from the registry of runtimes.
-        dense: The dense twin's file instead of the model's.
-    """
-    names = (bundles.TWIN * dense + name for name in runtime.files)
-    found = next((name for name in names if name in bundle.manifest.files), None)
-    return bundle.file(found) if found else None
-
-
-def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[torch.nn.Module | None, str]:
-    """The reduced PyTorch model that a bundle was made from, if its checkpoint is still there.
-
-    Args:
-        bundle: The bundle.
-        against: Where the checkpoint is now.
-
-    Returns:
-        The model and an empty text; or ``None`` and why not.
-    """
-    manifest, parent = bundle.manifest, bundle.manifest.parents[0]
-    if against is None and parent.sha256 is None:
-        return None, f"it was made from {parent.source!r}, which would have to be fetched"
-    path = against or bundle.path / parent.source
-    if not path.is_file():
-        return None, f"its checkpoint {path} is gone; --against says where it is"
-    if bundles.sha256(path) != parent.sha256:
-        return None, f"{path} is not the checkpoint it was made from"
-    try:
-        checkpoint = read_checkpoint(path, parent.model)
-        size = manifest.preprocess.size[0]
-        model = reduce_tokens_(build_model(checkpoint, size), manifest.tokens)
-    except CheckpointError as error:
-        return None, str(error)
-    return model, ""

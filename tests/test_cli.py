@@ -30,9 +30,9 @@ print(json.dumps([code, [name for name in json.loads(sys.argv[1]) if name in sys
 """
 
 
-@pytest.mark.parametrize("name", ["", *COMMANDS])
+@pytest.mark.parametrize("name", ["", *COMMANDS, "plugin build", "plugin check"])
 def test_help_is_quick_to_load(name):
-    arguments = [*filter(None, [name]), "--help"]
+    arguments = [*name.split(), "--help"]
     done = subprocess.run(
         [sys.executable, "-c", _HELP, json.dumps(_HEAVY), *arguments], capture_output=True, text=True, check=True
     )
@@ -40,7 +40,7 @@ def test_help_is_quick_to_load(name):
     assert done.stdout.startswith("Usage: ")
     if name:
         assert f"  evit-deploy {name}" in done.stdout  # an example
-        assert "--json" in done.stdout
+        assert "--json" in done.stdout or "Commands:" in done.stdout
     else:
         assert all(f"  {command} " in done.stdout for command in COMMANDS)
         assert "Exit codes: 0 ok" in done.stdout

@@ -17,9 +17,10 @@ from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.golden import load_golden
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import Report
+from evit_deploy.running import parent_model
 from evit_deploy.runtimes import Runner
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
-from evit_deploy.verify import parent_model, prove, verify
+from evit_deploy.verify import prove, verify
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 ABSENT = "it was left at home"

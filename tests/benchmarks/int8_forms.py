@@ -20,7 +20,8 @@ from evit_deploy.data import Preprocess, sample_inputs
 from evit_deploy.measure import measure
 from evit_deploy.precision import _quantize
 from evit_deploy.rows import median_interval
-from evit_deploy.verify import infer_all, opened
+from evit_deploy.running import opened
+from evit_deploy.verify import infer_all
 
 RUNTIMES = ("onnxruntime", "openvino")
 FP32, CPU, ENGINE, FORM = "fp32", "int8 for CPUs", "int8 for engines", "int8 for engines, rest FP32"

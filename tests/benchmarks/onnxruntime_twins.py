@@ -18,7 +18,7 @@ from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, slice_twin, toke
 from evit_deploy.data import Preprocess
 from evit_deploy.measure import measure
 from evit_deploy.rows import median_interval
-from evit_deploy.verify import opened
+from evit_deploy.running import opened
 
 
 def plain_export(model: torch.nn.Module, path: Path) -> None:

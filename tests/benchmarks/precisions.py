@@ -24,9 +24,10 @@ from evit_deploy.measure import measure
 from evit_deploy.recipe import load_recipe
 from evit_deploy.report import wilson
 from evit_deploy.rows import median_interval
+from evit_deploy.running import opened
 from evit_deploy.tokens.reduce import dense_twin
 from evit_deploy.training_data import open_data
-from evit_deploy.verify import infer_all, opened
+from evit_deploy.verify import infer_all
 
 RUNS = (
     ("eager", "fp32"),

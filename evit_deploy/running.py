@@ -1,0 +1,79 @@
+"""Who runs what: runners by name, the file of a bundle that suits each, and the PyTorch model it came from."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evit_deploy import bundle as bundles
+from evit_deploy.checkpoint import build_model, read_checkpoint
+from evit_deploy.errors import CheckpointError, InputError
+from evit_deploy.registry import RUNTIMES
+from evit_deploy.runtimes import Runner
+from evit_deploy.tokens.reduce import reduce_tokens_
+
+
+@contextmanager
+def opened(name: str, artifact: Any, threads: int | None = None, *, with_indices: bool = False) -> Iterator[Runner]:
+    """A runner by its runtime's name, opened.
+
+    Raises:
+        InputError: No such runtime, or it cannot run this.
+        MissingRequirement: The runtime is not installed, or its device is not there.
+    """
+    runtime: type[Runner] = RUNTIMES.get(name)
+    reasons = runtime.accepts(artifact)  # asked first: what can be run nowhere is not this machine's fault
+    if reasons:
+        raise InputError(f"the runtime {name!r} cannot run this: {'; '.join(reasons)}", where="--runtime")
+    missing = runtime.missing()
+    if missing is not None:
+        raise missing
+    with runtime(artifact, threads=threads, with_indices=with_indices) as runner:
+        yield runner
+
+
+def usable(runtime: type[Runner], artifact: Any) -> bool:
+    """Whether a runtime runs an artifact here without being asked for."""
+    return runtime.default and runtime.missing() is None and not runtime.accepts(artifact)
+
+
+def artifact_of(bundle: bundles.Bundle, runtime: type[Runner], *, dense: bool = False) -> Path | None:
+    """The file of a bundle that a runtime runs best; ``None`` if it can run none of them.
+
+    Args:
+        bundle: The bundle.
+        runtime: A class from the registry of runtimes.
+        dense: The dense twin's file instead of the model's.
+    """
+    names = (bundles.TWIN * dense + name for name in runtime.files)
+    found = next((name for name in names if name in bundle.manifest.files), None)
+    return bundle.file(found) if found else None
+
+
+def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[torch.nn.Module | None, str]:
+    """The reduced PyTorch model that a bundle was made from, if its checkpoint is still there.
+
+    Args:
+        bundle: The bundle.
+        against: Where the checkpoint is now.
+
+    Returns:
+        The model and an empty text; or ``None`` and why not.
+    """
+    manifest, parent = bundle.manifest, bundle.manifest.parents[0]
+    if against is None and parent.sha256 is None:
+        return None, f"it was made from {parent.source!r}, which would have to be fetched"
+    path = against or bundle.path / parent.source
+    if not path.is_file():
+        return None, f"its checkpoint {path} is gone; --against says where it is"
+    if bundles.sha256(path) != parent.sha256:
+        return None, f"{path} is not the checkpoint it was made from"
+    try:
+        checkpoint = read_checkpoint(path, parent.model)
+        size = manifest.preprocess.size[0]
+        model = reduce_tokens_(build_model(checkpoint, size), manifest.tokens)
+    except CheckpointError as error:
+        return None, str(error)
+    return model, ""

@@ -21,6 +21,8 @@ from evit_deploy.environment import (
     targets,
     version_of,
 )
+from evit_deploy.errors import MissingRequirement
+from evit_deploy.plugin import choose_plugin
 from evit_deploy.probe import Answer, ask
 from evit_deploy.registry import RUNTIMES
 
@@ -219,9 +221,14 @@ def _torch_cuda(driver: Nvidia, cuda: str | None, sees: bool, why: str | None) -
 
 def _plugin() -> list[Finding]:
     """What a TensorRT plugin is built with. The operator's body is in every file, so that nothing here is needed."""
-    note = "engines use the operator's own body"
+    try:
+        library = choose_plugin("auto")
+        found = Finding(PLUGIN, "library", str(library), True)
+    except MissingRequirement as error:
+        note = f"engines use the operator's own body: {error.what}"
+        found = Finding(PLUGIN, "library", None, False, fix="evit-deploy plugin build", note=note)
     return [
-        Finding(PLUGIN, "library", None, False, note=note),
+        found,
         _tool("nvcc", "nvcc", "Install NVIDIA's CUDA toolkit; it compiles the plugin."),
         _tool("CMake", "cmake", "pip install cmake"),
     ]

@@ -105,9 +105,12 @@ double Bicubic(double x) {  // Keys' cubic convolution with a = -1/2
   return x < 2 ? kA * (((x - 5) * x + 8) * x - 4) : 0.0;
 }
 
+// Weights are whole numbers, as Pillow's are: the same rounding in every last pixel, which INT8 engines amplify.
+constexpr int kFraction = 22;
+
 struct Taps {  // the pixels that one pixel of the input is made from
   std::int64_t first = 0;
-  std::vector<float> weights;  // none in the border
+  std::vector<std::int32_t> weights;  // over 2^kFraction; none in the border
 };
 
 // Pixels have their centres at halves; where an image gets smaller, the filter gets wider by as much.
@@ -134,7 +137,9 @@ std::vector<Taps> Weigh(int pixels, const Axis& axis, int size, const std::strin
     }
     Taps& tap = taps[static_cast<std::size_t>(i)];
     tap.first = first;
-    for (const double weight : weights) tap.weights.push_back(static_cast<float>(weight / sum));
+    for (const double weight : weights) {
+      tap.weights.push_back(static_cast<std::int32_t>(std::lround(weight / sum * (1 << kFraction))));
+    }
   }
   return taps;
 }
@@ -164,12 +169,12 @@ std::vector<std::uint8_t> Resize(const std::uint8_t* image, const Side& side, st
   for (std::size_t i = 0; i < lines; ++i) {
     for (const Taps& taps : side.taps) {
       const std::uint8_t* from = image + i * line + static_cast<std::size_t>(taps.first) * side.stride;
-      float sums[3] = {0.5F, 0.5F, 0.5F};
-      for (const float weight : taps.weights) {
-        for (int channel = 0; channel < 3; ++channel) sums[channel] += weight * static_cast<float>(from[channel]);
+      std::int32_t sums[3] = {1 << (kFraction - 1), 1 << (kFraction - 1), 1 << (kFraction - 1)};
+      for (const std::int32_t weight : taps.weights) {
+        for (int channel = 0; channel < 3; ++channel) sums[channel] += weight * from[channel];
         from += side.stride;
       }
-      for (const float sum : sums) *to++ = static_cast<std::uint8_t>(std::clamp(sum, 0.0F, 255.0F));
+      for (const std::int32_t sum : sums) *to++ = static_cast<std::uint8_t>(std::clamp(sum >> kFraction, 0, 255));
     }
   }
   return resized;

@@ -74,23 +74,19 @@ evit::Verdict CheckGolden(const evit::Bundle& bundle, evit::Runner& runner) {
   return evit::Compare(golden, runner.Infer(golden.inputs.data(), golden.count));
 }
 
-struct Guess {
-  std::size_t number;
-  std::string label;
-  double probability;
-};
-
-std::vector<Guess> Top(std::span<const float> logits, const std::vector<std::string>& labels) {
+// The likeliest classes with their share of the softmax.
+nlohmann::json Top(std::span<const float> logits, const std::vector<std::string>& labels) {
   std::vector<std::size_t> order(logits.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return logits[a] > logits[b]; });
   double sum = 0;
   for (const float logit : logits) sum += std::exp(static_cast<double>(logit) - logits[order[0]]);
-  std::vector<Guess> top;
+  nlohmann::json top;
   for (std::size_t i = 0; i < std::min(kTop, order.size()); ++i) {
     const std::size_t number = order[i];
-    top.push_back({number, labels.empty() ? "class " + std::to_string(number) : labels[number],
-                   std::exp(static_cast<double>(logits[number]) - logits[order[0]]) / sum});
+    top.push_back({{"class", number},
+                   {"label", labels.empty() ? "class " + std::to_string(number) : labels[number]},
+                   {"probability", std::exp(static_cast<double>(logits[number]) - logits[order[0]]) / sum}});
   }
   return top;
 }
@@ -100,10 +96,7 @@ nlohmann::json Describe(const std::string& file, std::span<const float> logits, 
     throw Error(Exit::kStage, file, "the engine's answer is not finite: the image overflows its precision");
   }
   nlohmann::json description{{"file", file}, {"logits", std::vector<float>(logits.begin(), logits.end())}};
-  if (!bundle.has_classes) return description;
-  for (const Guess& guess : Top(logits, bundle.labels)) {
-    description["top"].push_back({{"class", guess.number}, {"label", guess.label}, {"probability", guess.probability}});
-  }
+  if (bundle.has_classes) description["top"] = Top(logits, bundle.labels);
   return description;
 }
 

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <iostream>
@@ -81,7 +82,10 @@ std::size_t Count(const nvinfer1::Dims& dims) {
 
 ModelShape ShapeOf(const nvinfer1::ICudaEngine& engine, const std::string& where) {
   const auto input = engine.getTensorShape("input"), output = engine.getTensorShape("logits");
-  if (input.nbDims != 4 || output.nbDims != 2 || engine.getTensorDataType("input") != nvinfer1::DataType::kFLOAT ||
+  const auto whole = [](const nvinfer1::Dims& dims, int count) {  // of known size, but for the batch
+    return dims.nbDims == count && std::all_of(dims.d + 1, dims.d + count, [](std::int64_t side) { return side > 0; });
+  };
+  if (!whole(input, 4) || !whole(output, 2) || engine.getTensorDataType("input") != nvinfer1::DataType::kFLOAT ||
       engine.getTensorDataType("logits") != nvinfer1::DataType::kFLOAT) {
     throw Error(Exit::kInput, where,
                 "not an engine of this kind (expected float32 input [batch, channels, height, width] and logits "
@@ -95,6 +99,7 @@ ModelShape ShapeOf(const nvinfer1::ICudaEngine& engine, const std::string& where
     };
     shape.profiles.push_back({batch(nvinfer1::OptProfileSelector::kMIN), batch(nvinfer1::OptProfileSelector::kOPT),
                               batch(nvinfer1::OptProfileSelector::kMAX)});
+    if (shape.profiles.back().minimum < 1) throw Error(Exit::kInput, where, "the engine says no batch sizes");
   }
   return shape;
 }
@@ -282,7 +287,7 @@ std::string VersionHere() {
 }
 
 // Why the library did not load a plan that is whole.
-Error Refusal(const Bundle& bundle, const std::string& words, const std::string& gpu, bool has_plugin) {
+Error Refusal(const Bundle& bundle, const std::string& words, const std::string& gpu) {
   const EngineRecord& engine = *bundle.engine;
   const std::string where = (bundle.path / kPlan).string(), here = VersionHere();
   std::string gpus;
@@ -303,10 +308,6 @@ Error Refusal(const Bundle& bundle, const std::string& words, const std::string&
                 "; the library says: " + words + ")",
             "Convert again on this machine."};
   }
-  if (engine.plugin && !has_plugin) {
-    return {Exit::kInput, where, "the plan needs its plugin (the library says: " + words + ")",
-            "Give the library it was built with: --plugin LIBRARY."};
-  }
   return {Exit::kInput, where, engine.target + " refuses the plan (" + words + ")", "Convert again on this machine."};
 }
 
@@ -321,8 +322,11 @@ std::unique_ptr<Runner> MakeRunner(const Bundle& bundle, const std::string& plug
                 "the plan is for " + bundle.engine->target + ", and this program is built for " + kTarget,
                 std::string("Build the program for the other, or convert with --target ") + kTarget + ".");
   }
-  // The library that the plugin enters itself in is loaded already: this program is linked to it.
-  if (!plugin.empty()) LoadPlugin(plugin, bundle);
+  if (bundle.engine->plugin && plugin.empty()) {  // a library that lies beside the plan is never loaded by itself
+    throw Error(Exit::kInput, where, "the plan needs the plugin that it was built with",
+                "Give it with --plugin LIBRARY; its SHA-256 is " + *bundle.engine->plugin + ".");
+  }
+  if (!plugin.empty()) LoadPlugin(plugin, bundle);  // TensorRT, which it enters itself in, is linked and so is there
   const std::string gpu = GpuHere();
   auto logger = std::make_unique<Logger>();
   std::unique_ptr<nvinfer1::IRuntime> runtime(nvinfer1::createInferRuntime(*logger));
@@ -330,7 +334,7 @@ std::unique_ptr<Runner> MakeRunner(const Bundle& bundle, const std::string& plug
     throw Error(Exit::kEnvironment, "", std::string(kTarget) + " does not start (" + logger->Take() + ")");
   }
   std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime->deserializeCudaEngine(plan.data(), plan.size()));
-  if (!engine) throw Refusal(bundle, logger->Take(), gpu, !plugin.empty());
+  if (!engine) throw Refusal(bundle, logger->Take(), gpu);
   return std::make_unique<TensorRtRunner>(std::move(logger), std::move(runtime), std::move(engine), where);
 }
 

@@ -1,18 +1,21 @@
 """The C++ example, built with OpenVINO behind it: the same answers as Python, and a kind refusal of everything else."""
 
+import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import PIL
 import pytest
+from cpp_example import SOURCE, Result, build, call, change_manifest, need_toolchain, replace_file
 from models import write_checkpoint
 from PIL import Image
 
@@ -23,37 +26,9 @@ from evit_deploy.data import Preprocess, preprocess_image, sample_photographs
 from evit_deploy.golden import Golden, load_golden
 from evit_deploy.runtimes.openvino import OpenVINORunner
 
-pytestmark = pytest.mark.cpp
+pytestmark = [pytest.mark.cpp, pytest.mark.timeout(600)]  # building takes a minute or two
 
-SOURCE = Path(__file__).parent.parent / "plugins" / "example"
-HEADERS = ("nlohmann/json.hpp", "openssl/evp.h", "png.h", "turbojpeg.h")
-PACKAGES = "cmake g++ libpng-dev libssl-dev libturbojpeg0-dev nlohmann-json3-dev"
-
-
-def compiles(*headers: str, include: Path | None = None) -> bool:
-    source = "".join(f"#include <{header}>\n" for header in ("cstdio", *headers))
-    command = ["c++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-", *(["-isystem", str(include)] if include else [])]
-    return subprocess.run(command, input=source, capture_output=True, text=True).returncode == 0
-
-
-def need_toolchain() -> None:
-    lacking = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
-    lacking = lacking or [header for header in HEADERS if not compiles(header)]
-    if lacking:
-        pytest.skip(f"building C++ needs {', '.join(lacking)}: apt-get install {PACKAGES}")
-
-
-def run_cmake(*arguments: object) -> str:
-    done = subprocess.run(["cmake", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def build(folder: Path, *options: str) -> str:
-    """Configures and builds; what CMake said while configuring."""
-    said = run_cmake("-S", SOURCE, "-B", folder, "-DEVIT_WERROR=ON", *options)
-    run_cmake("--build", folder, "-j2")
-    return said
+PILLOW = int(PIL.__version__.split(".")[0])
 
 
 @pytest.fixture(scope="session")
@@ -68,44 +43,22 @@ def built(tmp_path_factory) -> Path:
     return folder
 
 
-@dataclass
-class Result:
-    """What one call of the program did."""
-
-    code: int
-    out: str
-    err: str
-
-    def refused(self, code: int, *hints: str) -> None:
-        """One line on stderr with these hints in it, and this exit code."""
-        assert self.code == code, self.err
-        (line,) = self.err.splitlines()
-        assert line.startswith("evit_example: ")
-        assert len(line) < 600
-        for hint in hints:
-            assert hint in line
-
-
 Program = Callable[..., Result]
 
 
 @pytest.fixture
 def program(built) -> Program:
-    def call(*arguments: object) -> Result:
-        done = subprocess.run([built / "evit_example", *map(str, arguments)], capture_output=True, text=True)
-        return Result(done.returncode, done.stdout, done.stderr)
-
-    return call
+    return functools.partial(call, built / "evit_example")
 
 
 @pytest.fixture
 def probe(built) -> Callable[..., bytes]:
-    def call(*arguments: object) -> bytes:
+    def run(*arguments: object) -> bytes:
         done = subprocess.run([built / "probe", *map(str, arguments)], capture_output=True)
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout
 
-    return call
+    return run
 
 
 # ---- bundles and images
@@ -153,20 +106,6 @@ def broken(bundles, tmp_path) -> Path:
     return Path(shutil.copytree(bundles("plain").path, tmp_path / "bundle"))
 
 
-def change_manifest(bundle: Path, **fields: Any) -> None:
-    """Puts fields into the manifest; ``files`` adds to those there."""
-    path = bundle / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"].update(fields.pop("files", {}))
-    path.write_text(json.dumps(manifest | fields))
-
-
-def replace_file(bundle: Path, name: str, content: bytes) -> None:
-    """Puts another content into a bundle, hash and all."""
-    (bundle / name).write_bytes(content)
-    change_manifest(bundle, files={name: sha256(bundle / name)})
-
-
 def pictures() -> dict[str, tuple[Image.Image, dict[str, Any]]]:
     """Image files by name: picture, and how it is saved."""
     china, flower = sample_photographs()
@@ -201,6 +140,11 @@ def image_files(tmp_path_factory) -> dict[str, Path]:
     for name, (picture, options) in pictures().items():
         picture.save(files[name], **options)
     return files
+
+
+def may_differ(name: str) -> bool:
+    """Pillow brings a JPEG decoder of its own, and took a tall image's sides in another order before version 13."""
+    return name.endswith(".jpg") or (name == "tall.png" and PILLOW < 13)
 
 
 # ---- golden answers
@@ -281,7 +225,8 @@ def test_images_get_the_answers_of_python(program, bundles, image_files, kind):
     with OpenVINORunner(bundle.file(OPENVINO), threads=1) as runner:
         wanted = runner.infer({"input": inputs})["logits"]
     for file, answer, again, logits in zip(files, answers, answers[len(files) :], wanted, strict=False):
-        np.testing.assert_allclose(answer["logits"], logits, rtol=0, atol=1e-2, err_msg=file.name)
+        room = 1e-2 if may_differ(file.name) else 1e-4
+        np.testing.assert_allclose(answer["logits"], logits, rtol=0, atol=room, err_msg=file.name)
         np.testing.assert_allclose(answer["logits"], again["logits"], rtol=0, atol=1e-4)
         if kind == "registers, no classes":
             assert "top" not in answer
@@ -323,7 +268,6 @@ PREPROCESSES = [
 def test_inputs_are_those_of_python(probe, bundles, image_files, tmp_path, preprocess):
     shutil.copy(bundles("plain").path / "manifest.json", tmp_path)
     change_manifest(tmp_path, preprocess=msgspec.to_builtins(preprocess))
-    means = []
     for name, file in image_files.items():
         try:
             wanted = preprocess_image(file, preprocess)
@@ -332,9 +276,8 @@ def test_inputs_are_those_of_python(probe, bundles, image_files, tmp_path, prepr
             continue
         found = np.frombuffer(probe("preprocess", tmp_path, file), np.float32).reshape(wanted.shape)
         levels = 255 * np.abs(found - wanted) * np.array(preprocess.std, np.float32)[:, None, None]
-        assert levels.max() < 1.01, name
-        means.append(levels.mean())
-    assert max(means) < 0.01
+        assert levels.max() < (1.01 if may_differ(name) else 0.01), name
+        assert levels.mean() < 0.01, name
 
 
 @pytest.mark.parametrize(
@@ -591,24 +534,12 @@ def test_damaged_files_are_read_or_refused(probe, bundles, tmp_path):
     ]
     for run in runs:
         cut, changed = probe(*run).decode().splitlines()
-        assert cut.startswith("cut short: 0 read,"), (run, cut)
+        # A PNG whose pixels are there and whose end mark, 12 bytes, is not: Pillow reads it too.
+        assert int(cut.split()[2]) <= (2 if run[1].suffix == ".png" else 0), (run, cut)
         assert " 0 refused" not in changed, (run, changed)
 
 
-# ---- TensorRT
-
-
-@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
-def test_it_compiles_for_tensorrt(tmp_path, runtime):
-    need_toolchain()
-    root = os.environ.get("TENSORRT_ROOT")
-    if not root:
-        pytest.skip("TENSORRT_ROOT does not say where TensorRT's headers are")
-    toolkit = Path(os.environ.get("CUDATOOLKIT_ROOT", "/usr/local/cuda"))
-    if not compiles("cuda_runtime_api.h", include=toolkit / "include"):
-        pytest.skip(f"CUDA's headers are not in {toolkit} (CUDATOOLKIT_ROOT)")
-    said = build(tmp_path, f"-DEVIT_RUNTIME={runtime}", f"-DTENSORRT_ROOT={root}", f"-DCUDAToolkit_ROOT={toolkit}")
-    assert (tmp_path / "evit_example").exists() or "compiled and NOT linked" in said
+# ---- building it
 
 
 @pytest.mark.parametrize("runtime", ["", "triton"])
@@ -618,3 +549,12 @@ def test_a_runtime_has_to_be_chosen(tmp_path, runtime):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "give -DEVIT_RUNTIME=tensorrt, tensorrt-rtx or openvino" in " ".join(done.stderr.split())
+
+
+def test_the_program_in_the_readme_compiles():
+    need_toolchain()
+    (block,) = re.findall(r"^```cpp\n(.*?)^```", (SOURCE / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    source = f'#include "image.h"\n#include "runner.h"\nint main() {{\n{block}}}\n'
+    command = ["c++", "-std=c++20", "-Wall", "-Werror", "-fsyntax-only", "-I", str(SOURCE), "-x", "c++", "-"]
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,37 @@
+// golden.npz: pictures, and PyTorch's answers that an engine is held against before it is trusted.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "bundle.h"
+
+namespace evit {
+
+struct Array {
+  std::vector<std::size_t> shape;
+  std::vector<double> values;
+};
+
+// Reads the float32 and float64 arrays of a file that numpy.savez wrote, and passes over those of other types.
+std::map<std::string, Array> ReadNpz(const Bytes& content, const std::string& where);
+
+struct Golden {
+  int count = 0, channels = 0, height = 0, width = 0, classes = 0;
+  std::vector<float> inputs;      // count × channels × height × width
+  std::vector<double> reference;  // count × classes, in FP64
+  std::vector<double> limits;     // for each picture, the largest error that its logits may have
+};
+
+Golden ReadGolden(const Bytes& content, const std::string& where);
+
+struct Verdict {
+  double error, limit;  // of the picture that comes closest to its limit, or exceeds it most
+  bool passed;
+};
+
+Verdict Compare(const Golden& golden, const std::vector<float>& logits);
+
+}  // namespace evit

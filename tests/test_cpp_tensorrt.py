@@ -5,6 +5,7 @@ is needed is tried where the library is there too. An engine itself is run by no
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,16 +15,14 @@ import pytest
 import torch
 from cpp_example import Result, build, call, change_manifest, compiles, need_toolchain, replace_file
 
-from evit_deploy.bundle import ENGINE
+from evit_deploy.bundle import ENGINE, sha256
 
 RUNTIMES = ("tensorrt", "tensorrt-rtx")
 RECORD = {"version": "9.9.9.9", "gpus": ["sm80"], "driver": None, "precision": "fp32", "plugin": None, "options": {},
           "profiles": [{"minimum": 1, "optimum": 4, "maximum": 8}], "seconds": 1.0}  # fmt: skip
 PLUGIN = """
-#include <cstdint>
+extern "C" const char identity[] = "evit-deploy library: " IDENTITY ";";
 extern "C" const char* evit_plugin_refusal() { return REFUSAL; }
-extern "C" std::int32_t evit_plugin_tensorrt_version() { return VERSION; }
-extern "C" std::int32_t evit_token_reorg_abi() { return ABI; }
 """
 
 
@@ -104,39 +103,56 @@ def test_a_plugin_that_is_not_given_is_not_looked_for(program, engine_bundle, ru
     call(program, engine_bundle).refused(2, "needs the plugin", "--plugin LIBRARY", "ab" * 32)
 
 
-def plugin(folder: Path, version: str = "getInferLibVersion()", abi: int = 1, refusal: str = "nullptr") -> Path:
+def plugin(folder: Path, major: int, abi: int = 1, kind: str = "registers", refusal: str = "nullptr") -> Path:
     library = folder / "plugin.so"
-    source = 'extern "C" int getInferLibVersion();\n' + PLUGIN
-    defined = [f"-DVERSION={version}", f"-DABI={abi}", f"-DREFUSAL={refusal}"]
+    identity = f"kind={kind} version=0.1.0 abi={abi} architectures=80-real,120 tensorrt={major}.1.0"
+    defined = [f'-DIDENTITY="{identity}"', f"-DREFUSAL={refusal}"]
     command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library), *defined]
-    subprocess.run(command, input=source, text=True, check=True)
+    subprocess.run(command, input=PLUGIN, text=True, check=True)
     return library
+
+
+@pytest.fixture
+def major(program) -> int:
+    """Of the library that the program is linked to, as the program says when it meets a plugin for none."""
+    source = '#include <cstdio>\nextern "C" int getInferLibMajorVersion();\n'
+    source += 'int main() { std::printf("%d", getInferLibMajorVersion()); }\n'
+    linked = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True).stdout
+    library = re.search(r"(?:nvinfer|tensorrt_rtx)\S* => (\S+)", linked)
+    assert library is not None
+    asks = program.with_name("asks")
+    compile_ = ["c++", "-x", "c++", "-", "-x", "none", library[1], "-o", str(asks)]
+    subprocess.run(compile_, input=source, text=True, check=True)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(Path(library[1]).parent)}
+    return int(subprocess.run([asks], env=environment, capture_output=True, check=True).stdout)
 
 
 def with_plugin(program: Path, bundle: Path, library: Path) -> Result:
     return call(program, bundle, "--plugin", library)
 
 
-def test_plugins_that_do_not_fit(program, engine_bundle, tmp_path):
-    library = plugin(tmp_path, abi=2)
+def test_plugins_that_do_not_fit(program, engine_bundle, tmp_path, runtime, major):
+    library = plugin(tmp_path, major, abi=2)
     with_plugin(program, engine_bundle, library).refused(2, str(library), "got 2, expected 1")
-    library = plugin(tmp_path, version="80000")
-    with_plugin(program, engine_bundle, library).refused(3, "another TensorRT (got 80000")
-    library = plugin(tmp_path, refusal='"its name is taken"')
-    with_plugin(program, engine_bundle, library).refused(4, "refuses the plugin: its name is taken")
+    library = plugin(tmp_path, 8)
+    with_plugin(program, engine_bundle, library).refused(3, f"another TensorRT (got 8, expected {major})")
+    library = plugin(tmp_path, major, kind="creators")
+    with_plugin(program, engine_bundle, library).refused(2, "not a plugin of evit-deploy that registers itself")
+    library = plugin(tmp_path, major, refusal='"its name is taken"')
+    with_plugin(program, engine_bundle, library).refused(4, "has not taken the plugin: its name is taken")
+    engine(engine_bundle, runtime, plugin="ab" * 32)
+    with_plugin(program, engine_bundle, library).refused(2, "built with another plugin (got SHA-256", "ab" * 32)
     (tmp_path / "text.so").write_text("text")
-    with_plugin(program, engine_bundle, tmp_path / "text.so").refused(2, "text.so", "cannot be loaded")
+    with_plugin(program, engine_bundle, tmp_path / "text.so").refused(2, "text.so", "not a plugin of evit-deploy")
     with_plugin(program, engine_bundle, tmp_path / "absent.so").refused(2, "absent.so", "no such file")
-    library = tmp_path / "empty.so"
-    subprocess.run(["c++", "-shared", "-x", "c++", "/dev/null", "-o", str(library)], check=True)
-    with_plugin(program, engine_bundle, library).refused(2, "not a plugin of evit-deploy", "evit_token_reorg_abi")
+    engine(engine_bundle, runtime)
+    (tmp_path / "text.so").write_bytes(library.read_bytes().replace(b"\x7fELF", b"none", 1))
+    with_plugin(program, engine_bundle, tmp_path / "text.so").refused(2, "text.so", "cannot be loaded")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_a_plugin_that_fits(program, engine_bundle, tmp_path, runtime):
-    library = plugin(tmp_path)
+def test_a_plugin_that_fits(program, engine_bundle, tmp_path, runtime, major):
+    library = plugin(tmp_path, major)
     with_plugin(program, engine_bundle, library).refused(3, "no CUDA device")  # what comes next
-    engine(engine_bundle, runtime, plugin="ab" * 32)
-    result = with_plugin(program, engine_bundle, library)
-    assert result.code == 3
-    assert "not the plugin that the plan was built with" in result.err
+    engine(engine_bundle, runtime, plugin=sha256(library))
+    with_plugin(program, engine_bundle, library).refused(3, "no CUDA device")

@@ -229,42 +229,50 @@ class TensorRtRunner : public Runner {
   std::map<int, Lane> lanes_;
 };
 
-template <typename Function>
-Function Symbol(void* library, const char* name, const std::string& where) {
-  void* const address = dlsym(library, name);
-  if (address == nullptr) {
-    throw Error(Exit::kInput, where, std::string("not a plugin of evit-deploy (it has no ") + name + ")");
+// Makes sure, before any of its code runs, that a library is a plugin for this TensorRT: it says so in one line.
+void CheckIdentity(const Bytes& library, const std::string& where) {
+  constexpr std::string_view kLine = "evit-deploy library: kind=registers ";
+  constexpr std::ptrdiff_t kLongest = 256;
+  const auto line = std::search(library.begin(), library.end(), kLine.begin(), kLine.end());
+  const std::string text(line, line + std::min(kLongest, library.end() - line));
+  int abi = 0, major = 0;
+  if (std::sscanf(text.c_str() + std::min(text.size(), kLine.size()),
+                  "version=%*s abi=%d architectures=%*s tensorrt=%d", &abi, &major) != 2) {
+    throw Error(Exit::kInput, where, "not a plugin of evit-deploy that registers itself",
+                "Give libevit_plugin.so, which evit-deploy plugin build makes.");
   }
-  return reinterpret_cast<Function>(address);
-}
-
-// The library stays loaded: TensorRT's registry refers to what is in it until the program ends.
-void LoadPlugin(const std::string& plugin, const Bundle& bundle) {
-  const std::string where = std::filesystem::absolute(plugin).string();  // or dlopen would search for a bare name
-  const std::string hash = Sha256(ReadFile(where));
-  if (bundle.engine->plugin && *bundle.engine->plugin != hash) {
-    std::cerr << "evit_example: " << where << ": not the plugin that the plan was built with; the check will tell.\n";
-  }
-  void* const library = dlopen(where.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) {
-    throw Error(Exit::kInput, where, std::string("the plugin library cannot be loaded (") + dlerror() + ")",
-                "Build it for this TensorRT.");
-  }
-  const auto abi = Symbol<std::int32_t (*)()>(library, "evit_token_reorg_abi", where)();
   if (abi != kPluginAbi) {
     throw Error(
         Exit::kInput, where,
         "a plugin of another version (got " + std::to_string(abi) + ", expected " + std::to_string(kPluginAbi) + ")");
   }
-  const auto version = Symbol<std::int32_t (*)()>(library, "evit_plugin_tensorrt_version", where)();
-  if (version / 10000 != getInferLibVersion() / 10000) {
+  if (major != getInferLibMajorVersion()) {
     throw Error(Exit::kEnvironment, where,
-                "the plugin was built for another TensorRT (got " + std::to_string(version) + ", expected " +
-                    std::to_string(getInferLibVersion()) + ")",
+                "the plugin was built for another TensorRT (got " + std::to_string(major) + ", expected " +
+                    std::to_string(getInferLibMajorVersion()) + ")",
                 "Build it for this one.");
   }
-  const char* const refusal = Symbol<const char* (*)()>(library, "evit_plugin_refusal", where)();
-  if (refusal != nullptr) throw Error(Exit::kStage, where, std::string("TensorRT refuses the plugin: ") + refusal);
+}
+
+// The library stays loaded: TensorRT's registry refers to what is in it until the program ends.
+void LoadPlugin(const std::string& plugin, const Bundle& bundle) {
+  const std::string where = std::filesystem::absolute(plugin).string();  // or dlopen would search for a bare name
+  const Bytes content = ReadFile(where);
+  CheckIdentity(content, where);
+  if (const std::string hash = Sha256(content); bundle.engine->plugin && *bundle.engine->plugin != hash) {
+    throw Error(
+        Exit::kInput, where,
+        "the plan was built with another plugin (got SHA-256 " + hash + ", expected " + *bundle.engine->plugin + ")",
+        "Give that one, or convert again with this one.");
+  }
+  void* const library = dlopen(where.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) {
+    throw Error(Exit::kInput, where, std::string("the plugin library cannot be loaded (") + dlerror() + ")",
+                "Build it on this machine: evit-deploy plugin build.");
+  }
+  const auto refusal = reinterpret_cast<const char* (*)()>(dlsym(library, "evit_plugin_refusal"));
+  const char* const words = refusal == nullptr ? "it does not say whether it registered" : refusal();
+  if (words != nullptr) throw Error(Exit::kStage, where, std::string("TensorRT has not taken the plugin: ") + words);
 }
 
 std::string GpuHere() {

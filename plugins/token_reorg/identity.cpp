@@ -6,9 +6,9 @@
 
 namespace {
 // kind: kernel, host, registers, creators. architectures: CUDA's. tensorrt: of the headers it was built with, or none.
-const char kIdentity[] = "evit-deploy library: kind=" EVIT_KIND " version=" EVIT_VERSION
-                         " abi=" EVIT_TEXT(EVIT_TOKEN_REORG_ABI) " architectures=" EVIT_ARCHITECTURES
-                         " tensorrt=" EVIT_TENSORRT_VERSION ";";
+const char kIdentity[] =
+    "evit-deploy library: kind=" EVIT_KIND " version=" EVIT_VERSION
+    " abi=" EVIT_TEXT(EVIT_TOKEN_REORG_ABI) " architectures=" EVIT_ARCHITECTURES " tensorrt=" EVIT_TENSORRT_VERSION ";";
 }  // namespace
 
 extern "C" EVIT_EXPORT const char* evit_library_identity(void) { return kIdentity; }

@@ -17,7 +17,6 @@
 #include "token_reorg.h"
 
 #if defined(__CUDACC__)
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define EVIT_HOST_DEVICE __host__ __device__
 #define EVIT_UNROLL _Pragma("unroll")
@@ -129,8 +128,9 @@ EVIT_HOST_DEVICE inline int sorted_length(int candidates) {
 
 // The scratch memory holds the keys while candidates are ranked and the partial sums afterwards.
 EVIT_HOST_DEVICE inline int scratch_bytes(const EvitTokenReorgCall& call, int lanes, int width) {
-  const int keys = call.candidates <= kCountingLimit ? divide_up(call.candidates, 4) * 16
-                                                     : sorted_length(call.candidates) * static_cast<int>(sizeof(uint64_t));
+  const int keys = call.candidates <= kCountingLimit
+                       ? divide_up(call.candidates, 4) * 16
+                       : sorted_length(call.candidates) * static_cast<int>(sizeof(uint64_t));
   const int sums = call.fuse ? kRowGroups * lanes * width * static_cast<int>(sizeof(float)) : 0;
   return keys > sums ? keys : sums;
 }
@@ -182,7 +182,8 @@ EVIT_HOST_DEVICE void rank_by_sorting(const Team& team, const float* scores, int
                                       Place place) {
   const int length = sorted_length(candidates);
   for (int i = team.rank(); i < length; i += team.size())  // rising order: the highest score, then the lowest index
-    keys[i] = i < candidates ? static_cast<uint64_t>(~key_of(scores[i])) << 32 | static_cast<uint32_t>(i) : ~uint64_t{0};
+    keys[i] =
+        i < candidates ? static_cast<uint64_t>(~key_of(scores[i])) << 32 | static_cast<uint32_t>(i) : ~uint64_t{0};
   team.barrier();
   for (int run = 2; run <= length; run *= 2) {
     for (int distance = run / 2; distance > 0; distance /= 2) {

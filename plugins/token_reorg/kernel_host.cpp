@@ -76,7 +76,8 @@ int32_t evit_token_reorg_on_host(const EvitTokenReorgCall* call, int32_t threads
   if (lanes < 0 || lanes > evit::kMaxLanes || (lanes & (lanes - 1)) != 0)
     return evit::refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: lanes is %d, expected a power of two up to %d",
                         lanes, evit::kMaxLanes);
-  if (tiles < 0) return evit::refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: tiles is %d, expected 0 or more", tiles);
+  if (tiles < 0)
+    return evit::refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: tiles is %d, expected 0 or more", tiles);
   switch (call->dtype) {
     case EVIT_FP32:
       evit::run<float>(*call, threads, lanes, tiles);

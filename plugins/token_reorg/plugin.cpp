@@ -196,17 +196,20 @@ int32_t TokenReorgPlugin::enqueue(const nvinfer1::PluginTensorDesc* in, const nv
 // Whether x [B, prefix + N, C] and scores [B, N] go together; -1 stands for a size not known yet.
 bool TokenReorgPlugin::fits(const Dims& x, const Dims& scores) const noexcept {
   if (x.nbDims != 3 || scores.nbDims != 2) {
-    report("x with %d and scores with %d dimensions, expected [batch, prefix + candidates, channels] and "
-           "[batch, candidates]", x.nbDims, scores.nbDims);
+    report(
+        "x with %d and scores with %d dimensions, expected [batch, prefix + candidates, channels] and "
+        "[batch, candidates]",
+        x.nbDims, scores.nbDims);
     return false;
   }
   const auto differ = [](int64_t a, int64_t b) { return a >= 0 && b >= 0 && a != b; };
   const int64_t tokens = x.d[1] < 0 ? -1 : x.d[1] - attributes_.prefix;
   if ((x.d[1] >= 0 && tokens < 0) || differ(x.d[0], scores.d[0]) || differ(tokens, scores.d[1])) {
-    report("x [%lld, %lld, %lld] and scores [%lld, %lld] do not go together, expected [batch, %d + candidates, channels] "
-           "and [batch, candidates]", static_cast<long long>(x.d[0]), static_cast<long long>(x.d[1]),
-           static_cast<long long>(x.d[2]), static_cast<long long>(scores.d[0]), static_cast<long long>(scores.d[1]),
-           attributes_.prefix);
+    report(
+        "x [%lld, %lld, %lld] and scores [%lld, %lld] do not go together, expected [batch, %d + candidates, channels] "
+        "and [batch, candidates]",
+        static_cast<long long>(x.d[0]), static_cast<long long>(x.d[1]), static_cast<long long>(x.d[2]),
+        static_cast<long long>(scores.d[0]), static_cast<long long>(scores.d[1]), attributes_.prefix);
     return false;
   }
   const int64_t candidates = scores.d[1] >= 0 ? scores.d[1] : tokens;

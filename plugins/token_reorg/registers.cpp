@@ -33,13 +33,17 @@ evit::TokenReorgCreator& creator() noexcept {
 
 // Enters the creator in TensorRT's registry, or says in `refusal` why it did not.
 void enter() noexcept {
-  const auto refuse = [](const char* format, auto... values) { std::snprintf(refusal, sizeof refusal, format, values...); };
+  const auto refuse = [](const char* format, auto... values) {
+    std::snprintf(refusal, sizeof refusal, format, values...);
+  };
   void* library = tensorrt_in_process(NV_TENSORRT_MAJOR);
   if (library == nullptr) {
     for (int major = kOldestMajor; major <= kNewestMajor; ++major) {
       if (tensorrt_in_process(major) == nullptr) continue;
-      return refuse("the library was built for TensorRT %d, this process has TensorRT %d: build it against that one's "
-                    "headers", NV_TENSORRT_MAJOR, major);
+      return refuse(
+          "the library was built for TensorRT %d, this process has TensorRT %d: build it against that one's "
+          "headers",
+          NV_TENSORRT_MAJOR, major);
     }
     return refuse("TensorRT (libnvinfer.so.%d) is not in this process: load it first", NV_TENSORRT_MAJOR);
   }

@@ -114,7 +114,8 @@ int main() {
     const int32_t status = evit_token_reorg(&call, nullptr, message, sizeof message);
     Buffer::check(cudaDeviceSynchronize());
 #else
-    const int32_t status = evit_token_reorg_on_host(&call, header.threads, header.lanes, header.tiles, message, sizeof message);
+    const int32_t status =
+        evit_token_reorg_on_host(&call, header.threads, header.lanes, header.tiles, message, sizeof message);
 #endif
     write_all(&status, sizeof status);
     if (status == EVIT_OK) {

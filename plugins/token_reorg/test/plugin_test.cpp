@@ -89,8 +89,7 @@ using Plugin = std::unique_ptr<nvinfer1::IPluginV3>;
 
 evit::TokenReorgCreator creator;
 
-Plugin create(const std::vector<PluginField>& list,
-              nvinfer1::TensorRTPhase phase = nvinfer1::TensorRTPhase::kBUILD) {
+Plugin create(const std::vector<PluginField>& list, nvinfer1::TensorRTPhase phase = nvinfer1::TensorRTPhase::kBUILD) {
   const Fields fields(list);
   return Plugin(creator.createPlugin("reorg", &fields.collection, phase));
 }

@@ -1,5 +1,6 @@
 """The TensorRT plugin: compiled against TensorRT's headers, driven by its C++ tests, and said what it is."""
 
+import re
 import subprocess
 
 import plugin_builds
@@ -17,7 +18,8 @@ def test_the_plugin_compiles_and_passes_its_own_tests():
         ["ctest", "--test-dir", str(folder.parent), "--output-on-failure"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "100% tests passed, 0 tests failed out of 6" in done.stdout
+    assert "100% tests passed" in done.stdout
+    assert {"plugin", "registers", "creators", "another_tensorrt"} <= set(re.findall(r"#\d+: (\w+) ", done.stdout))
     for name, kind in (("evit_plugin", "registers"), ("evit_plugin_creators", "creators")):
         identity = read_identity(folder / f"lib{name}.so")
         assert (identity.kind, identity.architectures) == (kind, ("80",))

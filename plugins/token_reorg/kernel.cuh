@@ -215,15 +215,15 @@ EVIT_HOST_DEVICE void token_reorg(const Team& team, const EvitTokenReorgCall& ca
   using Access = Pack<T, kWidth>;
   const int rows = call.prefix + call.candidates;
   const int rows_out = call.prefix + call.keep + call.fuse;
-  const int64_t stride = call.channels;
-  const float* scores = call.scores + static_cast<int64_t>(image) * call.candidates;
-  const T* x = static_cast<const T*>(call.x) + image * rows * stride;
-  T* y = static_cast<T*>(call.y) + image * rows_out * stride;
+  const int64_t stride = call.channels, before = image;  // images in front of this one; in 64 bits, as all offsets
+  const float* scores = call.scores + before * call.candidates;
+  const T* x = static_cast<const T*>(call.x) + before * rows * stride;
+  T* y = static_cast<T*>(call.y) + before * rows_out * stride;
 
   const auto place = [&](int candidate, int rank) {
     const bool kept = rank < call.keep;
     places[candidate] = static_cast<int16_t>(kept ? rank : -1);
-    if (kept && tile == 0) call.idx[static_cast<int64_t>(image) * call.keep + rank] = candidate;
+    if (kept && tile == 0) call.idx[before * call.keep + rank] = candidate;
   };
   if (call.candidates <= kCountingLimit)
     rank_by_counting(team, scores, call.candidates, reinterpret_cast<Keys*>(scratch), place);

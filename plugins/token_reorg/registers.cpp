@@ -1,6 +1,7 @@
 // The library that registers its plugin when it is loaded: for Triton, trtexec --staticPlugins, polygraphy, ONNX
 // Runtime and dlopen. It links to no TensorRT: it enters itself in the one that the process has already, also where
-// that was loaded out of sight of other libraries (RTLD_LOCAL: Triton, and Python's packages).
+// that was loaded out of sight of other libraries (RTLD_LOCAL: Triton, and Python's packages), or in the one that the
+// loader finds.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -15,10 +16,10 @@ char refusal[256] = "its initialisation did not run";
 // Numbers of TensorRT's releases that may be in a process, to say which one is.
 constexpr int kOldestMajor = 8, kNewestMajor = 19;
 
-void* tensorrt_in_process(int major) noexcept {
+void* open_tensorrt(int major, int flags) noexcept {
   char name[32];
   std::snprintf(name, sizeof name, "libnvinfer.so.%d", major);
-  return dlopen(name, RTLD_NOW | RTLD_NOLOAD);
+  return dlopen(name, RTLD_NOW | flags);
 }
 
 template <class Function>
@@ -36,17 +37,18 @@ void enter() noexcept {
   const auto refuse = [](const char* format, auto... values) {
     std::snprintf(refusal, sizeof refusal, format, values...);
   };
-  void* library = tensorrt_in_process(NV_TENSORRT_MAJOR);
-  if (library == nullptr) {
-    for (int major = kOldestMajor; major <= kNewestMajor; ++major) {
-      if (tensorrt_in_process(major) == nullptr) continue;
-      return refuse(
-          "the library was built for TensorRT %d, this process has TensorRT %d: build it against that one's "
-          "headers",
-          NV_TENSORRT_MAJOR, major);
-    }
-    return refuse("TensorRT (libnvinfer.so.%d) is not in this process: load it first", NV_TENSORRT_MAJOR);
+  void* library = open_tensorrt(NV_TENSORRT_MAJOR, RTLD_NOLOAD);
+  for (int major = kOldestMajor; library == nullptr && major <= kNewestMajor; ++major) {
+    if (open_tensorrt(major, RTLD_NOLOAD) == nullptr) continue;
+    return refuse("the library was built for TensorRT %d, this process has TensorRT %d", NV_TENSORRT_MAJOR, major);
   }
+  // Polygraphy loads plugins first. What the loader finds is what the process will have, as if we were linked to it.
+  if (library == nullptr) library = open_tensorrt(NV_TENSORRT_MAJOR, RTLD_LOCAL);
+  if (library == nullptr)
+    return refuse(
+        "TensorRT (libnvinfer.so.%d) is not in this process and was not found: load it first, or name its "
+        "folder in LD_LIBRARY_PATH",
+        NV_TENSORRT_MAJOR);
   const auto get_registry = symbol<nvinfer1::IPluginRegistry*()>(library, "getPluginRegistry");
   nvinfer1::IPluginRegistry* registry = get_registry == nullptr ? nullptr : get_registry();
   if (registry == nullptr) return refuse("libnvinfer.so.%d has no plugin registry", NV_TENSORRT_MAJOR);

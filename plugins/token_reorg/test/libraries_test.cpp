@@ -2,7 +2,8 @@
 //
 //   libraries_test registers LIBRARY TENSORRT   TensorRT is in the process, out of sight (RTLD_LOCAL)
 //   libraries_test twice LIBRARY TENSORRT COPY  a copy of the library has registered already
-//   libraries_test alone LIBRARY                there is no TensorRT
+//   libraries_test alone LIBRARY                there is no TensorRT in the process, nor where the loader looks
+//   libraries_test found LIBRARY                there is none in the process, and the loader finds it
 //   libraries_test other LIBRARY TENSORRT       TensorRT is there in another major version
 //   libraries_test creators LIBRARY             what IPluginRegistry::loadLibrary does
 #include <NvInferRuntime.h>
@@ -98,7 +99,13 @@ int main(int count, char** arguments) {
     check_plugin(registry->getCreator("TokenReorg", "1", "evit"));
   } else if (what == "alone") {
     const char* refusal = refusal_of(load(arguments[2]));
-    CHECK(refusal != nullptr && std::strstr(refusal, "is not in this process: load it first") != nullptr);
+    CHECK(refusal != nullptr && std::strstr(refusal, "is not in this process and was not found") != nullptr);
+  } else if (what == "found") {
+    void* library = load(arguments[2]);
+    CHECK(refusal_of(library) == nullptr);
+    const std::string name = "libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR);
+    auto* registry = symbol<nvinfer1::IPluginRegistry*()>(load(name.c_str()), "getPluginRegistry")();
+    check_plugin(registry->getCreator("TokenReorg", "1", "evit"));
   } else if (what == "other") {
     load(arguments[3]);
     const char* refusal = refusal_of(load(arguments[2]));

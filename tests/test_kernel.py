@@ -198,6 +198,17 @@ def test_no_images_is_no_work():
     assert idx.shape == (0, 2)
 
 
+@pytest.mark.cpp
+def test_the_page_s_example_runs(tmp_path, monkeypatch):
+    page = (plugin_builds.PLUGINS.parent / "docs" / "plugin.md").read_text()
+    (block,) = [text for text in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M) if "TokenReorgKernel" in text]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "libevit_token_reorg.so").symlink_to(plugin_builds.host_library())
+    names = {"x": torch.rand(2, 197, 384), "scores": torch.rand(2, 196)}
+    exec(block, names)
+    assert names["y"].shape == (2, 140, 384)
+
+
 # ---- refusals
 
 

@@ -61,10 +61,12 @@ def build_plugin(
         The folder with the libraries.
 
     Raises:
-        InputError: An architecture or the root is none.
+        InputError: An architecture or a folder is none.
         MissingRequirement: A compiler or TensorRT's headers are missing.
         StageError: It does not compile, or its tests fail.
     """
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError("this is a file", where=f"--out {out}", wanted="a folder for the libraries")
     for tool, fix in _TOOLS.items():
         if shutil.which(tool) is None:
             raise MissingRequirement(f"{tool} was not found", where="plugin build", fix=fix)

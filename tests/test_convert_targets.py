@@ -206,7 +206,7 @@ def test_an_engine_for_elsewhere_is_verified_by_what_is_here(cli, engine_bundle)
         ([*RTX, "--optimization-level", "9"], ["--optimization-level", "got 9", "0 to 5"]),
         ([*RTX, "--precision", "fp64"], ["--precision", "'fp64'"]),
         ([*RTX, "--precision", "fp8", "--calibration", "{folder}"], ["--precision", "sm80 cannot compute in fp8"]),
-        ([*RTX, "--plugin", "no.so"], ["--plugin", "no.so"]),
+        ([*RTX, "--plugin", "no.so"], ["no.so", "no library can be read there"]),
         ([*RTX, "--precision", "int8"], ["int8 needs real images", "--calibration"]),
         (["--target", "torch-tensorrt", "--precision", "int8", "--calibration", "{folder}"], ["does not quantise"]),
         (["--precision", "int8", "--calibration", "{folder}/absent"], ["absent", "no such folder"]),

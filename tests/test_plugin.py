@@ -209,6 +209,7 @@ def test_a_library_that_crashes_is_told(tmp_path):
     ("arguments", "code", "words"),
     [
         (["build", "--tensorrt-root", "/nowhere"], 2, "expected include/NvInferRuntime.h"),
+        (["build", "--out", __file__], 2, "this is a file (expected a folder for the libraries)"),
         (["build", "--architectures", "hopper"], 2, "--architectures: not a CUDA architecture (got 'hopper'"),
         (["build", "--architectures", ""], 2, "not a CUDA architecture (got ''"),
         (["build", "--architectures", "9000"], 2, "not a CUDA architecture (got '9000'"),

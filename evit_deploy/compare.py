@@ -43,7 +43,7 @@ def finetuned_name(spec: TokenSpec) -> str:
 
 
 def compare(
-    dense: nn.Module,
+    dense: nn.Module | None,
     evit: nn.Module,
     data: TrainingData,
     section: CompareSection | None = None,
@@ -56,7 +56,7 @@ def compare(
     beside a dense model that was trained as much longer.
 
     Args:
-        dense: The dense model; left dense.
+        dense: The dense model; left dense. ``None`` where the reduced one started from nothing.
         evit: The fine-tuned model; its token spec is that of the table.
         data: Where the images come from.
         section: Which rows to add; by default all that a recipe has by default.
@@ -71,7 +71,9 @@ def compare(
         for method in methods:
             reduced = with_method(msgspec.structs.replace(spec, keep_rate=rate), method)
             specs.append((reduced, f"{method} {rate_text(rate)}, not fine-tuned"))
-    rows = []
+    rows: list[AccuracyRow] = []
+    if dense is None:
+        return [_row(finetuned_name(spec), evit, data, batch_size, progress)]
     for reduced, name in specs:
         reduce_tokens_(dense, reduced)
         rows.append(_row(name, dense, data, batch_size, progress))

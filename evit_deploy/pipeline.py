@@ -137,6 +137,7 @@ def train_stage(
     out: Path,
     *,
     force: bool = False,
+    resume: bool = False,
     progress: Tell = lambda text: None,
     notice: Tell = lambda text: None,
 ) -> Report:
@@ -146,6 +147,7 @@ def train_stage(
         recipe: What to do.
         out: Folder for ``dense.safetensors`` and ``evit.safetensors``.
         force: Whether to train again what is up to date, and to replace checkpoints of unknown origin.
+        resume: Whether to go on from where a run of the same recipe was interrupted.
         progress: Told what is being done.
         notice: Told what the user should know.
 
@@ -158,6 +160,7 @@ def train_stage(
         StageError: Training failed.
     """
     from evit_deploy.train import DENSE, EVIT, train
+    from evit_deploy.training_state import state_path
 
     records = {} if force else _read_records(out)
     dense_key = _key("dense", recipe.model, recipe.data, recipe.dense, recipe.seed, _file_hash(recipe.model.checkpoint))
@@ -173,7 +176,10 @@ def train_stage(
     if recipe.dense is not None and _fresh(records.get("dense"), dense_key, out):
         notice(f"up to date: {out / DENSE}")
         todo = msgspec.structs.replace(recipe, dense=None, model=ModelSection(checkpoint=str(out / DENSE)))
-    result = train(todo, out, progress=progress, notice=notice)
+    if force:
+        for stage in ("dense", "finetune"):
+            state_path(out, stage).unlink(missing_ok=True)
+    result = train(todo, out, resume=resume, progress=progress, notice=notice)
     notes = (_DIGITS_NOTE,) if recipe.data.name == "digits" else ()
     report = result.report + Report(notes=notes)
     records = {

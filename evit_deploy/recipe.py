@@ -36,14 +36,19 @@ class ModelSection(_Section, frozen=True, kw_only=True):
     """Further arguments of ``timm.create_model`` (patch_size, embed_dim, depth, num_heads, mlp_ratio, ...)."""
     image_size: Annotated[int, Meta(ge=1)] | None = None
     """Side of the square input in pixels; ``null`` is the model's own."""
+    pretrained: bool = True
+    """Without a checkpoint and without a ``dense`` section: whether to start from timm's pretrained weights. ``false``
+    trains the model with its tokens reduced from scratch."""
     init: Literal["timm", "scaled"] = "timm"
     """First weights of a model trained from scratch. ``scaled``: Xavier with smaller residual branches and larger
     position embeddings, which learns several times faster on small data."""
 
     def __post_init__(self) -> None:
+        if not self.pretrained and (self.checkpoint is not None or self.name is None):
+            raise RecipeError("from scratch takes a name and no checkpoint", where="model.pretrained", seen=False)
         for key in ("num_classes", "pretrained", "img_size", "global_pool"):
             if key in self.args:
-                reason = {"num_classes": "the data decides it", "pretrained": "it follows from 'dense'"}.get(key)
+                reason = {"num_classes": "the data decides it", "pretrained": "it is model.pretrained"}.get(key)
                 reason = reason or ("use image_size" if key == "img_size" else "the score needs the class token")
                 raise RecipeError(f"{key} is not set here: {reason}", where="model.args")
 
@@ -95,12 +100,16 @@ class TrainSection(_Section, frozen=True, kw_only=True):
     epochs: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     """Length in passes over the training images; incomplete batches are left out."""
     batch_size: Annotated[int, Meta(ge=2)] = 64
-    """Images a step; even where mixup or CutMix is on."""
+    """Images at a time in every process; even where mixup or CutMix is on."""
+    accumulate: Count = 1
+    """Batches whose gradients are added up to one step: a step has processes × accumulate × batch_size images."""
+    processes: Count | None = None
+    """Processes (GPUs) that the recipe was written for; another number is told, with what makes up for it."""
     learning_rate: Annotated[float, Meta(gt=0, le=1e3)]
     """Highest learning rate, reached after the warm-up."""
     learning_rate_batch: Count | None = None
-    """Batch size that ``learning_rate`` is meant for: it is scaled by batch_size / learning_rate_batch. ``null``: used
-    as it is."""
+    """Images a step that ``learning_rate`` is meant for: it is scaled by the step's images over this number. ``null``:
+    used as it is."""
     min_learning_rate: Annotated[float, Meta(ge=0, le=1e3)] = 0.0
     """Learning rate at the end; never scaled."""
     warmup: Share = 0.0
@@ -113,13 +122,27 @@ class TrainSection(_Section, frozen=True, kw_only=True):
     """Largest gradient norm; longer gradients are shortened to it."""
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of each target that is spread over all classes."""
-    keep_rate_schedule: Share = 0.0
-    """Share of the run over which the keep rate moves from 1 to its target by a cosine; 0 is at once. Has no effect
-    where no tokens are reduced."""
+    keep_rate_start: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """Epoch from which the keep rate moves from 1 towards its target, by a cosine. Has no effect where no tokens are
+    reduced."""
+    keep_rate_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """Epochs that this takes; 0 is at once."""
     model_mode: Literal["train", "eval"] = "train"
     """``eval`` trains without dropout and stochastic depth, as the official EViT fine-tune does."""
-    autocast: Literal["none", "bf16"] = "none"
-    """``bf16`` computes matrix products in bfloat16; weights stay float32."""
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    """Computes matrix products in a shorter type; weights stay float32. ``fp16`` scales the loss."""
+    ema: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    """Decay of a running average of the weights, which is evaluated and kept in their place; ``null`` keeps none."""
+    compile: bool = False
+    """Whether to compile the model with ``torch.compile`` while its token counts stand still."""
+    checkpoint_activations: bool = False
+    """Whether to compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    channels_last: bool = False
+    """Whether images and the patch embedding have their channels last in memory."""
+    evaluate_every: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    """Epochs between evaluations, at the keep rate of the moment; ``null`` evaluates at the end."""
+    save_every: Count = 500
+    """Steps between writes of the state that an interrupted run goes on from: the most that is ever lost."""
     threads: Count | None = None
     """CPU threads for PyTorch; ``null`` leaves its own choice."""
 
@@ -127,18 +150,43 @@ class TrainSection(_Section, frozen=True, kw_only=True):
         if (self.steps is None) == (self.epochs is None):
             seen = "neither" if self.steps is None else "both"
             raise RecipeError("the length of the run is not clear", seen=seen, wanted="either steps or epochs")
-        if self.min_learning_rate > self.effective_learning_rate:
+        if self.min_learning_rate > self.effective_learning_rate():
             raise RecipeError(
                 "min_learning_rate is above the highest learning rate",
                 seen=self.min_learning_rate,
-                wanted=f"at most {self.effective_learning_rate:g}",
+                wanted=f"at most {self.effective_learning_rate():g}",
                 fix="Lower it, or raise learning_rate or the batch_size that scales it.",
             )
 
-    @property
-    def effective_learning_rate(self) -> float:
-        """The highest learning rate after scaling to the batch size."""
-        return self.learning_rate * self.batch_size / (self.learning_rate_batch or self.batch_size)
+    def images_per_step(self, world: int = 1) -> int:
+        """Images of one optimiser step, over all processes."""
+        return self.batch_size * self.accumulate * world
+
+    def effective_learning_rate(self, world: int = 1) -> float:
+        """The highest learning rate after scaling to the images of a step."""
+        images = self.images_per_step(world)
+        return self.learning_rate * images / (self.learning_rate_batch or images)
+
+
+class TeacherSection(_Section, frozen=True, kw_only=True):
+    """A trained model that the student is to agree with (DeiT, section 4)."""
+
+    name: str | None = None
+    """timm name; needed without a checkpoint, and decides where a checkpoint fits several models."""
+    checkpoint: str | None = None
+    """Checkpoint file; ``null`` takes timm's pretrained weights."""
+    kind: Literal["logits", "token"] = "logits"
+    """``logits``: the student's logits follow the teacher's. ``token``: those of its distillation token do."""
+    hard: bool = False
+    """Whether a ``token`` student learns the teacher's decision instead of its probabilities."""
+    weight: Share = 0.5
+    """Share of the teacher in the loss."""
+    temperature: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    """Both sides' logits are divided by it."""
+
+    def __post_init__(self) -> None:
+        if self.name is None and self.checkpoint is None:
+            raise RecipeError("no teacher given", where="teacher", wanted="a name, a checkpoint or both")
 
 
 class CompareSection(_Section, frozen=True, kw_only=True):
@@ -206,6 +254,11 @@ class Recipe(_Section, frozen=True, kw_only=True):
     """How tokens are reduced: keep_rate, locations, fuse, method, options."""
     finetune: TrainSection
     """Training of the model with its tokens reduced."""
+    teacher: TeacherSection | None = None
+    """Whom the model with its tokens reduced learns from, beside the labels."""
+    published: dict[str, float] = {}
+    """What the paper reports for this recipe: ``table``, ``top1``, ``top5`` (percent) and others; printed beside the
+    result."""
     compare: CompareSection = CompareSection()
     """What the result is compared with."""
     expect: ExpectSection = ExpectSection()
@@ -214,6 +267,11 @@ class Recipe(_Section, frozen=True, kw_only=True):
     """What the result is turned into."""
     profile: ProfileSection = ProfileSection()
     """How speed is measured."""
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether the model with its tokens reduced starts from trained dense weights (the paper's oracle)."""
+        return self.dense is not None or self.model.checkpoint is not None or self.model.pretrained
 
     def __post_init__(self) -> None:
         data = self.data

@@ -1,5 +1,6 @@
 """What ``fit`` and ``evaluate`` draw their batches from: the digits in memory, or folders of images."""
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -28,7 +29,9 @@ class TrainingData(Protocol):
         """Whole batches in one pass."""
         ...
 
-    def training(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def training(
+        self, batch_size: int, seed: int, *, rank: int = 0, world: int = 1, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless: images float32 ``[B, 3, H, W]`` and targets, int64 ``[B]`` or probabilities ``[B, classes]``."""
         ...
 
@@ -69,15 +72,21 @@ class DigitsData:
         """See :class:`TrainingData`."""
         return _whole_batches(len(self._train[0]), batch_size)
 
-    def training(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def training(
+        self, batch_size: int, seed: int, *, rank: int = 0, world: int = 1, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """See :class:`TrainingData`."""
-        generator = torch.Generator().manual_seed(seed)
         images, labels = self._train
-        steps = self.steps_per_epoch(batch_size)
-        while True:
-            order = torch.randperm(len(images), generator=generator)[: steps * batch_size]
-            for chosen in order.split(batch_size):
-                yield augment(images[chosen], self._section, generator, self._background), labels[chosen]
+        whole = batch_size * world
+        steps = self.steps_per_epoch(whole)
+        for batch in itertools.count(start):
+            epoch, place = divmod(batch, steps)
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed + 7919 * epoch))
+            chosen = order[place * whole : (place + 1) * whole]
+            generator = torch.Generator().manual_seed(seed + 104729 * batch)
+            varied = augment(images[chosen], self._section, generator, self._background)
+            own = slice(rank * batch_size, (rank + 1) * batch_size)
+            yield varied[own], labels[chosen][own]
 
     def validation(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See :class:`TrainingData`."""
@@ -147,7 +156,9 @@ class FolderData:
         """See :class:`TrainingData`."""
         return _whole_batches(len(self._train), batch_size)
 
-    def training(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def training(
+        self, batch_size: int, seed: int, *, rank: int = 0, world: int = 1, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """See :class:`TrainingData`."""
         section = self._section
         self.steps_per_epoch(batch_size)

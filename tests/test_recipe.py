@@ -148,8 +148,8 @@ def test_bytes_missing_files_and_folders_are_refused(tmp_path):
 
 def test_learning_rate_is_scaled_only_where_asked():
     plain = TrainSection(steps=1, learning_rate=2e-5, batch_size=256)
-    assert plain.effective_learning_rate == 2e-5
-    assert msgspec.structs.replace(plain, learning_rate_batch=512).effective_learning_rate == 1e-5
+    assert plain.effective_learning_rate() == 2e-5
+    assert msgspec.structs.replace(plain, learning_rate_batch=512).effective_learning_rate() == 1e-5
 
 
 def test_schema_documents_every_field():

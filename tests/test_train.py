@@ -17,10 +17,13 @@ from evit_deploy.compare import compare, evaluate
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import InputError, RecipeError, StageError
 from evit_deploy.recipe import CompareSection, DataSection, ModelSection, Recipe, TrainSection
+from evit_deploy.schedules import learning_rate
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
-from evit_deploy.train import fit, learning_rate, parameter_groups, scaled_init_, setup, train
+from evit_deploy.train import fit, train
 from evit_deploy.training_data import open_data
+from evit_deploy.training_run import TrainingRun
+from evit_deploy.training_setup import scaled_init_, setup
 
 SPEC = TokenSpec(keep_rate=0.5, locations=(1, 2))
 TINY = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio": 2}
@@ -46,8 +49,8 @@ class FixedBatch:
     def steps_per_epoch(self, batch_size):
         return 3
 
-    def training(self, batch_size, seed):
-        for step in itertools.count():
+    def training(self, batch_size, seed, *, rank=0, world=1, start=0):
+        for step in itertools.count(start):
             bad = self.poison is not None and step >= self.poison
             yield self.images * (math.nan if bad else 1.0), self.labels
 
@@ -60,7 +63,7 @@ def section(**changes):
 
 
 def recipe(**changes):
-    run = TrainSection(steps=3, batch_size=16, learning_rate=1e-3, keep_rate_schedule=0.5)
+    run = TrainSection(steps=3, batch_size=16, learning_rate=1e-3, keep_rate_epochs=0.1)
     base = {
         "name": "tiny",
         "model": ModelSection(name="deit_tiny_patch16_224", image_size=16, args=TINY, init="scaled"),
@@ -78,7 +81,7 @@ def recipe(**changes):
 def test_fit_learns_a_fixed_batch_and_leaves_keys_and_plan_as_asked(mode, autocast):
     model = reduce_tokens_(tiny(), SPEC)
     keys, wanted = list(model.state_dict()), token_plan(model)
-    run = section(steps=40, clip=1.0, keep_rate_schedule=1.0, model_mode=mode, autocast=autocast)
+    run = section(steps=40, clip=1.0, keep_rate_epochs=40 / 3, model_mode=mode, autocast=autocast)
     losses = fit(model, FixedBatch(), run)
     assert len(losses) == 40
     assert losses[-1] < 0.5 * losses[0]
@@ -93,7 +96,7 @@ def test_keep_rate_moves_from_one_to_the_target():
     model = reduce_tokens_(tiny(), SPEC)
     seen = []
     model.patch_embed.register_forward_hook(lambda *_: seen.append(token_plan(model).blocks[-1].tokens_out))
-    fit(model, FixedBatch(), section(steps=10, keep_rate_schedule=0.5))
+    fit(model, FixedBatch(), section(steps=10, keep_rate_epochs=5 / 3))
     reduced = token_plan(model).blocks[-1].tokens_out
     assert seen[0] == 17  # class token and 16 patches: nothing is dropped yet
     assert sorted(seen, reverse=True) == seen
@@ -174,14 +177,15 @@ def test_clip_shortens_the_gradient():
 def test_decay_spares_biases_norms_positions_and_prefix_tokens():
     model = timm.create_model("deit_tiny_distilled_patch16_224", depth=1, embed_dim=24, num_heads=2)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, free = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.05))
+    groups = TrainingRun(model, section(weight_decay=0.05)).optimizer.param_groups
+    free, decayed = ({names[id(p)] for p in group["params"]} for group in groups)
     assert decayed | free == set(names.values())
     assert {"cls_token", "dist_token", "pos_embed", "norm.weight", "head.bias", "blocks.0.norm1.weight"} <= free
     weights = {"patch_embed.proj", "head", "head_dist"} | {
         f"blocks.0.{layer}" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     }
     assert decayed == {f"{layer}.weight" for layer in weights}
-    assert [group["weight_decay"] for group in parameter_groups(model, 0.05)] == [0.05, 0.0]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.05]
 
 
 def test_scaled_init_makes_the_ends_of_branches_smaller():
@@ -198,9 +202,10 @@ def test_scaled_init_makes_the_ends_of_branches_smaller():
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_rate(step):
     model = reduce_tokens_(tiny(), SPEC)
     wanted = token_plan(model)
-    with pytest.raises(StageError) as error:
-        fit(model, FixedBatch(poison=step), section(keep_rate_schedule=1.0), stage="finetune")
-    assert f"finetune, step {step + 1}" in str(error.value)
+    told = []
+    with pytest.raises(StageError, match="finetune, step 1: the loss is no longer finite") as error:
+        fit(model, FixedBatch(poison=step), section(keep_rate_epochs=8 / 3), stage="finetune", notice=told.append)
+    assert told[-1] == f"finetune: step {step + 1} was not finite; went back to step 1, once"
     assert "learning rate 0.00" in str(error.value)
     assert token_plan(model) == wanted
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
@@ -252,10 +257,8 @@ def test_compare_has_every_row_and_leaves_the_dense_model_dense():
 def test_train_writes_checkpoints_that_read_back(tmp_path):
     told = []
     result = train(recipe(), tmp_path / "new" / "run", notice=told.append, device="cpu")
-    assert sorted(path.name for path in (tmp_path / "new" / "run").iterdir()) == [
-        "dense.safetensors",
-        "evit.safetensors",
-    ]
+    written = sorted(path.name for path in (tmp_path / "new" / "run").iterdir() if path.is_file())
+    assert written == ["dense.csv", "dense.safetensors", "evit.safetensors", "finetune.csv"]
     with safe_open(result.checkpoint, "pt") as file:
         own = json.loads(file.metadata()["evit_deploy"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
@@ -316,14 +319,17 @@ def test_a_run_that_breaks_off_leaves_no_result_behind(tmp_path, monkeypatch):
     def poisoned(*arguments):
         data = open_data(*arguments)
         batches = data.training
-        data.training = lambda size, seed: ((x * (math.nan if seed else 1), y) for x, y in batches(size, seed))
+        data.training = lambda size, seed, **how: (
+            (x * (math.nan if seed else 1), y) for x, y in batches(size, seed, **how)
+        )
         return data
 
     # Fine-tuning has seed 1, dense training seed 0.
-    monkeypatch.setattr(sys.modules["evit_deploy.train"], "open_data", poisoned)
+    monkeypatch.setattr(sys.modules["evit_deploy.training_setup"], "open_data", poisoned)
     with pytest.raises(StageError, match="finetune, step 1: the loss is no longer finite"):
         train(recipe(), tmp_path, device="cpu")
-    assert [path.name for path in tmp_path.iterdir()] == ["dense.safetensors"]
+    left = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert left == ["dense.csv", "dense.safetensors", "dense.state", "finetune.csv"]
     assert (tmp_path / "dense.safetensors").read_bytes() == before
 
 

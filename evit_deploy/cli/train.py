@@ -11,13 +11,19 @@ from evit_deploy.cli.output import Output, output_options
 @click.command("train", short_help="Fine-tune as a recipe says.")
 @click.argument("recipe", type=PATH)
 @recipe_options
+@click.option("--resume", is_flag=True, help="Go on from where a run of the same recipe was interrupted.")
 @output_options
-def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: bool, output: Output) -> None:
+def command(
+    recipe: Path, overrides: tuple[str, ...], out: Path | None, force: bool, resume: bool, output: Output
+) -> None:
     """Fine-tune as RECIPE says; training that is up to date is not repeated.
 
     \b
     evit-deploy train recipes/finetune.yaml --set model.checkpoint=deit_s.pth --set tokens.keep_rate=0.7
+    accelerate launch -m evit_deploy train recipes/finetune.yaml --set model.checkpoint=deit_s.pth
     """
+    if force and resume:
+        raise click.UsageError("--force begins anew and --resume goes on: give one of them")
     from evit_deploy.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -25,5 +31,5 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: b
     from evit_deploy.train import EVIT
 
     folder = out or Path("runs") / loaded.name
-    report = train_stage(loaded, folder, force=force, progress=output.progress, notice=output.notice)
+    report = train_stage(loaded, folder, force=force, resume=resume, progress=output.progress, notice=output.notice)
     output.result(report, f"\n{folder / EVIT}", checkpoint=str(folder / EVIT))

@@ -159,12 +159,14 @@ def train_stage(
         GateFailed: A model is less accurate than the recipe expects.
         StageError: Training failed.
     """
+    from accelerate import PartialState
+
     from evit_deploy.train import DENSE, EVIT, train
     from evit_deploy.training_state import state_path
 
     records = {} if force else _read_records(out)
     dense_key = _key("dense", recipe.model, recipe.data, recipe.dense, recipe.seed, _file_hash(recipe.model.checkpoint))
-    evit_key = _key(dense_key, recipe.tokens, recipe.finetune, recipe.compare)
+    evit_key = _key(dense_key, recipe.tokens, recipe.finetune, recipe.teacher, recipe.compare)
     record = records.get("evit")
     if _fresh(record, evit_key, out):
         notice(f"up to date: {out / EVIT}")
@@ -182,11 +184,12 @@ def train_stage(
     result = train(todo, out, resume=resume, progress=progress, notice=notice)
     notes = (_DIGITS_NOTE,) if recipe.data.name == "digits" else ()
     report = result.report + Report(notes=notes)
-    records = {
-        "dense": Record(dense_key, {DENSE: bundles.sha256(out / DENSE)}),
-        "evit": Record(evit_key, {EVIT: bundles.sha256(out / EVIT)}, report),
-    }
-    write_atomically(out / RECORD, msgspec.json.format(msgspec.json.encode(records), indent=2))
+    PartialState().wait_for_everyone()  # for the files that the first process writes
+    records = {"evit": Record(evit_key, {EVIT: bundles.sha256(out / EVIT)}, report)}
+    if result.dense is not None:
+        records["dense"] = Record(dense_key, {DENSE: bundles.sha256(out / DENSE)})
+    if PartialState().is_main_process:
+        write_atomically(out / RECORD, msgspec.json.format(msgspec.json.encode(records), indent=2))
     return _expected(recipe, report, out)
 
 

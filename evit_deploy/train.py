@@ -84,7 +84,7 @@ def train(
     out, notice = Path(out), _silent if notice is None else notice
     if out.exists() and not out.is_dir():
         raise InputError("this is a file", where=out, wanted="a folder for the checkpoints")
-    processes = PartialState(cpu=device == "cpu")
+    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     if not processes.is_main_process:
         progress, notice = _silent, _silent
     files = {stage: StateFile(state_path(out, stage), recipe, stage) for stage in ("dense", "finetune")}

@@ -1,5 +1,6 @@
 """``evit-deploy train``."""
 
+import os
 from pathlib import Path
 
 import click
@@ -32,4 +33,6 @@ def command(
 
     folder = out or Path("runs") / loaded.name
     report = train_stage(loaded, folder, force=force, resume=resume, progress=output.progress, notice=output.notice)
+    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one speaks
+        return
     output.result(report, f"\n{folder / EVIT}", checkpoint=str(folder / EVIT))

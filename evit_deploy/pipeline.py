@@ -183,6 +183,7 @@ def train_stage(
             state_path(out, stage).unlink(missing_ok=True)
     result = train(todo, out, resume=resume, progress=progress, notice=notice)
     notes = (_DIGITS_NOTE,) if recipe.data.name == "digits" else ()
+    notes += _published(recipe)
     report = result.report + Report(notes=notes)
     PartialState().wait_for_everyone()  # for the files that the first process writes
     records = {"evit": Record(evit_key, {EVIT: bundles.sha256(out / EVIT)}, report)}
@@ -191,6 +192,30 @@ def train_stage(
     if PartialState().is_main_process:
         write_atomically(out / RECORD, msgspec.json.format(msgspec.json.encode(records), indent=2))
     return _expected(recipe, report, out)
+
+
+def _published(recipe: Recipe) -> tuple[str, ...]:
+    """What the paper reports for this recipe, beside what came out."""
+    if not recipe.published:
+        return ()
+    told = ", ".join(f"{key} {value:g}" for key, value in recipe.published.items() if key != "table")
+    return (f"Published (EViT, table {recipe.published.get('table', 0):g}): {told}.",)
+
+
+def _gained(recipe: Recipe, report: Report) -> list[Check]:
+    """Fine-tuning has to gain accuracy, or at least to lose no more than chance takes: OpenGVLab/DiffRate#5."""
+    from evit_deploy.compare import finetuned_name, rate_text
+
+    rows = {row.name: row for row in report.accuracy}
+    after = rows.get(finetuned_name(recipe.tokens))
+    before = rows.get(f"{recipe.tokens.method} {rate_text(recipe.tokens.keep_rate)}, not fine-tuned")
+    if after is None or before is None:
+        return []
+    # Two standard errors of the difference, as if the images were not the same: too wide rather than too narrow.
+    spread = sum(row.top1 * (1 - row.top1) / row.count for row in (before, after)) ** 0.5
+    limit = before.top1 - 2 * max(spread, 1 / after.count)
+    reason = "fine-tuning lost accuracy: a lower learning_rate, or a shorter run"
+    return [Check("top-1, fine-tuned against not", after.top1, limit, after.top1 >= limit, reason)]
 
 
 def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
@@ -207,7 +232,7 @@ def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
         for row in report.accuracy
         if (limit := wanted.get(row.name)) is not None
     ]
-    report += Report(checks=tuple(checks))
+    report += Report(checks=(*checks, *_gained(recipe, report)))
     if not report.passed:
         first = report.failed[0]
         raise GateFailed(first.name, where=out, seen=f"{first.value:.4f}", wanted=f"at least {first.limit}",

@@ -256,7 +256,7 @@ class Recipe(_Section, frozen=True, kw_only=True):
     """Training of the model with its tokens reduced."""
     teacher: TeacherSection | None = None
     """Whom the model with its tokens reduced learns from, beside the labels."""
-    published: dict[str, float] = {}
+    published: dict[str, float] | None = None
     """What the paper reports for this recipe: ``table``, ``top1``, ``top5`` (percent) and others; printed beside the
     result."""
     compare: CompareSection = CompareSection()

@@ -112,15 +112,38 @@ class _Loader(yaml.SafeLoader):
 
 def _shipped(path: Path) -> Path:
     """Where an installed package keeps its recipes: the messages and pages name them as in a checkout."""
-    if path.exists() or path.parent not in (Path(), Path("recipes")) or path.suffix not in ("", ".yaml"):
+    folders = (Path(), Path("recipes"), Path("paper"), Path("recipes/paper"))
+    if path.exists() or path.parent not in folders or path.suffix not in ("", ".yaml"):
         return path
     package = Path(__file__).parent
     folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package)
-    found = folder / f"{path.stem}.yaml"
+    found = folder / ("paper" if path.parent.name == "paper" else "") / f"{path.stem}.yaml"
     return found if found.is_file() else path
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's mapping, laid over that of the file which it ``extends``, section by section."""
+    document = _read_one(path)
+    if "extends" not in document:
+        return document
+    name = document.pop("extends")
+    if not isinstance(name, str):
+        raise RecipeError("extends is the path of a recipe", where=path, seen=repr(name), wanted="extends: other.yaml")
+    base = path.parent / name
+    if base.resolve() in below:
+        raise RecipeError("recipes extend each other in a circle", where=path, seen=name)
+    return _laid_over(_read_yaml(base, (*below, path.resolve())), document)
+
+
+def _laid_over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _laid_over(merged[key], value) if both else value
+    return merged
+
+
+def _read_one(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

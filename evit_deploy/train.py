@@ -18,13 +18,14 @@ from torch.nn import functional as F
 from evit_deploy.backbones import backbone_of
 from evit_deploy.checkpoint import Checkpoint, build_model, check_model_name, read_checkpoint, save_checkpoint
 from evit_deploy.compare import compare, with_method
+from evit_deploy.curriculum import Curriculum, advance, follow
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import InputError, RecipeError, StageError
 from evit_deploy.recipe import ModelSection, Recipe, TrainSection
 from evit_deploy.report import Report
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
-from evit_deploy.training_data import TrainingData, open_data
+from evit_deploy.training_data import TrainingData, curriculum_of, open_data
 
 DENSE, EVIT = "dense.safetensors", "evit.safetensors"
 
@@ -80,7 +81,10 @@ def train(
 
     if recipe.dense is not None:
         start = time.process_time()
-        fit(model, data, recipe.dense, seed=recipe.seed, stage="dense", progress=progress, notice=notice)
+        fit(
+            model, data, recipe.dense, seed=recipe.seed, stage="dense", progress=progress, notice=notice,
+            curriculum=curriculum_of(data),
+        )  # fmt: skip
         cpu_seconds["dense"] = time.process_time() - start
     evit.unlink(missing_ok=True)  # an earlier run's must not stand beside this run's dense weights
     save_checkpoint(dense, model, checkpoint)
@@ -118,7 +122,7 @@ def setup(recipe: Recipe, notice: Tell | None = None) -> tuple[nn.Module, Checkp
         raise RecipeError("no model given", where="model", fix=fix)
     if section.checkpoint is None and recipe.dense is not None:
         assert section.name is not None
-        model, data = _from_scratch(recipe)
+        model, data = _from_scratch(recipe, notice)
         checkpoint = Checkpoint(section.name, None, {}, section.name, dict(section.args))
     else:
         model, checkpoint, data = _from_checkpoint(recipe, notice)
@@ -139,7 +143,7 @@ def setup(recipe: Recipe, notice: Tell | None = None) -> tuple[nn.Module, Checkp
     return model, checkpoint, data
 
 
-def _from_scratch(recipe: Recipe) -> tuple[nn.Module, TrainingData]:
+def _from_scratch(recipe: Recipe, notice: Tell) -> tuple[nn.Module, TrainingData]:
     import timm
 
     section = recipe.model
@@ -147,7 +151,7 @@ def _from_scratch(recipe: Recipe) -> tuple[nn.Module, TrainingData]:
     check_model_name(section.name, where="model.name")
     cfg = timm.get_pretrained_cfg(section.name)
     preprocess = Preprocess.from_model(cfg.to_dict() if cfg else {}, section.image_size)
-    data = open_data(recipe.data, preprocess)
+    data = open_data(recipe.data, preprocess, notice)
     try:
         model = timm.create_model(
             section.name, pretrained=False, num_classes=len(data.classes), img_size=preprocess.size, **section.args
@@ -172,7 +176,7 @@ def _from_checkpoint(recipe: Recipe, notice: Tell) -> tuple[nn.Module, Checkpoin
     model: Any = build_model(checkpoint, section.image_size)
     size = backbone_of(model).image_size(model)
     preprocess = checkpoint.preprocess or Preprocess.from_model(model)
-    data = open_data(recipe.data, msgspec.structs.replace(preprocess, size=size))
+    data = open_data(recipe.data, msgspec.structs.replace(preprocess, size=size), notice)
     if model.num_classes != len(data.classes) or checkpoint.labels not in (None, list(data.classes)):
         notice(
             f"the classifier begins anew: the data has {len(data.classes)} classes that the checkpoint does not know"
@@ -208,6 +212,7 @@ def fit(
     stage: str = "finetune",
     progress: Tell | None = None,
     notice: Tell | None = None,
+    curriculum: Curriculum | None = None,
 ) -> list[float]:
     """Trains a model in place, on the device it is on; leaves it in evaluation mode at its full token reduction.
 
@@ -219,6 +224,7 @@ def fit(
         stage: Name of this run in messages.
         progress: Told what is being done now.
         notice: Told the length and the learning rate before the first step.
+        curriculum: How hard images are, for a model that begins from nothing; without one at full difficulty.
 
     Returns:
         The loss of every step.
@@ -235,7 +241,7 @@ def fit(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=section.autocast == "bf16")
     if notice is not None:
         notice(f"{stage}: {steps} steps ({steps / per_epoch:.3g} epochs) on {device.type}, {_rate_text(section)}")
-    batches, losses = data.training(section.batch_size, seed), []
+    batches, losses = follow(curriculum, data, section.batch_size, seed), []
     model.train(section.model_mode == "train")
     try:
         with _threads(section.threads):
@@ -252,6 +258,7 @@ def fit(
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), section.clip or math.inf)
                 losses.append(loss.item())
+                advance(curriculum, logits, targets)
                 _check_finite(losses[-1], norm, stage, step, rate)
                 optimizer.step()
                 if progress is not None and (step % max(1, steps // 100) == 0 or step == steps - 1):

@@ -5,6 +5,7 @@ run was broken off before it or not: order and variation follow from the seed an
 """
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -158,30 +159,37 @@ def loader(
         worker_init_fn=_start_worker if workers else None,
         generator=torch.Generator(),  # the global one is the model's
     )
+    made_by = iter(made)
     try:
-        yield from made
+        yield from made_by
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or isinstance(error, InputError):
+        if "DataLoader worker" not in str(error):
             raise
-        raise _dead(str(error)) from error
+        raise _failed(str(error), getattr(made_by, "_workers", [])) from error
 
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _dead(text: str) -> StageError:
+def _failed(text: str, workers: Sequence[Any]) -> StageError:
     """PyTorch's complaint about a worker, in our words; an exception inside one keeps its own words."""
     if "exited unexpectedly" not in text and "killed by signal" not in text:
         return StageError(f"a process that reads images failed: {text.strip().splitlines()[-1]}", where="data.workers")
-    first = text.strip().splitlines()[0]
-    killed = "Killed" in text or "exited unexpectedly" in text
-    memory = "The system kills processes when memory runs out: lower data.workers or the batch size. " if killed else ""
-    shared = "If the message names shared memory (bus error), enlarge /dev/shm. " if "Bus" in text else ""
-    return StageError(
-        "a process that reads images died", where="data.workers", seen=first,
-        fix=f"{memory}{shared}data.workers=0 reads in the main process and shows the cause.",
-    )  # fmt: skip
+    dead = [(number, worker) for number, worker in enumerate(workers) if worker.exitcode not in (None, 0)]
+    if not dead:
+        seen, code = text.strip().splitlines()[0], -signal.SIGKILL
+    else:
+        number, worker = dead[0]
+        code = worker.exitcode
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        seen = f"{how} in process {worker.pid}, number {number + 1} of {len(workers)}"
+    hints = {
+        -signal.SIGKILL: "The system kills processes when memory runs out: lower data.workers or the batch size. ",
+        -signal.SIGBUS: "Shared memory ran out: enlarge /dev/shm or lower data.workers. ",
+    }
+    fix = hints.get(code, "") + "data.workers=0 reads in the main process and shows the cause."
+    return StageError("a process that reads images died", where="data.workers", seen=seen, fix=fix)
 
 
 def validation_rows(images: int, batch_size: int, rank: int, world: int) -> list[list[int]]:

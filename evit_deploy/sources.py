@@ -169,6 +169,11 @@ class Tar(_Timm):
         self._files = [path] if path.is_file() else sorted(path.glob("*.tar"))
         super().__init__(reader, place, list(reader.class_name_to_idx), classes)
 
+    def name(self, index: int) -> str:
+        """See :class:`Source`."""
+        member, file, _ = self._reader.samples[index]
+        return f"{Path(self._place.path, file or '')}: {member.name}"
+
     def stamp(self) -> list[Any]:
         """See :class:`Source`."""
         return [_file_stamp(path) for path in self._files]

@@ -138,8 +138,10 @@ class WildDigits:
 
     def _place(self, draw: float, side: int, level: float) -> int:
         room, grid = self.size - side, self.difficulty.grid * self.size
-        place = grid * int(draw * (int(room / grid + 1e-6) + 1)) if grid else draw * room
-        return min(room, round(room / 2 + (place - room / 2) * level))
+        if not grid:
+            return round(room * (0.5 + (draw - 0.5) * level))
+        last = int(room / grid + 1e-6)  # a step off the grid on the way there would have to be unlearned
+        return round(grid * round(last / 2 + (int(draw * (last + 1)) - last / 2) * level))
 
 
 def photographs(split: Split) -> list[Image.Image]:

@@ -227,6 +227,11 @@ class ExpectSection(_Section, frozen=True, kw_only=True):
     """Least top-1 of the dense model, as a share."""
     finetuned: Share | None = None
     """Least top-1 of the fine-tuned model, as a share."""
+    untrained_loss: Share | None = None
+    """Most that the dense model's top-1 may be above that of its weights with tokens reduced but not fine-tuned."""
+    over: dict[str, Share] = {}
+    """For each of ``compare.baselines`` (``random``, ``inverse``): least that the recipe's own method has to be above
+    it in top-1, both on the dense weights, without fine-tuning. It is what shows that the right tokens are kept."""
 
 
 class Recipe(_Section, frozen=True, kw_only=True):
@@ -258,6 +263,15 @@ class Recipe(_Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         data = self.data
+        expect, compare = self.expect, self.compare
+        strange = next((name for name in expect.over if name not in compare.baselines), None)
+        if strange is not None:
+            names = ", ".join(compare.baselines) or "none"
+            fix = "Add it to compare.baselines."
+            raise RecipeError("not a baseline", where="expect.over", seen=strange, wanted=names, fix=fix)
+        if not compare.untrained and (expect.over or expect.untrained_loss is not None):
+            fix = "Set compare.untrained=true."
+            raise RecipeError("what is not fine-tuned is expected to hold but is not compared", where="expect", fix=fix)
         if data.name == "folder" and (data.mixup or data.cutmix):
             for key in ("dense", "finetune"):
                 section = getattr(self, key)

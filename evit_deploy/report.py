@@ -129,6 +129,21 @@ class BlockRow(msgspec.Struct, frozen=True):
     share: float
 
 
+class Difference(msgspec.Struct, frozen=True):
+    """How much more often one model was right than another, on the same images.
+
+    Args:
+        other: Name of the other's row.
+        value: This one's top-1 less the other's, as a share.
+        error: Standard error of the value, from the images on which only one of the two was right. It says what other
+            images would change, not what another training run would.
+    """
+
+    other: str
+    value: float
+    error: float
+
+
 class AccuracyRow(msgspec.Struct, frozen=True):
     """How often one model was right.
 
@@ -140,6 +155,7 @@ class AccuracyRow(msgspec.Struct, frozen=True):
         low: Lower end of top-1's 95 % interval (Wilson).
         high: Upper end.
         gmacs: Multiply-adds for one image, in 10⁹.
+        against: The difference to the row that this one is to be held against.
     """
 
     name: str
@@ -149,6 +165,7 @@ class AccuracyRow(msgspec.Struct, frozen=True):
     low: float
     high: float
     gmacs: float | None = None
+    against: Difference | None = None
 
 
 class AgreementRow(msgspec.Struct, frozen=True):
@@ -253,6 +270,18 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     half = z * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
     scale = 1 + z * z / count
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def difference(other: str, right: np.ndarray, others: np.ndarray) -> Difference:
+    """Compares two models image by image.
+
+    Args:
+        other: Name of the other model's row.
+        right: Whether this model was right, for every image.
+        others: Whether the other was, for the same images in the same order.
+    """
+    each = right.astype(np.float64) - others
+    return Difference(other, float(each.mean()), float(each.std() / len(each) ** 0.5))
 
 
 def accuracy_row(

@@ -13,7 +13,6 @@ from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.recipe import DataSection
 from evit_deploy.training_data import curriculum_of, open_data
 from evit_deploy.wild_digits import (
-    DIFFICULTIES,
     TEST_PHOTOGRAPHS,
     TRAIN_PHOTOGRAPHS,
     Difficulty,

@@ -3,22 +3,27 @@
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 
 from evit_deploy.recipe import CompareSection
 from evit_deploy.registry import METHODS
-from evit_deploy.report import AccuracyRow, accuracy_row
+from evit_deploy.report import AccuracyRow, difference, hits_of, row_of_hits
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan, token_spec
 from evit_deploy.training_data import TrainingData
 
+DENSE_NAME = "dense"
+"""Name of the dense model's row."""
+
 Tell = Callable[[str], None]
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, data: TrainingData, batch_size: int = 64, name: str = "model") -> AccuracyRow:
-    """Accuracy on the validation images, on the device the model is on.
+    """Accuracy on the validation images, on the device the model is on; of several processes each takes a share.
 
     Args:
         model: Its mode is left as it was.
@@ -26,15 +31,28 @@ def evaluate(model: nn.Module, data: TrainingData, batch_size: int = 64, name: s
         batch_size: Images a batch.
         name: Which model, for the row.
     """
+    return _evaluated(model, data, batch_size, name)[0]
+
+
+@torch.inference_mode()
+def _evaluated(model: nn.Module, data: TrainingData, batch_size: int, name: str) -> tuple[AccuracyRow, np.ndarray]:
+    """The row, and for every image whether it was classified correctly."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    answers = (
-        (model(images.to(device)).float().cpu().numpy(), labels.numpy())
-        for images, labels in data.validation(batch_size)
-    )
-    row = accuracy_row(name, answers)
+    processes = PartialState()
+    hits: list[np.ndarray] = []
+    for images, labels in data.validation(batch_size, rank=processes.process_index, world=processes.num_processes):
+        hits.append(hits_of(model(images.to(device)).float().cpu().numpy(), labels.numpy()))
     model.train(training)
-    return row
+    if processes.num_processes > 1:  # whole images, none of them twice: nothing is padded
+        hits = gather_object(hits)
+    together = np.concatenate(hits)
+    return row_of_hits(name, together), together[:, 0]
+
+
+def untrained_name(method: str, rate: float | tuple[float, ...]) -> str:
+    """Name of the row of the dense weights whose tokens are reduced by a method."""
+    return f"{method} {rate_text(rate)}, not fine-tuned"
 
 
 def finetuned_name(spec: TokenSpec) -> str:
@@ -52,8 +70,9 @@ def compare(
 ) -> list[AccuracyRow]:
     """The comparison table: dense, the dense weights with tokens reduced in several ways, the fine-tuned model.
 
-    Only what was evaluated on the same images is comparable, and a gain by fine-tuning is the reduction's merit only
-    beside a dense model that was trained as much longer.
+    Every row has its paired difference to another: a baseline to the recipe's own method at the same rate on the same
+    weights, all others to the dense model. Only what was evaluated on the same images is comparable, and a gain by
+    fine-tuning is the reduction's merit only beside a dense model that was trained as much longer.
 
     Args:
         dense: The dense model; left dense. ``None`` where the reduced one started from nothing.
@@ -66,25 +85,29 @@ def compare(
     section, spec = section or CompareSection(), token_spec(evit)
     rates = dict.fromkeys([spec.keep_rate, *section.keep_rates])
     methods = (*([spec.method] if section.untrained else []), *section.baselines)
-    specs = [(TokenSpec(keep_rate=1.0), "dense")]
+    specs: list[tuple[TokenSpec, str, str | None]] = [(TokenSpec(keep_rate=1.0), DENSE_NAME, None)]
     for rate in rates:
         for method in methods:
             reduced = with_method(msgspec.structs.replace(spec, keep_rate=rate), method)
-            specs.append((reduced, f"{method} {rate_text(rate)}, not fine-tuned"))
-    rows: list[AccuracyRow] = []
-    if dense is None:
-        return [_row(finetuned_name(spec), evit, data, batch_size, progress)]
-    for reduced, name in specs:
-        reduce_tokens_(dense, reduced)
-        rows.append(_row(name, dense, data, batch_size, progress))
-    reduce_tokens_(dense, TokenSpec(keep_rate=1.0))
-    return [*rows, _row(finetuned_name(spec), evit, data, batch_size, progress)]
+            baseline = section.untrained and method != spec.method
+            other = untrained_name(spec.method, rate) if baseline else DENSE_NAME
+            specs.append((reduced, untrained_name(method, rate), other))
+    rows, right = [], {}
 
+    def add(name: str, model: nn.Module, other: str | None) -> None:
+        if progress is not None:
+            progress(f"evaluating: {name}")
+        row, right[name] = _evaluated(model, data, batch_size, name)
+        against = None if other is None else difference(other, right[name], right[other])
+        rows.append(msgspec.structs.replace(row, gmacs=token_plan(model).macs() / 1e9, against=against))
 
-def _row(name: str, model: nn.Module, data: TrainingData, batch_size: int, progress: Tell | None) -> AccuracyRow:
-    if progress is not None:
-        progress(f"evaluating: {name}")
-    return msgspec.structs.replace(evaluate(model, data, batch_size, name), gmacs=token_plan(model).macs() / 1e9)
+    if dense is not None:
+        for reduced, name, other in specs:
+            reduce_tokens_(dense, reduced)
+            add(name, dense, other)
+        reduce_tokens_(dense, TokenSpec(keep_rate=1.0))
+    add(finetuned_name(spec), evit, DENSE_NAME if dense is not None else None)
+    return rows
 
 
 def with_method(spec: TokenSpec, method: str) -> TokenSpec:

@@ -265,6 +265,11 @@ def image_folder(
         loose = any(file.suffix.lower() in EXTENSIONS for file in root.iterdir())
         seen = "images outside class folders" if loose else f"{len(found)} class folders, no images"
         raise InputError("no labelled images here", where=root, seen=seen, wanted="<class>/<image> files")
+    filled = {label for _, label in files}
+    empty = next((name for name in found if numbers[name] not in filled), None)
+    if empty is not None:
+        fix = "Put images into it or delete it."
+        raise InputError("this class folder holds no images", where=root / empty, fix=fix)
     return ImageFolder(root, names, files, transform or preprocess.transform())
 
 
@@ -328,9 +333,17 @@ def digits_images() -> tuple[list[Image.Image], np.ndarray]:
     """The 1,797 handwritten digits inside scikit-learn: 8 × 8 images and their labels, int64."""
     from sklearn.datasets import load_digits
 
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
     shades = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # they come as 0 to 16
     return [Image.fromarray(shade) for shade in shades], labels.astype(np.int64)
+
+
+def digits_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the 1,437 training and the 360 test digits, each digit with its share in both; always the same."""
+    from sklearn.model_selection import train_test_split
+
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    return np.asarray(train), np.asarray(test)
 
 
 def load_digits_data(
@@ -347,11 +360,10 @@ def load_digits_data(
         Training and test set, each images float32 ``[N, 3, image_size, image_size]`` and labels int64 ``[N]``.
     """
     import torch
-    from sklearn.model_selection import train_test_split
 
     images, labels = digits_images()
     preprocess = digits_preprocess(image_size)
     tensors = torch.from_numpy(np.stack([preprocess_image(image, preprocess) for image in images]))
-    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    train, test = digits_split(labels)
     targets = torch.from_numpy(labels)
     return (tensors[train], targets[train]), (tensors[test], targets[test])

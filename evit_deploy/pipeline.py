@@ -17,7 +17,7 @@ from evit_deploy import bundle as bundles
 from evit_deploy.bundle import Bundle, read_bundle, write_atomically
 from evit_deploy.errors import GateFailed, InputError
 from evit_deploy.recipe import ModelSection, Recipe
-from evit_deploy.report import AccuracyRow, Check, Report, accuracy_row
+from evit_deploy.report import AccuracyRow, Check, Difference, Report, accuracy_row
 
 BUNDLE, RECORD = "bundle", "stages.json"
 _DIGITS_NOTE = (
@@ -204,11 +204,11 @@ def _published(recipe: Recipe) -> tuple[str, ...]:
 
 def _gained(recipe: Recipe, report: Report) -> list[Check]:
     """Fine-tuning has to gain accuracy, or at least to lose no more than chance takes: OpenGVLab/DiffRate#5."""
-    from evit_deploy.compare import finetuned_name, rate_text
+    from evit_deploy.compare import finetuned_name, untrained_name
 
     rows = {row.name: row for row in report.accuracy}
     after = rows.get(finetuned_name(recipe.tokens))
-    before = rows.get(f"{recipe.tokens.method} {rate_text(recipe.tokens.keep_rate)}, not fine-tuned")
+    before = rows.get(untrained_name(recipe.tokens.method, recipe.tokens.keep_rate))
     if after is None or before is None:
         return []
     # Two standard errors of the difference, as if the images were not the same: too wide rather than too narrow.
@@ -224,20 +224,34 @@ def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
     Raises:
         GateFailed: One does not hold; the checkpoints are kept.
     """
-    from evit_deploy.compare import finetuned_name
+    from evit_deploy.compare import DENSE_NAME, finetuned_name, untrained_name
 
-    wanted = {"dense": recipe.expect.dense, finetuned_name(recipe.tokens): recipe.expect.finetuned}
+    expect, tokens = recipe.expect, recipe.tokens
+    wanted = {DENSE_NAME: expect.dense, finetuned_name(tokens): expect.finetuned}
     checks = [
         Check(f"top-1, {row.name}", row.top1, limit, row.top1 >= limit, "less accurate than expected")
         for row in report.accuracy
         if (limit := wanted.get(row.name)) is not None
     ]
+    own = untrained_name(tokens.method, tokens.keep_rate)
+    baselines = {untrained_name(method, tokens.keep_rate): limit for method, limit in expect.over.items()}
+    for row in report.accuracy:
+        if row.against is not None and row.name in baselines:
+            checks.append(_gap(f"{row.against.other} over {row.name}", -1, row.against, baselines[row.name]))
+        elif row.against is not None and row.name == own and expect.untrained_loss is not None:
+            checks.append(_gap(f"{row.name} over {row.against.other}", 1, row.against, -expect.untrained_loss))
     report += Report(checks=(*checks, *_gained(recipe, report)))
     if not report.passed:
         first = report.failed[0]
         raise GateFailed(first.name, where=out, seen=f"{first.value:.4f}", wanted=f"at least {first.limit}",
                          fix="The checkpoints were kept.")  # fmt: skip
     return report
+
+
+def _gap(name: str, sign: int, found: Difference, limit: float) -> Check:
+    value = sign * found.value
+    reason = f"{100 * value:+.2f} points, standard error {100 * found.error:.2f}"
+    return Check(f"top-1, {name}", value, limit, value >= limit, reason)
 
 
 def _key(*inputs: Any) -> str:

@@ -56,14 +56,50 @@ class ModelSection(_Section, frozen=True, kw_only=True):
 class DataSection(_Section, frozen=True, kw_only=True):
     """The labelled images to train and to evaluate on, and how training images are varied."""
 
-    name: Literal["digits", "folder"]
-    """``digits``: the 1,797 digits inside scikit-learn, nothing to download. ``folder``: folders of images."""
+    name: Literal["digits", "digits-in-the-wild", "folder"]
+    """``digits``: the 1,797 digits inside scikit-learn. ``digits-in-the-wild``: the same digits on crops of photographs
+    inside scikit-learn and scikit-image; nothing to download for either. ``folder``: images of your own."""
     train: str | None = None
-    """Training images, one folder a class (``folder`` only)."""
+    """Training images (``folder`` only): a folder with one folder a class, ``FILE.tar`` of such, a folder with one tar
+    a class, ``wds/FOLDER`` (WebDataset shards on a disk) or ``hfds/NAME`` (Hugging Face dataset, or its folder)."""
     validation: str | None = None
-    """Validation images, one folder a class, named as in ``train`` (``folder`` only)."""
+    """Validation images, likewise; classes are named as in ``train`` (``folder`` only)."""
+    train_split: str | None = None
+    """``wds``: shards such as ``train-{0000..0009}.tar``, or a split of ``_info.json``; by default every shard.
+    ``hfds``: the split, by default ``train``."""
+    validation_split: str | None = None
+    """Likewise for ``validation``; ``hfds``: by default ``validation``."""
+    input_key: str | None = None
+    """``hfds``: the column of images; by default ``image``."""
+    target_key: str | None = None
+    """``hfds``: the column of labels, by default ``label``. ``wds``: a field of the JSON beside an image; by default
+    the label is in ``.cls``."""
+    num_classes: Count | None = None
+    """``wds``: how many classes there are."""
+    cache: str | None = None
+    """Folder for decoded training images, made on first use (``folder`` only); ``null`` decodes anew in every pass."""
+    cache_size: Annotated[int, Meta(ge=16)] = 256
+    """Longest shorter side of a cached image in pixels: crops are taken from no more detail than this."""
+    max_corrupt: Annotated[float, Meta(ge=0)] = 0.01
+    """Images that may be unreadable before the run stops: below 1 a share, from 1 on a number. In training another
+    image takes their place, in validation they are left out (``folder`` only)."""
+    repeated_augmentation: Count = 1
+    """How often an image is shown in a row, each time varied anew; a pass then shows as many times fewer images. DeiT
+    and EViT were trained with 3 (``folder`` only)."""
+    images: Count = 100_000
+    """Training images to make; more are not slower (``digits-in-the-wild`` only)."""
+    test_images: Count = 2_000
+    """Validation images to make, of other digits on other photographs (``digits-in-the-wild`` only)."""
+    difficulty: Literal["easy", "medium", "hard"] = "easy"
+    """``easy``: a digit has 3/8 of the image's side and begins on a grid of eighths. ``medium``: it begins anywhere.
+    ``hard``: its size varies down to half of that, and it may be fainter (``digits-in-the-wild`` only)."""
+    curriculum_threshold: Share = 0.7
+    """Running training accuracy from which on the images of a model that begins from nothing become harder; 0 raises
+    the level at every step (``digits-in-the-wild`` only)."""
+    curriculum_rate: Annotated[float, Meta(gt=0, le=1)] = 0.005
+    """How much harder they become in one step, from 0 (centred, white on black) to 1 (``digits-in-the-wild`` only)."""
     workers: Annotated[int, Meta(ge=0)] = 4
-    """Processes that read images (``folder`` only); 0 reads in the main process."""
+    """Processes that read or make images (not ``digits``); 0 does it in the main process."""
     evaluation_batch_size: Count = 64
     """Images a batch while evaluating; has no influence on the result."""
     rotation: Annotated[float, Meta(ge=0, le=180)] = 10.0
@@ -90,6 +126,11 @@ class DataSection(_Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not 0 < self.crop[0] <= self.crop[1]:
             raise RecipeError("crop is not a range", seen=list(self.crop), wanted="0 < smallest <= largest <= 1")
+        if self.max_corrupt >= 1 and self.max_corrupt % 1:
+            raise RecipeError("max_corrupt is neither a share nor a number", seen=self.max_corrupt,
+                              wanted="below 1, or a whole number")  # fmt: skip
+        if self.name != "folder" and (self.train or self.validation):
+            raise RecipeError("the digits have no folders", where="data", fix="Set data.name=folder to use images.")
 
 
 class TrainSection(_Section, frozen=True, kw_only=True):
@@ -234,6 +275,11 @@ class ExpectSection(_Section, frozen=True, kw_only=True):
     """Least top-1 of the dense model, as a share."""
     finetuned: Share | None = None
     """Least top-1 of the fine-tuned model, as a share."""
+    untrained_loss: Share | None = None
+    """Most that the dense model's top-1 may be above that of its weights with tokens reduced but not fine-tuned."""
+    over: dict[str, Share] = {}
+    """For each of ``compare.baselines`` (``random``, ``inverse``): least that the recipe's own method has to be above
+    it in top-1, both on the dense weights, without fine-tuning. It is what shows that the right tokens are kept."""
 
 
 class Recipe(_Section, frozen=True, kw_only=True):
@@ -275,8 +321,15 @@ class Recipe(_Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         data = self.data
-        if data.name == "digits" and (data.train or data.validation):
-            raise RecipeError("the digits have no folders", where="data", fix="Set data.name=folder to use images.")
+        expect, compare = self.expect, self.compare
+        strange = next((name for name in expect.over if name not in compare.baselines), None)
+        if strange is not None:
+            names = ", ".join(compare.baselines) or "none"
+            fix = "Add it to compare.baselines."
+            raise RecipeError("not a baseline", where="expect.over", seen=strange, wanted=names, fix=fix)
+        if not compare.untrained and (expect.over or expect.untrained_loss is not None):
+            fix = "Set compare.untrained=true."
+            raise RecipeError("what is not fine-tuned is expected to hold but is not compared", where="expect", fix=fix)
         if data.name == "folder" and (data.mixup or data.cutmix):
             for key in ("dense", "finetune"):
                 section = getattr(self, key)

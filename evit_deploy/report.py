@@ -129,6 +129,21 @@ class BlockRow(msgspec.Struct, frozen=True):
     share: float
 
 
+class Difference(msgspec.Struct, frozen=True):
+    """How much more often one model was right than another, on the same images.
+
+    Args:
+        other: Name of the other's row.
+        value: This one's top-1 less the other's, as a share.
+        error: Standard error of the value, from the images on which only one of the two was right. It says what other
+            images would change, not what another training run would.
+    """
+
+    other: str
+    value: float
+    error: float
+
+
 class AccuracyRow(msgspec.Struct, frozen=True):
     """How often one model was right.
 
@@ -140,6 +155,7 @@ class AccuracyRow(msgspec.Struct, frozen=True):
         low: Lower end of top-1's 95 % interval (Wilson).
         high: Upper end.
         gmacs: Multiply-adds for one image, in 10⁹.
+        against: The difference to the row that this one is to be held against.
     """
 
     name: str
@@ -149,6 +165,7 @@ class AccuracyRow(msgspec.Struct, frozen=True):
     low: float
     high: float
     gmacs: float | None = None
+    against: Difference | None = None
 
 
 class AgreementRow(msgspec.Struct, frozen=True):
@@ -255,6 +272,18 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
+def difference(other: str, right: np.ndarray, others: np.ndarray) -> Difference:
+    """Compares two models image by image.
+
+    Args:
+        other: Name of the other model's row.
+        right: Whether this model was right, for every image.
+        others: Whether the other was, for the same images in the same order.
+    """
+    each = right.astype(np.float64) - others
+    return Difference(other, float(each.mean()), float(each.std() / len(each) ** 0.5))
+
+
 def accuracy_row(
     name: str, answers: Iterable[tuple[np.ndarray, np.ndarray]], gmacs: float | None = None
 ) -> AccuracyRow:
@@ -265,9 +294,17 @@ def accuracy_row(
         answers: Logits ``[B, classes]`` and labels ``[B]`` of each batch.
         gmacs: Multiply-adds for one image, in 10⁹.
     """
-    right1 = right5 = count = 0
-    for logits, labels in answers:
-        hits = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]
-        right1, right5, count = right1 + int(hits[:, 0].sum()), right5 + int(hits.any(1).sum()), count + len(labels)
-    low, high = wilson(right1, count)
-    return AccuracyRow(name, right1 / count, right5 / count, count, low, high, gmacs)
+    return row_of_hits(name, np.concatenate([hits_of(logits, labels) for logits, labels in answers]), gmacs)
+
+
+def hits_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether the label came first, and whether it was among the first five: bool ``[B, 2]``."""
+    hits = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]
+    return np.stack([hits[:, 0], hits.any(axis=1)], axis=1)
+
+
+def row_of_hits(name: str, hits: np.ndarray, gmacs: float | None = None) -> AccuracyRow:
+    """The row of a model from what :func:`hits_of` said of all images."""
+    right1, right5 = (int(count) for count in hits.sum(axis=0))
+    low, high = wilson(right1, len(hits))
+    return AccuracyRow(name, right1 / len(hits), right5 / len(hits), len(hits), low, high, gmacs)

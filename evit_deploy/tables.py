@@ -27,7 +27,7 @@ def render(report: "Report", console: Any) -> None:
     if report.accuracy:
         _table(
             console,
-            ("accuracy", "top-1 %", "95 % interval", "top-5 %", "images", "GMACs"),
+            ("accuracy", "top-1 %", "95 % interval", "top-5 %", "images", "GMACs", "difference", "to"),
             [
                 (
                     row.name,
@@ -36,10 +36,13 @@ def render(report: "Report", console: Any) -> None:
                     f"{100 * row.top5:.2f}",
                     str(row.count),
                     "" if row.gmacs is None else f"{row.gmacs:.4g}",
+                    "" if row.against is None else f"{100 * row.against.value:+.2f} ± {100 * row.against.error:.2f}",
+                    "" if row.against is None else row.against.other,
                 )
                 for row in report.accuracy
             ],
-            dispensable=("top-5 %", "95 % interval", "GMACs"),
+            dispensable=("top-5 %", "95 % interval", "GMACs", "to"),
+            unsaid=() if any(row.against for row in report.accuracy) else ("difference", "to"),
         )
     if report.agreement:
         _table(

@@ -17,13 +17,14 @@ from torch import nn
 
 from evit_deploy.checkpoint import save_checkpoint
 from evit_deploy.compare import compare, evaluate
+from evit_deploy.curriculum import Curriculum, follow
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.recipe import Recipe, TrainSection
 from evit_deploy.report import Report
 from evit_deploy.schedules import keep_rate_progress, learning_rate
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
-from evit_deploy.training_data import TrainingData
+from evit_deploy.training_data import TrainingData, curriculum_of
 from evit_deploy.training_log import TrainingLog
 from evit_deploy.training_run import StepResult, Teacher, TrainingRun
 from evit_deploy.training_setup import open_teacher, setup
@@ -103,7 +104,10 @@ def train(
     if recipe.dense is not None:
         start = time.process_time()
         with _logged(out, "dense") as log:
-            fit(model, data, recipe.dense, seed=recipe.seed, stage="dense", state=files["dense"], log=log, **common)
+            fit(
+                model, data, recipe.dense, seed=recipe.seed, stage="dense", state=files["dense"], log=log,
+                curriculum=curriculum_of(data), **common,
+            )  # fmt: skip
         cpu_seconds["dense"] = time.process_time() - start
     if processes.is_main_process:
         evit.unlink(missing_ok=True)  # an earlier run's must not stand beside this run's dense weights
@@ -119,7 +123,8 @@ def train(
     with _logged(out, "finetune") as log:
         fit(
             model, data, recipe.finetune, seed=recipe.seed + 1, stage="finetune", teacher=teacher,
-            state=files["finetune"], log=log, **common,
+            state=files["finetune"], log=log,
+            curriculum=None if recipe.starts_from_weights else curriculum_of(data), **common,
         )  # fmt: skip
     cpu_seconds["finetune"] = time.process_time() - start
     if processes.is_main_process:
@@ -172,6 +177,7 @@ def fit(
     evaluation_batch_size: int = 64,
     progress: Tell | None = None,
     notice: Tell | None = None,
+    curriculum: Curriculum | None = None,
 ) -> list[float]:
     """Trains a model in place, on the device it is on; leaves it in evaluation mode at its full token reduction.
 
@@ -187,6 +193,7 @@ def fit(
         evaluation_batch_size: Images a batch of the evaluations on the way.
         progress: Told what is being done now.
         notice: Told the length and the learning rate before the first step.
+        curriculum: How hard images are, for a model that begins from nothing; without one at full difficulty.
 
     Returns:
         The loss of every step.
@@ -208,10 +215,12 @@ def fit(
     found = state.read() if state is not None else None
     if found is not None:
         run.load(found)
+        if curriculum is not None:
+            curriculum.load_state_dict(found["curriculum"])
         notice(f"{stage}: goes on at step {run.step + 1} of {steps}")
     if log is not None:
         log.begin(run.step)
-    batches = data.training(section.batch_size, seed, rank=rank, world=world, start=run.drawn)
+    batches = follow(curriculum, data, section.batch_size * world, seed, rank=rank, world=world, start_step=run.drawn)
     good, went_back = run.state(), False
     model.train(section.model_mode == "train")
     try:
@@ -221,6 +230,9 @@ def fit(
                 plan, moving = _keep_rate_(model, section, step, per_epoch)
                 rate = learning_rate(section, step, steps, world)
                 done = run.advance(batches, rate, moving=moving)
+                if curriculum is not None:
+                    for share in done.correct:
+                        curriculum.update(share)
                 if run.step == step:  # it did not count
                     _check_once(done, went_back, stage, step, rate)
                     went_back, drawn = True, run.drawn
@@ -239,10 +251,10 @@ def fit(
                            f"{plan.blocks[-1].tokens_out} tokens at the end")  # fmt: skip
                 if stop.asked or run.step % section.save_every == 0:
                     good = run.state()
-                    _write(state, log, good, notice)
+                    _write(state, log, good, curriculum, notice)
                 if stop.asked:
                     raise KeyboardInterrupt
-        _write(state, log, run.state(), notice)
+        _write(state, log, run.state(), curriculum, notice)
         run.finish()
     finally:  # also a run that broke off leaves the model at the rate it was asked for
         set_keep_rate_(model, 1.0)
@@ -258,14 +270,20 @@ def _keep_rate_(model: nn.Module, section: TrainSection, step: int, per_epoch: i
     return plan, 0 < now < 1 or now != then
 
 
-def _write(state: StateFile | None, log: TrainingLog | None, content: dict[str, Any], notice: Tell) -> None:
+def _write(
+    state: StateFile | None,
+    log: TrainingLog | None,
+    content: dict[str, Any],
+    curriculum: Curriculum | None,
+    notice: Tell,
+) -> None:
     """A full disk does not end a run: the last state that was written is still there."""
     if state is None or not PartialState().is_main_process:
         return
     try:
-        state.write(content)
-        if log is not None:
+        if log is not None:  # before the state: rows that it does not know of are dropped, missing ones would stay so
             log.write()
+        state.write(content | {"curriculum": curriculum.state_dict() if curriculum is not None else None})
     except StageError as error:
         notice(f"the state could not be saved; training goes on without: {error}")
 

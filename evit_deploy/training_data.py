@@ -1,20 +1,37 @@
-"""What ``fit`` and ``evaluate`` draw their batches from: the digits in memory, or folders of images."""
+"""What ``fit`` and ``evaluate`` draw their batches from: digits in memory, digits in the wild, or images on disk.
 
-import itertools
-import random
-from collections.abc import Iterator
-from typing import Any, Protocol
+Every kind keeps the same two promises (:mod:`evit_deploy.sampling`): step k draws the same images, varied in the same
+way, for one process or several, and for a run that begins at step k.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
-from timm.data import Mixup, create_transform
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from evit_deploy.data import ImageFolder, Preprocess, digits_preprocess, image_folder, load_digits_data
-from evit_deploy.errors import InputError, RecipeError
+from evit_deploy.curriculum import Curriculum
+from evit_deploy.data import Preprocess, digits_preprocess, load_digits_data
+from evit_deploy.errors import InputError
+from evit_deploy.folder_data import FolderData
 from evit_deploy.recipe import DataSection
+from evit_deploy.sampling import (
+    AHEAD,
+    Batch,
+    Batches,
+    Draw,
+    loader,
+    share,
+    spaced,
+    stacked,
+    validation_rows,
+    whole_batches,
+)
+from evit_deploy.wild_digits import WildDigits
+
+Tell = Callable[[str], None]
 
 
 class TrainingData(Protocol):
@@ -30,13 +47,33 @@ class TrainingData(Protocol):
         ...
 
     def training(
-        self, batch_size: int, seed: int, *, rank: int = 0, world: int = 1, start: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless: images float32 ``[B, 3, H, W]`` and targets, int64 ``[B]`` or probabilities ``[B, classes]``."""
+        self,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        curriculum: Curriculum | None = None,
+    ) -> Iterator[Batch]:
+        """Endless: images float32 ``[B, 3, H, W]`` and targets, int64 ``[B]`` or probabilities ``[B, classes]``.
+
+        Args:
+            batch_size: Images a step, over all processes; ``B`` is this by ``world``.
+            seed: Where order and variation start.
+            rank: Which process this is: it draws rows ``rank``, ``rank + world``, ... of every step.
+            world: How many processes train.
+            start_step: Step to begin at: exactly the batches come that would have followed in an unbroken run.
+            curriculum: What :func:`curriculum_of` gave; without one, images are at full difficulty.
+        """
         ...
 
-    def validation(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every validation image once: images float32 ``[B, 3, H, W]`` and labels int64 ``[B]``."""
+    def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """Every validation image once: images float32 ``[B, 3, H, W]`` and labels int64 ``[B]``.
+
+        Of several processes each gets its own images, none comes twice, and one may get fewer than another: add up the
+        counts of right answers and of images, not the shares.
+        """
         ...
 
     def calibration(self, count: int) -> np.ndarray:
@@ -44,18 +81,30 @@ class TrainingData(Protocol):
         ...
 
 
-def open_data(section: DataSection, preprocess: Preprocess) -> TrainingData:
+def open_data(section: DataSection, preprocess: Preprocess, notice: Tell | None = None) -> TrainingData:
     """Opens what a recipe's ``data`` section names.
 
     Args:
         section: The section.
         preprocess: The model's preprocessing; the digits use its size only.
+        notice: Told what the user should know, such as images that cannot be read.
 
     Raises:
         RecipeError: A folder is not given.
         InputError: A folder holds no labelled images; the message has the reason.
+        MissingRequirement: A package that reads the images is not installed.
     """
-    return DigitsData(section, preprocess) if section.name == "digits" else FolderData(section, preprocess)
+    if section.name == "digits":
+        return DigitsData(section, preprocess)
+    if section.name == "digits-in-the-wild":
+        return WildDigitsData(section, preprocess)
+    return FolderData(section, preprocess, notice)
+
+
+def curriculum_of(data: TrainingData) -> Curriculum | None:
+    """A fresh curriculum for a model that begins from nothing, where the data has one."""
+    make: Callable[[], Curriculum] | None = getattr(data, "curriculum", None)
+    return None if make is None else make()
 
 
 class DigitsData:
@@ -70,33 +119,38 @@ class DigitsData:
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """See :class:`TrainingData`."""
-        return _whole_batches(len(self._train[0]), batch_size)
+        return whole_batches(len(self._train[0]), batch_size)
 
     def training(
-        self, batch_size: int, seed: int, *, rank: int = 0, world: int = 1, start: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        curriculum: Curriculum | None = None,
+    ) -> Iterator[Batch]:
         """See :class:`TrainingData`."""
         images, labels = self._train
-        whole = batch_size * world
-        steps = self.steps_per_epoch(whole)
-        for batch in itertools.count(start):
-            epoch, place = divmod(batch, steps)
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed + 7919 * epoch))
-            chosen = order[place * whole : (place + 1) * whole]
-            generator = torch.Generator().manual_seed(seed + 104729 * batch)
+        mine = share(batch_size, rank, world)
+        for draws in Batches(len(images), batch_size, seed, start_step=start_step):  # varied all at once
+            chosen = torch.tensor([draw.number for draw in draws])
+            words = np.random.SeedSequence(draws[0].place[:2]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(words[0] >> 1))
             varied = augment(images[chosen], self._section, generator, self._background)
-            own = slice(rank * batch_size, (rank + 1) * batch_size)
-            yield varied[own], labels[chosen][own]
+            yield varied[mine], labels[chosen][mine]
 
-    def validation(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """See :class:`TrainingData`."""
         images, labels = self._test
-        yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        for rows in validation_rows(len(images), batch_size, rank, world):
+            yield images[rows], labels[rows]
 
     def calibration(self, count: int) -> np.ndarray:
         """See :class:`TrainingData`."""
         images = self._train[0]
-        return images[np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))].numpy()
+        return images[spaced(len(images), count)].numpy()
 
 
 def augment(images: Tensor, section: DataSection, generator: torch.Generator, background: float) -> Tensor:
@@ -121,94 +175,66 @@ def augment(images: Tensor, section: DataSection, generator: torch.Generator, ba
     return F.grid_sample(images - background, grid, align_corners=False) + background
 
 
-class FolderData:
-    """Two folders of images, varied as in the official DeiT and EViT training.
-
-    RandAugment, colour jitter, flips, random erasing, mixup and CutMix. The official training also shows every image
-    three times an epoch (repeated augmentation), which needs several processes and is left out.
-    """
+class WildDigitsData:
+    """Digits on photographs, see :mod:`evit_deploy.wild_digits`; made as they are drawn."""
 
     def __init__(self, section: DataSection, preprocess: Preprocess) -> None:
-        for key in ("train", "validation"):
-            if getattr(section, key) is None:
-                fix = f"Set it in the recipe, or give --set data.{key}=FOLDER."
-                raise RecipeError("no folder of images given", where=f"data.{key}", fix=fix)
-        assert section.train is not None
-        assert section.validation is not None
-        transform: Any = create_transform(
-            (3, *preprocess.size),
-            is_training=True,
-            scale=section.crop,
-            color_jitter=section.color_jitter,
-            auto_augment=section.auto_augment,
-            interpolation=preprocess.interpolation,
-            mean=preprocess.mean,
-            std=preprocess.std,
-            re_prob=section.random_erasing,
-            re_mode="pixel",
-        )
-        self._section, self.preprocess = section, preprocess
-        self._train: ImageFolder = image_folder(section.train, preprocess, transform=transform)
-        self.classes = self._train.classes
-        self._validation = image_folder(section.validation, preprocess, classes=self.classes)
+        size = preprocess.size[0]
+        self.classes = tuple("0123456789")
+        self.preprocess = digits_preprocess(size)
+        self._section = section
+        self._train = WildDigits("train", section.images, size, section.difficulty)
+        self._test = WildDigits("test", section.test_images, size, section.difficulty)
+
+    def curriculum(self) -> Curriculum:
+        """From a centred white digit on black to the section's difficulty, as the model learns."""
+        section = self._section
+        return Curriculum(section.curriculum_threshold, section.curriculum_rate, delay=AHEAD)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """See :class:`TrainingData`."""
-        return _whole_batches(len(self._train), batch_size)
+        return whole_batches(len(self._train), batch_size)
 
     def training(
-        self, batch_size: int, seed: int, *, rank: int = 0, world: int = 1, start: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        curriculum: Curriculum | None = None,
+    ) -> Iterator[Batch]:
         """See :class:`TrainingData`."""
-        section = self._section
-        self.steps_per_epoch(batch_size)
-        mix = None
-        if section.mixup > 0 or section.cutmix > 0:
-            mix = Mixup(
-                mixup_alpha=section.mixup,
-                cutmix_alpha=section.cutmix,
-                switch_prob=section.mix_switch,
-                label_smoothing=0.0,  # the loss smooths
-                num_classes=len(self.classes),
-            )
-        loader = DataLoader(
-            self._train,  # type: ignore[arg-type]  # a map-style data set without the base class
-            batch_size=batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=section.workers,
-            worker_init_fn=_seed_worker,
-            persistent_workers=section.workers > 0,
-            generator=torch.Generator().manual_seed(seed),
+        if curriculum is not None and curriculum.delay < AHEAD and self._section.workers:
+            raise InputError("the curriculum's delay is too short for worker processes", seen=curriculum.delay,
+                             wanted=f"at least {AHEAD}")  # fmt: skip
+        batches = Batches(
+            len(self._train), batch_size, seed, rank=rank, world=world, start_step=start_step, curriculum=curriculum
         )
-        while True:
-            for images, labels in loader:
-                yield (images, labels) if mix is None else _mixed(mix, images, labels)
+        yield from loader(_Drawn(self._train), batches, self._section.workers, _normalised, AHEAD)
 
-    def validation(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """See :class:`TrainingData`."""
-        for images, labels in self._validation.batches(batch_size, workers=self._section.workers):
-            yield torch.from_numpy(images), torch.from_numpy(labels)
+        rows = validation_rows(len(self._test), batch_size, rank, world)
+        yield from loader(self._test, rows, self._section.workers, _normalised, AHEAD)
 
     def calibration(self, count: int) -> np.ndarray:
         """See :class:`TrainingData`."""
-        assert self._section.train is not None
-        folder = image_folder(self._section.train, self.preprocess)
-        return np.concatenate([images for images, _ in folder.batches(64, limit=count, workers=self._section.workers)])
+        images, _ = _normalised([self._train[int(i)] for i in spaced(len(self._train), count)])
+        return images.numpy()
 
 
-def _mixed(mix: Mixup, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    mixed: Any = mix(images, labels)  # typed for arrays as well
-    return mixed
+class _Drawn:
+    """Wild digits by :class:`Draw`."""
+
+    def __init__(self, images: WildDigits) -> None:
+        self._images = images
+
+    def __getitem__(self, draw: Draw) -> tuple[np.ndarray, int]:
+        return self._images.render(draw.number, draw.level)
 
 
-def _seed_worker(_: int) -> None:
-    seed = torch.initial_seed() % 2**32  # PyTorch has given every worker its own
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def _whole_batches(images: int, batch_size: int) -> int:
-    if images < batch_size:
-        raise InputError("a batch is larger than the training set", seen=batch_size, wanted=f"at most {images}")
-    return images // batch_size
+def _normalised(items: list[tuple[np.ndarray, int]]) -> Batch:
+    images, labels = stacked(items)
+    return images.float().div_(255).sub_(0.5).div_(0.5), labels

@@ -43,6 +43,7 @@ class StepResult(msgspec.Struct, frozen=True):
         images: Images of the step, over all processes.
         seconds: Wall time.
         waited: Of these, for data.
+        correct: For each batch of the step, the share of its images that were classified correctly.
     """
 
     loss: float
@@ -50,6 +51,7 @@ class StepResult(msgspec.Struct, frozen=True):
     images: int
     seconds: float
     waited: float
+    correct: tuple[float, ...] = ()
 
 
 class TrainingRun:
@@ -96,6 +98,7 @@ class TrainingRun:
             StageError: The batch does not fit into memory; the message says which would.
         """
         section, started, waited, loss = self.section, time.perf_counter(), 0.0, 0.0
+        self._correct: list[float] = []
         self.optimizer.zero_grad(set_to_none=True)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -124,14 +127,18 @@ class TrainingRun:
             if self.average is not None:
                 self.average.update(self.model, step=self.step)
         images_of_step = section.images_per_step(self.processes.num_processes)
-        return StepResult(loss, norm, images_of_step, time.perf_counter() - started, waited)
+        correct = tuple(map(self._mean, self._correct))
+        return StepResult(loss, norm, images_of_step, time.perf_counter() - started, waited, correct)
 
     def _backward(self, images: Tensor, targets: Tensor, *, last: bool) -> float:
         autocast = torch.autocast(self.device.type, TYPES.get(self.section.autocast), self.section.autocast in TYPES)
         with nullcontext() if last else self._task.no_sync():
             with autocast:
-                loss = self._task(images, targets)["loss"] / self.section.accumulate
+                done = self._task(images, targets)
+                loss = done["loss"] / self.section.accumulate
             self.scaler.scale(loss).backward()
+        labels = targets if targets.ndim == 1 else targets.argmax(1)
+        self._correct.append((done["output"].detach().argmax(1) == labels).float().mean().item())
         return loss.item()
 
     def _mean(self, loss: float) -> float:

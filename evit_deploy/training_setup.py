@@ -39,7 +39,7 @@ def setup(recipe: Recipe, notice: Tell | None = None) -> tuple[nn.Module, Checkp
         raise RecipeError("no model given", where="model", fix=fix)
     if section.checkpoint is None and (recipe.dense is not None or not section.pretrained):
         assert section.name is not None
-        model, data = _from_scratch(recipe)
+        model, data = _from_scratch(recipe, notice)
         checkpoint = Checkpoint(section.name, None, {}, section.name, dict(section.args))
     else:
         model, checkpoint, data = _from_checkpoint(recipe, notice)
@@ -60,7 +60,7 @@ def setup(recipe: Recipe, notice: Tell | None = None) -> tuple[nn.Module, Checkp
     return model, checkpoint, data
 
 
-def _from_scratch(recipe: Recipe) -> tuple[nn.Module, TrainingData]:
+def _from_scratch(recipe: Recipe, notice: Tell) -> tuple[nn.Module, TrainingData]:
     import timm
 
     section = recipe.model
@@ -68,7 +68,7 @@ def _from_scratch(recipe: Recipe) -> tuple[nn.Module, TrainingData]:
     check_model_name(section.name, where="model.name")
     cfg = timm.get_pretrained_cfg(section.name)
     preprocess = Preprocess.from_model(cfg.to_dict() if cfg else {}, section.image_size)
-    data = open_data(recipe.data, preprocess)
+    data = open_data(recipe.data, preprocess, notice)
     try:
         model = timm.create_model(
             section.name, pretrained=False, num_classes=len(data.classes), img_size=preprocess.size, **section.args
@@ -93,7 +93,7 @@ def _from_checkpoint(recipe: Recipe, notice: Tell) -> tuple[nn.Module, Checkpoin
     model: Any = build_model(checkpoint, section.image_size)
     size = backbone_of(model).image_size(model)
     preprocess = checkpoint.preprocess or Preprocess.from_model(model)
-    data = open_data(recipe.data, msgspec.structs.replace(preprocess, size=size))
+    data = open_data(recipe.data, msgspec.structs.replace(preprocess, size=size), notice)
     if model.num_classes != len(data.classes) or checkpoint.labels not in (None, list(data.classes)):
         notice(
             f"the classifier begins anew: the data has {len(data.classes)} classes that the checkpoint does not know"

@@ -49,12 +49,12 @@ class FixedBatch:
     def steps_per_epoch(self, batch_size):
         return 3
 
-    def training(self, batch_size, seed, *, rank=0, world=1, start=0):
-        for step in itertools.count(start):
+    def training(self, batch_size, seed, *, rank=0, world=1, start_step=0):
+        for step in itertools.count(start_step):
             bad = self.poison is not None and step >= self.poison
             yield self.images * (math.nan if bad else 1.0), self.labels
 
-    def validation(self, batch_size):
+    def validation(self, batch_size, *, rank=0, world=1):
         yield from zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True)
 
 
@@ -228,7 +228,7 @@ def test_evaluate_counts_and_leaves_the_mode():
             return self.bias.expand(len(x), -1)
 
     class Labels(FixedBatch):
-        def validation(self, batch_size):
+        def validation(self, batch_size, *, rank=0, world=1):
             yield torch.zeros(7, 3, 16, 16), torch.tensor([1, 1, 2, 3, 5, 6, 0])
 
     model = Constant().train()

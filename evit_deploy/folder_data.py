@@ -1,0 +1,216 @@
+"""Training and validation images on disk: varied, mixed, and counted where they cannot be read."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timm.data import Mixup, create_transform
+from torch import Tensor
+
+from evit_deploy.curriculum import Curriculum
+from evit_deploy.data import Preprocess
+from evit_deploy.errors import InputError, RecipeError
+from evit_deploy.image_cache import cached
+from evit_deploy.recipe import DataSection
+from evit_deploy.sampling import (
+    AHEAD,
+    Batch,
+    Batches,
+    Draw,
+    loader,
+    own_randomness,
+    spaced,
+    stacked,
+    validation_rows,
+    whole_batches,
+)
+from evit_deploy.sources import Place, Source, open_source
+
+Tell = Callable[[str], None]
+
+
+class FolderData:
+    """Images on disk, varied as in the official DeiT and EViT training.
+
+    RandAugment, colour jitter, flips, random erasing, mixup, CutMix and repeated augmentation. See
+    :mod:`evit_deploy.sources` for where the images may lie.
+    """
+
+    def __init__(self, section: DataSection, preprocess: Preprocess, notice: Tell | None = None) -> None:
+        self._section, self.preprocess = section, preprocess
+        self._train = open_source(self._place("train"))
+        self.classes = self._train.classes
+        self._validation = open_source(self._place("validation"), self.classes)
+        if section.cache is not None:
+            self._train = cached(self._train, Path(section.cache), section.cache_size, section.workers)
+        self._unreadable = {
+            "train": Unreadable("data.train", len(self._train), section.max_corrupt, notice),
+            "validation": Unreadable("data.validation", len(self._validation), section.max_corrupt, notice),
+        }
+        self._transform: Any = create_transform(
+            (3, *preprocess.size),
+            is_training=True,
+            scale=section.crop,
+            color_jitter=section.color_jitter,
+            auto_augment=section.auto_augment,
+            interpolation=preprocess.interpolation,
+            mean=preprocess.mean,
+            std=preprocess.std,
+            re_prob=section.random_erasing,
+            re_mode="pixel",
+        )
+
+    def _place(self, key: str) -> Place:
+        section = self._section
+        path = getattr(section, key)
+        if path is None:
+            fix = f"Set it in the recipe, or give --set data.{key}=FOLDER."
+            raise RecipeError("no folder of images given", where=f"data.{key}", fix=fix)
+        split = getattr(section, f"{key}_split") or (key if path.startswith("hfds/") else None)
+        return Place(path, split, section.input_key, section.target_key, section.num_classes)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """See :class:`evit_deploy.training_data.TrainingData`."""
+        return whole_batches(len(self._train), batch_size)
+
+    def training(
+        self,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        curriculum: Curriculum | None = None,
+    ) -> Iterator[Batch]:
+        """See :class:`evit_deploy.training_data.TrainingData`. Mixup and CutMix mix the images of one process."""
+        section = self._section
+        batches = Batches(
+            len(self._train), batch_size, seed, rank=rank, world=world, start_step=start_step,
+            repeats=section.repeated_augmentation,
+        )  # fmt: skip
+        mix = self._mixup()
+        if mix is not None and batch_size // world % 2:
+            raise InputError("mixup and CutMix need an even number of images in every process",
+                             seen=f"{batch_size} images, {world} processes")  # fmt: skip
+        items = _Readable(self._train, self._transform)
+        loaded = loader(items, batches, section.workers, _with_unreadable, AHEAD)
+        for step, (batch, unreadable) in enumerate(loaded, start_step):
+            self._unreadable["train"].add(unreadable)
+            if batch is None or len(batch[0]) < batch_size // world:  # too many in a row to find a replacement
+                raise self._unreadable["train"].error()
+            if mix is not None:
+                with own_randomness(seed, step, batch_size, rank):  # not a row of the step: its images have those
+                    batch = _mixed(mix, *batch)
+            yield batch
+
+    def _mixup(self) -> Mixup | None:
+        section = self._section
+        if not (section.mixup or section.cutmix):
+            return None
+        return Mixup(
+            mixup_alpha=section.mixup,
+            cutmix_alpha=section.cutmix,
+            switch_prob=section.mix_switch,
+            label_smoothing=0.0,  # the loss smooths
+            num_classes=len(self.classes),
+        )
+
+    def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """See :class:`evit_deploy.training_data.TrainingData`. An image that cannot be read is left out."""
+        rows = validation_rows(len(self._validation), batch_size, rank, world)
+        yield from self._plain(self._validation, rows, "validation")
+
+    def calibration(self, count: int) -> np.ndarray:
+        """See :class:`evit_deploy.training_data.TrainingData`."""
+        chosen = spaced(len(self._train), count).tolist()
+        rows = [chosen[start : start + 64] for start in range(0, len(chosen), 64)]
+        return np.concatenate([images.numpy() for images, _ in self._plain(self._train, rows, "train")])
+
+    def _plain(self, source: Source, rows: list[list[int]], key: str) -> Iterator[Batch]:
+        items = _Readable(source, self.preprocess.transform(), tries=1)
+        for batch, unreadable in loader(items, rows, self._section.workers, _with_unreadable, AHEAD):
+            self._unreadable[key].add(unreadable)
+            if batch is not None:
+                yield batch
+
+
+class Unreadable:
+    """Counts images that cannot be read, each once, and stops at a limit.
+
+    Args:
+        where: What they belong to, for messages.
+        images: How many images there are.
+        limit: How many may be unreadable: below 1 a share of all, from 1 on a number.
+        notice: Told of the first one.
+    """
+
+    def __init__(self, where: str, images: int, limit: float, notice: Tell | None = None) -> None:
+        self.found: dict[int, str] = {}
+        self._where, self._images, self._notice = where, images, notice
+        self._allowed = int(limit * images) if limit < 1 else int(limit)
+
+    def add(self, unreadable: dict[int, str]) -> None:
+        """Notes images: number -> why.
+
+        Raises:
+            InputError: They are too many by now; it names the first few.
+        """
+        new = unreadable.keys() - self.found.keys()
+        self.found |= unreadable
+        if len(self.found) > self._allowed:
+            raise self.error()
+        if new and len(new) == len(self.found) and self._notice is not None:
+            self._notice(f"{self._where}: left out, and so are others up to {self._allowed}: {unreadable[min(new)]}")
+
+    def error(self) -> InputError:
+        """What to raise when too many are unreadable."""
+        count = len(self.found)
+        named = "; ".join(list(self.found.values())[:3]) + ("; ..." if count > 3 else "")
+        return InputError(
+            "an image cannot be read" if count == 1 else f"{count} images cannot be read", where=self._where,
+            seen=named, wanted=f"at most {self._allowed} of {self._images}",
+            fix="Copy them here again or delete them; data.max_corrupt allows more.",
+        )  # fmt: skip
+
+
+class _Readable:
+    """Items of a source, transformed; an unreadable image gives way to the next that can be read.
+
+    Args:
+        source: Where images come from.
+        transform: From an RGB image to a tensor.
+        tries: How many images to try; 1 replaces none.
+    """
+
+    def __init__(self, source: Source, transform: Callable[[Any], Tensor], tries: int = 16) -> None:
+        self._source, self._transform, self._tries = source, transform, min(tries, len(source))
+
+    def __getitem__(self, draw: Draw | int) -> tuple[tuple[Tensor, int] | None, dict[int, str]]:
+        index, place = (draw, (0,)) if isinstance(draw, int) else (draw.number, draw.place)
+        unreadable = {}
+        for number in ((index + i) % len(self._source) for i in range(self._tries)):
+            try:
+                image, label = self._source.load(number)
+            except InputError as error:
+                unreadable[number] = str(error).rstrip(".")
+                continue
+            with own_randomness(*place):
+                return (self._transform(image), label), unreadable
+        return None, unreadable
+
+
+def _with_unreadable(
+    items: list[tuple[tuple[Tensor, int] | None, dict[int, str]]],
+) -> tuple[Batch | None, dict[int, str]]:
+    unreadable: dict[int, str] = {}
+    for _, found in items:
+        unreadable |= found
+    good = [item for item, _ in items if item is not None]
+    return (stacked(good) if good else None), unreadable
+
+
+def _mixed(mix: Mixup, images: Tensor, labels: Tensor) -> Batch:
+    mixed: Any = mix(images, labels)  # typed for arrays as well
+    return mixed

@@ -77,6 +77,12 @@ def backbone_of(model: Any) -> type[Backbone]:
     raise UnsupportedModelError(type(model).__name__, max(refusals, key=len) if len(refusals) > 1 else refusals[0])
 
 
+def load_backbones() -> None:
+    """Imports every family: one whose models are not timm's registers their names with timm as it is imported."""
+    for name in BACKBONES.names():
+        BACKBONES.get(name)
+
+
 def copy_sharing_weights(model: Any) -> Any:
     """A copy of a module tree whose parameters and buffers are the original's own."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

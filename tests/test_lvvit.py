@@ -63,6 +63,17 @@ def test_multiply_adds_are_those_of_the_paper(rate, published, exact):
     assert [row.block for row in plan.locations] == ([] if rate == 1 else [4, 8, 12])
 
 
+@pytest.mark.parametrize(
+    ("rate", "size", "published"),  # table 6
+    [(1, 384, 21.9), (0.9, 240, 6.79), (0.8, 256, 6.93), (0.7, 256, 6.22), (0.7, 272, 7.07), (0.5, 304, 7.38),
+     (0.7, 448, 21.5)],
+)  # fmt: skip
+def test_multiply_adds_at_higher_resolution_are_those_of_the_paper(rate, size, published):
+    with torch.device("meta"):
+        model = reduce_tokens_(timm.create_model("lvvit_s", img_size=size), TokenSpec(keep_rate=rate))
+    assert token_plan(model).macs() / 1e9 == pytest.approx(published, rel=0.002)
+
+
 @pytest.mark.parametrize("name", WIDTHS)
 def test_tensors_are_those_of_the_release(name):
     width, depth, stem = WIDTHS[name]

@@ -13,6 +13,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from evit_deploy.backbones import load_backbones
 from evit_deploy.bundle import sha256, write_atomically
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
@@ -133,6 +134,7 @@ def build_model(checkpoint: Checkpoint, image_size: int | None = None) -> torch.
     """
     import timm
 
+    load_backbones()
     try:
         model = timm.create_model(checkpoint.model, pretrained=False, **checkpoint.model_args)
     except (TypeError, RuntimeError, AssertionError, ValueError) as error:
@@ -198,6 +200,11 @@ def _from_timm(name: str, model: str | None) -> Checkpoint:
             fix=f"Leave out --model or {name!r}.",
         )
     check_model_name(name, where="CHECKPOINT", also="an existing checkpoint file")
+    if not timm.is_model_pretrained(name):
+        raise MissingRequirement(
+            f"no weights can be fetched under the name {name!r}",
+            fix=f"Download a checkpoint and give its path with --model {name}.",
+        )
     fix = f"Connect to the network once, or download the checkpoint and give its path with --model {name}."
     why_not = _hub_unreachable()
     if why_not:
@@ -239,6 +246,7 @@ def check_model_name(name: str, *, where: str, also: str | None = None) -> None:
     """
     import timm
 
+    load_backbones()
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise InputError(

@@ -8,6 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from evit_deploy.backbones import load_backbones
 from evit_deploy.errors import CheckpointError
 from evit_deploy.weights import some
 
@@ -33,12 +34,13 @@ _FAMILIES = (
     "vit_{size}_patch{patch}_clip_quickgelu_{image}",
 )
 _IMAGES = (224, 384)
+# LV-ViT is told by its stem; its names say nothing but the size, and heads and λ come with them.
+_LVVIT = {(240, 12): "lvvit_t", (384, 16): "lvvit_s", (512, 20): "lvvit_m", (768, 24): "lvvit_l"}
+_LVVIT_STEM = "patch_embed.conv1.weight"
 # Other families by a tensor only they have.
 _FOREIGN = (
     ("score_predictor.", "DynamicViT"),
     ("qks.0.", "Evo-ViT"),
-    ("aux_head.", "LV-ViT"),
-    ("patch_embed.conv1.", "LV-ViT"),
     ("layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
     ("layer1.0.conv1.", "ResNet"),
     ("stages.0.", "ConvNeXt or another staged network"),
@@ -78,6 +80,7 @@ def identify(path: Path, weights: dict[str, Tensor], model: str | None = None) -
     """
     from evit_deploy.checkpoint import check_model_name
 
+    load_backbones()
     dimensions = {"pos_embed": 3, "patch_embed.proj.weight": 4, "cls_token": 3}
     if any(name not in weights or weights[name].dim() != count for name, count in dimensions.items()):
         _refuse(path, weights)
@@ -121,6 +124,8 @@ def _candidates(weights: dict[str, Tensor]) -> list[str]:
     import timm
 
     width, depth, patch = _describe(weights)
+    if _LVVIT_STEM in weights:
+        return [name for size, name in _LVVIT.items() if size == (width, depth)]
     size = _SIZES.get((width, depth))
     names = [family.format(size=size, patch=patch, image=image) for family in _FAMILIES for image in _IMAGES]
     # One name a family: its image sizes are the same network, and the image size is read from the tensors.
@@ -198,13 +203,14 @@ def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None) -> NoRetu
     width, depth, patch = _describe(weights)
     head = ", ".join(f"{name} {list(value.shape)}" for name, value in weights.items() if name.startswith("head"))
     position = list(weights["pos_embed"].shape)
-    seen = f"width {width}, {depth} blocks, patch {patch}, pos_embed {position}, {head or 'no head'}"
+    stem = ", LV-ViT's stem" if _LVVIT_STEM in weights else ""
+    seen = f"width {width}, {depth} blocks, patch {patch}{stem}, pos_embed {position}, {head or 'no head'}"
     if model is None:
         raise CheckpointError(
             "no known architecture has these tensors",
             where=path,
             seen=seen,
-            wanted="a ViT, DeiT, DeiT III or DINOv2 of timm",
+            wanted="a ViT, DeiT, DeiT III or DINOv2 of timm, or an LV-ViT",
             fix="Name the architecture with --model.",
         )
     with torch.device("meta"):

@@ -76,7 +76,13 @@ METHODS = Registry(
         "inverse": "evit_deploy.tokens.baselines:InverseDrop",
     },
 )
-BACKBONES = Registry("backbone", {"timm_vit": "evit_deploy.backbones.timm_vit:TimmViT"})
+BACKBONES = Registry(
+    "backbone",
+    {
+        "timm_vit": "evit_deploy.backbones.timm_vit:TimmViT",
+        "lvvit": "evit_deploy.backbones.lvvit:LVViTBackbone",
+    },
+)
 RUNTIMES = Registry(
     "runtime",
     {

@@ -19,6 +19,7 @@ import timm
 import torch
 
 from evit_deploy import build, gpu
+from evit_deploy.backbones import load_backbones
 from evit_deploy.contestants import Contestant
 from evit_deploy.data import Preprocess
 from evit_deploy.engine import BatchProfile
@@ -127,6 +128,7 @@ def _options(batch: int) -> build.BuildOptions:
 
 
 def _variants(name: str, recipe: Sweep) -> Iterator[Variant]:
+    load_backbones()
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
         fix = f"Did you mean {close[0]!r}?" if close else None

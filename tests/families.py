@@ -8,8 +8,11 @@ import timm
 import torch
 from torch import nn
 
+from evit_deploy.backbones import load_backbones
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.plan import TokenSpec
+
+load_backbones()  # for the names that are not timm's own
 
 # Small instances of the families: 16 patches, few blocks, their own widths, prefixes, norms and heads.
 MODELS = {
@@ -21,6 +24,8 @@ MODELS = {
     "test_vit": ("test_vit", {"img_size": 64}),
     "qk_norm": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 4, "qk_norm": True, "qkv_bias": False}),
     "norms": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 4, "scale_attn_norm": True, "init_values": 0.1}),
+    "lvvit": ("lvvit_s", {"img_size": 64, "embed_dim": 192, "depth": 4, "num_heads": 3}),
+    "lvvit_lambda_3": ("lvvit_l", {"img_size": 64, "embed_dim": 192, "depth": 4, "num_heads": 4, "stem_width": 16}),
 }
 SPEC = TokenSpec(keep_rate=0.6)
 
@@ -47,6 +52,10 @@ def create(name: str) -> nn.Module:
                 parameter.copy_(noise * (1.2 / math.sqrt(parameter[0].numel())))
             else:
                 parameter.copy_(0.5 * noise)
+        for key, buffer in sorted(model.named_buffers()):
+            if key.endswith(("running_mean", "running_var")):
+                noise = torch.randn(buffer.shape, generator=generator)
+                buffer.copy_(0.5 * noise if key.endswith("mean") else (0.3 * noise).exp())
     return model
 
 

@@ -17,11 +17,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from evit_deploy.backbones import backbone_of, load_backbones
 from evit_deploy.bundle import Bundle
 from evit_deploy.checkpoint import Checkpoint, Tokens, save_checkpoint
 from evit_deploy.convert import convert
 from evit_deploy.data import Preprocess
 from evit_deploy.tokens.plan import TokenSpec
+
+load_backbones()  # for the names that are not timm's own
 
 # 36 patches, 4 blocks: the smallest model whose kept sets are worth comparing.
 TINY: dict[str, Any] = {"img_size": 96, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
@@ -37,6 +40,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "layer scale": ("deit3_small_patch16_224", TINY),
     "registers, no classes": ("vit_small_patch14_reg4_dinov2", TINY | {"img_size": 84, "num_classes": 0}),
     "qk-norm, one channel": ("vit_tiny_patch16_224", TINY | {"qk_norm": True, "in_chans": 1}),
+    "LV-ViT": ("lvvit_s", TINY),
 }
 
 
@@ -53,6 +57,10 @@ def seeded(name: str = "vit_tiny_patch16_224", seed: int = 0, **model_args: Any)
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
             else:
                 parameter.copy_(0.3 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):  # of batch norms
+                noise = torch.randn(buffer.shape, generator=generator)
+                buffer.copy_(0.3 * noise if name.endswith("mean") else (0.3 * noise).exp())
     return model.eval()
 
 
@@ -69,7 +77,8 @@ def preprocess_for(model: Any) -> Preprocess:
 
 def images(model: Any, count: int, seed: int = 0) -> np.ndarray:
     """Inputs of a model, normally distributed."""
-    shape = (count, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    backbone = backbone_of(model)
+    shape = (count, backbone.channels(model), *backbone.image_size(model))
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
@@ -94,7 +103,7 @@ def _shapes(name: str, model_args: tuple[tuple[str, Any], ...]) -> dict[str, tor
 def hollow(name: str, **model_args: Any) -> dict[str, Tensor]:
     """A real architecture's tensors with names and shapes but no content: a file of them takes a few kilobytes."""
     shapes = _shapes(name, tuple(sorted(model_args.items())))
-    return {key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}
+    return {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

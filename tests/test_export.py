@@ -8,6 +8,7 @@ import torch
 from exports import answers, assert_close, attributes, copied, each, exported, nodes, operators, reduced, shape
 from models import KINDS, images, of_kind, preprocess_for
 
+from evit_deploy.backbones import backbone_of
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.export import (
     INPUT,
@@ -48,7 +49,7 @@ def test_one_input_and_one_output(kind, spec):
     proto, model = exported(kind, spec), of_kind(kind)
     (given,), (answer,) = proto.graph.input, proto.graph.output
     assert (given.name, answer.name) == (INPUT, LOGITS)
-    channels, size = model.patch_embed.proj.in_channels, model.patch_embed.img_size
+    channels, size = backbone_of(model).channels(model), model.patch_embed.img_size
     batch, *rest = shape(given)
     assert isinstance(batch, str)
     assert rest == [channels, *size]

@@ -1,4 +1,4 @@
-"""``reduce_tokens_`` on timm models: against a slow EViT written by hand, the dense model, and counted arithmetic."""
+"""``reduce_tokens_`` on every family: against a slow EViT written by hand, the dense model, and counted arithmetic."""
 
 import copy
 import math
@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from evit_deploy.backbones.timm_vit import ReducedBlock, TimmViT
+from evit_deploy.backbones import backbone_of
+from evit_deploy.backbones.lvvit import Divide
+from evit_deploy.backbones.timm_vit import ReducedBlock
 from evit_deploy.errors import InputError, UnsupportedModelError
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, set_keep_rate_, token_plan, token_spec
@@ -49,12 +51,14 @@ def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
 
 
 def layer_scale(x: torch.Tensor, scale: nn.Module) -> torch.Tensor:
+    if isinstance(scale, Divide):  # LV-ViT's λ
+        return x / scale.by
     return x if isinstance(scale, nn.Identity) else x * scale.gamma
 
 
 @torch.inference_mode()
 def slow_evit(dense: nn.Module, x: torch.Tensor, spec: TokenSpec) -> tuple[torch.Tensor, list[np.ndarray]]:
-    """Algorithm 1 in float64: blocks by hand, scores and reorganisation by the oracle; stem and head are timm's.
+    """Algorithm 1 in float64: blocks by hand, scores and reorganisation by the oracle, stem and head not.
 
     Also gives the kept candidates of every location, after making sure that FP32 can tell their scores apart.
     """
@@ -359,7 +363,7 @@ def test_the_lowered_form_gives_the_same_logits_and_leaves_the_model_alone(name,
     model = create(name)
     reduce_tokens_(model, spec)
     before, keys, modules = logits(model), list(model.state_dict()), dict(model.named_modules())
-    lowered = TimmViT.lower(model)
+    lowered = backbone_of(model).lower(model)
     with torch.inference_mode():
         result = lowered(images(model))
     torch.testing.assert_close(result, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))

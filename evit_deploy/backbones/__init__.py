@@ -12,7 +12,7 @@ class Backbone(Protocol):
 
     @staticmethod
     def unsupported(model: Any) -> list[str]:
-        """Why this model cannot be reduced exactly; empty when it can."""
+        """Why this model cannot be reduced exactly; empty when it can. Another family's begins with "it is not"."""
         ...
 
     @staticmethod
@@ -65,7 +65,7 @@ def backbone_of(model: Any) -> type[Backbone]:
     """Finds the family that can reduce a model.
 
     Raises:
-        UnsupportedModelError: None can; the reasons are those of the family that came closest.
+        UnsupportedModelError: None can; the reasons are those of the family that came closest: its own before others.
     """
     refusals = []
     for name in BACKBONES.names():
@@ -74,7 +74,14 @@ def backbone_of(model: Any) -> type[Backbone]:
         if not reasons:
             return backbone
         refusals.append(reasons)
-    raise UnsupportedModelError(type(model).__name__, max(refusals, key=len) if len(refusals) > 1 else refusals[0])
+    closest = max(refusals, key=lambda reasons: (not reasons[0].startswith("it is not"), len(reasons)))
+    raise UnsupportedModelError(type(model).__name__, closest)
+
+
+def load_backbones() -> None:
+    """Imports every family: one whose models are not timm's registers their names with timm as it is imported."""
+    for name in BACKBONES.names():
+        BACKBONES.get(name)
 
 
 def copy_sharing_weights(model: Any) -> Any:

@@ -166,6 +166,16 @@ def _slice_linear(linear: nn.Linear, start: int, end: int) -> nn.Linear:
     return part
 
 
+def unusual_blocks(model: Any) -> list[str]:
+    """Why the first block that is not timm's plain one cannot be reduced; empty when all are."""
+    for index, block in enumerate(map(TimmViT.original, model.blocks)):
+        if type(block) is not Block:
+            return [f"block {index} is a {type(block).__name__}, not a Block"]
+        if type(block.attn) is not Attention:
+            return [f"block {index} uses {type(block.attn).__name__}, not plain Attention"]
+    return []
+
+
 class TimmViT:
     """The backbone's entry in the registry; see :class:`evit_deploy.backbones.Backbone`."""
 
@@ -185,15 +195,7 @@ class TimmViT:
             reasons.append(f"its head pools the patch tokens (global_pool={model.global_pool!r}, needed 'token')")
         if isinstance(model.patch_drop, PatchDropout):
             reasons.append("it drops patches at random while training (patch_drop_rate > 0), so counts are not fixed")
-        for index, block in enumerate(model.blocks):
-            block = TimmViT.original(block)
-            if type(block) is not Block:
-                reasons.append(f"block {index} is a {type(block).__name__}, not a Block")
-                break
-            if type(block.attn) is not Attention:
-                reasons.append(f"block {index} uses {type(block.attn).__name__}, not plain Attention")
-                break
-        return reasons
+        return reasons + unusual_blocks(model)
 
     @staticmethod
     def prefix_tokens(model: VisionTransformer) -> int:

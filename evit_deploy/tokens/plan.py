@@ -128,6 +128,7 @@ class ModelCost(msgspec.Struct, frozen=True):
         token_mlp: Linear layers of one block's MLP, per token.
         width: Heads × head width: Q·Kᵀ and A·V cost N²·width each.
         head: Classifier, per image.
+        token_head: Classifier that sees every token but the prefix, per token (LV-ViT has one).
     """
 
     stem: int
@@ -135,6 +136,7 @@ class ModelCost(msgspec.Struct, frozen=True):
     token_mlp: int
     width: int
     head: int
+    token_head: int = 0
 
 
 class BlockPlan(msgspec.Struct, frozen=True):
@@ -199,7 +201,8 @@ class TokenPlan(msgspec.Struct, frozen=True):
         """Multiply-adds of the whole model for one image."""
         total = sum(self.block_macs(row.block) for row in self.blocks)
         assert self.cost is not None  # block_macs has refused by now; depth is never 0
-        return total + self.cost.stem + self.cost.head
+        last = self.blocks[-1].tokens_out - self.prefix
+        return total + self.cost.stem + self.cost.head + last * self.cost.token_head
 
     def mac_ratio(self) -> float:
         """Dense multiply-adds over this plan's: the speed-up if time followed arithmetic exactly."""

@@ -92,7 +92,8 @@ def reduce_tokens_(model: nn.Module, spec: TokenSpec) -> nn.Module:
     the dense model back, bit for bit.
 
     Args:
-        model: A model of a registered backbone (any timm ``VisionTransformer`` that classifies from its class token).
+        model: A model of a registered backbone (any timm ``VisionTransformer`` that classifies from its class token,
+            or an LV-ViT).
         spec: What to do.
 
     Returns:

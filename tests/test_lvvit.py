@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import timm
 import torch
 from checkpoints import refusal, saved
 from exports import exported, nodes, operators
-from models import TINY, hollow, images, of_kind, seeded
+from models import TINY, hollow, images, of_kind, seeded, write_checkpoint
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn import functional as F
@@ -261,6 +263,22 @@ def test_names_are_known_where_timms_are():
     with pytest.raises(MissingRequirement, match="no weights can be fetched") as caught:
         read_checkpoint("lvvit_s")
     assert "--model lvvit_s" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("door", ["named", "own", "sweep"])
+def test_no_door_needs_the_names_to_be_registered_before(tmp_path, door):
+    # Other tests have imported the backbone; a process of its own has not.
+    path = tmp_path / "own.safetensors"
+    if door == "own":
+        write_checkpoint(path, "LV-ViT")
+    code = {
+        "named": "from evit_deploy.checkpoint import check_model_name; check_model_name('lvvit_s', where='x')",
+        "own": f"from evit_deploy import *; build_model(read_checkpoint({str(path)!r}))",
+        "sweep": "from evit_deploy.sweep import _variants; from evit_deploy.recipe import load_sweep; "
+        "next(_variants('lvvit_t', load_sweep('a100', [])))",
+    }[door]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- checkpoints

@@ -89,7 +89,7 @@ def test_later_override_wins_and_begins_an_absent_section():
         ("finetune.epochs=3", ["length of the run", "both"]),
         ("finetune.steps=null", ["length of the run", "neither"]),
         ("finetune.min_learning_rate=1", ["min_learning_rate", "0.0003"]),
-        ("data.name=mnist", ["mnist", "data.name", "'folder': folders of images"]),
+        ("data.name=mnist", ["mnist", "data.name", "'folder': images of your own"]),
         ("data.train=/images", ["digits have no folders"]),
         ("model.args.num_classes=3", ["num_classes", "the data decides"]),
         ("data.crop=[0.5, 0.1]", ["crop is not a range"]),

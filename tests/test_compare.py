@@ -35,7 +35,7 @@ class Few:
         generator = torch.Generator().manual_seed(1)
         self.images = 3 * torch.randn(9, 3, 16, 16, generator=generator)
 
-    def validation(self, batch_size):
+    def validation(self, batch_size, *, rank=0, world=1):
         yield from zip(self.images.split(batch_size), (torch.arange(9) % 4).split(batch_size), strict=True)
 
 
@@ -88,8 +88,20 @@ def wild(**expect):
     return msgspec.structs.replace(recipe, expect=ExpectSection(**limits))
 
 
+def test_a_fine_tune_that_loses_accuracy_fails(tmp_path):
+    lost = report()
+    after = msgspec.structs.replace(lost.accuracy[-1], top1=0.64)
+    with pytest.raises(GateFailed, match="top-1, fine-tuned against not"):
+        _expected(wild(), msgspec.structs.replace(lost, accuracy=(*lost.accuracy[:-1], after)), tmp_path)
+
+
 def test_expected_differences_become_checks(tmp_path):
     checks = {check.name: check for check in _expected(wild(), report(), tmp_path).checks}
+    gained = checks.pop("top-1, fine-tuned against not")
+    assert (gained.value, gained.limit) == (
+        0.7,
+        pytest.approx(0.69 - 2 * (0.69 * 0.31 / 1000 + 0.7 * 0.3 / 1000) ** 0.5),
+    )
     own = "evit 0.7, not fine-tuned"
     assert {name: (check.value, check.limit) for name, check in checks.items()} == {
         "top-1, dense": (0.7, 0.6),

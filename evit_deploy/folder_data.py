@@ -42,6 +42,11 @@ class FolderData:
         self._train = open_source(self._place("train"))
         self.classes = self._train.classes
         self._validation = open_source(self._place("validation"), self.classes)
+        present = self._validation.present()
+        missing = [name for i, name in enumerate(self.classes) if i not in present]
+        if missing and notice is not None:
+            named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            notice(f"data.validation has no images of {len(missing)} of the {len(self.classes)} classes: {named}")
         if section.cache is not None:
             self._train = cached(self._train, Path(section.cache), section.cache_size, section.workers)
         self._unreadable = {

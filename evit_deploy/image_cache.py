@@ -52,6 +52,10 @@ class CachedSource:
         """See :class:`evit_deploy.sources.Source`."""
         return self._source.name(index)
 
+    def present(self) -> set[int]:
+        """See :class:`evit_deploy.sources.Source`."""
+        return self._source.present()
+
     def stamp(self) -> list[Any]:
         """See :class:`evit_deploy.sources.Source`."""
         return self._source.stamp()

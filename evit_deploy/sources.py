@@ -41,6 +41,10 @@ class Source(Protocol):
         """What an image is called in messages."""
         ...
 
+    def present(self) -> set[int]:
+        """Labels that occur, as far as the source tells without reading every image."""
+        ...
+
     def stamp(self) -> list[Any]:
         """What changes when an image does: names, sizes and times of files."""
         ...
@@ -115,6 +119,10 @@ class Folder:
         """See :class:`Source`."""
         return str(self._files[index][0])
 
+    def present(self) -> set[int]:
+        """See :class:`Source`."""
+        return {label for _, label in self._files}
+
     def stamp(self) -> list[Any]:
         """See :class:`Source`."""
         return [_file_stamp(path) for path, _ in self._files]
@@ -149,6 +157,10 @@ class _Timm:
     def name(self, index: int) -> str:
         """See :class:`Source`."""
         return f"{self._place.path}: {self._reader.filename(index) or f'image {index}'}"
+
+    def present(self) -> set[int]:
+        """See :class:`Source`."""
+        return set(self._labels)
 
 
 class Tar(_Timm):
@@ -279,6 +291,10 @@ class Shards:
         """See :class:`Source`."""
         number, name, *_ = self._images[index]
         return f"{self._files[number]}: {name}"
+
+    def present(self) -> set[int]:
+        """See :class:`Source`."""
+        return {label for *_, label in self._images}
 
     def stamp(self) -> list[Any]:
         """See :class:`Source`."""

@@ -3,8 +3,10 @@
 import io
 import itertools
 import json
+import shutil
 import tarfile
 
+import msgspec
 import pytest
 import torch
 from PIL import Image
@@ -248,15 +250,23 @@ def test_unreadable_images_give_way_up_to_a_limit_and_are_told(tmp_path, workers
         list(data.validation(5))
 
 
+def test_classes_without_validation_images_are_told(tmp_path):
+    section, told = folder(tmp_path), []
+    smaller = tmp_path / "validation" / "dog"
+    shutil.copytree(tmp_path / "images" / "dog", smaller)
+    section = msgspec.structs.replace(section, validation=str(smaller.parent))
+    data = open_data(section, SMALL, told.append)
+    assert told == ["data.validation has no images of 2 of the 3 classes: cat, eel"]
+    assert [labels.tolist() for _, labels in data.validation(9)] == [[1] * 4]
+
+
 def test_a_share_of_a_small_set_is_none_and_many_in_a_row_are_too_many(tmp_path):
     section = folder(tmp_path)
     spoil(tmp_path, "cat/1.png")
     with pytest.raises(InputError, match=r"an image cannot be read.*cat/1\.png.*at most 0 of 12"):
         next(open_data(section, SMALL).training(12, 0))
     spoil(tmp_path, *(f"{name}/{i}.png" for name in CLASSES for i in range(4) if (name, i) != ("cat", 1)))
-    section = DataSection(
-        **{field: getattr(section, field) for field in section.__struct_fields__} | {"max_corrupt": 99}
-    )
+    section = msgspec.structs.replace(section, max_corrupt=99)
     with pytest.raises(InputError, match="12 images cannot be read"):
         next(open_data(section, SMALL).training(12, 0))
 

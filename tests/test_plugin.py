@@ -138,6 +138,14 @@ def test_majors_are_what_is_compared(installed):
 # ---- loading, building, checking
 
 
+def test_what_is_no_library_is_not_loaded(tmp_path):
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(InputError, match=r"not a library that evit-deploy built.*plugin build"):
+        load_plugin(tmp_path / "text.so")
+    with pytest.raises(InputError, match="no library can be read there"):
+        load_plugin(tmp_path / "none.so")
+
+
 @pytest.mark.nvcc
 @pytest.mark.slow
 def test_build_and_check(cache, cli, tmp_path, monkeypatch):

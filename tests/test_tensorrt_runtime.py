@@ -88,15 +88,6 @@ def test_a_bad_plan_is_an_input_error_with_or_without_a_gpu(runner, tmp_path):
         pass
 
 
-def test_a_plugin_that_is_not_there_or_no_library_is_an_input_error(tmp_path):
-    text = tmp_path / "libplugin.so"
-    text.write_text("no library")
-    for path in (text, tmp_path / "none.so"):
-        with pytest.raises(InputError, match="the plugin library cannot be loaded") as error:
-            tensorrt._load_plugin(path)
-        assert "evit-deploy plugin build" in str(error.value)
-
-
 def test_nothing_beside_a_plan_is_loaded_by_itself(plan):
     (plan.parent / "libplugin.so").write_text("no library")
     assert TensorRTRunner(plan).plugin is None

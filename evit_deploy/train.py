@@ -218,6 +218,8 @@ def fit(
         if curriculum is not None:
             curriculum.load_state_dict(found["curriculum"])
         notice(f"{stage}: goes on at step {run.step + 1} of {steps}")
+    if rank:  # stochastic depth of its own in every process; the state is the first one's
+        torch.manual_seed(seed + 7919 * rank + run.step)
     if log is not None:
         log.begin(run.step)
     batches = follow(curriculum, data, section.batch_size * world, seed, rank=rank, world=world, start_step=run.drawn)
@@ -249,10 +251,11 @@ def fit(
                     row = evaluate(model, data, evaluation_batch_size)
                     notice(f"{stage}: after {run.step / per_epoch:.3g} epochs top-1 is {row.top1:.2%}, "
                            f"{plan.blocks[-1].tokens_out} tokens at the end")  # fmt: skip
-                if stop.asked or run.step % section.save_every == 0:
+                stopped = run.any_process(stop.asked)
+                if stopped or run.step % section.save_every == 0:
                     good = run.state()
                     _write(state, log, good, curriculum, notice)
-                if stop.asked:
+                if stopped:
                     raise KeyboardInterrupt
         _write(state, log, run.state(), curriculum, notice)
         run.finish()

@@ -54,6 +54,7 @@ class TrainingLog:
         if len(losses) % self.every:
             return
         latest = losses[-self.every :]
+        self._rows = [row for row in self._rows if int(row["step"]) < len(losses)]  # the run may have gone back
         seconds = sum(one.seconds for one in self._steps)
         row = {
             "step": len(losses),

@@ -141,6 +141,14 @@ class TrainingRun:
         self._correct.append((done["output"].detach().argmax(1) == labels).float().mean().item())
         return loss.item()
 
+    def any_process(self, asked: bool) -> bool:
+        """Whether one of the processes was asked to stop: they have to do so at the same step."""
+        if self.processes.num_processes == 1:
+            return asked
+        found = torch.tensor(float(asked), device=self.device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return bool(found.item())
+
     def _mean(self, loss: float) -> float:
         if self.processes.num_processes == 1:
             return loss

@@ -16,6 +16,7 @@ from evit_deploy.errors import InputError, StageError
 from evit_deploy.recipe import CompareSection, DataSection, ModelSection, Recipe, TrainSection, dump_recipe
 from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.train import DENSE, EVIT, fit, train
+from evit_deploy.training_log import TrainingLog
 from evit_deploy.training_state import StateFile, state_path
 
 RUN = TrainSection(
@@ -131,7 +132,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, monkeypatch):
     assert "No space left on device" in told[-1]
 
 
-def test_one_bad_batch_is_survived():
+def test_one_bad_batch_is_survived(tmp_path):
     model, told = reduce_tokens_(tiny(), SPEC), []
 
     class Once(FixedBatch):
@@ -139,7 +140,10 @@ def test_one_bad_batch_is_survived():
             for number, (images, labels) in enumerate(super().training(batch_size, seed, **how)):
                 yield images * (float("nan") if number == 5 else 1), labels
 
-    losses = fit(model, Once(), section(steps=8, save_every=2), notice=told.append)
+    log = TrainingLog(tmp_path, "finetune", every=2)
+    losses = fit(model, Once(), section(steps=8, save_every=2), log=log, notice=told.append)
+    log.write()
+    assert [row.split(",")[0] for row in log.path.read_text().splitlines()] == ["step", "2", "4", "6", "8"]
     assert len(losses) == 8
     assert told[-1] == "finetune: step 6 was not finite; went back to step 5, once"
     assert all(torch.isfinite(torch.tensor(losses)))

@@ -159,6 +159,7 @@ def test_the_fine_tune_recipe_runs_on_folders_of_images(tmp_path: Path):
             "data.workers=0",
             "finetune.epochs=2",
             "finetune.batch_size=4",
+            "finetune.learning_rate=1e-2",  # so that the new classifier's two logits do not cancel to almost nothing
             "finetune.min_learning_rate=0",
             "finetune.autocast=none",
             "profile.batch_sizes=[1]",

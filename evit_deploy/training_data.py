@@ -133,13 +133,16 @@ class DigitsData:
     ) -> Iterator[Batch]:
         """See :class:`TrainingData`."""
         images, labels = self._train
-        mine = share(batch_size, rank, world)
-        for draws in Batches(len(images), batch_size, seed, start_step=start_step):  # varied all at once
-            chosen = torch.tensor([draw.number for draw in draws])
-            words = np.random.SeedSequence(draws[0].place[:2]).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(words[0] >> 1))
-            varied = augment(images[chosen], self._section, generator, self._background)
-            yield varied[mine], labels[chosen][mine]
+        mine, steps = share(batch_size, rank, world), self.steps_per_epoch(batch_size)
+        # One generator for order and variation, as long as the set is small enough to draw everything again.
+        generator, step = torch.Generator().manual_seed(seed), 0
+        while True:
+            order = torch.randperm(len(images), generator=generator)[: steps * batch_size]
+            for chosen in order.split(batch_size):
+                varied = augment(images[chosen], self._section, generator, self._background)
+                if step >= start_step:
+                    yield varied[mine], labels[chosen][mine]
+                step += 1
 
     def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """See :class:`TrainingData`."""

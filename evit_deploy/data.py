@@ -330,7 +330,7 @@ def digits_images() -> tuple[list[Image.Image], np.ndarray]:
 
     pixels, labels = load_digits(return_X_y=True)
     shades = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # they come as 0 to 16
-    return [Image.fromarray(shade) for shade in shades], labels.astype(np.int64)
+    return [Image.fromarray(shade) for shade in shades], np.asarray(labels, np.int64)
 
 
 def load_digits_data(

@@ -251,6 +251,14 @@ def test_addresses_are_looked_at():
 
 
 @pytest.mark.cpp
+def test_a_call_that_is_none_is_refused_with_and_without_room_for_a_message():
+    run, message = kernel()._library.evit_token_reorg_on_host, ctypes.create_string_buffer(20)
+    assert run(None, 1, 0, 0, message, ctypes.c_size_t(len(message))) == 1
+    assert message.value == b"TokenReorg: the cal"  # cut to the room there is
+    assert run(None, 1, 0, 0, None, ctypes.c_size_t(0)) == 1
+
+
+@pytest.mark.cpp
 def test_a_library_says_what_it_is_before_it_is_loaded(tmp_path):
     library = plugin_builds.host_library()
     identity = read_identity(library)

@@ -146,7 +146,6 @@ def test_what_is_no_library_is_not_loaded(tmp_path):
         load_plugin(tmp_path / "none.so")
 
 
-@pytest.mark.nvcc
 @pytest.mark.slow
 def test_build_and_check(cache, cli, tmp_path, monkeypatch):
     root = plugin_builds.tensorrt_headers()

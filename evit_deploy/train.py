@@ -204,7 +204,8 @@ def fit(
             does not fit into memory.
         KeyboardInterrupt: The run was stopped; its state was written.
     """
-    progress, notice = progress or _silent, notice or _silent
+    progress = _silent if progress is None else progress
+    notice = _silent if notice is None else notice
     world, rank = PartialState().num_processes, PartialState().process_index
     per_epoch = data.steps_per_epoch(section.images_per_step(world))
     steps = section.steps or max(1, round((section.epochs or 1) * per_epoch))

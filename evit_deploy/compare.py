@@ -31,12 +31,12 @@ def evaluate(model: nn.Module, data: TrainingData, batch_size: int = 64, name: s
         batch_size: Images a batch.
         name: Which model, for the row.
     """
-    return _evaluated(model, data, batch_size, name)[0]
+    return evaluate_each(model, data, batch_size, name)[0]
 
 
 @torch.inference_mode()
-def _evaluated(model: nn.Module, data: TrainingData, batch_size: int, name: str) -> tuple[AccuracyRow, np.ndarray]:
-    """The row, and for every image whether it was classified correctly."""
+def evaluate_each(model: nn.Module, data: TrainingData, batch_size: int, name: str) -> tuple[AccuracyRow, np.ndarray]:
+    """:func:`evaluate`'s row, and for every validation image whether it was classified correctly, bool ``[images]``."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     processes = PartialState()
@@ -97,7 +97,7 @@ def compare(
     def add(name: str, model: nn.Module, other: str | None) -> None:
         if progress is not None:
             progress(f"evaluating: {name}")
-        row, right[name] = _evaluated(model, data, batch_size, name)
+        row, right[name] = evaluate_each(model, data, batch_size, name)
         against = None if other is None else difference(other, right[name], right[other])
         rows.append(msgspec.structs.replace(row, gmacs=token_plan(model).macs() / 1e9, against=against))
 

@@ -11,6 +11,8 @@ FP64 answer when the last kept and the first dropped patch change places at ever
 import copy
 import functools
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from evit_deploy.tokens.op import reorganize
 from evit_deploy.tokens.plan import TokenPlan, original_patches
 from evit_deploy.tokens.reduce import TokenReducer, capture, token_plan
 
-FLOOR = 4  # times eps · max|reference|: no tolerance is tighter than this
+FLOOR = 4  # times eps · the largest Σ|terms| of a logit: no tolerance is tighter than this
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -43,9 +45,12 @@ class Golden(msgspec.Struct):
         swapped: The same with the last kept and the first dropped token exchanged at every location.
         expected: ``[n, classes]`` in the bundle's precision, keeping the tokens that the FP32 model kept.
         expected_free: The same with a choice of its own.
+        terms: float64 ``[n]``: the largest sum of absolute terms that a logit of the image is added up from. Terms may
+            cancel to almost nothing, as two classes' after a short fine-tune do; their rounding does not.
         dense: PyTorch FP32 logits of the dense model.
         dense_reference: The same in FP64.
         dense_expected: The same in the bundle's precision.
+        dense_terms: ``terms`` of the dense model.
         kept: Per location, original patch numbers ``[n, K(+1)]``, fused = −1, of the FP32 model.
         margin: Per location ``[n, patches + 1]``, by original patch number, fused tokens last: distance of the
             patch's score from the boundary between kept and dropped, over what the scores differ by for rounding,
@@ -59,9 +64,11 @@ class Golden(msgspec.Struct):
     swapped: np.ndarray
     expected: np.ndarray
     expected_free: np.ndarray
+    terms: np.ndarray
     dense: np.ndarray
     dense_reference: np.ndarray
     dense_expected: np.ndarray
+    dense_terms: np.ndarray
     kept: dict[int, np.ndarray]
     margin: dict[int, np.ndarray]
 
@@ -76,7 +83,7 @@ class Golden(msgspec.Struct):
 
     def limit(self) -> float:
         """Largest logit error against FP64 of answers with the golden kept sets: twice the precision's own."""
-        return max(2 * distance(self.expected, self.reference), _floor(self.reference))
+        return max(2 * distance(self.expected, self.reference), _floor(self.terms))
 
     def tie_limits(self) -> np.ndarray:
         """The same for each image ``[n]`` where another choice within rounding may have been made."""
@@ -88,7 +95,7 @@ class Golden(msgspec.Struct):
 
     def dense_limit(self) -> float:
         """The same for the dense twin."""
-        return max(2 * distance(self.dense_expected, self.dense_reference), _floor(self.dense_reference))
+        return max(2 * distance(self.dense_expected, self.dense_reference), _floor(self.dense_terms))
 
     def noise(self) -> float:
         """What the precision costs: its error over the spread of the logits, both as root mean squares."""
@@ -108,8 +115,8 @@ def distance(answers: np.ndarray, reference: np.ndarray) -> float:
         return float(np.abs(answers - reference).max(initial=0.0))
 
 
-def _floor(reference: np.ndarray) -> float:
-    return FLOOR * float(np.finfo(np.float32).eps) * float(np.abs(reference).max(initial=0.0))
+def _floor(terms: np.ndarray) -> float:
+    return FLOOR * float(np.finfo(np.float32).eps) * float(terms.max(initial=0.0))
 
 
 def load_golden(path: Path, plan: TokenPlan) -> Golden:
@@ -187,9 +194,12 @@ def make_golden(
         expected = Expected(*_replayed(low, inputs, kept), free, low_logits)
     # The FP64 model keeps what the FP32 model kept: otherwise it answers another question wherever scores nearly tie.
     exact = copy.deepcopy(model).double()
-    reference, exact_scores = _replayed(exact, inputs, kept)
+    with _classifier_terms(exact) as terms:
+        reference, exact_scores = _replayed(exact, inputs, kept)
     swapped, _ = _replayed(exact, inputs, [_swap(k, s) for k, s in zip(kept, exact_scores, strict=True)])
-    dense_reference = _answers(copy.deepcopy(dense).double(), inputs)[0]
+    exact_dense = copy.deepcopy(dense).double()
+    with _classifier_terms(exact_dense) as dense_terms:
+        dense_reference = _answers(exact_dense, inputs)[0]
     numbers = original_patches(kept, plan)
     margin, candidates = {}, np.broadcast_to(np.arange(plan.patches), (len(inputs), plan.patches))
     for row, low, true, patches in zip(plan.locations, expected.scores, exact_scores, numbers, strict=True):
@@ -204,9 +214,33 @@ def make_golden(
         candidates = patches
     kept_patches = dict(zip((row.block for row in plan.locations), numbers, strict=True))
     return Golden(
-        precision, inputs, logits, reference, swapped, expected.logits, expected.free,
-        dense_logits, dense_reference, expected.dense, kept_patches, margin,
+        precision, inputs, logits, reference, swapped, expected.logits, expected.free, _largest(terms, reference),
+        dense_logits, dense_reference, expected.dense, _largest(dense_terms, dense_reference), kept_patches, margin,
     )  # fmt: skip
+
+
+@contextmanager
+def _classifier_terms(model: Any) -> Iterator[list[np.ndarray]]:
+    """Collects Σ|weight · feature| + |bias| of the logits ``[n, classes]``, an array a classifier, while it is open."""
+    found: list[np.ndarray] = []
+
+    def note(layer: torch.nn.Linear, given: tuple[Tensor, ...]) -> None:
+        bias = torch.zeros(()) if layer.bias is None else layer.bias
+        found.append((given[0].abs() @ layer.weight.abs().T + bias.abs()).numpy())
+
+    classifier = model.get_classifier()
+    layers = classifier if isinstance(classifier, tuple) else (classifier,)
+    handles = [layer.register_forward_pre_hook(note) for layer in layers if isinstance(layer, torch.nn.Linear)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _largest(terms: list[np.ndarray], reference: np.ndarray) -> np.ndarray:
+    """Of each image the largest over the classifiers and classes; without a classifier, of the features themselves."""
+    return np.max([np.abs(logits).max(axis=-1) for logits in terms or [reference]], axis=0)
 
 
 def _logarithm(scores: np.ndarray) -> np.ndarray:

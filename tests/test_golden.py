@@ -109,6 +109,7 @@ def synthetic(*near: tuple[int, int, list[int]], **changes: Any) -> Golden:
     exact = logits.astype(np.float64)
     fields: dict[str, Any] = dict.fromkeys(("logits", "expected", "expected_free", "dense", "dense_expected"), logits)
     fields |= dict.fromkeys(("reference", "swapped", "dense_reference"), exact)
+    fields |= dict.fromkeys(("terms", "dense_terms"), np.abs(exact).max(axis=1))
     fields |= {"precision": "fp32", "inputs": np.zeros((3, 1, 1, 1), np.float32), "kept": kept, "margin": margin}
     return Golden(**fields | changes)
 
@@ -259,10 +260,28 @@ def test_an_answer_that_is_not_a_number_is_the_largest_error(image):
 )
 def test_the_limit_is_twice_the_precisions_own_error_or_the_floor(eager_error, limit):
     reference = np.array([[4.0, -8.0]])
-    golden = synthetic(reference=reference, expected=reference + eager_error, swapped=reference)
+    terms = np.array([8.0])
+    golden = synthetic(reference=reference, expected=reference + eager_error, swapped=reference, terms=terms)
     assert golden.limit() == pytest.approx(limit, rel=1e-9)
-    golden = synthetic(dense_reference=reference, dense_expected=reference - eager_error)
+    golden = synthetic(dense_reference=reference, dense_expected=reference - eager_error, dense_terms=terms)
     assert golden.dense_limit() == pytest.approx(limit, rel=1e-9)
+
+
+def test_terms_that_cancel_leave_room_for_their_own_rounding():
+    model = copy.deepcopy(of_kind("plain"))
+    inputs = images(model, 2)
+    with torch.no_grad():
+        model.head.weight.fill_(3.0)  # behind a norm, whose features add up to nothing
+        model.head.bias.fill_(-0.25)
+    golden = make_golden(model, model, inputs)
+    exact = model.double()
+    with torch.inference_mode():
+        features = exact.forward_features(torch.from_numpy(inputs).double())
+        features = exact.forward_head(features, pre_logits=True).numpy()
+    assert golden.terms == pytest.approx(3 * np.abs(features).sum(axis=1) + 0.25)
+    np.testing.assert_array_equal(golden.dense_terms, golden.terms)
+    assert golden.terms.min() > 5 * np.abs(golden.reference).max()
+    assert golden.limit() == pytest.approx(FLOOR * EPS * golden.terms.max())
 
 
 def test_the_error_is_the_largest_of_the_given_rows():

@@ -138,7 +138,7 @@ const Array& Need(const std::map<std::string, Array>& arrays, const std::string&
 Golden MakeGolden(const std::map<std::string, Array>& arrays) {
   const Array &inputs = Need(arrays, "inputs", 4), &reference = Need(arrays, "reference", 2);
   const Array &expected = Need(arrays, "expected", 2), &free = Need(arrays, "expected_free", 2);
-  const Array& swapped = Need(arrays, "swapped", 2);
+  const Array &swapped = Need(arrays, "swapped", 2), &terms = Need(arrays, "terms", 1);
   const std::size_t count = inputs.shape[0], classes = reference.shape[1], size = reference.values.size();
   for (const Array* answers : {&reference, &expected, &free, &swapped}) {
     if (answers->shape != std::vector{count, classes}) throw std::invalid_argument("its answers differ in shape");
@@ -153,7 +153,7 @@ Golden MakeGolden(const std::map<std::string, Array>& arrays) {
   golden.reference = reference.values;
   // As Golden.limit() and Golden.tie_limits() of evit-deploy: an engine may be twice as far from FP64 as PyTorch is in
   // the same precision, and farther where another choice of patches is as right.
-  const double scale = Distance(std::vector<double>(size), reference.values, 0, size);
+  const double scale = *std::max_element(terms.values.begin(), terms.values.end());
   const double floor = kFloor * static_cast<double>(std::numeric_limits<float>::epsilon()) * scale;
   const double limit = std::max(2 * Distance(expected.values, reference.values, 0, size), floor);
   const double own_choice = std::max(limit, 2 * Distance(free.values, reference.values, 0, size));

@@ -1,6 +1,7 @@
 """Training and validation images on disk: varied, mixed, and counted where they cannot be read."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class FolderData:
             re_prob=section.random_erasing,
             re_mode="pixel",
         )
+        _keep_a_bit(self._transform)
 
     def _place(self, key: str) -> Place:
         section = self._section
@@ -139,6 +141,18 @@ class FolderData:
             self._unreadable[key].add(unreadable)
             if batch is not None:
                 yield batch
+
+
+def _keep_a_bit(transform: Any) -> None:
+    """At its highest magnitude timm posterizes to 0 bits: a black image in older Pillow, an error since Pillow 13."""
+    for stage in transform.transforms:
+        for op in (*getattr(stage, "ops", ()), *(op for policy in getattr(stage, "policy", ()) for op in policy)):
+            if op.name.startswith("Posterize"):
+                op.level_fn = partial(_at_least_one_bit, op.level_fn)
+
+
+def _at_least_one_bit(level_fn: Callable[..., tuple[int]], *level: Any) -> tuple[int]:
+    return (max(1, level_fn(*level)[0]),)
 
 
 class Unreadable:

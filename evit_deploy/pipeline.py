@@ -172,16 +172,21 @@ def train_stage(
         notice(f"up to date: {out / EVIT}")
         assert record is not None
         return _expected(recipe, record.report, out)
-    if not force:
+    if not force and not resume:
         _refuse_strangers(out, records, (DENSE, EVIT))
     todo = recipe
-    if recipe.dense is not None and _fresh(records.get("dense"), dense_key, out):
+    begun = resume and state_path(out, "dense").exists()  # the finetune.state beside it is of the whole recipe
+    if recipe.dense is not None and not begun and _fresh(records.get("dense"), dense_key, out):
         notice(f"up to date: {out / DENSE}")
         todo = msgspec.structs.replace(recipe, dense=None, model=ModelSection(checkpoint=str(out / DENSE)))
     if force:
         for stage in ("dense", "finetune"):
             state_path(out, stage).unlink(missing_ok=True)
-    result = train(todo, out, resume=resume, progress=progress, notice=notice)
+
+    def note_dense(path: Path) -> None:  # at once: whatever happens to the fine-tuning, these weights are known
+        _write_records(out, {"dense": Record(dense_key, {DENSE: bundles.sha256(path)})})
+
+    result = train(todo, out, resume=resume, progress=progress, notice=notice, dense_saved=note_dense)
     notes = (_DIGITS_NOTE,) if recipe.data.name == "digits" else ()
     notes += _published(recipe)
     report = result.report + Report(notes=notes)
@@ -190,7 +195,7 @@ def train_stage(
     if result.dense is not None:
         records["dense"] = Record(dense_key, {DENSE: bundles.sha256(out / DENSE)})
     if PartialState().is_main_process:
-        write_atomically(out / RECORD, msgspec.json.format(msgspec.json.encode(records), indent=2))
+        _write_records(out, records)
     return _expected(recipe, report, out)
 
 
@@ -273,6 +278,10 @@ def _read_records(out: Path) -> dict[str, Record]:
         return msgspec.json.decode((out / RECORD).read_bytes(), type=dict[str, Record])
     except (OSError, msgspec.DecodeError):
         return {}
+
+
+def _write_records(out: Path, records: dict[str, Record]) -> None:
+    write_atomically(out / RECORD, msgspec.json.format(msgspec.json.encode(records), indent=2))
 
 
 def _fresh(record: Record | None, key: str, out: Path) -> bool:

@@ -62,6 +62,7 @@ def train(
     progress: Tell | None = None,
     notice: Tell | None = None,
     device: str = "auto",
+    dense_saved: Callable[[Path], None] | None = None,
 ) -> TrainResult:
     """Trains as a recipe says and writes ``dense.safetensors`` and ``evit.safetensors``, each whole or not at all.
 
@@ -76,6 +77,7 @@ def train(
         progress: Told what is being done now, about a hundred times a stage.
         notice: Told what the user should know, such as the learning rate that results from the batch size.
         device: PyTorch device; ``auto`` takes a GPU if there is one.
+        dense_saved: Called once ``dense.safetensors`` is there, before the fine-tuning begins.
 
     Raises:
         InputError: The checkpoint, the images or the token spec cannot be used; nothing has been trained. Or an
@@ -116,6 +118,8 @@ def train(
         dense_model = copy.deepcopy(model)
         if processes.is_main_process:
             save_checkpoint(dense, model, checkpoint)
+            if dense_saved is not None:
+                dense_saved(dense)
 
     start = time.process_time()
     reduce_tokens_(model, recipe.tokens)
@@ -218,7 +222,7 @@ def fit(
         run.load(found)
         if curriculum is not None:
             curriculum.load_state_dict(found["curriculum"])
-        notice(f"{stage}: goes on at step {run.step + 1} of {steps}")
+        notice(f"{stage}: goes on at step {run.step + 1} of {steps}" if run.step < steps else f"{stage}: was complete")
     if rank:  # stochastic depth of its own in every process; the state is the first one's
         torch.manual_seed(seed + 7919 * rank + run.step)
     if log is not None:

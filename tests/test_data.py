@@ -194,6 +194,15 @@ def test_folder_training_without_mixing_gives_labels(folder):
     assert sorted(targets.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-n4-inc1", "rand-m0-n4", "v0"])
+def test_the_strongest_augmentation_leaves_an_image(folder, policy):
+    section = DataSection(name="folder", train=str(folder), validation=str(folder), workers=0, mixup=0, cutmix=0,
+                          color_jitter=0, random_erasing=0, auto_augment=policy)  # fmt: skip
+    data = open_data(section, SMALL)
+    for images, _ in itertools.islice(data.training(9, seed=0), 60):  # every operation comes up
+        assert images.isfinite().all()
+
+
 def test_folders_that_are_not_given_are_asked_for(folder):
     for key, section in [
         ("train", DataSection(name="folder")),

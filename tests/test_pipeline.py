@@ -114,6 +114,35 @@ def test_fine_tuning_from_kept_dense_weights_gives_the_same_weights(tmp_path: Pa
     assert weights[0] == weights[1]
 
 
+def break_off(text: str) -> None:
+    """Progress: the machine stops at the first step of the fine-tuning."""
+    if text.startswith("finetune: step"):
+        raise RuntimeError("the machine stopped")
+
+
+def test_dense_weights_are_known_when_the_fine_tuning_broke_off(tmp_path: Path):
+    with pytest.raises(RuntimeError):
+        train_stage(digits(), tmp_path, progress=break_off)
+    assert not (tmp_path / "evit.safetensors").exists()
+    with pytest.raises(InputError, match="Go on with --resume"):
+        train_stage(digits(), tmp_path)
+    told = Told()
+    train_stage(digits(), tmp_path, resume=True, notice=told)
+    assert "dense: was complete" in told
+    whole = tmp_path / "whole"
+    train_stage(digits(), whole)
+    assert (tmp_path / "evit.safetensors").read_bytes() == (whole / "evit.safetensors").read_bytes()
+
+    from_weights = digits("dense=null", "model.init=timm", "model.name=null", "model.args={}",
+                          f"model.checkpoint={whole / 'dense.safetensors'}")  # fmt: skip
+    again = tmp_path / "again"
+    with pytest.raises(RuntimeError):
+        train_stage(from_weights, again, progress=break_off)
+    assert (again / "dense.safetensors").exists()
+    train_stage(from_weights, again)
+    assert (again / "evit.safetensors").exists()
+
+
 def test_a_damaged_checkpoint_is_not_up_to_date(tmp_path: Path):
     train_stage(digits(), tmp_path)
     right = (tmp_path / "evit.safetensors").read_bytes()

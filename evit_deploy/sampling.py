@@ -168,6 +168,21 @@ def loader(
         raise _failed(str(error), getattr(made_by, "_workers", [])) from error
 
 
+@contextmanager
+def worker_deaths_told() -> Iterator[None]:
+    """PyTorch tells of a killed worker by a signal handler, wherever the main process then is, such as in a step.
+
+    Raises:
+        StageError: A worker died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _failed(str(error), []) from error
+
+
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
@@ -178,7 +193,7 @@ def _failed(text: str, workers: Sequence[Any]) -> StageError:
         return StageError(f"a process that reads images failed: {text.strip().splitlines()[-1]}", where="data.workers")
     dead = [(number, worker) for number, worker in enumerate(workers) if worker.exitcode not in (None, 0)]
     if not dead:
-        seen, code = text.strip().splitlines()[0], -signal.SIGKILL
+        seen, code = text.strip().splitlines()[0].rstrip(". "), -signal.SIGBUS if "Bus" in text else -signal.SIGKILL
     else:
         number, worker = dead[0]
         code = worker.exitcode

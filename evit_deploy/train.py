@@ -21,6 +21,7 @@ from evit_deploy.curriculum import Curriculum, follow
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.recipe import Recipe, TrainSection
 from evit_deploy.report import Report
+from evit_deploy.sampling import worker_deaths_told
 from evit_deploy.schedules import keep_rate_progress, learning_rate
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
@@ -54,6 +55,7 @@ class TrainResult(msgspec.Struct, frozen=True):
     cpu_seconds: dict[str, float]
 
 
+@worker_deaths_told()
 def train(
     recipe: Recipe,
     out: str | Path,
@@ -82,7 +84,8 @@ def train(
     Raises:
         InputError: The checkpoint, the images or the token spec cannot be used; nothing has been trained. Or an
             interrupted run lies in ``out`` and nobody said what is to become of it.
-        StageError: The loss is no longer finite, a batch does not fit into memory, or a file cannot be written.
+        StageError: The loss is no longer finite, a batch does not fit into memory, a process that reads images died, or
+            a file cannot be written.
     """
     out, notice = Path(out), _silent if notice is None else notice
     if out.exists() and not out.is_dir():

@@ -1,16 +1,18 @@
 """Which image is drawn when: one process or several, resumed or not, and workers that die."""
 
 import itertools
+import multiprocessing
 import os
 import random
 import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.sampling import Batches, loader, own_randomness, validation_rows
+from evit_deploy.sampling import Batches, loader, own_randomness, validation_rows, worker_deaths_told
 
 
 def drawn(count, *arguments, **options):
@@ -105,6 +107,30 @@ def test_a_worker_that_dies_is_a_failed_stage_with_a_hint():
     ) as error:
         list(loader(Deadly(), [[5], [1], [2]], 2, list, 4))
     assert error.value.exit_code == 4
+
+
+@worker_deaths_told()
+def busy_while_it_dies(worker):
+    os.kill(worker.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@worker_deaths_told()
+def fails_otherwise():
+    raise RuntimeError("another")
+
+
+def test_a_worker_that_dies_while_the_main_process_is_busy_is_told_too():
+    """PyTorch's signal handler raises wherever the program is."""
+    batches = loader(range(10**4), [[number] for number in range(10**4)], 1, list, 4)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    with pytest.raises(StageError, match=r"data\.workers.*died \(got DataLoader worker.*killed.*memory"):
+        busy_while_it_dies(worker)
+    with pytest.raises(RuntimeError, match="another"):
+        fails_otherwise()
 
 
 def test_an_error_in_a_worker_keeps_its_words():

@@ -122,7 +122,7 @@ def one_seed(table: Table, recipe: Recipe, options: argparse.Namespace) -> None:
         return trained(copy.deepcopy(dense), wanted, finetune, recipe.seed + 1)
 
     table.add({"start": "dense, trained on"}, partial(trained_on, TokenSpec(keep_rate=1.0)), data)
-    for rate in RATES:
+    for rate in options.oracle:
         for fuse in (True, False):
             table.add({"start": "oracle", "rate": rate, "fuse": fuse}, partial(trained_on, spec(rate, fuse)), data)
     # The published schedule: the rate falls from epoch 10 to 110 of 300.
@@ -143,7 +143,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/digits-in-the-wild.yaml"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scratch", type=float, nargs="*", default=RATES, help="keep rates to train from scratch")
+    parser.add_argument("--oracle", type=float, nargs="*", default=RATES, help="keep rates to fine-tune at")
+    parser.add_argument("--scratch", type=float, nargs="*", default=RATES, help="keep rates to train at from scratch")
     parser.add_argument("--scratch-unfused", action="store_true", help="from scratch without fusion too")
     parser.add_argument("--work", type=Path, default=Path("digits-in-the-wild"), help="weights and answers")
     parser.add_argument("--out", type=Path)
@@ -151,10 +152,8 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[Model] = []
     for seed in options.seeds:
-        # A tenth of the dense training, as 30 of 300 epochs are; the rate reaches its end at half of that.
-        overrides = ("finetune.steps=340", "finetune.keep_rate_epochs=0.0435", *options.overrides, f"seed={seed}")
         table = Table(options.work, seed, rows, lambda: save(options.out, rows))
-        one_seed(table, load_recipe(options.recipe, overrides), options)
+        one_seed(table, load_recipe(options.recipe, (*options.overrides, f"seed={seed}")), options)
 
 
 if __name__ == "__main__":

@@ -80,9 +80,9 @@ class Curriculum:
         """
         return (
             f"{stage}: the run ended at level {self.level:.2f} of the curriculum, below 1: the model has not seen "
-            f"images as hard as those it is evaluated on. Its running accuracy is {self.accuracy:.2f}, and the level rises "
-            f"by {self.rate:g} a step from {self.threshold:g} on. Raise {stage}.steps or data.curriculum_rate, or lower "
-            "data.curriculum_threshold."
+            "images as hard as those it is evaluated on. "
+            f"Its running accuracy is {self.accuracy:.2f}; from {self.threshold:g} on the level rises by "
+            f"{self.rate:g} a step. Raise {stage}.steps or data.curriculum_rate, or lower data.curriculum_threshold."
         )
 
     def state_dict(self) -> dict[str, Any]:

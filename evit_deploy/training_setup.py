@@ -179,7 +179,7 @@ def open_teacher(recipe: Recipe, model: nn.Module, preprocess: Preprocess) -> Te
             fix="Set finetune.model_mode=train.",
         )  # fmt: skip
     if section.kind == "token_labels":
-        _check_labelling_teacher(teacher, student, checkpoint.tokens)
+        _check_labelling_teacher(teacher, checkpoint.tokens)
     elif checkpoint.tokens is not None:
         reduce_tokens_(teacher, checkpoint.tokens)
     for which, how in ((student, preprocess), (teacher, checkpoint.preprocess or Preprocess.from_model(teacher))):
@@ -188,7 +188,7 @@ def open_teacher(recipe: Recipe, model: nn.Module, preprocess: Preprocess) -> Te
     return Teacher(teacher, section)
 
 
-def _check_labelling_teacher(teacher: Any, student: Any, tokens: TokenSpec | None) -> None:
+def _check_labelling_teacher(teacher: Any, tokens: TokenSpec | None) -> None:
     where = "teacher.kind=token_labels"
     if not has_token_classifier(teacher):
         raise RecipeError(
@@ -200,6 +200,3 @@ def _check_labelling_teacher(teacher: Any, student: Any, tokens: TokenSpec | Non
             "the teacher drops tokens, and says nothing about those patches", where=where, seen=tokens,
             fix="Take its dense weights.",
         )  # fmt: skip
-    grids = [model.patch_embed.grid_size for model in (teacher, student)]
-    if grids[0] != grids[1]:
-        raise RecipeError("the teacher has other patches", where=where, seen=grids[0], wanted=grids[1])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import Compose, ToTensor
 
 from evit_deploy.data import Preprocess
-from evit_deploy.label_augmentation import GEOMETRIC, CropAndFlip, FollowedTransform
+from evit_deploy.label_augmentation import GEOMETRIC, CropAndFlip, FollowedTransform, Warp
 from evit_deploy.recipe import DataSection, TokenLabelSection, TrainSection
 from evit_deploy.sampling import own_randomness
 from evit_deploy.token_labels import FUSED, MixToken, crop_token_labels, token_logits
@@ -237,6 +237,30 @@ def test_labels_follow_crop_mirror_and_warp():
             moved += int((straight[mask].argmax(-1) != label).sum())
     assert seen > 1000
     assert moved > 100  # without the warp many labels would be wrong
+
+
+def test_a_warp_is_what_the_image_library_does():
+    from timm.data.auto_augment import rotate, shear_x, shear_y, translate_x_rel, translate_y_abs
+
+    size, steps = (
+        (96, 64),
+        ((rotate, 25), (shear_x, 0.3), (translate_x_rel, 0.1), (shear_y, -0.2), (translate_y_abs, -7)),
+    )
+    ys, xs = np.mgrid[:64, :96].astype(np.float32) + 0.5
+    pictures, warp = [Image.fromarray(part) for part in (xs, ys, np.ones_like(xs))], Warp(size)
+    for function, amount in steps:
+        pictures = [function(picture, amount, resample=Image.Resampling.BILINEAR) for picture in pictures]
+        function(warp, amount, resample=Image.Resampling.BILINEAR)
+    x, y, shown = (np.asarray(picture) for picture in pictures)  # where each pixel comes from, if from anywhere
+    matrix = warp.places().double().numpy()
+    across, down = (matrix @ np.stack([2 * xs / 96 - 1, 2 * ys / 64 - 1, np.ones_like(xs)]).reshape(3, -1)).reshape(
+        2, 64, 96
+    )
+    wanted = (across + 1) * 48, (down + 1) * 32
+    inside = shown > 0.999
+    assert inside.mean() > 0.2
+    np.testing.assert_allclose(x[inside], wanted[0][inside], atol=0.6)
+    np.testing.assert_allclose(y[inside], wanted[1][inside], atol=0.6)
 
 
 def drawn(root: Path, steps: int, *, section: dict | None = None, **place) -> list[tuple[Tensor, ...]]:

@@ -1,7 +1,7 @@
 """The one-shot: checkpoint in, verified and measured bundle out."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -255,21 +255,28 @@ def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:
         if trained.keep_rate != spec.keep_rate:
             return [f"These weights were trained at keep rate {trained.keep_rate} and run at {spec.keep_rate}."]
         return []
-    rate = rates.pop() if len(rates) == 1 else None
-    if rate in _UNTRAINED_DEIT_S:
-        cost = f"For DeiT-S at {rate:g} that costs {79.8 - _UNTRAINED_DEIT_S[rate]:.1f} points of ImageNet top-1"
-    else:
-        known = ", ".join(f"{79.8 - top1:.1f} at {rate:g}" for rate, top1 in _UNTRAINED_DEIT_S.items())
-        cost = f"For DeiT-S that costs, in points of ImageNet top-1, {known}"
     source = checkpoint.source if checkpoint.sha256 else "CHECKPOINT"
     if Path(source).is_absolute():  # this goes into the bundle, which is not to name folders of this machine
         source = Path(source).name
     keep = f"[{','.join(map(str, spec.keep_rate))}]" if isinstance(spec.keep_rate, tuple) else f"{spec.keep_rate:g}"
     return [
-        f"These weights were never trained with token reduction. {cost} (EViT paper, table 1). To fine-tune: "
+        f"These weights were never trained with token reduction. {_published_cost(checkpoint, rates)}To fine-tune: "
         f"evit-deploy train recipes/finetune.yaml --set model.checkpoint={source} --set tokens.keep_rate={keep} "
         f"--set data.train=DIR --set data.validation=DIR"
     ]
+
+
+def _published_cost(checkpoint: Checkpoint, rates: Collection[float]) -> str:
+    """What it cost others; nothing for a family without a published figure."""
+    if checkpoint.model.startswith("lvvit"):
+        return ""
+    rate = next(iter(rates)) if len(rates) == 1 else None
+    if rate in _UNTRAINED_DEIT_S:
+        cost = f"For DeiT-S at {rate:g} that costs {79.8 - _UNTRAINED_DEIT_S[rate]:.1f} points of ImageNet top-1"
+    else:
+        known = ", ".join(f"{79.8 - top1:.1f} at {rate:g}" for rate, top1 in _UNTRAINED_DEIT_S.items())
+        cost = f"For DeiT-S that costs, in points of ImageNet top-1, {known}"
+    return f"{cost} (EViT paper, table 1). "
 
 
 def _parent(checkpoint: Checkpoint, out: Path, model: str | None) -> Parent:

@@ -72,6 +72,19 @@ class Curriculum:
             )  # fmt: skip
         return self._recent[len(self._recent) - 1 - back]
 
+    def unfinished(self, stage: str) -> str:
+        """What to tell where a run has ended below level 1.
+
+        Args:
+            stage: The recipe's section of the run.
+        """
+        return (
+            f"{stage}: the run ended at level {self.level:.2f} of the curriculum, below 1: the model has not seen "
+            "images as hard as those it is evaluated on. "
+            f"Its running accuracy is {self.accuracy:.2f}; from {self.threshold:g} on the level rises by "
+            f"{self.rate:g} a step. Raise {stage}.steps or data.curriculum_rate, or lower data.curriculum_threshold."
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: plain numbers."""
         return {"level": self.level, "accuracy": self.accuracy, "steps": self.steps, "recent": list(self._recent)}

@@ -1,14 +1,15 @@
 """Training and validation images on disk: varied, mixed, and counted where they cannot be read."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from timm.data import Mixup, create_transform
 from torch import Tensor
 
+from evit_deploy.augmentation import CropAndFlip, FollowedTransform, keep_a_bit
 from evit_deploy.curriculum import Curriculum
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import InputError, RecipeError
@@ -26,7 +27,8 @@ from evit_deploy.sampling import (
     validation_rows,
     whole_batches,
 )
-from evit_deploy.sources import Place, Source, open_source
+from evit_deploy.sources import Folder, Place, Source, open_source
+from evit_deploy.token_labels import TokenLabelMaps
 
 Tell = Callable[[str], None]
 
@@ -48,6 +50,7 @@ class FolderData:
         if missing and notice is not None:
             named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             notice(f"data.validation has no images of {len(missing)} of the {len(self.classes)} classes: {named}")
+        self._maps = self._token_labels()
         if section.cache is not None:
             self._train = cached(self._train, Path(section.cache), section.cache_size, section.workers)
         self._unreadable = {
@@ -65,8 +68,24 @@ class FolderData:
             std=preprocess.std,
             re_prob=section.random_erasing,
             re_mode="pixel",
+            separate=self._maps is not None,
         )
-        _keep_a_bit(self._transform)
+        keep_a_bit(self._transform if self._maps is None else self._transform[1])
+        if self._maps is not None:
+            _, varied, final = self._transform
+            crop = CropAndFlip(preprocess.size, section.crop, interpolation=preprocess.interpolation)
+            self._transform = FollowedTransform(crop, varied, final)
+
+    def _token_labels(self) -> TokenLabelMaps | None:
+        root = self._section.token_labels
+        if root is None:
+            return None
+        if not isinstance(self._train, Folder):
+            raise RecipeError(
+                "token label maps lie beside images in class folders only", where="data.train",
+                seen=self._section.train, wanted="one folder of images a class",
+            )  # fmt: skip
+        return TokenLabelMaps(Path(root), self._train.files, len(self.classes))
 
     def _place(self, key: str) -> Place:
         section = self._section
@@ -90,7 +109,7 @@ class FolderData:
         world: int = 1,
         start_step: int = 0,
         curriculum: Curriculum | None = None,
-    ) -> Iterator[Batch]:
+    ) -> Iterator[tuple[Tensor, ...]]:
         """See :class:`evit_deploy.training_data.TrainingData`. Mixup and CutMix mix the images of one process."""
         section = self._section
         batches = Batches(
@@ -101,7 +120,7 @@ class FolderData:
         if mix is not None and batch_size // world % 2:
             raise InputError("mixup and CutMix need an even number of images in every process",
                              seen=f"{batch_size} images, {world} processes")  # fmt: skip
-        items = _Readable(self._train, self._transform)
+        items = _Readable(self._train, self._transform, maps=self._maps)
         loaded = loader(items, batches, section.workers, _with_unreadable, AHEAD)
         for step, (batch, unreadable) in enumerate(loaded, start_step):
             self._unreadable["train"].add(unreadable)
@@ -109,7 +128,7 @@ class FolderData:
                 raise self._unreadable["train"].error()
             if mix is not None:
                 with own_randomness(seed, step, batch_size, rank):  # not a row of the step: its images have those
-                    batch = _mixed(mix, *batch)
+                    batch = _mixed(mix, *batch[:2])
             yield batch
 
     def _mixup(self) -> Mixup | None:
@@ -133,26 +152,15 @@ class FolderData:
         """See :class:`evit_deploy.training_data.TrainingData`."""
         chosen = spaced(len(self._train), count).tolist()
         rows = [chosen[start : start + 64] for start in range(0, len(chosen), 64)]
-        return np.concatenate([images.numpy() for images, _ in self._plain(self._train, rows, "train")])
+        return np.concatenate([images.numpy() for images, *_ in self._plain(self._train, rows, "train")])
 
     def _plain(self, source: Source, rows: list[list[int]], key: str) -> Iterator[Batch]:
         items = _Readable(source, self.preprocess.transform(), tries=1)
         for batch, unreadable in loader(items, rows, self._section.workers, _with_unreadable, AHEAD):
             self._unreadable[key].add(unreadable)
             if batch is not None:
-                yield batch
-
-
-def _keep_a_bit(transform: Any) -> None:
-    """At its highest magnitude timm posterizes to 0 bits: a black image in older Pillow, an error since Pillow 13."""
-    for stage in transform.transforms:
-        for op in (*getattr(stage, "ops", ()), *(op for policy in getattr(stage, "policy", ()) for op in policy)):
-            if op.name.startswith("Posterize"):
-                op.level_fn = partial(_at_least_one_bit, op.level_fn)
-
-
-def _at_least_one_bit(level_fn: Callable[..., tuple[int]], *level: Any) -> tuple[int]:
-    return (max(1, level_fn(*level)[0]),)
+                images, labels = batch
+                yield images, labels
 
 
 class Unreadable:
@@ -194,40 +202,56 @@ class Unreadable:
         )  # fmt: skip
 
 
+Item = tuple[Any, ...]
+"""An image, its label and, with token labels, its map and what else ``crop_token_labels`` takes."""
+
+
 class _Readable:
     """Items of a source, transformed; an unreadable image gives way to the next that can be read.
 
     Args:
         source: Where images come from.
-        transform: From an RGB image to a tensor.
+        transform: From an RGB image to a tensor; with maps, a :class:`FollowedTransform`.
         tries: How many images to try; 1 replaces none.
+        maps: Token labels; an image whose map cannot be read is unreadable.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Any], Tensor], tries: int = 16) -> None:
-        self._source, self._transform, self._tries = source, transform, min(tries, len(source))
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Any], Any],
+        tries: int = 16,
+        maps: TokenLabelMaps | None = None,
+    ) -> None:
+        self._source, self._transform, self._tries, self._maps = source, transform, min(tries, len(source)), maps
 
-    def __getitem__(self, draw: Draw | int) -> tuple[tuple[Tensor, int] | None, dict[int, str]]:
+    def __getitem__(self, draw: Draw | int) -> tuple[Item | None, dict[int, str]]:
         index, place = (draw, (0,)) if isinstance(draw, int) else (draw.number, draw.place)
         unreadable = {}
         for number in ((index + i) % len(self._source) for i in range(self._tries)):
             try:
                 image, label = self._source.load(number)
+                patches = None if self._maps is None else self._maps.load(number)
             except InputError as error:
                 unreadable[number] = str(error).rstrip(".")
                 continue
             with own_randomness(*place):
-                return (self._transform(image), label), unreadable
+                made = self._transform(image)
+            return ((made, label) if patches is None else (made[0], label, patches, *made[1:])), unreadable
         return None, unreadable
 
 
 def _with_unreadable(
-    items: list[tuple[tuple[Tensor, int] | None, dict[int, str]]],
-) -> tuple[Batch | None, dict[int, str]]:
+    items: list[tuple[Item | None, dict[int, str]]],
+) -> tuple[tuple[Tensor, ...] | None, dict[int, str]]:
     unreadable: dict[int, str] = {}
     for _, found in items:
         unreadable |= found
     good = [item for item, _ in items if item is not None]
-    return (stacked(good) if good else None), unreadable
+    if not good:
+        return None, unreadable
+    rest = zip(*(item[2:] for item in good), strict=True)
+    return (*stacked([item[:2] for item in good]), *map(torch.stack, rest)), unreadable
 
 
 def _mixed(mix: Mixup, images: Tensor, labels: Tensor) -> Batch:

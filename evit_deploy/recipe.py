@@ -19,6 +19,7 @@ from evit_deploy.recipe_sections import Count, Section, Share
 from evit_deploy.recipe_sections import DataSection as DataSection
 from evit_deploy.recipe_sections import ModelSection as ModelSection
 from evit_deploy.recipe_sections import TeacherSection as TeacherSection
+from evit_deploy.recipe_sections import TokenLabelSection as TokenLabelSection
 from evit_deploy.recipe_sections import TrainSection as TrainSection
 from evit_deploy.tokens.plan import TokenSpec
 
@@ -130,6 +131,32 @@ class Recipe(Section, frozen=True, kw_only=True):
                     raise RecipeError(
                         "mixup and CutMix need an even batch size", where=f"{key}.batch_size", seen=section.batch_size
                     )
+        self._check_token_labels()
+
+    def _check_token_labels(self) -> None:
+        data, teacher = self.data, self.teacher
+        runs = {"dense": self.dense, "finetune": self.finetune}
+        asked = {key: run.token_labels for key, run in runs.items() if run is not None and run.token_labels is not None}
+        if data.token_labels is not None and not asked:
+            fix = "Add finetune.token_labels={}, or leave data.token_labels out."
+            raise RecipeError("nothing learns from the token labels", where="data.token_labels", fix=fix)
+        for key, how in asked.items():
+            if how.mix_token and data.name == "folder" and (data.mixup or data.cutmix):
+                fix = f"Set data.mixup=0 and data.cutmix=0, or {key}.token_labels.mix_token=0."
+                raise RecipeError("MixToken takes the place of mixup and CutMix", where=f"{key}.token_labels", fix=fix)
+        if teacher is None or (teacher.kind != "token_labels" and "finetune" not in asked):
+            return
+        if teacher.kind != "token_labels":
+            raise RecipeError(
+                "token labels go with no other teacher than one of token labels", where="teacher.kind",
+                seen=teacher.kind, wanted="token_labels", fix="Set teacher.kind, or leave one of the two out.",
+            )  # fmt: skip
+        if "finetune" not in asked:
+            fix = "Add finetune.token_labels={}."
+            raise RecipeError("nothing learns from the teacher's token labels", where="teacher.kind", fix=fix)
+        if data.token_labels is not None:
+            fix = "Leave data.token_labels or the teacher out."
+            raise RecipeError("token labels come from a folder and from a teacher", where="teacher.kind", fix=fix)
 
 
 class Sweep(Section, frozen=True, kw_only=True):

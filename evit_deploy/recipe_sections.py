@@ -69,6 +69,9 @@ class DataSection(Section, frozen=True, kw_only=True):
     the label is in ``.cls``."""
     num_classes: Count | None = None
     """``wds``: how many classes there are."""
+    token_labels: str | None = None
+    """Folder of token label maps, ``<class>/<image's name>.pt``, one for every training image (``folder`` only, with
+    ``train`` a folder of class folders). A run learns from them where it has ``token_labels``."""
     cache: str | None = None
     """Folder for decoded training images, made on first use (``folder`` only); ``null`` decodes anew in every pass."""
     cache_size: Annotated[int, Meta(ge=16)] = 256
@@ -122,8 +125,32 @@ class DataSection(Section, frozen=True, kw_only=True):
         if self.max_corrupt >= 1 and self.max_corrupt % 1:
             raise RecipeError("max_corrupt is neither a share nor a number", seen=self.max_corrupt,
                               wanted="below 1, or a whole number")  # fmt: skip
-        if self.name != "folder" and (self.train or self.validation):
+        if self.name != "folder" and (self.train or self.validation or self.token_labels):
             raise RecipeError("the digits have no folders", where="data", fix="Set data.name=folder to use images.")
+        if self.token_labels is not None and (self.mixup or self.cutmix):
+            raise RecipeError(
+                "mixup and CutMix mix images, and a token label map is of one image", where="data",
+                seen=f"mixup {self.mixup:g}, cutmix {self.cutmix:g}",
+                fix="Set data.mixup=0 and data.cutmix=0; mix_token of the run's token_labels takes their place.",
+            )  # fmt: skip
+        if self.token_labels is not None and (self.auto_augment or "").startswith("augmix"):
+            raise RecipeError(
+                "AugMix lays versions of an image over each other, which token labels cannot follow",
+                where="data.auto_augment", seen=self.auto_augment, wanted="RandAugment, AutoAugment or null",
+            )  # fmt: skip
+
+
+class TokenLabelSection(Section, frozen=True, kw_only=True):
+    """Learning from a label for every patch token, beside the image's own (LV-ViT, section 3.2).
+
+    The labels are ``data.token_labels``, or a teacher's of kind ``token_labels``.
+    """
+
+    weight: Annotated[float, Meta(ge=0, le=1e3)] = 1.0
+    """Factor on the tokens' part of the loss; the class token's has 1."""
+    mix_token: Annotated[float, Meta(ge=0)] = 1.0
+    """MixToken's alpha: a box of each image's patch tokens, with their labels, comes from another image of the batch.
+    0 switches it off."""
 
 
 class TrainSection(Section, frozen=True, kw_only=True):
@@ -155,7 +182,9 @@ class TrainSection(Section, frozen=True, kw_only=True):
     clip: Annotated[float, Meta(gt=0, le=1e9)] | None = None
     """Largest gradient norm; longer gradients are shortened to it."""
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    """Share of each target that is spread over all classes."""
+    """Share of each target, a patch token's as well, that is spread over all classes."""
+    token_labels: TokenLabelSection | None = None
+    """How patch tokens learn from labels of their own; ``null`` leaves that to the image's label."""
     keep_rate_start: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     """Epoch from which the keep rate moves from 1 towards its target, by a cosine. Has no effect where no tokens are
     reduced."""
@@ -209,8 +238,10 @@ class TeacherSection(Section, frozen=True, kw_only=True):
     """timm name; needed without a checkpoint, and decides where a checkpoint fits several models."""
     checkpoint: str | None = None
     """Checkpoint file; ``null`` takes timm's pretrained weights."""
-    kind: Literal["logits", "token"] = "logits"
-    """``logits``: the student's logits follow the teacher's. ``token``: those of its distillation token do."""
+    kind: Literal["logits", "token", "token_labels"] = "logits"
+    """``logits``: the student's logits follow the teacher's. ``token``: those of its distillation token do.
+    ``token_labels``: what the teacher says about a patch is the label of that patch; ``finetune.token_labels`` says
+    how they are learned."""
     hard: bool = False
     """Whether a ``token`` student learns the teacher's decision instead of its probabilities."""
     weight: Share = 0.5
@@ -221,3 +252,8 @@ class TeacherSection(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.name is None and self.checkpoint is None:
             raise RecipeError("no teacher given", where="teacher", wanted="a name, a checkpoint or both")
+        if self.kind == "token_labels" and (self.weight, self.temperature, self.hard) != (0.5, 1.0, False):
+            raise RecipeError(
+                "weight, temperature and hard have no effect on token labels", where="teacher",
+                fix="Leave them out; finetune.token_labels.weight is the factor.",
+            )  # fmt: skip

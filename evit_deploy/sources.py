@@ -104,6 +104,11 @@ class Folder:
         found = image_folder(place.path, Preprocess(size=(1, 1)), classes=classes)
         self.classes, self._files = found.classes, found.files
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every image's file, by number."""
+        return tuple(path for path, _ in self._files)
+
     def __len__(self) -> int:
         return len(self._files)
 

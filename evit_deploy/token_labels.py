@@ -12,6 +12,8 @@ With token reduction a patch token is not where it was, and some are gone: label
 numbers* of the tokens that are left. The fused token stands for many patches; it has no label and no part in the loss.
 """
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from evit_deploy.backbones.timm_vit import ReducedBlock
 from evit_deploy.errors import InputError, UnsupportedModelError
-from evit_deploy.tokens.reduce import TokenReducer
 
 FUSED = -1
 """Patch number of the fused token."""
@@ -75,17 +78,30 @@ class MixToken(msgspec.Struct, frozen=True):
         top, left, bottom, right = self.box
         return 1 - (bottom - top) * (right - left) / (self.grid[0] * self.grid[1])
 
+    def mask(self, device: torch.device | None = None) -> Tensor:
+        """bool ``[patches]``: whether a patch lies in the box."""
+        top, left, bottom, right = self.box
+        inside = torch.zeros(self.grid, dtype=torch.bool, device=device)
+        inside[top:bottom, left:right] = True
+        return inside.flatten()
+
     def tokens(self, x: Tensor) -> Tensor:
         """Mixes patch tokens, or their labels, ``[B, patches, …]``."""
-        top, left, bottom, right = self.box
-        inside = torch.zeros(self.grid, dtype=torch.bool, device=x.device)
-        inside[top:bottom, left:right] = True
-        return torch.where(inside.flatten()[:, None], x.flip(0), x)
+        return _mixed(x, self.mask(x.device))
 
     def labels(self, y: Tensor, classes: int) -> Tensor:
         """Mixes an image's own labels: int64 ``[B]`` or soft ``[B, classes]`` to soft ``[B, classes]``."""
         soft = y.float() if y.dim() == 2 else F.one_hot(y, classes).float()
         return self.share * soft + (1 - self.share) * soft.flip(0)
+
+
+def _mixed(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask[:, None], x.flip(0), x)
+
+
+def has_token_classifier(model: Any) -> bool:
+    """Whether a model says something about each of its tokens, as LV-ViT does."""
+    return isinstance(getattr(model, "aux_head", None), nn.Linear)
 
 
 def token_logits(model: Any, images: Tensor, mix: MixToken | None = None) -> TokenLogits:
@@ -99,24 +115,7 @@ def token_logits(model: Any, images: Tensor, mix: MixToken | None = None) -> Tok
     Raises:
         UnsupportedModelError: It has no such classifier.
     """
-    if not isinstance(getattr(model, "aux_head", None), nn.Linear):
-        raise UnsupportedModelError(type(model).__name__, ["it has no classifier on every token, as LV-ViT has"])
-    reduced: list[tuple[Tensor, bool]] = []
-
-    def note(reducer: nn.Module, _: Any, output: tuple[Tensor, Tensor]) -> None:
-        assert isinstance(reducer, TokenReducer)
-        reduced.append((output[1], reducer.plan.fused))
-
-    handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, TokenReducer)]
-    if mix is not None:
-        handles.append(model.patch_embed.register_forward_hook(lambda _, __, tokens: mix.tokens(tokens)))
-    try:
-        features = model.forward_features(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    kept = _patch_numbers(reduced, len(images), model.patch_embed.num_patches, images.device)
-    return TokenLogits(model.class_logits(features), model.token_logits(features), kept)
+    return WithTokenLogits(model)(images, None if mix is None else mix.mask(images.device))
 
 
 def _patch_numbers(reduced: list[tuple[Tensor, bool]], batch: int, patches: int, device: torch.device) -> Tensor:
@@ -130,19 +129,46 @@ def _patch_numbers(reduced: list[tuple[Tensor, bool]], batch: int, patches: int,
 
 
 class WithTokenLogits(nn.Module):
-    """:func:`token_logits` as a module, for what wraps a module and calls it (``DistributedDataParallel``).
+    """:func:`token_logits` as a module, for what wraps one: ``DistributedDataParallel``, ``torch.compile``.
 
     Args:
         model: The model; its own ``state_dict`` is the one to save.
+
+    Raises:
+        UnsupportedModelError: It has no classifier on every token.
     """
+
+    model: Any
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        if not has_token_classifier(model):
+            raise UnsupportedModelError(type(model).__name__, ["it has no classifier on every token, as LV-ViT has"])
         self.model = model
 
-    def forward(self, images: Tensor, mix: MixToken | None = None) -> TokenLogits:
-        """See :func:`token_logits`."""
-        return token_logits(self.model, images, mix)
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> TokenLogits:
+        """See :func:`token_logits`.
+
+        Args:
+            images: See there.
+            mask: :meth:`MixToken.mask`; a tensor, so that a compiled model serves every box.
+        """
+        model = self.model
+        tokens = model.patch_embed(images)
+        if mask is not None:
+            tokens = _mixed(tokens, mask)
+        x = model.norm_pre(model.patch_drop(model._pos_embed(tokens)))
+        again = model.grad_checkpointing and torch.is_grad_enabled()
+        reduced: list[tuple[Tensor, bool]] = []
+        for block in model.blocks:  # model.forward_features, but for what was kept
+            run = block.with_kept if isinstance(block, ReducedBlock) else block
+            found = checkpoint(run, x, use_reentrant=False) if again else run(x)
+            x, kept = found if isinstance(found, tuple) else (found, None)
+            if kept is not None:
+                reduced.append((kept, block.reducer.plan.fused))
+        features = model.norm(x)
+        kept = _patch_numbers(reduced, len(images), model.patch_embed.num_patches, images.device)
+        return TokenLogits(model.class_logits(features), model.token_logits(features), kept)
 
 
 def token_label_loss(
@@ -154,7 +180,9 @@ def token_label_loss(
     weight: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of the class token, plus ``weight`` times the mean soft cross-entropy of the tokens with a label.
+    """Cross-entropy of the class token, plus ``weight`` times the soft cross-entropy of the tokens with a label.
+
+    The latter is the mean over an image's tokens, then over the images.
 
     Args:
         class_logits: See :class:`TokenLogits`.
@@ -162,7 +190,7 @@ def token_label_loss(
         kept: See :class:`TokenLogits`.
         labels: int64 ``[B]``, or probabilities ``[B, classes]``.
         token_labels: Probabilities ``[B, patches, classes]``, one row a patch of the image (all of them).
-        weight: Of the tokens' part; the paper's is 1.
+        weight: Of the tokens' part; 1 in the released training.
         label_smoothing: Of the class token's part.
 
     Raises:
@@ -177,7 +205,9 @@ def token_label_loss(
     known = kept != FUSED
     wanted = token_labels.gather(1, kept.clamp(min=0).unsqueeze(-1).expand(-1, -1, classes))
     each = -(wanted * token_logits.float().log_softmax(dim=-1)).sum(dim=-1)
-    return loss + weight * (each * known).sum() / known.sum().clamp(min=1)
+    # A mean for every image, so that images count alike and batches can be shared out or added up: where a fused token
+    # is kept later on, one image has fewer labelled tokens than another.
+    return loss + weight * ((each * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)).mean()
 
 
 def token_label_file(root: Path, image: Path) -> Path:
@@ -216,6 +246,53 @@ def read_token_labels(path: Path, classes: int) -> Tensor:
     return content.float()
 
 
+class TokenLabelMaps:
+    """The label maps of a folder of images, by the image's number.
+
+    Args:
+        root: Folder of maps, ``<class>/<image's name>.pt``.
+        images: The images' files.
+        classes: How many classes there are.
+
+    Raises:
+        InputError: There is no such folder, an image has no map, two images would share one, or the first one is not a
+            map of these classes.
+    """
+
+    def __init__(self, root: Path, images: Sequence[Path], classes: int) -> None:
+        if not root.is_dir():
+            raise InputError("no such folder", where=root, wanted="a folder of token label maps")
+        self._files, self._classes = [token_label_file(root, image) for image in images], classes
+        listed = {
+            folder: set(os.listdir(folder)) for folder in {file.parent for file in self._files} if folder.is_dir()
+        }
+        missing = [file for file in self._files if file.name not in listed.get(file.parent, ())]
+        if missing:
+            named = ", ".join(str(file.relative_to(root)) for file in missing[:3]) + (", ..." if missing[3:] else "")
+            raise InputError(
+                f"{len(missing)} of {len(self._files)} training images have no token labels", where=root,
+                seen=f"no {named}", wanted="<class>/<image's name>.pt for every training image",
+            )  # fmt: skip
+        seen: set[Path] = set()
+        twice = next((file for file in self._files if file in seen or seen.add(file)), None)
+        if twice is not None:
+            raise InputError("two training images would share their token labels", where=twice,
+                             fix="Give the images of a class names of their own.")  # fmt: skip
+        self._shape: tuple[int, ...] = tuple(read_token_labels(self._files[0], classes).shape)
+
+    def load(self, number: int) -> Tensor:
+        """An image's map, see :func:`read_token_labels`.
+
+        Raises:
+            InputError: It cannot be read, or is of another size than the first.
+        """
+        found = read_token_labels(self._files[number], self._classes)
+        if tuple(found.shape) != self._shape:
+            seen, wanted = list(found.shape), list(self._shape)
+            raise InputError("a token label map of another size", where=self._files[number], seen=seen, wanted=wanted)
+        return found
+
+
 def crop_token_labels(
     maps: Tensor,
     boxes: Tensor,
@@ -223,8 +300,9 @@ def crop_token_labels(
     grid: tuple[int, int],
     classes: int,
     label_smoothing: float = 0.0,
+    warps: Tensor | None = None,
 ) -> Tensor:
-    """Token labels of augmented images: the map follows the image's crop, then its flip, and becomes probabilities.
+    """Token labels of augmented images: maps follow crop, flip and warp of the images, and become probabilities.
 
     As in the released code, a cell's logits are 0 for classes outside its five, cells are resampled by RoI-align (half
     a cell's offset taken off), and the softmax comes last. The released code hands its boxes over with rows and columns
@@ -237,6 +315,8 @@ def crop_token_labels(
         grid: Rows and columns of patches.
         classes: How many classes the model has.
         label_smoothing: Share that is spread over all classes.
+        warps: ``[B, 2, 3]``: where in the mirrored crop a place of the image comes from, both from -1 to 1. From
+            outside the crop come logits of 0.
 
     Returns:
         Probabilities, FP32 ``[B, rows · columns, classes]``.
@@ -249,41 +329,8 @@ def crop_token_labels(
     boxes = boxes.to(scores) * scores.new_tensor([width, height, width, height])
     cells: Tensor = roi_align(logits, list(boxes.unsqueeze(1)), output_size=grid, aligned=True)
     cells = torch.where(flipped.to(cells.device)[:, None, None, None], cells.flip(3), cells)
+    if warps is not None:
+        places = F.affine_grid(warps.to(cells), list(cells.shape), align_corners=False)
+        cells = F.grid_sample(cells, places, align_corners=False)
     soft = cells.flatten(2).transpose(1, 2).softmax(dim=-1)
     return soft * (1 - label_smoothing) + label_smoothing / classes
-
-
-class CropAndFlip:
-    """Random resized crop and mirroring of an image that says what it did, so that the token labels can follow.
-
-    Args:
-        size: Height and width of the result.
-        scale: Range of the crop's share of the image's area.
-        ratio: Range of its width over its height.
-        flip: Probability of mirroring.
-        interpolation: timm's name of the resampling filter.
-    """
-
-    def __init__(
-        self,
-        size: tuple[int, int],
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        interpolation: str = "bicubic",
-    ) -> None:
-        from timm.data.transforms import str_to_interp_mode
-
-        self.size, self.scale, self.ratio, self.flip = list(size), list(scale), list(ratio), flip
-        self.interpolation: Any = str_to_interp_mode(interpolation)
-
-    def __call__(self, image: Any) -> tuple[Any, Tensor, bool]:
-        """A PIL image to the crop, its box (see :func:`crop_token_labels`), and whether it was mirrored."""
-        from torchvision.transforms import RandomResizedCrop
-        from torchvision.transforms import functional as TF
-
-        top, left, height, width = RandomResizedCrop.get_params(image, self.scale, self.ratio)
-        crop: Any = TF.resized_crop(image, top, left, height, width, self.size, self.interpolation)
-        box = torch.tensor([left, top, left + width, top + height]) / torch.tensor([*image.size, *image.size])
-        flipped = bool(torch.rand(()) < self.flip)
-        return TF.hflip(crop) if flipped else crop, box, flipped

@@ -267,6 +267,8 @@ def fit(
                     raise KeyboardInterrupt
         _write(state, log, run.state(), curriculum, notice)
         run.finish()
+        if curriculum is not None and curriculum.level < 1:
+            notice(curriculum.unfinished(stage))
     finally:  # also a run that broke off leaves the model at the rate it was asked for
         set_keep_rate_(model, 1.0)
         model.eval()

@@ -55,8 +55,11 @@ class TrainingData(Protocol):
         world: int = 1,
         start_step: int = 0,
         curriculum: Curriculum | None = None,
-    ) -> Iterator[Batch]:
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Endless: images float32 ``[B, 3, H, W]`` and targets, int64 ``[B]`` or probabilities ``[B, classes]``.
+
+        Where there are token labels, four more: maps, boxes, flipped and warps of
+        :func:`evit_deploy.token_labels.crop_token_labels`.
 
         Args:
             batch_size: Images a step, over all processes; ``B`` is this by ``world``.

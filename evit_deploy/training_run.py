@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from evit_deploy.errors import StageError
 from evit_deploy.recipe import TeacherSection, TrainSection
+from evit_deploy.token_label_task import TokenLabelTask
 from evit_deploy.training_state import random_state, set_random_state
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Batches = Iterator[tuple[Tensor, Tensor]]
+Batches = Iterator[tuple[Tensor, ...]]
 
 
 class Teacher(msgspec.Struct, frozen=True):
@@ -105,16 +106,18 @@ class TrainingRun:
         self._task.trainable_module = self._eager if moving else self._compiled
         for part in range(section.accumulate):
             asked = time.perf_counter()
-            images, targets = (tensor.to(self.device, non_blocking=True) for tensor in next(batches))
+            batch = [tensor.to(self.device, non_blocking=True) for tensor in next(batches)]
             waited += time.perf_counter() - asked
             if section.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+                batch[0] = batch[0].contiguous(memory_format=torch.channels_last)
+            if section.token_labels is None:
+                del batch[2:]  # another stage's
             try:
-                loss += self._backward(images, targets, last=part == section.accumulate - 1)
+                loss += self._backward(*batch, last=part == section.accumulate - 1)
             except RuntimeError as error:  # torch.OutOfMemoryError is one; CPU allocators have none of their own
                 if not _is_memory(error):
                     raise
-                raise self._too_large(images, targets) from None
+                raise self._too_large(batch) from None
         self.drawn += section.accumulate
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), section.clip or math.inf).item()
@@ -130,13 +133,14 @@ class TrainingRun:
         correct = tuple(map(self._mean, self._correct))
         return StepResult(loss, norm, images_of_step, time.perf_counter() - started, waited, correct)
 
-    def _backward(self, images: Tensor, targets: Tensor, *, last: bool) -> float:
+    def _backward(self, images: Tensor, targets: Tensor, *token_labels: Tensor, last: bool) -> float:
         autocast = torch.autocast(self.device.type, TYPES.get(self.section.autocast), self.section.autocast in TYPES)
         with nullcontext() if last else self._task.no_sync():
             with autocast:
-                done = self._task(images, targets)
+                done = self._task(images, targets, *token_labels)
                 loss = done["loss"] / self.section.accumulate
             self.scaler.scale(loss).backward()
+        targets = done.get("target", targets)
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         self._correct.append((done["output"].detach().argmax(1) == labels).float().mean().item())
         return loss.item()
@@ -156,25 +160,25 @@ class TrainingRun:
         torch.distributed.all_reduce(total)
         return total.item() / self.processes.num_processes
 
-    def _too_large(self, images: Tensor, targets: Tensor) -> StageError:
+    def _too_large(self, batch: list[Tensor]) -> StageError:
         """Finds the largest half, quarter, ... of the batch that fits."""
-        size = len(images)
+        images = size = len(batch[0])
         while size > 2:
             size //= 2
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                self._backward(images[:size], targets[:size], last=True)
+                self._backward(*(part[:size] for part in batch), last=True)
             except RuntimeError as error:
                 if not _is_memory(error):
                     raise
                 continue
-            times = -(-len(images) // size) * self.section.accumulate
+            times = -(-images // size) * self.section.accumulate
             fix = f"Set batch_size={size} and accumulate={times}: a step has as many images then."
-            return StageError("out of memory", where=f"batch of {len(images)} images", wanted=f"{size} fit", fix=fix)
+            return StageError("out of memory", where=f"batch of {images} images", wanted=f"{size} fit", fix=fix)
         fix = "Set checkpoint_activations=true or autocast=bf16, or take a smaller model."
-        return StageError("out of memory, even with 2 images", where=f"batch of {len(images)} images", fix=fix)
+        return StageError("out of memory, even with 2 images", where=f"batch of {images} images", fix=fix)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, on the CPU."""
@@ -209,13 +213,15 @@ class TrainingRun:
 
 
 def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) -> Any:
-    """timm's training task for what a recipe asks for: model and loss in one.
+    """The training task for what a recipe asks for, timm's or :class:`TokenLabelTask`: model and loss in one.
 
     Args:
         model: The student.
-        section: Its label smoothing is the loss's.
+        section: Its label smoothing is the loss's, and its ``token_labels`` decide the kind.
         teacher: Whom it learns from; ``None`` for the labels alone.
     """
+    if section.token_labels is not None:
+        return TokenLabelTask(model, section, None if teacher is None else teacher.model)
     device = next(model.parameters()).device
     criterion = nn.CrossEntropyLoss(label_smoothing=section.label_smoothing)
     if teacher is None:

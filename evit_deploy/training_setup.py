@@ -12,6 +12,7 @@ from evit_deploy.compare import with_method
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import RecipeError
 from evit_deploy.recipe import ModelSection, Recipe
+from evit_deploy.token_labels import has_token_classifier
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.training_data import TrainingData, open_data
@@ -34,6 +35,7 @@ def setup(recipe: Recipe, notice: Tell | None = None) -> tuple[nn.Module, Checkp
         InputError: See :func:`train`.
     """
     section, notice = recipe.model, notice or (lambda text: None)
+    _check_token_label_sources(recipe)
     if section.checkpoint is None and section.name is None:
         fix = "Say --set model.checkpoint=FILE, --set model.name=TIMM_NAME or both."
         raise RecipeError("no model given", where="model", fix=fix)
@@ -43,6 +45,12 @@ def setup(recipe: Recipe, notice: Tell | None = None) -> tuple[nn.Module, Checkp
         checkpoint = Checkpoint(section.name, None, {}, section.name, dict(section.args))
     else:
         model, checkpoint, data = _from_checkpoint(recipe, notice)
+    for stage in _with_token_labels(recipe):
+        if not has_token_classifier(model):
+            raise RecipeError(
+                "the model has no classifier on every token", where=f"{stage}.token_labels", seen=type(model).__name__,
+                fix=f"Take an LV-ViT (model.name=lvvit_s), or set {stage}.token_labels=null.",
+            )  # fmt: skip
     height, width = backbone_of(model).image_size(model)
     checkpoint.model_args |= {
         "num_classes": len(data.classes),
@@ -58,6 +66,23 @@ def setup(recipe: Recipe, notice: Tell | None = None) -> tuple[nn.Module, Checkp
         reduce_tokens_(model, with_method(recipe.tokens, method))
     reduce_tokens_(model, TokenSpec(keep_rate=1.0))
     return model, checkpoint, data
+
+
+def _with_token_labels(recipe: Recipe) -> list[str]:
+    runs = {"dense": recipe.dense, "finetune": recipe.finetune}
+    return [stage for stage, run in runs.items() if run is not None and run.token_labels is not None]
+
+
+def _check_token_label_sources(recipe: Recipe) -> None:
+    """Not the recipe's own check: a folder may be left to ``--set``."""
+    taught = recipe.teacher is not None and recipe.teacher.kind == "token_labels"
+    for stage in _with_token_labels(recipe):
+        if recipe.data.token_labels is None and not (taught and stage == "finetune"):
+            fix = "Give --set data.token_labels=FOLDER"
+            fix += (
+                ", or a teacher of kind token_labels." if stage == "finetune" else "; the teacher is finetune's alone."
+            )
+            raise RecipeError("no token labels given", where=f"{stage}.token_labels", fix=fix)
 
 
 def _from_scratch(recipe: Recipe, notice: Tell) -> tuple[nn.Module, TrainingData]:
@@ -153,9 +178,25 @@ def open_teacher(recipe: Recipe, model: nn.Module, preprocess: Preprocess) -> Te
             "in evaluation mode a model does not tell its two heads apart", where="finetune.model_mode",
             fix="Set finetune.model_mode=train.",
         )  # fmt: skip
-    if checkpoint.tokens is not None:
+    if section.kind == "token_labels":
+        _check_labelling_teacher(teacher, checkpoint.tokens)
+    elif checkpoint.tokens is not None:
         reduce_tokens_(teacher, checkpoint.tokens)
     for which, how in ((student, preprocess), (teacher, checkpoint.preprocess or Preprocess.from_model(teacher))):
         which.pretrained_cfg = dict(which.pretrained_cfg or {}) | {"mean": how.mean, "std": how.std}  # type: ignore
     teacher.to(next(student.parameters()).device).eval().requires_grad_(False)
     return Teacher(teacher, section)
+
+
+def _check_labelling_teacher(teacher: Any, tokens: TokenSpec | None) -> None:
+    where = "teacher.kind=token_labels"
+    if not has_token_classifier(teacher):
+        raise RecipeError(
+            "the teacher has no classifier on every token", where=where, seen=type(teacher).__name__,
+            wanted="an LV-ViT",
+        )  # fmt: skip
+    if tokens is not None:
+        raise RecipeError(
+            "the teacher drops tokens, and says nothing about those patches", where=where, seen=tokens,
+            fix="Take its dense weights.",
+        )  # fmt: skip

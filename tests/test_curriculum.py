@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from test_train import FixedBatch, section, tiny
 
 from evit_deploy.curriculum import Curriculum, advance, follow
 from evit_deploy.errors import InputError
+from evit_deploy.train import fit
 
 
 def test_level_rises_with_the_running_mean_and_never_falls():
@@ -71,3 +73,23 @@ def test_advance_counts_the_right_answers_of_all_processes():
     advance(curriculum, logits, targets, mean=lambda share: (share + 0.25) / 2)
     assert curriculum.accuracy == 0.5
     assert curriculum.steps == 2
+
+
+class Rising(FixedBatch):
+    """The fixed batch, whose level the run asks for."""
+
+    def training(self, batch_size, seed, *, curriculum, **place):
+        for batch in super().training(batch_size, seed, **place):
+            curriculum.at(curriculum.steps)
+            yield batch
+
+
+@pytest.mark.parametrize(("steps", "level"), [(3, 0.6), (5, 1.0)])
+def test_a_run_that_ends_below_full_difficulty_says_so(steps, level):
+    curriculum, told = Curriculum(threshold=0, rate=0.2), []
+    fit(tiny(), Rising(), section(steps=steps), stage="dense", notice=told.append, curriculum=curriculum)
+    assert curriculum.level == pytest.approx(level)
+    assert len(told) == (1 if level == 1 else 2)
+    if level < 1:
+        assert "dense: the run ended at level 0.60 of the curriculum" in told[-1]
+        assert all(key in told[-1] for key in ("dense.steps", "data.curriculum_rate", "data.curriculum_threshold"))

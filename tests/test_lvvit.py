@@ -362,6 +362,8 @@ def test_the_whole_way_from_a_released_file(tmp_path, lvvit_t, cli):
     out = tmp_path / "lvvit_t-evit-k0.7"
     result = cli("convert", path, "--keep-rate", "0.7", "--image-size", "64", "--threads", "1")
     assert result.code == 0, result.err
+    assert "never trained with token reduction. To fine-tune: " in result.err
+    assert "DeiT" not in result.err  # the paper's figure without training is of DeiT-S
     assert (out / "dense" / "model.onnx").exists()
     assert cli("verify", out).code == 0
     result = cli("profile", out, "--batch-sizes", "1", "--threads", "1", "--duration", "0.05", "--json")

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evit_deploy.augmentation import CropAndFlip
 from evit_deploy.errors import InputError, UnsupportedModelError
 from evit_deploy.token_labels import (
     FUSED,
-    CropAndFlip,
     MixToken,
     TokenLogits,
     WithTokenLogits,
@@ -81,14 +81,15 @@ def test_a_model_without_token_classifier_is_refused(kind):
 
 def loss_by_hand(found: TokenLogits, labels: Tensor, token_labels: Tensor, weight: float) -> float:
     logits, tokens = found.class_logits.double(), found.token_logits.double()
-    own = [-float(logits[i].log_softmax(-1)[labels[i]]) for i in range(len(labels))]
-    each = [
-        -float((token_labels[i, patch].double() * tokens[i, t].log_softmax(-1)).sum())
-        for i in range(len(labels))
-        for t, patch in enumerate(found.kept[i].tolist())
-        if patch != FUSED
-    ]
-    return sum(own) / len(own) + weight * sum(each) / len(each)
+    total = 0.0
+    for i in range(len(labels)):
+        each = [
+            -float((token_labels[i, patch].double() * tokens[i, t].log_softmax(-1)).sum())
+            for t, patch in enumerate(found.kept[i].tolist())
+            if patch != FUSED
+        ]
+        total += -float(logits[i].log_softmax(-1)[labels[i]]) + weight * sum(each) / len(each)
+    return total / len(labels)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 0.3])

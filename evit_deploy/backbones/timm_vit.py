@@ -61,12 +61,16 @@ class ReducedBlock(nn.Module):
         """Like ``Block.forward``; masks are refused, because a mask has no meaning for tokens that moved."""
         if attn_mask is not None or is_causal:
             raise UnsupportedModelError("a reduced block", ["an attention mask was given"])
+        return self.with_kept(x)[0]
+
+    def with_kept(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The block's tokens, and the candidates that it kept, int32 ``[B, K]``; ``None`` where nothing is dropped."""
         _check_tokens(x, self.reducer)
         attended, q, k = attend(self.attn, self.norm1(x))
-        x = x + self.drop_path1(self.ls1(attended))
+        x, kept = x + self.drop_path1(self.ls1(attended)), None
         if self.reducer.plan.keep is not None:  # a keep-rate schedule starts at rate 1
-            x, _ = self.reducer(x, q, k)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+            x, kept = self.reducer(x, q, k)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), kept
 
 
 def _check_tokens(x: Tensor, reducer: Any) -> None:

@@ -22,6 +22,7 @@ REQUIRED = {
     "onnxscript": "0.5.6",
     "onnx-ir": "0.1.12",
     "onnxruntime": "1.23",
+    "accelerate": "1.0",
     "numpy": "1.26",
     "safetensors": "0.4.5",
     "scikit-learn": "1.4",

@@ -70,10 +70,12 @@ def build_plugin(
     for tool, fix in _TOOLS.items():
         if shutil.which(tool) is None:
             raise MissingRequirement(f"{tool} was not found", where="plugin build", fix=fix)
-    root = tensorrt_root or (Path(os.environ["TENSORRT_ROOT"]) if os.environ.get("TENSORRT_ROOT") else None)
+    root, told_by = tensorrt_root, "--tensorrt-root "
+    if root is None and os.environ.get("TENSORRT_ROOT"):
+        root, told_by = Path(os.environ["TENSORRT_ROOT"]), "TENSORRT_ROOT="
     if root is not None and not (root / "include" / "NvInferRuntime.h").is_file():
         raise InputError(
-            "TensorRT's headers are not there", where=f"--tensorrt-root {root}", wanted="include/NvInferRuntime.h",
+            "TensorRT's headers are not there", where=f"{told_by}{root}", wanted="include/NvInferRuntime.h",
             fix="Give the folder that TensorRT was unpacked to, or a checkout of NVIDIA/TensorRT.",
         )  # fmt: skip
     installed = version_of(plugin.TENSORRT)

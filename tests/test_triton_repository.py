@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tree
-from triton_models import GOLDEN, MODELS, image
+from served_models import GOLDEN, MODELS, image
 
 from evit_deploy.engine import BatchProfile, choose_profile
 from evit_deploy.errors import InputError

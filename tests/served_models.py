@@ -1,6 +1,6 @@
 """Three models as Triton is to serve them, one a platform; their golden configurations lie in ``golden/triton``.
 
-python tests/triton_models.py    writes those anew; look at what has changed
+python tests/served_models.py    writes those anew; look at what has changed
 """
 
 from pathlib import Path

@@ -87,7 +87,10 @@ def test_a_processor_takes_the_place_of_a_gpu_and_nothing_else_changes():
     on_gpu, on_cpu = model_config(serving), model_config(serving, on_cpu=True)
     assert on_gpu.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
     assert on_cpu.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
+    (accelerator,) = on_gpu.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": "0"})
     on_cpu.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
+    on_gpu.ClearField("optimization")
     assert on_cpu == on_gpu
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from evit_deploy import bundle as bundles
-from evit_deploy.bundle import Bundle
+from evit_deploy.bundle import Bundle, Manifest
 from evit_deploy.engine import Engine, read_header
 from evit_deploy.environment import numbers
 from evit_deploy.errors import InputError
@@ -24,6 +24,7 @@ FILES = {
 PLATFORMS = {"triton": ("tensorrt", "onnxruntime", "openvino"), "cpp": ("tensorrt", "tensorrt-rtx", "openvino")}
 """What a package is for -> platforms, the preferred first."""
 _ONE_MODEL = ("kind", "model", "model_args", "tokens", "plan", "preprocess", "labels", "inputs", "outputs", "precision")
+DALI_FILTERS = ("bilinear", "bicubic", "lanczos")
 _AMPERE = 80
 CONTAINER = "nvcr.io/nvidia/tensorrt"
 """Has the TensorRT of Triton's release of the same month."""
@@ -160,6 +161,35 @@ def labels_of(bundle: Bundle, path: Path | None) -> list[str] | None:
     if broken is not None:
         raise InputError("a label has to fit on one line", where=where, seen=repr(broken))
     return names
+
+
+def check_preprocess(manifest: Manifest, platform: str, choice: str) -> None:
+    """Makes sure that photographs can be made inputs of a model.
+
+    Raises:
+        InputError: They cannot, or not with DALI.
+    """
+    channels, preprocess = manifest.inputs[0].shape[1], manifest.preprocess
+    if choice != "none" and channels != 3:
+        raise InputError(
+            "photographs have 3 channels, and the model takes another number of them", where=f"--preprocess {choice}",
+            seen=channels, fix="Give --preprocess none, and send inputs.",
+        )  # fmt: skip
+    if choice != "dali":
+        return
+    reasons = {
+        f"{platform} runs on the CPU, DALI on a GPU": platform == "openvino",
+        f"crop mode {preprocess.crop_mode}": preprocess.crop_mode not in ("center", "squash"),
+        "an input that is not square": preprocess.crop_mode == "center" and len(set(preprocess.size)) > 1,
+        f"crop_pct {preprocess.crop_pct:g}": preprocess.crop_pct > 1,
+        f"interpolation {preprocess.interpolation}": preprocess.interpolation not in DALI_FILTERS,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise InputError(
+            "the preprocessing cannot be done with DALI here", where="--preprocess dali", seen="; ".join(found),
+            fix="Give --preprocess python.",
+        )  # fmt: skip
 
 
 def compute_capability(gpu: str) -> str:

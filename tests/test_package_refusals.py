@@ -145,6 +145,13 @@ def test_a_model_that_takes_no_photographs(own, refused):
     package([grey.path], "triton", triton=TritonOptions(preprocess="none"))
 
 
+def test_preprocessing_that_dali_does_not_do(own, refused):
+    settings = {"crop_mode": "border", "crop_pct": 1.2, "interpolation": "hamming"}
+    odd = change(own, preprocess=msgspec.structs.replace(own.manifest.preprocess, **settings))
+    words = "crop mode border; crop_pct 1.2; interpolation hamming.*--preprocess python"
+    refused(odd, match=words, triton=TritonOptions(preprocess="dali"))
+
+
 # ---- several bundles
 
 
@@ -267,7 +274,7 @@ def test_batches_that_the_plan_does_not_take(profiles, max_batch, words, planned
     ("options", "words"),
     [
         ({"target": "torchserve"}, "unknown target.*expected triton or cpp"),
-        ({"triton": TritonOptions(preprocess="dali")}, "unknown preprocessing.*'dali'"),
+        ({"triton": TritonOptions(preprocess="torch")}, "unknown preprocessing.*'torch'"),
         ({"triton": TritonOptions(max_batch=0)}, "--max-batch: too small"),
         ({"triton": TritonOptions(instances=0)}, "--instances: too small"),
         ({"triton": TritonOptions(queue_delay=-1)}, "--queue-delay: too small"),

@@ -354,7 +354,7 @@ def _notes(server: Server | None, platform: str, options: TritonOptions | None) 
     if options is not None and options.preprocess == "dali":
         notes.append(
             "With DALI the model sees pixels that are near those it was verified with, and not the same; "
-            "Triton's DALI backend has not been tried by those who wrote this."
+            "Triton's DALI backend itself has not been tested."
         )
     if server is None or platform != "tensorrt" or server.tensorrt is None or "." in server.tensorrt:
         return notes

@@ -24,6 +24,7 @@ from evit_deploy.package_gates import (
     check_gpus,
     check_preprocess,
     check_same,
+    check_tensors,
     compute_capability,
     doubt,
     engine_of,
@@ -144,9 +145,9 @@ def package(
     """
     found, name, place = _read(paths, target, name, out, triton)
     bundles.check_out(place, force=force)
-    platforms = [platform_of(bundle, target, platform) for bundle in found]
-    platform = platforms[0]
-    for bundle in found[1:]:
+    platform = platform_of(found[0], target, platform)
+    for bundle in found:
+        check_tensors(bundle)
         platform_of(bundle, target, platform)
     check_same(found, platform)
     first = found[0]

@@ -10,7 +10,7 @@ from evit_deploy.bundle import Bundle, Manifest
 from evit_deploy.engine import Engine, read_header
 from evit_deploy.environment import numbers
 from evit_deploy.errors import InputError
-from evit_deploy.export import LOGITS
+from evit_deploy.export import INPUT, LOGITS
 from evit_deploy.report import Report
 from evit_deploy.triton_server import RELEASES, Server, declared_server, same
 
@@ -64,6 +64,23 @@ def _lacks(bundle: Bundle, platform: str) -> str | None:
         if bundle.manifest.engine is None:
             return "its manifest does not say what engine.plan was built with"
     return None
+
+
+def check_tensors(bundle: Bundle) -> None:
+    """Makes sure that the manifest describes a model as ``convert`` makes them: ``input`` in, ``logits`` out.
+
+    Raises:
+        InputError: It does not.
+    """
+    manifest = bundle.manifest
+    inputs = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in manifest.inputs]
+    outputs = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in manifest.outputs]
+    kept = all(dtype == "int32" and rank == 2 for _, dtype, rank in outputs[1:])
+    if inputs != [(INPUT, "float32", 4)] or outputs[:1] != [(LOGITS, "float32", 2)] or not kept:
+        raise InputError(
+            "the manifest describes another model than convert makes", where=bundle.path,
+            seen=f"{inputs} to {outputs}", wanted=f"{INPUT} to {LOGITS}", fix="Convert again.",
+        )  # fmt: skip
 
 
 def check_same(found: Sequence[Bundle], platform: str) -> None:
@@ -151,7 +168,7 @@ def labels_of(bundle: Bundle, path: Path | None) -> list[str] | None:
             raise InputError(f"the labels cannot be read ({error})", where=f"--labels {path}") from None
     if names is None:
         return None
-    classes = next(tensor.shape[-1] for tensor in bundle.manifest.outputs if tensor.name == LOGITS)
+    classes = bundle.manifest.outputs[0].shape[-1]
     if len(names) != classes:
         raise InputError(
             "the labels do not match the classes", where=where, seen=f"{len(names)} labels", wanted=f"{classes}",

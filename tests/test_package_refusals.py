@@ -18,6 +18,7 @@ from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import GateFailed, InputError, MissingRequirement
 from evit_deploy.package import Package, TritonOptions
 from evit_deploy.report import Check
+from evit_deploy.runtimes import TensorSpec
 from evit_deploy.triton_server import RELEASES, declared_server, same
 
 pytest.importorskip("tritonclient.grpc.model_config_pb2")
@@ -136,6 +137,20 @@ def test_labels_that_are_none(own, refused, tmp_path):
     refused(own, match="labels cannot be read", labels=tmp_path / "labels.bin")
     refused(own, match="labels cannot be read", labels=tmp_path / "absent.txt")
     refused(change(own, labels=["two\nlines"] * 10), match="has to fit on one line")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"inputs": ()},
+        {"outputs": ()},
+        {"outputs": (TensorSpec("features", "float32", (None, 10)),)},
+        {"inputs": (TensorSpec("input", "float64", (None, 3, 96, 96)),)},
+        {"outputs": (TensorSpec("logits", "float32", (None, 10)), TensorSpec("kept_1", "int64", (None, 4)))},
+    ],
+)
+def test_a_manifest_of_another_model(tensors, own, refused):
+    refused(change(own, **tensors), match="describes another model than convert makes")
 
 
 def test_a_model_that_takes_no_photographs(own, refused):

@@ -1,8 +1,8 @@
 """A backend of Triton written in Python: ONNX Runtime on the CPU, under whatever name it is installed.
 
-The server of ``tests/triton_server.py`` comes with the Python backend alone. With this file as ``<backend>/model.py`` it
-serves models whose configuration asks for ``onnxruntime``, ``tensorrt`` or ``openvino``; the configuration itself is
-read and checked by the server. What is no ONNX file is stood in for by the one that ``SERVED_ONNX`` names.
+The server of ``tests/triton_server.py`` comes with the Python backend alone. With this file as ``<backend>/model.py``
+it serves models whose configuration asks for ``onnxruntime``, ``tensorrt`` or ``openvino``; the configuration itself
+is read and checked by the server. What is no ONNX file is stood in for by the one that ``SERVED_ONNX`` names.
 """
 
 import json
@@ -37,6 +37,6 @@ class TritonPythonModel:
         ends = np.cumsum([len(part) for part in parts])[:-1]
         split = [np.split(answer, ends) for answer in answers]
         return [
-            pb_utils.InferenceResponse([pb_utils.Tensor(name, part) for name, part in zip(self.outputs, row)])
-            for row in zip(*split)
+            pb_utils.InferenceResponse([pb_utils.Tensor(*pair) for pair in zip(self.outputs, row, strict=True)])
+            for row in zip(*split, strict=True)
         ]

@@ -1,7 +1,7 @@
 """A real Triton server for the tests: NVIDIA's own binary, without a GPU, on loopback.
 
-``nvidia-pytriton`` ships the server with the Python backend alone and needs NumPy 1, so it lives in a virtual environment
-of its own, in the user's cache; the first use makes it, which takes about a minute and 460 MB.
+``nvidia-pytriton`` ships the server with the Python backend alone and needs NumPy 1, so it lives in a virtual
+environment of its own, in the user's cache; the first use makes it, which takes about a minute and 460 MB.
 """
 
 import os
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 from typing import Self
@@ -208,19 +208,15 @@ class TritonServer:
             return
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(15)
-            except subprocess.TimeoutExpired:
-                pass
         self.kill()
 
     def kill(self) -> None:
         """Ends it at once, with everything that it started."""
         if self.process is not None:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self.process.wait()
             self.process = None
 

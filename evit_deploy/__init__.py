@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from evit_deploy.export import export_onnx
+    from evit_deploy.package import package
     from evit_deploy.pipeline import run
     from evit_deploy.precision import set_precision
     from evit_deploy.profile import profile
@@ -51,6 +52,7 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "evit_deploy.export": ("export_onnx",),
+    "evit_deploy.package": ("package",),
     "evit_deploy.pipeline": ("run",),
     "evit_deploy.precision": ("set_precision",),
     "evit_deploy.profile": ("profile",),
@@ -87,6 +89,7 @@ __all__ = [
     "export_onnx",
     "load_recipe",
     "make_plan",
+    "package",
     "profile",
     "read_bundle",
     "read_checkpoint",
@@ -112,7 +115,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Keeps ``verify``, ``profile``, ``convert`` and ``train`` what ``__all__`` says they are.
+    """Keeps ``verify``, ``profile``, ``convert``, ``train`` and ``package`` what ``__all__`` says they are.
 
     Each is also the name of the module it lives in, and importing a submodule sets it on its package: the second
     ``from evit_deploy import verify`` would give the module. ``from evit_deploy.verify import ...`` reaches into it.

@@ -22,6 +22,8 @@ from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 FORMAT = 1
 MANIFEST, MODEL, DENSE, GOLDEN, REPORT = "manifest.json", "model.onnx", "dense/model.onnx", "golden.npz", "report.json"
 ENGINE, OPENVINO = "engine.plan", "openvino/model.xml"
+PACKAGE = "package.json"
+"""Of a package, which is made of bundles: says what it was made of, and lists its files."""
 TWIN = "dense/"
 """Folder of the dense twin; in it, files are named as the model's own."""
 
@@ -164,12 +166,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    """Hashes of everything in a folder, by name."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def check_out(out: Path, *, force: bool) -> None:
     """Makes sure, before any work, that a bundle may be written to ``out``.
 
     Raises:
-        InputError: It exists and ``force`` was not given; it holds files that are not a bundle's; or its folder cannot
-            be written to.
+        InputError: It exists and ``force`` was not given; it holds files that are no bundle's and no package's; or its
+            folder cannot be written to.
     """
     try:
         exists = out.exists() or out.is_symlink()
@@ -181,7 +188,7 @@ def check_out(out: Path, *, force: bool) -> None:
         strangers = _strangers(out)
         if strangers:
             raise InputError(
-                "it holds files that no bundle wrote, and --force only replaces bundles",
+                "it holds files that no bundle wrote, and --force only replaces bundles and packages",
                 where=out,
                 seen=", ".join(strangers[:3]),
                 fix="Move them away, or give another --out.",
@@ -201,15 +208,31 @@ def check_out(out: Path, *, force: bool) -> None:
 def _strangers(out: Path) -> list[str]:
     if not out.is_dir() or out.is_symlink():
         return [out.name]
-    try:
-        known = set(read_bundle(out).manifest.files) | {MANIFEST}
-    except InputError:
-        known = set()
+    known = _listed(out)
     return sorted(
         str(path.relative_to(out))
         for path in out.rglob("*")
         if not path.is_dir() and path.relative_to(out).as_posix() not in known
     )
+
+
+def _listed(out: Path) -> set[str]:
+    """Names of the files that a bundle's manifest or a package's list claims."""
+    try:
+        known = set(read_bundle(out).manifest.files) | {MANIFEST}
+    except InputError:
+        known = set()
+    try:
+        listed = msgspec.json.decode((out / PACKAGE).read_bytes(), type=_Listed)
+    except (OSError, msgspec.DecodeError):
+        return known
+    return known | set(listed.files) | {PACKAGE}
+
+
+class _Listed(msgspec.Struct):
+    """What of ``package.json`` matters here; the whole is :class:`evit_deploy.package.Package`."""
+
+    files: dict[str, str]
 
 
 class Staging:
@@ -266,9 +289,7 @@ class Staging:
 
 def write_manifest(staging: Path, manifest: Manifest) -> None:
     """Hashes everything in a staging folder, and writes the manifest that lists it."""
-    files = {
-        path.relative_to(staging).as_posix(): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file()
-    }
+    files = hashes(staging)
     files.pop(MANIFEST, None)  # written before, with less in it
     manifest = msgspec.structs.replace(manifest, files=files)
     (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))

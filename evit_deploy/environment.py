@@ -53,6 +53,7 @@ EXTRAS = {
     "openvino": Extra("OpenVINO models and their runtime", {"openvino": "2025.4"}),
     "tensorrt": Extra("TensorRT engines", {"tensorrt": "10.15", "polygraphy": "0.53", "nvidia-ml-py": "12"}),
     "tensorrt-rtx": Extra("TensorRT-RTX engines", {"tensorrt-rtx": "1.5", "polygraphy": "0.53", "nvidia-ml-py": "12"}),
+    "triton": Extra("packages for Triton Inference Server, and clients of it", {"tritonclient": "2.51"}),
     "torch-tensorrt": Extra(
         "TensorRT engines by way of PyTorch; pins PyTorch, so give it an environment of its own",
         {"torch-tensorrt": "2.14", "torch": "2.14", "nvidia-ml-py": "12"},

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-COMMANDS = ("convert", "run", "train", "verify", "profile", "plugin", "doctor")
+COMMANDS = ("convert", "run", "train", "verify", "profile", "package", "plugin", "doctor")
 
 
 class LazyGroup(click.Group):

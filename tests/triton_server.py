@@ -169,7 +169,7 @@ class TritonServer:
             str(binary()), f"--model-repository={self.repository}", f"--backend-directory={backends()}",
             "--http-address=127.0.0.1", f"--http-port={http}", "--grpc-address=127.0.0.1", f"--grpc-port={grpc}",
             "--metrics-address=127.0.0.1", f"--metrics-port={metrics}", f"--model-control-mode={self.control}",
-            "--exit-timeout-secs=5", *explicit, *self.options,
+            "--exit-timeout-secs=5", "--model-config-name=cpu", *explicit, *self.options,
         ]  # fmt: skip
 
     def start(self) -> None:
@@ -199,8 +199,8 @@ class TritonServer:
         return True
 
     def last_words(self, lines: int = 25) -> str:
-        """The end of its log."""
-        return "\n".join(self.log.splitlines()[-lines:])
+        """The end of its log, without its tables."""
+        return "\n".join([line for line in self.log.splitlines() if line and line[0] not in "|+"][-lines:])
 
     def stop(self) -> None:
         """Ends it as an orchestrator does: a request to end, then force."""

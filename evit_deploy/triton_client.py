@@ -100,11 +100,12 @@ def _ask_once(
     given_up: threading.Event,
 ) -> Answer:
     """Sends one request, once; a server that is not there is waited for, since it was given nothing."""
-    end = time.monotonic() + connection.timeout
+    end, made = time.monotonic() + connection.timeout, None
     while True:
         started = time.perf_counter()
         try:
-            logits = send(connection, content())
+            made = content() if made is None else made
+            logits = send(connection, made)
             return Answer(name, "answered", logits, seconds=time.perf_counter() - started)
         except ServerUnreachable as error:
             if given_up.is_set() or time.monotonic() > end:

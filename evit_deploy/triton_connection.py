@@ -176,7 +176,7 @@ class Connection:
         try:
             metadata = self._json(self._client.get_model_metadata, name, version)
             config = self._json(self._client.get_model_config, name, version)
-        except RequestRefused as error:
+        except (RequestRefused, ServerUnreachable) as error:
             if not version:
                 raise
             served = self._json(self._client.get_model_metadata, name).get("versions", [])

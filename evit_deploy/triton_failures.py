@@ -18,7 +18,7 @@ from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, 
 ADDRESSES = "http://HOST:8000 or grpc://HOST:8001"
 _MESSAGE = 300  # characters of what the server says
 _NEVER_SENT = ("failed to connect", "connection refused", "errors resolving", "name resol", "dns resolution")
-_STOPPING = ("is stopping", "stopped accepting", "is not ready", "has been stopped")
+_STOPPING = ("is stopping", "stopped accepting", "not at ready state", "no available versions")
 _REFUSALS = ("400", "404", "413", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED")
 _FAILURES = ("500", "INTERNAL", "UNKNOWN")
 
@@ -62,7 +62,10 @@ def _answered(error: Any, url: str, timeout: float, sent: bool) -> EvitDeployErr
     status, said = str(error.status() or "").removeprefix("StatusCode."), _short(error.message())
     lower = said.lower()
     if status == "503" or any(words in lower for words in _STOPPING):
-        return _unreachable(said, url)
+        return ServerUnreachable(
+            f"the server does not take it now: {said.rstrip('.')}", where=url,
+            fix="Wait until the model is loaded; the server's log says what becomes of it.",
+        )  # fmt: skip
     if status == "UNAVAILABLE":
         never = any(words in lower for words in _NEVER_SENT)
         return _unreachable(said, url) if never else _broken(said, url, sent)

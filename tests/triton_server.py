@@ -41,7 +41,7 @@ def cache_folder() -> Path:
 def site_packages() -> Path:
     """The packages of the server's environment, which is made if it is not there; skips where it cannot be made."""
     folder = cache_folder()
-    if not (folder / "complete").is_file():
+    if not folder.is_dir():
         _make(folder)
     found = next(iter(sorted(folder.glob("lib/python3.*/site-packages"))), None)
     if found is None or not (found / SERVER / "bin" / "tritonserver").is_file():
@@ -50,19 +50,25 @@ def site_packages() -> Path:
 
 
 def _make(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    for command in (
-        [sys.executable, "-m", "venv", str(folder)],
-        [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *PACKAGES],
-    ):
-        try:
+    """Makes it beside its place and moves it there whole: test runs may be side by side, and be interrupted."""
+    making = folder.with_name(f"{folder.name}.{os.getpid()}")
+    commands = (
+        [sys.executable, "-m", "venv", str(making)],
+        [str(making / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries", "1", *PACKAGES],
+    )
+    try:
+        making.parent.mkdir(parents=True, exist_ok=True)
+        for command in commands:
             done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            pytest.skip(f"no environment for a Triton server: {error}")
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
-            pytest.skip("no environment for a Triton server: " + " ".join(lines[-2:]))
-    (folder / "complete").touch()  # last, so that what was interrupted is made again
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+                pytest.skip("no environment for a Triton server: " + " ".join(lines[-2:]))
+        with suppress(OSError):  # somebody else was faster
+            making.rename(folder)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"no environment for a Triton server: {error}")
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
 
 
 @cache
@@ -120,6 +126,7 @@ class TritonServer:
         ports: HTTP, gRPC and metrics; free ones by default.
         onnx: What stands in for plans; see ``triton_backend.py``.
         control: The server's model control mode.
+        before: A command that the server is started by.
     """
 
     def __init__(
@@ -130,12 +137,15 @@ class TritonServer:
         ports: tuple[int, ...] = (),
         onnx: Path | None = None,
         control: str = "explicit",
+        before: tuple[str, ...] = (),
     ) -> None:
         self.repository, self.options, self.ready, self.control = repository, options, ready, control
+        self.before = before
         self.ports = ports or tuple(free_ports(3))
         self._environment = environment(**({"SERVED_ONNX": str(onnx)} if onnx else {}))
         self._folder = Path(tempfile.mkdtemp(prefix="evit-triton-"))
         self._log = self._folder / "log"
+        self._region = self._folder.name  # of shared memory, which a killed server leaves behind
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -158,7 +168,7 @@ class TritonServer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.stop()
+        self.kill()  # at once: ending in good order takes it seconds
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def command(self) -> list[str]:
@@ -166,9 +176,10 @@ class TritonServer:
         http, grpc, metrics = map(str, self.ports)
         explicit = ["--load-model=*"] if self.control == "explicit" else []
         return [
-            str(binary()), f"--model-repository={self.repository}", f"--backend-directory={backends()}",
+            *self.before, str(binary()), f"--model-repository={self.repository}", f"--backend-directory={backends()}",
             "--http-address=127.0.0.1", f"--http-port={http}", "--grpc-address=127.0.0.1", f"--grpc-port={grpc}",
             "--metrics-address=127.0.0.1", f"--metrics-port={metrics}", f"--model-control-mode={self.control}",
+            f"--backend-config=python,shm-region-prefix-name={self._region}",
             "--exit-timeout-secs=5", "--model-config-name=cpu", *explicit, *self.options,
         ]  # fmt: skip
 
@@ -219,6 +230,8 @@ class TritonServer:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
+            for left in Path("/dev/shm").glob(f"{self._region}*"):
+                left.unlink(missing_ok=True)
 
     def memory(self) -> int:
         """Bytes of memory that it and the processes it started have to themselves."""

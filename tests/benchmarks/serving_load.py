@@ -13,18 +13,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from common import deit_small, save
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from triton_server import TritonServer
-
-from evit_deploy.bundle import Bundle, read_bundle
+from evit_deploy.bundle import GOLDEN, Bundle, read_bundle
+from evit_deploy.checkpoint import Tokens
+from evit_deploy.convert import convert
 from evit_deploy.data import digits_images, preprocess_image, sample_photographs
 from evit_deploy.export import LOGITS
 from evit_deploy.golden import feeds, load_golden
@@ -32,6 +33,9 @@ from evit_deploy.package import package
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.triton_client import Answer, ask, file_sender
 from evit_deploy.triton_connection import Connection
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from triton_server import TritonServer
 
 BATCHES = (1, 1, 1, 2, 3, 5, 8, 16)
 CLIENTS = 16
@@ -51,8 +55,6 @@ def expected(bundle: Bundle, inputs: np.ndarray) -> np.ndarray:
 
 def tolerance(bundle: Bundle) -> float:
     """How far a right answer may lie from another one: twice what lies between each and FP64."""
-    from evit_deploy.bundle import GOLDEN
-
     return 2 * load_golden(bundle.file(GOLDEN), bundle.manifest.plan).limit()
 
 
@@ -84,32 +86,55 @@ def latencies(seconds: Sequence[float]) -> dict[str, float]:
     return {"p50 ms": round(float(p50), 3), "p99 ms": round(float(p99), 3)}
 
 
+@contextmanager
+def memory_of(server: TritonServer) -> Iterator[dict[str, float]]:
+    """Looks at the server's memory, megabytes, twice a second; what comes out is filled in at the end."""
+    sizes, found, over = [server.memory() / 1e6], {}, threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.5):
+            sizes.append(server.memory() / 1e6)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        watcher.join()
+        half = sizes[len(sizes) // 2]
+        figures = {"at the start": sizes[0], "halfway": half, "at the end": sizes[-1], "at most": max(sizes)}
+        found |= {when: round(size, 1) for when, size in figures.items()}
+
+
 def load(server: TritonServer, bundle: Bundle, model: str, inputs: np.ndarray, count: int, url: str) -> dict[str, Any]:
     """Many requests of mixed batch sizes from concurrent clients."""
     numbers, right = batches_of(count, len(inputs)), expected(bundle, inputs)
     requests = [(str(i), lambda which=which: inputs[which]) for i, which in enumerate(numbers)]
-    with Connection(server.http) as connection:
-        before, held = connection.statistics(model), server.memory()
+    with Connection(server.http) as connection, memory_of(server) as memory:
+        before = _runs(connection, model)
         started = time.perf_counter()
         answers = ask(requests, url, tensor_sender(model), in_flight=CLIENTS)
         wall = time.perf_counter() - started
-        after = connection.statistics(model)
+        runs = {size: total - before.get(size, 0) for size, total in _runs(connection, model).items()}
     images = sum(map(len, numbers))
-    runs = after["execution_count"] - before["execution_count"]
-    sizes = {row["batch_size"]: row["compute_infer"]["count"] for row in after["batch_stats"]}
     return {
         "requests": count, "images": images, "clients": CLIENTS, "wall s": round(wall, 2),
         "images/s": round(images / wall, 1), **latencies([a.seconds for a in answers]),
         **judge(answers, [right[which] for which in numbers], tolerance(bundle)),
-        "images asked for a run": round(images / count, 2), "images computed a run": round(images / runs, 2),
-        "runs by batch size": sizes, "memory MB before": round(held / 1e6, 1),
-        "memory MB after": round(server.memory() / 1e6, 1),
+        "images a request": round(images / count, 2), "images a run": round(images / sum(runs.values()), 2),
+        "runs by batch size": {str(size): total for size, total in sorted(runs.items()) if total}, "memory MB": memory,
     }  # fmt: skip
+
+
+def _runs(connection: Connection, model: str) -> dict[int, int]:
+    rows = connection.statistics(model)["batch_stats"]
+    return {row["batch_size"]: row["compute_infer"]["count"] for row in rows}
 
 
 def overhead(server: TritonServer, bundle: Bundle, model: str, rounds: int) -> list[dict[str, Any]]:
     """One request at a time, by turns with ONNX Runtime in this process on one thread, as the server's backend has."""
-    golden = load_golden(bundle.file("golden.npz"), bundle.manifest.plan)
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
     rows = []
     with (
         OnnxRuntimeRunner(bundle.file("model.onnx"), threads=1) as runner,
@@ -124,10 +149,11 @@ def overhead(server: TritonServer, bundle: Bundle, model: str, rounds: int) -> l
                 "Triton over gRPC": lambda images=images: grpc.infer(model, images, [LOGITS]),
             }
             times: dict[str, list[float]] = {way: [] for way in ways}
+            order = np.random.default_rng(0)
             for turn in range(rounds + 3):
-                for way, call in ways.items():
+                for way in order.permutation(list(ways)):
                     started = time.perf_counter()
-                    call()
+                    ways[way]()
                     if turn >= 3:  # the first calls allocate
                         times[way].append(time.perf_counter() - started)
             rows += [{"batch": batch, "way": way, **latencies(seconds)} for way, seconds in times.items()]
@@ -190,7 +216,7 @@ def malformed(channels: tuple[int, ...], largest: int) -> dict[str, tuple[bool, 
 
 def refusals(server: TritonServer, bundle: Bundle, name: str, model: str, count: int) -> dict[str, Any]:
     """Malformed requests of every kind in turn, each followed by a good one."""
-    golden = load_golden(bundle.file("golden.npz"), bundle.manifest.plan)
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
     right, good = expected(bundle, golden.inputs[:1]), golden.inputs[:1]
     said: dict[str, dict[str, int]] = {}
     states = {"refused": 0, "other": 0}
@@ -198,19 +224,20 @@ def refusals(server: TritonServer, bundle: Bundle, name: str, model: str, count:
     with Connection(server.http) as connection:
         kinds = malformed(golden.inputs.shape[1:], connection.describe(model).max_batch)
         files = file_sender(connection.describe(name))
-    held = server.memory()
-    for number in range(count):
-        kind, (is_file, content) = list(kinds.items())[number % len(kinds)]
-        send = files if is_file else tensor_sender(model)
-        (bad,) = ask([(kind, lambda content=content: content)], server.http, send, in_flight=1)
-        (after,) = ask([("good", lambda: good)], server.http, tensor_sender(model), in_flight=1)
-        states["refused" if bad.state == "refused" else "other"] += 1
-        said.setdefault(kind, {}).setdefault(bad.reason, 0)
-        said[kind][bad.reason] += 1
-        good_answers += after.logits is not None and float(np.abs(after.logits - right).max()) <= tolerance(bundle)
+    with memory_of(server) as memory:
+        for number in range(count):
+            kind, (is_file, content) = list(kinds.items())[number % len(kinds)]
+            send = files if is_file else tensor_sender(model)
+            (bad,) = ask([(kind, lambda content=content: content)], server.http, send, in_flight=1)
+            (after,) = ask([("good", lambda: good)], server.http, tensor_sender(model), in_flight=1)
+            states["refused" if bad.state == "refused" else "other"] += 1
+            reason = bad.reason.removeprefix(f"{server.http}: ")
+            said.setdefault(kind, {}).setdefault(reason, 0)
+            said[kind][reason] += 1
+            good_answers += after.logits is not None and float(np.abs(after.logits - right).max()) <= tolerance(bundle)
     return {
         "malformed": count, **states, "good requests after them answered right": good_answers, "messages": said,
-        "memory MB before": round(held / 1e6, 1), "memory MB after": round(server.memory() / 1e6, 1),
+        "memory MB": memory,
     }  # fmt: skip
 
 
@@ -240,15 +267,10 @@ def restart(server: TritonServer, bundle: Bundle, model: str, inputs: np.ndarray
 
 def deit_bundle(folder: Path) -> Bundle:
     """A seeded DeiT-S, reduced."""
-    from common import deit_small
-
-    from evit_deploy.checkpoint import Tokens
-    from evit_deploy.convert import convert
-
-    import torch
-
     torch.save({"model": deit_small().state_dict()}, folder / "deit_s.pth")
-    made, _ = convert(folder / "deit_s.pth", tokens=Tokens(keep_rate=0.7), targets=["onnx"], batch_sizes=(1,), duration=0.1)
+    made, _ = convert(
+        folder / "deit_s.pth", tokens=Tokens(keep_rate=0.7), targets=["onnx"], batch_sizes=(1,), duration=0.1
+    )
     return made
 
 
@@ -269,19 +291,18 @@ def main() -> None:
         inputs = np.stack(pictures)
         with TritonServer(packaged(digits, folder, "digits")) as server:
             figures["digits, one at a time"] = overhead(server, digits, "digits_model", options.rounds)
-            # What a server allocates once, it allocates in the first requests.
+            # What a server allocates once, it allocates in the first requests of a kind.
             load(server, digits, "digits_model", inputs, options.requests // 10, server.http)
             half = options.requests // 2
             for way, url in (("HTTP", server.http), ("gRPC", server.grpc)):
                 figures[f"digits over {way}"] = load(server, digits, "digits_model", inputs, half, url)
+            refusals(server, digits, "digits", "digits_model", options.malformed // 10)
             figures["malformed"] = refusals(server, digits, "digits", "digits_model", options.malformed)
             figures["restart"] = restart(server, digits, "digits_model", inputs, options.requests // 5)
         deit = deit_bundle(folder)
         with TritonServer(packaged(deit, folder, "deit_s")) as server:
             figures["DeiT-S, photographs"] = files_load(server, deit, "deit_s", photographs(options.photographs))
             figures["DeiT-S, one at a time"] = overhead(server, deit, "deit_s_model", max(options.rounds // 10, 10))
-    from common import save
-
     for what, figure in figures.items():
         print(what, figure)
     save(options.out, figures)

@@ -84,8 +84,8 @@ def _start(serving: Serving, launch: Launch) -> str:
     ]
     if serving.platform == "onnxruntime":
         lines.append(
-            "Without a GPU, with `configs/cpu.pbtxt` in the place of `config.pbtxt` (the same option goes into the YAML "
-            f"files, and what asks for a GPU out of them):\n\n```bash\n{launch.command(on_cpu=True)}\n```\n"
+            "Without a GPU, with `configs/cpu.pbtxt` in the place of `config.pbtxt` (the same option goes into the "
+            f"YAML files, and what asks for a GPU out of them):\n\n```bash\n{launch.command(on_cpu=True)}\n```\n"
         )
     if serving.platform == "openvino":
         lines.append(
@@ -95,8 +95,9 @@ def _start(serving: Serving, launch: Launch) -> str:
         )
     if launch.plugin is not None:
         lines.append(
-            f"The plan needs the plugin library `plugins/{launch.plugin}`, which the server loads when it starts. Triton "
-            "goes on where a library cannot be loaded: look for `evit::TokenReorg was not registered` in its log.\n"
+            f"The plan needs the plugin library `plugins/{launch.plugin}`, which the server loads when it starts. "
+            "Triton goes on where a library cannot be loaded: look for `evit::TokenReorg was not registered` in its "
+            "log.\n"
         )
     lines.append(
         "After every roll-out, hold its answers against the golden ones, from where evit-deploy is installed:\n\n"

@@ -176,6 +176,9 @@ def model_config(serving: Serving, *, on_cpu: bool = False) -> Any:
             config.cc_model_filenames[capability] = name
     elif serving.platform == "openvino" and serving.max_batch > 1:
         config.parameters["ENABLE_BATCH_PADDING"].string_value = "YES"
+    elif on_gpu:  # FP32 means FP32, as it did when the model was verified; ONNX Runtime takes TF32 if it may
+        accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
+        accelerator.parameters["use_tf32"] = "0"
     return config
 
 

@@ -42,7 +42,7 @@ def test_bounds_are_those_of_the_project_file():
     for name, extra in EXTRAS.items():
         bounds = {}
         for line in PROJECT["optional-dependencies"][name]:
-            package, least, below = re.fullmatch(r"([\w-]+)>=([\d.]+)(?:,<([\d.]+))?", line).groups()
+            package, least, below = re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)(?:,<([\d.]+))?", line).groups()
             bounds[package] = (least, below)
         assert bounds == {package: (least, extra.below.get(package)) for package, least in extra.packages.items()}
 

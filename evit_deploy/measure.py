@@ -29,6 +29,7 @@ from evit_deploy.engine_profile import (
     time_parts,
 )
 from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.load import CLIENTS, measure_load
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import ProfileRow, Report
 from evit_deploy.rows import rows_of, verdict
@@ -231,6 +232,11 @@ def _measure_group(
             mark = len(watch.states) if watch else 0
             wall, cpu = measure(group.runners, batch, duration, minimum_rounds, settle)
             report += Report(rows=tuple(rows_of(group.contestants, plan, batch, wall, cpu if clock == "cpu" else wall)))
+            for contestant, runner in zip(group.contestants, group.runners, strict=True):
+                if RUNTIMES.get(contestant.runtime).served:
+                    progress(f"profiling batch {batch} with {CLIENTS} clients")
+                    (feeds,) = _feeds([runner], batch)
+                    report += Report(load=(measure_load(contestant.artifact, feeds, duration),))
             if engines:
                 report += latency_report(engines, time_parts(engines, batch, duration), batch)
             if watch:

@@ -68,6 +68,14 @@ def test_profile(cli, triton, converted, way):
     assert rows["triton", "model", 1]["p50"] > 0
     assert rows["triton", "model", 1]["speedup"] is None  # no dense twin is served
     assert document["clock"] == "wall"  # a server's time is not in this thread's
+    assert [(row["model"], row["batch"], row["clients"]) for row in document["load"]] == [
+        (MODEL, 1, 16),
+        (MODEL, 3, 16),
+    ]
+    for row in document["load"]:
+        assert row["requests"] >= 32
+        assert row["images_a_run"] > row["batch"]  # the server put requests together
+        assert row["p99"] >= row["p50"] > 0
 
 
 # ---- misnamed, missing, other than the bundle's

@@ -81,6 +81,8 @@ def ask(
             while True:
                 number = waiting.get_nowait()
                 answers[number] = _ask_once(connection, *requests[number], send, given_up)
+                if answers[number].state == "lost":  # the next one would go to a server that is still dying
+                    _wait_back(connection, given_up)
 
     with ThreadPoolExecutor(in_flight) as pool:
         workers = [pool.submit(work) for _ in range(min(in_flight, len(requests)))]
@@ -116,6 +118,18 @@ def _ask_once(
             return Answer(name, "lost", reason=str(error), seconds=time.perf_counter() - started)
         except EvitDeployError as error:
             return Answer(name, "refused", reason=str(error), seconds=time.perf_counter() - started)
+
+
+def _wait_back(connection: Connection, given_up: threading.Event) -> None:
+    end = time.monotonic() + connection.timeout
+    while not given_up.is_set():
+        try:
+            return connection.wait_ready()
+        except ServerUnreachable:
+            if time.monotonic() > end:
+                given_up.set()
+            time.sleep(PAUSE)
+    return None
 
 
 def classify_files(

@@ -211,6 +211,32 @@ def test_a_server_that_is_killed_costs_what_was_in_its_hands_and_nothing_else(pa
             assert "went away with this request in its hands" in answer.reason
 
 
+@pytest.mark.parametrize(("way", "cut_off"), [("http", 2), ("grpc", 0)])
+def test_a_server_that_is_ended_in_good_order(packaged, tmp_path, golden, way, cut_off):
+    """Over gRPC nothing is lost; open HTTP connections Triton goes on to serve, and cuts them off in the end."""
+    repository = copied(packaged, tmp_path / "models", slow_ms=100)
+    with TritonServer(repository) as server:
+        url = {"http": server.http, "grpc": server.grpc}[way]
+        requests = [(str(number), lambda: golden.inputs[:1]) for number in range(200)]
+        found: list[Answer] = []
+
+        def send(connection: Connection, image: np.ndarray) -> np.ndarray:
+            return connection.infer(MODEL, feeds(image))[LOGITS]
+
+        worker = threading.Thread(target=lambda: found.extend(ask(requests, url, send, in_flight=2)))
+        worker.start()
+        with Connection(server.http) as connection:
+            while not connection.statistics(MODEL)["execution_count"] > 8:
+                time.sleep(0.05)
+        server.stop()
+        assert not found  # in mid-load
+        server.start()
+        worker.join(90)
+    states = [answer.state for answer in found]
+    assert states.count("lost") <= cut_off
+    assert states.count("answered") == 200 - states.count("lost")
+
+
 def test_the_clients_command_names_what_was_lost(packaged, tmp_path):
     repository = copied(packaged, tmp_path / "models", slow_ms=400)
     paths = [tmp_path / f"{number}.png" for number in range(8)]

@@ -22,7 +22,9 @@ from evit_deploy.package_gates import (
     PLATFORMS,
     check_files,
     check_gpus,
+    check_preprocess,
     check_same,
+    check_tensors,
     compute_capability,
     doubt,
     engine_of,
@@ -45,7 +47,8 @@ class TritonOptions(msgspec.Struct, frozen=True):
     Args:
         server: Release of Triton, ``26.07``; by default the newest that goes with the plan, as far as is known.
         server_tensorrt: Version of TensorRT in it, where that is not known here.
-        preprocess: ``python``: the server makes inputs of image files; ``none``: clients send inputs.
+        preprocess: ``python`` or ``dali``: the server makes inputs of image files, with Pillow on the CPU, as in
+            training, or nearly so with DALI on the GPU; ``none``: clients send inputs.
         max_batch: Most images a call; by default what the plan covers, 32 for ONNX Runtime, 1 for OpenVINO.
         instances: Of the model, on each GPU or on the CPU.
         queue_delay: Microseconds that a request may wait to be batched with others.
@@ -142,9 +145,9 @@ def package(
     """
     found, name, place = _read(paths, target, name, out, triton)
     bundles.check_out(place, force=force)
-    platforms = [platform_of(bundle, target, platform) for bundle in found]
-    platform = platforms[0]
-    for bundle in found[1:]:
+    platform = platform_of(found[0], target, platform)
+    for bundle in found:
+        check_tensors(bundle)
         platform_of(bundle, target, platform)
     check_same(found, platform)
     first = found[0]
@@ -169,7 +172,7 @@ def package(
     if options is not None:
         server = server_for(found, platform, options.server, options.server_tensorrt)
         serving = _serving(found, name, platform, names, options)
-    notes = [f"NOT verified on {platform}: {reason}" for reason in doubts] + _notes(server, platform)
+    notes = [f"NOT verified on {platform}: {reason}" for reason in doubts] + _notes(server, platform, options)
     for note in notes:
         notice(note)
 
@@ -233,10 +236,9 @@ def _read(
 def _check_options(options: TritonOptions, target: str) -> None:
     if target != "triton":
         raise InputError("options of the server are for Triton only", where=f"--for {target}", fix="Leave them out.")
-    if options.preprocess not in ("python", "none"):
-        raise InputError(
-            "unknown preprocessing", where="--preprocess", seen=repr(options.preprocess), wanted="python or none"
-        )
+    if options.preprocess not in ("python", "dali", "none"):
+        wanted = "python, dali or none"
+        raise InputError("unknown preprocessing", where="--preprocess", seen=repr(options.preprocess), wanted=wanted)
     least = {"--max-batch": (options.max_batch, 1), "--instances": (options.instances, 1)}
     for where, (value, low) in (least | {"--queue-delay": (options.queue_delay, 0)}).items():
         if value is not None and value < low:
@@ -265,12 +267,7 @@ def _serving(
             "the plan does not take every batch up to this one", where="--max-batch", seen=max_batch,
             wanted=f"at most {most}",
         )  # fmt: skip
-    channels = manifest.inputs[0].shape[1]
-    if options.preprocess == "python" and channels != 3:
-        raise InputError(
-            "photographs have 3 channels, and the model takes another number of them", where="--preprocess python",
-            seen=channels, fix="Give --preprocess none, and send inputs.",
-        )  # fmt: skip
+    check_preprocess(manifest, platform, options.preprocess)
     plans = {}
     if len(found) > 1:
         plans = {compute_capability(gpu): _plan_name(b) for b in found for gpu in engine_of(b).gpus}
@@ -280,7 +277,8 @@ def _serving(
         inputs=manifest.inputs,
         outputs=manifest.outputs,
         max_batch=max_batch,
-        preprocess=manifest.preprocess if options.preprocess == "python" else None,
+        preprocess=manifest.preprocess if options.preprocess != "none" else None,
+        decoder=options.preprocess if options.preprocess != "none" else "python",
         labels=labels,
         profiles=profiles,
         plans=plans,
@@ -301,7 +299,7 @@ def _launch(found: Sequence[Bundle], serving: Serving, server: Server, *, plugin
         on_gpu=serving.platform != "openvino",
         plugin=LIBRARY if plugin else None,
         version_compatible=serving.platform == "tensorrt" and version_compatible(found),
-        pillow=version("pillow") if serving.preprocess is not None else None,
+        pillow=version("pillow") if serving.preprocess is not None and serving.decoder == "python" else None,
     )
 
 
@@ -351,12 +349,19 @@ def _relative(path: Path, place: Path) -> str:
     return os.path.relpath(path.resolve(), place.resolve())
 
 
-def _notes(server: Server | None, platform: str) -> list[str]:
-    """What was assumed of the server."""
+def _notes(server: Server | None, platform: str, options: TritonOptions | None) -> list[str]:
+    """What was assumed of the server, and what is not as it was verified."""
+    notes = []
+    if options is not None and options.preprocess == "dali":
+        notes.append(
+            "With DALI the model sees pixels that are near those it was verified with, and not the same; "
+            "Triton's DALI backend itself has not been tested."
+        )
     if server is None or platform != "tensorrt" or server.tensorrt is None or "." in server.tensorrt:
-        return []
+        return notes
     return [
+        *notes,
         f"Of Triton {server.release} it is known here that it has TensorRT {server.tensorrt}, and not which one "
         f"exactly; a plan runs on one only. Look: docker run --rm {server.image} dpkg -l libnvinfer-bin, "
-        "and say it: --server-tensorrt VERSION."
+        "and say it: --server-tensorrt VERSION.",
     ]

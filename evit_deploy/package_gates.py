@@ -6,11 +6,11 @@ from pathlib import Path
 import msgspec
 
 from evit_deploy import bundle as bundles
-from evit_deploy.bundle import Bundle
+from evit_deploy.bundle import Bundle, Manifest
 from evit_deploy.engine import Engine, read_header
 from evit_deploy.environment import numbers
 from evit_deploy.errors import InputError
-from evit_deploy.export import LOGITS
+from evit_deploy.export import INPUT, LOGITS
 from evit_deploy.report import Report
 from evit_deploy.triton_server import RELEASES, Server, declared_server, same
 
@@ -24,6 +24,7 @@ FILES = {
 PLATFORMS = {"triton": ("tensorrt", "onnxruntime", "openvino"), "cpp": ("tensorrt", "tensorrt-rtx", "openvino")}
 """What a package is for -> platforms, the preferred first."""
 _ONE_MODEL = ("kind", "model", "model_args", "tokens", "plan", "preprocess", "labels", "inputs", "outputs", "precision")
+DALI_FILTERS = ("bilinear", "bicubic", "lanczos")
 _AMPERE = 80
 CONTAINER = "nvcr.io/nvidia/tensorrt"
 """Has the TensorRT of Triton's release of the same month."""
@@ -63,6 +64,23 @@ def _lacks(bundle: Bundle, platform: str) -> str | None:
         if bundle.manifest.engine is None:
             return "its manifest does not say what engine.plan was built with"
     return None
+
+
+def check_tensors(bundle: Bundle) -> None:
+    """Makes sure that the manifest describes a model as ``convert`` makes them: ``input`` in, ``logits`` out.
+
+    Raises:
+        InputError: It does not.
+    """
+    manifest = bundle.manifest
+    inputs = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in manifest.inputs]
+    outputs = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in manifest.outputs]
+    kept = all(dtype == "int32" and rank == 2 for _, dtype, rank in outputs[1:])
+    if inputs != [(INPUT, "float32", 4)] or outputs[:1] != [(LOGITS, "float32", 2)] or not kept:
+        raise InputError(
+            "the manifest describes another model than convert makes", where=bundle.path,
+            seen=f"{inputs} to {outputs}", wanted=f"{INPUT} to {LOGITS}", fix="Convert again.",
+        )  # fmt: skip
 
 
 def check_same(found: Sequence[Bundle], platform: str) -> None:
@@ -150,7 +168,7 @@ def labels_of(bundle: Bundle, path: Path | None) -> list[str] | None:
             raise InputError(f"the labels cannot be read ({error})", where=f"--labels {path}") from None
     if names is None:
         return None
-    classes = next(tensor.shape[-1] for tensor in bundle.manifest.outputs if tensor.name == LOGITS)
+    classes = bundle.manifest.outputs[0].shape[-1]
     if len(names) != classes:
         raise InputError(
             "the labels do not match the classes", where=where, seen=f"{len(names)} labels", wanted=f"{classes}",
@@ -160,6 +178,35 @@ def labels_of(bundle: Bundle, path: Path | None) -> list[str] | None:
     if broken is not None:
         raise InputError("a label has to fit on one line", where=where, seen=repr(broken))
     return names
+
+
+def check_preprocess(manifest: Manifest, platform: str, choice: str) -> None:
+    """Makes sure that photographs can be made inputs of a model.
+
+    Raises:
+        InputError: They cannot, or not with DALI.
+    """
+    channels, preprocess = manifest.inputs[0].shape[1], manifest.preprocess
+    if choice != "none" and channels != 3:
+        raise InputError(
+            "photographs have 3 channels, and the model takes another number of them", where=f"--preprocess {choice}",
+            seen=channels, fix="Give --preprocess none, and send inputs.",
+        )  # fmt: skip
+    if choice != "dali":
+        return
+    reasons = {
+        f"{platform} runs on the CPU, DALI on a GPU": platform == "openvino",
+        f"crop mode {preprocess.crop_mode}": preprocess.crop_mode not in ("center", "squash"),
+        "an input that is not square": preprocess.crop_mode == "center" and len(set(preprocess.size)) > 1,
+        f"crop_pct {preprocess.crop_pct:g}": preprocess.crop_pct > 1,
+        f"interpolation {preprocess.interpolation}": preprocess.interpolation not in DALI_FILTERS,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise InputError(
+            "the preprocessing cannot be done with DALI here", where="--preprocess dali", seen="; ".join(found),
+            fix="Give --preprocess python.",
+        )  # fmt: skip
 
 
 def compute_capability(gpu: str) -> str:

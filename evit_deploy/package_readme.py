@@ -23,6 +23,28 @@ that says so; others go on. EXIF orientation is not applied, as it was not in tr
 are preprocessed already: `input`, {input}.
 """
 
+_DALI = """## Ask it
+
+`{name}` takes image files, JPEG or PNG, as bytes; several of one request are filled up with zeros to the longest
+(`pip install "tritonclient[http]"`):
+
+```python
+import numpy as np
+import tritonclient.http as triton
+
+client = triton.InferenceServerClient("localhost:{http}")
+file = np.fromfile("photograph.jpg", np.uint8)[None]  # up to {batch} of them, [n, longest]
+image = triton.InferInput("IMAGE", file.shape, "UINT8")
+image.set_data_from_numpy(file)
+logits = client.infer("{name}", [image]).as_numpy("logits")  # float32 [1, {classes}]
+```
+
+DALI decodes and resizes on the GPU, by arithmetic of its own: the model sees nearly, and not exactly, the pixels that
+it was verified with. There is no limit to the size of an image but the GPU's memory: let only clients in that you
+trust, or package with `--preprocess python`. `{name}_model` takes inputs that are preprocessed already: `input`,
+{input}.
+"""
+
 _INPUTS = """## Ask it
 
 `{name}_model` takes preprocessed images: `input`, {input}, up to {batch} of them a request
@@ -40,6 +62,12 @@ logits = client.infer("{name}_model", [image]).as_numpy("logits")  # float32 [1,
 """
 
 
+_DECODERS = {
+    "python": "image files to inputs, in Python, on the CPU",
+    "dali": "image files to inputs, in DALI, on the GPU",
+}
+
+
 def triton_readme(serving: Serving, launch: Launch, notes: list[str]) -> str:
     """The whole page."""
     tensor, logits = serving.inputs[0], serving.outputs[0]
@@ -55,7 +83,8 @@ def triton_readme(serving: Serving, launch: Launch, notes: list[str]) -> str:
     if notes:
         parts.append("".join(f"**{note}**\n\n" for note in notes).rstrip("\n") + "\n")
     parts.append(_start(serving, launch))
-    parts.append((_PHOTOGRAPHS if serving.preprocess is not None else _INPUTS).format(**fields))
+    page = _INPUTS if serving.preprocess is None else _DALI if serving.decoder == "dali" else _PHOTOGRAPHS
+    parts.append(page.format(**fields))
     parts.append(_watch())
     return "\n".join(parts)
 
@@ -64,7 +93,7 @@ def _contents(serving: Serving) -> str:
     rows = []
     if serving.preprocess is not None:
         rows.append((f"model_repository/{serving.name}", "the ensemble that clients call"))
-        rows.append((f"model_repository/{serving.preprocessing}", "image files to inputs, in Python, on the CPU"))
+        rows.append((f"model_repository/{serving.preprocessing}", _DECODERS[serving.decoder]))
     rows += [
         (f"model_repository/{serving.model}", f"the model, on {serving.platform}"),
         ("Dockerfile", "the server's image with the models in it"),
@@ -82,7 +111,7 @@ def _start(serving: Serving, launch: Launch) -> str:
         "Or `docker compose up`; or push the image, write its name into `kubernetes.yaml` and `kubectl apply -f` that. "
         f"HTTP is on port {HTTP}, gRPC on {GRPC}, metrics on {METRICS}.\n",
     ]
-    if serving.platform == "onnxruntime":
+    if serving.platform == "onnxruntime" and serving.decoder != "dali":
         lines.append(
             "Without a GPU, with `configs/cpu.pbtxt` in the place of `config.pbtxt` (the same option goes into the "
             f"YAML files, and what asks for a GPU out of them):\n\n```bash\n{launch.command(on_cpu=True)}\n```\n"

@@ -5,6 +5,7 @@ does with each field: https://github.com/triton-inference-server/server, docs/us
 the README of each backend.
 """
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ class Serving(msgspec.Struct, frozen=True):
         outputs: The model's.
         max_batch: Most images a call.
         preprocess: From image file to input; ``None`` for the model alone.
+        decoder: What does it: ``python`` (with Pillow, on the CPU) or ``dali`` (on the GPU).
         labels: Class names, if known.
         profiles: Batch sizes that each optimization profile of a plan covers.
         plans: Compute capability (``8.0``) -> file, when there is a plan for each of several GPUs.
@@ -54,6 +56,7 @@ class Serving(msgspec.Struct, frozen=True):
     outputs: tuple[TensorSpec, ...]
     max_batch: int
     preprocess: Preprocess | None = None
+    decoder: str = "python"
     labels: list[str] | None = None
     profiles: tuple[BatchProfile, ...] = ()
     plans: dict[str, str] = {}
@@ -130,13 +133,23 @@ def write_repository(serving: Serving, files: Mapping[str, Path], folder: Path) 
         path.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, path)
     if serving.preprocess is not None:
-        (folder / serving.preprocessing / VERSION).mkdir()
-        shutil.copyfile(triton_preprocess.__file__, folder / serving.preprocessing / VERSION / "model.py")
+        _write_preprocessing(serving.preprocess, serving, folder / serving.preprocessing / VERSION)
         (folder / serving.name / VERSION).mkdir()  # an ensemble's version is an empty folder; Triton wants it there
         (folder / serving.name / VERSION / ".keep").touch()  # and Git, object stores and images drop empty ones
     if serving.labels is not None:
         for name in {serving.model, serving.name} if serving.preprocess is not None else {serving.model}:
             (folder / name / LABELS).write_text("".join(f"{label}\n" for label in serving.labels), encoding="utf-8")
+
+
+def _write_preprocessing(preprocess: Preprocess, serving: Serving, folder: Path) -> None:
+    folder.mkdir()
+    source = Path(triton_preprocess.__file__)
+    if serving.decoder == "python":
+        shutil.copyfile(source, folder / "model.py")
+        return
+    shutil.copyfile(source.with_name("triton_dali.py"), folder / "dali.py")  # cannot be imported without DALI
+    settings = msgspec.to_builtins(preprocess) | {"max_batch": serving.max_batch}
+    (folder / "preprocess.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def model_config(serving: Serving, *, on_cpu: bool = False) -> Any:
@@ -193,17 +206,20 @@ def _use_cuda_graphs(config: Any, serving: Serving) -> None:
 
 
 def preprocess_config(serving: Serving) -> Any:
-    """Image files to inputs, in Python, on the CPU; everything it has to know stands in one parameter.
+    """Image files to inputs: in DALI, or in Python, where everything it has to know stands in one parameter.
 
-    It has no queue of its own to batch from: requests are shared out among its instances, each a process.
+    It has no queue of its own to batch from: requests are shared out among its instances, in Python each a process.
     """
     pb, preprocess = _protocol(), serving.preprocess
     assert preprocess is not None
     config = _config(serving.preprocessing, serving.max_batch)
-    config.backend = "python"
-    config.input.add(name=triton_preprocess.IMAGE, data_type=pb.TYPE_STRING, dims=[1])
+    config.backend = serving.decoder
+    _add_image(config, serving)
     (tensor,) = serving.inputs
     config.output.add(name=triton_preprocess.INPUT, data_type=_TYPES[tensor.dtype], dims=_dims(tensor))
+    if serving.decoder == "dali":
+        config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU)  # more of them cost memory alone
+        return config
     config.instance_group.add(count=PREPROCESS_INSTANCES, kind=pb.ModelInstanceGroup.KIND_CPU)
     limits = {"max_pixels": triton_preprocess.MAX_PIXELS, "max_bytes": triton_preprocess.MAX_BYTES}
     settings = msgspec.json.encode(msgspec.to_builtins(preprocess) | limits).decode()
@@ -213,10 +229,9 @@ def preprocess_config(serving: Serving) -> Any:
 
 def ensemble_config(serving: Serving) -> Any:
     """What clients call: input ``IMAGE`` (the bytes of a JPEG or PNG file), outputs the model's."""
-    pb = _protocol()
     config = _config(serving.name, serving.max_batch)
     config.platform = "ensemble"
-    config.input.add(name=triton_preprocess.IMAGE, data_type=pb.TYPE_STRING, dims=[1])
+    _add_image(config, serving)
     _add_outputs(config, serving)
     step = config.ensemble_scheduling.step.add(model_name=serving.preprocessing, model_version=-1)
     step.input_map[triton_preprocess.IMAGE] = triton_preprocess.IMAGE
@@ -243,6 +258,15 @@ def _config(name: str, max_batch: int) -> Any:
     config = _protocol().ModelConfig(name=name, max_batch_size=max_batch)
     config.version_policy.latest.num_versions = 1
     return config
+
+
+def _add_image(config: Any, serving: Serving) -> None:
+    """A file for each image; DALI takes no strings, but rows of bytes that are as long as the longest."""
+    pb = _protocol()
+    if serving.decoder == "dali":
+        config.input.add(name=triton_preprocess.IMAGE, data_type=pb.TYPE_UINT8, dims=[-1])
+    else:
+        config.input.add(name=triton_preprocess.IMAGE, data_type=pb.TYPE_STRING, dims=[1])
 
 
 def _add_outputs(config: Any, serving: Serving) -> None:

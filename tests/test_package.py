@@ -16,6 +16,7 @@ from test_plugin import library
 
 from evit_deploy import package
 from evit_deploy.bundle import ENGINE, GOLDEN, MANIFEST, PACKAGE, changed_files, read_bundle, sha256
+from evit_deploy.data import Preprocess
 from evit_deploy.golden import load_golden
 from evit_deploy.package import Package, TritonOptions
 from evit_deploy.plugin import LIBRARY
@@ -125,6 +126,22 @@ def test_without_preprocessing(own):
     assert config(place, "tiny_model").max_batch_size == 5
     assert "pip3" not in (place / "Dockerfile").read_text()
     assert "tiny_model" in (place / "README.md").read_text()
+
+
+def test_dali(own):
+    place, made = package([own.path], "triton", name="tiny", triton=TritonOptions(preprocess="dali"))
+    assert any("near those it was verified with" in note for note in made.notes)
+    preprocessing, ensemble = config(place, "tiny_preprocess"), config(place, "tiny")
+    assert preprocessing.backend == "dali"
+    for model in (preprocessing, ensemble):
+        assert [(t.name, t.data_type, list(t.dims)) for t in model.input] == [("IMAGE", pb.TYPE_UINT8, [-1])]
+    folder = place / "model_repository" / "tiny_preprocess" / "1"
+    settings = msgspec.json.decode((folder / "preprocess.json").read_bytes())
+    assert settings.pop("max_batch") == 32
+    assert msgspec.convert(settings, Preprocess) == own.manifest.preprocess
+    compile((folder / "dali.py").read_text(), "dali.py", "exec")
+    assert "UINT8" in (place / "README.md").read_text()
+    assert "pillow" not in (place / "Dockerfile").read_text()
 
 
 def test_options_reach_the_configuration(own):

@@ -18,6 +18,7 @@ from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import GateFailed, InputError, MissingRequirement
 from evit_deploy.package import Package, TritonOptions
 from evit_deploy.report import Check
+from evit_deploy.runtimes import TensorSpec
 from evit_deploy.triton_server import RELEASES, declared_server, same
 
 pytest.importorskip("tritonclient.grpc.model_config_pb2")
@@ -138,11 +139,32 @@ def test_labels_that_are_none(own, refused, tmp_path):
     refused(change(own, labels=["two\nlines"] * 10), match="has to fit on one line")
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"inputs": ()},
+        {"outputs": ()},
+        {"outputs": (TensorSpec("features", "float32", (None, 10)),)},
+        {"inputs": (TensorSpec("input", "float64", (None, 3, 96, 96)),)},
+        {"outputs": (TensorSpec("logits", "float32", (None, 10)), TensorSpec("kept_1", "int64", (None, 4)))},
+    ],
+)
+def test_a_manifest_of_another_model(tensors, own, refused):
+    refused(change(own, **tensors), match="describes another model than convert makes")
+
+
 def test_a_model_that_takes_no_photographs(own, refused):
     (image,) = own.manifest.inputs
     grey = change(own, inputs=(msgspec.structs.replace(image, shape=(None, 1, *image.shape[2:])),))
     refused(grey, match="photographs have 3 channels.*got 1.*--preprocess none")
     package([grey.path], "triton", triton=TritonOptions(preprocess="none"))
+
+
+def test_preprocessing_that_dali_does_not_do(own, refused):
+    settings = {"crop_mode": "border", "crop_pct": 1.2, "interpolation": "hamming"}
+    odd = change(own, preprocess=msgspec.structs.replace(own.manifest.preprocess, **settings))
+    words = "crop mode border; crop_pct 1.2; interpolation hamming.*--preprocess python"
+    refused(odd, match=words, triton=TritonOptions(preprocess="dali"))
 
 
 # ---- several bundles
@@ -267,7 +289,7 @@ def test_batches_that_the_plan_does_not_take(profiles, max_batch, words, planned
     ("options", "words"),
     [
         ({"target": "torchserve"}, "unknown target.*expected triton or cpp"),
-        ({"triton": TritonOptions(preprocess="dali")}, "unknown preprocessing.*'dali'"),
+        ({"triton": TritonOptions(preprocess="torch")}, "unknown preprocessing.*'torch'"),
         ({"triton": TritonOptions(max_batch=0)}, "--max-batch: too small"),
         ({"triton": TritonOptions(instances=0)}, "--instances: too small"),
         ({"triton": TritonOptions(queue_delay=-1)}, "--queue-delay: too small"),

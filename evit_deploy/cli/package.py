@@ -19,7 +19,9 @@ from evit_deploy.cli.output import Output, output_options
 @click.option("--plugin", metavar="PATH|auto", help="Library that the plan needs.  [default: the one in the cache]")
 @click.option("--server", metavar="YY.MM", help="Triton: its release.  [default: the newest that goes with the plan]")
 @click.option("--server-tensorrt", metavar="VERSION", help="Triton: TensorRT in it.  [default: what is known of it]")
-@click.option("--preprocess", metavar="python|none", help="Triton: who makes inputs of images.  [default: python]")
+@click.option(
+    "--preprocess", metavar="python|dali|none", help="Triton: what makes inputs of images.  [default: python]"
+)
 @click.option("--max-batch", type=int, help="Triton: most images a call.  [default: the plan's; 32; OpenVINO 1]")
 @click.option("--instances", type=int, help="Triton: of the model, on each GPU or the CPU.  [default: 1]")
 @click.option("--queue-delay", type=int, metavar="µS", help="Triton: how long to wait for a batch.  [default: 1000]")

@@ -154,7 +154,7 @@ def classify_files(
     with Connection(url, timeout) as connection:
         connection.wait_ready()
         served = connection.describe(model)
-    if served.inputs[0].dtype != "object":
+    if served.inputs[0].dtype not in ("object", "uint8"):
         raise InputError(f"the model {model!r} takes tensors, not files", where=url, fix="Give the ensemble's name.")
     requests = [(str(path), _reader(path)) for path in paths]
     return ask(requests, url, file_sender(served), in_flight=in_flight, timeout=timeout)
@@ -162,10 +162,11 @@ def classify_files(
 
 def file_sender(served: ServedModel) -> Callable[[Connection, Any], np.ndarray]:
     """What sends the bytes of one file to an ensemble and gives its logits ``[classes]``."""
-    rank = len(served.inputs[0].shape)
+    image = served.inputs[0]
 
     def send(connection: Connection, content: bytes) -> np.ndarray:
-        feeds = {served.inputs[0].name: np.full((1,) * rank, content, object)}
+        one = np.frombuffer(content, np.uint8) if image.dtype == "uint8" else np.array([content], object)
+        feeds = {image.name: one.reshape((1,) * (len(image.shape) - 1) + one.shape)}
         return connection.infer(served.name, feeds, [LOGITS])[LOGITS].reshape(-1)
 
     return send

@@ -1,6 +1,7 @@
 """Addresses, and what is said when no Triton server answers there; no server is needed."""
 
 import http.server
+import importlib.util
 import socket
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from triton_server import free_ports
 
-from evit_deploy.errors import InputError
+from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes.triton import Served
 from evit_deploy.triton_connection import Connection, split_url
@@ -38,6 +39,14 @@ def test_what_is_no_address_is_refused(url):
     with pytest.raises(InputError, match=r"--url: not (the|an) address"):
         split_url(url)
     assert RUNTIMES.get("triton").accepts(Served(url, "model"))
+
+
+def test_without_the_client(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    missing = RUNTIMES.get("triton").missing()
+    assert str(missing).endswith('(got not installed). Run: pip install "evit-deploy[triton]"')
+    with pytest.raises(MissingRequirement, match="tritonclient is needed"):
+        Connection("http://server")
 
 
 @pytest.fixture

@@ -217,7 +217,7 @@ def test_a_server_that_is_ended_in_good_order(packaged, tmp_path, golden, way, c
     repository = copied(packaged, tmp_path / "models", slow_ms=100)
     with TritonServer(repository) as server:
         url = {"http": server.http, "grpc": server.grpc}[way]
-        requests = [(str(number), lambda: golden.inputs[:1]) for number in range(200)]
+        requests = [(str(number), lambda: golden.inputs[:1]) for number in range(100)]
         found: list[Answer] = []
 
         def send(connection: Connection, image: np.ndarray) -> np.ndarray:
@@ -234,7 +234,7 @@ def test_a_server_that_is_ended_in_good_order(packaged, tmp_path, golden, way, c
         worker.join(90)
     states = [answer.state for answer in found]
     assert states.count("lost") <= cut_off
-    assert states.count("answered") == 200 - states.count("lost")
+    assert states.count("answered") == 100 - states.count("lost")
 
 
 def test_the_clients_command_names_what_was_lost(packaged, tmp_path):

@@ -20,8 +20,10 @@ from evit_deploy.golden import DTYPES
 from evit_deploy.plugin import TENSORRT, provide_plugin
 from evit_deploy.precision import QUANTIZED
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.running import artifact_of, parent_model, usable
+from evit_deploy.running import artifact_of, parent_model, subject_of, usable
 from evit_deploy.runtimes import Runner
+from evit_deploy.runtimes.triton import Served
+from evit_deploy.serving import find_model
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.twin_engines import other_body, slice_engine
@@ -78,6 +80,7 @@ def contestants_of(
     batch_sizes: Sequence[int] | None = None,
     scratch: Path | None = None,
     plugin: Path | str | None = None,
+    server: Served | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Entry:
     """Who runs: the target and its twins, on each runtime.
@@ -91,6 +94,7 @@ def contestants_of(
         batch_sizes: Images a call, where they were asked for.
         scratch: Empty folder, in which engines to compare with may be built; without it, none is.
         plugin: See :func:`evit_deploy.profile.profile`.
+        server: See :func:`evit_deploy.profile.profile`.
         progress: Told what is being done.
 
     Raises:
@@ -100,7 +104,10 @@ def contestants_of(
     for name in runtimes:
         RUNTIMES.get(name)  # an unknown one is told, not passed over
     if path.is_dir():
-        return _of_bundle(bundles.read_bundle(path), against, runtimes, batch_sizes, scratch, plugin, progress)
+        bundle = bundles.read_bundle(path)
+        return _of_bundle(bundle, against, runtimes, batch_sizes, scratch, plugin, progress, server)
+    if server is not None:
+        raise InputError("a server is profiled beside its bundle", where=path, fix="Give the bundle's folder.")
     if is_plan(path):
         return _of_plan(path, against, runtimes, batch_sizes, scratch, plugin, progress)
     if plugin not in (None, "none", "auto"):
@@ -110,7 +117,7 @@ def contestants_of(
     checkpoint = read_checkpoint(target)
     spec, notes = (tokens or Tokens()).resolve(checkpoint)
     model = reduce_tokens_(build_model(checkpoint), spec)
-    names = [name for name in RUNTIMES.names() if not RUNTIMES.get(name).files]
+    names = [name for name in RUNTIMES.names() if _runs_torch(RUNTIMES.get(name))]
     rows = [row for name in names if _takes_part(name, model, runtimes) for row in torch_contestants(model, name)]
     return Entry(rows, token_plan(model), checkpoint.notes + notes, frozenset(runtimes))
 
@@ -205,6 +212,7 @@ def _of_bundle(
     scratch: Path | None,
     plugin: Path | str | None,
     progress: Callable[[str], None],
+    server: Served | None = None,
 ) -> Entry:
     changed = bundles.changed_files(bundle)
     if changed:
@@ -212,9 +220,10 @@ def _of_bundle(
             "files are not what the manifest says: " + ", ".join(changed), where=bundle.path, fix="Convert again."
         )
     model, why_not = parent_model(bundle, against)
-    torch_wanted = not runtimes or any(not RUNTIMES.get(name).files for name in runtimes)
+    torch_wanted = not runtimes or any(_runs_torch(RUNTIMES.get(name)) for name in runtimes)
     notes = [f"PyTorch was not timed: {why_not}."] if model is None and torch_wanted else []
-    rows = bundle_contestants(bundle, runtimes, model)
+    served = find_model(server, bundle.manifest).served if server is not None else None
+    rows = bundle_contestants(bundle, runtimes, model, served)
     engine = bundle.manifest.engine
     compared = plugin if engine is not None and engine.target == TENSORRT and engine.plugin is None else None
     lacking = provide_plugin(engine, None if compared is not None else plugin)
@@ -244,6 +253,10 @@ def _check_sizes(bundle: bundles.Bundle, batch_sizes: Sequence[int] | None) -> N
     for batch in batch_sizes or ():
         if engine is not None:
             choose_profile(engine.profiles, batch)
+
+
+def _runs_torch(runtime: type[Runner]) -> bool:
+    return not runtime.files and not runtime.served
 
 
 def _is_engine(row: Contestant) -> bool:
@@ -277,7 +290,10 @@ def _takes_part(name: str, artifact: Any, runtimes: Sequence[str]) -> bool:
 
 
 def bundle_contestants(
-    bundle: bundles.Bundle, runtimes: Sequence[str] = (), model: torch.nn.Module | None = None
+    bundle: bundles.Bundle,
+    runtimes: Sequence[str] = (),
+    model: torch.nn.Module | None = None,
+    server: Served | None = None,
 ) -> list[Contestant]:
     """A bundle's model and its twins on every runtime that was asked for, or that can run them here.
 
@@ -285,11 +301,12 @@ def bundle_contestants(
         bundle: The bundle.
         runtimes: Names in the registry of runtimes.
         model: The PyTorch model that the bundle was made from.
+        server: The served model.
     """
     rows: list[Contestant] = []
     for name in sorted(RUNTIMES.names(), key=lambda name: not RUNTIMES.get(name).files):  # PyTorch last
         runtime: type[Runner] = RUNTIMES.get(name)
-        artifact = artifact_of(bundle, runtime) if runtime.files else model
+        artifact = subject_of(bundle, runtime, model, server)
         if artifact is None or not _takes_part(name, artifact, runtimes):
             continue
         if isinstance(artifact, torch.nn.Module):

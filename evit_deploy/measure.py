@@ -29,6 +29,8 @@ from evit_deploy.engine_profile import (
     time_parts,
 )
 from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.load import CLIENTS, measure_load
+from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import ProfileRow, Report
 from evit_deploy.rows import rows_of, verdict
 from evit_deploy.running import opened
@@ -56,6 +58,11 @@ class Group(msgspec.Struct, frozen=True):
     contestants: list[Contestant]
     runners: list[Runner]
     on_gpu: bool
+
+    @property
+    def threads_tell(self) -> bool:
+        """Whether a call's CPU time is this process's: a server's is not."""
+        return not any(RUNTIMES.get(contestant.runtime).served for contestant in self.contestants)
 
     @property
     def engines(self) -> list[Timed]:
@@ -216,7 +223,7 @@ def _measure_group(
     minimum_rounds: int,
     progress: Callable[[str], None],
 ) -> Report:
-    clock, settle = clock_and_settle(threads, on_gpu=group.on_gpu)
+    clock, settle = clock_and_settle(threads if group.threads_tell else None, on_gpu=group.on_gpu)
     report, engines = Report(clock=clock), group.engines
     with ExitStack() as stack:
         watch, notes = watched(stack) if group.on_gpu else (None, [])
@@ -225,6 +232,11 @@ def _measure_group(
             mark = len(watch.states) if watch else 0
             wall, cpu = measure(group.runners, batch, duration, minimum_rounds, settle)
             report += Report(rows=tuple(rows_of(group.contestants, plan, batch, wall, cpu if clock == "cpu" else wall)))
+            for contestant, runner in zip(group.contestants, group.runners, strict=True):
+                if RUNTIMES.get(contestant.runtime).served:
+                    progress(f"profiling batch {batch} with {CLIENTS} clients")
+                    (feeds,) = _feeds([runner], batch)
+                    report += Report(load=(measure_load(contestant.artifact, feeds, duration),))
             if engines:
                 report += latency_report(engines, time_parts(engines, batch, duration), batch)
             if watch:

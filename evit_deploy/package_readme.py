@@ -128,9 +128,10 @@ def _start(serving: Serving, launch: Launch) -> str:
             "Triton goes on where a library cannot be loaded: look for `evit::TokenReorg was not registered` in its "
             "log.\n"
         )
+    name = serving.name if serving.preprocess is not None else serving.model
     lines.append(
         "After every roll-out, hold its answers against the golden ones, from where evit-deploy is installed:\n\n"
-        f"```bash\nevit-deploy verify . --runtime triton --url localhost:{HTTP}\n```\n"
+        f"```bash\nevit-deploy verify . --url http://localhost:{HTTP} --model-name {name}\n```\n"
     )
     return "\n".join(lines)
 

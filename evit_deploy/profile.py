@@ -20,6 +20,8 @@ from evit_deploy.measure import measure_all
 from evit_deploy.measure import sizes_within as sizes_within
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import Check, ProfileRow, Report, device
+from evit_deploy.running import check_server
+from evit_deploy.runtimes.triton import Served
 
 DURATION = 10.0
 
@@ -34,6 +36,7 @@ def profile(
     against: Path | None = None,
     tokens: Tokens | None = None,
     plugin: Path | str | None = None,
+    server: Served | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Profiles a bundle, an engine, an ONNX file or a checkpoint.
@@ -49,6 +52,7 @@ def profile(
         tokens: Checkpoint: how to reduce it.
         plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
             has. For an engine that has the operator's body built in: what to compare that with.
+        server: A running Triton server that serves the bundle; what is timed is a call from here and back.
         progress: Told what is being done.
 
     Raises:
@@ -56,11 +60,12 @@ def profile(
             batch size that was asked for; nothing was measured.
         MissingRequirement: An engine or a runtime was asked for, and what runs it is not here.
     """
+    runtimes = check_server(runtimes, server)
     progress("reading the models")
     with tempfile.TemporaryDirectory(prefix="evit-deploy-") as scratch:
         entry = contestants_of(
             Path(target), str(target), against, tokens, runtimes, batch_sizes=batch_sizes, scratch=Path(scratch),
-            plugin=plugin, progress=progress,
+            plugin=plugin, server=server, progress=progress,
         )  # fmt: skip
         if not entry.contestants:
             raise InputError("none of these runtimes runs this", where=target, seen=", ".join(runtimes) or None)

@@ -95,5 +95,6 @@ RUNTIMES = Registry(
         "onnxruntime-tensorrt-rtx": "evit_deploy.runtimes.onnxruntime:OnnxRuntimeTensorRTRTXRunner",
         "tensorrt": "evit_deploy.runtimes.tensorrt:TensorRTRunner",
         "tensorrt-rtx": "evit_deploy.runtimes.tensorrt:TensorRTRTXRunner",
+        "triton": "evit_deploy.runtimes.triton:TritonRunner",
     },
 )

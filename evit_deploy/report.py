@@ -129,6 +129,30 @@ class BlockRow(msgspec.Struct, frozen=True):
     share: float
 
 
+class LoadRow(msgspec.Struct, frozen=True):
+    """A served model with several clients at a time.
+
+    Args:
+        model: Its name on the server.
+        batch: Images a request.
+        clients: Requests under way at a time.
+        requests: Requests measured.
+        images_per_second: All images over the time that all took.
+        p50: Median time from sending a request to its answer, milliseconds; p99 likewise.
+        p99: See p50.
+        images_a_run: Images that the server computed together, on average: above ``batch`` it put requests together.
+    """
+
+    model: str
+    batch: int
+    clients: int
+    requests: int
+    images_per_second: float
+    p50: float
+    p99: float
+    images_a_run: float
+
+
 class Difference(msgspec.Struct, frozen=True):
     """How much more often one model was right than another, on the same images.
 
@@ -197,6 +221,7 @@ class Report(msgspec.Struct, frozen=True):
         rows: What was measured, by the host's clock.
         latencies: Engines: where the time of a call goes.
         blocks: Engines: time by transformer block.
+        load: Servers: many clients at a time.
         gpu: What the GPU's clocks did meanwhile, by batch size.
         accuracy: What was right.
         agreement: Which runtimes agree.
@@ -210,6 +235,7 @@ class Report(msgspec.Struct, frozen=True):
     rows: tuple[ProfileRow, ...] = ()
     latencies: tuple[LatencyRow, ...] = ()
     blocks: tuple[BlockRow, ...] = ()
+    load: tuple[LoadRow, ...] = ()
     gpu: tuple[GpuSummary, ...] = ()
     accuracy: tuple[AccuracyRow, ...] = ()
     agreement: tuple[AgreementRow, ...] = ()
@@ -234,6 +260,7 @@ class Report(msgspec.Struct, frozen=True):
             rows=self.rows + other.rows,
             latencies=self.latencies + other.latencies,
             blocks=self.blocks + other.blocks,
+            load=self.load + other.load,
             gpu=self.gpu + other.gpu,
             accuracy=self.accuracy + other.accuracy,
             agreement=self.agreement + other.agreement,

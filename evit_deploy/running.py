@@ -1,6 +1,6 @@
 """Who runs what: runners by name, the file of a bundle that suits each, and the PyTorch model it came from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from evit_deploy.checkpoint import build_model, read_checkpoint
 from evit_deploy.errors import CheckpointError, InputError
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes import Runner
+from evit_deploy.runtimes.triton import Served
 from evit_deploy.tokens.reduce import reduce_tokens_
+
+TRITON = "triton"
 
 
 @contextmanager
@@ -50,6 +53,48 @@ def artifact_of(bundle: bundles.Bundle, runtime: type[Runner], *, dense: bool = 
     names = (bundles.TWIN * dense + name for name in runtime.files)
     found = next((name for name in names if name in bundle.manifest.files), None)
     return bundle.file(found) if found else None
+
+
+def subject_of(
+    bundle: bundles.Bundle, runtime: type[Runner], model: torch.nn.Module | None, server: Served | None
+) -> Any:
+    """What a runtime runs of a bundle: a file of it, the PyTorch model it came from, or the model that a server serves.
+
+    Args:
+        bundle: The bundle.
+        runtime: A class from the registry of runtimes.
+        model: The PyTorch model, where it can be had.
+        server: The server, where there is one.
+
+    Returns:
+        ``None`` if there is nothing for this runtime.
+    """
+    if runtime.served:
+        return server
+    return artifact_of(bundle, runtime) if runtime.files else model
+
+
+def check_server(runtimes: Sequence[str], server: Served | None) -> tuple[str, ...]:
+    """The runtimes to use: with a server and no wish, the server alone.
+
+    Args:
+        runtimes: Names that were asked for.
+        server: The server that was named.
+
+    Raises:
+        InputError: A server was named and no runtime uses it, or the other way round.
+    """
+    asked = any(RUNTIMES.get(name).served for name in runtimes)
+    if asked and server is None:
+        raise InputError(
+            "it runs on a server, and none was named", where=f"--runtime {TRITON}", fix="Give --url http://HOST:8000."
+        )
+    if server is not None and runtimes and not asked:
+        raise InputError(
+            "none of these runtimes uses a server", where="--url", seen=", ".join(runtimes),
+            fix=f"Give --runtime {TRITON} too.",
+        )  # fmt: skip
+    return tuple(runtimes) if runtimes or server is None else (TRITON,)
 
 
 def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[torch.nn.Module | None, str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # report.py gives `render` out, so that the two stay one thing to their users
     from evit_deploy.gpu import GpuSummary
     from evit_deploy.latency import Summary
-    from evit_deploy.report import BlockRow, LatencyRow, ProfileRow, Report
+    from evit_deploy.report import BlockRow, LatencyRow, LoadRow, ProfileRow, Report
 
 
 def render(report: "Report", console: Any) -> None:
@@ -77,6 +77,9 @@ def render(report: "Report", console: Any) -> None:
     if report.blocks:
         header = ("engine", "variant", "batch", "block", "tokens in", "tokens out", "layers", "ms", "share")
         _table(console, header, [_block_cells(row) for row in report.blocks], ("layers",))
+    if report.load:
+        header = ("server under load", "batch", "clients", "requests", "images/s", "p50 ms", "p99 ms", "images a run")
+        _table(console, header, [_load_cells(row) for row in report.load], ("requests",))
     if report.gpu:
         header = ("GPU", "batch", "samples", "SM MHz", "memory MHz", "slowed down", "°C", "W")
         _table(console, header, [_gpu_cells(row) for row in report.gpu], ("GPU", "°C", "W"))
@@ -104,6 +107,12 @@ def _profile_cells(row: "ProfileRow") -> tuple[str, ...]:
         _shown(row.mac_efficiency, ".2f"),
         _shown(row.overhead, "+.1%"),
     )
+
+
+def _load_cells(row: "LoadRow") -> tuple[str, ...]:
+    numbers = row.images_per_second, row.p50, row.p99, row.images_a_run
+    shown = [f"{number:.{digits}f}" for number, digits in zip(numbers, (1, 2, 2, 1), strict=True)]
+    return row.model, str(row.batch), str(row.clients), str(row.requests), *shown
 
 
 def _latency_cells(row: "LatencyRow") -> tuple[str, ...]:

@@ -17,8 +17,10 @@ from evit_deploy.golden import Golden, feeds, load_golden
 from evit_deploy.plugin import TENSORRT, provide_plugin
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import Check, Report, accuracy_row, device
-from evit_deploy.running import artifact_of, opened, parent_model
+from evit_deploy.running import artifact_of, check_server, opened, parent_model, subject_of
 from evit_deploy.runtimes import Runner
+from evit_deploy.runtimes.triton import Served
+from evit_deploy.serving import find_model, verify_ensemble
 from evit_deploy.tokens.plan import TokenPlan
 
 BATCH_SIZES = (1, 2, 8)
@@ -36,6 +38,7 @@ def verify(
     against: Path | None = None,
     data: Path | None = None,
     plugin: Path | str | None = None,
+    server: Served | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Verifies a bundle against its golden answers, and its runtimes against one another.
@@ -48,15 +51,18 @@ def verify(
         against: Checkpoint that the bundle was made from, where it is no longer in its place.
         data: Folder of labelled images (class/image) for top-1 and top-5, and for comparing runtimes on.
         plugin: Library that the engine needs; by default the one in the user's cache whose hash the manifest has.
+        server: A running Triton server; its model is verified like any other runtime, and with the name of an ensemble
+            that takes files, so is what that makes of them.
         progress: Told what is being done.
 
     Returns:
         The report; ``passed`` says whether everything held.
 
     Raises:
-        InputError: No bundle, an unknown runtime, or a runtime that cannot run it.
-        MissingRequirement: A runtime that was asked for is not there, or none for any of the files.
+        InputError: No bundle, an unknown runtime, a runtime that cannot run it, or a server that serves another model.
+        MissingRequirement: A runtime that was asked for, or the server, is not there, or none for any of the files.
     """
+    runtimes = check_server(runtimes, server)
     bundle = bundles.read_bundle(path)
     changed = bundles.changed_files(bundle)
     reason = f"changed or gone: {', '.join(changed)}. Copy the bundle here again, or convert again." if changed else ""
@@ -77,8 +83,14 @@ def verify(
     lacking = provide_plugin(bundle.manifest.engine, plugin)
     if lacking is not None and TENSORRT in runtimes:
         raise lacking
+    found = find_model(server, bundle.manifest) if server is not None else None
     if runtimes:
-        return report + prove(bundle, golden, runtimes, data, threads, progress, batch_sizes, model)
+        served = found.served if found is not None else None
+        report += prove(bundle, golden, runtimes, data, threads, progress, batch_sizes, model, server=served)
+        if found is not None and found.ensemble is not None:
+            progress(f"sending files to {found.ensemble}")
+            report += verify_ensemble(found, bundle.manifest, golden)
+        return report
     unable = {} if lacking is None else {TENSORRT: lacking}
     return report + _prove_all(bundle, golden, data, threads, progress, batch_sizes, model, unable)
 
@@ -101,7 +113,7 @@ def _prove_all(
     artifacts: dict[str, Any] = {}
     for name in RUNTIMES.names():
         runtime: type[Runner] = RUNTIMES.get(name)
-        artifact = artifact_of(bundle, runtime) if runtime.files else model
+        artifact = subject_of(bundle, runtime, model, None)
         if artifact is not None and runtime.default and not runtime.accepts(artifact):
             artifacts[name] = artifact
             missing = runtime.missing()
@@ -132,6 +144,7 @@ def prove(
     batch_sizes: Sequence[int] | None = None,
     model: torch.nn.Module | None = None,
     unable: dict[str, MissingRequirement] | None = None,
+    server: Served | None = None,
 ) -> Report:
     """Holds the answers of runtimes against the golden ones, and against one another.
 
@@ -145,6 +158,7 @@ def prove(
         batch_sizes: See :func:`verify`.
         model: The PyTorch model, for the runtimes that run it.
         unable: Takes the runtimes that turn out not to run here, and why; without it that is an error.
+        server: The served model, for the runtimes that ask a server.
 
     Raises:
         InputError: A runtime has nothing to run in this bundle.
@@ -155,7 +169,7 @@ def prove(
     answers = {} if folder else {"pytorch fp32": Answers(golden.logits, golden.kept)}
     for name in runtimes:
         runtime = RUNTIMES.get(name)
-        artifact = artifact_of(bundle, runtime) if runtime.files else model
+        artifact = subject_of(bundle, runtime, model, server)
         if artifact is None:
             raise InputError(
                 f"this bundle has nothing that {name} runs", where=bundle.path, seen=", ".join(bundle.manifest.files),

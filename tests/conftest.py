@@ -11,7 +11,9 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("evit_deploy", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("evit_deploy")
 
-pytest_plugins = ["pytester", "models", "command_line", "machines", "openvino_model", "cpp_example", "packages"]
+pytest_plugins = [
+    "pytester", "models", "command_line", "machines", "openvino_model", "cpp_example", "packages", "triton_models",
+]  # fmt: skip
 
 PACKAGES = ("torch", "timm", "onnx", "onnxruntime")
 

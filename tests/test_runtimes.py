@@ -1,22 +1,29 @@
 """What every registered runtime keeps to, and what a machine without a GPU is told by those that need one."""
 
 import importlib.util
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from models import KEEP, images, of_kind, preprocess_for
+from triton_server import TritonServer
 
 from evit_deploy.errors import EvitDeployError, MissingRequirement, StageError
 from evit_deploy.export import INPUT, LOGITS, export_onnx, kept_name
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes import Runner
 from evit_deploy.runtimes import onnxruntime as ort
+from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
+from evit_deploy.runtimes.triton import Served
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from evit_deploy.triton_repository import Serving, write_repository
+from evit_deploy.variants import with_indices
 
-MARKS = {"openvino": [pytest.mark.openvino], "eager": [], "onnxruntime": []}
+MARKS = {"openvino": [pytest.mark.openvino], "triton": [pytest.mark.triton], "eager": [], "onnxruntime": []}
 every_runtime = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=MARKS.get(name, [pytest.mark.gpu])) for name in RUNTIMES.names()]
 )
@@ -36,15 +43,40 @@ def artifacts(model) -> list[Any]:
     return [model, export_onnx(model, name="vit_tiny_patch16_224", preprocess=preprocess_for(model))]
 
 
-def usable(name: str, artifacts: list[Any]) -> tuple[type[Runner], Any]:
-    runtime = RUNTIMES.get(name)
-    missing = runtime.missing()
-    if missing is not None:
-        pytest.skip(str(missing))
+@pytest.fixture(scope="module")
+def served(artifacts, tmp_path_factory) -> Iterator[Served]:
+    """The ONNX model with its kept candidates, on a real server."""
+    folder = tmp_path_factory.mktemp("served")
+    file = folder / "model.onnx"
+    with OnnxRuntimeRunner(artifacts[1], with_indices=True) as runner:
+        serving = Serving("tiny", "onnxruntime", runner.inputs, runner.outputs, max_batch=8)
+    onnx.save(with_indices(artifacts[1]), file)
+    write_repository(serving, {file.name: file}, folder / "models")
+    with TritonServer(folder / "models") as server:
+        yield Served(server.http, serving.model)
+
+
+@pytest.fixture
+def usable(artifacts, request) -> Callable[[str], tuple[type[Runner], Any]]:
+    """Gives a runtime and what it can run, or skips."""
+
+    def find(name: str) -> tuple[type[Runner], Any]:
+        runtime = RUNTIMES.get(name)
+        missing = runtime.missing()
+        if missing is not None:
+            pytest.skip(str(missing))
+        if runtime.served:
+            return runtime, request.getfixturevalue("served")
+        return runtime, _accepted(runtime, artifacts)
+
+    return find
+
+
+def _accepted(runtime: type[Runner], artifacts: list[Any]) -> Any:
     artifact = next((a for a in artifacts if not runtime.accepts(a)), None)
     if artifact is None:
         pytest.skip("it runs engines only")
-    return runtime, artifact
+    return artifact
 
 
 # The contract.
@@ -68,14 +100,14 @@ def test_it_says_why_it_does_not_accept_something(name, artifact):
 
 
 @every_runtime
-@pytest.mark.parametrize("with_indices", [False, True])
-def test_it_gives_what_it_declares_at_every_batch_size(name, with_indices, model, artifacts):
-    runtime, artifact = usable(name, artifacts)
+@pytest.mark.parametrize("indices", [False, True])
+def test_it_gives_what_it_declares_at_every_batch_size(name, indices, model, usable):
+    runtime, artifact = usable(name)
     blocks = [row.block for row in token_plan(model).locations]
-    with runtime(artifact, threads=1, with_indices=with_indices) as runner:
+    with runtime(artifact, threads=1, with_indices=indices) as runner:
         (given,) = runner.inputs
         assert (given.name, given.dtype, given.shape) == (INPUT, "float32", (None, 3, 96, 96))
-        assert [spec.name for spec in runner.outputs] == [LOGITS] + with_indices * [kept_name(b) for b in blocks]
+        assert [spec.name for spec in runner.outputs] == [LOGITS] + indices * [kept_name(b) for b in blocks]
         for batch in (1, 2, 5):
             answers = runner.infer({INPUT: images(model, batch)})
             runner.synchronize()
@@ -89,8 +121,8 @@ def test_it_gives_what_it_declares_at_every_batch_size(name, with_indices, model
 
 
 @every_runtime
-def test_its_answers_are_the_callers_own(name, model, artifacts):
-    runtime, artifact = usable(name, artifacts)
+def test_its_answers_are_the_callers_own(name, model, usable):
+    runtime, artifact = usable(name)
     with runtime(artifact, threads=1) as runner:
         first = runner.infer({INPUT: images(model, 2)})[LOGITS]
         copy = first.copy()
@@ -100,8 +132,8 @@ def test_its_answers_are_the_callers_own(name, model, artifacts):
 
 
 @every_runtime
-def test_it_can_be_opened_again(name, model, artifacts):
-    runtime, artifact = usable(name, artifacts)
+def test_it_can_be_opened_again(name, model, usable):
+    runtime, artifact = usable(name)
     runner, answers = runtime(artifact, threads=1), []
     for _ in range(2):
         with runner:
@@ -110,8 +142,8 @@ def test_it_can_be_opened_again(name, model, artifacts):
 
 
 @every_runtime
-def test_an_input_that_does_not_fit_is_an_error_of_ours_or_of_pytorch(name, model, artifacts):
-    runtime, artifact = usable(name, artifacts)
+def test_an_input_that_does_not_fit_is_an_error_of_ours_or_of_pytorch(name, model, usable):
+    runtime, artifact = usable(name)
     expected = AssertionError if name == "eager" else EvitDeployError  # timm's own check of the image's size
     with runtime(artifact, threads=1) as runner, pytest.raises(expected):
         runner.infer({INPUT: images(model, 1)[:, :, :50]})

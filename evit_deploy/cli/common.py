@@ -146,6 +146,39 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--url --model-name --model-version --shared-memory --timeout``."""
+    for option in (
+        click.option("--timeout", type=Positive(), metavar="S", help="Server: seconds to wait for it.  [default: 60]"),
+        click.option("--shared-memory", is_flag=True, help="Server: on this machine, tensors by its shared memory."),
+        click.option("--model-version", metavar="N", help="Server: version of the model.  [default: its own choice]"),
+        click.option(
+            "--model-name", metavar="NAME",
+            help="Server: model or ensemble.  [default: the only one that takes the bundle's tensors]",
+        ),
+        click.option("--url", help="A running Triton server, http://HOST:8000 or grpc://HOST:8001; as runtime triton."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def server_of(options: dict[str, Any]) -> Any:
+    """Takes the server's options out of a command's, as a :class:`evit_deploy.runtimes.triton.Served`, or ``None``."""
+    names = ("model_name", "model_version", "shared_memory", "timeout")
+    url, (name, version, shared, timeout) = options.pop("url"), (options.pop(key) for key in names)
+    if url is None:
+        given = {"--model-name": name, "--model-version": version, "--shared-memory": shared, "--timeout": timeout}
+        for flag, value in given.items():
+            if value:
+                raise click.UsageError(f"{flag} is about a server: give its --url too")
+        return None
+    from evit_deploy.runtimes.triton import Served
+    from evit_deploy.triton_connection import TIMEOUT, split_url
+
+    split_url(url)  # before anything heavy is loaded
+    return Served(url, name or "", version or "", shared, timeout or TIMEOUT)
+
+
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--set --out --force`` of the commands that take a recipe."""
     for option in (

@@ -4,13 +4,14 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.common import Numbers, Positive, run_options, tokens_of, tokens_options
+from evit_deploy.cli.common import Numbers, Positive, run_options, server_of, server_options, tokens_of, tokens_options
 from evit_deploy.cli.output import Output, output_options
 
 
 @click.command("profile", short_help="Measure a model against its dense and slice twins.")
 @click.argument("target")
 @run_options
+@server_options
 @tokens_options
 @click.option("--batch-sizes", type=Numbers(int, 1), metavar="1,8,32",
               help="Images a call.  [default: 1,8,32, on a GPU 128 too; what an engine covers of them]")  # fmt: skip
@@ -39,11 +40,12 @@ def command(
     evit-deploy profile engine.plan --against dense.plan
     evit-deploy profile deit_s.pth --keep-rate 0.7 --threads 1
     """
+    server = server_of(options)
     tokens = tokens_of(keep_rate, locations, fuse, method)
     from evit_deploy.errors import GateFailed
     from evit_deploy.profile import profile, speed_gate
 
-    report = profile(target, tokens=tokens, progress=output.progress, **options)
+    report = profile(target, tokens=tokens, server=server, progress=output.progress, **options)
     report += speed_gate(report, min_speedup)
     output.result(report)
     if not report.passed:

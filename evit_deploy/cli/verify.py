@@ -5,13 +5,14 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.common import PATH, Numbers, run_options
+from evit_deploy.cli.common import PATH, Numbers, run_options, server_of, server_options
 from evit_deploy.cli.output import Output, output_options
 
 
 @click.command("verify", short_help="Prove that a bundle answers like PyTorch.")
 @click.argument("bundle", type=PATH)
 @run_options
+@server_options
 @click.option("--batch-sizes", type=Numbers(int, 1), metavar="1,2,8",
               help="Images a call.  [default: 1,2,8; for an engine the ends of its profiles]")  # fmt: skip
 @click.option("--data", type=PATH, metavar="DIR", help="Labelled images (class/image) for top-1 and top-5.")
@@ -21,11 +22,13 @@ def command(bundle: Path, output: Output, **options: Any) -> None:
 
     \b
     evit-deploy verify deit_s-evit-k0.7
+    evit-deploy verify deit_s-evit-k0.7 --url http://server:8000 --model-name deit_s
     """
+    server = server_of(options)
     from evit_deploy.errors import GateFailed
     from evit_deploy.verify import verify
 
-    report = verify(bundle, progress=output.progress, **options)
+    report = verify(bundle, server=server, progress=output.progress, **options)
     output.result(report, f"\n{'verified' if report.passed else 'NOT verified'}: {bundle}", passed=report.passed)
     if not report.passed:
         first = report.failed[0]

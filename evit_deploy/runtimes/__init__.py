@@ -42,6 +42,8 @@ class Runner(ABC):
     """Whether it is used, where it can be, without being asked for."""
     on_gpu: ClassVar[bool] = False
     """Whether it computes on a GPU, whatever it is given; PyTorch does so where its model's parameters are."""
+    served: ClassVar[bool] = False
+    """Whether a server computes: it is given a :class:`~evit_deploy.runtimes.triton.Served` instead of a file."""
 
     def __init__(self, artifact: Any, *, threads: int | None = None, with_indices: bool = False) -> None:
         self.artifact, self.threads, self.with_indices = artifact, threads, with_indices

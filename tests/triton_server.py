@@ -1,0 +1,247 @@
+"""A real Triton server for the tests: NVIDIA's own binary, without a GPU, on loopback.
+
+``nvidia-pytriton`` ships the server with the Python backend alone and needs NumPy 1, so it lives in a virtual
+environment of its own, in the user's cache; the first use makes it, which takes about a minute and 460 MB.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing, suppress
+from functools import cache
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from evit_deploy.errors import EvitDeployError
+from evit_deploy.triton_connection import Connection
+
+PACKAGES = ("nvidia-pytriton==0.7.0", "numpy<2", "onnxruntime>=1.23", "pillow>=10")
+READY = 60.0
+SERVER = Path("pytriton") / "tritonserver"
+BACKENDS = ("onnxruntime", "tensorrt", "openvino")
+
+
+def cache_folder() -> Path:
+    """Where the environment lies: ``EVIT_TRITON_ENVIRONMENT``, else a folder in the user's cache."""
+    chosen = os.environ.get("EVIT_TRITON_ENVIRONMENT")
+    home = os.environ.get("XDG_CACHE_HOME")
+    base = Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return Path(chosen) if chosen else base / "evit-deploy" / f"triton-python{version}"
+
+
+@cache
+def site_packages() -> Path:
+    """The packages of the server's environment, which is made if it is not there; skips where it cannot be made."""
+    folder = cache_folder()
+    if not folder.is_dir():
+        _make(folder)
+    found = next(iter(sorted(folder.glob("lib/python3.*/site-packages"))), None)
+    if found is None or not (found / SERVER / "bin" / "tritonserver").is_file():
+        pytest.skip(f"{folder} has no Triton server; delete it to have it made again")
+    return found
+
+
+def _make(folder: Path) -> None:
+    """Makes it beside its place and moves it there whole: test runs may be side by side, and be interrupted."""
+    making = folder.with_name(f"{folder.name}.{os.getpid()}")
+    commands = (
+        [sys.executable, "-m", "venv", str(making)],
+        [str(making / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries", "1", *PACKAGES],
+    )
+    try:
+        making.parent.mkdir(parents=True, exist_ok=True)
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+                pytest.skip("no environment for a Triton server: " + " ".join(lines[-2:]))
+        with suppress(OSError):  # somebody else was faster
+            making.rename(folder)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"no environment for a Triton server: {error}")
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+@cache
+def backends() -> Path:
+    """A folder with the server's Python backend and ours under the names that configurations ask for."""
+    server = site_packages() / SERVER
+    folder = Path(tempfile.mkdtemp(prefix="evit-triton-backends-"))
+    shutil.copytree(server / "backends" / "python", folder / "python")
+    version = site_packages().parent.name.removeprefix("python")
+    shutil.copy(server / "python_backend_stubs" / version / "triton_python_backend_stub", folder / "python")
+    for name in BACKENDS:
+        (folder / name).mkdir()
+        shutil.copy(Path(__file__).with_name("triton_backend.py"), folder / name / "model.py")
+    return folder
+
+
+def environment(**more: str) -> dict[str, str]:
+    """What the server's process sees: its own packages and nobody else's."""
+    packages = site_packages()
+    programs = packages.parents[2] / "bin"
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "VIRTUAL_ENV")}
+    return kept | {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(packages),
+        "LD_LIBRARY_PATH": str(packages / "nvidia_pytriton.libs"),
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
+def binary() -> Path:
+    """The server itself."""
+    return site_packages() / SERVER / "bin" / "tritonserver"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+class TritonServer:
+    """A server on loopback; a context manager that gives it out ready.
+
+    Args:
+        repository: Folder with the models.
+        options: More options of the server.
+        ready: Seconds that it may take to get ready.
+        ports: HTTP, gRPC and metrics; free ones by default.
+        onnx: What stands in for plans; see ``triton_backend.py``.
+        control: The server's model control mode.
+        before: A command that the server is started by.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        *options: str,
+        ready: float = READY,
+        ports: tuple[int, ...] = (),
+        onnx: Path | None = None,
+        control: str = "explicit",
+        before: tuple[str, ...] = (),
+    ) -> None:
+        self.repository, self.options, self.ready, self.control = repository, options, ready, control
+        self.before = before
+        self.ports = ports or tuple(free_ports(3))
+        self._environment = environment(**({"SERVED_ONNX": str(onnx)} if onnx else {}))
+        self._folder = Path(tempfile.mkdtemp(prefix="evit-triton-"))
+        self._log = self._folder / "log"
+        self._region = self._folder.name  # of shared memory, which a killed server leaves behind
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def http(self) -> str:
+        """Its address."""
+        return f"http://127.0.0.1:{self.ports[0]}"
+
+    @property
+    def grpc(self) -> str:
+        """Its other address."""
+        return f"grpc://127.0.0.1:{self.ports[1]}"
+
+    @property
+    def log(self) -> str:
+        """What it has said since it was first started."""
+        return self._log.read_text(errors="replace") if self._log.is_file() else ""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()  # at once: ending in good order takes it seconds
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def command(self) -> list[str]:
+        """The line that starts it."""
+        http, grpc, metrics = map(str, self.ports)
+        explicit = ["--load-model=*"] if self.control == "explicit" else []
+        return [
+            *self.before, str(binary()), f"--model-repository={self.repository}", f"--backend-directory={backends()}",
+            "--http-address=127.0.0.1", f"--http-port={http}", "--grpc-address=127.0.0.1", f"--grpc-port={grpc}",
+            "--metrics-address=127.0.0.1", f"--metrics-port={metrics}", f"--model-control-mode={self.control}",
+            f"--backend-config=python,shm-region-prefix-name={self._region}",
+            "--exit-timeout-secs=2", "--model-config-name=cpu", *explicit, *self.options,
+        ]  # fmt: skip
+
+    def start(self) -> None:
+        """Starts it and waits until it is ready; if that fails, the log's last lines say why."""
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command(), env=self._environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        end = time.monotonic() + self.ready
+        while not self._is_ready():
+            ended = self.process.poll() is not None
+            if ended or time.monotonic() > end:
+                what = f"ended with {self.process.returncode}" if ended else f"was not ready within {self.ready:g} s"
+                self.stop()
+                raise RuntimeError(f"the Triton server {what}; its last words:\n" + self.last_words())
+            time.sleep(0.1)
+
+    def _is_ready(self) -> bool:
+        with closing(socket.socket()) as probe:
+            if probe.connect_ex(("127.0.0.1", self.ports[0])):
+                return False
+        try:
+            with Connection(self.http, timeout=0.5) as connection:
+                connection.wait_ready()
+        except EvitDeployError:
+            return False
+        return True
+
+    def last_words(self, lines: int = 25) -> str:
+        """The end of its log, without its tables."""
+        return "\n".join([line for line in self.log.splitlines() if line and line[0] not in "|+"][-lines:])
+
+    def stop(self) -> None:
+        """Ends it as an orchestrator does: a request to end, then force."""
+        if self.process is None:
+            return
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(15)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends it at once, with everything that it started."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+            for left in Path("/dev/shm").glob(f"{self._region}*"):
+                left.unlink(missing_ok=True)
+
+    def memory(self) -> int:
+        """Bytes of memory that it and the processes it started have to themselves."""
+        assert self.process is not None
+        total = 0
+        for status in Path("/proc").glob("[0-9]*/smaps_rollup"):
+            try:
+                if os.getsid(int(status.parent.name)) == self.process.pid:
+                    private = [line.split()[1] for line in status.read_text().splitlines() if "Private_" in line]
+                    total += 1024 * sum(map(int, private))
+            except (OSError, ProcessLookupError):
+                continue  # it ended meanwhile
+        return total

@@ -273,8 +273,7 @@ def test_terms_that_cancel_leave_room_for_their_own_rounding():
     with torch.no_grad():
         model.head.weight.fill_(3.0)  # behind a norm, whose features add up to nothing
         model.head.bias.fill_(-0.25)
-    golden = make_golden(model, model, inputs)
-    exact = model.double()
+    golden, exact = make_golden(model, model, inputs), model.double()
     with torch.inference_mode():
         features = exact.forward_features(torch.from_numpy(inputs).double())
         features = exact.forward_head(features, pre_logits=True).numpy()

@@ -13,9 +13,6 @@ from PIL import Image
 
 from evit_deploy.data import Preprocess, preprocess_image, sample_photographs
 
-dali = pytest.importorskip("nvidia.dali")
-triton_dali = pytest.importorskip("evit_deploy.triton_dali")
-
 PREPROCESS = {
     "DeiT": Preprocess((224, 224)),
     "bilinear, crop 0.9": Preprocess((160, 160), crop_pct=0.9, interpolation="bilinear"),
@@ -27,6 +24,9 @@ SIZES = ((640, 427), (427, 640), (300, 301), (511, 333), (512, 333), (224, 224))
 
 @pytest.mark.parametrize("name", PREPROCESS)
 def test_near_to_pillow(name):
+    dali = pytest.importorskip("nvidia.dali")
+    from evit_deploy import triton_dali  # imports DALI
+
     preprocess = PREPROCESS[name]
     files, wanted = [], []
     for index, size in enumerate(SIZES):

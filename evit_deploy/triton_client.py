@@ -196,7 +196,7 @@ def _told() -> Iterator[None]:
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
 @click.option("--url", required=True, help="http://HOST:8000 or grpc://HOST:8001.")
 @click.option("--model-name", required=True, help="The ensemble.")
-@click.option("--labels", type=click.Path(path_type=Path), help="Class names, one a line.")
+@click.option("--labels", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Class names, one a line.")
 @click.option("--in-flight", type=click.IntRange(1), default=4, show_default=True, help="Files under way at a time.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=TIMEOUT, show_default=True, help="Seconds.")
 def main(

@@ -37,12 +37,14 @@ Model = dict[str, Any]
 class Table:
     """Rows of one seed, each with which images it got right; kept in a folder."""
 
-    def __init__(self, folder: Path, seed: int, rows: list[Model], written: Callable[[], None]) -> None:
-        self.folder, self.seed, self.rows, self.written = folder / str(seed), seed, rows, written
+    def __init__(self, folder: Path, seed: int, rows: list[Model], written: Callable[[], None], only: bool) -> None:
+        self.folder, self.seed, self.rows, self.written, self.only = folder / str(seed), seed, rows, written, only
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, what: Model, make: Callable[[], Any], data: Any, against: Model | None = None) -> None:
         file = self._file(what)
+        if not file.exists() and self.only:
+            return
         if not file.exists():
             model = make()
             _, right = evaluate_each(model, data, 64, file.stem)
@@ -146,13 +148,14 @@ def main() -> None:
     parser.add_argument("--oracle", type=float, nargs="*", default=RATES, help="keep rates to fine-tune at")
     parser.add_argument("--scratch", type=float, nargs="*", default=RATES, help="keep rates to train at from scratch")
     parser.add_argument("--scratch-unfused", action="store_true", help="from scratch without fusion too")
+    parser.add_argument("--finished", action="store_true", help="train nothing: only what the folder already holds")
     parser.add_argument("--work", type=Path, default=Path("digits-in-the-wild"), help="weights and answers")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     options = parser.parse_args()
     rows: list[Model] = []
     for seed in options.seeds:
-        table = Table(options.work, seed, rows, lambda: save(options.out, rows))
+        table = Table(options.work, seed, rows, lambda: save(options.out, rows), options.finished)
         one_seed(table, load_recipe(options.recipe, (*options.overrides, f"seed={seed}")), options)
 
 

@@ -112,11 +112,20 @@ def _read_pickle(path: Path, *, is_zip: bool) -> dict[str, Any]:
     return content
 
 
+def _ends_within(path: Path, name: str) -> bool:
+    """Whether a file was cut short in the name of a class: the unpickler reads all of it but the last letter."""
+    module, _, attribute = name.rpartition(".")
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(-min(file.tell(), len(name) + 2), 2)
+        return file.read()[:-1].endswith(f"{module}\n{attribute}".encode())
+
+
 def _refused_pickle(path: Path, reason: str) -> CheckpointError:
     found = re.search(r"(?:GLOBAL|Unsupported global:|class) ([\w.]+)", reason.replace("GLOBAL GLOBAL", "GLOBAL"))
     found = re.search(r"GLOBAL ([\w.]+) was not", reason) or found
     name = found.group(1) if found else None
-    if name is None:
+    if name is None or _ends_within(path, name):
         return CheckpointError("the file is damaged or not a PyTorch checkpoint", where=path, fix="Save it again.")
     if name.startswith(("timm.", "torch.nn.", "torchvision.", "__main__")) or "VisionTransformer" in name:
         return CheckpointError(

@@ -73,7 +73,6 @@ def test_the_folder_builds_and_answers_where_it_is_copied_to(tmp_path):
     )
 
 
-@pytest.mark.cpp
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["tensorrt", "tensorrt-rtx"])
 def test_the_folder_compiles_wherever_headers_are_given(platform, planned, tmp_path):

@@ -171,6 +171,14 @@ def test_a_pickle_cut_short(tmp_path, as_zip, share):
     assert "damaged" in refusal(path)
 
 
+@pytest.mark.parametrize("letters", range(1, 12))
+def test_a_pickle_cut_short_in_the_name_of_a_class(tmp_path, letters):
+    path = saved(tmp_path, {"model": TENSORS}, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"torch\nFloatStorage") + 6 + letters])
+    assert "damaged" in refusal(path)
+
+
 @pytest.mark.parametrize("length", [4, 8, 40, -1])
 def test_safetensors_cut_short(tmp_path, length):
     path = tmp_path / "weights.safetensors"

@@ -168,7 +168,11 @@ def _logged(out: Path, stage: str) -> Iterator[TrainingLog | None]:
     if not PartialState().is_main_process:
         yield None
         return
-    yield TrainingLog(out, stage)
+    log = TrainingLog(out, stage)
+    try:
+        yield log
+    finally:
+        log.close()
 
 
 def fit(

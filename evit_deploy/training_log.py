@@ -89,6 +89,11 @@ class TrainingLog:
         if self._board is not None:
             self._board.flush()
 
+    def close(self) -> None:
+        """Ends TensorBoard's file; the CSV file is whole after every :meth:`write`."""
+        if self._board is not None:
+            self._board.close()
+
 
 def _read(path: Path) -> list[dict[str, str]]:
     if not path.is_file():

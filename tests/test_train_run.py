@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import SPEC, FixedBatch, section, tiny
 from test_train_resume import RUN, recipe
 
@@ -207,6 +208,20 @@ def test_from_scratch_there_is_no_dense_model(tmp_path):
     assert result.dense is None
     assert [row.name for row in result.report.accuracy] == ["evit 0.5, fine-tuned"]
     assert read_checkpoint(result.checkpoint).tokens == SPEC
+
+
+def test_tensorboard_shows_what_the_csv_file_has(tmp_path):
+    long = msgspec.structs.replace(RUN, steps=30, save_every=10)
+    train(recipe(dense=None, model=msgspec.structs.replace(recipe().model, pretrained=False), finetune=long),
+          tmp_path, device="cpu")  # fmt: skip
+    with (tmp_path / "finetune.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "finetune")).Reload()
+    assert set(events.Tags()["scalars"]) == set(rows[0]) - {"step"}
+    for name in events.Tags()["scalars"]:
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(int(row["step"]), pytest.approx(float(row[name]), rel=1e-5)) for row in rows]
+    assert [row["step"] for row in rows] == ["10", "20", "30"]
 
 
 # ---- several processes

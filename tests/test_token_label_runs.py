@@ -216,7 +216,7 @@ def test_maps_that_do_not_fit_are_refused(root, tmp_path):
     refused(recipe(root, data=data), tmp_path, words, InputError)
     write_map(labels / "bee" / "3.pt", 3, torch.Generator(), size=4)
     with pytest.raises(InputError, match=r"bee/3\.pt: a token label map of another size .*at most 0 of 24"):
-        train(recipe(root, data=data), tmp_path / "run", device="cpu")
+        train(recipe(root, data=data), tmp_path / "begun", device="cpu")
     write_map(labels / "ant" / "0.pt", 40, torch.Generator())
     refused(recipe(root, data=data), tmp_path, r"ant/0\.pt: token labels of other classes .*0 to 2", InputError)
 

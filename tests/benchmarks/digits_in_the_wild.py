@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=float, nargs="*", default=RATES, help="keep rates to train at from scratch")
     parser.add_argument("--scratch-unfused", action="store_true", help="from scratch without fusion too")
     parser.add_argument("--finished", action="store_true", help="train nothing: only what the folder already holds")
-    parser.add_argument("--work", type=Path, default=Path("digits-in-the-wild"), help="weights and answers")
+    parser.add_argument("--work", type=Path, default=Path("runs/comparison"), help="weights and answers")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     options = parser.parse_args()

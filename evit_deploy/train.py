@@ -230,8 +230,6 @@ def fit(
         if curriculum is not None:
             curriculum.load_state_dict(found["curriculum"])
         notice(f"{stage}: goes on at step {run.step + 1} of {steps}" if run.step < steps else f"{stage}: was complete")
-    if rank:  # stochastic depth of its own in every process; the state is the first one's
-        torch.manual_seed(seed + 7919 * rank + run.step)
     if log is not None:
         log.begin(run.step)
     batches = follow(curriculum, data, section.batch_size * world, seed, rank=rank, world=world, start_step=run.drawn)
@@ -241,6 +239,8 @@ def fit(
         with _threads(section.threads), interruptible() as stop:
             while run.step < steps:
                 step = run.step
+                if rank:  # stochastic depth of its own in every process, also after --resume: the state is the first's
+                    torch.manual_seed(seed + 7919 * rank + 104729 * step)
                 plan, moving = _keep_rate_(model, section, step, per_epoch)
                 rate = learning_rate(section, step, steps, world)
                 done = run.advance(batches, rate, moving=moving)

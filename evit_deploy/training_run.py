@@ -129,6 +129,8 @@ class TrainingRun:
             self.losses.append(loss)
             if self.average is not None:
                 self.average.update(self.model, step=self.step)
+        else:
+            self.scaler.update()  # it has unscaled, and would refuse to do so again
         images_of_step = section.images_per_step(self.processes.num_processes)
         correct = tuple(map(self._mean, self._correct))
         return StepResult(loss, norm, images_of_step, time.perf_counter() - started, waited, correct)

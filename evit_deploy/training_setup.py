@@ -34,7 +34,8 @@ def setup(recipe: Recipe, notice: Tell | None = None) -> tuple[nn.Module, Checkp
     Raises:
         InputError: See :func:`train`.
     """
-    section, notice = recipe.model, notice or (lambda text: None)
+    section = recipe.model
+    notice = (lambda text: None) if notice is None else notice
     _check_token_label_sources(recipe)
     if section.checkpoint is None and section.name is None:
         fix = "Say --set model.checkpoint=FILE, --set model.name=TIMM_NAME or both."

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -39,6 +40,17 @@ def need_toolchain() -> None:
     lacking = lacking or [header for header in HEADERS if not compiles(header)]
     if lacking:
         pytest.skip(f"building C++ needs {', '.join(lacking)}: apt-get install {PACKAGES}")
+
+
+def tensorrt_options(runtime: str) -> tuple[str, str, str]:
+    """CMake's options for the example with ``tensorrt`` or ``tensorrt-rtx``; skips where headers are missing."""
+    root = os.environ.get("TENSORRT_ROOT")
+    if not root:
+        pytest.skip("TENSORRT_ROOT does not say where TensorRT is")
+    toolkit = Path(os.environ.get("CUDATOOLKIT_ROOT", "/usr/local/cuda"))
+    if not compiles("cuda_runtime_api.h", include=toolkit / "include"):
+        pytest.skip(f"CUDA's headers are not in {toolkit} (CUDATOOLKIT_ROOT)")
+    return f"-DEVIT_RUNTIME={runtime}", f"-DTENSORRT_ROOT={root}", f"-DCUDAToolkit_ROOT={toolkit}"
 
 
 def run_cmake(*arguments: object) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpp_example import Result, build, call, change_manifest, compiles, need_toolchain, replace_file
+from cpp_example import Result, build, call, change_manifest, need_toolchain, replace_file, tensorrt_options
 
 from evit_deploy.bundle import ENGINE, sha256
 
@@ -35,15 +35,9 @@ def runtime(request) -> str:
 def built(runtime, tmp_path_factory) -> tuple[Path, str]:
     """The folder it was built in, and what CMake said."""
     need_toolchain()
-    root = os.environ.get("TENSORRT_ROOT")
-    if not root:
-        pytest.skip("TENSORRT_ROOT does not say where TensorRT is")
-    toolkit = Path(os.environ.get("CUDATOOLKIT_ROOT", "/usr/local/cuda"))
-    if not compiles("cuda_runtime_api.h", include=toolkit / "include"):
-        pytest.skip(f"CUDA's headers are not in {toolkit} (CUDATOOLKIT_ROOT)")
+    options = tensorrt_options(runtime)
     folder = tmp_path_factory.mktemp(runtime)
-    said = build(folder, f"-DEVIT_RUNTIME={runtime}", f"-DTENSORRT_ROOT={root}", f"-DCUDAToolkit_ROOT={toolkit}")
-    return folder, said
+    return folder, build(folder, *options)
 
 
 @pytest.fixture

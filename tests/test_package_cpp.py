@@ -2,12 +2,11 @@
 
 import importlib.util
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
-from cpp_example import bundle_of, call, compiles, need_toolchain, run_cmake
+from cpp_example import bundle_of, call, need_toolchain, run_cmake, tensorrt_options
 from models import tree
 from test_plugin import library
 
@@ -77,14 +76,8 @@ def test_the_folder_builds_and_answers_where_it_is_copied_to(tmp_path):
 @pytest.mark.parametrize("platform", ["tensorrt", "tensorrt-rtx"])
 def test_the_folder_compiles_wherever_headers_are_given(platform, planned, tmp_path):
     need_toolchain()
-    root = os.environ.get("TENSORRT_ROOT")
-    if not root:
-        pytest.skip("TENSORRT_ROOT does not say where TensorRT is")
-    toolkit = Path(os.environ.get("CUDATOOLKIT_ROOT", "/usr/local/cuda"))
-    if not compiles("cuda_runtime_api.h", include=toolkit / "include"):
-        pytest.skip(f"CUDA's headers are not in {toolkit} (CUDATOOLKIT_ROOT)")
+    options = tensorrt_options(platform)
     tag = b"ftrt" if platform == "tensorrt" else b"vtrt"
     place, _ = package([planned(tag=tag, target=platform).path], "cpp", name="tiny")
-    options = f"-DEVIT_RUNTIME={platform}", f"-DTENSORRT_ROOT={root}", f"-DCUDAToolkit_ROOT={toolkit}"
     run_cmake("-S", place, "-B", tmp_path / "build", *options)
     run_cmake("--build", tmp_path / "build", "-j2")

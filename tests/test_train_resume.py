@@ -132,7 +132,8 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, monkeypatch):
     assert "No space left on device" in told[-1]
 
 
-def test_one_bad_batch_is_survived(tmp_path):
+@pytest.mark.parametrize("autocast", ["none", "fp16"])
+def test_one_bad_batch_is_survived(tmp_path, autocast):
     model, told = reduce_tokens_(tiny(), SPEC), []
 
     class Once(FixedBatch):
@@ -141,7 +142,7 @@ def test_one_bad_batch_is_survived(tmp_path):
                 yield images * (float("nan") if number == 5 else 1), labels
 
     log = TrainingLog(tmp_path, "finetune", every=2)
-    losses = fit(model, Once(), section(steps=8, save_every=2), log=log, notice=told.append)
+    losses = fit(model, Once(), section(steps=8, save_every=2, autocast=autocast), log=log, notice=told.append)
     log.write()
     assert [row.split(",")[0] for row in log.path.read_text().splitlines()] == ["step", "2", "4", "6", "8"]
     assert len(losses) == 8
@@ -187,3 +188,29 @@ def test_a_damaged_state_is_refused_and_runs_no_code(content, tmp_path):
 def test_resume_without_anything_to_go_on_from_is_refused(tmp_path):
     with pytest.raises(InputError, match="there is no interrupted run to go on from"):
         train(recipe(), tmp_path, resume=True, device="cpu")
+
+
+class SecondOfTwo:
+    """A process whose own random numbers are not in the state, which is the first one's."""
+
+    num_processes, process_index, is_main_process = 2, 1, True
+
+
+def test_every_process_goes_on_with_the_random_numbers_it_would_have_had(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["evit_deploy.train"], "PartialState", SecondOfTwo)
+
+    def losses(stop_at=None):
+        def progress(text):
+            if stop_at and f"step {stop_at} of" in text:
+                raise RuntimeError("the machine stopped")
+
+        torch.manual_seed(0)
+        model = tiny(drop_path_rate=0.5)
+        state = StateFile(tmp_path / "finetune.state", recipe(), "finetune") if stop_at is not None else None
+        return fit(model, FixedBatch(), section(steps=6, save_every=3), state=state, progress=progress)
+
+    whole = losses()
+    with pytest.raises(RuntimeError, match="the machine stopped"):
+        losses(stop_at=5)
+    assert losses(stop_at=0) == whole
+    assert len(set(whole)) == 6

@@ -258,8 +258,7 @@ def _quantize(proto: ModelProto, precision: str, base: str, calibration: np.ndar
 def _as_fp8(quantized: ModelProto, original: ModelProto) -> ModelProto:
     """The same Q/DQ pairs in FP8 (E4M3), their scales such that the largest value seen becomes the largest of FP8.
 
-    The quantiser's own FP8 takes a scale from the standard deviation instead, which cuts off the outliers of a ViT: on
-    seeded DeiT-S the noise is 8.6 % of the logits' spread instead of 7.4 %.
+    The quantiser's own FP8 takes a scale from the standard deviation instead, which cuts off the outliers of a ViT.
     """
     model = onnx_ir.from_proto(quantized)
     weights = {tensor.name: tensor for tensor in original.graph.initializer}

@@ -9,7 +9,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evit_deploy.bundle import Bundle, Manifest, read_bundle
+    from evit_deploy.bundle import Bundle, read_bundle
     from evit_deploy.checkpoint import Checkpoint, build_model, read_checkpoint
     from evit_deploy.convert import convert
     from evit_deploy.errors import (
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from evit_deploy.export import export_onnx
+    from evit_deploy.manifest import Manifest
     from evit_deploy.package import package
     from evit_deploy.pipeline import run
     from evit_deploy.precision import set_precision

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from evit_deploy.export import LOGITS, kept_name
+from evit_deploy.card import LOGITS, kept_name
 from evit_deploy.golden import Golden, distance
 from evit_deploy.report import AgreementRow
 from evit_deploy.tokens.plan import TokenPlan, original_patches

@@ -4,88 +4,17 @@ A bundle appears whole or not at all: it is written beside its place under anoth
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Self
 
 import msgspec
 
-from evit_deploy.data import Preprocess
-from evit_deploy.engine import Engine
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.runtimes import TensorSpec
-from evit_deploy.tokens.plan import TokenPlan, TokenSpec
-
-FORMAT = 1
-MANIFEST, MODEL, DENSE, GOLDEN, REPORT = "manifest.json", "model.onnx", "dense/model.onnx", "golden.npz", "report.json"
-ENGINE, OPENVINO = "engine.plan", "openvino/model.xml"
-PACKAGE = "package.json"
-"""Of a package, which is made of bundles: says what it was made of, and lists its files."""
-TWIN = "dense/"
-"""Folder of the dense twin; in it, files are named as the model's own."""
-
-
-class Parent(msgspec.Struct, frozen=True):
-    """What a bundle was made from.
-
-    Args:
-        source: A path relative to the bundle, or a timm name.
-        sha256: Hash of the file; ``None`` for a timm name.
-        model: timm name that was forced with ``--model``, if any.
-    """
-
-    source: str
-    sha256: str | None
-    model: str | None = None
-
-
-class Manifest(msgspec.Struct, frozen=True):
-    """``manifest.json``.
-
-    Args:
-        format: Version of this structure.
-        kind: The method, ``evit``.
-        model: timm architecture.
-        model_args: What ``timm.create_model`` needs besides.
-        tokens: What was asked for.
-        plan: Token counts and costs.
-        preprocess: From image file to input tensor.
-        precision: Of the weights in the files.
-        labels: Class names, if known.
-        inputs: What the model wants.
-        outputs: What it gives.
-        files: Name inside the bundle -> SHA-256.
-        parents: What it was made from.
-        recipe: The recipe, when ``run`` made it.
-        versions: Packages that made it.
-        device: Machine that made it.
-        results: The figures that matter, from the report.
-        notes: What was assumed.
-        engine: What ``engine.plan`` was built with, if there is one.
-    """
-
-    kind: str
-    model: str
-    model_args: dict[str, Any]
-    tokens: TokenSpec
-    plan: TokenPlan
-    preprocess: Preprocess
-    precision: str
-    labels: list[str] | None
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    files: dict[str, str]
-    parents: list[Parent]
-    recipe: dict[str, Any] | None
-    versions: dict[str, str]
-    device: dict[str, Any]
-    results: dict[str, Any]
-    notes: list[str] = []
-    engine: Engine | None = None
-    format: int = FORMAT
+from evit_deploy.files import hashes, sha256
+from evit_deploy.manifest import FORMAT, MANIFEST, PACKAGE, Manifest
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -158,17 +87,6 @@ def changed_files(bundle: Bundle) -> list[str]:
         if not path.is_file() or sha256(path) != digest:
             changed.append(name)
     return changed
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Hashes of everything in a folder, by name."""
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def check_out(out: Path, *, force: bool) -> None:
@@ -293,24 +211,3 @@ def write_manifest(staging: Path, manifest: Manifest) -> None:
     files.pop(MANIFEST, None)  # written before, with less in it
     manifest = msgspec.structs.replace(manifest, files=files)
     (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes one file whole or not at all.
-
-    Raises:
-        StageError: The disk is full or failed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        raise StageError(f"could not be written ({error.strerror or error})", where=path) from error
-    finally:
-        Path(name).unlink(missing_ok=True)

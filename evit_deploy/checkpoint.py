@@ -4,7 +4,6 @@ How a file is read without trusting it: ``weights.py``. How tensors are recognis
 """
 
 import ast
-import difflib
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from evit_deploy.backbones import load_backbones
-from evit_deploy.bundle import sha256, write_atomically
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
-from evit_deploy.identify import Identity, differences_of, identify
+from evit_deploy.files import sha256, write_atomically
+from evit_deploy.identify import Identity, check_model_name, differences_of, identify
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.weights import read_weights
 
@@ -236,26 +235,6 @@ def _hub_unreachable() -> str:
     except Exception as error:  # of whichever HTTP library the hub uses
         return type(error).__name__
     return ""
-
-
-def check_model_name(name: str, *, where: str, also: str | None = None) -> None:
-    """Makes sure that timm knows a name.
-
-    Raises:
-        InputError: It does not; the message has the nearest names.
-    """
-    import timm
-
-    load_backbones()
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        raise InputError(
-            "not a timm model" + (" nor a file" if also else ""),
-            where=where,
-            seen=repr(name),
-            wanted="a timm name" + (f" or {also}" if also else ""),
-            fix=f"Near it: {', '.join(near)}." if near else None,
-        )
 
 
 class _OwnMetadata(msgspec.Struct):

@@ -11,7 +11,8 @@ from torch import nn
 
 from evit_deploy.recipe import CompareSection
 from evit_deploy.registry import METHODS
-from evit_deploy.report import AccuracyRow, difference, hits_of, row_of_hits
+from evit_deploy.report import AccuracyRow
+from evit_deploy.statistics import difference, hits_of, row_of_hits
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan, token_spec
 from evit_deploy.training_data import TrainingData

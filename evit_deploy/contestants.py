@@ -12,20 +12,23 @@ import msgspec
 import torch
 
 from evit_deploy import bundle as bundles
+from evit_deploy.card import load_onnx, read_card
 from evit_deploy.checkpoint import Tokens, build_model, read_checkpoint
-from evit_deploy.engine import FAMILIES, choose_profile, read_header
+from evit_deploy.engine import FAMILIES, read_header
 from evit_deploy.errors import InputError
-from evit_deploy.export import load_onnx, read_card
-from evit_deploy.golden import DTYPES
-from evit_deploy.plugin import TENSORRT, provide_plugin
-from evit_deploy.precision import QUANTIZED
+from evit_deploy.files import sha256
+from evit_deploy.manifest import ENGINE, MANIFEST, MODEL, choose_profile
+from evit_deploy.parent import parent_model
+from evit_deploy.plugin import provide_plugin
+from evit_deploy.precision import DTYPES, QUANTIZED
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.running import artifact_of, parent_model, subject_of, usable
+from evit_deploy.running import artifact_of, subject_of, usable
 from evit_deploy.runtimes import Runner
-from evit_deploy.runtimes.triton import Served
 from evit_deploy.serving import find_model
+from evit_deploy.targets import TENSORRT
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
+from evit_deploy.triton_connection import Served
 from evit_deploy.twin_engines import other_body, slice_engine
 from evit_deploy.variants import reorganizations, slice_twin
 
@@ -138,7 +141,7 @@ def _of_onnx(path: Path, against: Path | None, runtimes: Sequence[str]) -> Entry
     if against is not None:
         load_onnx(against)  # refuses what is no model
     notes = [] if against else ["Speed-up not available: --against DENSE.onnx gives the dense twin."]
-    names = [name for name in RUNTIMES.names() if bundles.MODEL in RUNTIMES.get(name).files]
+    names = [name for name in RUNTIMES.names() if MODEL in RUNTIMES.get(name).files]
     chosen = [name for name in names if _takes_part(name, path, runtimes)]
     rows = [row for name in chosen for row in onnx_contestants(path, against, name)]
     return Entry(rows, card.plan, notes, frozenset(runtimes))
@@ -176,7 +179,7 @@ def _of_plan(
     notes += [] if against else ["Speed-up not available: --against DENSE.plan gives the dense twin."]
     rows = []
     for name in RUNTIMES.names():
-        if name in required and bundles.ENGINE in RUNTIMES.get(name).files:
+        if name in required and ENGINE in RUNTIMES.get(name).files:
             rows.append(Contestant(name, "model", path))
             rows += [Contestant(name, "dense", against)] if against is not None else []
     return Entry(rows, None, notes, required)
@@ -188,18 +191,18 @@ def manifest_beside(path: Path) -> tuple[bundles.Bundle | None, str]:
     Returns:
         The bundle and an empty text; or ``None`` and why the engine is on its own.
     """
-    manifest = path.with_name(bundles.MANIFEST)
+    manifest = path.with_name(MANIFEST)
     if not manifest.is_file():
-        return None, f"No {bundles.MANIFEST} lies beside {path.name}."
+        return None, f"No {MANIFEST} lies beside {path.name}."
     bare = f"{path.name} is treated as an engine without a manifest"
     try:
         bundle = bundles.read_bundle(path.parent)
     except InputError as error:
         return None, f"{bare}: {error.what.rstrip('.')} ({manifest.name})."
-    listed = bundle.manifest.files.get(bundles.ENGINE)
-    if path.name != bundles.ENGINE or listed is None:
+    listed = bundle.manifest.files.get(ENGINE)
+    if path.name != ENGINE or listed is None:
         return None, f"{bare}: the {manifest.name} beside it does not list it."
-    if bundles.sha256(path) != listed:
+    if sha256(path) != listed:
         return None, f"{bare}: it is not the file that the {manifest.name} beside it lists (another SHA-256)."
     return bundle, ""
 
@@ -260,7 +263,7 @@ def _runs_torch(runtime: type[Runner]) -> bool:
 
 
 def _is_engine(row: Contestant) -> bool:
-    return isinstance(row.artifact, Path) and row.artifact.name == Path(bundles.ENGINE).name
+    return isinstance(row.artifact, Path) and row.artifact.name == Path(ENGINE).name
 
 
 def _left_out(bundle: bundles.Bundle, model: torch.nn.Module | None) -> list[str]:
@@ -268,7 +271,7 @@ def _left_out(bundle: bundles.Bundle, model: torch.nn.Module | None) -> list[str
     notes = []
     for name in RUNTIMES.names():
         runtime: type[Runner] = RUNTIMES.get(name)
-        artifact = artifact_of(bundle, runtime) if bundles.ENGINE in runtime.files else None
+        artifact = artifact_of(bundle, runtime) if ENGINE in runtime.files else None
         if not runtime.files and torch.cuda.is_available():
             artifact = model
         missing = None if artifact is None or runtime.accepts(artifact) else runtime.missing()
@@ -313,8 +316,8 @@ def bundle_contestants(
             rows += torch_contestants(artifact, name, bundle.manifest.precision)
             continue
         rows.append(Contestant(name, "model", artifact))
-        if bundles.MODEL in runtime.files:
-            rows += _slice(bundle.file(bundles.MODEL), name)
+        if MODEL in runtime.files:
+            rows += _slice(bundle.file(MODEL), name)
         dense = artifact_of(bundle, runtime, dense=True)
         rows += [Contestant(name, "dense", dense)] if dense is not None else []
     return rows

@@ -11,18 +11,22 @@ import torch
 
 from evit_deploy import bundle as bundles
 from evit_deploy.backbones import backbone_of
-from evit_deploy.build import BuildOptions
-from evit_deploy.bundle import Bundle, Manifest, Parent, Staging
+from evit_deploy.batch_sizes import sizes_within
+from evit_deploy.bundle import Bundle, Staging
+from evit_deploy.card import INPUT, LOGITS, kept_name
 from evit_deploy.checkpoint import FILE_SUFFIXES, Checkpoint, Tokens, build_model, read_checkpoint
+from evit_deploy.contestants import bundle_contestants
 from evit_deploy.data import Preprocess, calibration_images, image_files, image_folder, sample_inputs
 from evit_deploy.errors import GateFailed, InputError
-from evit_deploy.export import INPUT, LOGITS, kept_name, versions
 from evit_deploy.golden import Golden, make_golden
 from evit_deploy.lower import Lowering, lowering, write_engines, write_models, write_openvino
+from evit_deploy.machine import device, versions
+from evit_deploy.manifest import GOLDEN, REPORT, Manifest, Parent, TensorSpec
+from evit_deploy.measure import measure_all
+from evit_deploy.options import BuildOptions
 from evit_deploy.precision import QUANTIZED
-from evit_deploy.profile import bundle_contestants, measure_all, sizes_within, speed_gate
-from evit_deploy.report import Report, device
-from evit_deploy.runtimes import TensorSpec
+from evit_deploy.profile import speed_gate
+from evit_deploy.report import Report
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.verify import prove, verify_precision
@@ -151,7 +155,7 @@ def convert(
             )
             report += speed_gate(report, min_speedup)
         progress("writing the bundle")
-        (staging.path / bundles.REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+        (staging.path / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
         bundles.write_manifest(staging.path, msgspec.structs.replace(manifest, results=_results(report)))
         if report.passed:
             staging.publish(out)
@@ -178,7 +182,7 @@ def _write_files(
     progress("asking PyTorch for golden answers")
     inputs = sample_inputs(preprocess, GOLDEN_IMAGES, channels)
     golden = make_golden(reduced, dense, inputs, made.precision, models if made.precision in QUANTIZED else None)
-    golden.save(staging / bundles.GOLDEN)
+    golden.save(staging / GOLDEN)
     report = verify_precision(golden)
     if "openvino" in made.targets:
         progress("writing the OpenVINO files")

@@ -9,22 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from evit_deploy.environment import (
-    EXTRAS,
-    REQUIRED,
-    Nvidia,
-    Target,
-    fits,
-    install_line,
-    lacking,
-    nvidia,
-    targets,
-    version_of,
-)
+from evit_deploy.environment import EXTRAS, REQUIRED, fits, install_line, lacking, version_of
 from evit_deploy.errors import MissingRequirement
+from evit_deploy.gpu import Nvidia, nvidia
 from evit_deploy.plugin import choose_plugin
 from evit_deploy.probe import Answer, ask
 from evit_deploy.registry import RUNTIMES
+from evit_deploy.targets import Target, targets
 
 PYTHON = (3, 11)
 

@@ -1,14 +1,12 @@
 """What an engine is: what it was built with, and what its file says about itself."""
 
-import math
 import struct
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement
+from evit_deploy.targets import RTX_GPUS
 
 FAMILIES = {b"ftrt": "tensorrt", b"vtrt": "tensorrt-rtx"}
 """First four bytes of a plan -> name of the target that makes it. TensorRT's are those that ``trtexec
@@ -18,79 +16,7 @@ serialization version 0, then the version in bytes 24 to 27); TensorRT-RTX 1.7.1
 
 MODULES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 HEADER = 28
-RTX_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""What TensorRT-RTX builds for and runs on, in the order of the bits in a plan's header."""
 _ONNX_SECOND_FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # tags of ModelProto's fields 2 to 8
-
-
-class BatchProfile(msgspec.Struct, frozen=True):
-    """Batch sizes that one optimization profile of an engine covers.
-
-    Args:
-        minimum: Fewest images.
-        optimum: The number of images it is tuned for.
-        maximum: Most images.
-    """
-
-    minimum: int
-    optimum: int
-    maximum: int
-
-    def __str__(self) -> str:
-        return f"{self.minimum}:{self.optimum}:{self.maximum}"
-
-
-def choose_profile(profiles: Sequence[BatchProfile], batch: int) -> int:
-    """The profile to run a batch in: of those that cover it, the one tuned for the nearest size.
-
-    >>> choose_profile([BatchProfile(1, 1, 1), BatchProfile(1, 32, 128)], 1)
-    0
-
-    Raises:
-        InputError: None covers it.
-    """
-    covering = [index for index, p in enumerate(profiles) if p.minimum <= batch <= p.maximum]
-    if not covering:
-        raise InputError(
-            "the engine has no profile for this batch size",
-            seen=batch,
-            wanted=" or ".join(f"{p.minimum} to {p.maximum}" for p in profiles),
-            fix=f"Give --batch-sizes within, or convert again with --batch {batch}:{batch}:{batch} beside the others.",
-        )
-    # Distance in ratios: 8 is as far from 4 as from 16. Of two as near, the narrower one was tuned more closely.
-    return min(
-        covering,
-        key=lambda index: (
-            abs(math.log(batch / max(profiles[index].optimum, 1))),
-            profiles[index].maximum - profiles[index].minimum,
-        ),
-    )
-
-
-class Engine(msgspec.Struct, frozen=True):
-    """What a plan was built with, as the manifest records it.
-
-    Args:
-        target: ``tensorrt``, ``tensorrt-rtx`` or ``torch-tensorrt``.
-        version: Of the library that built it; a plan runs on this one only, unless it is version-compatible.
-        gpus: Compute capabilities it runs on, ``sm80``.
-        driver: Of the machine that built it, where it had one.
-        precision: Of the ONNX file it was built from.
-        profiles: Batch sizes it covers.
-        plugin: SHA-256 of the plugin library it needs; ``None`` when the operator's body is inside.
-        options: What else the builder was told.
-        seconds: How long the build took.
-    """
-
-    target: str
-    version: str
-    gpus: tuple[str, ...]
-    driver: str | None
-    precision: str
-    profiles: tuple[BatchProfile, ...]
-    plugin: str | None
-    options: dict[str, Any]
-    seconds: float
 
 
 class PlanHeader(msgspec.Struct, frozen=True):

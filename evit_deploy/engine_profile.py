@@ -6,18 +6,18 @@ Engines take turns here too: a round is some calls of each, in an order drawn an
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
 
 from evit_deploy.contestants import Contestant
-from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import InputError
 from evit_deploy.inspector import Layer, block_times
-from evit_deploy.latency import Timings, joined, launch_bound, summaries, warnings_of
+from evit_deploy.latency import joined, launch_bound, summaries, warnings_of
+from evit_deploy.manifest import BatchProfile
 from evit_deploy.plan_text import plan_layers
 from evit_deploy.report import BlockRow, LatencyRow, Report
+from evit_deploy.runtimes import EngineRunner, Timings
 from evit_deploy.tokens.plan import TokenPlan
 
 ROUNDS, CALLS = 10, 10
@@ -25,30 +25,6 @@ SHARE = 0.1
 """Share of the time given for a batch size that goes on after the least number of calls."""
 WARM_UP, REMIND = 0.2, 0.01
 """Seconds that an engine runs before its first round (as long as trtexec's), and before each later one."""
-
-
-@runtime_checkable
-class EngineRunner(Protocol):
-    """A runner that tells more of an engine than how long a call takes."""
-
-    notes: list[str]
-
-    @property
-    def profiles(self) -> tuple[BatchProfile, ...]:
-        """Batch sizes that it takes."""
-        ...
-
-    def timings(self, batch: int, *, calls: int, duration: float, warm_up: float) -> Timings:
-        """Parts of calls that follow one another."""
-        ...
-
-    def layers(self) -> tuple[Layer, ...]:
-        """What the engine is made of."""
-        ...
-
-    def layer_times(self, batch: int) -> list[tuple[str, float]]:
-        """Milliseconds of each layer."""
-        ...
 
 
 class Timed(msgspec.Struct, frozen=True):

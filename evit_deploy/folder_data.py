@@ -1,6 +1,7 @@
 """Training and validation images on disk: varied, mixed, and counted where they cannot be read."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import torch
 from timm.data import Mixup, create_transform
 from torch import Tensor
 
-from evit_deploy.augmentation import CropAndFlip, FollowedTransform, keep_a_bit
+from evit_deploy.augmentation import CropAndFlip, FollowedTransform, TokenLabelMaps, operations_of
 from evit_deploy.curriculum import Curriculum
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import InputError, RecipeError
 from evit_deploy.image_cache import cached
-from evit_deploy.recipe import DataSection
+from evit_deploy.recipe_sections import DataSection
 from evit_deploy.sampling import (
     AHEAD,
     Batch,
@@ -28,7 +29,6 @@ from evit_deploy.sampling import (
     whole_batches,
 )
 from evit_deploy.sources import Folder, Place, Source, open_source
-from evit_deploy.token_labels import TokenLabelMaps
 
 Tell = Callable[[str], None]
 
@@ -257,3 +257,18 @@ def _with_unreadable(
 def _mixed(mix: Mixup, images: Tensor, labels: Tensor) -> Batch:
     mixed: Any = mix(images, labels)  # typed for arrays as well
     return mixed
+
+
+def keep_a_bit(transform: Any) -> None:
+    """Keeps the strongest posterisation from 0 bits: a black image in older Pillow, an error since Pillow 13.
+
+    Args:
+        transform: timm's, with AutoAugment or RandAugment among its stages; changed in place.
+    """
+    for operation in operations_of(transform):
+        if operation.name.startswith("Posterize"):
+            operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
+
+
+def _at_least_one_bit(level_fn: Callable[..., tuple[int]], *level: Any) -> tuple[int]:
+    return (max(1, level_fn(*level)[0]),)

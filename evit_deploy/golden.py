@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evit_deploy.card import LOGITS, feeds
 from evit_deploy.errors import InputError
-from evit_deploy.export import INPUT, LOGITS
+from evit_deploy.precision import DTYPES
 from evit_deploy.tokens.op import reorganize
 from evit_deploy.tokens.plan import TokenPlan, original_patches
 from evit_deploy.tokens.reduce import TokenReducer, capture, token_plan
 
 FLOOR = 4  # times eps · the largest Σ|terms| of a logit: no tolerance is tighter than this
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Golden(msgspec.Struct):
@@ -314,8 +314,3 @@ def _quantized_answers(model: Any, dense: Any, inputs: np.ndarray, kept: list[np
     scores = [replayed[f"scores_{block}"] for block in blocks]
     free, dense_logits = run(model, feeds(inputs))[LOGITS], run(dense, feeds(inputs))[LOGITS]
     return Expected(replayed[LOGITS], scores, free, dense_logits)
-
-
-def feeds(images: np.ndarray) -> dict[str, np.ndarray]:
-    """What a runner's ``infer`` takes for these images."""
-    return {INPUT: images}

@@ -4,8 +4,7 @@ A measurement on a GPU whose clocks moved measured the clocks. NVIDIA's own advi
 (``nvidia-smi --lock-gpu-clocks``); this module sees whether they were, and whether something slowed the GPU down.
 """
 
-import threading
-from collections.abc import Sequence
+import os
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,12 +24,6 @@ REASONS = {
     0x80: "the power supply asks for less",
     0x100: "display clocks are set",
 }
-_IDLE = 0x1
-_HARMLESS = _IDLE | 0x2 | 0x100  # nobody's clock suffers from being idle between calls, or from what its owner has set
-MOVED = 0.03
-"""Clocks that differ by more than this share during a measurement are said to have moved."""
-INTERVAL = 0.05
-"""Seconds between samples: seldom enough not to take the interpreter from who is being timed."""
 
 
 class GpuState(msgspec.Struct, frozen=True):
@@ -66,42 +59,6 @@ class GpuState(msgspec.Struct, frozen=True):
     def reasons(self) -> list[str]:
         """What slows it down, in words."""
         return reasons_in_words(self.throttled_by)
-
-
-class GpuSummary(msgspec.Struct, frozen=True):
-    """What a GPU did while one batch size was measured; ``None`` where the driver does not say.
-
-    Args:
-        name: As the driver calls it.
-        driver: Version.
-        compute_capability: ``sm80``.
-        batch: Images a call.
-        samples: How often it was looked at and found busy.
-        sm_clock: Slowest and fastest, MHz.
-        sm_clock_max: MHz at most.
-        memory_clock: Slowest and fastest, MHz.
-        memory_clock_max: MHz at most.
-        slowed_down: Share of the samples in which something slowed it down, 0 to 1.
-        reasons: What did, in words.
-        temperature: Highest, °C.
-        power: Highest, watts.
-        power_limit: Watts.
-    """
-
-    name: str
-    driver: str
-    compute_capability: str
-    batch: int
-    samples: int
-    sm_clock: tuple[int, int] | None = None
-    sm_clock_max: int | None = None
-    memory_clock: tuple[int, int] | None = None
-    memory_clock_max: int | None = None
-    slowed_down: float = 0.0
-    reasons: tuple[str, ...] = ()
-    temperature: int | None = None
-    power: float | None = None
-    power_limit: float | None = None
 
 
 def reasons_in_words(bits: int) -> list[str]:
@@ -163,11 +120,11 @@ def snapshot(device: int = 0) -> GpuState:
     lacking = missing()
     if lacking is not None:
         raise lacking
-    with _Nvml(device) as nvml:
+    with Nvml(device) as nvml:
         return nvml.state()
 
 
-class _Nvml:
+class Nvml:
     """NVML between its init and its shutdown, looking at one of PyTorch's devices."""
 
     def __init__(self, device: int) -> None:
@@ -204,6 +161,7 @@ class _Nvml:
         self._nvml.nvmlShutdown()
 
     def state(self) -> GpuState:
+        """What the GPU does now."""
         nvml = self._nvml
         power, limit = self._ask("nvmlDeviceGetPowerUsage"), self._ask("nvmlDeviceGetPowerManagementLimit")
         reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
@@ -231,113 +189,82 @@ class _Nvml:
             return None
 
 
-class Watch:
-    """Watches a GPU's clocks while something is measured; a context manager.
+class Gpu(msgspec.Struct, frozen=True):
+    """One GPU.
 
     Args:
-        device: PyTorch's number of it.
-
-    Raises:
-        MissingRequirement: No GPU, or no nvidia-ml-py.
+        name: As the driver calls it.
+        capability: Compute capability.
+        memory: Bytes.
     """
 
-    def __init__(self, device: int = 0) -> None:
-        self.device = device
-        self.states: list[GpuState] = []
-
-    def __enter__(self) -> Self:
-        lacking = missing()
-        if lacking is not None:
-            raise lacking
-        self._nvml = _Nvml(self.device).__enter__()
-        self.states.append(self._nvml.state())
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="gpu-clocks", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        try:
-            self.look()
-        finally:
-            self._nvml.__exit__(kind, error, trace)
-
-    def look(self) -> None:
-        """Takes a sample now, beside those that are taken all the time."""
-        self.states.append(self._nvml.state())
-
-    def _sample(self) -> None:
-        while not self._stop.wait(INTERVAL):
-            self.look()
+    name: str
+    capability: tuple[int, int]
+    memory: int
 
     @property
-    def notes(self) -> list[str]:
-        """Sentences on clocks that moved and on what slowed the GPU down; none when all was steady."""
-        return notes_on(self.states)
+    def architecture(self) -> str:
+        """``sm90``."""
+        return "sm{}{}".format(*self.capability)
 
 
-def summarize_states(states: Sequence[GpuState], batch: int) -> GpuSummary:
-    """Condenses what a GPU did while one batch size was measured; idle samples are left out.
-
-    Args:
-        states: Samples of one GPU, at least one.
-        batch: Images a call.
-    """
-    busy = [state for state in states if not state.throttled_by & _IDLE]
-    slowed = 0
-    for state in busy:
-        slowed |= state.throttled_by & ~_HARMLESS
-    last = states[-1]
-    return GpuSummary(
-        name=last.name,
-        driver=last.driver,
-        compute_capability=last.compute_capability,
-        batch=batch,
-        samples=len(busy),
-        sm_clock=_span([state.sm_clock for state in busy]),
-        sm_clock_max=last.sm_clock_max,
-        memory_clock=_span([state.memory_clock for state in busy]),
-        memory_clock_max=last.memory_clock_max,
-        slowed_down=sum(bool(state.throttled_by & ~_HARMLESS) for state in busy) / max(len(busy), 1),
-        reasons=tuple(reasons_in_words(slowed)),
-        temperature=max((state.temperature for state in busy if state.temperature is not None), default=None),
-        power=max((state.power for state in busy if state.power is not None), default=None),
-        power_limit=last.power_limit,
-    )
-
-
-def _span(clocks: Sequence[int | None]) -> tuple[int, int] | None:
-    known = [clock for clock in clocks if clock]
-    return (min(known), max(known)) if known else None
-
-
-def notes_on(states: Sequence[GpuState]) -> list[str]:
-    """Says in sentences whether clocks moved between samples, and what slowed the GPU down.
-
-    Idle samples are left out: before and between the calls a GPU lowers its clocks, and nobody is timed then.
+class Nvidia(msgspec.Struct, frozen=True):
+    """What the NVIDIA driver says.
 
     Args:
-        states: Samples of one GPU.
+        driver: Its version; ``None`` without one.
+        cuda: The newest CUDA version it runs.
+        gpus: Those that this process may use.
+        error: Why nothing more could be learnt.
     """
-    busy = [state for state in states if not state.throttled_by & _IDLE]
-    notes = []
-    for label, clocks in (
-        ("SM", [state.sm_clock for state in busy if state.sm_clock]),
-        ("memory", [state.memory_clock for state in busy if state.memory_clock]),
-    ):
-        if clocks and max(clocks) > min(clocks) * (1 + MOVED):
-            notes.append(
-                f"The GPU's {label} clock moved between {min(clocks)} and {max(clocks)} MHz while it was measured: "
-                "lock it (nvidia-smi --lock-gpu-clocks, --lock-memory-clocks) and measure again."
-            )
-    slowed = 0
-    for state in busy:
-        slowed |= state.throttled_by & ~_HARMLESS
-    if slowed:
-        share = sum(bool(state.throttled_by & ~_HARMLESS) for state in busy) / len(busy)
-        notes.append(f"The GPU was slowed down in {share:.0%} of the samples: {'; '.join(reasons_in_words(slowed))}.")
-    return notes
+
+    driver: str | None = None
+    cuda: tuple[int, int] | None = None
+    gpus: tuple[Gpu, ...] = ()
+    error: str | None = None
+
+
+def nvidia() -> Nvidia:
+    """Asks NVML, which neither loads CUDA nor takes memory on the GPU."""
+    try:
+        import pynvml
+    except Exception as error:  # not installed, or damaged
+        return Nvidia(error=f"nvidia-ml-py cannot be used: {type(error).__name__}: {error}")
+    try:
+        pynvml.nvmlInit()
+    except Exception as error:  # pynvml makes its classes at run time
+        return Nvidia(error=str(error))
+    try:
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        version = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+        gpus = _visible([_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())])
+        return Nvidia(driver, (version // 1000, version % 1000 // 10), tuple(gpus))
+    except Exception as error:  # a driver that was updated under a running machine, a GPU that fell off its bus
+        return Nvidia(error=str(error))
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(pynvml, index: int) -> tuple[str, Gpu]:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    return str(pynvml.nvmlDeviceGetUUID(handle)), Gpu(str(pynvml.nvmlDeviceGetName(handle)), (major, minor), memory)
+
+
+def _visible(gpus: list[tuple[str, Gpu]]) -> list[Gpu]:
+    """NVML knows all GPUs; CUDA only those that CUDA_VISIBLE_DEVICES names, up to the first name it does not know."""
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if wanted is None:
+        return [gpu for _, gpu in gpus]
+    visible = []
+    for name in (part.strip() for part in wanted.split(",")):
+        if name.isdecimal() and int(name) < len(gpus):
+            visible.append(gpus[int(name)][1])
+        elif name.startswith("MIG-") and gpus:  # a slice of some GPU here; all that is asked of it is the same
+            visible.append(gpus[0][1])
+        elif name and (match := [gpu for identity, gpu in gpus if identity.startswith(name)]):
+            visible.append(match[0])
+        else:
+            break
+    return visible

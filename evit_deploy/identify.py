@@ -1,5 +1,6 @@
 """Which timm architecture a set of tensors belongs to, told from names and shapes alone."""
 
+import difflib
 import math
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evit_deploy.backbones import load_backbones
-from evit_deploy.errors import CheckpointError
+from evit_deploy.errors import CheckpointError, InputError
 from evit_deploy.weights import some
 
 # (width, depth) -> the size's name in timm.
@@ -78,7 +79,6 @@ def identify(path: Path, weights: dict[str, Tensor], model: str | None = None) -
         CheckpointError: The tensors are of no architecture known here.
         InputError: timm does not know ``model``.
     """
-    from evit_deploy.checkpoint import check_model_name
 
     load_backbones()
     dimensions = {"pos_embed": 3, "patch_embed.proj.weight": 4, "cls_token": 3}
@@ -223,3 +223,23 @@ def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None) -> NoRetu
         seen="; ".join(filter(None, (seen, differences_of(wanted, given)))),
         fix="Leave out --model to have the architecture read from the tensors.",
     )
+
+
+def check_model_name(name: str, *, where: str, also: str | None = None) -> None:
+    """Makes sure that timm knows a name.
+
+    Raises:
+        InputError: It does not; the message has the nearest names.
+    """
+    import timm
+
+    load_backbones()
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        raise InputError(
+            "not a timm model" + (" nor a file" if also else ""),
+            where=where,
+            seen=repr(name),
+            wanted="a timm name" + (f" or {also}" if also else ""),
+            fix=f"Near it: {', '.join(near)}." if near else None,
+        )

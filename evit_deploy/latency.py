@@ -6,10 +6,11 @@ the two can be laid side by side, and one more: the regime in which time goes in
 
 from collections.abc import Mapping, Sequence
 
-import msgspec
 import numpy as np
 
 from evit_deploy.errors import InputError
+from evit_deploy.report import Summary
+from evit_deploy.runtimes import Timings
 
 ENQUEUE_BOUND = 0.8
 """trtexec warns when the host's enqueue takes more than this share of the compute time (medians)."""
@@ -19,57 +20,10 @@ LAUNCH_BOUND = 0.25
 """Twice the images in less than this much more time, and launches set the time rather than arithmetic."""
 
 
-class Timings(msgspec.Struct, frozen=True):
-    """Milliseconds of many calls, one array element a call.
-
-    Args:
-        enqueue: Host time that putting the work on the stream took.
-        h2d: Copies to the device.
-        compute: The engine itself, between two CUDA events.
-        d2h: Copies back.
-    """
-
-    enqueue: np.ndarray
-    h2d: np.ndarray
-    compute: np.ndarray
-    d2h: np.ndarray
-
-    @property
-    def latency(self) -> np.ndarray:
-        """Copies and compute of each call, as trtexec defines latency."""
-        return self.h2d + self.compute + self.d2h
-
-
 def joined(parts: Sequence[Timings]) -> Timings:
     """Timings of one engine that were taken in several goes."""
     names = Timings.__struct_fields__
     return Timings(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
-
-
-class Summary(msgspec.Struct, frozen=True):
-    """One row of latencies in few numbers, milliseconds.
-
-    Args:
-        count: Calls.
-        minimum: The fastest.
-        maximum: The slowest.
-        mean: Average.
-        median: The middle one; p90, p95 and p99 likewise (linear interpolation).
-        p90: See median.
-        p95: See median.
-        p99: See median.
-        variation: Standard deviation over mean.
-    """
-
-    count: int
-    minimum: float
-    maximum: float
-    mean: float
-    median: float
-    p90: float
-    p95: float
-    p99: float
-    variation: float
 
 
 def summarize(values: np.ndarray) -> Summary:

@@ -7,9 +7,8 @@ import numpy as np
 
 from evit_deploy.errors import StageError
 from evit_deploy.report import LoadRow
-from evit_deploy.runtimes.triton import Served
 from evit_deploy.triton_client import LOGITS, Answer, ask
-from evit_deploy.triton_connection import Connection
+from evit_deploy.triton_connection import Connection, Served
 
 CLIENTS = 16
 LARGEST = 5000

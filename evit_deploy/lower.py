@@ -10,16 +10,14 @@ import onnx
 import torch
 
 from evit_deploy import build, gpu
-from evit_deploy import bundle as bundles
-from evit_deploy.build import BuildOptions
+from evit_deploy.audit import engine_checks
 from evit_deploy.data import Preprocess
-from evit_deploy.engine import Engine
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export import export_onnx
-from evit_deploy.inspector import dtype_check, fusion_check, parse_layers
-from evit_deploy.plan_text import plan_layers
+from evit_deploy.manifest import DENSE, ENGINE, MODEL, OPENVINO, TWIN, Engine
+from evit_deploy.options import BUILDERS, BuildOptions, check_options, flag, usable
 from evit_deploy.precision import PRECISIONS, QUANTIZED, set_precision
-from evit_deploy.report import Check, Report
+from evit_deploy.report import Report
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.variants import with_indices
 
@@ -60,7 +58,7 @@ class Lowering(msgspec.Struct, frozen=True):
         cpu = "openvino" if self.precision == "bf16" else "onnxruntime"
         wanted = [cpu, *("openvino" for target in self.targets if target == "openvino")]
         here = gpu.compute_capability()
-        if self.plan_target in build.TARGETS and here is not None and here in (self.options.gpus or (here,)):
+        if self.plan_target in BUILDERS and here is not None and here in (self.options.gpus or (here,)):
             wanted.append(str(self.plan_target))
         return tuple(dict.fromkeys(wanted))
 
@@ -89,7 +87,7 @@ def lowering(
     for target in targets:
         if target not in TARGETS:
             raise InputError("unknown target", where="--target", seen=repr(target), wanted=", ".join(TARGETS))
-    targets = tuple(dict.fromkeys(targets)) or (("tensorrt",) if build.usable("tensorrt") else ("onnx",))
+    targets = tuple(dict.fromkeys(targets)) or (("tensorrt",) if usable("tensorrt") else ("onnx",))
     plans = [target for target in targets if target in PLAN_TARGETS]
     if len(plans) > 1:
         raise InputError(
@@ -101,7 +99,7 @@ def lowering(
     if not plans:
         _refuse_options(options)
     for target in plans:
-        build.check_options(target, precision, options)
+        check_options(target, precision, options)
         if target == "torch-tensorrt":
             check_torch_tensorrt(precision, options)
     made = Lowering(targets, precision, options, indices)
@@ -137,7 +135,7 @@ def _refuse_options(options: BuildOptions) -> None:
     for field in BuildOptions.__struct_fields__:
         if getattr(options, field) != getattr(default, field):
             fix = "Leave it out, or add a --target that builds an engine: " + ", ".join(PLAN_TARGETS) + "."
-            raise InputError("there is no engine to build", where=build.flag(field), fix=fix)
+            raise InputError("there is no engine to build", where=flag(field), fix=fix)
 
 
 def _check_runtimes(made: Lowering) -> None:
@@ -177,8 +175,8 @@ def write_models(
         The two files' content, without index outputs.
     """
     protos = []
-    (staging / bundles.DENSE).parent.mkdir()
-    for model, file, label in ((reduced, bundles.MODEL, "to ONNX"), (dense, bundles.DENSE, "the dense twin")):
+    (staging / DENSE).parent.mkdir()
+    for model, file, label in ((reduced, MODEL, "to ONNX"), (dense, DENSE, "the dense twin")):
         progress(f"exporting {label}")
         proto = export_onnx(model, name=name, preprocess=preprocess)
         if made.precision != "fp32":
@@ -193,8 +191,8 @@ def write_openvino(staging: Path) -> None:
     """Writes the OpenVINO files of both twins."""
     from evit_deploy.openvino_ir import save_openvino
 
-    for twin in ("", bundles.TWIN):
-        save_openvino(staging / twin / bundles.MODEL, staging / twin / bundles.OPENVINO)
+    for twin in ("", TWIN):
+        save_openvino(staging / twin / MODEL, staging / twin / OPENVINO)
 
 
 def write_engines(
@@ -211,40 +209,12 @@ def write_engines(
     engine: Any = None
     report = Report()
     # One after the other: a builder that times kernels must have the GPU for itself.
-    for twin in (bundles.TWIN, ""):
-        model, path = staging / twin / bundles.MODEL, staging / twin / bundles.ENGINE
+    for twin in (TWIN, ""):
+        model, path = staging / twin / MODEL, staging / twin / ENGINE
         built = build.build_engine(model, path, str(made.plan_target), made.precision, made.options)
         engine = built.engine
         report += engine_checks(built, path, plan, "dense engine" if twin else "engine")
     return engine, report
-
-
-def engine_checks(built: build.Built, path: Path, plan: TokenPlan, name: str = "engine") -> Report:
-    """Whether an engine is what was asked for: attention in fused kernels, matrix products in the asked type.
-
-    A GPU's inspector lists the layers of any engine; TensorRT-RTX also writes them into the plan. The dense twin's has
-    to pass as well: a speed-up over a twin whose attention was taken apart would be too good.
-
-    Args:
-        built: The build.
-        path: Its plan.
-        plan: The model's plan.
-        name: What the checks call the engine.
-    """
-    engine, depth = built.engine, len(plan.blocks)
-    layers = parse_layers(built.layers) if built.layers else ()
-    if not layers and engine.target == "tensorrt-rtx":
-        layers = plan_layers(path)
-    checks = [dtype_check(layers, engine.precision)] if layers else []
-    if engine.precision != "fp32":  # no kernel fuses FP32 attention
-        # Without a listing the build is the proof: it fails on an attention that has no fused kernel.
-        whole = built.attentions == depth
-        reason = "" if whole else "attention was taken apart on the way to the builder"
-        count = Check("engine: fusable attentions", built.attentions, depth, whole, reason)
-        checks.append(fusion_check(layers, depth) if layers else count)
-    named = tuple(msgspec.structs.replace(check, name=check.name.replace("engine", name, 1)) for check in checks)
-    notes = () if layers else (f"The {name}'s layers could not be listed here, so its types were not checked.",)
-    return Report(checks=named, notes=notes)
 
 
 def check_torch_tensorrt(precision: str, options: BuildOptions) -> None:
@@ -258,7 +228,7 @@ def check_torch_tensorrt(precision: str, options: BuildOptions) -> None:
 
     for field in ("timing_cache", "plugin"):
         if getattr(options, field):
-            raise InputError("torch-tensorrt has no use for it", where=build.flag(field), fix="Leave it out.")
+            raise InputError("torch-tensorrt has no use for it", where=flag(field), fix="Leave it out.")
     check_request(precision, options.profiles)
     require_torch_tensorrt()
 
@@ -269,10 +239,10 @@ def _write_torch_tensorrt(
     from evit_deploy.torch_tensorrt import build_torch_tensorrt
 
     engine: Any = None
-    for model, twin in ((dense, bundles.TWIN), (reduced, "")):
+    for model, twin in ((dense, TWIN), (reduced, "")):
         engine = build_torch_tensorrt(
             model,
-            staging / twin / bundles.ENGINE,
+            staging / twin / ENGINE,
             staging / twin / PROGRAM,
             precision=made.precision,
             profiles=made.options.profiles,

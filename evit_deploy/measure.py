@@ -17,29 +17,19 @@ import msgspec
 import numpy as np
 
 from evit_deploy import gpu
+from evit_deploy.batch_sizes import sizes_for
 from evit_deploy.contestants import Contestant
-from evit_deploy.engine import BatchProfile, choose_profile
-from evit_deploy.engine_profile import (
-    EngineRunner,
-    Timed,
-    block_report,
-    hidden_gains,
-    latency_report,
-    launch_notes,
-    time_parts,
-)
+from evit_deploy.engine_profile import Timed, block_report, hidden_gains, latency_report, launch_notes, time_parts
 from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.gpu_clocks import Watch, summarize_states
 from evit_deploy.load import CLIENTS, measure_load
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import ProfileRow, Report
 from evit_deploy.rows import rows_of, verdict
 from evit_deploy.running import opened
-from evit_deploy.runtimes import Runner
+from evit_deploy.runtimes import EngineRunner, Runner
 from evit_deploy.tokens.plan import TokenPlan
 
-CPU_BATCH_SIZES = (1, 8, 32)
-GPU_BATCH_SIZES = (1, 8, 32, 128)
-"""128 is the batch size of the EViT paper's own throughputs."""
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 5, 1000
 SETTLE = 0.02
 """Seconds between calls with several threads: PyTorch's threads spin on for milliseconds after their turn. Measured on
@@ -172,48 +162,6 @@ def _check_images(group: Group) -> None:
             )  # fmt: skip
 
 
-def sizes_within(profiles: Sequence[BatchProfile], sizes: Sequence[int]) -> tuple[int, ...]:
-    """The batch sizes that profiles cover; if none is, the ones they were tuned for."""
-    covered = tuple(n for n in sizes if covers(profiles, n))
-    return covered or tuple(sorted({p.optimum for p in profiles}))
-
-
-def covers(profiles: Sequence[BatchProfile], batch: int) -> bool:
-    """Whether an engine with these profiles, or a runtime without any, takes a batch size."""
-    return not profiles or any(p.minimum <= batch <= p.maximum for p in profiles)
-
-
-def sizes_for(
-    profiles: Sequence[Sequence[BatchProfile]], asked: Sequence[int] | None, *, on_gpu: bool
-) -> tuple[int, ...]:
-    """The batch sizes to measure.
-
-    Args:
-        profiles: For each contestant what it covers; empty where it takes any size.
-        asked: Those that were asked for; all of them or an error.
-        on_gpu: Whether 128 is among the usual ones.
-
-    Raises:
-        InputError: A contestant does not cover one that was asked for, or they have none in common.
-    """
-    own = [covered for covered in profiles if covered]
-    if asked is not None:
-        for covered in own:
-            for batch in asked:
-                choose_profile(covered, batch)
-        return tuple(asked)
-    optima = sorted({profile.optimum for covered in own for profile in covered})
-    for sizes in (GPU_BATCH_SIZES if on_gpu else CPU_BATCH_SIZES, optima):
-        common = tuple(batch for batch in sizes if all(covers(covered, batch) for covered in own))
-        if common:
-            return common
-    raise InputError(
-        "the engines have no usual batch size in common",
-        seen="; ".join(" ".join(map(str, covered)) for covered in dict.fromkeys(map(tuple, own))),
-        fix="Give one that all of them cover with --batch-sizes.",
-    )
-
-
 def _measure_group(
     group: Group,
     plan: TokenPlan | None,
@@ -241,7 +189,7 @@ def _measure_group(
                 report += latency_report(engines, time_parts(engines, batch, duration), batch)
             if watch:
                 watch.look()
-                report += Report(gpu=(gpu.summarize_states(watch.states[mark:], batch),))
+                report += Report(gpu=(summarize_states(watch.states[mark:], batch),))
     for engine in engines:
         if engine.contestant.variant != "slice":
             progress(f"profiling the blocks of {engine.label}")
@@ -271,10 +219,10 @@ def clock_and_settle(threads: int | None, *, on_gpu: bool) -> tuple[Literal["cpu
     return ("cpu", 0.0) if threads == 1 else ("wall", SETTLE)
 
 
-def watched(stack: ExitStack) -> tuple[gpu.Watch | None, list[str]]:
+def watched(stack: ExitStack) -> tuple[Watch | None, list[str]]:
     """Watches the GPU until the stack is closed; without the package for it, a note says that nobody did."""
     try:
-        return stack.enter_context(gpu.Watch(gpu.current_device())), []
+        return stack.enter_context(Watch(gpu.current_device())), []
     except MissingRequirement as error:
         return None, [f"The GPU's clocks were not watched: {error}"]
 

@@ -22,8 +22,8 @@ import msgspec
 from onnx import ModelProto
 from onnx.inliner import inline_local_functions
 
+from evit_deploy.card import ModelCard, card_fields, kept_name, load_onnx, parse_card, read_card
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.export import ModelCard, card_fields, kept_name, load_onnx, parse_card, read_card
 from evit_deploy.variants import with_indices
 
 if TYPE_CHECKING:

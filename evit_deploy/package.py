@@ -14,9 +14,11 @@ import msgspec
 
 from evit_deploy import bundle as bundles
 from evit_deploy import cpp_folder
-from evit_deploy.bundle import Bundle, Parent, Staging
+from evit_deploy.bundle import Bundle, Staging
 from evit_deploy.errors import GateFailed, InputError
-from evit_deploy.export import versions
+from evit_deploy.files import hashes, sha256
+from evit_deploy.machine import versions
+from evit_deploy.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE, REPORT, Parent
 from evit_deploy.package_gates import (
     FILES,
     PLATFORMS,
@@ -195,17 +197,17 @@ def package(
             platform=platform,
             verified=not doubts,
             doubts=doubts,
-            parents=[Parent(_relative(b.path, place), bundles.sha256(b.path / bundles.MANIFEST)) for b in found],
+            parents=[Parent(_relative(b.path, place), sha256(b.path / MANIFEST)) for b in found],
             gpus=list(gpus),
             server=server,
-            plugin=bundles.sha256(library) if library is not None else None,
+            plugin=sha256(library) if library is not None else None,
             launch=launch.arguments() if launch is not None else [],
             options=options,
-            files=bundles.hashes(staging.path),
+            files=hashes(staging.path),
             versions=versions(),
             notes=notes,
         )
-        (staging.path / bundles.PACKAGE).write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=2))
+        (staging.path / PACKAGE).write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=2))
         staging.publish(place)
     return place, made
 
@@ -306,7 +308,7 @@ def _launch(found: Sequence[Bundle], serving: Serving, server: Server, *, plugin
 def _write_triton(folder: Path, found: Sequence[Bundle], serving: Serving, launch: Launch, notes: list[str]) -> None:
     """The model repository, and what starts a server with it."""
     if serving.plans:
-        files = {_plan_name(bundle): bundle.file(bundles.ENGINE) for bundle in found}
+        files = {_plan_name(bundle): bundle.file(ENGINE) for bundle in found}
     else:
         named = [MODEL_FILES[serving.platform], "model.bin"]  # the second only where there are two
         files = {name: found[0].file(source) for name, source in zip(named, FILES[serving.platform], strict=False)}
@@ -331,7 +333,7 @@ def _write_rest(bundle: Bundle, labels: list[str] | None, names: Sequence[str], 
         place: Where that will be.
     """
     manifest = bundle.manifest
-    kept = [name for name in (*names, bundles.GOLDEN, bundles.REPORT) if name in manifest.files]
+    kept = [name for name in (*names, GOLDEN, REPORT) if name in manifest.files]
     for name in kept:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(bundle.file(name), folder / name)
@@ -341,7 +343,7 @@ def _write_rest(bundle: Bundle, labels: list[str] | None, names: Sequence[str], 
     ]
     files = {name: manifest.files[name] for name in kept}
     manifest = msgspec.structs.replace(manifest, labels=labels, files=files, parents=parents)
-    (folder / bundles.MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
 
 
 def _relative(path: Path, place: Path) -> str:

@@ -6,19 +6,20 @@ from pathlib import Path
 import msgspec
 
 from evit_deploy import bundle as bundles
-from evit_deploy.bundle import Bundle, Manifest
-from evit_deploy.engine import Engine, read_header
+from evit_deploy.bundle import Bundle
+from evit_deploy.card import INPUT, LOGITS
+from evit_deploy.engine import read_header
 from evit_deploy.environment import numbers
 from evit_deploy.errors import InputError
-from evit_deploy.export import INPUT, LOGITS
+from evit_deploy.manifest import ENGINE, MANIFEST, MODEL, OPENVINO, REPORT, Engine, Manifest
 from evit_deploy.report import Report
 from evit_deploy.triton_server import RELEASES, Server, declared_server, same
 
 FILES = {
-    "tensorrt": (bundles.ENGINE,),
-    "tensorrt-rtx": (bundles.ENGINE,),
-    "onnxruntime": (bundles.MODEL,),
-    "openvino": (bundles.OPENVINO, bundles.OPENVINO.replace(".xml", ".bin")),
+    "tensorrt": (ENGINE,),
+    "tensorrt-rtx": (ENGINE,),
+    "onnxruntime": (MODEL,),
+    "openvino": (OPENVINO, OPENVINO.replace(".xml", ".bin")),
 }
 """Platform -> the files of a bundle that it runs."""
 PLATFORMS = {"triton": ("tensorrt", "onnxruntime", "openvino"), "cpp": ("tensorrt", "tensorrt-rtx", "openvino")}
@@ -58,7 +59,7 @@ def _lacks(bundle: Bundle, platform: str) -> str | None:
     if missing:
         return f"no {' and '.join(missing)} in it"
     if platform.startswith("tensorrt"):
-        family = read_header(bundle.file(bundles.ENGINE)).family
+        family = read_header(bundle.file(ENGINE)).family
         if family != platform:
             return f"its engine.plan is for {family}"
         if bundle.manifest.engine is None:
@@ -134,12 +135,12 @@ def check_files(bundle: Bundle) -> None:
 
 def doubt(bundle: Bundle, platform: str) -> str | None:
     """Why a bundle does not count as verified on a platform; ``None`` if it does."""
-    if "passed" not in bundle.manifest.results or bundles.REPORT not in bundle.manifest.files:
+    if "passed" not in bundle.manifest.results or REPORT not in bundle.manifest.files:
         return "its manifest has no result of a verification"
     if bundle.manifest.results["passed"] is not True:
         return "its verification failed"
     try:
-        report = msgspec.json.decode(bundle.file(bundles.REPORT).read_bytes(), type=Report)
+        report = msgspec.json.decode(bundle.file(REPORT).read_bytes(), type=Report)
     except (OSError, msgspec.DecodeError) as error:
         return f"its report cannot be read ({error})"
     if not report.passed:
@@ -159,7 +160,7 @@ def labels_of(bundle: Bundle, path: Path | None) -> list[str] | None:
     Raises:
         InputError: The file cannot be read, there are more or fewer names than classes, or one of them has two lines.
     """
-    names, where = bundle.manifest.labels, f"{bundle.path / bundles.MANIFEST}: labels"
+    names, where = bundle.manifest.labels, f"{bundle.path / MANIFEST}: labels"
     if path is not None:
         where = str(path)
         try:
@@ -279,7 +280,7 @@ def server_for(found: Sequence[Bundle], platform: str, release: str | None, tens
         if tensorrt is not None:
             raise InputError("only a plan depends on the server's TensorRT", where="--server-tensorrt", seen=tensorrt)
         return declared_server(release, None, None)
-    headers = [read_header(bundle.file(bundles.ENGINE)).version for bundle in found]
+    headers = [read_header(bundle.file(ENGINE)).version for bundle in found]
     lasting = version_compatible(found)
     server = declared_server(release, tensorrt, None if lasting else headers[0])
     if server.tensorrt is None:

@@ -61,7 +61,6 @@ logits = client.infer("{name}_model", [image]).as_numpy("logits")  # float32 [1,
 ```
 """
 
-
 _DECODERS = {
     "python": "image files to inputs, in Python, on the CPU",
     "dali": "image files to inputs, in DALI, on the GPU",

@@ -14,10 +14,14 @@ import msgspec
 
 import evit_deploy
 from evit_deploy import bundle as bundles
-from evit_deploy.bundle import Bundle, read_bundle, write_atomically
+from evit_deploy.bundle import Bundle, read_bundle
 from evit_deploy.errors import GateFailed, InputError
-from evit_deploy.recipe import ModelSection, Recipe
-from evit_deploy.report import AccuracyRow, Check, Difference, Report, accuracy_row
+from evit_deploy.files import sha256, write_atomically
+from evit_deploy.manifest import MODEL, REPORT
+from evit_deploy.recipe import Recipe
+from evit_deploy.recipe_sections import ModelSection
+from evit_deploy.report import AccuracyRow, Check, Difference, Report
+from evit_deploy.statistics import accuracy_row
 
 BUNDLE, RECORD = "bundle", "stages.json"
 _DIGITS_NOTE = (
@@ -94,15 +98,15 @@ def run(
         )
     else:
         notice(f"up to date: {bundle.path}")
-        found = msgspec.json.decode(bundle.file(bundles.REPORT).read_bytes(), type=Report)
+        found = msgspec.json.decode(bundle.file(REPORT).read_bytes(), type=Report)
     progress("accuracy of the exported model")
     report += found + Report(accuracy=(_exported_accuracy(recipe, bundle),))
     return bundle, report
 
 
 def _build_options(recipe: Recipe) -> Any:
-    from evit_deploy.build import BuildOptions
-    from evit_deploy.engine import BatchProfile
+    from evit_deploy.manifest import BatchProfile
+    from evit_deploy.options import BuildOptions
 
     profiles = tuple(BatchProfile(*sizes) for sizes in recipe.convert.batches)
     return BuildOptions(profiles=profiles, gpus=recipe.convert.gpus)
@@ -184,16 +188,16 @@ def train_stage(
             state_path(out, stage).unlink(missing_ok=True)
 
     def note_dense(path: Path) -> None:  # at once: whatever happens to the fine-tuning, these weights are known
-        _write_records(out, {"dense": Record(dense_key, {DENSE: bundles.sha256(path)})})
+        _write_records(out, {"dense": Record(dense_key, {DENSE: sha256(path)})})
 
     result = train(todo, out, resume=resume, progress=progress, notice=notice, dense_saved=note_dense)
     notes = (_DIGITS_NOTE,) if recipe.data.name == "digits" else ()
     notes += _published(recipe)
     report = result.report + Report(notes=notes)
     PartialState().wait_for_everyone()  # for the files that the first process writes
-    records = {"evit": Record(evit_key, {EVIT: bundles.sha256(out / EVIT)}, report)}
+    records = {"evit": Record(evit_key, {EVIT: sha256(out / EVIT)}, report)}
     if result.dense is not None:
-        records["dense"] = Record(dense_key, {DENSE: bundles.sha256(out / DENSE)})
+        records["dense"] = Record(dense_key, {DENSE: sha256(out / DENSE)})
     if PartialState().is_main_process:
         _write_records(out, records)
     return _expected(recipe, report, out)
@@ -270,7 +274,7 @@ def _as_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def _file_hash(path: str | None) -> str | None:
-    return bundles.sha256(Path(path)) if path is not None and Path(path).is_file() else None
+    return sha256(Path(path)) if path is not None and Path(path).is_file() else None
 
 
 def _read_records(out: Path) -> dict[str, Record]:
@@ -287,14 +291,14 @@ def _write_records(out: Path, records: dict[str, Record]) -> None:
 def _fresh(record: Record | None, key: str, out: Path) -> bool:
     if record is None or record.key != key:
         return False
-    return all((out / name).is_file() and bundles.sha256(out / name) == value for name, value in record.files.items())
+    return all((out / name).is_file() and sha256(out / name) == value for name, value in record.files.items())
 
 
 def _refuse_strangers(out: Path, records: dict[str, Record], names: tuple[str, ...]) -> None:
     """Checkpoints that no record claims are somebody's: they are not overwritten."""
     known = {digest for record in records.values() for digest in record.files.values()}
     for name in names:
-        if (out / name).exists() and bundles.sha256(out / name) not in known:
+        if (out / name).exists() and sha256(out / name) not in known:
             raise InputError(
                 f"there is a {name} that this recipe did not write", where=out,
                 fix="Give another --out, move it away, or replace it with --force.",
@@ -309,7 +313,7 @@ def _fresh_bundle(recipe: Recipe, path: Path, checkpoint: Path) -> Bundle | None
     manifest = bundle.manifest
     same = (
         manifest.recipe == _as_json(recipe)
-        and manifest.parents[0].sha256 == bundles.sha256(checkpoint)
+        and manifest.parents[0].sha256 == sha256(checkpoint)
         and manifest.versions.get("evit-deploy") == evit_deploy.__version__
         and manifest.results.get("passed") is True
     )
@@ -318,9 +322,8 @@ def _fresh_bundle(recipe: Recipe, path: Path, checkpoint: Path) -> Bundle | None
 
 def _exported_accuracy(recipe: Recipe, bundle: Bundle) -> AccuracyRow:
     """Accuracy of the file that will be served, on the recipe's validation images."""
+    from evit_deploy.card import LOGITS, feeds
     from evit_deploy.compare import finetuned_name
-    from evit_deploy.export import LOGITS
-    from evit_deploy.golden import feeds
     from evit_deploy.running import opened
     from evit_deploy.training_data import open_data
 
@@ -328,7 +331,7 @@ def _exported_accuracy(recipe: Recipe, bundle: Bundle) -> AccuracyRow:
     data = open_data(recipe.data, manifest.preprocess)
     runtime = "openvino" if manifest.precision == "bf16" else "onnxruntime"  # whose CPU provider has no bf16
     name = f"{finetuned_name(recipe.tokens)}, exported ({runtime}, {manifest.precision})"
-    with opened(runtime, bundle.file(bundles.MODEL), recipe.profile.threads) as runner:
+    with opened(runtime, bundle.file(MODEL), recipe.profile.threads) as runner:
         batches = data.validation(recipe.data.evaluation_batch_size)
         answers = ((runner.infer(feeds(images.numpy()))[LOGITS], labels.numpy()) for images, labels in batches)
         return accuracy_row(name, answers, manifest.plan.macs() / 1e9)

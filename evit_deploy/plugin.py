@@ -15,12 +15,13 @@ from typing import Any
 
 import msgspec
 
-from evit_deploy.engine import Engine
 from evit_deploy.environment import version_of
 from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.files import sha256
+from evit_deploy.manifest import Engine
 from evit_deploy.registry import RUNTIMES
+from evit_deploy.targets import TENSORRT
 
-TENSORRT = "tensorrt"
 LIBRARY = "libevit_plugin.so"
 """Registers itself when it is loaded."""
 CREATORS = "libevit_plugin_creators.so"
@@ -108,9 +109,8 @@ def choose_plugin(choice: str | Path | None, wanted: str | None = None) -> Path 
 
 
 def _sha256(path: Path) -> str:
-    from evit_deploy import bundle
 
-    return bundle.sha256(path)
+    return sha256(path)
 
 
 def _in_cache(wanted: str | None) -> Path:

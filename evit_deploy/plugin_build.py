@@ -15,10 +15,11 @@ import torch
 from evit_deploy import gpu, plugin
 from evit_deploy.environment import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.export import versions
 from evit_deploy.kernel import DTYPES, TokenReorgKernel
+from evit_deploy.machine import device, versions
 from evit_deploy.plugin import ABI, Identity, read_identity
-from evit_deploy.report import Check, Report, device
+from evit_deploy.report import Check, Report
+from evit_deploy.targets import TENSORRT
 from evit_deploy.tokens.op import token_reorg
 
 LIBRARIES = (plugin.LIBRARY, plugin.CREATORS, plugin.KERNEL)
@@ -78,7 +79,7 @@ def build_plugin(
             "TensorRT's headers are not there", where=f"{told_by}{root}", wanted="include/NvInferRuntime.h",
             fix="Give the folder that TensorRT was unpacked to, or a checkout of NVIDIA/TensorRT.",
         )  # fmt: skip
-    installed = version_of(plugin.TENSORRT)
+    installed = version_of(TENSORRT)
     major = int(installed.split(".")[0]) if installed else max(HEADERS)
     arguments = ["-DCMAKE_BUILD_TYPE=Release", f"-DTENSORRT_ROOT={root.resolve() if root else ''}"]
     arguments += [f"-DEVIT_TENSORRT_COMMIT={HEADERS.get(major, HEADERS[max(HEADERS)])}"]
@@ -183,7 +184,7 @@ def _fits(identity: Identity) -> tuple[list[Check], list[str]]:
     """Whether a library goes with the TensorRT and the GPU of this machine."""
     checks, notes = [], []
     if identity.tensorrt is not None:
-        installed = version_of(plugin.TENSORRT)
+        installed = version_of(TENSORRT)
         if installed is None:
             notes.append("TensorRT is not installed here: whether it takes the plugin was not checked.")
         else:
@@ -247,7 +248,7 @@ def _main(path: Path) -> None:
     import importlib.util
 
     identity, reason = read_identity(path), None
-    registers = identity.kind == "registers" and importlib.util.find_spec(plugin.TENSORRT) is not None
+    registers = identity.kind == "registers" and importlib.util.find_spec(TENSORRT) is not None
     try:
         if registers:
             plugin.load_plugin(path)

@@ -6,7 +6,6 @@ process along. Each job is answered on a line of its own, so that the first one 
 python -m evit_deploy.probe torch module:openvino runtime:eager
 """
 
-import importlib
 import importlib.util
 import os
 import signal

@@ -9,19 +9,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from evit_deploy.bundle import ENGINE
 from evit_deploy.checkpoint import Tokens
-from evit_deploy.contestants import Contestant as Contestant
-from evit_deploy.contestants import bundle_contestants as bundle_contestants
 from evit_deploy.contestants import contestants_of
 from evit_deploy.errors import InputError
-from evit_deploy.export import versions
+from evit_deploy.machine import device, versions
+from evit_deploy.manifest import ENGINE
 from evit_deploy.measure import measure_all
-from evit_deploy.measure import sizes_within as sizes_within
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import Check, ProfileRow, Report, device
+from evit_deploy.report import Check, ProfileRow, Report
 from evit_deploy.running import check_server
-from evit_deploy.runtimes.triton import Served
+from evit_deploy.triton_connection import Served
 
 DURATION = 10.0
 

@@ -19,7 +19,6 @@ from evit_deploy.recipe_sections import Count, Section, Share
 from evit_deploy.recipe_sections import DataSection as DataSection
 from evit_deploy.recipe_sections import ModelSection as ModelSection
 from evit_deploy.recipe_sections import TeacherSection as TeacherSection
-from evit_deploy.recipe_sections import TokenLabelSection as TokenLabelSection
 from evit_deploy.recipe_sections import TrainSection as TrainSection
 from evit_deploy.tokens.plan import TokenSpec
 

@@ -5,7 +5,6 @@ A third party adds its own either by an entry point (``evit_deploy.methods``, ``
 """
 
 import difflib
-import importlib
 import importlib.metadata
 from typing import Any
 

@@ -1,16 +1,8 @@
 """What was checked and what was measured: one structure for JSON and for the terminal."""
 
-import os
-import platform
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
-import numpy as np
-
-from evit_deploy.gpu import GpuSummary
-from evit_deploy.latency import Summary
-from evit_deploy.tables import render as render  # what a report is printed with is asked for here
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -70,6 +62,32 @@ class ProfileRow(msgspec.Struct, frozen=True):
     mac_efficiency: float | None = None
     overhead: float | None = None
     device: str = "cpu"
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """One row of latencies in few numbers, milliseconds.
+
+    Args:
+        count: Calls.
+        minimum: The fastest.
+        maximum: The slowest.
+        mean: Average.
+        median: The middle one; p90, p95 and p99 likewise (linear interpolation).
+        p90: See median.
+        p95: See median.
+        p99: See median.
+        variation: Standard deviation over mean.
+    """
+
+    count: int
+    minimum: float
+    maximum: float
+    mean: float
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    variation: float
 
 
 class LatencyRow(msgspec.Struct, frozen=True):
@@ -213,6 +231,42 @@ class AgreementRow(msgspec.Struct, frozen=True):
     logits: float
 
 
+class GpuSummary(msgspec.Struct, frozen=True):
+    """What a GPU did while one batch size was measured; ``None`` where the driver does not say.
+
+    Args:
+        name: As the driver calls it.
+        driver: Version.
+        compute_capability: ``sm80``.
+        batch: Images a call.
+        samples: How often it was looked at and found busy.
+        sm_clock: Slowest and fastest, MHz.
+        sm_clock_max: MHz at most.
+        memory_clock: Slowest and fastest, MHz.
+        memory_clock_max: MHz at most.
+        slowed_down: Share of the samples in which something slowed it down, 0 to 1.
+        reasons: What did, in words.
+        temperature: Highest, °C.
+        power: Highest, watts.
+        power_limit: Watts.
+    """
+
+    name: str
+    driver: str
+    compute_capability: str
+    batch: int
+    samples: int
+    sm_clock: tuple[int, int] | None = None
+    sm_clock_max: int | None = None
+    memory_clock: tuple[int, int] | None = None
+    memory_clock_max: int | None = None
+    slowed_down: float = 0.0
+    reasons: tuple[str, ...] = ()
+    temperature: int | None = None
+    power: float | None = None
+    power_limit: float | None = None
+
+
 class Report(msgspec.Struct, frozen=True):
     """The outcome of verify, profile, convert or run.
 
@@ -269,69 +323,3 @@ class Report(msgspec.Struct, frozen=True):
             versions=self.versions | other.versions,
             device=self.device | other.device,
         )
-
-
-def device() -> dict[str, Any]:
-    """The machine: processor, cores, operating system."""
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass  # not Linux
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cores": cores, "machine": platform.machine(), "system": platform.system()}
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Ends of the 95 % interval of a share (Wilson 1927), which stays sound near 0 and 1.
-
-    >>> tuple(round(x, 3) for x in wilson(354, 360))
-    (0.964, 0.992)
-    """
-    if count == 0:
-        return 0.0, 1.0
-    z = 1.959963984540054
-    share = right / count
-    middle = share + z * z / (2 * count)
-    half = z * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
-    scale = 1 + z * z / count
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def difference(other: str, right: np.ndarray, others: np.ndarray) -> Difference:
-    """Compares two models image by image.
-
-    Args:
-        other: Name of the other model's row.
-        right: Whether this model was right, for every image.
-        others: Whether the other was, for the same images in the same order.
-    """
-    each = right.astype(np.float64) - others
-    return Difference(other, float(each.mean()), float(each.std() / len(each) ** 0.5))
-
-
-def accuracy_row(
-    name: str, answers: Iterable[tuple[np.ndarray, np.ndarray]], gmacs: float | None = None
-) -> AccuracyRow:
-    """Counts how often answers were right.
-
-    Args:
-        name: Which model.
-        answers: Logits ``[B, classes]`` and labels ``[B]`` of each batch.
-        gmacs: Multiply-adds for one image, in 10⁹.
-    """
-    return row_of_hits(name, np.concatenate([hits_of(logits, labels) for logits, labels in answers]), gmacs)
-
-
-def hits_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether the label came first, and whether it was among the first five: bool ``[B, 2]``."""
-    hits = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]
-    return np.stack([hits[:, 0], hits.any(axis=1)], axis=1)
-
-
-def row_of_hits(name: str, hits: np.ndarray, gmacs: float | None = None) -> AccuracyRow:
-    """The row of a model from what :func:`hits_of` said of all images."""
-    right1, right5 = (int(count) for count in hits.sum(axis=0))
-    low, high = wilson(right1, len(hits))
-    return AccuracyRow(name, right1 / len(hits), right5 / len(hits), len(hits), low, high, gmacs)

@@ -8,6 +8,7 @@ import numpy as np
 
 from evit_deploy.contestants import Contestant
 from evit_deploy.report import ProfileRow
+from evit_deploy.statistics import median_interval
 from evit_deploy.tokens.plan import TokenPlan
 
 
@@ -108,17 +109,3 @@ def verdict(rows: Sequence[ProfileRow]) -> list[str]:
 
 def _batches(rows: Sequence[ProfileRow]) -> str:
     return ", ".join(f"batch {row.batch} ({row.speedup:.2f}x)" for row in rows)
-
-
-def median_interval(values: np.ndarray) -> tuple[float, float]:
-    """A 95 % interval of the median that assumes nothing of the distribution (order statistics, binomial).
-
-    Of five values or fewer it is all of them, which covers less: 94 % of five, 75 % of three.
-
-    >>> median_interval(np.arange(1.0, 12.0))
-    (2.0, 10.0)
-    """
-    ordered = np.sort(values)
-    n = len(ordered)
-    rank = max(int(np.floor((n - 1.96 * np.sqrt(n)) / 2)), 1)
-    return float(ordered[rank - 1]), float(ordered[n - rank])

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from evit_deploy import bundle as bundles
-from evit_deploy.checkpoint import build_model, read_checkpoint
-from evit_deploy.errors import CheckpointError, InputError
+from evit_deploy.errors import InputError
+from evit_deploy.manifest import TWIN
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes import Runner
-from evit_deploy.runtimes.triton import Served
-from evit_deploy.tokens.reduce import reduce_tokens_
+from evit_deploy.triton_connection import Served
 
 TRITON = "triton"
 
@@ -50,7 +49,7 @@ def artifact_of(bundle: bundles.Bundle, runtime: type[Runner], *, dense: bool = 
         runtime: A class from the registry of runtimes.
         dense: The dense twin's file instead of the model's.
     """
-    names = (bundles.TWIN * dense + name for name in runtime.files)
+    names = (TWIN * dense + name for name in runtime.files)
     found = next((name for name in names if name in bundle.manifest.files), None)
     return bundle.file(found) if found else None
 
@@ -95,30 +94,3 @@ def check_server(runtimes: Sequence[str], server: Served | None) -> tuple[str, .
             fix=f"Give --runtime {TRITON} too.",
         )  # fmt: skip
     return tuple(runtimes) if runtimes or server is None else (TRITON,)
-
-
-def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[torch.nn.Module | None, str]:
-    """The reduced PyTorch model that a bundle was made from, if its checkpoint is still there.
-
-    Args:
-        bundle: The bundle.
-        against: Where the checkpoint is now.
-
-    Returns:
-        The model and an empty text; or ``None`` and why not.
-    """
-    manifest, parent = bundle.manifest, bundle.manifest.parents[0]
-    if against is None and parent.sha256 is None:
-        return None, f"it was made from {parent.source!r}, which would have to be fetched"
-    path = against or bundle.path / parent.source
-    if not path.is_file():
-        return None, f"its checkpoint {path} is gone; --against says where it is"
-    if bundles.sha256(path) != parent.sha256:
-        return None, f"{path} is not the checkpoint it was made from"
-    try:
-        checkpoint = read_checkpoint(path, parent.model)
-        size = manifest.preprocess.size[0]
-        model = reduce_tokens_(build_model(checkpoint, size), manifest.tokens)
-    except CheckpointError as error:
-        return None, str(error)
-    return model, ""

@@ -2,7 +2,7 @@
 
 import math
 
-from evit_deploy.recipe import TrainSection
+from evit_deploy.recipe_sections import TrainSection
 
 
 def learning_rate(section: TrainSection, step: int, steps: int, world: int = 1) -> float:

@@ -1,20 +1,11 @@
 """A bundle's model on a running server: which one it is, whether it fits, and whether it takes files as it should."""
 
-import io
-
 import msgspec
-import numpy as np
 
-from evit_deploy.bundle import Manifest
-from evit_deploy.data import preprocess_image, sample_photographs
+from evit_deploy.card import LOGITS
 from evit_deploy.errors import InputError
-from evit_deploy.export import INPUT, LOGITS
-from evit_deploy.golden import Golden, feeds
-from evit_deploy.report import Check, Report
-from evit_deploy.runtimes import TensorSpec
-from evit_deploy.runtimes.triton import Served, TritonRunner
-from evit_deploy.triton_client import file_sender
-from evit_deploy.triton_connection import Connection, ServedModel
+from evit_deploy.manifest import Manifest, TensorSpec
+from evit_deploy.triton_connection import Connection, Served, ServedModel
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -111,38 +102,3 @@ def misfits(model: ServedModel, manifest: Manifest) -> list[str]:
 def _tensor(spec: TensorSpec) -> str:
     dtype = "bytes" if spec.dtype == "object" else spec.dtype
     return f"{spec.name} {dtype} [{', '.join('?' if n is None else str(n) for n in spec.shape)}]"
-
-
-def verify_ensemble(found: Found, manifest: Manifest, golden: Golden) -> Report:
-    """Holds what an ensemble says of two photographs, sent as files, against what it says of evit-deploy's own tensors.
-
-    The limit is that of the logits: the same model computes both, so that only the preprocessing can differ.
-
-    Args:
-        found: An ensemble and the step of it that takes tensors.
-        manifest: The bundle's.
-        golden: Its golden answers.
-    """
-    assert found.ensemble is not None
-    photographs = sample_photographs()
-    tensors = np.stack([preprocess_image(photograph, manifest.preprocess) for photograph in photographs])
-    if tensors.shape[1:] != manifest.inputs[0].shape[1:]:
-        note = f"The ensemble {found.ensemble} was not sent any file: the model does not take three colours."
-        return Report(notes=(note,))
-    with TritonRunner(found.served) as runner, Connection(found.served.url, found.served.timeout) as connection:
-        expected = np.concatenate([runner.infer(feeds(tensor[None]))[LOGITS] for tensor in tensors])
-        model = connection.describe(found.ensemble)
-        send, answers = file_sender(model), []
-        for photograph in photographs:
-            content = io.BytesIO()
-            photograph.save(content, "PNG")
-            answers.append(send(connection, content.getvalue()))
-    with np.errstate(invalid="ignore"):
-        error = float(np.nan_to_num(np.abs(np.stack(answers) - expected), nan=np.inf).max())
-    if model.inputs[0].dtype == "uint8":  # DALI, whose decoder and resize are others than those of training
-        note = f"The ensemble {found.ensemble} reads files in DALI's way: logits of photographs move by {error:.2e}."
-        return Report(notes=(note,))
-    held = error <= golden.limit()
-    reason = "" if held else f"its preprocessing makes another {INPUT} of a file than evit-deploy does"
-    name = f"triton, ensemble {found.ensemble}: photographs as files"
-    return Report(checks=(Check(name, error, golden.limit(), held, reason),))

@@ -22,15 +22,16 @@ from evit_deploy import build, gpu
 from evit_deploy.backbones import load_backbones
 from evit_deploy.contestants import Contestant
 from evit_deploy.data import Preprocess
-from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import InputError
-from evit_deploy.export import export_onnx, versions
-from evit_deploy.golden import DTYPES
+from evit_deploy.export import export_onnx
+from evit_deploy.machine import device, versions
+from evit_deploy.manifest import BatchProfile
 from evit_deploy.measure import clock_and_settle, clock_of_both, measure
-from evit_deploy.precision import set_precision
+from evit_deploy.options import BUILDERS, BuildOptions, check_options
+from evit_deploy.precision import DTYPES, set_precision
 from evit_deploy.recipe import Sweep
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import ProfileRow, Report, device
+from evit_deploy.report import ProfileRow, Report
 from evit_deploy.rows import ratios_to_dense, row_of
 from evit_deploy.running import opened
 from evit_deploy.runtimes import Runner
@@ -118,13 +119,13 @@ def _pair(text: str, batch: int) -> tuple[str, str]:
     missing = RUNTIMES.get(runtime).missing()
     if missing is not None:
         raise missing
-    if runtime in build.TARGETS:
-        build.check_options(runtime, precision, _options(batch))
+    if runtime in BUILDERS:
+        check_options(runtime, precision, _options(batch))
     return runtime, precision
 
 
-def _options(batch: int) -> build.BuildOptions:
-    return build.BuildOptions(profiles=(BatchProfile(batch, batch, batch),))
+def _options(batch: int) -> BuildOptions:
+    return BuildOptions(profiles=(BatchProfile(batch, batch, batch),))
 
 
 def _variants(name: str, recipe: Sweep) -> Iterator[Variant]:
@@ -153,7 +154,7 @@ def _artifact(variant: Variant, name: str, runtime: str, precision: str, batch: 
     proto = export_onnx(variant.model, name=name, preprocess=Preprocess.from_model(variant.model))
     path = place.with_suffix(".onnx")
     onnx.save(set_precision(proto, precision), path)
-    if runtime not in build.TARGETS:
+    if runtime not in BUILDERS:
         return path
     plan = place.with_suffix(".plan")
     build.build_engine(path, plan, runtime, precision, _options(batch))

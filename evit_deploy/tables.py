@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # report.py gives `render` out, so that the two stay one thing to their users
-    from evit_deploy.gpu import GpuSummary
-    from evit_deploy.latency import Summary
-    from evit_deploy.report import BlockRow, LatencyRow, LoadRow, ProfileRow, Report
+if TYPE_CHECKING:
+    from evit_deploy.report import BlockRow, GpuSummary, LatencyRow, LoadRow, ProfileRow, Report, Summary
 
 
 def render(report: "Report", console: Any) -> None:

@@ -2,22 +2,17 @@
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, LogitDistillationTask, TokenDistillationTask
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
+from evit_deploy.augmentation import crop_token_labels
 from evit_deploy.errors import InputError
-from evit_deploy.recipe_sections import TrainSection
-from evit_deploy.token_labels import (
-    MixToken,
-    TokenLogits,
-    WithTokenLogits,
-    crop_token_labels,
-    token_label_loss,
-    token_logits,
-)
+from evit_deploy.recipe_sections import TeacherSection, TrainSection
+from evit_deploy.token_labels import MixToken, TokenLogits, WithTokenLogits, token_label_loss, token_logits
 
 
 class TokenLabelTask(ClassificationTask):
@@ -85,3 +80,39 @@ class TokenLabelTask(ClassificationTask):
             raise InputError("the images come without token labels", fix="Set data.token_labels, or take a teacher.")
         maps, boxes, flipped, warps = labels
         return crop_token_labels(maps, boxes, flipped, self._grid, self._classes, self._smoothing, warps)
+
+
+class Teacher(msgspec.Struct, frozen=True):
+    """Whom a model learns from, beside the labels.
+
+    Args:
+        model: In evaluation mode.
+        section: How.
+    """
+
+    model: nn.Module
+    section: TeacherSection
+
+
+def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) -> Any:
+    """The training task for what a recipe asks for, timm's or :class:`TokenLabelTask`: model and loss in one.
+
+    Args:
+        model: The student.
+        section: Its label smoothing is the loss's, and its ``token_labels`` decide the kind.
+        teacher: Whom it learns from; ``None`` for the labels alone.
+    """
+    if section.token_labels is not None:
+        return TokenLabelTask(model, section, None if teacher is None else teacher.model)
+    device = next(model.parameters()).device
+    criterion = nn.CrossEntropyLoss(label_smoothing=section.label_smoothing)
+    if teacher is None:
+        return ClassificationTask(model, criterion, device=device, verbose=False)
+    how = teacher.section
+    settings: dict[str, Any] = {
+        "criterion": criterion, "task_loss_weight": 1 - how.weight, "distill_loss_weight": how.weight,
+        "temperature": how.temperature, "device": device, "verbose": False,
+    }  # fmt: skip
+    if how.kind == "logits":
+        return LogitDistillationTask(model, teacher.model, **settings)
+    return TokenDistillationTask(model, teacher.model, distill_type="hard" if how.hard else "soft", **settings)

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from evit_deploy.backbones import backbone_of
-from evit_deploy.bundle import write_atomically
-from evit_deploy.engine import BatchProfile, Engine
-from evit_deploy.environment import nvidia, version_of
+from evit_deploy.card import INPUT, LOGITS
+from evit_deploy.environment import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.export import INPUT, LOGITS
-from evit_deploy.golden import DTYPES
+from evit_deploy.files import write_atomically
+from evit_deploy.gpu import nvidia
+from evit_deploy.manifest import BatchProfile, Engine
+from evit_deploy.precision import DTYPES
 
 TARGET = "torch-tensorrt"
 RELEASE = "2.14"

@@ -19,15 +19,17 @@ from evit_deploy.checkpoint import save_checkpoint
 from evit_deploy.compare import compare, evaluate
 from evit_deploy.curriculum import Curriculum, follow
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.recipe import Recipe, TrainSection
+from evit_deploy.recipe import Recipe
+from evit_deploy.recipe_sections import TrainSection
 from evit_deploy.report import Report
 from evit_deploy.sampling import worker_deaths_told
 from evit_deploy.schedules import keep_rate_progress, learning_rate
+from evit_deploy.token_label_task import Teacher
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
 from evit_deploy.training_data import TrainingData, curriculum_of
 from evit_deploy.training_log import TrainingLog
-from evit_deploy.training_run import StepResult, Teacher, TrainingRun
+from evit_deploy.training_run import StepResult, TrainingRun
 from evit_deploy.training_setup import open_teacher, setup
 from evit_deploy.training_state import StateFile, interruptible, state_path
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from evit_deploy.bundle import write_atomically
+from evit_deploy.files import write_atomically
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.training_run import StepResult
 

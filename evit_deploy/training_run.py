@@ -10,29 +10,16 @@ import msgspec
 import torch
 from accelerate import PartialState
 from timm.optim import param_groups_weight_decay
-from timm.task import ClassificationTask, LogitDistillationTask, TokenDistillationTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from evit_deploy.errors import StageError
-from evit_deploy.recipe import TeacherSection, TrainSection
-from evit_deploy.token_label_task import TokenLabelTask
+from evit_deploy.recipe_sections import TrainSection
+from evit_deploy.token_label_task import Teacher, make_task
 from evit_deploy.training_state import random_state, set_random_state
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Batches = Iterator[tuple[Tensor, ...]]
-
-
-class Teacher(msgspec.Struct, frozen=True):
-    """Whom a model learns from, beside the labels.
-
-    Args:
-        model: In evaluation mode.
-        section: How.
-    """
-
-    model: nn.Module
-    section: TeacherSection
 
 
 class StepResult(msgspec.Struct, frozen=True):
@@ -212,30 +199,6 @@ class TrainingRun:
             self.model.load_state_dict(self.average.module.state_dict())
         if self.section.checkpoint_activations:
             self.model.set_grad_checkpointing(False)  # type: ignore[operator]
-
-
-def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) -> Any:
-    """The training task for what a recipe asks for, timm's or :class:`TokenLabelTask`: model and loss in one.
-
-    Args:
-        model: The student.
-        section: Its label smoothing is the loss's, and its ``token_labels`` decide the kind.
-        teacher: Whom it learns from; ``None`` for the labels alone.
-    """
-    if section.token_labels is not None:
-        return TokenLabelTask(model, section, None if teacher is None else teacher.model)
-    device = next(model.parameters()).device
-    criterion = nn.CrossEntropyLoss(label_smoothing=section.label_smoothing)
-    if teacher is None:
-        return ClassificationTask(model, criterion, device=device, verbose=False)
-    how = teacher.section
-    settings: dict[str, Any] = {
-        "criterion": criterion, "task_loss_weight": 1 - how.weight, "distill_loss_weight": how.weight,
-        "temperature": how.temperature, "device": device, "verbose": False,
-    }  # fmt: skip
-    if how.kind == "logits":
-        return LogitDistillationTask(model, teacher.model, **settings)
-    return TokenDistillationTask(model, teacher.model, distill_type="hard" if how.hard else "soft", **settings)
 
 
 def _is_memory(error: RuntimeError) -> bool:

@@ -7,16 +7,18 @@ import msgspec
 from torch import nn
 
 from evit_deploy.backbones import backbone_of
-from evit_deploy.checkpoint import Checkpoint, build_model, check_model_name, read_checkpoint
+from evit_deploy.checkpoint import Checkpoint, build_model, read_checkpoint
 from evit_deploy.compare import with_method
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import RecipeError
-from evit_deploy.recipe import ModelSection, Recipe
+from evit_deploy.identify import check_model_name
+from evit_deploy.recipe import Recipe
+from evit_deploy.recipe_sections import ModelSection
+from evit_deploy.token_label_task import Teacher
 from evit_deploy.token_labels import has_token_classifier
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.training_data import TrainingData, open_data
-from evit_deploy.training_run import Teacher
 
 Tell = Callable[[str], None]
 

@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 import torch
 
-from evit_deploy.bundle import write_atomically
 from evit_deploy.errors import InputError
+from evit_deploy.files import write_atomically
 from evit_deploy.recipe import Recipe
 
 FORMAT = 1

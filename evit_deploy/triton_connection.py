@@ -17,12 +17,14 @@ import msgspec
 import numpy as np
 
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement
-from evit_deploy.runtimes import TensorSpec
+from evit_deploy.manifest import TensorSpec
 from evit_deploy.triton_failures import RequestRefused, ServerUnreachable, stranger, translated
 
 PORTS = {"http": 8000, "https": 8000, "grpc": 8001, "grpcs": 8001}
 TIMEOUT = 60.0
 POLL = 0.1
+
+IN_FLIGHT = 16
 
 
 class ServedModel(msgspec.Struct, frozen=True):
@@ -336,3 +338,22 @@ def _whole(value: Any) -> Any:
     if isinstance(value, list):
         return [_whole(entry) for entry in value]
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+class Served(msgspec.Struct, frozen=True):
+    """A model on a running server: what :class:`TritonRunner` runs.
+
+    Args:
+        url: ``http://HOST:PORT`` or ``grpc://HOST:PORT``.
+        model: Its name there; :func:`evit_deploy.serving.find_model` can find it.
+        version: Its version; empty for the server's choice.
+        shared_memory: Whether tensors go through the system's shared memory instead of the connection: for a server on
+            this machine. Where it cannot be had that is an error, never another way taken instead.
+        timeout: Seconds to wait for the server to be ready, and for each answer.
+    """
+
+    url: str
+    model: str = ""
+    version: str = ""
+    shared_memory: bool = False
+    timeout: float = TIMEOUT

@@ -14,11 +14,10 @@ from typing import Any
 import msgspec
 
 from evit_deploy import triton_preprocess
+from evit_deploy.card import INPUT
 from evit_deploy.data import Preprocess
-from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.export import INPUT
-from evit_deploy.runtimes import TensorSpec
+from evit_deploy.manifest import BatchProfile, TensorSpec
 
 MODEL_FILES = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "openvino": "model.xml"}
 """Platform -> name of the model's file, in the folder of its version."""

@@ -8,10 +8,10 @@ import onnx
 
 from evit_deploy import build, gpu
 from evit_deploy import bundle as bundles
-from evit_deploy.build import BuildOptions
-from evit_deploy.engine import Engine
+from evit_deploy.card import load_onnx
 from evit_deploy.errors import EvitDeployError
-from evit_deploy.export import load_onnx
+from evit_deploy.manifest import MODEL, Engine
+from evit_deploy.options import BUILDERS, BuildOptions, usable
 from evit_deploy.plugin import choose_plugin, provide_plugin
 from evit_deploy.variants import reorganizations, slice_twin
 
@@ -29,7 +29,7 @@ def slice_engine(
     Returns:
         The twin's plan and an empty text, or ``None`` and why there is none (nothing to say where nothing is reduced).
     """
-    proto = load_onnx(bundle.file(bundles.MODEL))
+    proto = load_onnx(bundle.file(MODEL))
     if not reorganizations(proto):
         return None, ""
     model = scratch / "slice.onnx"
@@ -65,7 +65,7 @@ def other_body(
     variant = "body" if engine.plugin is not None else "plugin"
     if library is not None and (lacking := provide_plugin(None, library)) is not None:
         raise lacking
-    return _built_likewise(bundle, variant, bundle.file(bundles.MODEL), scratch, library, progress)
+    return _built_likewise(bundle, variant, bundle.file(MODEL), scratch, library, progress)
 
 
 def _built_likewise(
@@ -78,10 +78,10 @@ def _built_likewise(
 ) -> tuple[Path | None, str]:
     """Another model's engine, built as the bundle's own was."""
     engine = bundle.manifest.engine
-    if engine is None or engine.target not in build.TARGETS:
+    if engine is None or engine.target not in BUILDERS:
         builder = "nobody says how the engine was built" if engine is None else f"{engine.target} built the engine"
         return None, f"its {variant} twin would have to be built likewise, and {builder}"
-    if not build.usable(engine.target):
+    if not usable(engine.target):
         return None, f"{engine.target} cannot build its {variant} twin here (evit-deploy doctor says what is missing)"
     plan = scratch / f"{variant}.plan"
     progress(f"building the {variant} twin's engine with {engine.target}")

@@ -5,8 +5,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, helper
 
+from evit_deploy.card import read_card, write_card
 from evit_deploy.errors import InputError
-from evit_deploy.export import read_card, write_card
 from evit_deploy.tokens import op
 
 

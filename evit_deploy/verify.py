@@ -9,22 +9,26 @@ import numpy as np
 import torch
 
 from evit_deploy import bundle as bundles
+from evit_deploy.accuracy import accuracy, folder_of, infer_all
 from evit_deploy.agreement import Answers, agreement, agreement_row, named_patches, same_choice
-from evit_deploy.data import ImageFolder, image_folder
+from evit_deploy.card import LOGITS, feeds
+from evit_deploy.ensemble import verify_ensemble
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.export import LOGITS, versions
-from evit_deploy.golden import Golden, feeds, load_golden
-from evit_deploy.plugin import TENSORRT, provide_plugin
+from evit_deploy.golden import Golden, load_golden
+from evit_deploy.machine import device, versions
+from evit_deploy.manifest import GOLDEN
+from evit_deploy.parent import parent_model
+from evit_deploy.plugin import provide_plugin
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import Check, Report, accuracy_row, device
-from evit_deploy.running import artifact_of, check_server, opened, parent_model, subject_of
+from evit_deploy.report import Check, Report
+from evit_deploy.running import artifact_of, check_server, opened, subject_of
 from evit_deploy.runtimes import Runner
-from evit_deploy.runtimes.triton import Served
-from evit_deploy.serving import find_model, verify_ensemble
+from evit_deploy.serving import find_model
+from evit_deploy.targets import TENSORRT
 from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.triton_connection import Served
 
 BATCH_SIZES = (1, 2, 8)
-DATA_BATCH = 32
 NOISE_LIMIT = 0.5
 """A precision whose error is half of what tells one class from another has broken the model."""
 
@@ -71,7 +75,7 @@ def verify(
         return Report(checks=(check,), versions=versions(), device=device())
     if data is not None:
         folder_of(data, bundle.manifest)  # a wrong folder is told before the work, not after it
-    golden = load_golden(bundle.file(bundles.GOLDEN), bundle.manifest.plan)
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
     report = Report(checks=(check,), versions=versions(), device=device()) + verify_precision(golden)
     model, why_not = parent_model(bundle, against)
     if why_not and (against or "eager" in runtimes):
@@ -254,15 +258,6 @@ def default_batches(runner: Runner) -> tuple[int, ...]:
     return tuple(sorted(ends)) or BATCH_SIZES
 
 
-def infer_all(runner: Runner, images: np.ndarray, batch: int) -> dict[str, np.ndarray]:
-    """Runs any number of images in batches of one size; the last one is filled up, and the excess cut off."""
-    parts = []
-    for start in range(0, len(images), batch):
-        part = images[start : start + batch]
-        parts.append(runner.infer(feeds(part if len(part) == batch else np.resize(part, (batch, *part.shape[1:])))))
-    return {key: np.concatenate([part[key] for part in parts])[: len(images)] for key in parts[0]}
-
-
 def _answer_checks(label: str, golden: Golden, which: np.ndarray, outputs: Any, plan: TokenPlan) -> list[Check]:
     found = agreement(golden, which, outputs, plan)
     told = not np.isnan(found.same)
@@ -314,37 +309,3 @@ def verify_dense(name: str, artifact: Any, golden: Golden, threads: int | None =
     held = error <= limit
     reason = "" if held else "the twin that every speed-up is measured against is not the dense model"
     return Report(checks=(Check(f"{name}: dense twin's logits", error, limit, held, reason),))
-
-
-def folder_of(data: Path, manifest: bundles.Manifest) -> ImageFolder:
-    """Labelled images in the deployment's preprocessing.
-
-    Raises:
-        InputError: No such folder, or it has more classes than the model.
-    """
-    folder = image_folder(data, manifest.preprocess)
-    classes = manifest.outputs[0].shape[-1]
-    if classes is not None and len(folder.classes) > classes:
-        raise InputError(
-            "more class folders than the model has classes",
-            where=data,
-            seen=len(folder.classes),
-            wanted=f"at most {classes}",
-        )
-    return folder
-
-
-def accuracy(
-    name: str, artifact: Any, manifest: bundles.Manifest, folder: ImageFolder, threads: int | None = None
-) -> tuple[Report, Answers]:
-    """Top-1 and top-5 on a folder of labelled images, and what was answered."""
-    with opened(name, artifact, threads, with_indices=True) as runner:
-        batch = min([DATA_BATCH, *(p.maximum for p in runner.profiles)])
-        parts, labels = [], []
-        for images, truth in folder.batches(batch):
-            outputs = infer_all(runner, images, batch if runner.profiles else len(images))
-            parts.append((outputs[LOGITS], named_patches(outputs, manifest.plan)))
-            labels.append(truth)
-    row = accuracy_row(name, zip((p[0] for p in parts), labels, strict=True), manifest.plan.macs() / 1e9)
-    kept = {block: np.concatenate([part[1][block] for part in parts]) for block in parts[0][1]}
-    return Report(accuracy=(row,)), Answers(np.concatenate([part[0] for part in parts]), kept)

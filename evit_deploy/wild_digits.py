@@ -10,6 +10,7 @@ numerals or print (``clock_motion``, ``page``, ``text``), drawings, and the seco
 
 import functools
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +18,12 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from evit_deploy.data import digits_images, read_image
+from evit_deploy.curriculum import Curriculum
+from evit_deploy.data import Preprocess, read_image
+from evit_deploy.digits import digits_images, digits_preprocess
 from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.recipe_sections import DataSection
+from evit_deploy.sampling import AHEAD, Batch, Batches, Draw, loader, spaced, stacked, validation_rows, whole_batches
 
 Split = Literal["train", "test"]
 
@@ -171,7 +176,7 @@ def _photographs(names: tuple[str, ...]) -> list[Image.Image]:
 
 @functools.lru_cache(maxsize=2)
 def _glyphs(split: Split) -> tuple[list[Image.Image], np.ndarray]:
-    from evit_deploy.data import digits_split
+    from evit_deploy.digits import digits_split
 
     images, labels = digits_images()
     chosen = digits_split(labels)[split == "test"]
@@ -203,3 +208,68 @@ def _colour(behind: float, contrast: float, level: float, draw: float, tint: np.
     tint = tint - tint @ _LUMA  # no luma of its own
     room = np.where(tint > 0, 1 - luma, luma) / np.maximum(np.abs(tint), 1e-6)
     return (luma + tint * min(1.0, float(room.min())) * level).astype(np.float32)
+
+
+class WildDigitsData:
+    """Digits on photographs, see :mod:`evit_deploy.wild_digits`; made as they are drawn."""
+
+    def __init__(self, section: DataSection, preprocess: Preprocess) -> None:
+        size = preprocess.size[0]
+        self.classes = tuple("0123456789")
+        self.preprocess = digits_preprocess(size)
+        self._section = section
+        self._train = WildDigits("train", section.images, size, section.difficulty)
+        self._test = WildDigits("test", section.test_images, size, section.difficulty)
+
+    def curriculum(self) -> Curriculum:
+        """From a centred white digit on black to the section's difficulty, as the model learns."""
+        section = self._section
+        return Curriculum(section.curriculum_threshold, section.curriculum_rate, delay=AHEAD)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """See :class:`TrainingData`."""
+        return whole_batches(len(self._train), batch_size)
+
+    def training(
+        self,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        curriculum: Curriculum | None = None,
+    ) -> Iterator[Batch]:
+        """See :class:`TrainingData`."""
+        if curriculum is not None and curriculum.delay < AHEAD and self._section.workers:
+            raise InputError("the curriculum's delay is too short for worker processes", seen=curriculum.delay,
+                             wanted=f"at least {AHEAD}")  # fmt: skip
+        batches = Batches(
+            len(self._train), batch_size, seed, rank=rank, world=world, start_step=start_step, curriculum=curriculum
+        )
+        yield from loader(_Drawn(self._train), batches, self._section.workers, _normalised, AHEAD)
+
+    def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """See :class:`TrainingData`."""
+        rows = validation_rows(len(self._test), batch_size, rank, world)
+        yield from loader(self._test, rows, self._section.workers, _normalised, AHEAD)
+
+    def calibration(self, count: int) -> np.ndarray:
+        """See :class:`TrainingData`."""
+        images, _ = _normalised([self._train[int(i)] for i in spaced(len(self._train), count)])
+        return images.numpy()
+
+
+class _Drawn:
+    """Wild digits by :class:`Draw`."""
+
+    def __init__(self, images: WildDigits) -> None:
+        self._images = images
+
+    def __getitem__(self, draw: Draw) -> tuple[np.ndarray, int]:
+        return self._images.render(draw.number, draw.level)
+
+
+def _normalised(items: list[tuple[np.ndarray, int]]) -> Batch:
+    images, labels = stacked(items)
+    return images.float().div_(255).sub_(0.5).div_(0.5), labels

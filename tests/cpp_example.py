@@ -17,10 +17,12 @@ import pytest
 from models import write_checkpoint
 from PIL import Image
 
-from evit_deploy.bundle import GOLDEN, Bundle, sha256
+from evit_deploy.bundle import Bundle
 from evit_deploy.checkpoint import Tokens
 from evit_deploy.convert import convert
 from evit_deploy.data import sample_photographs
+from evit_deploy.files import sha256
+from evit_deploy.manifest import GOLDEN
 
 PILLOW = int(PIL.__version__.split(".")[0])
 

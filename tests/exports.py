@@ -12,7 +12,8 @@ import torch
 from models import KEEP, KINDS, images, of_kind, preprocess_for
 from onnx import ModelProto
 
-from evit_deploy.export import INPUT, export_onnx, read_card, write_card
+from evit_deploy.card import INPUT, read_card, write_card
+from evit_deploy.export import export_onnx
 from evit_deploy.golden import FLOOR
 from evit_deploy.precision import QUANTIZED, set_precision
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner

@@ -9,7 +9,7 @@ import pytest
 from exports import exported, reduced
 from models import images
 
-from evit_deploy.export import INPUT
+from evit_deploy.card import INPUT
 from evit_deploy.openvino_ir import save_openvino
 from evit_deploy.runtimes.openvino import OpenVINORunner
 

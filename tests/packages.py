@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from evit_deploy.bundle import DENSE, ENGINE, REPORT, Bundle, read_bundle, write_manifest
-from evit_deploy.engine import BatchProfile, Engine
+from evit_deploy.bundle import Bundle, read_bundle, write_manifest
+from evit_deploy.manifest import DENSE, ENGINE, REPORT, BatchProfile, Engine
 from evit_deploy.report import Report
 
 VERSION = "11.1.0.106"

@@ -6,8 +6,7 @@ python tests/served_models.py    writes those anew; look at what has changed
 from pathlib import Path
 
 from evit_deploy.data import Preprocess
-from evit_deploy.engine import BatchProfile
-from evit_deploy.runtimes import TensorSpec
+from evit_deploy.manifest import BatchProfile, TensorSpec
 from evit_deploy.triton_repository import Serving, configurations
 
 GOLDEN = Path(__file__).parent / "golden" / "triton"

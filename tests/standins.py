@@ -6,8 +6,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from evit_deploy.export import INPUT
-from evit_deploy.runtimes import Runner, TensorSpec
+from evit_deploy.card import INPUT
+from evit_deploy.manifest import TensorSpec
+from evit_deploy.runtimes import Runner
 
 
 class IdleRunner(Runner):

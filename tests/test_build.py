@@ -17,14 +17,17 @@ import torch
 from models import KEEP, KINDS, images, of_kind, preprocess_for, seeded, tree
 
 from evit_deploy import build
-from evit_deploy.build import RTX_GPUS, BuildOptions, Built, build_engine
-from evit_deploy.engine import BatchProfile, read_header
+from evit_deploy.audit import engine_checks
+from evit_deploy.build import Built, build_engine
+from evit_deploy.engine import read_header
 from evit_deploy.errors import EvitDeployError, InputError, StageError
 from evit_deploy.export import export_onnx
 from evit_deploy.inspector import is_fused_attention
-from evit_deploy.lower import engine_checks
+from evit_deploy.manifest import BatchProfile
+from evit_deploy.options import BuildOptions
 from evit_deploy.plan_text import plan_layers
 from evit_deploy.precision import QUANTIZED, set_precision
+from evit_deploy.targets import RTX_GPUS
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
@@ -351,7 +354,8 @@ def test_a_folder_that_is_not_there(exported, tmp_path):
 _BUILD = """
 import sys
 from pathlib import Path
-from evit_deploy.build import BuildOptions, build_engine
+from evit_deploy.options import BuildOptions
+from evit_deploy.build import build_engine
 build_engine(Path(sys.argv[1]), Path(sys.argv[2]), "tensorrt-rtx", "fp16", BuildOptions(gpus=("sm80",)))
 """
 

@@ -13,21 +13,10 @@ import msgspec
 import pytest
 from models import tree
 
-from evit_deploy.bundle import (
-    DENSE,
-    FORMAT,
-    MANIFEST,
-    MODEL,
-    Bundle,
-    Staging,
-    changed_files,
-    check_out,
-    read_bundle,
-    sha256,
-    write_atomically,
-    write_manifest,
-)
+from evit_deploy.bundle import Bundle, Staging, changed_files, check_out, read_bundle, write_manifest
 from evit_deploy.errors import InputError, StageError
+from evit_deploy.files import sha256, write_atomically
+from evit_deploy.manifest import DENSE, FORMAT, MANIFEST, MODEL
 
 
 @pytest.fixture
@@ -316,7 +305,8 @@ def test_one_file_is_written_whole_or_not_at_all(tmp_path):
 _WRITE = """
 import sys, resource
 from pathlib import Path
-from evit_deploy.bundle import Staging, write_atomically
+from evit_deploy.bundle import Staging
+from evit_deploy.files import write_atomically
 from evit_deploy.errors import StageError
 folder = Path(sys.argv[1])
 if sys.argv[2:]:

@@ -15,8 +15,9 @@ import pytest
 from command_line import QUICK, command, interrupted
 from models import SMALLEST, tree
 
-from evit_deploy.bundle import MODEL, read_bundle
+from evit_deploy.bundle import read_bundle
 from evit_deploy.cli import COMMANDS
+from evit_deploy.manifest import MODEL
 from evit_deploy.report import Report
 
 # Help.

@@ -10,7 +10,8 @@ from evit_deploy.compare import compare, untrained_name
 from evit_deploy.errors import GateFailed, RecipeError
 from evit_deploy.pipeline import _expected
 from evit_deploy.recipe import CompareSection, ExpectSection, load_recipe
-from evit_deploy.report import AccuracyRow, Difference, Report, difference
+from evit_deploy.report import AccuracyRow, Difference, Report
+from evit_deploy.statistics import difference
 from evit_deploy.tables import render
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_

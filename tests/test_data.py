@@ -9,17 +9,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from evit_deploy.data import (
-    Preprocess,
-    image_folder,
-    load_digits_data,
-    preprocess_image,
-    sample_inputs,
-    sample_photographs,
-)
+from evit_deploy.data import Preprocess, image_folder, preprocess_image, sample_inputs, sample_photographs
+from evit_deploy.digits import DigitsData, augment, load_digits_data
 from evit_deploy.errors import InputError, RecipeError
-from evit_deploy.recipe import DataSection
-from evit_deploy.training_data import DigitsData, augment, open_data
+from evit_deploy.recipe_sections import DataSection
+from evit_deploy.training_data import open_data
 
 SMALL = Preprocess(size=(16, 16), crop_pct=1.0)
 

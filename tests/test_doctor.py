@@ -11,9 +11,10 @@ import pytest
 from machines import on_gpu, pretend, python
 
 from evit_deploy.doctor import Diagnosis, Finding, doctor
-from evit_deploy.environment import EXTRAS, TARGETS, install_line, lacking, targets
+from evit_deploy.environment import EXTRAS, install_line, lacking
 from evit_deploy.probe import ask
 from evit_deploy.registry import RUNTIMES
+from evit_deploy.targets import TARGETS, targets
 
 
 def named(diagnosis: Diagnosis, name: str, group: str | None = None) -> Finding:

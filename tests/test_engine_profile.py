@@ -14,20 +14,23 @@ from plans import rtx_plan, tiny_blocks
 from rich.console import Console
 from standins import IdleRunner
 
+from evit_deploy.batch_sizes import sizes_for
 from evit_deploy.contestants import Contestant, contestants_of
-from evit_deploy.engine import BatchProfile
 from evit_deploy.engine_profile import Timed, block_rows, hidden_gains, latency_report, launch_notes, named_layers
 from evit_deploy.errors import InputError
-from evit_deploy.gpu import GpuState, summarize_states
+from evit_deploy.gpu import GpuState
+from evit_deploy.gpu_clocks import summarize_states
 from evit_deploy.inspector import Layer
-from evit_deploy.latency import Timings, summarize
-from evit_deploy.measure import measure_all, sizes_for
+from evit_deploy.latency import summarize
+from evit_deploy.manifest import BatchProfile, TensorSpec
+from evit_deploy.measure import measure_all
 from evit_deploy.plan_text import plan_layers
 from evit_deploy.profile import speed_gate
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import LatencyRow, ProfileRow, Report, render
+from evit_deploy.report import LatencyRow, ProfileRow, Report
 from evit_deploy.rows import verdict
-from evit_deploy.runtimes import TensorSpec
+from evit_deploy.runtimes import Timings
+from evit_deploy.tables import render
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
 PLAN = token_plan(reduce_tokens_(of_kind("plain"), KEEP))

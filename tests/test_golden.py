@@ -10,7 +10,7 @@ from exports import lowered, reduced
 from models import images, of_kind
 
 from evit_deploy.agreement import agreement, logit_error, overlap, same_choice
-from evit_deploy.export import LOGITS, kept_name
+from evit_deploy.card import LOGITS, kept_name
 from evit_deploy.golden import FLOOR, Golden, make_golden
 from evit_deploy.report import Report
 from evit_deploy.tokens.plan import TokenSpec, make_plan, original_patches

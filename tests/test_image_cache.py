@@ -12,7 +12,7 @@ from evit_deploy import image_cache
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.image_cache import INDEX, PIXELS, cached
-from evit_deploy.recipe import DataSection
+from evit_deploy.recipe_sections import DataSection
 from evit_deploy.sources import Place, open_source
 from evit_deploy.training_data import open_data
 

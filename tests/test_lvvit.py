@@ -20,9 +20,10 @@ from torch.nn import functional as F
 
 from evit_deploy.backbones.lvvit import AUX_WEIGHT, LVViTBackbone
 from evit_deploy.backbones.timm_vit import ReducedBlock
-from evit_deploy.checkpoint import build_model, check_model_name, read_checkpoint
+from evit_deploy.checkpoint import build_model, read_checkpoint
 from evit_deploy.convert import preprocess_of
 from evit_deploy.errors import InputError, MissingRequirement, UnsupportedModelError
+from evit_deploy.identify import check_model_name
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, set_keep_rate_, token_plan
 
@@ -272,7 +273,7 @@ def test_no_door_needs_the_names_to_be_registered_before(tmp_path, door):
     if door == "own":
         write_checkpoint(path, "LV-ViT")
     code = {
-        "named": "from evit_deploy.checkpoint import check_model_name; check_model_name('lvvit_s', where='x')",
+        "named": "from evit_deploy.identify import check_model_name; check_model_name('lvvit_s', where='x')",
         "own": f"from evit_deploy import *; build_model(read_checkpoint({str(path)!r}))",
         "sweep": "from evit_deploy.sweep import _variants; from evit_deploy.recipe import load_sweep; "
         "next(_variants('lvvit_t', load_sweep('a100', [])))",

@@ -15,8 +15,8 @@ from models import KEEP, KINDS, images, of_kind
 from onnx import ModelProto
 from openvino_model import NEEDS_OPENVINO, inputs, run
 
+from evit_deploy.card import INPUT, LOGITS, kept_name, read_card, write_card
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.export import INPUT, LOGITS, kept_name, read_card, write_card
 from evit_deploy.golden import Golden, make_golden
 from evit_deploy.openvino_ir import save_openvino
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner

@@ -12,9 +12,9 @@ from exports import exported
 from onnx import ModelProto, TensorProto, helper
 from openvino_model import NEEDS_OPENVINO
 
-from evit_deploy.bundle import OPENVINO
+from evit_deploy.card import INPUT, read_card
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.export import INPUT, read_card
+from evit_deploy.manifest import OPENVINO
 from evit_deploy.openvino_ir import openvino_card, read_openvino, save_openvino
 from evit_deploy.runtimes.openvino import OpenVINORunner
 

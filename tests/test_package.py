@@ -15,9 +15,11 @@ from packages import change_report, verified_on
 from test_plugin import library
 
 from evit_deploy import package
-from evit_deploy.bundle import ENGINE, GOLDEN, MANIFEST, PACKAGE, changed_files, read_bundle, sha256
+from evit_deploy.bundle import changed_files, read_bundle
 from evit_deploy.data import Preprocess
+from evit_deploy.files import sha256
 from evit_deploy.golden import load_golden
+from evit_deploy.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE
 from evit_deploy.package import Package, TritonOptions
 from evit_deploy.plugin import LIBRARY
 from evit_deploy.triton_server import METRIC_NAMES, RELEASES

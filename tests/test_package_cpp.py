@@ -11,8 +11,10 @@ from models import tree
 from test_plugin import library
 
 from evit_deploy import package
-from evit_deploy.bundle import ENGINE, GOLDEN, MANIFEST, PACKAGE, changed_files, read_bundle, sha256
+from evit_deploy.bundle import changed_files, read_bundle
 from evit_deploy.data import sample_photographs
+from evit_deploy.files import sha256
+from evit_deploy.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE
 from evit_deploy.plugin import LIBRARY
 from evit_deploy.plugin_build import sources
 

@@ -13,12 +13,10 @@ from packages import change, change_report
 from test_plugin import library
 
 from evit_deploy import package
-from evit_deploy.bundle import DENSE, ENGINE, GOLDEN, PACKAGE, REPORT, Parent
-from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import GateFailed, InputError, MissingRequirement
+from evit_deploy.manifest import DENSE, ENGINE, GOLDEN, PACKAGE, REPORT, BatchProfile, Parent, TensorSpec
 from evit_deploy.package import Package, TritonOptions
 from evit_deploy.report import Check
-from evit_deploy.runtimes import TensorSpec
 from evit_deploy.triton_server import RELEASES, declared_server, same
 
 pytest.importorskip("tritonclient.grpc.model_config_pb2")

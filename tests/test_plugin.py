@@ -9,9 +9,9 @@ import plugin_builds
 import pytest
 
 from evit_deploy import plugin, plugin_build
-from evit_deploy.bundle import sha256
-from evit_deploy.engine import BatchProfile, Engine
 from evit_deploy.errors import InputError, MissingRequirement, StageError
+from evit_deploy.files import sha256
+from evit_deploy.manifest import BatchProfile, Engine
 from evit_deploy.plugin import (
     CREATORS,
     KERNEL,
@@ -24,6 +24,7 @@ from evit_deploy.plugin import (
     provide_plugin,
 )
 from evit_deploy.plugin_build import build_plugin, check_plugin
+from evit_deploy.tokens.op import token_reorg
 
 LINE = b"\x7fELF evit-deploy library: kind=%s version=0.1.0 abi=%d architectures=80-real,120 tensorrt=%s;\0"
 ENGINE = Engine("tensorrt", "11.1.0", ("sm80",), None, "fp16", (BatchProfile(1, 8, 8),), None, {}, 1.0)
@@ -177,7 +178,7 @@ def test_the_host_library_answers_like_pytorch(cli):
 
 @pytest.mark.cpp
 def test_a_wrong_kernel_fails_the_check(tmp_path, monkeypatch):
-    original = plugin_build.token_reorg
+    original = token_reorg
     monkeypatch.setattr(plugin_build, "token_reorg", lambda *call: moved(original(*call)))
     report = check_plugin(plugin_builds.host_library())
     assert [check.name for check in report.failed] == [

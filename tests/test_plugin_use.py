@@ -9,11 +9,12 @@ import pytest
 from test_plugin import library
 
 from evit_deploy import build, plugin
-from evit_deploy.build import BuildOptions, check_options
-from evit_deploy.bundle import ENGINE, Bundle, read_bundle, sha256, write_manifest
+from evit_deploy.bundle import Bundle, read_bundle, write_manifest
 from evit_deploy.contestants import contestants_of
-from evit_deploy.engine import BatchProfile, Engine
 from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.files import sha256
+from evit_deploy.manifest import ENGINE, BatchProfile, Engine
+from evit_deploy.options import BuildOptions, check_options
 from evit_deploy.plugin import LIBRARY
 from evit_deploy.runtimes.tensorrt import TensorRTRunner
 from evit_deploy.verify import verify
@@ -62,7 +63,7 @@ def builds(monkeypatch) -> list[tuple[Path, BuildOptions]]:
         asked.append((model, options))
         plan.write_bytes(PLAN)
 
-    monkeypatch.setattr(build, "usable", lambda target: True)
+    monkeypatch.setattr("evit_deploy.twin_engines.usable", lambda target: True)
     monkeypatch.setattr(build, "build_engine", build_engine)
     return asked
 

@@ -17,10 +17,11 @@ from models import images, of_kind, preprocess_for, seeded
 from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from evit_deploy.card import INPUT, LOGITS, kept_name, read_card
 from evit_deploy.errors import InputError
-from evit_deploy.export import INPUT, LOGITS, OPSET, export_onnx, kept_name, read_card
-from evit_deploy.golden import DTYPES, FLOOR, _replayed, make_golden
-from evit_deploy.precision import set_precision
+from evit_deploy.export import OPSET, export_onnx
+from evit_deploy.golden import FLOOR, _replayed, make_golden
+from evit_deploy.precision import DTYPES, set_precision
 from evit_deploy.runtimes.openvino import OpenVINORunner
 from evit_deploy.tokens.op import DOMAIN, NAME
 from evit_deploy.tokens.plan import TokenSpec

@@ -14,16 +14,19 @@ from models import TINY, of_kind
 from rich.console import Console
 from standins import IdleRunner
 
-from evit_deploy.bundle import DENSE, MODEL, read_bundle
+from evit_deploy.bundle import read_bundle
+from evit_deploy.card import INPUT
 from evit_deploy.checkpoint import Tokens
 from evit_deploy.contestants import Contestant, contestants_of
 from evit_deploy.errors import InputError
-from evit_deploy.export import INPUT
+from evit_deploy.manifest import DENSE, MODEL
 from evit_deploy.measure import MINIMUM_ROUNDS, measure, measure_all
 from evit_deploy.profile import profile, speed_gate
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import ProfileRow, Report, render
-from evit_deploy.rows import median_interval, rows_of, verdict
+from evit_deploy.report import ProfileRow, Report
+from evit_deploy.rows import rows_of, verdict
+from evit_deploy.statistics import median_interval
+from evit_deploy.tables import render
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 

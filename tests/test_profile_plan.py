@@ -13,19 +13,21 @@ import pytest
 import torch
 from models import KEEP, of_kind
 
-from evit_deploy import build, gpu
-from evit_deploy import bundle as bundles
-from evit_deploy.build import BuildOptions, build_engine
-from evit_deploy.bundle import DENSE, ENGINE, MODEL, Bundle, read_bundle, write_manifest
+from evit_deploy import gpu
+from evit_deploy.build import build_engine
+from evit_deploy.bundle import Bundle, read_bundle, write_manifest
 from evit_deploy.cli import run
 from evit_deploy.contestants import Contestant, contestants_of, is_plan
-from evit_deploy.engine import BatchProfile, read_header
+from evit_deploy.engine import read_header
 from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.manifest import DENSE, ENGINE, MANIFEST, MODEL, TWIN, BatchProfile
+from evit_deploy.options import BuildOptions
 from evit_deploy.plan_text import plan_layers
 from evit_deploy.profile import profile
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import Report
 from evit_deploy.runtimes.tensorrt import TensorRTRTXRunner
+from evit_deploy.targets import RTX_GPUS
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 from evit_deploy.twin_engines import options_of, slice_engine
 
@@ -41,9 +43,9 @@ def engines(converted, tmp_path_factory) -> Bundle:
     pytest.importorskip("tensorrt_rtx")
     folder = tmp_path_factory.mktemp("engines") / "bundle"
     shutil.copytree(converted.path, folder)
-    options = BuildOptions(profiles=(PROFILE,), gpus=() if gpu.compute_capability() in build.RTX_GPUS else ("sm80",))
+    options = BuildOptions(profiles=(PROFILE,), gpus=() if gpu.compute_capability() in RTX_GPUS else ("sm80",))
     built = build_engine(folder / MODEL, folder / ENGINE, "tensorrt-rtx", "fp32", options)
-    build_engine(folder / DENSE, folder / bundles.TWIN / ENGINE, "tensorrt-rtx", "fp32", options)
+    build_engine(folder / DENSE, folder / TWIN / ENGINE, "tensorrt-rtx", "fp32", options)
     parent = msgspec.structs.replace(converted.manifest.parents[0], source=str(checkpoint_of(converted)))
     write_manifest(folder, msgspec.structs.replace(converted.manifest, engine=built.engine, parents=[parent]))
     return read_bundle(folder)
@@ -158,7 +160,7 @@ def test_an_engine_with_its_manifest_brings_what_its_bundle_brings(engines):
         variants(entry.contestants)
     )
     dense = next(c for c in entry.contestants if (c.runtime, c.variant) == ("tensorrt-rtx", "dense"))
-    assert dense.artifact == engines.file(bundles.TWIN + ENGINE)
+    assert dense.artifact == engines.file(TWIN + ENGINE)
     assert (entry.plan, entry.notes) == (engines.manifest.plan, [])
     assert (entry.required, whole.required) == ({"tensorrt-rtx"}, set())
     assert contestants_of(engines.file(ENGINE), "", None, None, ["onnxruntime"]).required == {"onnxruntime"}
@@ -169,7 +171,7 @@ def test_an_engine_with_its_manifest_brings_what_its_bundle_brings(engines):
 def test_a_bare_engine_is_alone_unless_it_is_given_a_twin(engines, tmp_path):
     path, dense = tmp_path / "mine.engine", tmp_path / "dense.engine"
     shutil.copy(engines.file(ENGINE), path)
-    shutil.copy(engines.file(bundles.TWIN + ENGINE), dense)
+    shutil.copy(engines.file(TWIN + ENGINE), dense)
     entry = contestants_of(path, "", None, None, ())
     assert variants(entry.contestants) == [("tensorrt-rtx", "model")]
     assert entry.plan is None
@@ -187,13 +189,13 @@ def changed(folder: Path) -> None:
 
 
 def foreign(folder: Path) -> None:
-    manifest = json.loads((folder / bundles.MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["files"][ENGINE]
-    (folder / bundles.MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def damaged(folder: Path) -> None:
-    (folder / bundles.MANIFEST).write_text("{")
+    (folder / MANIFEST).write_text("{")
 
 
 @pytest.mark.tensorrt_rtx
@@ -238,7 +240,7 @@ def test_a_batch_size_outside_the_profiles_is_refused_before_anything_else(engin
 
 @pytest.mark.tensorrt_rtx
 def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "usable", lambda target: True)
+    monkeypatch.setattr("evit_deploy.twin_engines.usable", lambda target: True)
     told: list[str] = []
     twin, why_not = slice_engine(engines, tmp_path, told.append)
     assert why_not == ""
@@ -252,7 +254,7 @@ def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatc
 @pytest.mark.tensorrt_rtx
 @pytest.mark.usefixtures("present")
 def test_where_no_slice_twin_can_be_built_its_overhead_is_said_to_be_missing(engines, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "usable", lambda target: False)
+    monkeypatch.setattr("evit_deploy.twin_engines.usable", lambda target: False)
     entry = contestants_of(engines.path, "", None, None, ["tensorrt-rtx"], scratch=tmp_path)
     assert variants(entry.contestants) == [("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense")]
     (note,) = entry.notes
@@ -279,7 +281,7 @@ def test_options_are_the_engine_s_own(engines):
 @needs_gpu
 @pytest.mark.timeout(900)
 def test_a_real_engine_against_pytorch_on_a_gpu(engines):
-    if gpu.compute_capability() not in build.RTX_GPUS:
+    if gpu.compute_capability() not in RTX_GPUS:
         pytest.skip(f"TensorRT-RTX does not build for {gpu.compute_capability()}")
     check_real_profile(profile(engines.file(ENGINE), duration=0.2), "tensorrt-rtx")
 
@@ -294,12 +296,12 @@ def test_a_real_tensorrt_engine_against_pytorch_on_a_gpu(converted, tmp_path):
     shutil.copytree(converted.path, folder)
     options = BuildOptions(profiles=(PROFILE,))
     built = build_engine(folder / MODEL, folder / ENGINE, "tensorrt", "fp32", options)
-    build_engine(folder / DENSE, folder / bundles.TWIN / ENGINE, "tensorrt", "fp32", options)
+    build_engine(folder / DENSE, folder / TWIN / ENGINE, "tensorrt", "fp32", options)
     write_manifest(folder, msgspec.structs.replace(converted.manifest, engine=built.engine))
     check_real_profile(profile(folder, against=checkpoint_of(converted), duration=0.2), "tensorrt")
     bare = tmp_path / "bare.plan"
     shutil.copy(folder / ENGINE, bare)
-    report = profile(bare, against=folder / bundles.TWIN / ENGINE, duration=0.2)
+    report = profile(bare, against=folder / TWIN / ENGINE, duration=0.2)
     assert {r.mac_ratio for r in report.rows} == {None}
     assert all(r.speedup for r in report.rows if r.variant == "model")
     with pytest.raises(InputError, match="got 9, expected 1 to 4"):

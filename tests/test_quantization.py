@@ -12,8 +12,9 @@ from exports import answers, calibration_of, copied, exported, lowered, nodes, r
 from models import KINDS, images, of_kind
 from onnx import ModelProto, TensorProto, numpy_helper
 
+from evit_deploy.card import INPUT, LOGITS, read_card
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.export import INPUT, LOGITS, OPSET, read_card
+from evit_deploy.export import OPSET
 from evit_deploy.golden import make_golden
 from evit_deploy.precision import set_precision
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner

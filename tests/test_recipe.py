@@ -8,16 +8,9 @@ import msgspec
 import pytest
 
 from evit_deploy.errors import RecipeError
-from evit_deploy.recipe import (
-    Recipe,
-    TrainSection,
-    dump_recipe,
-    field_docs,
-    is_sweep,
-    load_recipe,
-    load_sweep,
-    recipe_schema,
-)
+from evit_deploy.recipe import Recipe, dump_recipe, is_sweep, load_recipe, load_sweep, recipe_schema
+from evit_deploy.recipe_file import field_docs
+from evit_deploy.recipe_sections import TrainSection
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 DIGITS = Path(__file__).parent.parent / "recipes" / "digits.yaml"

@@ -12,14 +12,15 @@ import torch
 from models import KEEP, images, of_kind, preprocess_for
 from triton_server import TritonServer
 
+from evit_deploy.card import INPUT, LOGITS, kept_name
 from evit_deploy.errors import EvitDeployError, MissingRequirement, StageError
-from evit_deploy.export import INPUT, LOGITS, export_onnx, kept_name
+from evit_deploy.export import export_onnx
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes import Runner
 from evit_deploy.runtimes import onnxruntime as ort
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
-from evit_deploy.runtimes.triton import Served
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from evit_deploy.triton_connection import Served
 from evit_deploy.triton_repository import Serving, write_repository
 from evit_deploy.variants import with_indices
 

@@ -14,7 +14,7 @@ from PIL import Image
 from evit_deploy import folder_data
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import InputError, MissingRequirement, RecipeError
-from evit_deploy.recipe import DataSection
+from evit_deploy.recipe_sections import DataSection
 from evit_deploy.sources import Place, _expanded, open_source
 from evit_deploy.training_data import open_data
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from plans import TOKENS, WIDTH, rtx_plan, tiny_blocks
 
-from evit_deploy.engine import BatchProfile, misfit, read_header
+from evit_deploy.engine import misfit, read_header
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.latency import summaries
+from evit_deploy.manifest import BatchProfile
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes import tensorrt
 from evit_deploy.runtimes.plan_lane import torch_dtype
@@ -282,7 +283,7 @@ def test_tensorrt_answers_like_onnx_runtime(tmp_path, graphs):
             found = opened.infer(feeds)["logits"].astype(np.float32)
             assert np.abs(found - expected).max() <= 4 * np.finfo(np.float16).eps * np.abs(expected).max() * WIDTH**0.5
         assert opened.notes == []
-        from evit_deploy.inspector import dtype_check, fusion_check
+        from evit_deploy.audit import dtype_check, fusion_check
 
         layers = opened.layers()
         assert fusion_check(layers, 2).passed, fusion_check(layers, 2)

@@ -19,21 +19,13 @@ from evit_deploy import training_run
 from evit_deploy.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import InputError, RecipeError, UnsupportedModelError
-from evit_deploy.recipe import (
-    DataSection,
-    ModelSection,
-    Recipe,
-    TeacherSection,
-    TokenLabelSection,
-    TrainSection,
-    dump_recipe,
-    load_recipe,
-)
+from evit_deploy.recipe import Recipe, dump_recipe, load_recipe
+from evit_deploy.recipe_sections import DataSection, ModelSection, TeacherSection, TokenLabelSection, TrainSection
+from evit_deploy.token_label_task import Teacher, make_task
 from evit_deploy.token_labels import token_logits
 from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.train import EVIT, fit, train
 from evit_deploy.training_data import open_data
-from evit_deploy.training_run import Teacher, make_task
 
 LABELLED = TokenLabelSection()
 RUN = TrainSection(

@@ -11,19 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evit_deploy.augmentation import CropAndFlip
+from evit_deploy.augmentation import FUSED, CropAndFlip, crop_token_labels, read_token_labels, token_label_file
 from evit_deploy.errors import InputError, UnsupportedModelError
-from evit_deploy.token_labels import (
-    FUSED,
-    MixToken,
-    TokenLogits,
-    WithTokenLogits,
-    crop_token_labels,
-    read_token_labels,
-    token_label_file,
-    token_label_loss,
-    token_logits,
-)
+from evit_deploy.token_labels import MixToken, TokenLogits, WithTokenLogits, token_label_loss, token_logits
 from evit_deploy.tokens.plan import TokenSpec, original_patches
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
 

@@ -18,9 +18,10 @@ from cases import CASES, Case
 from models import KEEP, KINDS, images, of_kind, seeded, tree
 
 from evit_deploy import torch_tensorrt as target
-from evit_deploy.engine import BatchProfile
 from evit_deploy.environment import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
+from evit_deploy.manifest import BatchProfile
+from evit_deploy.precision import DTYPES
 from evit_deploy.tokens.op import select
 from evit_deploy.tokens.reduce import reduce_tokens_
 
@@ -134,7 +135,7 @@ def test_precision_is_cast_between_float32_ends_and_the_model_stays(precision, l
     model = reduce_tokens_(seeded(), KEEP)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     program = target.export_program(model, precision, RANGE, device="cpu")
-    assert {value.dtype for value in program.state_dict.values()} == {target.DTYPES[precision]}
+    assert {value.dtype for value in program.state_dict.values()} == {DTYPES[precision]}
     assert difference(program, model, 2) < limit
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -281,7 +282,7 @@ import tensorrt
 from torch_tensorrt.dynamo import partitioning
 from models import KEEP, of_kind
 from evit_deploy import torch_tensorrt as target
-from evit_deploy.engine import BatchProfile
+from evit_deploy.manifest import BatchProfile
 from evit_deploy.tokens.reduce import reduce_tokens_
 
 kind, precision, plan = sys.argv[1:4]

@@ -16,7 +16,8 @@ from evit_deploy.checkpoint import Checkpoint, build_model, read_checkpoint, sav
 from evit_deploy.compare import compare, evaluate
 from evit_deploy.data import Preprocess
 from evit_deploy.errors import InputError, RecipeError, StageError
-from evit_deploy.recipe import CompareSection, DataSection, ModelSection, Recipe, TrainSection
+from evit_deploy.recipe import CompareSection, Recipe
+from evit_deploy.recipe_sections import DataSection, ModelSection, TrainSection
 from evit_deploy.schedules import learning_rate
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan

@@ -13,7 +13,8 @@ import torch
 from test_train import SPEC, TINY, FixedBatch, section, tiny
 
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.recipe import CompareSection, DataSection, ModelSection, Recipe, TrainSection, dump_recipe
+from evit_deploy.recipe import CompareSection, Recipe, dump_recipe
+from evit_deploy.recipe_sections import DataSection, ModelSection, TrainSection
 from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.train import DENSE, EVIT, fit, train
 from evit_deploy.training_log import TrainingLog

@@ -18,12 +18,14 @@ from test_train_resume import RUN, recipe
 
 from evit_deploy.checkpoint import read_checkpoint
 from evit_deploy.errors import RecipeError, StageError
-from evit_deploy.recipe import ModelSection, TeacherSection, TrainSection, dump_recipe
+from evit_deploy.recipe import dump_recipe
+from evit_deploy.recipe_sections import ModelSection, TeacherSection, TrainSection
 from evit_deploy.schedules import keep_rate_progress, learning_rate
+from evit_deploy.token_label_task import Teacher, make_task
 from evit_deploy.tokens.plan import TokenSpec, scheduled_rate
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 from evit_deploy.train import EVIT, fit, train
-from evit_deploy.training_run import Teacher, TrainingRun, make_task
+from evit_deploy.training_run import TrainingRun
 
 # ---- keep rate
 

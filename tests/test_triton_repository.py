@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from models import tree
 from served_models import GOLDEN, MODELS, image
 
-from evit_deploy.engine import BatchProfile, choose_profile
 from evit_deploy.errors import InputError
-from evit_deploy.runtimes import TensorSpec
+from evit_deploy.manifest import BatchProfile, TensorSpec, choose_profile
 from evit_deploy.triton_repository import Serving, configurations, covered, model_config, write_repository
 
 text_format = pytest.importorskip("google.protobuf.text_format")

@@ -12,9 +12,9 @@ from triton_models import MODEL, NAME, copied
 from triton_server import TritonServer, binary, environment
 
 from evit_deploy.bundle import Bundle
-from evit_deploy.engine import BatchProfile
-from evit_deploy.export import LOGITS
-from evit_deploy.golden import feeds, load_golden
+from evit_deploy.card import LOGITS, feeds
+from evit_deploy.golden import load_golden
+from evit_deploy.manifest import BatchProfile
 from evit_deploy.triton_connection import Connection
 from evit_deploy.triton_repository import MODEL_FILES, Serving, write_repository
 from evit_deploy.triton_server import Launch, declared_server

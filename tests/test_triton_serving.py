@@ -12,12 +12,13 @@ import torch
 from triton_models import MODEL, NAME, bomb, copied, encoded, perturbed, photographs
 from triton_server import TritonServer
 
-from evit_deploy.bundle import GOLDEN, Bundle
+from evit_deploy.bundle import Bundle
+from evit_deploy.card import LOGITS, feeds
 from evit_deploy.data import preprocess_image
 from evit_deploy.errors import InputError
-from evit_deploy.export import LOGITS
-from evit_deploy.golden import Golden, feeds, load_golden
-from evit_deploy.running import parent_model
+from evit_deploy.golden import Golden, load_golden
+from evit_deploy.manifest import GOLDEN
+from evit_deploy.parent import parent_model
 from evit_deploy.triton_client import Answer, ask, classify_files, file_sender
 from evit_deploy.triton_connection import Connection
 from evit_deploy.triton_failures import RequestLost, RequestRefused, ServerUnreachable

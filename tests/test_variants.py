@@ -12,8 +12,9 @@ from exports import DROP, answers, assert_close, copied, each, exported, lowered
 from models import KEEP, images, of_kind
 from onnx import ModelProto
 
+from evit_deploy.card import INPUT, LOGITS, kept_name, read_card
 from evit_deploy.errors import InputError
-from evit_deploy.export import INPUT, LOGITS, OPSET, kept_name, read_card
+from evit_deploy.export import OPSET
 from evit_deploy.golden import FLOOR, _replayed
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.op import NAME

@@ -23,13 +23,14 @@ from exports import answers, copied, exported, lowered, reduced, widened
 from models import images, of_kind
 from onnx import ModelProto
 
+from evit_deploy.accuracy import infer_all
 from evit_deploy.agreement import Answers, agreement_row
+from evit_deploy.card import INPUT, LOGITS, kept_name
 from evit_deploy.errors import InputError
-from evit_deploy.export import INPUT, LOGITS, kept_name
 from evit_deploy.golden import Golden, make_golden
 from evit_deploy.report import Report
 from evit_deploy.tokens.reduce import token_plan
-from evit_deploy.verify import infer_all, verify_dense, verify_precision, verify_runtime
+from evit_deploy.verify import verify_dense, verify_precision, verify_runtime
 
 BATCHES = (1, 2, 8)
 PLAN = token_plan(reduced("plain"))

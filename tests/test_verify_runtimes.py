@@ -10,14 +10,15 @@ from command_line import QUICK
 from exports import calibration_of
 from plans import rtx_plan, tiny_blocks
 
-from evit_deploy.bundle import ENGINE, GOLDEN, Bundle, read_bundle, write_manifest
+from evit_deploy.bundle import Bundle, read_bundle, write_manifest
 from evit_deploy.checkpoint import Tokens
 from evit_deploy.convert import convert
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.golden import load_golden
+from evit_deploy.manifest import ENGINE, GOLDEN
+from evit_deploy.parent import parent_model
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report import Report
-from evit_deploy.running import parent_model
 from evit_deploy.runtimes import Runner
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.verify import prove, verify

@@ -60,7 +60,7 @@ class BatchRange(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """``"1:32:128"`` to a profile."""
-        from evit_deploy.engine import BatchProfile
+        from evit_deploy.manifest import BatchProfile
 
         try:
             numbers = [int(part) for part in str(value).split(":")]
@@ -73,7 +73,7 @@ class BatchRange(click.ParamType):
 
 
 def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What the builder of an engine can be told; see :class:`evit_deploy.build.BuildOptions`."""
+    """What the builder of an engine can be told; see :class:`evit_deploy.options.BuildOptions`."""
     for option in (
         click.option("--hardware-compatible", is_flag=True, help="TensorRT: also for other GPUs from Ampere on."),
         click.option("--version-compatible", is_flag=True, help="TensorRT: also for its later versions."),
@@ -163,7 +163,7 @@ def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def server_of(options: dict[str, Any]) -> Any:
-    """Takes the server's options out of a command's, as a :class:`evit_deploy.runtimes.triton.Served`, or ``None``."""
+    """Takes the server's options out of a command's, a :class:`~evit_deploy.triton_connection.Served` or ``None``."""
     names = ("model_name", "model_version", "shared_memory", "timeout")
     url, (name, version, shared, timeout) = options.pop("url"), (options.pop(key) for key in names)
     if url is None:
@@ -172,8 +172,7 @@ def server_of(options: dict[str, Any]) -> Any:
             if value:
                 raise click.UsageError(f"{flag} is about a server: give its --url too")
         return None
-    from evit_deploy.runtimes.triton import Served
-    from evit_deploy.triton_connection import TIMEOUT, split_url
+    from evit_deploy.triton_connection import TIMEOUT, Served, split_url
 
     split_url(url)  # before anything heavy is loaded
     return Served(url, name or "", version or "", shared, timeout or TIMEOUT)

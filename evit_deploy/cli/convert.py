@@ -62,8 +62,8 @@ def command(
     tokens = tokens_of(keep_rate, locations, fuse, method)
     import msgspec
 
-    from evit_deploy.build import BuildOptions
     from evit_deploy.convert import convert
+    from evit_deploy.options import BuildOptions
     from evit_deploy.plugin import choose_plugin
 
     builder = BuildOptions(

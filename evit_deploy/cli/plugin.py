@@ -32,7 +32,7 @@ def build(tensorrt_root: Path | None, architectures: str | None, out: Path | Non
     evit-deploy plugin build
     evit-deploy plugin build --tensorrt-root /opt/TensorRT-11.1 --architectures 90
     """
-    from evit_deploy.bundle import sha256
+    from evit_deploy.files import sha256
     from evit_deploy.plugin import LIBRARY
     from evit_deploy.plugin_build import build_plugin
 

@@ -3,27 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import msgspec
 import numpy as np
 
-from evit_deploy.engine import BatchProfile
 from evit_deploy.errors import MissingRequirement
-
-
-class TensorSpec(msgspec.Struct, frozen=True):
-    """One input or output.
-
-    Args:
-        name: Its name in the model.
-        dtype: NumPy name, ``float32``.
-        shape: Sizes; ``None`` where a dimension is dynamic.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int | None, ...]
+from evit_deploy.inspector import Layer
+from evit_deploy.manifest import BatchProfile, TensorSpec
 
 
 class Runner(ABC):
@@ -43,7 +30,7 @@ class Runner(ABC):
     on_gpu: ClassVar[bool] = False
     """Whether it computes on a GPU, whatever it is given; PyTorch does so where its model's parameters are."""
     served: ClassVar[bool] = False
-    """Whether a server computes: it is given a :class:`~evit_deploy.runtimes.triton.Served` instead of a file."""
+    """Whether a server computes: it is given a :class:`~evit_deploy.triton_connection.Served` instead of a file."""
 
     def __init__(self, artifact: Any, *, threads: int | None = None, with_indices: bool = False) -> None:
         self.artifact, self.threads, self.with_indices = artifact, threads, with_indices
@@ -95,3 +82,48 @@ class Runner(ABC):
     def synchronize(self) -> None:
         """Waits until the device is idle; nothing to do on a CPU."""
         return
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Milliseconds of many calls, one array element a call.
+
+    Args:
+        enqueue: Host time that putting the work on the stream took.
+        h2d: Copies to the device.
+        compute: The engine itself, between two CUDA events.
+        d2h: Copies back.
+    """
+
+    enqueue: np.ndarray
+    h2d: np.ndarray
+    compute: np.ndarray
+    d2h: np.ndarray
+
+    @property
+    def latency(self) -> np.ndarray:
+        """Copies and compute of each call, as trtexec defines latency."""
+        return self.h2d + self.compute + self.d2h
+
+
+@runtime_checkable
+class EngineRunner(Protocol):
+    """A runner that tells more of an engine than how long a call takes."""
+
+    notes: list[str]
+
+    @property
+    def profiles(self) -> tuple[BatchProfile, ...]:
+        """Batch sizes that it takes."""
+        ...
+
+    def timings(self, batch: int, *, calls: int, duration: float, warm_up: float) -> Timings:
+        """Parts of calls that follow one another."""
+        ...
+
+    def layers(self) -> tuple[Layer, ...]:
+        """What the engine is made of."""
+        ...
+
+    def layer_times(self, batch: int) -> list[tuple[str, float]]:
+        """Milliseconds of each layer."""
+        ...

@@ -7,7 +7,6 @@ an error to it. Here both are.
 import contextlib
 import ctypes
 import functools
-import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping
@@ -19,9 +18,10 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from evit_deploy.card import load_onnx, read_card
 from evit_deploy.errors import MissingRequirement, StageError
-from evit_deploy.export import load_onnx, read_card
-from evit_deploy.runtimes import Runner, TensorSpec
+from evit_deploy.manifest import TensorSpec
+from evit_deploy.runtimes import Runner
 from evit_deploy.variants import with_indices
 
 _NUMPY_NAMES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int32)": "int32"}

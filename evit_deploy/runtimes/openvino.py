@@ -11,8 +11,9 @@ from typing import Any, Literal, Self
 import numpy as np
 from onnx import ModelProto
 
+from evit_deploy.card import ModelCard, load_onnx, read_card
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.export import ModelCard, load_onnx, read_card
+from evit_deploy.manifest import TensorSpec
 from evit_deploy.openvino_ir import (
     import_openvino,
     kept_outputs,
@@ -21,7 +22,7 @@ from evit_deploy.openvino_ir import (
     openvino_model,
     read_openvino,
 )
-from evit_deploy.runtimes import Runner, TensorSpec
+from evit_deploy.runtimes import Runner
 
 # Precision of a file -> what OpenVINO is told to compute in. INT8 lies in the file's own quantised operators; the rest
 # of such a file is FP32.

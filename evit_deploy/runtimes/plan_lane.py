@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.runtimes import TensorSpec
+from evit_deploy.manifest import TensorSpec
 
 _DTYPES = {
     "FLOAT": torch.float32,

@@ -4,7 +4,6 @@ The two libraries have one API in two packages. Every batch size gets an executi
 buffers and CUDA graph fixed (:class:`~evit_deploy.runtimes.plan_lane.Lane`).
 """
 
-import importlib
 import importlib.util
 import itertools
 import time
@@ -17,12 +16,12 @@ import numpy as np
 import torch
 
 from evit_deploy import gpu
-from evit_deploy.engine import MODULES, BatchProfile, choose_profile, misfit, read_header
+from evit_deploy.engine import MODULES, misfit, read_header
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, StageError
 from evit_deploy.inspector import Layer, parse_layers
-from evit_deploy.latency import Timings
+from evit_deploy.manifest import BatchProfile, TensorSpec, choose_profile
 from evit_deploy.plugin import load_plugin
-from evit_deploy.runtimes import Runner, TensorSpec
+from evit_deploy.runtimes import Runner, Timings
 from evit_deploy.runtimes.plan_lane import Lane, torch_dtype
 
 LANES = 16

@@ -8,36 +8,15 @@ from multiprocessing.shared_memory import SharedMemory
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 import numpy as np
 
-from evit_deploy.engine import BatchProfile
+from evit_deploy.card import kept_name
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, StageError
-from evit_deploy.export import kept_name
-from evit_deploy.runtimes import Runner, TensorSpec
-from evit_deploy.triton_connection import TIMEOUT, Connection, client_missing, split_url
+from evit_deploy.manifest import BatchProfile, TensorSpec
+from evit_deploy.runtimes import Runner
+from evit_deploy.triton_connection import IN_FLIGHT, Connection, Served, client_missing, split_url
 
-IN_FLIGHT = 16
 _KEPT = kept_name(0).rstrip("0")
-
-
-class Served(msgspec.Struct, frozen=True):
-    """A model on a running server: what :class:`TritonRunner` runs.
-
-    Args:
-        url: ``http://HOST:PORT`` or ``grpc://HOST:PORT``.
-        model: Its name there; :func:`evit_deploy.serving.find_model` can find it.
-        version: Its version; empty for the server's choice.
-        shared_memory: Whether tensors go through the system's shared memory instead of the connection: for a server on
-            this machine. Where it cannot be had that is an error, never another way taken instead.
-        timeout: Seconds to wait for the server to be ready, and for each answer.
-    """
-
-    url: str
-    model: str = ""
-    version: str = ""
-    shared_memory: bool = False
-    timeout: float = TIMEOUT
 
 
 class TritonRunner(Runner):

@@ -9,8 +9,7 @@ from typing import Any
 import timm
 import torch
 
-from evit_deploy.export import versions
-from evit_deploy.report import device
+from evit_deploy.machine import device, versions
 
 
 def deit_small() -> Any:

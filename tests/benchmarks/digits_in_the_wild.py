@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from evit_deploy import load_recipe, reduce_tokens_, token_plan
 from evit_deploy.compare import evaluate_each, with_method
 from evit_deploy.recipe import Recipe
-from evit_deploy.report import difference
+from evit_deploy.statistics import difference
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.train import fit
 from evit_deploy.training_data import curriculum_of

@@ -16,12 +16,12 @@ import torch
 from common import deit_small, save
 
 from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, set_precision
+from evit_deploy.accuracy import infer_all
 from evit_deploy.data import Preprocess, sample_inputs
 from evit_deploy.measure import measure
-from evit_deploy.precision import _quantize
-from evit_deploy.rows import median_interval
+from evit_deploy.quantize import quantize
 from evit_deploy.running import opened
-from evit_deploy.verify import infer_all
+from evit_deploy.statistics import median_interval
 
 RUNTIMES = ("onnxruntime", "openvino")
 FP32, CPU, ENGINE, FORM = "fp32", "int8 for CPUs", "int8 for engines", "int8 for engines, rest FP32"
@@ -41,7 +41,7 @@ def files(keep_rate: float) -> tuple[dict[str, Any], np.ndarray]:
         FP32: proto,
         CPU: set_precision(proto, "int8", base="fp32", calibration=calibration),
         ENGINE: set_precision(proto, "int8", base="fp16", calibration=calibration),
-        FORM: _quantize(proto, "int8", "fp16", calibration),  # what the one before is made of
+        FORM: quantize(proto, "int8", "fp16", calibration),  # what the one before is made of
     }
     return forms, others
 

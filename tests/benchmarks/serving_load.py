@@ -23,12 +23,14 @@ import torch
 from common import deit_small, save
 from PIL import Image
 
-from evit_deploy.bundle import GOLDEN, Bundle, read_bundle
+from evit_deploy.bundle import Bundle, read_bundle
+from evit_deploy.card import LOGITS, feeds
 from evit_deploy.checkpoint import Tokens
 from evit_deploy.convert import convert
-from evit_deploy.data import digits_images, preprocess_image, sample_photographs
-from evit_deploy.export import LOGITS
-from evit_deploy.golden import feeds, load_golden
+from evit_deploy.data import preprocess_image, sample_photographs
+from evit_deploy.digits import digits_images
+from evit_deploy.golden import load_golden
+from evit_deploy.manifest import GOLDEN
 from evit_deploy.package import package
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.triton_client import Answer, ask, file_sender

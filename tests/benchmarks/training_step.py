@@ -18,8 +18,8 @@ import torch
 from common import deit_small, save
 
 from evit_deploy import TokenSpec, reduce_tokens_, token_plan
-from evit_deploy.recipe import TrainSection
-from evit_deploy.rows import median_interval
+from evit_deploy.recipe_sections import TrainSection
+from evit_deploy.statistics import median_interval
 from evit_deploy.training_run import TrainingRun
 
 

@@ -1,0 +1,40 @@
+"""Hashes of files, and files that are written whole or not at all."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from evit_deploy.errors import StageError
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Hashes of everything in a folder, by name."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes one file whole or not at all.
+
+    Raises:
+        StageError: The disk is full or failed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        raise StageError(f"could not be written ({error.strerror or error})", where=path) from error
+    finally:
+        Path(name).unlink(missing_ok=True)

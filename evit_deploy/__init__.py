@@ -4,14 +4,11 @@ The public names below are loaded on first use (PEP 562), so that ``evit-deploy 
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evit_deploy.bundle import Bundle, read_bundle
-    from evit_deploy.checkpoint import Checkpoint, build_model, read_checkpoint
-    from evit_deploy.convert import convert
+    from evit_deploy.bundle.bundle import Bundle, read_bundle
+    from evit_deploy.bundle.manifest import Manifest
     from evit_deploy.errors import (
         CheckpointError,
         EvitDeployError,
@@ -22,26 +19,28 @@ if TYPE_CHECKING:
         StageError,
         UnsupportedModelError,
     )
-    from evit_deploy.export import export_onnx
-    from evit_deploy.manifest import Manifest
-    from evit_deploy.package import package
-    from evit_deploy.pipeline import run
-    from evit_deploy.precision import set_precision
-    from evit_deploy.profile import profile
-    from evit_deploy.recipe import Recipe, load_recipe
-    from evit_deploy.report import Check, Report
+    from evit_deploy.export.portable import export_onnx
+    from evit_deploy.export.precision import set_precision
+    from evit_deploy.export.variants import slice_twin
+    from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint
+    from evit_deploy.pipeline.convert import convert
+    from evit_deploy.pipeline.run import run
+    from evit_deploy.profiling.profile import profile
+    from evit_deploy.recipe.recipe import Recipe, load_recipe
+    from evit_deploy.report.report import Check, Report
+    from evit_deploy.serving.package import package
     from evit_deploy.tokens.plan import BlockPlan, TokenPlan, TokenSpec, make_plan
     from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
-    from evit_deploy.train import train
-    from evit_deploy.variants import slice_twin
-    from evit_deploy.verify import verify
+    from evit_deploy.training.loop import train
+    from evit_deploy.verification.verify import verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "evit_deploy.bundle": ("Bundle", "Manifest", "read_bundle"),
-    "evit_deploy.checkpoint": ("Checkpoint", "build_model", "read_checkpoint"),
-    "evit_deploy.convert": ("convert",),
+    "evit_deploy.bundle.bundle": ("Bundle", "read_bundle"),
+    "evit_deploy.bundle.manifest": ("Manifest",),
+    "evit_deploy.models.checkpoint": ("Checkpoint", "build_model", "read_checkpoint"),
+    "evit_deploy.pipeline.convert": ("convert",),
     "evit_deploy.errors": (
         "CheckpointError",
         "EvitDeployError",
@@ -52,18 +51,18 @@ _HOMES = {
         "StageError",
         "UnsupportedModelError",
     ),
-    "evit_deploy.export": ("export_onnx",),
-    "evit_deploy.package": ("package",),
-    "evit_deploy.pipeline": ("run",),
-    "evit_deploy.precision": ("set_precision",),
-    "evit_deploy.profile": ("profile",),
-    "evit_deploy.recipe": ("Recipe", "load_recipe"),
-    "evit_deploy.report": ("Check", "Report"),
+    "evit_deploy.export.portable": ("export_onnx",),
+    "evit_deploy.serving.package": ("package",),
+    "evit_deploy.pipeline.run": ("run",),
+    "evit_deploy.export.precision": ("set_precision",),
+    "evit_deploy.profiling.profile": ("profile",),
+    "evit_deploy.recipe.recipe": ("Recipe", "load_recipe"),
+    "evit_deploy.report.report": ("Check", "Report"),
     "evit_deploy.tokens.plan": ("BlockPlan", "TokenPlan", "TokenSpec", "make_plan"),
     "evit_deploy.tokens.reduce": ("reduce_tokens_", "set_keep_rate_", "token_plan"),
-    "evit_deploy.train": ("train",),
-    "evit_deploy.variants": ("slice_twin",),
-    "evit_deploy.verify": ("verify",),
+    "evit_deploy.training.loop": ("train",),
+    "evit_deploy.export.variants": ("slice_twin",),
+    "evit_deploy.verification.verify": ("verify",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -113,18 +112,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
-
-
-class _Package(types.ModuleType):
-    """Keeps ``verify``, ``profile``, ``convert``, ``train`` and ``package`` what ``__all__`` says they are.
-
-    Each is also the name of the module it lives in, and importing a submodule sets it on its package: the second
-    ``from evit_deploy import verify`` would give the module. ``from evit_deploy.verify import ...`` reaches into it.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME_OF and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

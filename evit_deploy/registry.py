@@ -78,8 +78,8 @@ METHODS = Registry(
 BACKBONES = Registry(
     "backbone",
     {
-        "timm_vit": "evit_deploy.backbones.timm_vit:TimmViT",
-        "lvvit": "evit_deploy.backbones.lvvit:LVViTBackbone",
+        "timm_vit": "evit_deploy.models.timm_vit:TimmViT",
+        "lvvit": "evit_deploy.models.lvvit:LVViTBackbone",
     },
 )
 RUNTIMES = Registry(

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from evit_deploy.checkpoint import read_checkpoint
 from evit_deploy.errors import CheckpointError
+from evit_deploy.models.checkpoint import read_checkpoint
 
 
 def saved(folder: Path, content: Any, name: str = "weights.pth") -> Path:

@@ -14,7 +14,7 @@ import pytest
 from models import write_checkpoint
 
 from evit_deploy.cli import run
-from evit_deploy.convert import convert
+from evit_deploy.pipeline.convert import convert
 
 CLI = [sys.executable, "-m", "evit_deploy"]
 QUICK = ("--threads", "1")

@@ -17,12 +17,12 @@ import pytest
 from models import write_checkpoint
 from PIL import Image
 
-from evit_deploy.bundle import Bundle
-from evit_deploy.checkpoint import Tokens
-from evit_deploy.convert import convert
-from evit_deploy.data import sample_photographs
+from evit_deploy.bundle.bundle import Bundle
+from evit_deploy.bundle.manifest import GOLDEN
+from evit_deploy.data.images import sample_photographs
 from evit_deploy.files import sha256
-from evit_deploy.manifest import GOLDEN
+from evit_deploy.models.checkpoint import Tokens
+from evit_deploy.pipeline.convert import convert
 
 PILLOW = int(PIL.__version__.split(".")[0])
 

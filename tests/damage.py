@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from evit_deploy.card import LOGITS
+from evit_deploy.export.card import LOGITS
 
 
 def function_node(proto: ModelProto, output: str) -> onnx.NodeProto:

@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from evit_deploy.backbones import load_backbones
 from evit_deploy.registry import METHODS
+from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenSpec
 
 load_backbones()  # for the names that are not timm's own

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evit_deploy.environment import version_of
+from evit_deploy.environment.requirements import version_of
 
 # NVML as a driver 580 with one GPU would answer; the numbers come from the environment.
 NVML = r"""

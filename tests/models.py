@@ -17,11 +17,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from evit_deploy.backbones import backbone_of, load_backbones
-from evit_deploy.bundle import Bundle
-from evit_deploy.checkpoint import Checkpoint, Tokens, save_checkpoint
-from evit_deploy.convert import convert
-from evit_deploy.data import Preprocess
+from evit_deploy.bundle.bundle import Bundle
+from evit_deploy.data.images import Preprocess
+from evit_deploy.models.checkpoint import Checkpoint, Tokens, save_checkpoint
+from evit_deploy.pipeline.convert import convert
+from evit_deploy.tokens.backbone import backbone_of, load_backbones
 from evit_deploy.tokens.plan import TokenSpec
 
 load_backbones()  # for the names that are not timm's own

@@ -9,8 +9,8 @@ import pytest
 from exports import exported, reduced
 from models import images
 
-from evit_deploy.card import INPUT
-from evit_deploy.openvino_ir import save_openvino
+from evit_deploy.export.card import INPUT
+from evit_deploy.export.openvino import save_openvino
 from evit_deploy.runtimes.openvino import OpenVINORunner
 
 NEEDS_OPENVINO = [

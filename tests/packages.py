@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from evit_deploy.bundle import Bundle, read_bundle, write_manifest
-from evit_deploy.manifest import DENSE, ENGINE, REPORT, BatchProfile, Engine
-from evit_deploy.report import Report
+from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
+from evit_deploy.bundle.manifest import DENSE, ENGINE, REPORT, BatchProfile, Engine
+from evit_deploy.report.report import Report
 
 VERSION = "11.1.0.106"
 RECORD = Engine("tensorrt", VERSION, ("sm80",), "595.1", "fp32", (BatchProfile(1, 4, 8),), None, {}, 1.0)

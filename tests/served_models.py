@@ -5,9 +5,9 @@ python tests/served_models.py    writes those anew; look at what has changed
 
 from pathlib import Path
 
-from evit_deploy.data import Preprocess
-from evit_deploy.manifest import BatchProfile, TensorSpec
-from evit_deploy.triton_repository import Serving, configurations
+from evit_deploy.bundle.manifest import BatchProfile, TensorSpec
+from evit_deploy.data.images import Preprocess
+from evit_deploy.serving.repository import Serving, configurations
 
 GOLDEN = Path(__file__).parent / "golden" / "triton"
 HALF = (0.5, 0.5, 0.5)

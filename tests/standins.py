@@ -6,9 +6,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from evit_deploy.card import INPUT
-from evit_deploy.manifest import TensorSpec
-from evit_deploy.runtimes import Runner
+from evit_deploy.bundle.manifest import TensorSpec
+from evit_deploy.export.card import INPUT
+from evit_deploy.runtimes.runner import Runner
 
 
 class IdleRunner(Runner):

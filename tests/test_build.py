@@ -16,18 +16,18 @@ import pytest
 import torch
 from models import KEEP, KINDS, images, of_kind, preprocess_for, seeded, tree
 
-from evit_deploy import build
-from evit_deploy.audit import engine_checks
-from evit_deploy.build import Built, build_engine
-from evit_deploy.engine import read_header
+from evit_deploy.bundle.manifest import BatchProfile
+from evit_deploy.engines import build
+from evit_deploy.engines.audit import engine_checks
+from evit_deploy.engines.build import Built, build_engine
+from evit_deploy.engines.layers import is_fused_attention
+from evit_deploy.engines.options import BuildOptions
+from evit_deploy.engines.plan_file import read_header
+from evit_deploy.engines.rtx_listing import plan_layers
+from evit_deploy.environment.targets import RTX_GPUS
 from evit_deploy.errors import EvitDeployError, InputError, StageError
-from evit_deploy.export import export_onnx
-from evit_deploy.inspector import is_fused_attention
-from evit_deploy.manifest import BatchProfile
-from evit_deploy.options import BuildOptions
-from evit_deploy.plan_text import plan_layers
-from evit_deploy.precision import QUANTIZED, set_precision
-from evit_deploy.targets import RTX_GPUS
+from evit_deploy.export.portable import export_onnx
+from evit_deploy.export.precision import QUANTIZED, set_precision
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
@@ -311,7 +311,7 @@ def builders() -> list[int]:
     found = []
     for task in Path(f"/proc/{os.getpid()}/task").iterdir():
         found += map(int, (task / "children").read_text().split())
-    return [child for child in found if b"evit_deploy.build" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in found if b"evit_deploy.engines.build" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def stop_the_builder(number: signal.Signals, folder: Path) -> None:
@@ -354,8 +354,8 @@ def test_a_folder_that_is_not_there(exported, tmp_path):
 _BUILD = """
 import sys
 from pathlib import Path
-from evit_deploy.options import BuildOptions
-from evit_deploy.build import build_engine
+from evit_deploy.engines.options import BuildOptions
+from evit_deploy.engines.build import build_engine
 build_engine(Path(sys.argv[1]), Path(sys.argv[2]), "tensorrt-rtx", "fp16", BuildOptions(gpus=("sm80",)))
 """
 

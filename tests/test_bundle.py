@@ -13,10 +13,10 @@ import msgspec
 import pytest
 from models import tree
 
-from evit_deploy.bundle import Bundle, Staging, changed_files, check_out, read_bundle, write_manifest
+from evit_deploy.bundle.bundle import Bundle, Staging, changed_files, check_out, read_bundle, write_manifest
+from evit_deploy.bundle.manifest import DENSE, FORMAT, MANIFEST, MODEL
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.files import sha256, write_atomically
-from evit_deploy.manifest import DENSE, FORMAT, MANIFEST, MODEL
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ def test_one_file_is_written_whole_or_not_at_all(tmp_path):
 _WRITE = """
 import sys, resource
 from pathlib import Path
-from evit_deploy.bundle import Staging
+from evit_deploy.bundle.bundle import Staging
 from evit_deploy.files import write_atomically
 from evit_deploy.errors import StageError
 folder = Path(sys.argv[1])

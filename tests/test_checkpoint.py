@@ -11,9 +11,9 @@ from models import hollow, of_kind, seeded, write_checkpoint
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from evit_deploy.checkpoint import Checkpoint, Tokens, build_model, read_checkpoint
-from evit_deploy.convert import preprocess_of
 from evit_deploy.errors import InputError
+from evit_deploy.models.checkpoint import Checkpoint, Tokens, build_model, read_checkpoint
+from evit_deploy.pipeline.convert import preprocess_of
 from evit_deploy.tokens.plan import TokenSpec
 
 IMAGENET = (0.485, 0.456, 0.406)

@@ -7,9 +7,9 @@ from checkpoints import refusal, saved
 from models import hollow
 from torch import Tensor
 
-from evit_deploy.checkpoint import read_checkpoint, set_image_size_
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.identify import check_model_name
+from evit_deploy.models.checkpoint import read_checkpoint, set_image_size_
+from evit_deploy.models.identify import check_model_name
 
 
 def names(*keys: str) -> dict[str, Tensor]:

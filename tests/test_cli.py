@@ -15,10 +15,10 @@ import pytest
 from command_line import QUICK, command, interrupted
 from models import SMALLEST, tree
 
-from evit_deploy.bundle import read_bundle
+from evit_deploy.bundle.bundle import read_bundle
+from evit_deploy.bundle.manifest import MODEL
 from evit_deploy.cli import COMMANDS
-from evit_deploy.manifest import MODEL
-from evit_deploy.report import Report
+from evit_deploy.report.report import Report
 
 # Help.
 

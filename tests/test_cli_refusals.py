@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import hollow, tree
 
-from evit_deploy.manifest import MANIFEST, MODEL
+from evit_deploy.bundle.manifest import MANIFEST, MODEL
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,15 @@ import pytest
 import timm
 import torch
 
-from evit_deploy.compare import compare, untrained_name
 from evit_deploy.errors import GateFailed, RecipeError
-from evit_deploy.pipeline import _expected
-from evit_deploy.recipe import CompareSection, ExpectSection, load_recipe
-from evit_deploy.report import AccuracyRow, Difference, Report
-from evit_deploy.statistics import difference
-from evit_deploy.tables import render
+from evit_deploy.pipeline.run import _expected
+from evit_deploy.recipe.recipe import CompareSection, ExpectSection, load_recipe
+from evit_deploy.report.report import AccuracyRow, Difference, Report
+from evit_deploy.report.statistics import difference
+from evit_deploy.report.tables import render
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_
+from evit_deploy.training.compare import compare, untrained_name
 
 TINY = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio": 2, "img_size": 16, "num_classes": 4}
 

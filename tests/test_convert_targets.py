@@ -16,15 +16,15 @@ from command_line import CLI, QUICK, Result, interrupted
 from models import tree, write_checkpoint
 
 import evit_deploy
-from evit_deploy.bundle import changed_files, read_bundle
-from evit_deploy.card import load_onnx, read_card
-from evit_deploy.data import sample_photographs
-from evit_deploy.engine import read_header
+from evit_deploy.bundle.bundle import changed_files, read_bundle
+from evit_deploy.bundle.manifest import DENSE, ENGINE, MODEL, BatchProfile
+from evit_deploy.data.images import sample_photographs
+from evit_deploy.engines.plan_file import read_header
+from evit_deploy.engines.rtx_listing import plan_layers
+from evit_deploy.environment.targets import usable_targets
+from evit_deploy.export.card import load_onnx, read_card
 from evit_deploy.files import sha256
-from evit_deploy.manifest import DENSE, ENGINE, MODEL, BatchProfile
-from evit_deploy.plan_text import plan_layers
-from evit_deploy.report import Report
-from evit_deploy.targets import usable_targets
+from evit_deploy.report.report import Report
 
 needs_rtx = pytest.mark.tensorrt_rtx
 RTX = ("--target", "tensorrt-rtx", "--gpu", "sm80")

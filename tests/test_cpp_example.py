@@ -11,12 +11,12 @@ import PIL
 import pytest
 from cpp_example import KINDS, SOURCE, change_manifest, may_differ, need_toolchain
 
-from evit_deploy.bundle import Bundle, read_bundle
-from evit_deploy.data import Preprocess, preprocess_image
+from evit_deploy.bundle.bundle import Bundle, read_bundle
+from evit_deploy.bundle.manifest import GOLDEN, OPENVINO
+from evit_deploy.data.images import Preprocess, preprocess_image
 from evit_deploy.files import sha256
-from evit_deploy.golden import Golden, load_golden
-from evit_deploy.manifest import GOLDEN, OPENVINO
 from evit_deploy.runtimes.openvino import OpenVINORunner
+from evit_deploy.verification.golden import Golden, load_golden
 
 pytestmark = [pytest.mark.cpp, pytest.mark.timeout(600)]  # building takes a minute or two
 

@@ -12,9 +12,9 @@ import pytest
 from cpp_example import SOURCE, change_manifest, replace_file
 from PIL import Image
 
-from evit_deploy.data import sample_photographs
+from evit_deploy.bundle.manifest import GOLDEN
+from evit_deploy.data.images import sample_photographs
 from evit_deploy.files import sha256
-from evit_deploy.manifest import GOLDEN
 
 pytestmark = [pytest.mark.cpp, pytest.mark.timeout(600)]  # building takes a minute or two
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from cpp_example import Result, build, call, change_manifest, need_toolchain, replace_file, tensorrt_options
 
+from evit_deploy.bundle.manifest import ENGINE
 from evit_deploy.files import sha256
-from evit_deploy.manifest import ENGINE
 
 RUNTIMES = ("tensorrt", "tensorrt-rtx")
 RECORD = {"version": "9.9.9.9", "gpus": ["sm80"], "driver": None, "precision": "fp32", "plugin": None, "options": {},

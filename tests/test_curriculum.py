@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_train import FixedBatch, section, tiny
 
-from evit_deploy.curriculum import Curriculum, advance, follow
+from evit_deploy.data.curriculum import Curriculum, advance, follow
 from evit_deploy.errors import InputError
-from evit_deploy.train import fit
+from evit_deploy.training.loop import fit
 
 
 def test_level_rises_with_the_running_mean_and_never_falls():

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from evit_deploy.data import Preprocess, image_folder, preprocess_image, sample_inputs, sample_photographs
-from evit_deploy.digits import DigitsData, augment, load_digits_data
+from evit_deploy.data.digits import DigitsData, augment, load_digits_data
+from evit_deploy.data.images import Preprocess, image_folder, preprocess_image, sample_inputs, sample_photographs
+from evit_deploy.data.training_data import open_data
 from evit_deploy.errors import InputError, RecipeError
-from evit_deploy.recipe_sections import DataSection
-from evit_deploy.training_data import open_data
+from evit_deploy.recipe.sections import DataSection
 
 SMALL = Preprocess(size=(16, 16), crop_pct=1.0)
 

@@ -10,11 +10,11 @@ import time
 import pytest
 from machines import on_gpu, pretend, python
 
-from evit_deploy.doctor import Diagnosis, Finding, doctor
-from evit_deploy.environment import EXTRAS, install_line, lacking
-from evit_deploy.probe import ask
+from evit_deploy.doctor.doctor import Diagnosis, Finding, doctor
+from evit_deploy.doctor.probe import ask
+from evit_deploy.environment.requirements import EXTRAS, install_line, lacking
+from evit_deploy.environment.targets import TARGETS, targets
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.targets import TARGETS, targets
 
 
 def named(diagnosis: Diagnosis, name: str, group: str | None = None) -> Finding:
@@ -118,7 +118,7 @@ def test_two_onnxruntimes(place):
 
 
 def test_doctor_on_a_gpu(driver):
-    code = "from evit_deploy.doctor import doctor; import msgspec; print(msgspec.json.encode(doctor()).decode())"
+    code = "from evit_deploy.doctor.doctor import doctor; import msgspec; print(msgspec.json.encode(doctor()).decode())"
     document = json.loads(on_gpu(driver, code, 89).splitlines()[-1])
     found = {finding["name"]: finding for finding in document["findings"] if finding["group"] == "GPU"}
     assert found["driver"]["found"] == "580.65.06, up to CUDA 13.0"

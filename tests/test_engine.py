@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import rtx_plan, tiny_blocks
 
-from evit_deploy.engine import PlanHeader, misfit, read_header
+from evit_deploy.bundle.manifest import BatchProfile, choose_profile
+from evit_deploy.engines.plan_file import PlanHeader, misfit, read_header
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.manifest import BatchProfile, choose_profile
 
 
 def header(tag: bytes = b"ftrt", version: tuple[int, ...] = (10, 13, 2, 6), serialization: int = 0) -> bytes:

@@ -14,23 +14,30 @@ from plans import rtx_plan, tiny_blocks
 from rich.console import Console
 from standins import IdleRunner
 
-from evit_deploy.batch_sizes import sizes_for
-from evit_deploy.contestants import Contestant, contestants_of
-from evit_deploy.engine_profile import Timed, block_rows, hidden_gains, latency_report, launch_notes, named_layers
+from evit_deploy.bundle.manifest import BatchProfile, TensorSpec
+from evit_deploy.engines.layers import Layer
+from evit_deploy.engines.rtx_listing import plan_layers
+from evit_deploy.environment.nvidia import GpuState
 from evit_deploy.errors import InputError
-from evit_deploy.gpu import GpuState
-from evit_deploy.gpu_clocks import summarize_states
-from evit_deploy.inspector import Layer
-from evit_deploy.latency import summarize
-from evit_deploy.manifest import BatchProfile, TensorSpec
-from evit_deploy.measure import measure_all
-from evit_deploy.plan_text import plan_layers
-from evit_deploy.profile import speed_gate
+from evit_deploy.profiling.batch_sizes import sizes_for
+from evit_deploy.profiling.candidates import Contestant, contestants_of
+from evit_deploy.profiling.engine_times import (
+    Timed,
+    block_rows,
+    hidden_gains,
+    latency_report,
+    launch_notes,
+    named_layers,
+)
+from evit_deploy.profiling.gpu_clocks import summarize_states
+from evit_deploy.profiling.latency import summarize
+from evit_deploy.profiling.profile import speed_gate
+from evit_deploy.profiling.speedup import verdict
+from evit_deploy.profiling.timing import measure_all
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import LatencyRow, ProfileRow, Report
-from evit_deploy.rows import verdict
-from evit_deploy.runtimes import Timings
-from evit_deploy.tables import render
+from evit_deploy.report.report import LatencyRow, ProfileRow, Report
+from evit_deploy.report.tables import render
+from evit_deploy.runtimes.runner import Timings
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
 PLAN = token_plan(reduce_tokens_(of_kind("plain"), KEEP))
@@ -295,7 +302,7 @@ def test_an_engine_without_a_token_plan_is_reported_without_what_follows_from_it
 
 
 def test_nothing_is_measured_when_something_has_to_be_refused(stand_in, monkeypatch):
-    monkeypatch.setattr("evit_deploy.measure.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("evit_deploy.profiling.timing.measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(InputError, match="got 8, expected 1 to 4"):
         measure_all(stand_in, PLAN, (1, 8), threads=1, duration=1e-9)
     larger = [*stand_in, Contestant("stand-in", "dense", "larger")]

@@ -8,16 +8,25 @@ from pathlib import Path
 import pytest
 from machines import on_gpu, pretend, python
 
-from evit_deploy.environment import EXTRAS, REQUIRED, fits, lacking, numbers, require, require_extra, version_of
+from evit_deploy.environment.nvidia import nvidia
+from evit_deploy.environment.requirements import (
+    EXTRAS,
+    REQUIRED,
+    fits,
+    lacking,
+    numbers,
+    require,
+    require_extra,
+    version_of,
+)
+from evit_deploy.environment.targets import TARGETS, targets, usable_targets
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.gpu import nvidia
-from evit_deploy.targets import TARGETS, targets, usable_targets
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 TARGETS_AS_JSON = """
 import msgspec
-from evit_deploy.targets import targets
+from evit_deploy.environment.targets import targets
 print(msgspec.json.encode({target.name: target for target in targets()}).decode())
 """
 
@@ -114,7 +123,7 @@ def test_targets_are_told_quickly_and_without_loading_anything():
     code = """
 import sys, time
 started = time.perf_counter()
-from evit_deploy.targets import usable_targets
+from evit_deploy.environment.targets import usable_targets
 usable_targets()
 assert time.perf_counter() - started < 2, time.perf_counter() - started
 print([name for name in ("torch", "numpy", "onnx", "onnxruntime", "openvino", "tensorrt_rtx") if name in sys.modules])
@@ -183,14 +192,14 @@ def test_a_driver_that_is_too_old(driver, place):
 
 
 def test_a_driver_that_does_not_answer(driver):
-    said = on_gpu(driver, "from evit_deploy.gpu import nvidia; print(nvidia())", 80, FAKE_RETURN="9")
+    said = on_gpu(driver, "from evit_deploy.environment.nvidia import nvidia; print(nvidia())", 80, FAKE_RETURN="9")
     assert "driver=None" in said
     assert "Driver Not Loaded" in said
 
 
 def test_without_nvidia_ml_py(place):
     (place / "pynvml.py").write_text("raise ImportError('libsomething.so: cannot open shared object file')")
-    said = python("from evit_deploy.gpu import nvidia; print(nvidia().error)")
+    said = python("from evit_deploy.environment.nvidia import nvidia; print(nvidia().error)")
     assert "nvidia-ml-py cannot be used: ImportError: libsomething.so" in said
 
 

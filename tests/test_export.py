@@ -8,12 +8,12 @@ import torch
 from exports import answers, assert_close, attributes, copied, each, exported, nodes, operators, reduced, shape
 from models import KINDS, images, of_kind, preprocess_for
 
-from evit_deploy.backbones import backbone_of
-from evit_deploy.card import INPUT, LOGITS, ModelCard, kept_name, load_onnx, read_card
+from evit_deploy.environment.machine import versions
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.export import OPSET, export_onnx
-from evit_deploy.machine import versions
+from evit_deploy.export.card import INPUT, LOGITS, ModelCard, kept_name, load_onnx, read_card
+from evit_deploy.export.portable import OPSET, export_onnx
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
+from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.op import DOMAIN, NAME
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, dense_twin, token_plan, token_spec

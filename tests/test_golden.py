@@ -9,13 +9,13 @@ import torch
 from exports import lowered, reduced
 from models import images, of_kind
 
-from evit_deploy.agreement import agreement, logit_error, overlap, same_choice
-from evit_deploy.card import LOGITS, kept_name
-from evit_deploy.golden import FLOOR, Golden, make_golden
-from evit_deploy.report import Report
+from evit_deploy.export.card import LOGITS, kept_name
+from evit_deploy.report.report import Report
 from evit_deploy.tokens.plan import TokenSpec, make_plan, original_patches
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
-from evit_deploy.verify import NOISE_LIMIT, verify_precision
+from evit_deploy.verification.agreement import agreement, logit_error, overlap, same_choice
+from evit_deploy.verification.golden import FLOOR, Golden, make_golden
+from evit_deploy.verification.verify import NOISE_LIMIT, verify_precision
 
 EPS = float(np.finfo(np.float32).eps)
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evit_deploy.bundle import Bundle
+from evit_deploy.bundle.bundle import Bundle
+from evit_deploy.bundle.manifest import GOLDEN
 from evit_deploy.errors import InputError
-from evit_deploy.golden import load_golden
-from evit_deploy.manifest import GOLDEN
+from evit_deploy.verification.golden import load_golden
 
 
 def golden_bytes(converted: Bundle) -> dict[str, np.ndarray]:

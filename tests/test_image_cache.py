@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit_deploy import image_cache
-from evit_deploy.data import Preprocess
+from evit_deploy.data import cache as image_cache
+from evit_deploy.data.cache import INDEX, PIXELS, cached
+from evit_deploy.data.images import Preprocess
+from evit_deploy.data.sources import Place, open_source
+from evit_deploy.data.training_data import open_data
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.image_cache import INDEX, PIXELS, cached
-from evit_deploy.recipe_sections import DataSection
-from evit_deploy.sources import Place, open_source
-from evit_deploy.training_data import open_data
+from evit_deploy.recipe.sections import DataSection
 
 
 @pytest.fixture

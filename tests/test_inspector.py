@@ -10,10 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import rtx_plan, tiny_blocks
 
-from evit_deploy.audit import dtype_check, fusion_check
+from evit_deploy.engines.audit import dtype_check, fusion_check
+from evit_deploy.engines.layers import (
+    Layer,
+    Tensor,
+    block_times,
+    compute_dtypes,
+    dtype_of,
+    is_fused_attention,
+    parse_layers,
+)
+from evit_deploy.engines.rtx_listing import plan_layers
 from evit_deploy.errors import InputError
-from evit_deploy.inspector import Layer, Tensor, block_times, compute_dtypes, dtype_of, is_fused_attention, parse_layers
-from evit_deploy.plan_text import plan_layers
 from evit_deploy.tokens.plan import TokenSpec, make_plan
 
 DATA = Path(__file__).parent / "data"

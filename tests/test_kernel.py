@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import TORCH, check_answer, each_case, each_dtype, to_numpy, to_torch
 
+from evit_deploy.engines.plugin.kernel import DTYPES, TokenReorgKernel, _Call
+from evit_deploy.engines.plugin.library import ABI, read_identity
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.kernel import DTYPES, TokenReorgKernel, _Call
-from evit_deploy.plugin import ABI, read_identity
 from evit_deploy.tokens.op import token_reorg
 
 SANITIZERS = {"address,undefined": 1, "thread": 3}  # and by how many threads: races take several

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from evit_deploy import build
-from evit_deploy.environment import version_of
+from evit_deploy.bundle.manifest import BatchProfile
+from evit_deploy.engines import build
+from evit_deploy.engines.options import BuildOptions, flag
+from evit_deploy.environment.requirements import version_of
+from evit_deploy.environment.targets import usable_targets
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.lower import TARGETS, Lowering, lowering
-from evit_deploy.manifest import BatchProfile
-from evit_deploy.options import BuildOptions, flag
+from evit_deploy.pipeline.lowering import TARGETS, Lowering, lowering
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.targets import usable_targets
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 needs_rtx = pytest.mark.tensorrt_rtx

@@ -18,12 +18,12 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn import functional as F
 
-from evit_deploy.backbones.lvvit import AUX_WEIGHT, LVViTBackbone
-from evit_deploy.backbones.timm_vit import ReducedBlock
-from evit_deploy.checkpoint import build_model, read_checkpoint
-from evit_deploy.convert import preprocess_of
 from evit_deploy.errors import InputError, MissingRequirement, UnsupportedModelError
-from evit_deploy.identify import check_model_name
+from evit_deploy.models.checkpoint import build_model, read_checkpoint
+from evit_deploy.models.identify import check_model_name
+from evit_deploy.models.lvvit import AUX_WEIGHT, LVViTBackbone
+from evit_deploy.models.timm_vit import ReducedBlock
+from evit_deploy.pipeline.convert import preprocess_of
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, set_keep_rate_, token_plan
 
@@ -273,9 +273,9 @@ def test_no_door_needs_the_names_to_be_registered_before(tmp_path, door):
     if door == "own":
         write_checkpoint(path, "LV-ViT")
     code = {
-        "named": "from evit_deploy.identify import check_model_name; check_model_name('lvvit_s', where='x')",
+        "named": "from evit_deploy.models.identify import check_model_name; check_model_name('lvvit_s', where='x')",
         "own": f"from evit_deploy import *; build_model(read_checkpoint({str(path)!r}))",
-        "sweep": "from evit_deploy.sweep import _variants; from evit_deploy.recipe import load_sweep; "
+        "sweep": "from evit_deploy.profiling.sweep import _variants; from evit_deploy.recipe.recipe import load_sweep; "
         "next(_variants('lvvit_t', load_sweep('a100', [])))",
     }[door]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from families import create, each_method, images
 
-from evit_deploy.backbones.timm_vit import ReducedBlock
 from evit_deploy.errors import InputError
+from evit_deploy.models.timm_vit import ReducedBlock
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import TokenReducer, capture, reduce_tokens_, token_plan
 

@@ -15,15 +15,15 @@ from models import KEEP, KINDS, images, of_kind
 from onnx import ModelProto
 from openvino_model import NEEDS_OPENVINO, inputs, run
 
-from evit_deploy.card import INPUT, LOGITS, kept_name, read_card, write_card
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.golden import Golden, make_golden
-from evit_deploy.openvino_ir import save_openvino
+from evit_deploy.export.card import INPUT, LOGITS, kept_name, read_card, write_card
+from evit_deploy.export.openvino import save_openvino
+from evit_deploy.export.variants import with_indices
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.runtimes.openvino import OpenVINORunner
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
-from evit_deploy.variants import with_indices
-from evit_deploy.verify import verify_dense, verify_runtime
+from evit_deploy.verification.golden import Golden, make_golden
+from evit_deploy.verification.verify import verify_dense, verify_runtime
 
 pytestmark = NEEDS_OPENVINO
 BATCHES = (1, 2, 5)

@@ -12,10 +12,10 @@ from exports import exported
 from onnx import ModelProto, TensorProto, helper
 from openvino_model import NEEDS_OPENVINO
 
-from evit_deploy.card import INPUT, read_card
+from evit_deploy.bundle.manifest import OPENVINO
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.manifest import OPENVINO
-from evit_deploy.openvino_ir import openvino_card, read_openvino, save_openvino
+from evit_deploy.export.card import INPUT, read_card
+from evit_deploy.export.openvino import openvino_card, read_openvino, save_openvino
 from evit_deploy.runtimes.openvino import OpenVINORunner
 
 pytestmark = NEEDS_OPENVINO
@@ -162,7 +162,7 @@ def test_what_it_does_not_accept(artifact):
 
 def test_its_makers_are_not_told():
     code = (
-        "import sys; from evit_deploy.openvino_ir import import_openvino\n"
+        "import sys; from evit_deploy.export.openvino import import_openvino\n"
         "import_openvino().Core(); print('openvino_telemetry' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

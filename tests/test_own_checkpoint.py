@@ -8,8 +8,8 @@ import torch
 from checkpoints import refusal
 from models import KEEP, KINDS, of_kind, preprocess_for
 
-from evit_deploy.checkpoint import METADATA_KEY, Checkpoint, build_model, read_checkpoint, save_checkpoint
 from evit_deploy.errors import CheckpointError
+from evit_deploy.models.checkpoint import METADATA_KEY, Checkpoint, build_model, read_checkpoint, save_checkpoint
 
 
 @pytest.mark.parametrize("kind", KINDS)

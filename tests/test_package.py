@@ -15,14 +15,14 @@ from packages import change_report, verified_on
 from test_plugin import library
 
 from evit_deploy import package
-from evit_deploy.bundle import changed_files, read_bundle
-from evit_deploy.data import Preprocess
+from evit_deploy.bundle.bundle import changed_files, read_bundle
+from evit_deploy.bundle.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE
+from evit_deploy.data.images import Preprocess
+from evit_deploy.engines.plugin.library import LIBRARY
 from evit_deploy.files import sha256
-from evit_deploy.golden import load_golden
-from evit_deploy.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE
-from evit_deploy.package import Package, TritonOptions
-from evit_deploy.plugin import LIBRARY
-from evit_deploy.triton_server import METRIC_NAMES, RELEASES
+from evit_deploy.serving.deployment import METRIC_NAMES, RELEASES
+from evit_deploy.serving.package import Package, TritonOptions
+from evit_deploy.verification.golden import load_golden
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 pb = pytest.importorskip("tritonclient.grpc.model_config_pb2")

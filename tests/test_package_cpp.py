@@ -11,12 +11,12 @@ from models import tree
 from test_plugin import library
 
 from evit_deploy import package
-from evit_deploy.bundle import changed_files, read_bundle
-from evit_deploy.data import sample_photographs
+from evit_deploy.bundle.bundle import changed_files, read_bundle
+from evit_deploy.bundle.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE
+from evit_deploy.data.images import sample_photographs
+from evit_deploy.engines.plugin.build import sources
+from evit_deploy.engines.plugin.library import LIBRARY
 from evit_deploy.files import sha256
-from evit_deploy.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE
-from evit_deploy.plugin import LIBRARY
-from evit_deploy.plugin_build import sources
 
 EXAMPLE = {path.name for path in (sources() / "example").iterdir() if path.is_file()} - {"README.md"}
 

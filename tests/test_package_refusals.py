@@ -13,11 +13,11 @@ from packages import change, change_report
 from test_plugin import library
 
 from evit_deploy import package
+from evit_deploy.bundle.manifest import DENSE, ENGINE, GOLDEN, PACKAGE, REPORT, BatchProfile, Parent, TensorSpec
 from evit_deploy.errors import GateFailed, InputError, MissingRequirement
-from evit_deploy.manifest import DENSE, ENGINE, GOLDEN, PACKAGE, REPORT, BatchProfile, Parent, TensorSpec
-from evit_deploy.package import Package, TritonOptions
-from evit_deploy.report import Check
-from evit_deploy.triton_server import RELEASES, declared_server, same
+from evit_deploy.report.report import Check
+from evit_deploy.serving.deployment import RELEASES, declared_server, same
+from evit_deploy.serving.package import Package, TritonOptions
 
 pytest.importorskip("tritonclient.grpc.model_config_pb2")
 

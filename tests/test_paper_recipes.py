@@ -6,9 +6,9 @@ import pytest
 import timm
 import torch
 
-from evit_deploy.backbones import backbone_of
 from evit_deploy.errors import RecipeError
-from evit_deploy.recipe import load_recipe
+from evit_deploy.recipe.recipe import load_recipe
+from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from evit_deploy import GateFailed, InputError, load_recipe, read_bundle, run
-from evit_deploy.pipeline import train_stage
-from evit_deploy.recipe import Recipe
+from evit_deploy.pipeline.run import train_stage
+from evit_deploy.recipe.recipe import Recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHORT = ("dense.steps=3", "finetune.steps=3", "model.args.depth=4", "tokens.locations=[1,2,3]", "expect={}",

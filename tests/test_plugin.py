@@ -8,11 +8,11 @@ import msgspec
 import plugin_builds
 import pytest
 
-from evit_deploy import plugin, plugin_build
-from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.files import sha256
-from evit_deploy.manifest import BatchProfile, Engine
-from evit_deploy.plugin import (
+from evit_deploy.bundle.manifest import BatchProfile, Engine
+from evit_deploy.engines.plugin import build as plugin_build
+from evit_deploy.engines.plugin import library as plugin
+from evit_deploy.engines.plugin.build import build_plugin, check_plugin
+from evit_deploy.engines.plugin.library import (
     CREATORS,
     KERNEL,
     LIBRARY,
@@ -23,7 +23,8 @@ from evit_deploy.plugin import (
     plugin_for,
     provide_plugin,
 )
-from evit_deploy.plugin_build import build_plugin, check_plugin
+from evit_deploy.errors import InputError, MissingRequirement, StageError
+from evit_deploy.files import sha256
 from evit_deploy.tokens.op import token_reorg
 
 LINE = b"\x7fELF evit-deploy library: kind=%s version=0.1.0 abi=%d architectures=80-real,120 tensorrt=%s;\0"

@@ -6,7 +6,7 @@ import subprocess
 import plugin_builds
 import pytest
 
-from evit_deploy.plugin import read_identity
+from evit_deploy.engines.plugin.library import read_identity
 
 
 @pytest.mark.slow

@@ -8,16 +8,17 @@ import msgspec
 import pytest
 from test_plugin import library
 
-from evit_deploy import build, plugin
-from evit_deploy.bundle import Bundle, read_bundle, write_manifest
-from evit_deploy.contestants import contestants_of
+from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
+from evit_deploy.bundle.manifest import ENGINE, BatchProfile, Engine
+from evit_deploy.engines import build
+from evit_deploy.engines.options import BuildOptions, check_options
+from evit_deploy.engines.plugin import library as plugin
+from evit_deploy.engines.plugin.library import LIBRARY
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.files import sha256
-from evit_deploy.manifest import ENGINE, BatchProfile, Engine
-from evit_deploy.options import BuildOptions, check_options
-from evit_deploy.plugin import LIBRARY
+from evit_deploy.profiling.candidates import contestants_of
 from evit_deploy.runtimes.tensorrt import TensorRTRunner
-from evit_deploy.verify import verify
+from evit_deploy.verification.verify import verify
 
 PLAN = b"ftrt" + bytes(20) + bytes([11, 1, 0, 106]) + bytes(1000)
 RECORD = Engine("tensorrt", "11.1.0.106", ("sm80",), "595.1", "fp32", (BatchProfile(1, 4, 8),), None, {}, 1.0)
@@ -63,7 +64,7 @@ def builds(monkeypatch) -> list[tuple[Path, BuildOptions]]:
         asked.append((model, options))
         plan.write_bytes(PLAN)
 
-    monkeypatch.setattr("evit_deploy.twin_engines.usable", lambda target: True)
+    monkeypatch.setattr("evit_deploy.engines.options.usable", lambda target: True)
     monkeypatch.setattr(build, "build_engine", build_engine)
     return asked
 

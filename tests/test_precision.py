@@ -17,16 +17,16 @@ from models import images, of_kind, preprocess_for, seeded
 from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from evit_deploy.card import INPUT, LOGITS, kept_name, read_card
 from evit_deploy.errors import InputError
-from evit_deploy.export import OPSET, export_onnx
-from evit_deploy.golden import FLOOR, _replayed, make_golden
-from evit_deploy.precision import DTYPES, set_precision
+from evit_deploy.export.card import INPUT, LOGITS, kept_name, read_card
+from evit_deploy.export.portable import OPSET, export_onnx
+from evit_deploy.export.precision import DTYPES, set_precision
+from evit_deploy.export.variants import block_of, reorganizations, with_indices
 from evit_deploy.runtimes.openvino import OpenVINORunner
 from evit_deploy.tokens.op import DOMAIN, NAME
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
-from evit_deploy.variants import block_of, reorganizations, with_indices
+from evit_deploy.verification.golden import FLOOR, _replayed, make_golden
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 NUMPY = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}

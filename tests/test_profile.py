@@ -14,19 +14,19 @@ from models import TINY, of_kind
 from rich.console import Console
 from standins import IdleRunner
 
-from evit_deploy.bundle import read_bundle
-from evit_deploy.card import INPUT
-from evit_deploy.checkpoint import Tokens
-from evit_deploy.contestants import Contestant, contestants_of
+from evit_deploy.bundle.bundle import read_bundle
+from evit_deploy.bundle.manifest import DENSE, MODEL
 from evit_deploy.errors import InputError
-from evit_deploy.manifest import DENSE, MODEL
-from evit_deploy.measure import MINIMUM_ROUNDS, measure, measure_all
-from evit_deploy.profile import profile, speed_gate
+from evit_deploy.export.card import INPUT
+from evit_deploy.models.checkpoint import Tokens
+from evit_deploy.profiling.candidates import Contestant, contestants_of
+from evit_deploy.profiling.profile import profile, speed_gate
+from evit_deploy.profiling.speedup import rows_of, verdict
+from evit_deploy.profiling.timing import MINIMUM_ROUNDS, measure, measure_all
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import ProfileRow, Report
-from evit_deploy.rows import rows_of, verdict
-from evit_deploy.statistics import median_interval
-from evit_deploy.tables import render
+from evit_deploy.report.report import ProfileRow, Report
+from evit_deploy.report.statistics import median_interval
+from evit_deploy.report.tables import render
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
@@ -76,7 +76,7 @@ def test_contestants_take_turns_and_do_not_always_follow_the_same_one():
 
 
 def test_a_duration_is_bounded_by_rounds(monkeypatch):
-    monkeypatch.setattr("evit_deploy.measure.MAXIMUM_ROUNDS", 7)
+    monkeypatch.setattr("evit_deploy.profiling.timing.MAXIMUM_ROUNDS", 7)
     runners = [Counting("a", [])]
     assert len(measure(runners, 1, duration=60.0, minimum_rounds=2)[0]) == 7
     assert len(measure(runners, 1, duration=1e-9, minimum_rounds=9)[0]) == 9

@@ -13,23 +13,23 @@ import pytest
 import torch
 from models import KEEP, of_kind
 
-from evit_deploy import gpu
-from evit_deploy.build import build_engine
-from evit_deploy.bundle import Bundle, read_bundle, write_manifest
+from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
+from evit_deploy.bundle.manifest import DENSE, ENGINE, MANIFEST, MODEL, TWIN, BatchProfile
 from evit_deploy.cli import run
-from evit_deploy.contestants import Contestant, contestants_of, is_plan
-from evit_deploy.engine import read_header
+from evit_deploy.engines.build import build_engine
+from evit_deploy.engines.options import BuildOptions
+from evit_deploy.engines.plan_file import read_header
+from evit_deploy.engines.rebuild import options_of, slice_engine
+from evit_deploy.engines.rtx_listing import plan_layers
+from evit_deploy.environment import nvidia as gpu
+from evit_deploy.environment.targets import RTX_GPUS
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.manifest import DENSE, ENGINE, MANIFEST, MODEL, TWIN, BatchProfile
-from evit_deploy.options import BuildOptions
-from evit_deploy.plan_text import plan_layers
-from evit_deploy.profile import profile
+from evit_deploy.profiling.candidates import Contestant, contestants_of, is_plan
+from evit_deploy.profiling.profile import profile
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import Report
+from evit_deploy.report.report import Report
 from evit_deploy.runtimes.tensorrt import TensorRTRTXRunner
-from evit_deploy.targets import RTX_GPUS
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
-from evit_deploy.twin_engines import options_of, slice_engine
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
@@ -240,7 +240,7 @@ def test_a_batch_size_outside_the_profiles_is_refused_before_anything_else(engin
 
 @pytest.mark.tensorrt_rtx
 def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatch):
-    monkeypatch.setattr("evit_deploy.twin_engines.usable", lambda target: True)
+    monkeypatch.setattr("evit_deploy.engines.options.usable", lambda target: True)
     told: list[str] = []
     twin, why_not = slice_engine(engines, tmp_path, told.append)
     assert why_not == ""
@@ -254,7 +254,7 @@ def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatc
 @pytest.mark.tensorrt_rtx
 @pytest.mark.usefixtures("present")
 def test_where_no_slice_twin_can_be_built_its_overhead_is_said_to_be_missing(engines, tmp_path, monkeypatch):
-    monkeypatch.setattr("evit_deploy.twin_engines.usable", lambda target: False)
+    monkeypatch.setattr("evit_deploy.engines.options.usable", lambda target: False)
     entry = contestants_of(engines.path, "", None, None, ["tensorrt-rtx"], scratch=tmp_path)
     assert variants(entry.contestants) == [("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense")]
     (note,) = entry.notes

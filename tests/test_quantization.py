@@ -12,14 +12,14 @@ from exports import answers, calibration_of, copied, exported, lowered, nodes, r
 from models import KINDS, images, of_kind
 from onnx import ModelProto, TensorProto, numpy_helper
 
-from evit_deploy.card import INPUT, LOGITS, read_card
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.export import OPSET
-from evit_deploy.golden import make_golden
-from evit_deploy.precision import set_precision
+from evit_deploy.export.card import INPUT, LOGITS, read_card
+from evit_deploy.export.portable import OPSET
+from evit_deploy.export.precision import set_precision
+from evit_deploy.export.variants import reorganizations
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.op import DOMAIN, NAME
-from evit_deploy.variants import reorganizations
+from evit_deploy.verification.golden import make_golden
 
 LARGEST = {"int8": 127, "fp8": 448}
 KIND = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}

@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from evit_deploy.errors import RecipeError
-from evit_deploy.recipe import Recipe, dump_recipe, is_sweep, load_recipe, load_sweep, recipe_schema
-from evit_deploy.recipe_file import field_docs
-from evit_deploy.recipe_sections import TrainSection
+from evit_deploy.recipe.file import field_docs
+from evit_deploy.recipe.recipe import Recipe, dump_recipe, is_sweep, load_recipe, load_sweep, recipe_schema
+from evit_deploy.recipe.sections import TrainSection
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 DIGITS = Path(__file__).parent.parent / "recipes" / "digits.yaml"
@@ -156,7 +156,7 @@ def test_schema_documents_every_field():
 
 def test_reading_a_recipe_does_not_import_torch():
     code = (
-        "import sys; from evit_deploy.recipe import load_recipe; load_recipe(sys.argv[1]);"
+        "import sys; from evit_deploy.recipe.recipe import load_recipe; load_recipe(sys.argv[1]);"
         "sys.exit(len({'torch', 'timm', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(DIGITS)], check=False).returncode == 0

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from evit_deploy.backbones import backbone_of
-from evit_deploy.backbones.lvvit import Divide
-from evit_deploy.backbones.timm_vit import ReducedBlock
 from evit_deploy.errors import InputError, UnsupportedModelError
+from evit_deploy.models.lvvit import Divide
+from evit_deploy.models.timm_vit import ReducedBlock
+from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, set_keep_rate_, token_plan, token_spec
 

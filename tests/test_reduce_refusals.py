@@ -7,8 +7,8 @@ from timm.layers import PatchDropout
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
-from evit_deploy.backbones.timm_vit import TimmViT
 from evit_deploy.errors import UnsupportedModelError
+from evit_deploy.models.timm_vit import TimmViT
 from evit_deploy.tokens.reduce import reduce_tokens_
 
 

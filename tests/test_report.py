@@ -7,9 +7,9 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
-from evit_deploy.report import AgreementRow, Check, Report
-from evit_deploy.statistics import accuracy_row, wilson
-from evit_deploy.tables import render
+from evit_deploy.report.report import AgreementRow, Check, Report
+from evit_deploy.report.statistics import accuracy_row, wilson
+from evit_deploy.report.tables import render
 
 
 def test_one_failed_check_fails_the_report():

@@ -12,17 +12,17 @@ import torch
 from models import KEEP, images, of_kind, preprocess_for
 from triton_server import TritonServer
 
-from evit_deploy.card import INPUT, LOGITS, kept_name
 from evit_deploy.errors import EvitDeployError, MissingRequirement, StageError
-from evit_deploy.export import export_onnx
+from evit_deploy.export.card import INPUT, LOGITS, kept_name
+from evit_deploy.export.portable import export_onnx
+from evit_deploy.export.variants import with_indices
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.runtimes import Runner
 from evit_deploy.runtimes import onnxruntime as ort
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
+from evit_deploy.runtimes.runner import Runner
+from evit_deploy.serving.repository import Serving, write_repository
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
-from evit_deploy.triton_connection import Served
-from evit_deploy.triton_repository import Serving, write_repository
-from evit_deploy.variants import with_indices
+from evit_deploy.triton.connection import Served
 
 MARKS = {"openvino": [pytest.mark.openvino], "triton": [pytest.mark.triton], "eager": [], "onnxruntime": []}
 every_runtime = pytest.mark.parametrize(

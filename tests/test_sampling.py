@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from evit_deploy.data.sampling import Batches, loader, own_randomness, validation_rows, worker_deaths_told
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.sampling import Batches, loader, own_randomness, validation_rows, worker_deaths_told
 
 
 def drawn(count, *arguments, **options):

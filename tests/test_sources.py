@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from evit_deploy import folder_data
-from evit_deploy.data import Preprocess
+from evit_deploy.data import folder as folder_data
+from evit_deploy.data.images import Preprocess
+from evit_deploy.data.sources import Place, _expanded, open_source
+from evit_deploy.data.training_data import open_data
 from evit_deploy.errors import InputError, MissingRequirement, RecipeError
-from evit_deploy.recipe_sections import DataSection
-from evit_deploy.sources import Place, _expanded, open_source
-from evit_deploy.training_data import open_data
+from evit_deploy.recipe.sections import DataSection
 
 SMALL = Preprocess(size=(16, 16), crop_pct=1.0)
 CLASSES = ("cat", "dog", "eel")

@@ -5,11 +5,11 @@ import pytest
 from models import KEEP, of_kind
 from standins import IdleRunner
 
-from evit_deploy import build
+from evit_deploy.engines import build
 from evit_deploy.errors import InputError, MissingRequirement, RecipeError
-from evit_deploy.measure import SETTLE
-from evit_deploy.recipe import is_sweep, load_recipe, load_sweep
-from evit_deploy.sweep import DENSE, Entry, Variant, _measured, sweep
+from evit_deploy.profiling.sweep import DENSE, Entry, Variant, _measured, sweep
+from evit_deploy.profiling.timing import SETTLE
+from evit_deploy.recipe.recipe import is_sweep, load_recipe, load_sweep
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
@@ -61,7 +61,7 @@ def test_the_clock_and_the_pause_are_the_devices_own(monkeypatch, threads, speed
             [4.0, 1.0], (5, 1)
         )  # by the wall twice as fast, by the CPU's 4 times
 
-    monkeypatch.setattr("evit_deploy.measure.measure", timed)
+    monkeypatch.setattr("evit_deploy.profiling.timing.measure", timed)
     recipe = load_sweep("a100", [*SMALL, *CPU, f"threads={'null' if threads is None else threads}"])
     report = _measured("tiny", entries, recipe)
     assert asked == [({"cpu"}, settles[0]), ({"gpu"}, settles[1])]

@@ -9,14 +9,14 @@ import pytest
 import torch
 from plans import TOKENS, WIDTH, rtx_plan, tiny_blocks
 
-from evit_deploy.engine import misfit, read_header
+from evit_deploy.bundle.manifest import BatchProfile
+from evit_deploy.engines.plan_file import misfit, read_header
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.latency import summaries
-from evit_deploy.manifest import BatchProfile
+from evit_deploy.profiling.latency import summaries
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes import tensorrt
-from evit_deploy.runtimes.plan_lane import torch_dtype
 from evit_deploy.runtimes.tensorrt import TensorRTRTXRunner, TensorRTRunner, engine_validity
+from evit_deploy.runtimes.tensorrt_lane import torch_dtype
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
@@ -166,7 +166,7 @@ def test_layer_times_add_up(library):
 @pytest.fixture
 def rtx(tmp_path: Path) -> Iterator[TensorRTRTXRunner]:
     """A tiny plan for the GPU here, opened."""
-    from evit_deploy.gpu import compute_capability
+    from evit_deploy.environment.nvidia import compute_capability
 
     pytest.importorskip("tensorrt_rtx")
     capability = (compute_capability() or "").upper()
@@ -239,7 +239,7 @@ def test_what_it_takes_and_gives(rtx):
 @pytest.mark.gpu
 @needs_gpu
 def test_a_plan_for_another_gpu_is_refused_with_both(tmp_path):
-    from evit_deploy.gpu import compute_capability
+    from evit_deploy.environment.nvidia import compute_capability
 
     path = tmp_path / "engine.plan"
     other = "SM75" if compute_capability() != "sm75" else "SM80"
@@ -283,7 +283,7 @@ def test_tensorrt_answers_like_onnx_runtime(tmp_path, graphs):
             found = opened.infer(feeds)["logits"].astype(np.float32)
             assert np.abs(found - expected).max() <= 4 * np.finfo(np.float16).eps * np.abs(expected).max() * WIDTH**0.5
         assert opened.notes == []
-        from evit_deploy.audit import dtype_check, fusion_check
+        from evit_deploy.engines.audit import dtype_check, fusion_check
 
         layers = opened.layers()
         assert fusion_check(layers, 2).passed, fusion_check(layers, 2)

@@ -15,17 +15,17 @@ from test_train_run import losses_of
 from test_train_token_labels import ARGS, CLASSES, SIZE, SPEC, data_section, section, tiny, write_map
 from test_train_token_labels import root as root
 
-from evit_deploy import training_run
-from evit_deploy.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
-from evit_deploy.data import Preprocess
+from evit_deploy.data.images import Preprocess
+from evit_deploy.data.training_data import open_data
 from evit_deploy.errors import InputError, RecipeError, UnsupportedModelError
-from evit_deploy.recipe import Recipe, dump_recipe, load_recipe
-from evit_deploy.recipe_sections import DataSection, ModelSection, TeacherSection, TokenLabelSection, TrainSection
-from evit_deploy.token_label_task import Teacher, make_task
-from evit_deploy.token_labels import token_logits
+from evit_deploy.models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from evit_deploy.recipe.recipe import Recipe, dump_recipe, load_recipe
+from evit_deploy.recipe.sections import DataSection, ModelSection, TeacherSection, TokenLabelSection, TrainSection
 from evit_deploy.tokens.reduce import reduce_tokens_
-from evit_deploy.train import EVIT, fit, train
-from evit_deploy.training_data import open_data
+from evit_deploy.training import step as training_run
+from evit_deploy.training.loop import EVIT, fit, train
+from evit_deploy.training.tasks import Teacher, make_task
+from evit_deploy.training.token_labels import token_logits
 
 LABELLED = TokenLabelSection()
 RUN = TrainSection(

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evit_deploy.augmentation import FUSED, CropAndFlip, crop_token_labels, read_token_labels, token_label_file
+from evit_deploy.data.token_labels import FUSED, CropAndFlip, crop_token_labels, read_token_labels, token_label_file
 from evit_deploy.errors import InputError, UnsupportedModelError
-from evit_deploy.token_labels import MixToken, TokenLogits, WithTokenLogits, token_label_loss, token_logits
 from evit_deploy.tokens.plan import TokenSpec, original_patches
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
+from evit_deploy.training.token_labels import MixToken, TokenLogits, WithTokenLogits, token_label_loss, token_logits
 
 
 def reduced(fuse: bool = True, rate: float = 0.6) -> nn.Module:

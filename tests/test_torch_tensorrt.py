@@ -17,11 +17,11 @@ import torch
 from cases import CASES, Case
 from models import KEEP, KINDS, images, of_kind, seeded, tree
 
-from evit_deploy import torch_tensorrt as target
-from evit_deploy.environment import version_of
+from evit_deploy.bundle.manifest import BatchProfile
+from evit_deploy.engines import torch_tensorrt as target
+from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.manifest import BatchProfile
-from evit_deploy.precision import DTYPES
+from evit_deploy.export.precision import DTYPES
 from evit_deploy.tokens.op import select
 from evit_deploy.tokens.reduce import reduce_tokens_
 
@@ -281,8 +281,8 @@ import torch_tensorrt
 import tensorrt
 from torch_tensorrt.dynamo import partitioning
 from models import KEEP, of_kind
-from evit_deploy import torch_tensorrt as target
-from evit_deploy.manifest import BatchProfile
+from evit_deploy.engines import torch_tensorrt as target
+from evit_deploy.bundle.manifest import BatchProfile
 from evit_deploy.tokens.reduce import reduce_tokens_
 
 kind, precision, plan = sys.argv[1:4]

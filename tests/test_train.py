@@ -11,20 +11,20 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from evit_deploy.backbones import backbone_of
-from evit_deploy.checkpoint import Checkpoint, build_model, read_checkpoint, save_checkpoint
-from evit_deploy.compare import compare, evaluate
-from evit_deploy.data import Preprocess
+from evit_deploy.data.images import Preprocess
+from evit_deploy.data.training_data import open_data
 from evit_deploy.errors import InputError, RecipeError, StageError
-from evit_deploy.recipe import CompareSection, Recipe
-from evit_deploy.recipe_sections import DataSection, ModelSection, TrainSection
-from evit_deploy.schedules import learning_rate
+from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, save_checkpoint
+from evit_deploy.recipe.recipe import CompareSection, Recipe
+from evit_deploy.recipe.sections import DataSection, ModelSection, TrainSection
+from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
-from evit_deploy.train import fit, train
-from evit_deploy.training_data import open_data
-from evit_deploy.training_run import TrainingRun
-from evit_deploy.training_setup import scaled_init_, setup
+from evit_deploy.training.compare import compare, evaluate
+from evit_deploy.training.loop import fit, train
+from evit_deploy.training.schedules import learning_rate
+from evit_deploy.training.setup import scaled_init_, setup
+from evit_deploy.training.step import TrainingRun
 
 SPEC = TokenSpec(keep_rate=0.5, locations=(1, 2))
 TINY = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio": 2}
@@ -326,7 +326,7 @@ def test_a_run_that_breaks_off_leaves_no_result_behind(tmp_path, monkeypatch):
         return data
 
     # Fine-tuning has seed 1, dense training seed 0.
-    monkeypatch.setattr(sys.modules["evit_deploy.training_setup"], "open_data", poisoned)
+    monkeypatch.setattr(sys.modules["evit_deploy.training.setup"], "open_data", poisoned)
     with pytest.raises(StageError, match="finetune, step 1: the loss is no longer finite"):
         train(recipe(), tmp_path, device="cpu")
     left = sorted(path.name for path in tmp_path.iterdir() if path.is_file())

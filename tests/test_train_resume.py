@@ -13,12 +13,12 @@ import torch
 from test_train import SPEC, TINY, FixedBatch, section, tiny
 
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.recipe import CompareSection, Recipe, dump_recipe
-from evit_deploy.recipe_sections import DataSection, ModelSection, TrainSection
+from evit_deploy.recipe.recipe import CompareSection, Recipe, dump_recipe
+from evit_deploy.recipe.sections import DataSection, ModelSection, TrainSection
 from evit_deploy.tokens.reduce import reduce_tokens_
-from evit_deploy.train import DENSE, EVIT, fit, train
-from evit_deploy.training_log import TrainingLog
-from evit_deploy.training_state import StateFile, state_path
+from evit_deploy.training.log import TrainingLog
+from evit_deploy.training.loop import DENSE, EVIT, fit, train
+from evit_deploy.training.state import StateFile, state_path
 
 RUN = TrainSection(
     steps=12, batch_size=16, learning_rate=1e-3, keep_rate_epochs=0.1, save_every=3, ema=0.9, warmup=0.2, threads=1
@@ -59,7 +59,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("stage", ["dense", "finetune"])
 @pytest.mark.parametrize("step", [1, 3, 7, 11])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(stage, step, whole, tmp_path, monkeypatch):
-    from evit_deploy import training_run
+    from evit_deploy.training import step as training_run
 
     advance, stages = training_run.TrainingRun.advance, []
 
@@ -198,7 +198,7 @@ class SecondOfTwo:
 
 
 def test_every_process_goes_on_with_the_random_numbers_it_would_have_had(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["evit_deploy.train"], "PartialState", SecondOfTwo)
+    monkeypatch.setattr(sys.modules["evit_deploy.training.loop"], "PartialState", SecondOfTwo)
 
     def losses(stop_at=None):
         def progress(text):

@@ -16,16 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import SPEC, FixedBatch, section, tiny
 from test_train_resume import RUN, recipe
 
-from evit_deploy.checkpoint import read_checkpoint
 from evit_deploy.errors import RecipeError, StageError
-from evit_deploy.recipe import dump_recipe
-from evit_deploy.recipe_sections import ModelSection, TeacherSection, TrainSection
-from evit_deploy.schedules import keep_rate_progress, learning_rate
-from evit_deploy.token_label_task import Teacher, make_task
+from evit_deploy.models.checkpoint import read_checkpoint
+from evit_deploy.recipe.recipe import dump_recipe
+from evit_deploy.recipe.sections import ModelSection, TeacherSection, TrainSection
 from evit_deploy.tokens.plan import TokenSpec, scheduled_rate
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
-from evit_deploy.train import EVIT, fit, train
-from evit_deploy.training_run import TrainingRun
+from evit_deploy.training.loop import EVIT, fit, train
+from evit_deploy.training.schedules import keep_rate_progress, learning_rate
+from evit_deploy.training.step import TrainingRun
+from evit_deploy.training.tasks import Teacher, make_task
 
 # ---- keep rate
 
@@ -128,7 +128,7 @@ def test_a_whole_run_compiles_at_most_four_times():
             super().__init__()
             self.images = torch.randn(8, 3, 32, 32)
 
-    import evit_deploy.training_run as module
+    import evit_deploy.training.step as module
 
     original = torch.compile
     try:

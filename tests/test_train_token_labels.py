@@ -13,17 +13,17 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, ToTensor
 
-from evit_deploy.augmentation import FUSED, GEOMETRIC, CropAndFlip, FollowedTransform, Warp, crop_token_labels
-from evit_deploy.data import Preprocess
-from evit_deploy.recipe_sections import DataSection, TokenLabelSection, TrainSection
-from evit_deploy.sampling import own_randomness
-from evit_deploy.token_label_task import make_task
-from evit_deploy.token_labels import MixToken, token_logits
+from evit_deploy.data.images import Preprocess
+from evit_deploy.data.sampling import own_randomness
+from evit_deploy.data.token_labels import FUSED, GEOMETRIC, CropAndFlip, FollowedTransform, Warp, crop_token_labels
+from evit_deploy.data.training_data import open_data
+from evit_deploy.recipe.sections import DataSection, TokenLabelSection, TrainSection
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_
-from evit_deploy.train import fit
-from evit_deploy.training_data import open_data
-from evit_deploy.training_run import TrainingRun
+from evit_deploy.training.loop import fit
+from evit_deploy.training.step import TrainingRun
+from evit_deploy.training.tasks import make_task
+from evit_deploy.training.token_labels import MixToken, token_logits
 
 CLASSES, SIZE = ("ant", "bee", "cat"), 64
 ARGS = {"embed_dim": 24, "depth": 4, "num_heads": 2, "stem_width": 8}

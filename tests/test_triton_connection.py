@@ -13,8 +13,8 @@ from triton_server import free_ports
 
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.triton_connection import Connection, Served, split_url
-from evit_deploy.triton_failures import RequestLost, ServerUnreachable
+from evit_deploy.triton.connection import Connection, Served, split_url
+from evit_deploy.triton.failures import RequestLost, ServerUnreachable
 
 FEEDS = {"input": np.zeros((1, 3, 4, 4), np.float32)}
 both = pytest.mark.parametrize("scheme", ["http", "grpc"])

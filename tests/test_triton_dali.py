@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit_deploy.data import Preprocess, preprocess_image, sample_photographs
+from evit_deploy.data.images import Preprocess, preprocess_image, sample_photographs
 
 PREPROCESS = {
     "DeiT": Preprocess((224, 224)),
@@ -25,7 +25,7 @@ SIZES = ((640, 427), (427, 640), (300, 301), (511, 333), (512, 333), (224, 224))
 @pytest.mark.parametrize("name", PREPROCESS)
 def test_near_to_pillow(name):
     dali = pytest.importorskip("nvidia.dali")
-    from evit_deploy import triton_dali  # imports DALI
+    from evit_deploy.serving.server_files import dali as triton_dali  # imports DALI
 
     preprocess = PREPROCESS[name]
     files, wanted = [], []

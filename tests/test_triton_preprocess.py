@@ -16,9 +16,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from evit_deploy import triton_preprocess
-from evit_deploy.data import Preprocess, preprocess_image, sample_photographs
-from evit_deploy.triton_preprocess import ImageError, ImagePreprocess, TritonPythonModel
+from evit_deploy.data.images import Preprocess, preprocess_image, sample_photographs
+from evit_deploy.serving.server_files import preprocess as triton_preprocess
+from evit_deploy.serving.server_files.preprocess import ImageError, ImagePreprocess, TritonPythonModel
 
 HALF = (0.5, 0.5, 0.5)
 PREPROCESS = {

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from models import tree
 from served_models import GOLDEN, MODELS, image
 
+from evit_deploy.bundle.manifest import BatchProfile, TensorSpec, choose_profile
 from evit_deploy.errors import InputError
-from evit_deploy.manifest import BatchProfile, TensorSpec, choose_profile
-from evit_deploy.triton_repository import Serving, configurations, covered, model_config, write_repository
+from evit_deploy.serving.repository import Serving, configurations, covered, model_config, write_repository
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 pb = pytest.importorskip("tritonclient.grpc.model_config_pb2")

@@ -11,13 +11,13 @@ import pytest
 from triton_models import MODEL, NAME, copied
 from triton_server import TritonServer, binary, environment
 
-from evit_deploy.bundle import Bundle
-from evit_deploy.card import LOGITS, feeds
-from evit_deploy.golden import load_golden
-from evit_deploy.manifest import BatchProfile
-from evit_deploy.triton_connection import Connection
-from evit_deploy.triton_repository import MODEL_FILES, Serving, write_repository
-from evit_deploy.triton_server import Launch, declared_server
+from evit_deploy.bundle.bundle import Bundle
+from evit_deploy.bundle.manifest import BatchProfile
+from evit_deploy.export.card import LOGITS, feeds
+from evit_deploy.serving.deployment import Launch, declared_server
+from evit_deploy.serving.repository import MODEL_FILES, Serving, write_repository
+from evit_deploy.triton.connection import Connection
+from evit_deploy.verification.golden import load_golden
 
 pytestmark = pytest.mark.triton
 

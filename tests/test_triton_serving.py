@@ -12,16 +12,16 @@ import torch
 from triton_models import MODEL, NAME, bomb, copied, encoded, perturbed, photographs
 from triton_server import TritonServer
 
-from evit_deploy.bundle import Bundle
-from evit_deploy.card import LOGITS, feeds
-from evit_deploy.data import preprocess_image
+from evit_deploy.bundle.bundle import Bundle
+from evit_deploy.bundle.manifest import GOLDEN
+from evit_deploy.data.images import preprocess_image
 from evit_deploy.errors import InputError
-from evit_deploy.golden import Golden, load_golden
-from evit_deploy.manifest import GOLDEN
-from evit_deploy.parent import parent_model
-from evit_deploy.triton_client import Answer, ask, classify_files, file_sender
-from evit_deploy.triton_connection import Connection
-from evit_deploy.triton_failures import RequestLost, RequestRefused, ServerUnreachable
+from evit_deploy.export.card import LOGITS, feeds
+from evit_deploy.models.parent import parent_model
+from evit_deploy.triton.client import Answer, ask, classify_files, file_sender
+from evit_deploy.triton.connection import Connection
+from evit_deploy.triton.failures import RequestLost, RequestRefused, ServerUnreachable
+from evit_deploy.verification.golden import Golden, load_golden
 
 pytestmark = pytest.mark.triton
 
@@ -32,7 +32,7 @@ def golden(converted: Bundle) -> Golden:
 
 
 def client(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "evit_deploy.triton_client", *map(str, arguments)]
+    line = [sys.executable, "-m", "evit_deploy.triton.client", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=120)
 
 
@@ -244,7 +244,7 @@ def test_the_clients_command_names_what_was_lost(packaged, tmp_path):
     for path in paths:
         path.write_bytes(encoded(photographs()[0].resize((60, 60))))
     with TritonServer(repository) as server:
-        line = [sys.executable, "-m", "evit_deploy.triton_client", "--url", server.http, "--model-name", NAME]
+        line = [sys.executable, "-m", "evit_deploy.triton.client", "--url", server.http, "--model-name", NAME]
         more = ["--in-flight", "2", "--timeout", "4", *map(str, paths)]
         with subprocess.Popen([*line, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             with Connection(server.http) as connection:

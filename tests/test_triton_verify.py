@@ -10,12 +10,12 @@ import pytest
 from triton_models import MODEL, NAME, copied, perturbed
 from triton_server import TritonServer
 
-from evit_deploy.card import LOGITS, feeds
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.golden import load_golden
+from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.runtimes.triton import TritonRunner
-from evit_deploy.serving import find_model
-from evit_deploy.triton_connection import Connection, Served
+from evit_deploy.triton.connection import Connection, Served
+from evit_deploy.triton.find import find_model
+from evit_deploy.verification.golden import load_golden
 
 pytestmark = pytest.mark.triton
 QUICK = ("--batch-sizes", "1,3")

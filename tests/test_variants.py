@@ -12,15 +12,15 @@ from exports import DROP, answers, assert_close, copied, each, exported, lowered
 from models import KEEP, images, of_kind
 from onnx import ModelProto
 
-from evit_deploy.card import INPUT, LOGITS, kept_name, read_card
 from evit_deploy.errors import InputError
-from evit_deploy.export import OPSET
-from evit_deploy.golden import FLOOR, _replayed
+from evit_deploy.export.card import INPUT, LOGITS, kept_name, read_card
+from evit_deploy.export.portable import OPSET
+from evit_deploy.export.variants import slice_twin, with_choice, with_indices
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.op import NAME
 from evit_deploy.tokens.plan import BlockPlan, TokenPlan
 from evit_deploy.tokens.reduce import capture, token_plan
-from evit_deploy.variants import slice_twin, with_choice, with_indices
+from evit_deploy.verification.golden import FLOOR, _replayed
 
 
 def test_indices_are_outputs_when_asked_for():

@@ -24,17 +24,17 @@ from models import of_kind, write_checkpoint
 from onnx import ModelProto
 from PIL import Image
 
-from evit_deploy.bundle import Bundle, read_bundle
-from evit_deploy.data import _crop, preprocess_image, sample_inputs, sample_photographs
+from evit_deploy.bundle.bundle import Bundle, read_bundle
+from evit_deploy.bundle.manifest import DENSE, GOLDEN, MANIFEST, MODEL
+from evit_deploy.data.images import _crop, preprocess_image, sample_inputs, sample_photographs
 from evit_deploy.errors import InputError
 from evit_deploy.files import sha256
-from evit_deploy.golden import load_golden
-from evit_deploy.manifest import DENSE, GOLDEN, MANIFEST, MODEL
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import Report
-from evit_deploy.statistics import wilson
+from evit_deploy.report.report import Report
+from evit_deploy.report.statistics import wilson
 from evit_deploy.tokens.reduce import reduce_tokens_
-from evit_deploy.verify import verify, verify_runtime
+from evit_deploy.verification.golden import load_golden
+from evit_deploy.verification.verify import verify, verify_runtime
 
 BATCHES = (1, 2, 8)
 

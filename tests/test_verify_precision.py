@@ -23,14 +23,14 @@ from exports import answers, copied, exported, lowered, reduced, widened
 from models import images, of_kind
 from onnx import ModelProto
 
-from evit_deploy.accuracy import infer_all
-from evit_deploy.agreement import Answers, agreement_row
-from evit_deploy.card import INPUT, LOGITS, kept_name
 from evit_deploy.errors import InputError
-from evit_deploy.golden import Golden, make_golden
-from evit_deploy.report import Report
+from evit_deploy.export.card import INPUT, LOGITS, kept_name
+from evit_deploy.report.report import Report
 from evit_deploy.tokens.reduce import token_plan
-from evit_deploy.verify import verify_dense, verify_precision, verify_runtime
+from evit_deploy.verification.accuracy import infer_all
+from evit_deploy.verification.agreement import Answers, agreement_row
+from evit_deploy.verification.golden import Golden, make_golden
+from evit_deploy.verification.verify import verify_dense, verify_precision, verify_runtime
 
 BATCHES = (1, 2, 8)
 PLAN = token_plan(reduced("plain"))
@@ -110,7 +110,9 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Report, Ans
     """Verifies a function in place of a runtime."""
 
     def run(golden: Golden, answer: Callable[[np.ndarray], dict[str, np.ndarray]]) -> tuple[Report, Answers]:
-        module = importlib.import_module("evit_deploy.verify")  # the package's own attribute is the function
+        module = importlib.import_module(
+            "evit_deploy.verification.verify"
+        )  # the package's own attribute is the function
         monkeypatch.setattr(module, "opened", lambda *_, **__: contextlib.nullcontext(Scripted(answer)))
         return verify_runtime("x", None, golden, PLAN, (2,), 1)
 

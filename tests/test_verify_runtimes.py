@@ -10,18 +10,18 @@ from command_line import QUICK
 from exports import calibration_of
 from plans import rtx_plan, tiny_blocks
 
-from evit_deploy.bundle import Bundle, read_bundle, write_manifest
-from evit_deploy.checkpoint import Tokens
-from evit_deploy.convert import convert
+from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
+from evit_deploy.bundle.manifest import ENGINE, GOLDEN
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.golden import load_golden
-from evit_deploy.manifest import ENGINE, GOLDEN
-from evit_deploy.parent import parent_model
+from evit_deploy.models.checkpoint import Tokens
+from evit_deploy.models.parent import parent_model
+from evit_deploy.pipeline.convert import convert
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report import Report
-from evit_deploy.runtimes import Runner
+from evit_deploy.report.report import Report
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
-from evit_deploy.verify import prove, verify
+from evit_deploy.runtimes.runner import Runner
+from evit_deploy.verification.golden import load_golden
+from evit_deploy.verification.verify import prove, verify
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 ABSENT = "it was left at home"

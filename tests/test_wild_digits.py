@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from evit_deploy import wild_digits
-from evit_deploy.data import Preprocess, preprocess_image
+from evit_deploy.data import wild_digits
+from evit_deploy.data.images import Preprocess, preprocess_image
+from evit_deploy.data.training_data import curriculum_of, open_data
+from evit_deploy.data.wild_digits import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, Difficulty, WildDigits, photographs
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.recipe_sections import DataSection
-from evit_deploy.training_data import curriculum_of, open_data
-from evit_deploy.wild_digits import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, Difficulty, WildDigits, photographs
+from evit_deploy.recipe.sections import DataSection
 
 LUMA = np.array([0.299, 0.587, 0.114])
 

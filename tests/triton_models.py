@@ -12,9 +12,9 @@ from onnx import numpy_helper
 from PIL import Image
 from triton_server import TritonServer
 
-from evit_deploy.bundle import Bundle
-from evit_deploy.data import sample_photographs
-from evit_deploy.package import package
+from evit_deploy.bundle.bundle import Bundle
+from evit_deploy.data.images import sample_photographs
+from evit_deploy.serving.package import package
 
 NAME, MODEL = "tiny", "tiny_model"
 

@@ -20,7 +20,7 @@ from typing import Self
 import pytest
 
 from evit_deploy.errors import EvitDeployError
-from evit_deploy.triton_connection import Connection
+from evit_deploy.triton.connection import Connection
 
 PACKAGES = ("nvidia-pytriton==0.7.0", "numpy<2", "onnxruntime>=1.23", "pillow>=10")
 READY = 60.0

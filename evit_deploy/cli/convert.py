@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.common import PATH, Positive, build_options, tokens_of, tokens_options
+from evit_deploy.cli.options import PATH, Positive, build_options, tokens_of, tokens_options
 from evit_deploy.cli.output import Output, output_options
 
 
@@ -62,9 +62,9 @@ def command(
     tokens = tokens_of(keep_rate, locations, fuse, method)
     import msgspec
 
-    from evit_deploy.convert import convert
-    from evit_deploy.options import BuildOptions
-    from evit_deploy.plugin import choose_plugin
+    from evit_deploy.engines.options import BuildOptions
+    from evit_deploy.engines.plugin.library import choose_plugin
+    from evit_deploy.pipeline.convert import convert
 
     builder = BuildOptions(
         profiles=profiles or BuildOptions().profiles,

@@ -22,7 +22,7 @@ def command(output: Output) -> None:
     from evit_deploy.errors import MissingRequirement
 
     try:
-        from evit_deploy.doctor import doctor
+        from evit_deploy.doctor.doctor import doctor
     except ImportError as error:  # all that doctor itself needs
         raise MissingRequirement(
             f"msgspec cannot be used: {error}", fix="Run: pip install --force-reinstall msgspec"

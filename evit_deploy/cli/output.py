@@ -92,8 +92,8 @@ class Output:
         if report is not None:
             from rich.console import Console
 
-            from evit_deploy.report import Report
-            from evit_deploy.tables import render
+            from evit_deploy.report.report import Report
+            from evit_deploy.report.tables import render
 
             width = None if sys.stdout.isatty() else 160  # a pipe has no width; tables must not be cut there
             if isinstance(report, Report):

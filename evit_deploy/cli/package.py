@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.common import PATH
+from evit_deploy.cli.options import PATH
 from evit_deploy.cli.output import Output, output_options
 
 
@@ -50,7 +50,7 @@ def command(
     evit-deploy package deit_s-a100 deit_s-h100 --for triton --gpu sm80 --gpu sm90 --server 26.07
     evit-deploy package deit_s-evit-k0.7 --for cpp
     """
-    from evit_deploy.package import TritonOptions, package
+    from evit_deploy.serving.package import TritonOptions, package
 
     given = {
         "server": server, "server_tensorrt": server_tensorrt, "preprocess": preprocess, "max_batch": max_batch,

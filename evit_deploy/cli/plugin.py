@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from evit_deploy.cli.common import PATH
+from evit_deploy.cli.options import PATH
 from evit_deploy.cli.output import Output, output_options
 
 
@@ -32,9 +32,9 @@ def build(tensorrt_root: Path | None, architectures: str | None, out: Path | Non
     evit-deploy plugin build
     evit-deploy plugin build --tensorrt-root /opt/TensorRT-11.1 --architectures 90
     """
+    from evit_deploy.engines.plugin.build import build_plugin
+    from evit_deploy.engines.plugin.library import LIBRARY
     from evit_deploy.files import sha256
-    from evit_deploy.plugin import LIBRARY
-    from evit_deploy.plugin_build import build_plugin
 
     names = architectures.split(",") if architectures is not None else ()
     folder = build_plugin(out, tensorrt_root=tensorrt_root, architectures=names, progress=output.progress)
@@ -53,8 +53,8 @@ def check(library: Path | None, output: Output) -> None:
     \b
     evit-deploy plugin check
     """
+    from evit_deploy.engines.plugin.build import check_plugin
     from evit_deploy.errors import GateFailed
-    from evit_deploy.plugin_build import check_plugin
 
     report = check_plugin(library, output.progress)
     output.result(report, passed=report.passed)

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.common import Numbers, Positive, run_options, server_of, server_options, tokens_of, tokens_options
+from evit_deploy.cli.options import Numbers, Positive, run_options, server_of, server_options, tokens_of, tokens_options
 from evit_deploy.cli.output import Output, output_options
 
 
@@ -43,7 +43,7 @@ def command(
     server = server_of(options)
     tokens = tokens_of(keep_rate, locations, fuse, method)
     from evit_deploy.errors import GateFailed
-    from evit_deploy.profile import profile, speed_gate
+    from evit_deploy.profiling.profile import profile, speed_gate
 
     report = profile(target, tokens=tokens, server=server, progress=output.progress, **options)
     report += speed_gate(report, min_speedup)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from evit_deploy.cli.common import PATH, recipe_options
+from evit_deploy.cli.options import PATH, recipe_options
 from evit_deploy.cli.output import Output, output_options
 
 
@@ -18,15 +18,15 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: b
     \b
     evit-deploy run recipes/digits.yaml
     """
-    from evit_deploy.recipe import is_sweep, load_recipe, load_sweep
+    from evit_deploy.recipe.recipe import is_sweep, load_recipe, load_sweep
 
     if is_sweep(recipe):
-        from evit_deploy.sweep import sweep
+        from evit_deploy.profiling.sweep import sweep
 
         output.result(sweep(load_sweep(recipe, overrides), progress=output.progress))
         return
     loaded = load_recipe(recipe, overrides)
-    from evit_deploy.pipeline import run
+    from evit_deploy.pipeline.run import run
 
     folder = out or Path("runs") / loaded.name
     bundle, report = run(loaded, folder, force=force, progress=output.progress, notice=output.notice)

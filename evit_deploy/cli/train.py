@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from evit_deploy.cli.common import PATH, recipe_options
+from evit_deploy.cli.options import PATH, recipe_options
 from evit_deploy.cli.output import Output, output_options
 
 
@@ -25,11 +25,11 @@ def command(
     """
     if force and resume:
         raise click.UsageError("--force begins anew and --resume goes on: give one of them")
-    from evit_deploy.recipe import load_recipe
+    from evit_deploy.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from evit_deploy.pipeline import train_stage
-    from evit_deploy.train import EVIT
+    from evit_deploy.pipeline.run import train_stage
+    from evit_deploy.training.loop import EVIT
 
     folder = out or Path("runs") / loaded.name
     report = train_stage(loaded, folder, force=force, resume=resume, progress=output.progress, notice=output.notice)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.common import PATH, Numbers, run_options, server_of, server_options
+from evit_deploy.cli.options import PATH, Numbers, run_options, server_of, server_options
 from evit_deploy.cli.output import Output, output_options
 
 
@@ -26,7 +26,7 @@ def command(bundle: Path, output: Output, **options: Any) -> None:
     """
     server = server_of(options)
     from evit_deploy.errors import GateFailed
-    from evit_deploy.verify import verify
+    from evit_deploy.verification.verify import verify
 
     report = verify(bundle, server=server, progress=output.progress, **options)
     output.result(report, f"\n{'verified' if report.passed else 'NOT verified'}: {bundle}", passed=report.passed)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evit_deploy.card import INPUT, LOGITS, kept_name
 from evit_deploy.errors import MissingRequirement, StageError
+from evit_deploy.export.card import INPUT, LOGITS, kept_name
 from evit_deploy.runtimes.eager import EagerRunner, to_numpy
 from evit_deploy.tokens.reduce import TokenReducer, token_plan
 

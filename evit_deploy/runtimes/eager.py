@@ -7,11 +7,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from evit_deploy.backbones import backbone_of
-from evit_deploy.card import INPUT, LOGITS, kept_name
+from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.errors import UnsupportedModelError
-from evit_deploy.manifest import TensorSpec
-from evit_deploy.runtimes import Runner
+from evit_deploy.export.card import INPUT, LOGITS, kept_name
+from evit_deploy.runtimes.runner import Runner
+from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.reduce import capture, token_plan
 
 

@@ -18,11 +18,11 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from evit_deploy.card import load_onnx, read_card
+from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.errors import MissingRequirement, StageError
-from evit_deploy.manifest import TensorSpec
-from evit_deploy.runtimes import Runner
-from evit_deploy.variants import with_indices
+from evit_deploy.export.card import load_onnx, read_card
+from evit_deploy.export.variants import with_indices
+from evit_deploy.runtimes.runner import Runner
 
 _NUMPY_NAMES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int32)": "int32"}
 

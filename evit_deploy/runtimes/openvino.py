@@ -11,10 +11,10 @@ from typing import Any, Literal, Self
 import numpy as np
 from onnx import ModelProto
 
-from evit_deploy.card import ModelCard, load_onnx, read_card
+from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.manifest import TensorSpec
-from evit_deploy.openvino_ir import (
+from evit_deploy.export.card import ModelCard, load_onnx, read_card
+from evit_deploy.export.openvino import (
     import_openvino,
     kept_outputs,
     one_line,
@@ -22,7 +22,7 @@ from evit_deploy.openvino_ir import (
     openvino_model,
     read_openvino,
 )
-from evit_deploy.runtimes import Runner
+from evit_deploy.runtimes.runner import Runner
 
 # Precision of a file -> what OpenVINO is told to compute in. INT8 lies in the file's own quantised operators; the rest
 # of such a file is FP32.

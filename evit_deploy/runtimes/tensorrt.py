@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX: a plan on an NVIDIA GPU, with PyTorch's tensors as its buffers.
 
 The two libraries have one API in two packages. Every batch size gets an execution context of its own, with its shapes,
-buffers and CUDA graph fixed (:class:`~evit_deploy.runtimes.plan_lane.Lane`).
+buffers and CUDA graph fixed (:class:`~evit_deploy.runtimes.tensorrt_lane.Lane`).
 """
 
 import importlib.util
@@ -15,14 +15,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 
-from evit_deploy import gpu
-from evit_deploy.engine import MODULES, misfit, read_header
+from evit_deploy.bundle.manifest import BatchProfile, TensorSpec, choose_profile
+from evit_deploy.engines.layers import Layer, parse_layers
+from evit_deploy.engines.plan_file import MODULES, misfit, read_header
+from evit_deploy.engines.plugin.library import load_plugin
+from evit_deploy.environment import nvidia as gpu
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, StageError
-from evit_deploy.inspector import Layer, parse_layers
-from evit_deploy.manifest import BatchProfile, TensorSpec, choose_profile
-from evit_deploy.plugin import load_plugin
-from evit_deploy.runtimes import Runner, Timings
-from evit_deploy.runtimes.plan_lane import Lane, torch_dtype
+from evit_deploy.runtimes.runner import Runner, Timings
+from evit_deploy.runtimes.tensorrt_lane import Lane, torch_dtype
 
 LANES = 16
 """Batch sizes kept ready at a time; the one that was prepared first goes first."""

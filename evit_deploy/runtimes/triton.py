@@ -10,11 +10,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from evit_deploy.card import kept_name
+from evit_deploy.bundle.manifest import BatchProfile, TensorSpec
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, StageError
-from evit_deploy.manifest import BatchProfile, TensorSpec
-from evit_deploy.runtimes import Runner
-from evit_deploy.triton_connection import IN_FLIGHT, Connection, Served, client_missing, split_url
+from evit_deploy.export.card import kept_name
+from evit_deploy.runtimes.runner import Runner
+from evit_deploy.triton.connection import IN_FLIGHT, Connection, Served, client_missing, split_url
 
 _KEPT = kept_name(0).rstrip("0")
 

@@ -1,1 +1,1 @@
-"""Token reduction: the plan (counts), the op (tensors), the methods, and the one verb ``reduce_tokens_``."""
+"""Which tokens stay: plan, operator, reduction methods and the contract of a model family."""

@@ -8,9 +8,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from evit_deploy.backbones import backbone_of, copy_sharing_weights
 from evit_deploy.errors import InputError
 from evit_deploy.registry import METHODS
+from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
 from evit_deploy.tokens.op import class_scores, token_reorg
 from evit_deploy.tokens.plan import BlockPlan, TokenPlan, TokenSpec, make_plan
 

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 
-from evit_deploy.machine import device, versions
+from evit_deploy.environment.machine import device, versions
 
 
 def deit_small() -> Any:

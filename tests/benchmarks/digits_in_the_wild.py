@@ -22,13 +22,13 @@ from common import save
 from safetensors.torch import load_file, save_file
 
 from evit_deploy import load_recipe, reduce_tokens_, token_plan
-from evit_deploy.compare import evaluate_each, with_method
-from evit_deploy.recipe import Recipe
-from evit_deploy.statistics import difference
+from evit_deploy.data.training_data import curriculum_of
+from evit_deploy.recipe.recipe import Recipe
+from evit_deploy.report.statistics import difference
 from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.train import fit
-from evit_deploy.training_data import curriculum_of
-from evit_deploy.training_setup import setup
+from evit_deploy.training.compare import evaluate_each, with_method
+from evit_deploy.training.loop import fit
+from evit_deploy.training.setup import setup
 
 RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
 Model = dict[str, Any]

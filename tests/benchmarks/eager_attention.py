@@ -16,9 +16,9 @@ import torch
 from common import deit_small, save
 
 from evit_deploy import TokenSpec, reduce_tokens_
-from evit_deploy.measure import measure
-from evit_deploy.running import opened
-from evit_deploy.statistics import median_interval
+from evit_deploy.profiling.timing import measure
+from evit_deploy.report.statistics import median_interval
+from evit_deploy.runtimes.select import opened
 from evit_deploy.tokens.op import token_reorg
 
 

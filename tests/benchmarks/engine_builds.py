@@ -11,10 +11,10 @@ import onnx
 from common import deit_small, save
 
 from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, set_precision, token_plan
-from evit_deploy.audit import engine_checks
-from evit_deploy.build import build_engine
-from evit_deploy.data import Preprocess, sample_inputs
-from evit_deploy.options import BuildOptions
+from evit_deploy.data.images import Preprocess, sample_inputs
+from evit_deploy.engines.audit import engine_checks
+from evit_deploy.engines.build import build_engine
+from evit_deploy.engines.options import BuildOptions
 
 BUILDS = (
     *((precision, gpu) for precision in ("fp16", "bf16", "int8") for gpu in ("sm80", "sm89", "sm120")),

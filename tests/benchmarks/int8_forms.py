@@ -16,12 +16,12 @@ import torch
 from common import deit_small, save
 
 from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, set_precision
-from evit_deploy.accuracy import infer_all
-from evit_deploy.data import Preprocess, sample_inputs
-from evit_deploy.measure import measure
-from evit_deploy.quantize import quantize
-from evit_deploy.running import opened
-from evit_deploy.statistics import median_interval
+from evit_deploy.data.images import Preprocess, sample_inputs
+from evit_deploy.export.quantization import quantize
+from evit_deploy.profiling.timing import measure
+from evit_deploy.report.statistics import median_interval
+from evit_deploy.runtimes.select import opened
+from evit_deploy.verification.accuracy import infer_all
 
 RUNTIMES = ("onnxruntime", "openvino")
 FP32, CPU, ENGINE, FORM = "fp32", "int8 for CPUs", "int8 for engines", "int8 for engines, rest FP32"

@@ -15,10 +15,10 @@ import torch
 from common import deit_small, save
 
 from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, slice_twin, token_plan
-from evit_deploy.data import Preprocess
-from evit_deploy.measure import measure
-from evit_deploy.running import opened
-from evit_deploy.statistics import median_interval
+from evit_deploy.data.images import Preprocess
+from evit_deploy.profiling.timing import measure
+from evit_deploy.report.statistics import median_interval
+from evit_deploy.runtimes.select import opened
 
 
 def plain_export(model: torch.nn.Module, path: Path) -> None:

@@ -16,17 +16,17 @@ import torch
 from common import deit_small, save
 
 from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, set_precision, slice_twin, token_plan
-from evit_deploy.accuracy import infer_all
-from evit_deploy.agreement import Answers, agreement_row, named_patches
-from evit_deploy.checkpoint import build_model, read_checkpoint
-from evit_deploy.data import Preprocess, sample_inputs
-from evit_deploy.measure import measure
-from evit_deploy.precision import DTYPES
-from evit_deploy.recipe import load_recipe
-from evit_deploy.running import opened
-from evit_deploy.statistics import median_interval, wilson
+from evit_deploy.data.images import Preprocess, sample_inputs
+from evit_deploy.data.training_data import open_data
+from evit_deploy.export.precision import DTYPES
+from evit_deploy.models.checkpoint import build_model, read_checkpoint
+from evit_deploy.profiling.timing import measure
+from evit_deploy.recipe.recipe import load_recipe
+from evit_deploy.report.statistics import median_interval, wilson
+from evit_deploy.runtimes.select import opened
 from evit_deploy.tokens.reduce import dense_twin
-from evit_deploy.training_data import open_data
+from evit_deploy.verification.accuracy import infer_all
+from evit_deploy.verification.agreement import Answers, agreement_row, named_patches
 
 RUNS = (
     ("eager", "fp32"),

@@ -23,18 +23,18 @@ import torch
 from common import deit_small, save
 from PIL import Image
 
-from evit_deploy.bundle import Bundle, read_bundle
-from evit_deploy.card import LOGITS, feeds
-from evit_deploy.checkpoint import Tokens
-from evit_deploy.convert import convert
-from evit_deploy.data import preprocess_image, sample_photographs
-from evit_deploy.digits import digits_images
-from evit_deploy.golden import load_golden
-from evit_deploy.manifest import GOLDEN
-from evit_deploy.package import package
+from evit_deploy.bundle.bundle import Bundle, read_bundle
+from evit_deploy.bundle.manifest import GOLDEN
+from evit_deploy.data.digits import digits_images
+from evit_deploy.data.images import preprocess_image, sample_photographs
+from evit_deploy.export.card import LOGITS, feeds
+from evit_deploy.models.checkpoint import Tokens
+from evit_deploy.pipeline.convert import convert
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
-from evit_deploy.triton_client import Answer, ask, file_sender
-from evit_deploy.triton_connection import Connection
+from evit_deploy.serving.package import package
+from evit_deploy.triton.client import Answer, ask, file_sender
+from evit_deploy.triton.connection import Connection
+from evit_deploy.verification.golden import load_golden
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from triton_server import TritonServer

@@ -18,9 +18,9 @@ import torch
 from common import deit_small, save
 
 from evit_deploy import TokenSpec, reduce_tokens_, token_plan
-from evit_deploy.recipe_sections import TrainSection
-from evit_deploy.statistics import median_interval
-from evit_deploy.training_run import TrainingRun
+from evit_deploy.recipe.sections import TrainSection
+from evit_deploy.report.statistics import median_interval
+from evit_deploy.training.step import TrainingRun
 
 
 def official_reorganize(x: torch.Tensor, scores: torch.Tensor, keep: int) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""What is handed from stage to stage: a folder, and the manifest that describes it."""

@@ -1,0 +1,213 @@
+"""A bundle: one folder with the model, its twin, golden answers and a manifest that says what everything is.
+
+A bundle appears whole or not at all: it is written beside its place under another name and moved there in one step.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import Self
+
+import msgspec
+
+from evit_deploy.bundle.manifest import FORMAT, MANIFEST, PACKAGE, Manifest
+from evit_deploy.errors import InputError, StageError
+from evit_deploy.files import hashes, sha256
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """A bundle on disk.
+
+    Args:
+        path: Its folder.
+        manifest: What is in it.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """Path of a listed file.
+
+        Raises:
+            InputError: The manifest does not list it, or it is gone.
+        """
+        if name not in self.manifest.files:
+            raise InputError(f"this bundle has no {name}", where=self.path)
+        path = self.path / name
+        if not path.is_file():
+            raise InputError(f"{name} is listed in the manifest and missing", where=self.path, fix="Convert again.")
+        return path
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Reads a bundle's manifest and checks that every listed file stays inside.
+
+    Raises:
+        InputError: No bundle, a damaged manifest, a manifest of another version, or a file name that leads outside.
+    """
+    manifest_path = path / MANIFEST
+    try:
+        if not path.exists():
+            raise InputError("no such bundle", where=path)
+        if not manifest_path.is_file():
+            raise InputError(f"not a bundle (no {MANIFEST} in it)", where=path)
+    except OSError as error:  # a name too long for any file, a folder that may not be entered
+        raise InputError(f"no such bundle ({error.strerror})", where=path) from None
+    try:
+        manifest = msgspec.json.decode(manifest_path.read_bytes(), type=Manifest)
+    except (msgspec.DecodeError, OSError) as error:
+        raise InputError(f"the manifest cannot be read: {error}", where=manifest_path, fix="Convert again.") from None
+    if manifest.format != FORMAT:
+        raise InputError("a bundle of another version", where=manifest_path, seen=manifest.format, wanted=FORMAT)
+    root = path.resolve()
+    for name in manifest.files:
+        if not _is_inside(root, name):
+            raise InputError("the manifest lists a file outside the bundle", where=manifest_path, seen=repr(name))
+    return Bundle(path, manifest)
+
+
+def _is_inside(root: Path, name: str) -> bool:
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
+        return False
+    try:
+        return (root / name).resolve().is_relative_to(root)
+    except (OSError, RuntimeError, ValueError):  # too long, links in a circle, a zero byte
+        return False
+
+
+def changed_files(bundle: Bundle) -> list[str]:
+    """Names of listed files that are gone or no longer have their hash."""
+    changed = []
+    for name, digest in bundle.manifest.files.items():
+        path = bundle.path / name
+        if not path.is_file() or sha256(path) != digest:
+            changed.append(name)
+    return changed
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Makes sure, before any work, that a bundle may be written to ``out``.
+
+    Raises:
+        InputError: It exists and ``force`` was not given; it holds files that are no bundle's and no package's; or its
+            folder cannot be written to.
+    """
+    try:
+        exists = out.exists() or out.is_symlink()
+    except OSError as error:  # a name too long for any file, a folder that may not be entered
+        raise InputError(f"cannot write there ({error.strerror})", where=out, fix="Give another --out.") from None
+    if exists:
+        if not force:
+            raise InputError("it exists already", where=out, fix="Give --force to replace it, or another --out.")
+        strangers = _strangers(out)
+        if strangers:
+            raise InputError(
+                "it holds files that no bundle wrote, and --force only replaces bundles and packages",
+                where=out,
+                seen=", ".join(strangers[:3]),
+                fix="Move them away, or give another --out.",
+            )
+    folder = out.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError("its parent is not a folder", where=out, seen=folder)
+    try:  # asking os.access is not enough: read-only file systems, quotas, root
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".evit-deploy-"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write there ({error.strerror})", where=folder, fix="Give another --out.") from None
+
+
+def _strangers(out: Path) -> list[str]:
+    if not out.is_dir() or out.is_symlink():
+        return [out.name]
+    known = _listed(out)
+    return sorted(
+        str(path.relative_to(out))
+        for path in out.rglob("*")
+        if not path.is_dir() and path.relative_to(out).as_posix() not in known
+    )
+
+
+def _listed(out: Path) -> set[str]:
+    """Names of the files that a bundle's manifest or a package's list claims."""
+    try:
+        known = set(read_bundle(out).manifest.files) | {MANIFEST}
+    except InputError:
+        known = set()
+    try:
+        listed = msgspec.json.decode((out / PACKAGE).read_bytes(), type=_Listed)
+    except (OSError, msgspec.DecodeError):
+        return known
+    return known | set(listed.files) | {PACKAGE}
+
+
+class _Listed(msgspec.Struct):
+    """What of ``package.json`` matters here; the whole is :class:`evit_deploy.serving.package.Package`."""
+
+    files: dict[str, str]
+
+
+class Staging:
+    """A folder beside ``out`` that holds a bundle in the making, and vanishes unless it is published.
+
+    Args:
+        out: Where the bundle is to appear.
+        force: Whether to replace an older bundle there.
+
+    Raises:
+        InputError: See :func:`check_out`.
+    """
+
+    def __init__(self, out: Path, *, force: bool) -> None:
+        check_out(out, force=force)
+        self.out = out
+
+    def __enter__(self) -> Self:
+        self._made = [folder for folder in self.out.parents if not folder.exists()]
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name[:40]}-"))
+        self.path.chmod(0o755)  # mkdtemp is private; a bundle is meant to be served by somebody else
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: something was published
+            for folder in self._made:
+                folder.rmdir()
+        if isinstance(error, OSError):
+            what = f"the files could not be written ({error.strerror or error})"
+            raise StageError(what, where=self.out, fix="Nothing was left behind.") from error
+
+    def publish(self, out: Path) -> None:
+        """Moves the folder to its place, in one step; an older bundle there is replaced or stays as it was.
+
+        Args:
+            out: ``self.out``, or another place beside it.
+        """
+        if not out.exists():
+            os.replace(self.path, out)
+            return
+        old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name[:40]}-old-"))
+        try:
+            os.replace(out, old / out.name)
+            try:
+                os.replace(self.path, out)
+            except BaseException:
+                os.replace(old / out.name, out)
+                raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(staging: Path, manifest: Manifest) -> None:
+    """Hashes everything in a staging folder, and writes the manifest that lists it."""
+    files = hashes(staging)
+    files.pop(MANIFEST, None)  # written before, with less in it
+    manifest = msgspec.structs.replace(manifest, files=files)
+    (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))

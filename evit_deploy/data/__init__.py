@@ -1,0 +1,1 @@
+"""Images: preprocessing, folders and archives, digits, and the batches that training draws."""

@@ -1,0 +1,132 @@
+"""Decoded images on disk: a JPEG is decoded once, not once a pass.
+
+Every image is kept as uint8 RGB with its shorter side no longer than a bound, one after the other in one file that is
+mapped into memory. The key of a cache is what the images are and the bound: a file that changes makes a new cache.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from evit_deploy.data.sampling import loader
+from evit_deploy.data.sources import Source
+from evit_deploy.errors import InputError, StageError
+
+PIXELS, INDEX = "pixels.bin", "index.npy"
+_FORMAT = 1
+
+
+class CachedSource:
+    """A :class:`evit_deploy.data.sources.Source` that reads from a cache; made by :func:`cached`."""
+
+    def __init__(self, source: Source, path: Path) -> None:
+        self.classes, self._source, self._path = source.classes, source, path
+        self._index = np.load(path / INDEX)  # start, height, width, label; a height of 0 is an unreadable image
+        self._pixels: np.ndarray | None = None
+        if len(self._index) != len(source) or (path / PIXELS).stat().st_size != _length(self._index):
+            raise InputError("the cache of decoded images is damaged", where=path, fix="Delete it.")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pixels": None}  # another process maps the file itself
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """See :class:`evit_deploy.data.sources.Source`."""
+        start, height, width, label = map(int, self._index[index])
+        if not height:
+            return self._source.load(index)  # which says why, or has become readable
+        if self._pixels is None:
+            self._pixels = np.memmap(self._path / PIXELS, dtype=np.uint8, mode="r")
+        pixels = self._pixels[start : start + height * width * 3].reshape(height, width, 3)
+        return Image.fromarray(np.ascontiguousarray(pixels)), label
+
+    def name(self, index: int) -> str:
+        """See :class:`evit_deploy.data.sources.Source`."""
+        return self._source.name(index)
+
+    def present(self) -> set[int]:
+        """See :class:`evit_deploy.data.sources.Source`."""
+        return self._source.present()
+
+    def stamp(self) -> list[Any]:
+        """See :class:`evit_deploy.data.sources.Source`."""
+        return self._source.stamp()
+
+
+def cached(source: Source, folder: Path, side: int, workers: int) -> CachedSource:
+    """Opens the cache of a source, and makes it first if there is none.
+
+    Args:
+        source: Where images come from.
+        folder: Where caches lie, one folder each; made if it is missing.
+        side: Longest that the shorter side of a kept image may be, in pixels; smaller images stay as they are.
+        workers: Processes that decode.
+
+    Raises:
+        StageError: It cannot be written; nothing half-made is left.
+        InputError: A cache with the right key is damaged.
+    """
+    stamp = msgspec.json.encode([_FORMAT, side, source.classes, len(source), source.stamp()])
+    path = folder / hashlib.sha256(stamp).hexdigest()[:24]
+    if not (path / INDEX).is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
+            try:
+                _write(source, part, side, workers)
+                if not (path / INDEX).is_file():  # another process may have been faster
+                    part.replace(path)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+        except OSError as error:
+            if not (path / INDEX).is_file():
+                fix = "Free some space, set data.cache to another folder, or to null."
+                raise StageError(f"decoded images cannot be kept: {error}", where=folder, fix=fix) from error
+    return CachedSource(source, path)
+
+
+class _Small:
+    """Items of a source as arrays, made smaller; an unreadable one is ``None``."""
+
+    def __init__(self, source: Source, side: int) -> None:
+        self._source, self._side = source, side
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray | None, int]:
+        try:
+            image, label = self._source.load(index)
+        except InputError:
+            return None, -1
+        factor = self._side / min(image.size)
+        if factor < 1:
+            size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        return np.asarray(image), label
+
+
+def _write(source: Source, part: Path, side: int, workers: int) -> None:
+    rows, start = [], 0
+    asked = [list(range(i, min(i + 16, len(source)))) for i in range(0, len(source), 16)]
+    with (part / PIXELS).open("wb") as file:
+        for items in loader(_Small(source, side), asked, workers, list, 2 * max(1, workers)):
+            for pixels, label in items:
+                height, width = (0, 0) if pixels is None else pixels.shape[:2]
+                rows.append((start, height, width, label))
+                if pixels is not None:
+                    file.write(pixels.tobytes())
+                    start += pixels.nbytes
+    np.save(part / INDEX, np.array(rows, dtype=np.int64))
+
+
+def _length(index: np.ndarray) -> int:
+    return int((index[:, 1] * index[:, 2]).sum()) * 3

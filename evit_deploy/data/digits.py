@@ -1,0 +1,131 @@
+"""The digits inside scikit-learn: images to train, to evaluate and to take as samples."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from evit_deploy.data.curriculum import Curriculum
+from evit_deploy.data.images import Preprocess, preprocess_image
+from evit_deploy.data.sampling import Batch, share, spaced, validation_rows, whole_batches
+from evit_deploy.recipe.sections import DataSection
+
+
+def digits_preprocess(image_size: int) -> Preprocess:
+    """How the digits are put into a model: enlarged, the whole image, black is -1 and white is 1."""
+    half = (0.5, 0.5, 0.5)
+    return Preprocess(size=(image_size, image_size), crop_pct=1.0, mean=half, std=half)
+
+
+def digits_images() -> tuple[list[Image.Image], np.ndarray]:
+    """The 1,797 handwritten digits inside scikit-learn: 8 × 8 images and their labels, int64."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
+    shades = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # they come as 0 to 16
+    return [Image.fromarray(shade) for shade in shades], np.asarray(labels, np.int64)
+
+
+def digits_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the 1,437 training and the 360 test digits, each digit with its share in both; always the same."""
+    from sklearn.model_selection import train_test_split
+
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    return np.asarray(train), np.asarray(test)
+
+
+def load_digits_data(
+    image_size: int,
+) -> tuple[tuple["torch.Tensor", "torch.Tensor"], tuple["torch.Tensor", "torch.Tensor"]]:
+    """The digits as tensors: 1,437 for training and 360 for testing, each digit with its share in both.
+
+    They go through the same preprocessing as a digit that is read from a file later.
+
+    Args:
+        image_size: Side of the model's input in pixels.
+
+    Returns:
+        Training and test set, each images float32 ``[N, 3, image_size, image_size]`` and labels int64 ``[N]``.
+    """
+    import torch
+
+    images, labels = digits_images()
+    preprocess = digits_preprocess(image_size)
+    tensors = torch.from_numpy(np.stack([preprocess_image(image, preprocess) for image in images]))
+    train, test = digits_split(labels)
+    targets = torch.from_numpy(labels)
+    return (tensors[train], targets[train]), (tensors[test], targets[test])
+
+
+class DigitsData:
+    """The digits inside scikit-learn, varied by rotation, size and place; all in memory."""
+
+    def __init__(self, section: DataSection, preprocess: Preprocess) -> None:
+        self.classes = tuple("0123456789")
+        self.preprocess = digits_preprocess(preprocess.size[0])
+        self._section = section
+        self._train, self._test = load_digits_data(preprocess.size[0])
+        self._background = float(self._train[0].min())
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """See :class:`TrainingData`."""
+        return whole_batches(len(self._train[0]), batch_size)
+
+    def training(
+        self,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        curriculum: Curriculum | None = None,
+    ) -> Iterator[Batch]:
+        """See :class:`TrainingData`."""
+        images, labels = self._train
+        mine, steps = share(batch_size, rank, world), self.steps_per_epoch(batch_size)
+        # One generator for order and variation, as long as the set is small enough to draw everything again.
+        generator, step = torch.Generator().manual_seed(seed), 0
+        while True:
+            order = torch.randperm(len(images), generator=generator)[: steps * batch_size]
+            for chosen in order.split(batch_size):
+                varied = augment(images[chosen], self._section, generator, self._background)
+                if step >= start_step:
+                    yield varied[mine], labels[chosen][mine]
+                step += 1
+
+    def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """See :class:`TrainingData`."""
+        images, labels = self._test
+        for rows in validation_rows(len(images), batch_size, rank, world):
+            yield images[rows], labels[rows]
+
+    def calibration(self, count: int) -> np.ndarray:
+        """See :class:`TrainingData`."""
+        images = self._train[0]
+        return images[spaced(len(images), count)].numpy()
+
+
+def augment(images: Tensor, section: DataSection, generator: torch.Generator, background: float) -> Tensor:
+    """Rotates, resizes and shifts every image by its own random amount.
+
+    Args:
+        images: ``[B, C, H, W]``.
+        section: Its ``rotation`` (degrees), ``scale`` and ``shift`` (shares) are the largest amounts, either way.
+        generator: Where the random numbers come from.
+        background: Value that moves in from outside.
+
+    Returns:
+        ``[B, C, H, W]``.
+    """
+    amounts = 2 * torch.rand(4, len(images), generator=generator) - 1
+    angle = amounts[0] * torch.pi * section.rotation / 180
+    size = 1 + amounts[1] * section.scale
+    shift = amounts[2:] * section.shift * 2  # affine_grid's coordinates run from -1 to 1
+    cosine, sine = angle.cos() / size, angle.sin() / size
+    matrix = torch.stack([cosine, -sine, shift[0], sine, cosine, shift[1]], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images - background, grid, align_corners=False) + background

@@ -1,0 +1,274 @@
+"""Training and validation images on disk: varied, mixed, and counted where they cannot be read."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup, create_transform
+from torch import Tensor
+
+from evit_deploy.data.cache import cached
+from evit_deploy.data.curriculum import Curriculum
+from evit_deploy.data.images import Preprocess
+from evit_deploy.data.sampling import (
+    AHEAD,
+    Batch,
+    Batches,
+    Draw,
+    loader,
+    own_randomness,
+    spaced,
+    stacked,
+    validation_rows,
+    whole_batches,
+)
+from evit_deploy.data.sources import Folder, Place, Source, open_source
+from evit_deploy.data.token_labels import CropAndFlip, FollowedTransform, TokenLabelMaps, operations_of
+from evit_deploy.errors import InputError, RecipeError
+from evit_deploy.recipe.sections import DataSection
+
+Tell = Callable[[str], None]
+
+
+class FolderData:
+    """Images on disk, varied as in the official DeiT and EViT training.
+
+    RandAugment, colour jitter, flips, random erasing, mixup, CutMix and repeated augmentation. See
+    :mod:`evit_deploy.data.sources` for where the images may lie.
+    """
+
+    def __init__(self, section: DataSection, preprocess: Preprocess, notice: Tell | None = None) -> None:
+        self._section, self.preprocess = section, preprocess
+        self._train = open_source(self._place("train"))
+        self.classes = self._train.classes
+        self._validation = open_source(self._place("validation"), self.classes)
+        present = self._validation.present()
+        missing = [name for i, name in enumerate(self.classes) if i not in present]
+        if missing and notice is not None:
+            named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            notice(f"data.validation has no images of {len(missing)} of the {len(self.classes)} classes: {named}")
+        self._maps = self._token_labels()
+        if section.cache is not None:
+            self._train = cached(self._train, Path(section.cache), section.cache_size, section.workers)
+        self._unreadable = {
+            "train": Unreadable("data.train", len(self._train), section.max_corrupt, notice),
+            "validation": Unreadable("data.validation", len(self._validation), section.max_corrupt, notice),
+        }
+        self._transform: Any = create_transform(
+            (3, *preprocess.size),
+            is_training=True,
+            scale=section.crop,
+            color_jitter=section.color_jitter,
+            auto_augment=section.auto_augment,
+            interpolation=preprocess.interpolation,
+            mean=preprocess.mean,
+            std=preprocess.std,
+            re_prob=section.random_erasing,
+            re_mode="pixel",
+            separate=self._maps is not None,
+        )
+        keep_a_bit(self._transform if self._maps is None else self._transform[1])
+        if self._maps is not None:
+            _, varied, final = self._transform
+            crop = CropAndFlip(preprocess.size, section.crop, interpolation=preprocess.interpolation)
+            self._transform = FollowedTransform(crop, varied, final)
+
+    def _token_labels(self) -> TokenLabelMaps | None:
+        root = self._section.token_labels
+        if root is None:
+            return None
+        if not isinstance(self._train, Folder):
+            raise RecipeError(
+                "token label maps lie beside images in class folders only", where="data.train",
+                seen=self._section.train, wanted="one folder of images a class",
+            )  # fmt: skip
+        return TokenLabelMaps(Path(root), self._train.files, len(self.classes))
+
+    def _place(self, key: str) -> Place:
+        section = self._section
+        path = getattr(section, key)
+        if path is None:
+            fix = f"Set it in the recipe, or give --set data.{key}=FOLDER."
+            raise RecipeError("no folder of images given", where=f"data.{key}", fix=fix)
+        split = getattr(section, f"{key}_split") or (key if path.startswith("hfds/") else None)
+        return Place(path, split, section.input_key, section.target_key, section.num_classes)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """See :class:`evit_deploy.data.training_data.TrainingData`."""
+        return whole_batches(len(self._train), batch_size)
+
+    def training(
+        self,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        curriculum: Curriculum | None = None,
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """See :class:`evit_deploy.data.training_data.TrainingData`. Mixup and CutMix mix the images of one process."""
+        section = self._section
+        batches = Batches(
+            len(self._train), batch_size, seed, rank=rank, world=world, start_step=start_step,
+            repeats=section.repeated_augmentation,
+        )  # fmt: skip
+        mix = self._mixup()
+        if mix is not None and batch_size // world % 2:
+            raise InputError("mixup and CutMix need an even number of images in every process",
+                             seen=f"{batch_size} images, {world} processes")  # fmt: skip
+        items = _Readable(self._train, self._transform, maps=self._maps)
+        loaded = loader(items, batches, section.workers, _with_unreadable, AHEAD)
+        for step, (batch, unreadable) in enumerate(loaded, start_step):
+            self._unreadable["train"].add(unreadable)
+            if batch is None or len(batch[0]) < batch_size // world:  # too many in a row to find a replacement
+                raise self._unreadable["train"].error()
+            if mix is not None:
+                with own_randomness(seed, step, batch_size, rank):  # not a row of the step: its images have those
+                    batch = _mixed(mix, *batch[:2])
+            yield batch
+
+    def _mixup(self) -> Mixup | None:
+        section = self._section
+        if not (section.mixup or section.cutmix):
+            return None
+        return Mixup(
+            mixup_alpha=section.mixup,
+            cutmix_alpha=section.cutmix,
+            switch_prob=section.mix_switch,
+            label_smoothing=0.0,  # the loss smooths
+            num_classes=len(self.classes),
+        )
+
+    def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """See :class:`evit_deploy.data.training_data.TrainingData`. An image that cannot be read is left out."""
+        rows = validation_rows(len(self._validation), batch_size, rank, world)
+        yield from self._plain(self._validation, rows, "validation")
+
+    def calibration(self, count: int) -> np.ndarray:
+        """See :class:`evit_deploy.data.training_data.TrainingData`."""
+        chosen = spaced(len(self._train), count).tolist()
+        rows = [chosen[start : start + 64] for start in range(0, len(chosen), 64)]
+        return np.concatenate([images.numpy() for images, *_ in self._plain(self._train, rows, "train")])
+
+    def _plain(self, source: Source, rows: list[list[int]], key: str) -> Iterator[Batch]:
+        items = _Readable(source, self.preprocess.transform(), tries=1)
+        for batch, unreadable in loader(items, rows, self._section.workers, _with_unreadable, AHEAD):
+            self._unreadable[key].add(unreadable)
+            if batch is not None:
+                images, labels = batch
+                yield images, labels
+
+
+class Unreadable:
+    """Counts images that cannot be read, each once, and stops at a limit.
+
+    Args:
+        where: What they belong to, for messages.
+        images: How many images there are.
+        limit: How many may be unreadable: below 1 a share of all, from 1 on a number.
+        notice: Told of the first one.
+    """
+
+    def __init__(self, where: str, images: int, limit: float, notice: Tell | None = None) -> None:
+        self.found: dict[int, str] = {}
+        self._where, self._images, self._notice = where, images, notice
+        self._allowed = int(limit * images) if limit < 1 else int(limit)
+
+    def add(self, unreadable: dict[int, str]) -> None:
+        """Notes images: number -> why.
+
+        Raises:
+            InputError: They are too many by now; it names the first few.
+        """
+        new = unreadable.keys() - self.found.keys()
+        self.found |= unreadable
+        if len(self.found) > self._allowed:
+            raise self.error()
+        if new and len(new) == len(self.found) and self._notice is not None:
+            self._notice(f"{self._where}: left out, and so are others up to {self._allowed}: {unreadable[min(new)]}")
+
+    def error(self) -> InputError:
+        """What to raise when too many are unreadable."""
+        count = len(self.found)
+        named = "; ".join(list(self.found.values())[:3]) + ("; ..." if count > 3 else "")
+        return InputError(
+            "an image cannot be read" if count == 1 else f"{count} images cannot be read", where=self._where,
+            seen=named, wanted=f"at most {self._allowed} of {self._images}",
+            fix="Copy them here again or delete them; data.max_corrupt allows more.",
+        )  # fmt: skip
+
+
+Item = tuple[Any, ...]
+"""An image, its label and, with token labels, its map and what else ``crop_token_labels`` takes."""
+
+
+class _Readable:
+    """Items of a source, transformed; an unreadable image gives way to the next that can be read.
+
+    Args:
+        source: Where images come from.
+        transform: From an RGB image to a tensor; with maps, a :class:`FollowedTransform`.
+        tries: How many images to try; 1 replaces none.
+        maps: Token labels; an image whose map cannot be read is unreadable.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Any], Any],
+        tries: int = 16,
+        maps: TokenLabelMaps | None = None,
+    ) -> None:
+        self._source, self._transform, self._tries, self._maps = source, transform, min(tries, len(source)), maps
+
+    def __getitem__(self, draw: Draw | int) -> tuple[Item | None, dict[int, str]]:
+        index, place = (draw, (0,)) if isinstance(draw, int) else (draw.number, draw.place)
+        unreadable = {}
+        for number in ((index + i) % len(self._source) for i in range(self._tries)):
+            try:
+                image, label = self._source.load(number)
+                patches = None if self._maps is None else self._maps.load(number)
+            except InputError as error:
+                unreadable[number] = str(error).rstrip(".")
+                continue
+            with own_randomness(*place):
+                made = self._transform(image)
+            return ((made, label) if patches is None else (made[0], label, patches, *made[1:])), unreadable
+        return None, unreadable
+
+
+def _with_unreadable(
+    items: list[tuple[Item | None, dict[int, str]]],
+) -> tuple[tuple[Tensor, ...] | None, dict[int, str]]:
+    unreadable: dict[int, str] = {}
+    for _, found in items:
+        unreadable |= found
+    good = [item for item, _ in items if item is not None]
+    if not good:
+        return None, unreadable
+    rest = zip(*(item[2:] for item in good), strict=True)
+    return (*stacked([item[:2] for item in good]), *map(torch.stack, rest)), unreadable
+
+
+def _mixed(mix: Mixup, images: Tensor, labels: Tensor) -> Batch:
+    mixed: Any = mix(images, labels)  # typed for arrays as well
+    return mixed
+
+
+def keep_a_bit(transform: Any) -> None:
+    """Keeps the strongest posterisation from 0 bits: a black image in older Pillow, an error since Pillow 13.
+
+    Args:
+        transform: timm's, with AutoAugment or RandAugment among its stages; changed in place.
+    """
+    for operation in operations_of(transform):
+        if operation.name.startswith("Posterize"):
+            operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
+
+
+def _at_least_one_bit(level_fn: Callable[..., tuple[int]], *level: Any) -> tuple[int]:
+    return (max(1, level_fn(*level)[0]),)

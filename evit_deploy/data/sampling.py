@@ -1,0 +1,224 @@
+"""Which image is drawn when, and by which random numbers: the same for any number of workers and processes.
+
+Step k of a run draws the same images, varied in the same way, whether one process trains or several, and whether the
+run was broken off before it or not: order and variation follow from the seed and the place in the run alone.
+"""
+
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from evit_deploy.data.curriculum import Curriculum
+from evit_deploy.errors import InputError, StageError
+
+AHEAD = 8
+"""Batches that worker processes prepare ahead of time; the curriculum's delay."""
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Draw(NamedTuple):
+    """One image to make.
+
+    Args:
+        number: Which image of the data set.
+        place: Seed, step and row in the step: where the random numbers of its variation begin.
+        level: The curriculum's.
+    """
+
+    number: int
+    place: tuple[int, ...]
+    level: float
+
+
+class Batches:
+    """The endless list of a process's batches, each a list of :class:`Draw`.
+
+    Every pass shuffles anew; images that do not fill a batch are left out of the pass.
+
+    Args:
+        images: How many there are.
+        batch_size: Images a step, over all processes.
+        seed: Where the order starts.
+        rank: Which process this is; it draws rows ``rank``, ``rank + world``, ... of every step.
+        world: How many processes there are.
+        start_step: Step to begin at, as if those before had been drawn.
+        repeats: How often each image is drawn, one after the other; a pass then shows as many times fewer images.
+        curriculum: Decides the level; without one it is 1.
+
+    Raises:
+        InputError: A batch cannot be shared out, or is larger than the data set.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        repeats: int = 1,
+        curriculum: Curriculum | None = None,
+    ) -> None:
+        share(batch_size, rank, world)
+        self.steps_per_epoch = whole_batches(images, batch_size)
+        self._images, self._batch_size, self._seed = images, batch_size, seed
+        self._rank, self._world, self._step = rank, world, start_step
+        self._repeats, self._curriculum = repeats, curriculum
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        epoch, order = -1, np.empty(0, np.int64)
+        step = self._step
+        while True:
+            if epoch != step // self.steps_per_epoch:
+                epoch = step // self.steps_per_epoch
+                order = np.random.default_rng((self._seed, epoch)).permutation(self._images)
+                order = order.repeat(self._repeats)
+            start = step % self.steps_per_epoch * self._batch_size
+            level = 1.0 if self._curriculum is None else self._curriculum.at(step)
+            yield [
+                Draw(int(order[start + row]), (self._seed, step, row), level)
+                for row in range(self._rank, self._batch_size, self._world)
+            ]
+            step += 1
+
+
+def share(batch_size: int, rank: int, world: int) -> slice:
+    """Rows of a step that a process draws.
+
+    Raises:
+        InputError: The rows cannot be shared out evenly.
+    """
+    if not 0 <= rank < world:
+        raise InputError("no such process", seen=f"rank {rank} of {world}")
+    if batch_size % world:
+        fix = "batch_size counts the images of a step over all processes."
+        raise InputError("a batch cannot be shared out", seen=f"{batch_size} images, {world} processes",
+                         wanted=f"a multiple of {world}", fix=fix)  # fmt: skip
+    return slice(rank, batch_size, world)
+
+
+def whole_batches(images: int, batch_size: int) -> int:
+    """Batches in one pass.
+
+    Raises:
+        InputError: Not even one.
+    """
+    if images < batch_size:
+        raise InputError("a batch is larger than the training set", seen=batch_size, wanted=f"at most {images}")
+    return images // batch_size
+
+
+@contextmanager
+def own_randomness(*place: int) -> Iterator[None]:
+    """Inside, the generators that augmentations draw from begin at ``place``; outside, nothing has changed."""
+    words = np.random.SeedSequence(place).generate_state(3)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(int(words[2]))  # not torch.manual_seed, which starts the GPUs' anew as well
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def loader(
+    data: Any, batches: Batches | Sequence[Sequence[int]], workers: int, collate: Callable[[list[Any]], Any], ahead: int
+) -> Iterator[Any]:
+    """Batches from worker processes, or from this one.
+
+    Args:
+        data: Map-style data set; its items are asked for by what ``batches`` lists.
+        batches: What to ask for, batch by batch.
+        workers: Processes; 0 is none.
+        collate: Makes a batch of a list of items.
+        ahead: At most so many batches are prepared before they are asked for.
+
+    Raises:
+        StageError: A worker died.
+    """
+    workers = min(workers, ahead)
+    made: DataLoader[Any] = DataLoader(
+        data,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists
+        num_workers=workers,
+        collate_fn=collate,
+        prefetch_factor=max(1, ahead // workers) if workers else None,
+        worker_init_fn=_start_worker if workers else None,
+        generator=torch.Generator(),  # the global one is the model's
+    )
+    made_by = iter(made)
+    try:
+        yield from made_by
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _failed(str(error), getattr(made_by, "_workers", [])) from error
+
+
+@contextmanager
+def worker_deaths_told() -> Iterator[None]:
+    """PyTorch tells of a killed worker by a signal handler, wherever the main process then is, such as in a step.
+
+    Raises:
+        StageError: A worker died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _failed(str(error), []) from error
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _failed(text: str, workers: Sequence[Any]) -> StageError:
+    """PyTorch's complaint about a worker, in our words; an exception inside one keeps its own words."""
+    if "exited unexpectedly" not in text and "killed by signal" not in text:
+        return StageError(f"a process that reads images failed: {text.strip().splitlines()[-1]}", where="data.workers")
+    dead = [(number, worker) for number, worker in enumerate(workers) if worker.exitcode not in (None, 0)]
+    if not dead:
+        seen, code = text.strip().splitlines()[0].rstrip(". "), -signal.SIGBUS if "Bus" in text else -signal.SIGKILL
+    else:
+        number, worker = dead[0]
+        code = worker.exitcode
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        seen = f"{how} in process {worker.pid}, number {number + 1} of {len(workers)}"
+    hints = {
+        -signal.SIGKILL: "The system kills processes when memory runs out: lower data.workers or the batch size. ",
+        -signal.SIGBUS: "Shared memory ran out: enlarge /dev/shm or lower data.workers. ",
+    }
+    fix = hints.get(code, "") + "data.workers=0 reads in the main process and shows the cause."
+    return StageError("a process that reads images died", where="data.workers", seen=seen, fix=fix)
+
+
+def validation_rows(images: int, batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """Batches of the images that a process evaluates: over all processes each image once, none twice."""
+    rows = list(range(rank, images, world))
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+def spaced(images: int, count: int) -> np.ndarray:
+    """Numbers of at most ``count`` of the images, evenly spaced."""
+    return np.unique(np.linspace(0, images - 1, min(count, images)).astype(int))
+
+
+def stacked(items: list[tuple[Any, int]]) -> Batch:
+    """Images and labels of a batch as tensors."""
+    images, labels = zip(*items, strict=True)
+    return torch.stack([torch.as_tensor(image) for image in images]), torch.tensor(labels, dtype=torch.int64)

@@ -1,0 +1,388 @@
+"""Labelled images by number, wherever they lie: class folders, tar files, WebDataset shards, Hugging Face datasets.
+
+Names are those that timm's ``--dataset`` and ``--data-dir`` take. Tar files and Hugging Face datasets are read by
+timm's readers. Class folders are listed here, because timm's reader names a class after the innermost folder and drops
+unknown classes silently. Shards are indexed here, because timm's reader streams them in an order that depends on the
+number of workers and processes, and cannot begin in the middle of a run.
+"""
+
+import io
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+from PIL import Image
+
+from evit_deploy.data.images import Preprocess, image_folder
+from evit_deploy.errors import InputError, MissingRequirement
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
+"""Endings of the images in shards."""
+
+
+class Source(Protocol):
+    """Labelled images by number."""
+
+    classes: tuple[str, ...]
+    """Class names; a label is an index into them."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """An image as RGB, read to its end, and its label. Raises an :class:`InputError` if it cannot be read."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What an image is called in messages."""
+        ...
+
+    def present(self) -> set[int]:
+        """Labels that occur, as far as the source tells without reading every image."""
+        ...
+
+    def stamp(self) -> list[Any]:
+        """What changes when an image does: names, sizes and times of files."""
+        ...
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where labelled images lie.
+
+    Args:
+        path: A folder, a ``.tar``, ``wds/<folder>`` or ``hfds/<name or folder>``.
+        split: ``hfds``: timm's split; ``wds``: shards in brace notation or a split of ``_info.json``.
+        input_key: ``hfds``: the column of images.
+        target_key: ``hfds``: the column of labels; ``wds``: a field of the JSON beside an image instead of ``.cls``.
+        num_classes: ``wds``: how many classes there are.
+    """
+
+    path: str
+    split: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+    num_classes: int | None = None
+
+
+def open_source(place: Place, classes: Sequence[str] | None = None) -> Source:
+    """Opens labelled images.
+
+    Args:
+        place: Where they lie.
+        classes: The training images' classes, for validation images: labels are numbered alike, and a class that is not
+            among them is refused.
+
+    Raises:
+        InputError: There are none, or their classes do not fit.
+        MissingRequirement: The package that reads them is not installed.
+    """
+    kind, _, rest = place.path.partition("/")
+    if kind == "hfds":
+        return HuggingFace(place, rest, classes)
+    if kind == "wds":
+        return Shards(place, rest, classes)
+    if kind in ("hfids", "tfds", "torch"):
+        raise InputError(f"images cannot be read by timm's {kind!r} here", where=place.path,
+                         wanted="a folder, FILE.tar, wds/FOLDER or hfds/NAME")  # fmt: skip
+    if place.path.endswith(".tar") or _holds_tars(Path(place.path)):
+        return Tar(place, classes)
+    return Folder(place, classes)
+
+
+def _holds_tars(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("*.tar")) and not any(entry.is_dir() for entry in path.iterdir())
+
+
+class Folder:
+    """``<class>/**/<image>``; see :func:`evit_deploy.data.images.image_folder`."""
+
+    def __init__(self, place: Place, classes: Sequence[str] | None) -> None:
+        found = image_folder(place.path, Preprocess(size=(1, 1)), classes=classes)
+        self.classes, self._files = found.classes, found.files
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every image's file, by number."""
+        return tuple(path for path, _ in self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """See :class:`Source`."""
+        path, label = self._files[index]
+        try:
+            return _decoded(path.read_bytes(), str(path)), label
+        except OSError as error:
+            raise InputError(f"the image cannot be read: {error.strerror or error}", where=path) from None
+
+    def name(self, index: int) -> str:
+        """See :class:`Source`."""
+        return str(self._files[index][0])
+
+    def present(self) -> set[int]:
+        """See :class:`Source`."""
+        return {label for _, label in self._files}
+
+    def stamp(self) -> list[Any]:
+        """See :class:`Source`."""
+        return [_file_stamp(path) for path, _ in self._files]
+
+
+class _Timm:
+    """What timm's map-style readers have in common: ``reader[i]`` is an open file and a label."""
+
+    def __init__(self, reader: Any, place: Place, own: Sequence[str], classes: Sequence[str] | None) -> None:
+        self._reader, self._place = reader, place
+        self.classes = tuple(own if classes is None else classes)
+        _check_classes(own, self.classes, place.path)
+        self._labels = [self.classes.index(name) for name in own]
+        if not len(reader):
+            raise InputError("no images here", where=place.path)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """See :class:`Source`."""
+        try:
+            file, label = self._reader[index]
+            with file:
+                content = file.read()
+        except (OSError, tarfile.TarError, AssertionError) as error:
+            raise InputError(f"the image cannot be read: {error}", where=self.name(index)) from None
+        if not 0 <= int(label) < len(self._labels):
+            raise _bad_label(int(label), len(self._labels), self.name(index))
+        return _decoded(content, self.name(index)), self._labels[int(label)]
+
+    def name(self, index: int) -> str:
+        """See :class:`Source`."""
+        return f"{self._place.path}: {self._reader.filename(index) or f'image {index}'}"
+
+    def present(self) -> set[int]:
+        """See :class:`Source`."""
+        return set(self._labels)
+
+
+class Tar(_Timm):
+    """One tar of class folders, or a folder with one tar a class."""
+
+    def __init__(self, place: Place, classes: Sequence[str] | None) -> None:
+        from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+        path = Path(place.path)
+        if not path.exists():
+            raise InputError("no such tar file", where=path)
+        try:  # a tar that stays open would be shared by worker processes, position and all
+            reader: Any = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False)
+        except tarfile.TarError as error:
+            raise InputError(f"the tar file cannot be read: {error}", where=path) from None
+        except ValueError:  # timm's, of an empty list
+            raise InputError("no images in this tar file", where=path, wanted="<class>/<image> members") from None
+        self._files = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        super().__init__(reader, place, list(reader.class_name_to_idx), classes)
+
+    def name(self, index: int) -> str:
+        """See :class:`Source`."""
+        member, file, _ = self._reader.samples[index]
+        return f"{Path(self._place.path, file or '')}: {member.name}"
+
+    def stamp(self) -> list[Any]:
+        """See :class:`Source`."""
+        return [_file_stamp(path) for path in self._files]
+
+
+class HuggingFace(_Timm):
+    """``hfds/<name>``: a dataset of the Hub, or a folder that ``datasets.load_dataset`` reads."""
+
+    def __init__(self, place: Place, name: str, classes: Sequence[str] | None) -> None:
+        try:
+            from datasets.exceptions import DatasetsError
+        except ImportError:
+            raise MissingRequirement(
+                "Hugging Face datasets are read by the package datasets", fix="Run: pip install 'evit-deploy[data]'"
+            ) from None
+        from timm.data.readers.reader_hfds import ReaderHfds
+
+        input_key, target_key = place.input_key or "image", place.target_key or "label"
+        try:
+            reader: Any = ReaderHfds(name, split=place.split or "train", input_key=input_key, target_key=target_key)
+        except (OSError, ValueError, KeyError, AttributeError, DatasetsError) as error:
+            fix = "Give the split (data.train_split, data.validation_split), or data.input_key."
+            raise InputError(f"the dataset cannot be opened: {error}", where=place.path, fix=fix) from None
+        columns = reader.dataset.column_names
+        if target_key not in columns:
+            raise InputError(f"there is no column {target_key!r}", where=place.path, wanted=", ".join(columns),
+                             fix="Set data.target_key.")  # fmt: skip
+        own = list(reader.class_to_idx) or _numbered(int(max(reader.dataset[target_key])) + 1, classes)
+        self._fingerprint = reader.dataset._fingerprint
+        super().__init__(reader, place, own, classes)
+
+    def stamp(self) -> list[Any]:
+        """See :class:`Source`."""
+        return [self._fingerprint]
+
+
+def _numbered(count: int, classes: Sequence[str] | None) -> list[str]:
+    """Names of classes that have only numbers."""
+    return list(classes) if classes is not None and count <= len(classes) else [str(i) for i in range(count)]
+
+
+class Shards:
+    """``wds/<folder>``: WebDataset shards on a disk; an image's members share their name up to the first dot."""
+
+    def __init__(self, place: Place, root: str, classes: Sequence[str] | None) -> None:
+        self.classes = _shard_classes(place, classes)
+        self._target_key, self._files = place.target_key, _shard_files(Path(root), place.split)
+        self._images: list[tuple[int, str, int, int, int]] = []  # file, name, offset, length, label
+        for number, file in enumerate(self._files):
+            try:
+                self._images.extend(self._indexed(number, file))
+            except (tarfile.TarError, OSError) as error:
+                raise InputError(f"the shard cannot be read: {error}", where=file) from None
+        if not self._images:
+            raise InputError("no labelled images in these shards", where=place.path, wanted=".jpg beside .cls members")
+
+    def _indexed(self, number: int, file: Path) -> list[tuple[int, str, int, int, int]]:
+        samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+        found = []
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                key, _, ending = base.partition(".")
+                if member.isfile() and key:
+                    samples.setdefault(f"{folder}/{key}", {})[ending.lower()] = member
+            wanted = "json" if self._target_key else "cls"
+            for key, members in samples.items():
+                image = next((members[ending] for ending in IMAGES if ending in members), None)
+                if image is None:
+                    continue
+                if wanted not in members:
+                    raise InputError(f"an image has no .{wanted} beside it", where=f"{file}: {image.name}")
+                content = tar.extractfile(members[wanted])
+                assert content is not None  # a file, see above
+                label = self._label(content.read(), f"{file}: {key.lstrip('/')}.{wanted}")
+                found.append((number, image.name, image.offset_data, image.size, label))
+        return found
+
+    def _label(self, text: bytes, where: str) -> int:
+        try:
+            label = int(json.loads(text)[self._target_key] if self._target_key else text)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"no label can be read: {error!r}", where=where, wanted="an integer") from None
+        if not 0 <= label < len(self.classes):
+            raise _bad_label(label, len(self.classes), where)
+        return label
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """See :class:`Source`."""
+        number, _, offset, length, label = self._images[index]
+        try:
+            with self._files[number].open("rb") as file:
+                file.seek(offset)
+                content = file.read(length)
+        except OSError as error:
+            raise InputError(f"the image cannot be read: {error}", where=self.name(index)) from None
+        return _decoded(content, self.name(index)), label
+
+    def name(self, index: int) -> str:
+        """See :class:`Source`."""
+        number, name, *_ = self._images[index]
+        return f"{self._files[number]}: {name}"
+
+    def present(self) -> set[int]:
+        """See :class:`Source`."""
+        return {label for *_, label in self._images}
+
+    def stamp(self) -> list[Any]:
+        """See :class:`Source`."""
+        return [_file_stamp(path) for path in self._files]
+
+
+def _shard_classes(place: Place, classes: Sequence[str] | None) -> tuple[str, ...]:
+    if classes is not None:
+        if place.num_classes not in (None, len(classes)):
+            raise InputError("not the number of classes that the training images have", where="data.num_classes",
+                             seen=place.num_classes, wanted=len(classes))  # fmt: skip
+        return tuple(classes)
+    if place.num_classes is None:
+        fix = "Shards hold numbers and no names: set data.num_classes."
+        raise InputError("how many classes there are is not known", where=place.path, fix=fix)
+    return tuple(str(number) for number in range(place.num_classes))
+
+
+def _shard_files(root: Path, split: str | None) -> list[Path]:
+    """Shards of a split as timm writes it: ``name-{0000..0009}.tar``, perhaps with ``|count``, or a name."""
+    if not root.is_dir():
+        raise InputError("no such folder", where=f"wds/{root}", wanted="wds/FOLDER, shards on this disk")
+    if split is None:
+        files = sorted(root.glob("*.tar"))
+    elif ".tar" in split:
+        files = [root / name for name in _expanded(split.partition("|")[0])]
+    else:
+        files = [root / name for name in _info_files(root, split)]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None or not files:
+        fix = "Set data.train_split and data.validation_split, such as train-{0000..0009}.tar."
+        raise InputError("no such shard" if missing else "no shards here", where=missing or root, fix=fix)
+    return files
+
+
+def _info_files(root: Path, split: str) -> list[str]:
+    for name in ("_info.json", "info.json"):
+        if (root / name).is_file():
+            try:
+                splits = json.loads((root / name).read_bytes())["splits"]
+                return list(splits[split]["filenames"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"no split {split!r} in it: {error!r}", where=root / name) from None
+    raise InputError("no _info.json that lists splits", where=root, seen=split, wanted="name-{0000..0009}.tar")
+
+
+def _expanded(text: str) -> list[str]:
+    """``a-{00..02}-{x,y}.tar`` as the shell would write it out."""
+    parts = []
+    for part in re.split(r"(\{[^{}]*\})", text):
+        if not part.startswith("{"):
+            parts.append([part])
+        elif span := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part):
+            first, last = span.groups()
+            parts.append([str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)])
+        else:
+            parts.append(part[1:-1].split(","))
+    return ["".join(chosen) for chosen in itertools.product(*parts)]
+
+
+def _decoded(content: bytes, name: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        text = str(error).split(" <_io")[0]  # not the address of a buffer
+        raise InputError(f"the image cannot be read: {text}", where=name, wanted="a whole image") from None
+
+
+def _check_classes(own: Sequence[str], classes: Sequence[str], where: str) -> None:
+    unknown = [name for name in own if name not in classes]
+    if unknown:
+        raise InputError(
+            "classes that are not among the training images'", where=where, seen=", ".join(unknown[:5]),
+            wanted=f"some of the {len(classes)}: {', '.join(classes[:5])}" + (", ..." if len(classes) > 5 else ""),
+        )  # fmt: skip
+
+
+def _bad_label(label: int, classes: int, where: str) -> InputError:
+    return InputError("a label is not among the classes", where=where, seen=label, wanted=f"0 to {classes - 1}",
+                      fix="Set data.num_classes to the number of classes.")  # fmt: skip
+
+
+def _file_stamp(path: Path) -> list[Any]:
+    found = path.stat()
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns]

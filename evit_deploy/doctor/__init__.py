@@ -1,0 +1,1 @@
+"""What is installed, whether it loads, and what mends it."""

@@ -1,0 +1,251 @@
+"""What is installed here, whether it loads, and what can be made and run with it, each with the line that mends it."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from evit_deploy.doctor.probe import Answer, ask
+from evit_deploy.engines.plugin.library import choose_plugin
+from evit_deploy.environment.nvidia import Nvidia, nvidia
+from evit_deploy.environment.requirements import EXTRAS, REQUIRED, fits, install_line, lacking, version_of
+from evit_deploy.environment.targets import Target, targets
+from evit_deploy.errors import MissingRequirement
+from evit_deploy.registry import RUNTIMES
+
+PYTHON = (3, 11)
+
+PACKAGES, EXTRA, GPU, PLUGIN, RUNTIME = "Python and packages", "Extras", "GPU", "Plugin", "Runtimes"
+
+# What every user has; without the others there is less to choose from, and that is no failure.
+_NEEDED_RUNTIMES = ("eager", "onnxruntime")
+
+# Package -> the module in it that loads its shared library. PyTorch and torchvision are asked more than that.
+_LIBRARIES = {
+    "numpy": "numpy",
+    "onnx": "onnx",
+    "onnxruntime": "onnxruntime",
+    "safetensors": "safetensors",
+    "pillow": "PIL.Image",
+    "pyyaml": "yaml",
+}
+_EXTRA_LIBRARIES = {
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+    "torch-tensorrt": "torch_tensorrt",
+}
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was looked at.
+
+    Args:
+        group: What kind of thing it is.
+        name: Package, extra, device, tool or runtime.
+        found: Its version or what it is; ``None`` if it is not there.
+        usable: Whether evit-deploy can use it.
+        needed: Whether evit-deploy cannot do without it.
+        fix: The line that mends it, when it is not usable.
+        note: Why it is not usable, or what it would be good for.
+    """
+
+    group: str
+    name: str
+    found: str | None
+    usable: bool
+    needed: bool = False
+    fix: str | None = None
+    note: str | None = None
+
+
+class Diagnosis(msgspec.Struct, frozen=True):
+    """Everything that ``doctor`` says.
+
+    Args:
+        findings: Group by group.
+        targets: What can be built and run.
+    """
+
+    findings: tuple[Finding, ...]
+    targets: tuple[Target, ...]
+
+    @property
+    def broken(self) -> list[Finding]:
+        """What evit-deploy cannot do without and cannot use."""
+        return [finding for finding in self.findings if finding.needed and not finding.usable]
+
+
+def doctor(progress: Callable[[str], None] = lambda text: None) -> Diagnosis:
+    """Looks at Python, packages, extras, GPU, plugin tools, runtimes and targets.
+
+    Args:
+        progress: Told what is being done.
+    """
+    progress("loading what is installed")
+    driver = nvidia()
+    with ThreadPoolExecutor() as pool:  # one process imports PyTorch, the other everything that does without
+        slow = pool.submit(ask, _jobs_with_torch())
+        answers = ask(_jobs_without_torch())
+        answers |= slow.result()
+    findings = [_python(), *(_package(name, answers) for name in REQUIRED), *_twice()]
+    findings += [_extra(name, answers) for name in EXTRAS]
+    findings += _gpu(driver, answers.get("torch"))
+    findings += _plugin()
+    findings += [_runtime(name, answers[f"runtime:{name}"]) for name in RUNTIMES.names()]
+    return Diagnosis(tuple(findings), targets(driver, _broken(answers)))
+
+
+def _jobs_without_torch() -> list[str]:
+    jobs = [f"module:{module}" for package, module in _LIBRARIES.items() if version_of(package)]
+    extras = {package for extra in EXTRAS.values() for package in extra.packages}
+    libraries = [(package, module) for package, module in _EXTRA_LIBRARIES.items() if package in extras]
+    return jobs + [f"module:{m}" for package, m in libraries if m != "torch_tensorrt" and version_of(package)]
+
+
+def _jobs_with_torch() -> list[str]:
+    jobs = [package for package in ("torch", "torchvision") if version_of(package)]
+    jobs += ["module:torch_tensorrt"] if version_of("torch-tensorrt") else []
+    return jobs + [f"runtime:{name}" for name in RUNTIMES.names()]
+
+
+def _answer(package: str, answers: dict[str, Answer]) -> Answer | None:
+    module = (_LIBRARIES | _EXTRA_LIBRARIES).get(package)
+    return answers.get(f"module:{module}" if module else package)
+
+
+def _broken(answers: dict[str, Answer]) -> dict[str, str]:
+    found = {}
+    for package in (*REQUIRED, *_EXTRA_LIBRARIES):
+        answer = _answer(package, answers)
+        if answer is not None and answer.error is not None:
+            found[package] = answer.error
+    return found
+
+
+def _python() -> Finding:
+    wanted = "{}.{}".format(*PYTHON)
+    usable = sys.version_info >= PYTHON
+    fix = None if usable else f"Use Python {wanted} or newer."
+    return Finding(PACKAGES, "python", platform.python_version(), usable, True, fix)
+
+
+def _package(name: str, answers: dict[str, Answer]) -> Finding:
+    found, answer = version_of(name), _answer(name, answers)
+    if not fits(found, REQUIRED[name]):
+        note = f"{REQUIRED[name]} or newer is needed" if found else None
+        return Finding(PACKAGES, name, found, False, True, install_line(name), note)
+    if answer is None or answer.error is None:
+        return Finding(PACKAGES, name, found, True, True, note=answer.found if answer else None)
+    together = name in ("torch", "torchvision")  # one that was built for another version of the other does not load
+    fix = "pip install --force-reinstall " + ("torch torchvision" if together else name)
+    return Finding(PACKAGES, name, found, False, True, fix, f"broken: {answer.error}")
+
+
+def _twice() -> list[Finding]:
+    """Two distributions of ONNX Runtime write to one folder, and the later installed one wins, file by file."""
+    import importlib.metadata
+
+    names = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+    there = [name for name in names if any(importlib.metadata.distributions(name=name))]
+    if len(there) < 2:
+        return []
+    fix = f"pip uninstall -y {' '.join(there)} && pip install {there[-1]}"
+    return [Finding(PACKAGES, " and ".join(there), "both", False, False, fix, "they overwrite each other's files")]
+
+
+def _extra(name: str, answers: dict[str, Answer]) -> Finding:
+    extra, reasons = EXTRAS[name], lacking(name)
+    versions = {package: version_of(package) for package in extra.packages}
+    found = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    if reasons:
+        absent = name in versions and versions[name] is None and len(reasons) == 1
+        note = extra.purpose if absent or not found else "; ".join(reasons)
+        return Finding(EXTRA, name, None if absent else found or None, False, fix=install_line(name), note=note)
+    for package in extra.packages:
+        answer = _answer(package, answers) if package in _EXTRA_LIBRARIES else None
+        if answer is not None and answer.error is not None:
+            fix = f"pip install --force-reinstall {package}"
+            return Finding(EXTRA, name, found, False, fix=fix, note=f"broken: {answer.error}")
+    return Finding(EXTRA, name, found, True)
+
+
+def _gpu(driver: Nvidia, torch: Answer | None) -> list[Finding]:
+    facts = torch.facts if torch is not None else {}
+    seen = facts.get("gpus") or []
+    if driver.driver is not None:
+        runs = "" if driver.cuda is None else ", up to CUDA {}.{}".format(*driver.cuda)
+        findings = [Finding(GPU, "driver", driver.driver + runs, True)]
+        for index, gpu in enumerate(driver.gpus):
+            size = f"{gpu.memory / 2**30:.0f} GiB"
+            findings.append(Finding(GPU, f"GPU {index}", f"{gpu.name}, {gpu.architecture}, {size}", True))
+        if not driver.gpus:
+            findings.append(
+                Finding(GPU, "GPU", None, False, fix="Look at CUDA_VISIBLE_DEVICES.", note="none is visible")
+            )
+    elif seen:  # PyTorch needs no nvidia-ml-py
+        findings = [Finding(GPU, "driver", None, False, fix="pip install nvidia-ml-py", note=driver.error)]
+        findings += [
+            Finding(GPU, f"GPU {i}", "{}, sm{}{}".format(name, *sm), True) for i, (name, sm) in enumerate(seen)
+        ]
+    else:
+        fix = "Engines are built and run on a machine with an NVIDIA GPU and its driver; TensorRT-RTX builds without."
+        findings = [Finding(GPU, "driver", None, False, fix=fix, note=driver.error)]
+    if torch is None or torch.error is not None:
+        return findings
+    return [*findings, _torch_cuda(driver, facts.get("cuda"), bool(seen), facts.get("why"))]
+
+
+def _torch_cuda(driver: Nvidia, cuda: str | None, sees: bool, why: str | None) -> Finding:
+    found = f"CUDA {cuda}" if cuda else "for the CPU only"
+    if sees or not driver.gpus:  # without a GPU nothing is wrong with either
+        return Finding(GPU, "PyTorch is built", found, True)
+    if cuda is None:
+        return Finding(GPU, "PyTorch is built", found, False, fix="Install a PyTorch built with CUDA.", note=why)
+    fix = "Update the NVIDIA driver, or install a PyTorch built for an older CUDA."
+    return Finding(GPU, "PyTorch is built", found, False, fix=fix, note=why or "it does not see the GPU")
+
+
+def _plugin() -> list[Finding]:
+    """What a TensorRT plugin is built with. The operator's body is in every file, so that nothing here is needed."""
+    try:
+        library = choose_plugin("auto")
+        found = Finding(PLUGIN, "library", str(library), True)
+    except MissingRequirement as error:
+        note = f"engines use the operator's own body: {error.what}"
+        found = Finding(PLUGIN, "library", None, False, fix="evit-deploy plugin build", note=note)
+    return [
+        found,
+        _tool("nvcc", "nvcc", "Install NVIDIA's CUDA toolkit; it compiles the plugin."),
+        _tool("CMake", "cmake", "pip install cmake"),
+    ]
+
+
+def _tool(name: str, command: str, fix: str) -> Finding:
+    path = shutil.which(command)
+    if path is None:
+        return Finding(PLUGIN, name, None, False, fix=fix)
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding(PLUGIN, name, path, False, fix=fix, note=f"broken: {str(error).splitlines()[0]}")
+    versions = [line for line in done.stdout.splitlines() if "release" in line or "version" in line]
+    return Finding(PLUGIN, name, versions[0].strip() if versions else path, True)
+
+
+def _runtime(name: str, answer: Answer) -> Finding:
+    needed = name in _NEEDED_RUNTIMES
+    if answer.error is None:
+        return Finding(RUNTIME, name, "usable", True, needed)
+    fix = answer.fix
+    if fix is None and name in EXTRAS:
+        fix = install_line(name)
+    elif fix is None and needed:
+        fix = f"pip install --force-reinstall {'torch torchvision' if name == 'eager' else name}"
+    if answer.missing:
+        return Finding(RUNTIME, name, None, False, needed, fix, answer.error)
+    return Finding(RUNTIME, name, "broken", False, needed, fix, answer.error)

@@ -1,0 +1,1 @@
+"""Engines: options, build, plan files, and the audit of what was built."""

@@ -1,0 +1,246 @@
+"""From an ONNX file to an engine, by TensorRT or TensorRT-RTX, through polygraphy's loaders.
+
+Networks are always strongly typed: the precision is the file's. The builder runs in a process of its own, because it is
+a native library that can end its process, and because polygraphy takes either TensorRT or TensorRT-RTX for the whole
+process. This module is that process's program too, and imports nothing heavy.
+
+TensorRT builds on the GPU that will run the engine. TensorRT-RTX builds ahead of time for GPUs that are named, on any
+machine.
+"""
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from evit_deploy.bundle.manifest import Engine
+from evit_deploy.engines.options import BUILDERS, BuildOptions, check_options, gpus_of
+from evit_deploy.engines.plugin.library import load_plugin
+from evit_deploy.environment import nvidia as gpu
+from evit_deploy.environment.nvidia import nvidia
+from evit_deploy.errors import InputError, StageError
+
+TIME_LIMIT = 3600.0
+_ADVICE = (
+    (r"not supported by a dedicated kernel", "Use --precision fp32, where attention may be taken apart."),
+    (
+        r"node_of_sum.*FP32 GEMM is not supported",
+        "Turing cannot sum up the fused token: convert with --no-fuse, or without sm75.",
+    ),
+    (r"within workspace limit", "Give a larger --workspace, or none."),
+    (r"exceed_int32_dim", "Give a --batch with a smaller maximum."),
+)
+"""What to do about some complaints of the builder."""
+
+
+class Built(msgspec.Struct, frozen=True):
+    """A finished build.
+
+    Args:
+        engine: For the manifest.
+        attentions: Fusable attention layers in the network.
+        layers: The engine inspector's JSON; ``None`` where no GPU could load the engine.
+    """
+
+    engine: Engine
+    attentions: int
+    layers: str | None
+
+
+def build_engine(model: Path, plan: Path, target: str, precision: str, options: BuildOptions) -> Built:
+    """Builds an engine.
+
+    Args:
+        model: A file that ``export_onnx`` and ``set_precision`` made.
+        plan: Where the engine goes; it appears there whole or not at all.
+        target: ``tensorrt`` or ``tensorrt-rtx``.
+        precision: Of the file.
+        options: What to tell the builder.
+
+    Raises:
+        InputError: See :func:`check_options`; or the file is not what it should be.
+        MissingRequirement: See :func:`check_options`.
+        StageError: The builder failed.
+    """
+    check_options(target, precision, options)
+    locations = _check_model(model, precision)
+    gpus = gpus_of(options)
+    driver = nvidia().driver if gpu.compute_capability() else None
+    started = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}-") as room:
+            built = Path(room) / plan.name
+            answer = _ask_builder(model, built, target, precision, msgspec.structs.replace(options, gpus=gpus))
+            if options.plugin is not None and answer["plugins"] != locations:
+                raise StageError(
+                    "TensorRT did not take the plugin", where=options.plugin,
+                    seen=f"{answer['plugins']} of {locations} reorganisations",
+                )  # fmt: skip
+            os.replace(built, plan)
+    except OSError as error:
+        raise StageError(f"the engine could not be written ({error.strerror})", where=plan) from error
+    engine = Engine(
+        target=target,
+        version=answer["version"],
+        gpus=gpus,
+        driver=driver,
+        precision=precision,
+        profiles=options.profiles,
+        plugin=_sha256(options.plugin) if options.plugin and answer["plugins"] else None,
+        options={
+            "workspace": options.workspace,
+            "optimization_level": options.optimization_level,
+            "version_compatible": options.version_compatible,
+            "hardware_compatible": options.hardware_compatible,
+        },
+        seconds=round(time.perf_counter() - started, 2),
+    )
+    return Built(engine, answer["attentions"], answer["layers"])
+
+
+def _check_model(model: Path, precision: str) -> int:
+    """Makes sure that a file is ours and in a precision; gives the number of its reorganisations."""
+    from evit_deploy.export.card import load_onnx, read_card
+    from evit_deploy.export.variants import reorganizations
+
+    proto = load_onnx(model)
+    card = read_card(proto)
+    if card is None:
+        raise InputError(
+            "not a model that evit-deploy exported", where=model, fix="Make one: evit-deploy convert CHECKPOINT."
+        )
+    if card.precision != precision:
+        raise InputError("the file has another precision", where=model, seen=card.precision, wanted=precision)
+    return len(reorganizations(proto))
+
+
+def _ask_builder(model: Path, plan: Path, target: str, precision: str, options: BuildOptions) -> dict[str, Any]:
+    """Runs the builder's process; an interruption ends it too."""
+    request = {
+        "model": model.absolute(),
+        "plan": plan.absolute(),
+        "module": BUILDERS[target],
+        "precision": precision,
+        "options": options,
+    }
+    environment = os.environ | {
+        "POLYGRAPHY_USE_TENSORRT_RTX": str(int(target == "tensorrt-rtx")),
+        "PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path),
+    }
+    try:
+        process = subprocess.run(
+            # -P: what happens to lie in the current folder is no module. The paths are this process's own.
+            [sys.executable, "-P", "-m", "evit_deploy.engines.build"],
+            input=msgspec.json.encode(request, enc_hook=str), capture_output=True, env=environment, timeout=TIME_LIMIT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise StageError(f"no engine of {model.name} after {TIME_LIMIT:g} seconds", where=target) from None
+    if process.returncode or not plan.is_file():
+        reason = _reason(process.returncode, process.stderr.decode(errors="replace"))
+        fix = next((advice for pattern, advice in _ADVICE if re.search(pattern, reason)), None)
+        raise StageError(f"no engine of {model.name} could be built: {reason}", where=target, fix=fix)
+    return json.loads(process.stdout)
+
+
+def _reason(code: int, said: str) -> str:
+    """Why the builder's process failed: its first complaint, which it marks [E], or the exception that ended it."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"its process was ended by {name}" + (", as for want of memory" if name == "SIGKILL" else "")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    # The parser first quotes the node, line by line, and then says what is wrong with it.
+    complaints = [line for line in lines if line.startswith("[E] ") and "ModelImporter.cpp" not in line]
+    reason = (complaints or lines[-1:] or [f"exit code {code}"])[0].removeprefix("[E] ").rstrip(".")
+    return reason if len(reason) <= 500 else reason[:500] + " ..."
+
+
+def _sha256(path: Path) -> str:
+    from evit_deploy.files import sha256
+
+    return sha256(path)
+
+
+def _main() -> None:
+    """The builder's process: request on stdin, answer on stdout, everything libraries print on stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    request = json.loads(sys.stdin.buffer.read())
+    answers.write(json.dumps(_build(request)))
+    answers.close()
+
+
+def _build(request: dict[str, Any]) -> dict[str, Any]:
+    from polygraphy import util
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+    from polygraphy.backend.trt import (
+        CreateConfig,
+        EngineBytesFromNetwork,
+        NetworkFromOnnxPath,
+        Profile,
+        SetDecomposableAttentions,
+    )
+    from polygraphy.logger import G_LOGGER
+
+    trt = importlib.import_module(request["module"])
+    G_LOGGER.module_severity = G_LOGGER.ERROR
+    options = request["options"]
+    path = request["model"]
+    if options["plugin"]:
+        load_plugin(Path(options["plugin"]))
+    builder, network, parser = NetworkFromOnnxPath(path, strongly_typed=True)()
+    if request["precision"] == "fp32":  # no kernel fuses FP32 attention: it may be taken apart
+        builder, network, parser = SetDecomposableAttentions((builder, network, parser))()
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    settings: dict[str, Any] = {
+        "profiles": [_profile(network, Profile(), profile) for profile in options["profiles"]],
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+        "builder_optimization_level": options["optimization_level"],
+        "version_compatible": options["version_compatible"] or None,
+    }
+    if options["workspace"]:
+        settings["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options["workspace"] << 20}
+    if options["hardware_compatible"]:
+        settings["hardware_compatibility_level"] = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if request["module"] == "tensorrt_rtx":
+        capabilities = [(int(name[2:-1]), int(name[-1])) for name in options["gpus"]]
+        config: Any = CreateConfigRTX(**settings, compute_capabilities=capabilities)
+    else:
+        config = CreateConfig(**settings, tf32=False, load_timing_cache=options["timing_cache"])
+    plan = EngineBytesFromNetwork((builder, network, parser), config, save_timing_cache=options["timing_cache"])()
+    util.save_file(plan, request["plan"])
+    return {
+        "version": trt.__version__,
+        "attentions": sum(kind == trt.LayerType.ATTENTION_INPUT for kind in kinds),
+        "plugins": sum(kind == trt.LayerType.PLUGIN_V3 for kind in kinds),
+        "layers": _layers(trt, plan),
+    }
+
+
+def _profile(network: Any, profile: Any, batches: dict[str, int]) -> Any:
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        rest = tuple(tensor.shape)[1:]
+        profile.add(tensor.name, *((batches[end], *rest) for end in ("minimum", "optimum", "maximum")))
+    return profile
+
+
+def _layers(trt: Any, plan: Any) -> str | None:
+    """What the engine inspector says; only a machine with a GPU that the engine is for can load it."""
+    try:
+        engine = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR)).deserialize_cuda_engine(plan)
+        return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    except Exception:  # each way of having no GPU for it ends in another error
+        return None
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,141 @@
+"""What the builder of an engine can be asked for, and what it is refused for before any work."""
+
+from pathlib import Path
+
+import msgspec
+
+from evit_deploy.bundle.manifest import BatchProfile
+from evit_deploy.engines.plugin.library import choose_plugin
+from evit_deploy.environment import nvidia as gpu
+from evit_deploy.environment.requirements import require_extra
+from evit_deploy.environment.targets import RTX_GPUS, usable_targets
+from evit_deploy.errors import InputError, MissingRequirement
+
+BUILDERS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Target -> the Python module that builds for it."""
+_DATA_CENTRE = ("sm90", "sm100", "sm103")
+_LEAST = {"fp8": 89, "bf16": 80}
+"""The first compute capability with matrix units for a type."""
+_WHICH_GPU = "An A100 is sm80, an A10 or RTX 30 sm86, an L4, L40 or RTX 40 sm89, an RTX 50 sm120."
+
+
+class BuildOptions(msgspec.Struct, frozen=True):
+    """What a builder can be told.
+
+    Args:
+        profiles: Batch sizes to cover, one optimization profile each.
+        gpus: TensorRT-RTX: compute capabilities to build for (``sm80``); the GPU of this machine when empty.
+        workspace: Most scratch memory in MiB; the builder's own limit by default.
+        optimization_level: 0 (quick) to 5 (thorough); the builder's own by default.
+        version_compatible: TensorRT: whether later versions may run the engine.
+        hardware_compatible: TensorRT: whether other GPUs from Ampere on may run it, at some cost.
+        timing_cache: TensorRT: file that remembers which kernels were fast, read and extended.
+        plugin: TensorRT: library with a plugin for ``evit::TokenReorg``; without it the operator's body is built in.
+    """
+
+    profiles: tuple[BatchProfile, ...] = (BatchProfile(1, 32, 128),)
+    gpus: tuple[str, ...] = ()
+    workspace: int | None = None
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    timing_cache: Path | None = None
+    plugin: Path | None = None
+
+
+def check_options(target: str, precision: str, options: BuildOptions) -> None:
+    """Makes sure, before any work, that this machine can build what is asked.
+
+    Args:
+        target: ``tensorrt``, ``tensorrt-rtx`` or ``torch-tensorrt``, which looks for its own packages.
+        precision: Of the engine.
+        options: For its builder.
+
+    Raises:
+        InputError: The options contradict the target or one another.
+        MissingRequirement: The builder or its GPU is not here.
+    """
+    _check_values(options)
+    if target == "tensorrt-rtx":
+        _check_rtx(options)
+    elif options.gpus:
+        raise InputError(
+            f"{target} builds for the GPU it runs on", where="--gpu", seen=", ".join(options.gpus),
+            fix="Leave --gpu out, or use --target tensorrt-rtx, which builds ahead of time.",
+        )  # fmt: skip
+    for name in gpus_of(options):
+        least = _LEAST.get(precision, 0)
+        if int(name.removeprefix("sm")) < least:
+            raise InputError(
+                f"{name} cannot compute in {precision}", where="--precision", seen=precision,
+                wanted=f"a GPU from sm{least} on", fix="Use --precision fp16 or int8.",
+            )  # fmt: skip
+    if target == "tensorrt" and options.plugin is not None:
+        choose_plugin(options.plugin)
+    if target in BUILDERS:
+        require_extra(target)
+    if target == "tensorrt" and (lacking := gpu.missing()) is not None:
+        raise MissingRequirement(
+            f"TensorRT builds on the GPU that will run the engine: {lacking.what}",
+            where="--target tensorrt",
+            seen=lacking.seen,
+            fix="Build where the engine will run, or ahead of time with --target tensorrt-rtx --gpu sm80.",
+        )
+
+
+def _check_values(options: BuildOptions) -> None:
+    if not options.profiles:
+        raise InputError("an engine covers at least one range of batch sizes", where="--batch", wanted="MIN:OPT:MAX")
+    for profile in options.profiles:
+        if not 1 <= profile.minimum <= profile.optimum <= profile.maximum:
+            raise InputError(
+                "not a range of batch sizes", where="--batch", seen=profile, wanted="1 <= MIN <= OPT <= MAX"
+            )
+    if options.workspace is not None and options.workspace < 1:
+        raise InputError("no room to work in", where="--workspace", seen=options.workspace, wanted="1 MiB or more")
+    if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
+        raise InputError(
+            "no such level", where="--optimization-level", seen=options.optimization_level, wanted="0 to 5"
+        )
+    cache = options.timing_cache
+    if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
+        raise InputError("no file can be written there", where="--timing-cache", seen=cache)
+
+
+def _check_rtx(options: BuildOptions) -> None:
+    for field, why in (
+        ("timing_cache", "has no use for a timing cache"),
+        ("plugin", "takes no plugins: the operator's body is built in"),
+        ("version_compatible", "runs an engine in its own version only: pip has no lean runtime for others"),
+        ("hardware_compatible", "builds for every GPU that is named: repeat --gpu instead"),
+    ):
+        if getattr(options, field):
+            raise InputError(f"TensorRT-RTX {why}", where=flag(field), fix="Leave it out.")
+    gpus = gpus_of(options)
+    if not gpus:
+        raise InputError(
+            "which GPU is the engine for? This machine has none to look at", where="--gpu", wanted=", ".join(RTX_GPUS),
+            fix=_WHICH_GPU,
+        )  # fmt: skip
+    for name in gpus:
+        if name not in RTX_GPUS:
+            raise InputError(
+                "not a GPU that TensorRT-RTX builds for", where="--gpu", seen=repr(name), wanted=", ".join(RTX_GPUS),
+                fix="Hopper and data-centre Blackwell need --target tensorrt." if name in _DATA_CENTRE else _WHICH_GPU,
+            )  # fmt: skip
+
+
+def flag(field: str) -> str:
+    """The command line's name of a field of :class:`BuildOptions`."""
+    return {"profiles": "--batch", "gpus": "--gpu"}.get(field, "--" + field.replace("_", "-"))
+
+
+def gpus_of(options: BuildOptions) -> tuple[str, ...]:
+    """GPUs that the engine is for, each once: those that are named, else the one of this machine, if it has one."""
+    current = gpu.compute_capability()
+    return tuple(dict.fromkeys(options.gpus)) or ((current,) if current else ())
+
+
+def usable(target: str) -> bool:
+    """Whether this machine can build and run a target's engine without being told more."""
+    return target in usable_targets() and gpu.missing() is None

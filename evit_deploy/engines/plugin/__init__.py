@@ -1,0 +1,1 @@
+"""The TensorRT plugin: the library, its build, and its kernel for PyTorch."""

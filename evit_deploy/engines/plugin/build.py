@@ -1,0 +1,264 @@
+"""``evit-deploy plugin``: compiles ``plugins/`` with CMake into the user's cache, and looks at what came out."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evit_deploy.engines.plugin import library as plugin
+from evit_deploy.engines.plugin.kernel import DTYPES, TokenReorgKernel
+from evit_deploy.engines.plugin.library import ABI, Identity, read_identity
+from evit_deploy.environment import nvidia as gpu
+from evit_deploy.environment.machine import device, versions
+from evit_deploy.environment.requirements import version_of
+from evit_deploy.environment.targets import TENSORRT
+from evit_deploy.errors import InputError, MissingRequirement, StageError
+from evit_deploy.report.report import Check, Report
+from evit_deploy.tokens.op import token_reorg
+
+LIBRARIES = (plugin.LIBRARY, plugin.CREATORS, plugin.KERNEL)
+HEADERS = {
+    10: "9973b2f4ab5c0d0055e9d36cd94a5692f8f8da1f",  # 10.15
+    11: "82d1dca801c8318a5605399d5240780d0679e4e1",  # 11.1
+}
+"""Commits of NVIDIA/TensorRT whose headers are fetched where there are none, by TensorRT's major version."""
+TIME_LIMIT = 1800.0
+_TOOLS = {
+    "cmake": "pip install cmake",
+    "nvcc": "Install NVIDIA's CUDA toolkit, or add its bin folder to PATH.",
+    "c++": "Install a C++ compiler: apt-get install g++.",
+}
+
+
+def sources() -> Path:
+    """The folder ``plugins/``: of the checkout, or as the package brought it."""
+    package = Path(__file__).parents[2]
+    return next((f for f in (package / "plugins", package.parent / "plugins") if f.is_dir()), package / "plugins")
+
+
+def build_plugin(
+    out: Path | None = None,
+    *,
+    tensorrt_root: Path | None = None,
+    architectures: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Compiles the plugin, runs its C++ tests, and puts the libraries in their place.
+
+    Args:
+        out: Folder for the libraries; one in the cache, where ``--plugin auto`` finds them, by default.
+        tensorrt_root: Folder with TensorRT's ``include/``; by default ``$TENSORRT_ROOT``, the system's, or the headers
+            that NVIDIA publishes, which are fetched.
+        architectures: CUDA architectures, as ``90`` or ``sm90``; all that the plugin supports by default.
+        progress: Told what is being done.
+
+    Returns:
+        The folder with the libraries.
+
+    Raises:
+        InputError: An architecture or a folder is none.
+        MissingRequirement: A compiler or TensorRT's headers are missing.
+        StageError: It does not compile, or its tests fail.
+    """
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError("this is a file", where=f"--out {out}", wanted="a folder for the libraries")
+    for tool, fix in _TOOLS.items():
+        if shutil.which(tool) is None:
+            raise MissingRequirement(f"{tool} was not found", where="plugin build", fix=fix)
+    root, told_by = tensorrt_root, "--tensorrt-root "
+    if root is None and os.environ.get("TENSORRT_ROOT"):
+        root, told_by = Path(os.environ["TENSORRT_ROOT"]), "TENSORRT_ROOT="
+    if root is not None and not (root / "include" / "NvInferRuntime.h").is_file():
+        raise InputError(
+            "TensorRT's headers are not there", where=f"{told_by}{root}", wanted="include/NvInferRuntime.h",
+            fix="Give the folder that TensorRT was unpacked to, or a checkout of NVIDIA/TensorRT.",
+        )  # fmt: skip
+    installed = version_of(TENSORRT)
+    major = int(installed.split(".")[0]) if installed else max(HEADERS)
+    arguments = ["-DCMAKE_BUILD_TYPE=Release", f"-DTENSORRT_ROOT={root.resolve() if root else ''}"]
+    arguments += [f"-DEVIT_TENSORRT_COMMIT={HEADERS.get(major, HEADERS[max(HEADERS)])}"]
+    if architectures:
+        arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(map(_architecture, architectures))}")
+    with tempfile.TemporaryDirectory(prefix="evit-deploy-plugin-") as scratch:
+        folder = Path(scratch)
+        progress("looking for compilers and headers")
+        said = _run(["cmake", "-S", str(sources()), "-B", scratch, *arguments], "the plugin cannot be configured")
+        if "evit: the plugin is not built" in said:
+            raise MissingRequirement(
+                "TensorRT's headers are not on this machine and could not be fetched", where="plugin build",
+                fix="Give the folder with include/NvInferRuntime.h (a TensorRT archive, or NVIDIA/TensorRT checked "
+                "out at your release): --tensorrt-root FOLDER.",
+            )  # fmt: skip
+        progress("compiling (a minute or two)")
+        jobs = str(os.cpu_count() or 1)
+        _run(["cmake", "--build", scratch, "--parallel", jobs], "the plugin does not compile")
+        progress("running its tests")
+        _run(["ctest", "--test-dir", scratch, "--output-on-failure"], "the plugin's own tests fail")
+        built = [folder / "token_reorg" / name for name in LIBRARIES]
+        return _install(built, out or plugin.cache() / _label(read_identity(built[0])))
+
+
+def _architecture(name: str) -> str:
+    number = name.strip().lower().removeprefix("sm").removeprefix("_")
+    if not number.isdecimal() or not 75 <= int(number) <= 150:
+        raise InputError("not a CUDA architecture", where="--architectures", seen=repr(name), wanted="80, 90, 120, ...")
+    return number
+
+
+def _label(identity: Identity) -> str:
+    return f"{identity.version}-tensorrt{identity.tensorrt}"
+
+
+def _install(built: Sequence[Path], out: Path) -> Path:
+    """Puts libraries in their place, each whole or not at all; a process that has an older one loaded keeps that."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as room:
+            for library in built:
+                shutil.copy2(library, room)
+            for library in built:
+                os.replace(Path(room) / library.name, out / library.name)
+    except OSError as error:
+        raise StageError(f"the libraries could not be written ({error.strerror})", where=out) from error
+    return out
+
+
+def _run(command: list[str], failed: str) -> str:
+    """Runs a tool; gives what it said. The reason of a failure is the first complaint."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        raise StageError(
+            f"{failed}: {command[0]} took more than {TIME_LIMIT:g} seconds", where="plugin build"
+        ) from None
+    except OSError as error:
+        raise MissingRequirement(f"{command[0]} cannot be run ({error.strerror})", where="plugin build") from None
+    if done.returncode:
+        raise StageError(f"{failed}: {_complaint(done.stdout + done.stderr)}", where="plugin build")
+    return done.stdout
+
+
+def _complaint(said: str) -> str:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    starts = [i for i, line in enumerate(lines) if "rror" in line and "-Werror" not in line]
+    picked = lines[starts[0] : starts[0] + 4] if starts else lines[-3:]
+    return " ".join(picked)[:700] or "it does not say why"
+
+
+def check_plugin(library: Path | None = None, progress: Callable[[str], None] = lambda text: None) -> Report:
+    """Looks at a library: what it is, whether it goes with this machine, and whether it answers as PyTorch does.
+
+    Args:
+        library: Which; the one that ``--plugin auto`` would take when ``None``.
+        progress: Told what is being done.
+
+    Raises:
+        InputError: It is no library of ours.
+        MissingRequirement: There is none in the cache.
+    """
+    path = library or plugin.choose_plugin("auto")
+    assert path is not None
+    identity = read_identity(path)
+    notes = [f"{path}: {identity.kind}, evit-deploy {identity.version}"]
+    notes[0] += f", for TensorRT {identity.tensorrt}" if identity.tensorrt else ""
+    checks = [Check("interface", identity.abi, ABI, identity.abi == ABI, "built with another version of evit-deploy")]
+    found, told = _fits(identity)
+    checks, notes = checks + found, notes + told
+    progress("loading the library")
+    loaded, reason = _loads(path)
+    checks.append(Check("loads in a process of its own", str(loaded).lower(), "true", loaded, reason))
+    if loaded and identity.abi == ABI:
+        progress("comparing with PyTorch")
+        found, told = _answers(path, identity)
+        checks, notes = checks + found, notes + told
+    return Report(checks=tuple(checks), notes=tuple(notes), versions=versions(), device=device())
+
+
+def _fits(identity: Identity) -> tuple[list[Check], list[str]]:
+    """Whether a library goes with the TensorRT and the GPU of this machine."""
+    checks, notes = [], []
+    if identity.tensorrt is not None:
+        installed = version_of(TENSORRT)
+        if installed is None:
+            notes.append("TensorRT is not installed here: whether it takes the plugin was not checked.")
+        else:
+            reason = plugin.misfit(identity)
+            checks.append(Check("TensorRT", identity.tensorrt, installed, reason is None, reason or ""))
+    capability = gpu.compute_capability() if torch.cuda.is_available() else None
+    if identity.architectures and capability is None:
+        notes.append("There is no GPU here: the kernel was not run.")
+    elif identity.architectures and capability is not None:
+        number = int(capability.removeprefix("sm"))
+        real = {int(name.split("-")[0]) for name in identity.architectures}
+        # Machine code runs on later GPUs of the same generation, PTX on all later ones.
+        same = [one for one in real if one // 10 == number // 10 and one <= number]
+        ptx = [int(name) for name in identity.architectures if name.isdecimal() and int(name) <= number]
+        reason = f"it has code for sm{', sm'.join(map(str, sorted(real)))}"
+        checks.append(Check("GPU", capability, " ".join(identity.architectures), bool(same or ptx), reason))
+    return checks, notes
+
+
+def _loads(path: Path) -> tuple[bool, str]:
+    """Loads a library in a process of its own, which a broken one may take down."""
+    command = [sys.executable, "-P", "-m", "evit_deploy.engines.plugin.build", str(path.resolve())]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, timeout=120)
+    if done.returncode < 0:
+        return False, f"the process that loaded it was ended by signal {-done.returncode}: the file is damaged"
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        return False, (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
+    return answer["loaded"], answer["reason"] or ""
+
+
+def _answers(path: Path, identity: Identity) -> tuple[list[Check], list[str]]:
+    """Runs the kernel beside PyTorch, where it can run: rows kept must be equal, the sum within rounding."""
+    where = "cpu" if identity.kind == "host" else "cuda"
+    if where == "cuda" and not torch.cuda.is_available():
+        return [], []
+    kernel, checks = TokenReorgKernel(path), []
+    random = np.random.default_rng(0)
+    for dtype in DTYPES:
+        worst, same = 0.0, True
+        for batch, candidates, channels, keep in ((1, 196, 384, 138), (8, 576, 192, 404), (3, 1025, 33, 7)):
+            x = torch.from_numpy(random.standard_normal((batch, candidates + 1, channels))).to(where, dtype)
+            scores = torch.from_numpy(random.dirichlet(np.ones(candidates), batch)).to(where, torch.float32)
+            y, idx = kernel(x, scores, keep)
+            wanted, wanted_idx = token_reorg(x, scores, keep, True, 1)
+            same = same and torch.equal(idx, wanted_idx) and torch.equal(y[:, :-1], wanted[:, :-1])
+            scale = (scores.unsqueeze(-1) * x[:, 1:].float().abs()).sum(1)  # what is added up, without its signs
+            worst = max(worst, float(((y[:, -1].float() - wanted[:, -1].float()).abs() / scale).max()))
+        limit = float(torch.finfo(dtype).eps) + 2.0**-20
+        name = str(dtype).removeprefix("torch.")
+        checks.append(Check(f"{name}: kept rows and indices as PyTorch's", str(same).lower(), "true", same))
+        checks.append(Check(f"{name}: fused row against PyTorch's", worst, limit, worst <= limit))
+    return checks, []
+
+
+def _main(path: Path) -> None:
+    """The process that a library is loaded into."""
+    import ctypes
+    import importlib.util
+
+    identity, reason = read_identity(path), None
+    registers = identity.kind == "registers" and importlib.util.find_spec(TENSORRT) is not None
+    try:
+        if registers:
+            plugin.load_plugin(path)
+        else:
+            ctypes.CDLL(str(path))
+    except (OSError, InputError, MissingRequirement) as error:
+        reason = str(error)
+    print(json.dumps({"loaded": reason is None, "reason": reason}))
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

@@ -1,0 +1,124 @@
+"""The compiled kernel of ``evit::TokenReorg``, called on PyTorch's tensors: what C++ and TensorRT call too.
+
+``plugins/token_reorg`` has its source. The libraries that ``evit-deploy plugin build`` makes run on a GPU; the *host*
+library is the same kernel run by threads of the CPU, to be tested without one.
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evit_deploy.engines.plugin.library import ABI, read_identity
+from evit_deploy.errors import InputError, MissingRequirement, StageError
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_INVALID_CALL = 1
+
+
+class _Call(ctypes.Structure):
+    """``EvitTokenReorgCall``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "scores", "y", "idx")),
+        *((name, ctypes.c_int32) for name in ("dtype", "batch", "prefix", "candidates", "channels", "keep", "fuse")),
+    )
+
+
+class TokenReorgKernel:
+    """The kernel in a library.
+
+    Loading a library runs its code: load only what you built.
+
+    Args:
+        library: Any library that :func:`read_identity` knows.
+
+    Raises:
+        InputError: It is none, or has another interface.
+        MissingRequirement: It cannot be loaded on this machine.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self.identity = read_identity(library)
+        if self.identity.abi != ABI:
+            raise InputError(
+                "the library has another interface", where=library, seen=self.identity.abi, wanted=ABI,
+                fix="Build it with this version: evit-deploy plugin build.",
+            )  # fmt: skip
+        try:
+            self._library = ctypes.CDLL(str(library.resolve()))
+        except OSError as error:
+            raise MissingRequirement(f"the library cannot be loaded ({error})", where=library) from None
+
+    def __call__(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        keep: int,
+        fuse: bool = True,
+        prefix: int = 1,
+        *,
+        out: tuple[Tensor, Tensor] | None = None,
+        threads: int = 1,
+        lanes: int = 0,
+        tiles: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """``y, idx = TokenReorg(x, scores)``; on a GPU on PyTorch's current stream, without waiting for it.
+
+        Args:
+            x: FP32, FP16 or BF16 ``[B, prefix + N, C]``, on the device that the library is for.
+            scores: FP32 ``[B, N]``.
+            keep: K, 1 to N.
+            fuse: Whether the rest becomes one more row.
+            prefix: Tokens in front that are no candidates, 0 to 8.
+            out: Where y and idx go; they are allocated when ``None``.
+            threads: Host library: members of a team.
+            lanes: Host library: how the work is cut, see ``token_reorg.h``; tiles likewise.
+            tiles: See lanes.
+
+        Returns:
+            y ``[B, prefix + K + fuse, C]`` in x's dtype and idx int32 ``[B, K]``.
+
+        Raises:
+            InputError: The tensors do not go together, or the kernel does not take them.
+            StageError: CUDA refused.
+        """
+        x, scores = x.contiguous(), scores.contiguous()
+        self._check(x, scores, prefix)
+        batch, tokens, channels = x.shape
+        if out is None:
+            y = x.new_empty((batch, max(prefix + keep + int(fuse), 0), channels))
+            out = y, x.new_empty((batch, max(keep, 0)), dtype=torch.int32)
+        pointers = (tensor.data_ptr() for tensor in (x, scores, *out))
+        sizes = batch, prefix, tokens - prefix, channels, keep, int(fuse)
+        call, message = _Call(*pointers, DTYPES[x.dtype], *sizes), ctypes.create_string_buffer(256)
+        if self.identity.kind == "host":
+            run = self._library.evit_token_reorg_on_host
+            status = run(ctypes.byref(call), threads, lanes, tiles, message, ctypes.c_size_t(len(message)))
+        else:
+            with torch.cuda.device(x.device):
+                stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+                run = self._library.evit_token_reorg
+                status = run(ctypes.byref(call), stream, message, ctypes.c_size_t(len(message)))
+        if status:
+            raise (InputError if status == _INVALID_CALL else StageError)(message.value.decode())
+        return out
+
+    def _check(self, x: Tensor, scores: Tensor, prefix: int) -> None:
+        device = "cpu" if self.identity.kind == "host" else "cuda"
+        if x.device.type != device or scores.device != x.device:
+            raise InputError(
+                f"this library is for tensors on {device}", where="TokenReorg", seen=f"{x.device}, {scores.device}"
+            )
+        if x.dtype not in DTYPES or scores.dtype != torch.float32:
+            raise InputError(
+                "no such types", where="TokenReorg", seen=f"x {x.dtype}, scores {scores.dtype}",
+                wanted="x in FP32, FP16 or BF16, scores in FP32",
+            )  # fmt: skip
+        wanted = (x.shape[0], x.shape[1] - prefix) if x.dim() == 3 else None
+        if wanted is None or tuple(scores.shape) != wanted:
+            raise InputError(
+                "x and scores do not go together", where="TokenReorg", seen=f"{list(x.shape)}, {list(scores.shape)}",
+                wanted="[batch, prefix + candidates, channels] and [batch, candidates]",
+            )  # fmt: skip

@@ -1,0 +1,240 @@
+"""The TensorRT plugin for ``evit::TokenReorg``: where it is found, what it has to be, and how it gets into a process.
+
+Without it TensorRT builds the operator's body into the engine, a dozen small kernels; with it the reorganisation is
+one. A plan that was built with it runs only where it is loaded. Its code runs in the process that loads it, so a
+library is never taken for lying beside a plan: it is named, or it is the one that ``evit-deploy plugin build`` put into
+the user's cache and whose SHA-256 the manifest has.
+"""
+
+import ctypes
+import importlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from evit_deploy.bundle.manifest import Engine
+from evit_deploy.environment.requirements import version_of
+from evit_deploy.environment.targets import TENSORRT
+from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.files import sha256
+from evit_deploy.registry import RUNTIMES
+
+LIBRARY = "libevit_plugin.so"
+"""Registers itself when it is loaded."""
+CREATORS = "libevit_plugin_creators.so"
+"""Is registered by TensorRT, which loads it."""
+KERNEL = "libevit_token_reorg.so"
+"""Has no TensorRT in it."""
+BUILD = "evit-deploy plugin build"
+ABI = 1
+"""Of ``token_reorg.h``."""
+_IDENTITY = re.compile(
+    rb"evit-deploy library: kind=(?P<kind>\w+) version=(?P<version>[\w.+-]+) abi=(?P<abi>\d+) "
+    rb"architectures=(?P<architectures>[\w,-]+) tensorrt=(?P<tensorrt>[\w.]+);"
+)
+_LOADED: dict[Path, ctypes.CDLL] = {}  # a plugin library stays: its creator is in TensorRT's registry for good
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What a library says of itself.
+
+    Args:
+        kind: ``registers`` (the plugin, for Triton, trtexec ``--staticPlugins`` and polygraphy), ``creators`` (the
+            plugin, for trtexec ``--dynamicPlugins``), ``kernel`` (without TensorRT) or ``host`` (on the CPU).
+        version: Of evit-deploy.
+        abi: Of its C interface.
+        architectures: CUDA architectures it has code for, as CMake writes them: ``80-real``, or ``120`` with PTX.
+        tensorrt: Version of the headers it was built with; ``None`` where there is no TensorRT in it.
+    """
+
+    kind: str
+    version: str
+    abi: int
+    architectures: tuple[str, ...]
+    tensorrt: str | None
+
+
+def read_identity(library: Path) -> Identity:
+    """Reads from a library's file what it is; none of its code runs.
+
+    Raises:
+        InputError: There is no such file, or evit-deploy did not build it.
+    """
+    try:
+        found = _IDENTITY.search(library.read_bytes())
+    except OSError as error:
+        raise InputError(f"no library can be read there ({error.strerror})", where=library) from None
+    if found is None:
+        raise InputError(
+            "not a library that evit-deploy built", where=library, fix="Build one: evit-deploy plugin build."
+        )
+    told = {name: value.decode() for name, value in found.groupdict().items()}
+    architectures = () if told["architectures"] == "none" else tuple(told["architectures"].split(","))
+    tensorrt = None if told["tensorrt"] == "none" else told["tensorrt"]
+    return Identity(told["kind"], told["version"], int(told["abi"]), architectures, tensorrt)
+
+
+def cache() -> Path:
+    """Where ``plugin build`` puts libraries: ``$XDG_CACHE_HOME/evit-deploy/plugins``, a folder for each version."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache") / "evit-deploy" / "plugins"
+
+
+def choose_plugin(choice: str | Path | None, wanted: str | None = None) -> Path | None:
+    """The library that is meant, looked at but not loaded.
+
+    Args:
+        choice: A path; ``auto`` for what is in the cache; ``none`` or ``None`` for no plugin.
+        wanted: SHA-256 that it must have, as a manifest says; ``None``: any that fits the TensorRT installed here.
+
+    Raises:
+        InputError: The library is no plugin, has another interface, or is not the one that is wanted.
+        MissingRequirement: There is none in the cache, or it is for another TensorRT than the one installed.
+    """
+    if choice is None or str(choice) == "none":
+        return None
+    if str(choice) == "auto":
+        return _in_cache(wanted)
+    path = Path(choice)
+    _check(path, read_identity(path))
+    if wanted is not None and _sha256(path) != wanted:
+        raise InputError(
+            "the plan was built with another library", where=path, seen=f"SHA-256 {_sha256(path)[:12]}",
+            wanted=wanted[:12], fix="Give that one, or convert again with this one.",
+        )  # fmt: skip
+    return path
+
+
+def _sha256(path: Path) -> str:
+
+    return sha256(path)
+
+
+def _in_cache(wanted: str | None) -> Path:
+    found = sorted(cache().glob(f"*/{LIBRARY}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    if wanted is not None:
+        for path in found:
+            if _sha256(path) == wanted:
+                _check(path, read_identity(path))
+                return path
+        raise MissingRequirement(
+            f"the plan needs the plugin library with SHA-256 {wanted[:12]}, which is not in {cache()}",
+            where="--plugin auto", fix="Give it: --plugin PATH. Another build has another hash: convert again with it.",
+        )  # fmt: skip
+    for path in found:
+        if not _misfits(read_identity(path)):
+            return path
+    raise MissingRequirement(f"no plugin for {_tensorrt()} is in {cache()}", where="--plugin auto", fix=f"Run: {BUILD}")
+
+
+def _tensorrt() -> str:
+    version = version_of(TENSORRT)
+    return f"TensorRT {version}" if version else "TensorRT"
+
+
+def misfit(identity: Identity) -> str | None:
+    """Why a library does not go with the TensorRT that is installed here; ``None`` if it does, or none is."""
+    installed = version_of(TENSORRT)
+    if installed is None or identity.tensorrt is None:
+        return None
+    built, here = (int(version.split(".")[0]) for version in (identity.tensorrt, installed))
+    return f"it was built for TensorRT {built}, and TensorRT {here} is installed" if built != here else None
+
+
+def _misfits(identity: Identity) -> bool:
+    return identity.kind != "registers" or identity.abi != ABI or misfit(identity) is not None
+
+
+def _check(path: Path, identity: Identity) -> None:
+    if identity.kind != "registers":
+        raise InputError(
+            f"the library does not register a plugin when it is loaded (it is a library of kind {identity.kind})",
+            where=path, wanted=LIBRARY, fix=f"It lies beside this one after: {BUILD}.",
+        )  # fmt: skip
+    if identity.abi != ABI:
+        raise InputError(
+            "the library has another interface", where=path, seen=identity.abi, wanted=ABI, fix=f"Build it: {BUILD}."
+        )
+    if (reason := misfit(identity)) is not None:
+        raise MissingRequirement(f"the plugin cannot be used here: {reason}", where=path, fix=f"Run: {BUILD}")
+
+
+def load_plugin(path: Path) -> None:
+    """Loads a library into this process, where it registers itself with TensorRT, which has to be installed.
+
+    Raises:
+        InputError: It is no plugin of ours, or not for this machine.
+        MissingRequirement: It is for another TensorRT.
+    """
+    path = path.resolve()
+    if path in _LOADED:
+        return
+    _check(path, read_identity(path))
+    importlib.import_module(TENSORRT)  # the library looks for TensorRT in the process
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise InputError(
+            f"the plugin library cannot be loaded ({error})", where=path, fix=f"Build it on this machine: {BUILD}."
+        ) from None
+    refusal = refusal_of(library)
+    if refusal is not None:
+        raise MissingRequirement(f"TensorRT has not taken the plugin: {refusal}", where=path)
+    _LOADED[path] = library
+
+
+def refusal_of(library: Any) -> str | None:
+    """Why a loaded library did not register its plugin; ``None`` if it did."""
+    library.evit_plugin_refusal.restype = ctypes.c_char_p
+    refusal = library.evit_plugin_refusal()
+    return None if refusal is None else refusal.decode(errors="replace")
+
+
+def plugin_for(engine: Engine | None, choice: str | Path | None) -> Path | None:
+    """The library that an engine needs to be run.
+
+    Args:
+        engine: As the manifest describes it; ``None`` for a plan that nobody describes.
+        choice: See :func:`choose_plugin`; ``None`` is ``auto`` where the engine needs a plugin.
+
+    Raises:
+        InputError: See :func:`choose_plugin`; or the engine needs a plugin and none was to be loaded.
+        MissingRequirement: See :func:`choose_plugin`.
+    """
+    if engine is None:
+        return None if str(choice) == "auto" else choose_plugin(choice)  # nobody says which one it would need
+    if engine.plugin is None:
+        if str(choice) in ("None", "none", "auto"):
+            return None
+        raise InputError(
+            "the engine needs no plugin: the operator's body is built in", where="--plugin", seen=choice,
+            fix="Leave it out.",
+        )  # fmt: skip
+    if str(choice) == "none":
+        raise InputError("the engine was built with a plugin", where="--plugin none", fix="Leave it out.")
+    return choose_plugin(choice or "auto", engine.plugin)
+
+
+def provide_plugin(engine: Engine | None, choice: str | Path | None) -> MissingRequirement | None:
+    """Loads the library that an engine needs, if TensorRT can run here at all.
+
+    Args:
+        engine: See :func:`plugin_for`.
+        choice: See :func:`plugin_for`.
+
+    Returns:
+        What is missing; ``None`` when nothing is.
+
+    Raises:
+        InputError: See :func:`plugin_for` and :func:`load_plugin`.
+    """
+    try:
+        path = plugin_for(engine, choice)
+        if path is not None and RUNTIMES.get(TENSORRT).missing() is None:
+            load_plugin(path)
+    except MissingRequirement as error:
+        return error
+    return None

@@ -1,0 +1,102 @@
+"""Engines to compare a bundle's engine with, built as that was built: its slice twin, and its other body."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import onnx
+
+from evit_deploy.bundle import bundle as bundles
+from evit_deploy.bundle.manifest import MODEL, Engine
+from evit_deploy.engines import build
+from evit_deploy.engines.options import BUILDERS, BuildOptions, usable
+from evit_deploy.engines.plugin.library import choose_plugin, provide_plugin
+from evit_deploy.environment import nvidia as gpu
+from evit_deploy.errors import EvitDeployError
+from evit_deploy.export.card import load_onnx
+from evit_deploy.export.variants import reorganizations, slice_twin
+
+
+def slice_engine(
+    bundle: bundles.Bundle, scratch: Path, progress: Callable[[str], None] = lambda text: None
+) -> tuple[Path | None, str]:
+    """Builds the slice twin of a bundle's engine, as the engine itself was built.
+
+    Args:
+        bundle: The bundle.
+        scratch: Folder for the twin.
+        progress: Told what is being done.
+
+    Returns:
+        The twin's plan and an empty text, or ``None`` and why there is none (nothing to say where nothing is reduced).
+    """
+    proto = load_onnx(bundle.file(MODEL))
+    if not reorganizations(proto):
+        return None, ""
+    model = scratch / "slice.onnx"
+    onnx.save(slice_twin(proto), model)
+    return _built_likewise(bundle, "slice", model, scratch, None, progress)
+
+
+def other_body(
+    bundle: bundles.Bundle,
+    scratch: Path,
+    plugin: Path | str | None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[Path | None, str]:
+    """Builds a bundle's engine once more: without its plugin, or, where it has none, with the one that is given.
+
+    Args:
+        bundle: The bundle.
+        scratch: Folder for the engine.
+        plugin: Library to build with, or ``auto``; not for an engine that has a plugin.
+        progress: Told what is being done.
+
+    Returns:
+        Its plan, ``body.plan`` or ``plugin.plan``, and an empty text; or ``None`` and why there is none (nothing to
+        say where nobody asked for one).
+
+    Raises:
+        InputError: The library is no plugin.
+        MissingRequirement: There is none, or it is for another TensorRT.
+    """
+    engine, library = bundle.manifest.engine, choose_plugin(plugin)
+    if engine is None or (engine.plugin is None and library is None):
+        return None, ""
+    variant = "body" if engine.plugin is not None else "plugin"
+    if library is not None and (lacking := provide_plugin(None, library)) is not None:
+        raise lacking
+    return _built_likewise(bundle, variant, bundle.file(MODEL), scratch, library, progress)
+
+
+def _built_likewise(
+    bundle: bundles.Bundle,
+    variant: str,
+    model: Path,
+    scratch: Path,
+    plugin: Path | None,
+    progress: Callable[[str], None],
+) -> tuple[Path | None, str]:
+    """Another model's engine, built as the bundle's own was."""
+    engine = bundle.manifest.engine
+    if engine is None or engine.target not in BUILDERS:
+        builder = "nobody says how the engine was built" if engine is None else f"{engine.target} built the engine"
+        return None, f"its {variant} twin would have to be built likewise, and {builder}"
+    if not usable(engine.target):
+        return None, f"{engine.target} cannot build its {variant} twin here (evit-deploy doctor says what is missing)"
+    plan = scratch / f"{variant}.plan"
+    progress(f"building the {variant} twin's engine with {engine.target}")
+    options = msgspec.structs.replace(options_of(engine), plugin=plugin)
+    try:
+        build.build_engine(model, plan, engine.target, engine.precision, options)
+    except EvitDeployError as error:
+        return None, f"its {variant} twin could not be built ({error.what.rstrip('.')})"
+    return plan, ""
+
+
+def options_of(engine: Engine) -> BuildOptions:
+    """What a builder has to be told to build as an engine of a bundle was built, but for its plugin."""
+    ahead = engine.target == "tensorrt-rtx" and (engine.driver is None or engine.gpus != (gpu.compute_capability(),))
+    known = set(BuildOptions.__struct_fields__) - {"profiles", "gpus", "plugin", "timing_cache"}
+    told = {name: value for name, value in engine.options.items() if name in known}
+    return BuildOptions(profiles=engine.profiles, gpus=engine.gpus if ahead else (), **told)

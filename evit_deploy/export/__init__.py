@@ -1,0 +1,1 @@
+"""One portable ONNX file, and what is made of it: precisions, variants, OpenVINO files."""

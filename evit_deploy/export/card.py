@@ -1,0 +1,101 @@
+"""What a portable ONNX file says about itself: the names of its tensors, and the model card in its properties."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+from onnx import ModelProto, helper
+
+import evit_deploy
+from evit_deploy.data.images import Preprocess
+from evit_deploy.errors import InputError
+from evit_deploy.tokens.plan import TokenPlan, TokenSpec
+
+INPUT, LOGITS = "input", "logits"
+_PROPERTY = "evit_deploy."
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """What a portable file says about itself, one model property a field.
+
+    Args:
+        kind: ``reduced``, ``dense`` or ``slice`` (the twins).
+        model: timm name.
+        tokens: What was asked for.
+        plan: The token counts.
+        preprocess: From image file to input tensor.
+        precision: Of weights and matrix products: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``.
+        versions: Packages that made the file.
+    """
+
+    kind: str
+    model: str
+    tokens: TokenSpec
+    plan: TokenPlan
+    preprocess: Preprocess
+    precision: str
+    versions: dict[str, str]
+
+
+def kept_name(block: int) -> str:
+    """Name of the output with the candidates a block kept, int32 ``[B, K]``."""
+    return f"kept_{block}"
+
+
+def write_card(proto: ModelProto, card: ModelCard) -> None:
+    """Puts into a file what it says about itself."""
+    helper.set_model_props(proto, {_PROPERTY + field: value for field, value in card_fields(card).items()})
+    proto.producer_name, proto.producer_version = "evit-deploy", evit_deploy.__version__
+
+
+def read_card(proto: ModelProto) -> ModelCard | None:
+    """What a file says about itself; ``None`` if evit-deploy did not make it."""
+    return parse_card({p.key.removeprefix(_PROPERTY): p.value for p in proto.metadata_props})
+
+
+def card_fields(card: ModelCard) -> dict[str, str]:
+    """A card as text, field by field; :func:`parse_card` reads it."""
+    return {
+        field: value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        for field, value in msgspec.structs.asdict(card).items()
+    }
+
+
+def parse_card(found: Mapping[str, str]) -> ModelCard | None:
+    """A card from its fields as text; ``None`` if some are missing or are something else."""
+    types = {field.name: field.type for field in msgspec.structs.fields(ModelCard)}
+    if not types.keys() <= found.keys():
+        return None
+    try:
+        values: dict[str, Any] = {
+            field: found[field] if kind is str else msgspec.json.decode(found[field], type=kind)
+            for field, kind in types.items()
+        }
+    except msgspec.DecodeError:
+        return None
+    return ModelCard(**values)
+
+
+def load_onnx(path: Path) -> ModelProto:
+    """Reads an ONNX file.
+
+    Raises:
+        InputError: The file is missing or is no ONNX model.
+    """
+    if not path.is_file():
+        raise InputError("no such file", where=path, fix="Give the path of an ONNX model.")
+    try:
+        proto = onnx.load(path)
+    except Exception as error:  # protobuf's own errors differ between its implementations
+        raise InputError(f"not an ONNX model ({type(error).__name__})", where=path) from error
+    if not proto.graph.node:
+        raise InputError("not an ONNX model (no graph in it)", where=path)
+    return proto
+
+
+def feeds(images: np.ndarray) -> dict[str, np.ndarray]:
+    """What a runner's ``infer`` takes for these images."""
+    return {INPUT: images}

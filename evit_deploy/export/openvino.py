@@ -1,0 +1,227 @@
+"""The portable file in OpenVINO's own format: ``model.xml`` and ``model.bin``, which say themselves what they are.
+
+Two things are added to what OpenVINO's reader makes of the file:
+
+- The kept candidates get the name they have in the portable file, so that they can be made outputs afterwards.
+- What lies between a query-key product and the choice, and what sums up the fused row, is marked to stay in FP32. Left
+  alone, the CPU plugin chooses by scores in BF16, 8 bits with many ties, unless the kept candidates are outputs: then
+  it computes the scores in FP32, and looking at the choice would change it.
+"""
+
+import os
+import re
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree.ElementTree import Element
+
+import msgspec
+from onnx import ModelProto
+from onnx.inliner import inline_local_functions
+
+from evit_deploy.errors import InputError, StageError
+from evit_deploy.export.card import ModelCard, card_fields, kept_name, load_onnx, parse_card, read_card
+from evit_deploy.export.variants import with_indices
+
+if TYPE_CHECKING:
+    import openvino
+
+_SECTION = "evit_deploy"
+_KEPT = kept_name(0).removesuffix("0")
+_BEFORE_SCORES = {"MatMul", "Add", "Convert", "ConvertLike", "Const", "Parameter", "ShapeOf"}
+_NUMBERED = re.compile(r"([A-Z][A-Za-z0-9]*)_\d+")
+
+
+def import_openvino() -> Any:
+    """Imports OpenVINO without its telemetry, which reports every import to its makers unless it was switched off."""
+    telemetry = "openvino_telemetry"
+    if "openvino" not in sys.modules and telemetry not in sys.modules:
+        sys.modules[telemetry] = None  # type: ignore[assignment]  # Python's own way to say: not to be imported
+        try:
+            import openvino
+        finally:
+            del sys.modules[telemetry]
+    import openvino
+
+    return openvino
+
+
+def save_openvino(model: Path | ModelProto, xml: Path) -> None:
+    """Writes a portable file as OpenVINO reads it fastest, weights in the types they have there.
+
+    Its input and output are the portable file's; what the file says about itself stands in the section ``evit_deploy``
+    of the model's ``rt_info``. The same file in gives the same bytes out.
+
+    Args:
+        model: The portable file.
+        xml: Where to write; the weights go beside it, with the ending ``.bin``.
+
+    Raises:
+        InputError: No ONNX model, not one that evit-deploy made, or the name does not end in ``.xml``.
+        StageError: OpenVINO does not read it, or the disk is full.
+    """
+    if xml.suffix != ".xml":
+        raise InputError("OpenVINO models are named .xml", where=xml)
+    proto = model if isinstance(model, ModelProto) else load_onnx(model)
+    where = "model in memory" if isinstance(model, ModelProto) else model
+    if read_card(proto) is None:
+        raise InputError("evit-deploy did not write this file, so its precision is unknown", where=where)
+    try:
+        xml.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=xml.parent, prefix=".openvino-") as folder:
+            written = _write(proto, Path(folder), str(where))
+            os.replace(written.with_suffix(".bin"), xml.with_suffix(".bin"))
+            os.replace(written, xml)
+    except OSError as error:
+        raise StageError(f"could not be written ({error.strerror or error})", where=xml) from error
+
+
+def openvino_model(proto: ModelProto, where: str = "model in memory") -> "openvino.Model":
+    """A portable file, or any other ONNX model, as OpenVINO holds it in memory: what :func:`save_openvino` writes.
+
+    Args:
+        proto: The model.
+        where: Its name in messages.
+
+    Raises:
+        StageError: OpenVINO does not read it, or the disk is full.
+    """
+    core = import_openvino().Core()
+    core.set_property({"ENABLE_MMAP": False})  # or the weights would be looked up in a file that is gone
+    try:
+        # The marks exist in the written form only; there is no function that sets them.
+        with tempfile.TemporaryDirectory(prefix="evit-deploy-openvino-") as folder:
+            return core.read_model(_write(proto, Path(folder), where))
+    except OSError as error:
+        raise StageError(f"could not be written ({error.strerror or error})", where=tempfile.gettempdir()) from error
+
+
+def read_openvino(xml: Path) -> "openvino.Model":
+    """Reads ``model.xml`` and the ``model.bin`` beside it.
+
+    Raises:
+        InputError: One of the two is missing or damaged.
+    """
+    for path in (xml, xml.with_suffix(".bin")):
+        if not path.is_file():
+            raise InputError("no such file", where=path, fix="An OpenVINO model is a .xml and a .bin side by side.")
+    with xml.open("rb") as file:
+        if b"<net" not in file.read(4096):  # given anything else, OpenVINO tries five other formats, loudly
+            raise InputError("not an OpenVINO model (no network in it)", where=xml)
+    try:
+        model = import_openvino().Core().read_model(xml)
+    except Exception as error:  # OpenVINO raises RuntimeError for everything
+        raise InputError(f"not an OpenVINO model: {one_line(error)}", where=xml) from error
+    return model
+
+
+def openvino_card(model: "openvino.Model") -> ModelCard | None:
+    """What a model says about itself; ``None`` if evit-deploy did not make it."""
+    fields = [field.name for field in msgspec.structs.fields(ModelCard)]
+    if not all(model.has_rt_info([_SECTION, field]) for field in fields):
+        return None
+    return parse_card({field: model.get_rt_info([_SECTION, field]).astype(str) for field in fields})
+
+
+def kept_outputs(model: "openvino.Model") -> list[str]:
+    """Names of the kept candidates in a model that :func:`save_openvino` wrote, by block."""
+    names = {name for node in model.get_ops() for output in node.outputs() for name in output.get_names()}
+    blocks = [name.removeprefix(_KEPT) for name in names if name.startswith(_KEPT)]
+    return [kept_name(block) for block in sorted(int(block) for block in blocks if block.isdigit())]
+
+
+def one_line(error: Exception) -> str:
+    """What OpenVINO has to say, without the places in its source that it begins with."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
+    return " ".join(telling)[:300] or type(error).__name__
+
+
+def _write(proto: ModelProto, folder: Path, where: str) -> Path:
+    """Writes ``model.xml`` and ``model.bin`` into a folder."""
+    openvino = import_openvino()
+    card = read_card(proto)
+    bare = inline_local_functions(with_indices(proto))  # OpenVINO's reader knows no functions
+    del bare.metadata_props[:]
+    try:
+        model = openvino.Core().read_model(bare.SerializeToString())
+    except Exception as error:
+        raise StageError(f"OpenVINO does not read the model: {one_line(error)}", where=where) from error
+    asked_for = {output.name for output in proto.graph.output}
+    for result in model.get_results():
+        _name_choice(model, result, asked_for)
+    for field, value in card_fields(card).items() if card else ():
+        model.set_rt_info(value, [_SECTION, field])
+    xml = folder / "model.xml"
+    try:
+        openvino.save_model(model, xml, compress_to_fp16=False)
+        text = ElementTree.parse(xml)
+    except Exception as error:  # a disk that is full may show as a file that ends early
+        raise StageError(f"OpenVINO does not write the model: {one_line(error)}", where=where) from error
+    root = text.getroot()
+    end = max([int(data.get("offset", 0)) + int(data.get("size", 0)) for data in root.iter("data")], default=0)
+    if xml.with_suffix(".bin").stat().st_size < end:
+        raise StageError("OpenVINO wrote a part of the weights only", where=where, fix="Make room on the disk.")
+    _mark_scores(root)
+    for layer in root.iter("layer"):  # names that OpenVINO made up count on from the last model of the process
+        made_up = _NUMBERED.fullmatch(layer.get("name", ""))
+        if made_up:
+            layer.set("name", f"{made_up[1]}_{layer.get('id')}")
+    text.write(xml, encoding="utf-8", xml_declaration=True)
+    return xml
+
+
+def _name_choice(model: "openvino.Model", result: "openvino.Node", asked_for: set[str]) -> None:
+    """Moves the name ``kept_<block>`` from an output to the choice itself, and takes the output away."""
+    names = result.input_value(0).get_names()
+    name = next((name for name in names if name.startswith(_KEPT)), None)
+    if name is None or name in asked_for:
+        return
+    model.remove_result(result)
+    choice = result.input_value(0)
+    while choice.get_node().get_type_name() != "TopK":  # a conversion to int32 lies between
+        choice = choice.get_node().input_value(0)
+    choice.add_names({name})
+
+
+def _mark_scores(root: Element) -> None:
+    layers = {layer.get("id"): layer for layer in root.iter("layer")}
+    before: dict[str | None, list[str | None]] = {number: [] for number in layers}
+    after: dict[str | None, list[str | None]] = {number: [] for number in layers}
+    for edge in root.iter("edge"):
+        before[edge.get("to-layer")].append(edge.get("from-layer"))
+        after[edge.get("from-layer")].append(edge.get("to-layer"))
+    kinds = {number: str(layer.get("type")) for number, layer in layers.items()}
+
+    def scoring(number: str | None) -> Iterator[str | None]:
+        yield number
+        for other in before[number]:
+            if kinds[other] not in _BEFORE_SCORES:
+                yield from scoring(other)
+
+    def summing(number: str | None) -> Iterator[str | None]:
+        yield number
+        for other in after[number] if kinds[number] != "MatMul" else ():
+            yield from summing(other)
+
+    choices = [number for number, kind in kinds.items() if kind == "TopK"]
+    marked = {number for choice in choices for number in scoring(choice)}
+    rests = [number for number, kind in kinds.items() if kind == "ScatterElementsUpdate"]
+    marked |= {number for rest in rests for number in summing(rest)} if choices else set()
+    for number, layer in layers.items():
+        if number in marked:
+            _keep_fp32(layer)
+
+
+def _keep_fp32(layer: Element) -> None:
+    data, info = layer.find("data"), layer.find("rt_info")
+    if info is None:
+        info = Element("rt_info")
+        layer.insert(0 if data is None else 1, info)
+    ElementTree.SubElement(info, "attribute", name="precise", version="0")
+    # The plugin turns a newer Softmax into the oldest and loses the mark; with an axis from the front they are equal.
+    if layer.get("type") == "SoftMax" and data is not None and int(data.get("axis", -1)) >= 0:
+        layer.set("version", "opset1")

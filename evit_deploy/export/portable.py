@@ -1,0 +1,143 @@
+"""A reduced model as one portable ONNX file, and its twins.
+
+The file holds ``evit::TokenReorg`` nodes *and* the function that says what they do in standard operators: ONNX Runtime,
+OpenVINO and TensorRT-RTX run the function, TensorRT takes a plugin for it when one is loaded. Batch is the one dynamic
+dimension. Everything a consumer must know (plan, preprocessing, versions) stands in the model's own properties.
+
+The *dense twin* is the same model without token reduction, exported by the same code.
+"""
+
+import ast
+import logging
+import warnings
+from collections import Counter
+
+import onnx
+import torch
+from onnx import ModelProto, helper
+
+from evit_deploy.data.images import Preprocess
+from evit_deploy.environment.machine import versions
+from evit_deploy.errors import InputError, StageError
+from evit_deploy.export.card import INPUT, LOGITS, ModelCard, kept_name, write_card
+from evit_deploy.tokens import op
+from evit_deploy.tokens.backbone import backbone_of
+from evit_deploy.tokens.reduce import TokenReducer, token_plan, token_spec
+
+OPSET = 23  # the first with Attention; Gelu came with 20
+_ONE_FILE_LIMIT = 2**31 - 1  # a protobuf message cannot be larger
+
+
+def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess) -> ModelProto:
+    """Exports a model, reduced or dense, into the portable form.
+
+    Input ``input`` is float32 NCHW, normalised, with a dynamic batch; output ``logits`` is float32 (features, when the
+    model has no classes).
+
+    Args:
+        model: A model of a registered backbone.
+        name: Its timm name, for the record.
+        preprocess: Its preprocessing, for the record; its size must be the model's.
+
+    Returns:
+        The checked model, in one piece.
+
+    Raises:
+        UnsupportedModelError: No backbone knows the model.
+        InputError: The file would exceed what one protobuf can hold, or the preprocessing has another size.
+        StageError: The exporter failed.
+    """
+    backbone = backbone_of(model)
+    size = backbone.image_size(model)
+    if tuple(preprocess.size) != size:
+        raise InputError("the preprocessing makes another size than the model takes", seen=preprocess.size, wanted=size)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    if weight_bytes > _ONE_FILE_LIMIT:
+        raise InputError("the weights do not fit into one ONNX file", seen=f"{weight_bytes} bytes", wanted="< 2 GiB")
+    plan, spec = token_plan(model), token_spec(model)
+    if not all(module.exports for module in model.modules() if isinstance(module, TokenReducer)):
+        raise InputError(f"the method {spec.method!r} has no exported form", fix="Use --method evit.")
+    lowered = backbone.lower(model)
+    example = torch.zeros(2, backbone.channels(model), *size)  # batch 2: a 1 would be baked in as a constant
+    proto = _run_exporter(lowered, example)
+    _name_nodes(proto)
+    nodes = [node for node in proto.graph.node if node.domain == op.DOMAIN]
+    for node, row in zip(nodes, plan.locations, strict=True):
+        _rename_outputs(proto, node, row.block)
+    if nodes:
+        _attach_function(proto)
+    kind = "reduced" if plan.locations else "dense"
+    write_card(proto, ModelCard(kind, name, spec, plan, preprocess, "fp32", versions()))
+    onnx.checker.check_model(proto)
+    return proto
+
+
+def _run_exporter(model: torch.nn.Module, example: torch.Tensor) -> ModelProto:
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:  # the exporter narrates; a stage that succeeds has nothing to say
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[LOGITS],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                verbose=False,
+            )
+            assert program is not None  # None is for exports that go straight to a file
+            return program.model_proto
+    except Exception as error:  # the exporter raises many kinds
+        cause: BaseException = error  # the exporter wraps what went wrong in instructions of several lines
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first_line = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        raise StageError(
+            f"the ONNX export failed: {first_line}", fix="Run with --debug for the whole story."
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _name_nodes(proto: ModelProto) -> None:
+    """Names every node by its module and operator, ``blocks.3.attn.q/Gemm``, so that a profile can be read.
+
+    What else the exporter notes on a node goes: among it are stack traces with the folders of this machine.
+    """
+    taken: Counter[str] = Counter()
+    module = ""
+    for node in proto.graph.node:
+        notes = {entry.key: entry.value for entry in node.metadata_props}
+        scopes = [str(scope) for scope in ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))]
+        # A node that the exporter made up on its own belongs to the block that it stands in.
+        module = scopes[-2].lstrip("_") if scopes else ".".join(module.split(".")[:2])
+        module = "" if module.startswith("empty_nn_module") else module
+        name = "/".join(part for part in (module, node.op_type) if part)
+        node.name = f"{name}_{taken[name]}" if taken[name] else name
+        taken[name] += 1
+        del node.metadata_props[:]
+    for holder in (*proto.graph.value_info, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
+        del holder.metadata_props[:]
+    del proto.graph.metadata_props[:]
+
+
+def _rename_outputs(proto: ModelProto, node: onnx.NodeProto, block: int) -> None:
+    renamed = {node.output[0]: f"blocks.{block}.tokens", node.output[1]: kept_name(block)}
+    node.name = f"blocks.{block}.token_reorg"
+    node.output[:] = [renamed[output] for output in node.output]
+    for other in proto.graph.node:
+        other.input[:] = [renamed.get(value, value) for value in other.input]
+    for info in proto.graph.value_info:
+        info.name = renamed.get(info.name, info.name)
+
+
+def _attach_function(proto: ModelProto) -> None:
+    proto.functions.append(op.onnx_function(OPSET))
+    if not any(entry.domain == op.DOMAIN for entry in proto.opset_import):
+        proto.opset_import.append(helper.make_opsetid(op.DOMAIN, op.DOMAIN_VERSION))

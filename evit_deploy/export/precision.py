@@ -1,0 +1,193 @@
+"""Precision as part of the graph: typed weights and casts for FP16 and BF16, Q/DQ pairs for INT8 and FP8.
+
+TensorRT 11 knows no other way, and every other runtime understands it too. Input and logits stay float32 whatever
+happens between them. Scores, selection and the fused sum stay in FP32, because half precision is too coarse to rank
+patches by; LayerNorm keeps its statistics in FP32 (``stash_type``).
+
+INT8 and FP8 are laid on top by ONNX Runtime's own quantiser: activations by one scale a tensor, weights by one a
+channel, for linear layers only. What is not quantised is FP32 where a CPU runs it, FP16 where TensorRT does.
+"""
+
+import ml_dtypes
+import msgspec
+import numpy as np
+import onnx.numpy_helper
+import onnx_ir
+import torch
+from onnx import ModelProto
+from onnx_ir import DataType
+
+from evit_deploy.errors import InputError
+from evit_deploy.export.card import read_card, write_card
+from evit_deploy.export.quantization import array_of, quantize
+from evit_deploy.tokens.op import DOMAIN, NAME
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+QUANTIZED = ("int8", "fp8")
+_TYPES = {"fp16": DataType.FLOAT16, "bf16": DataType.BFLOAT16}
+_LARGEST = {"fp16": 65504.0, "bf16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def set_precision(
+    proto: ModelProto, precision: str, *, base: str = "fp32", calibration: np.ndarray | None = None
+) -> ModelProto:
+    """A copy of an exported FP32 model in another precision.
+
+    Args:
+        proto: What ``export_onnx`` made.
+        precision: One of :data:`PRECISIONS`.
+        base: For ``int8`` and ``fp8``: precision of everything that is not quantised.
+        calibration: For ``int8`` and ``fp8``: real images in the deployment's preprocessing, float32 ``[n, C, H, W]``;
+            what decides the ranges of the activations.
+
+    Returns:
+        The checked model; its card names the precision.
+
+    Raises:
+        InputError: An unknown precision, weights too large for it, no calibration images, or a file that evit-deploy
+            did not export in FP32.
+        StageError: The quantiser failed.
+    """
+    if precision not in PRECISIONS:
+        raise InputError("unknown precision", seen=repr(precision), wanted="one of " + ", ".join(PRECISIONS))
+    card = read_card(proto)
+    if card is None or card.precision != "fp32":
+        seen = "no card" if card is None else card.precision
+        raise InputError("not a model that evit-deploy exported in FP32", seen=seen, wanted="fp32")
+    if precision in QUANTIZED:
+        if base not in ("fp32", *_TYPES):
+            raise InputError(
+                "not a precision for what stays unquantised", seen=repr(base), wanted="fp32 or " + " or ".join(_TYPES)
+            )
+        if calibration is None or not len(calibration):
+            raise InputError(
+                f"{precision} needs real images, from which it learns the range of every activation",
+                fix="Give a folder of them with --calibration; 128 or more, like those it will see.",
+            )
+        proto = quantize(proto, precision, base, calibration)
+        precision_of_rest = base
+    else:
+        precision_of_rest = precision
+    if precision_of_rest != "fp32":
+        proto = _cast(proto, precision_of_rest)
+    lowered = ModelProto()
+    lowered.CopyFrom(proto)
+    write_card(lowered, msgspec.structs.replace(card, precision=precision))
+    onnx.checker.check_model(lowered)
+    return lowered
+
+
+def _cast(proto: ModelProto, precision: str) -> ModelProto:
+    """The graph in FP16 or BF16, but for the score rows; ``TokenReorg`` itself takes tokens of either type."""
+    model = onnx_ir.from_proto(proto)
+    graph, low = model.graph, _TYPES[precision]
+    exact = _score_rows(graph)
+    widened: dict[onnx_ir.Value, onnx_ir.Value] = {}
+    _refuse_too_large(graph, exact, precision)
+    for value in list(graph.initializers.values()):
+        if value.dtype == DataType.FLOAT and not all(use.node in exact for use in value.uses()):
+            value.const_value = _as_type(value, low)
+            value.dtype = low
+    for node in list(graph):
+        if node in exact:
+            for index, value in enumerate(node.inputs):
+                if value is not None and value.producer() not in exact and _is_float(value):
+                    node.replace_input_with(index, _widen(graph, value, node, widened))
+            continue
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == DataType.FLOAT:
+            node.attributes["to"] = onnx_ir.AttrInt64("to", low)
+        for value in node.outputs:
+            if value.dtype == DataType.FLOAT:
+                value.dtype = low
+    for value in graph.inputs:
+        if value.dtype == DataType.FLOAT:
+            _narrow_input(graph, value, low)
+    for index, value in enumerate(graph.outputs):
+        if value.dtype == low:
+            graph.outputs[index] = _widen_output(graph, value, low)
+    return onnx_ir.to_proto(model)
+
+
+def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
+    """The nodes that serve the scores alone: what leads to a ``TokenReorg``'s second input and nowhere else."""
+    found: set[onnx_ir.Node] = set()
+    pending = [node.inputs[1] for node in graph if node.domain == DOMAIN and node.op_type == NAME]
+    while pending:
+        value = pending.pop()
+        node = value.producer() if value is not None else None
+        if node is None or node in found:
+            continue
+        users = [use.node for output in node.outputs for use in output.uses()]
+        if all(user in found or (user.op_type == NAME and user.domain == DOMAIN) for user in users):
+            found.add(node)
+            pending.extend(node.inputs)
+    return found
+
+
+def _is_float(value: onnx_ir.Value) -> bool:
+    return value.dtype in (DataType.FLOAT, *_TYPES.values())
+
+
+def _refuse_too_large(graph: onnx_ir.Graph, exact: set[onnx_ir.Node], precision: str) -> None:
+    """A weight beyond the type's range would become infinite, and the logits with it."""
+    large = []
+    for value in graph.initializers.values():
+        if value.dtype == DataType.FLOAT and not all(use.node in exact for use in value.uses()):
+            greatest = float(np.abs(array_of(value)).max(initial=0.0))
+            if not greatest <= _LARGEST[precision]:
+                large.append(f"{value.name} ({greatest:.3g})")
+    if large:
+        raise InputError(
+            f"weights that {precision} cannot hold: {', '.join(large[:5])}" + (" and more" if len(large) > 5 else ""),
+            seen=len(large),
+            wanted=f"at most {_LARGEST[precision]:g}",
+            fix="Use --precision bf16, whose range is that of FP32."
+            if precision == "fp16"
+            else "Use --precision fp32.",
+        )
+
+
+def _as_type(value: onnx_ir.Value, low: DataType) -> onnx_ir.TensorProtocol:
+    array = array_of(value)
+    narrow = array.astype(low.numpy())
+    scales = any(use.node.op_type in ("QuantizeLinear", "DequantizeLinear") and use.idx == 1 for use in value.uses())
+    if scales:  # a scale below the type's smallest number would become 0, and everything divided by it infinite
+        narrow = np.where((array != 0) & (narrow == 0), ml_dtypes.finfo(low.numpy()).smallest_subnormal, narrow)
+        narrow = narrow.astype(low.numpy())
+    return onnx_ir.tensor(narrow, name=value.name)
+
+
+def _widen(
+    graph: onnx_ir.Graph, value: onnx_ir.Value, before: onnx_ir.Node, widened: dict[onnx_ir.Value, onnx_ir.Value]
+) -> onnx_ir.Value:
+    """The same value in FP32, by one ``Cast`` however often it is asked for; the score row's own weights are FP32."""
+    if value.is_initializer() and value.dtype == DataType.FLOAT:
+        return value
+    if value not in widened:
+        cast = onnx_ir.node("Cast", [value], {"to": DataType.FLOAT}, name=f"{value.name}.fp32")
+        cast.outputs[0].name, cast.outputs[0].dtype = cast.name, DataType.FLOAT
+        cast.outputs[0].shape = value.shape
+        graph.insert_before(before, cast)
+        widened[value] = cast.outputs[0]
+    return widened[value]
+
+
+def _narrow_input(graph: onnx_ir.Graph, value: onnx_ir.Value, low: DataType) -> None:
+    cast = onnx_ir.node("Cast", [value], {"to": low}, name=f"{value.name}.cast")
+    cast.outputs[0].name, cast.outputs[0].dtype = cast.name, low
+    cast.outputs[0].shape = value.shape
+    for use in list(value.uses()):
+        if use.node is not cast and use.node.op_type != "Shape":
+            use.node.replace_input_with(use.idx, cast.outputs[0])
+    graph.insert_before(graph[0], cast)
+
+
+def _widen_output(graph: onnx_ir.Graph, value: onnx_ir.Value, low: DataType) -> onnx_ir.Value:
+    name, value.name = value.name, f"{value.name}.{low.name.lower()}"
+    cast = onnx_ir.node("Cast", [value], {"to": DataType.FLOAT}, name=f"{name}.cast")
+    output = cast.outputs[0]
+    output.name, output.dtype, output.shape = name, DataType.FLOAT, value.shape
+    graph.append(cast)
+    return output

@@ -1,0 +1,1 @@
+"""Which model a file is: safe reading, identification, weights and model families."""

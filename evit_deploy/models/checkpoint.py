@@ -1,0 +1,292 @@
+"""A checkpoint: weights, and what they are. Architecture, image size, classes and token reduction are read from it.
+
+How a file is read without trusting it: ``weights.py``. How tensors are recognised: ``identify.py``.
+"""
+
+import ast
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from evit_deploy.data.images import Preprocess
+from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
+from evit_deploy.files import sha256, write_atomically
+from evit_deploy.models.identify import Identity, check_model_name, differences_of, identify
+from evit_deploy.models.safe_weights import read_weights
+from evit_deploy.tokens.backbone import load_backbones
+from evit_deploy.tokens.plan import TokenSpec
+
+METADATA_KEY = "evit_deploy"
+FILE_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".bin", ".ckpt")
+
+
+class Checkpoint(msgspec.Struct):
+    """Weights and what they are.
+
+    Args:
+        source: File path or timm name.
+        sha256: Hash of the file; ``None`` for a timm name.
+        weights: Tensors under timm's names.
+        model: timm architecture.
+        model_args: What ``timm.create_model`` needs besides the name.
+        tokens: The reduction the weights were trained with, if the file says so.
+        preprocess: The preprocessing the file asks for; ``None`` for the architecture's own.
+        labels: Class names, if the file has them.
+        notes: What was assumed or chosen, to be told to the user.
+    """
+
+    source: str
+    sha256: str | None
+    weights: dict[str, Tensor]
+    model: str
+    model_args: dict[str, Any]
+    tokens: TokenSpec | None = None
+    preprocess: Preprocess | None = None
+    labels: list[str] | None = None
+    notes: list[str] = []
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """What the caller says about the reduction; ``None`` leaves it to the checkpoint, then to the defaults."""
+
+    keep_rate: float | tuple[float, ...] | None = None
+    locations: tuple[int, ...] | None = None
+    fuse: bool | None = None
+    method: str | None = None
+
+    def resolve(self, checkpoint: Checkpoint) -> tuple[TokenSpec, list[str]]:
+        """Joins what was asked for with what the checkpoint was trained with.
+
+        Returns:
+            The spec, and notes on everything that was overruled or assumed.
+
+        Raises:
+            InputError: Nobody gives a keep rate, or the values do not fit each other.
+        """
+        own = checkpoint.tokens
+        if self.keep_rate is None and own is None:
+            raise InputError(
+                "a keep rate is needed: the checkpoint does not give one", where="--keep-rate",
+                wanted="a number in (0, 1]", fix="Say for example --keep-rate 0.7.",
+            )  # fmt: skip
+        asked = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        base = msgspec.structs.asdict(own) if own else {}
+        notes = [
+            f"--{name.replace('_', '-')}: {asked[name]} replaces the checkpoint's own {base[name]}"
+            for name in asked
+            if name in base and base[name] is not None and base[name] != asked[name]
+        ]
+        return TokenSpec(**(base | asked)), notes
+
+
+def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
+    """Reads a checkpoint file, or fetches a timm name's pretrained weights.
+
+    Args:
+        source: ``.pth``, ``.pt``, ``.pth.tar`` or ``.safetensors`` file, or a timm name.
+        model: timm name that decides the architecture instead of the tensors.
+
+    Raises:
+        CheckpointError: The file cannot be read as weights, holds weights that are not finite, or fits no model.
+        InputError: Neither a file nor a timm name; or an unknown ``model``.
+        MissingRequirement: Pretrained weights of a timm name cannot be fetched.
+    """
+    path = Path(source)
+    if not _looks_like_path(str(source)) and not _exists(path):
+        return _from_timm(str(source), model)
+    weights = read_weights(path)
+    own = _own_metadata(path, weights.metadata[METADATA_KEY]) if METADATA_KEY in weights.metadata else None
+    if own is not None and model is None:
+        identity = Identity(own.model, own.model_args, weights.tensors, [])
+    else:
+        identity = identify(path, weights.tensors, model)
+    return Checkpoint(
+        source=str(source),
+        sha256=sha256(path),
+        weights=identity.weights,
+        model=identity.model,
+        model_args=identity.model_args,
+        tokens=own.tokens if own else _tokens_of_args(path, weights.args),
+        preprocess=own.preprocess if own else None,
+        labels=own.labels if own else None,
+        notes=weights.notes + identity.notes,
+    )
+
+
+def build_model(checkpoint: Checkpoint, image_size: int | None = None) -> torch.nn.Module:
+    """Builds the dense model and loads the weights, strictly.
+
+    Args:
+        checkpoint: What to build.
+        image_size: Pixels, another size than the checkpoint's: the position embedding is resampled as timm does.
+
+    Returns:
+        The model in evaluation mode, FP32.
+
+    Raises:
+        CheckpointError: The weights do not fit the architecture.
+        InputError: The patch size does not divide the image size.
+    """
+    import timm
+
+    load_backbones()
+    try:
+        model = timm.create_model(checkpoint.model, pretrained=False, **checkpoint.model_args)
+    except (TypeError, RuntimeError, AssertionError, ValueError) as error:
+        raise CheckpointError(
+            f"timm cannot build {checkpoint.model!r} with {checkpoint.model_args}: {error}", where=checkpoint.source
+        ) from error
+    differences = differences_of(model.state_dict(), checkpoint.weights)
+    if differences:
+        raise CheckpointError(
+            "the weights do not fit the architecture",
+            where=checkpoint.source,
+            seen=differences,
+            wanted=f"the tensors of {checkpoint.model}",
+            fix="Name the right architecture with --model.",
+        )
+    model.load_state_dict(checkpoint.weights)
+    if image_size is not None:
+        set_image_size_(model, image_size)
+    return model.eval()
+
+
+def set_image_size_(model: Any, image_size: int) -> None:
+    """Changes the image size a model takes, in place.
+
+    Raises:
+        InputError: The patch size does not divide it, or memory cannot hold it.
+    """
+    patch = model.patch_embed.patch_size
+    if image_size <= 0 or any(image_size % p for p in patch):
+        below = max(image_size // patch[0], 1) * patch[0]
+        raise InputError(
+            f"the patch size {patch[0]} does not divide the image size",
+            where="--image-size",
+            seen=image_size,
+            wanted=f"a multiple of {patch[0]} such as {below} or {below + patch[0]}",
+        )
+    if tuple(model.patch_embed.img_size) != (image_size, image_size):
+        try:
+            model.set_input_size(img_size=(image_size, image_size))
+        except (RuntimeError, OverflowError, MemoryError) as error:  # PyTorch's words for what memory cannot hold
+            raise InputError("the image size is too large for memory", where="--image-size", seen=image_size) from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for any file
+        return False
+
+
+def _looks_like_path(source: str) -> bool:
+    return "/" in source or "\\" in source or source.endswith(FILE_SUFFIXES) or source.startswith((".", "~"))
+
+
+def _from_timm(name: str, model: str | None) -> Checkpoint:
+    import timm
+
+    if model is not None and model != name:
+        raise InputError(
+            "a timm name already says which model it is",
+            where="--model",
+            seen=model,
+            fix=f"Leave out --model or {name!r}.",
+        )
+    check_model_name(name, where="CHECKPOINT", also="an existing checkpoint file")
+    if not timm.is_model_pretrained(name):
+        raise MissingRequirement(
+            f"no weights can be fetched under the name {name!r}",
+            fix=f"Download a checkpoint and give its path with --model {name}.",
+        )
+    fix = f"Connect to the network once, or download the checkpoint and give its path with --model {name}."
+    why_not = _hub_unreachable()
+    if why_not:
+        raise MissingRequirement(
+            f"the pretrained weights of {name!r} cannot be fetched: the Hugging Face hub does not answer ({why_not})",
+            fix=fix + " If they are in your cache already, set HF_HUB_OFFLINE=1.",
+        )
+    try:
+        pretrained = timm.create_model(name, pretrained=True)
+    except Exception as error:  # hub, network and cache raise their own kinds
+        what = f"the pretrained weights of {name!r} could not be fetched ({type(error).__name__})"
+        raise MissingRequirement(what, fix=fix) from error
+    cfg: Any = pretrained.pretrained_cfg
+    size = cfg["input_size"][1]
+    args = {"num_classes": cfg["num_classes"], "img_size": size}
+    return Checkpoint(
+        name, None, pretrained.state_dict(), name, args, preprocess=Preprocess.from_model(pretrained, size)
+    )
+
+
+def _hub_unreachable() -> str:
+    """Why the hub cannot be asked; empty when it can. One short question instead of the hub's minute of retries."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return ""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # of whichever HTTP library the hub uses
+        return type(error).__name__
+    return ""
+
+
+class _OwnMetadata(msgspec.Struct):
+    format: int
+    model: str
+    model_args: dict[str, Any]
+    preprocess: Preprocess
+    labels: list[str] | None
+    tokens: TokenSpec | None
+
+
+def _own_metadata(path: Path, text: str) -> _OwnMetadata:
+    try:
+        return msgspec.json.decode(text, type=_OwnMetadata)
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"its {METADATA_KEY} metadata cannot be read: {error}", where=path) from error
+
+
+def save_checkpoint(path: Path, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Writes weights with all that :func:`read_checkpoint` needs to know them again; whole or not at all.
+
+    Args:
+        path: ``.safetensors`` file.
+        model: Its ``state_dict`` is written.
+        checkpoint: Everything but the weights.
+    """
+    from safetensors.torch import save
+
+    assert checkpoint.preprocess is not None
+    own = _OwnMetadata(
+        1, checkpoint.model, checkpoint.model_args, checkpoint.preprocess, checkpoint.labels, checkpoint.tokens
+    )
+    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, save(weights, metadata={METADATA_KEY: msgspec.json.encode(own).decode()}))
+
+
+def _tokens_of_args(path: Path, args: Any) -> TokenSpec | None:
+    """The official EViT's arguments: base_keep_rate, drop_loc (text such as ``(3, 6, 9)``), fuse_token."""
+    values = args if isinstance(args, dict) else getattr(args, "__dict__", {})
+    if "base_keep_rate" not in values:
+        return None
+    try:
+        locations = values.get("drop_loc", "(3, 6, 9)")
+        if isinstance(locations, str):
+            if len(locations) > 1000:  # the parser runs out of memory or stack on some longer ones
+                raise ValueError("drop_loc is too long for a list of blocks")
+            locations = ast.literal_eval(locations)
+        locations = (locations,) if isinstance(locations, int) else tuple(locations)
+        rate = values["base_keep_rate"]
+        rate = tuple(map(float, rate)) if isinstance(rate, list | tuple) else float(rate)
+        return TokenSpec(keep_rate=rate, locations=locations, fuse=bool(values.get("fuse_token", False)))
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError) as error:
+        seen = {name: values.get(name) for name in ("base_keep_rate", "drop_loc", "fuse_token")}
+        what = f"its EViT arguments make no sense: {str(error)[:200]}"
+        raise CheckpointError(what, where=path, seen=reprlib.repr(seen)) from None

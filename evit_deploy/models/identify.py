@@ -1,0 +1,245 @@
+"""Which timm architecture a set of tensors belongs to, told from names and shapes alone."""
+
+import difflib
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import torch
+from torch import Tensor
+
+from evit_deploy.errors import CheckpointError, InputError
+from evit_deploy.models.safe_weights import some
+from evit_deploy.tokens.backbone import load_backbones
+
+# (width, depth) -> the size's name in timm.
+_SIZES = {
+    (192, 12): "tiny",
+    (384, 12): "small",
+    (512, 12): "medium",
+    (768, 12): "base",
+    (1024, 24): "large",
+    (1280, 32): "huge",
+    (1408, 40): "giant",
+}
+# In order of preference: where several fit, the first is taken and the others are named.
+_FAMILIES = (
+    "deit_{size}_distilled_patch{patch}_{image}",
+    "deit_{size}_patch{patch}_{image}",
+    "deit3_{size}_patch{patch}_{image}",
+    "vit_{size}_patch{patch}_{image}",
+    "vit_{size}_patch{patch}_dinov2",
+    "vit_{size}_patch{patch}_reg4_dinov2",
+    "vit_{size}_patch{patch}_clip_{image}",
+    "vit_{size}_patch{patch}_clip_quickgelu_{image}",
+)
+_IMAGES = (224, 384)
+# LV-ViT is told by its stem; its names say nothing but the size, and heads and λ come with them.
+_LVVIT = {(240, 12): "lvvit_t", (384, 16): "lvvit_s", (512, 20): "lvvit_m", (768, 24): "lvvit_l"}
+_LVVIT_STEM = "patch_embed.conv1.weight"
+# Other families by a tensor only they have.
+_FOREIGN = (
+    ("score_predictor.", "DynamicViT"),
+    ("qks.0.", "Evo-ViT"),
+    ("layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
+    ("layer1.0.conv1.", "ResNet"),
+    ("stages.0.", "ConvNeXt or another staged network"),
+    ("encoder.layer.0.", "a Hugging Face transformers ViT"),
+    ("vit.encoder.layer.0.", "a Hugging Face transformers ViT"),
+    ("encoder.layers.encoder_layer_0.", "a torchvision ViT"),
+)
+
+
+class Identity(msgspec.Struct):
+    """What tensors were found to be.
+
+    Args:
+        model: timm architecture.
+        model_args: What ``timm.create_model`` needs besides.
+        weights: The tensors under timm's names.
+        notes: What was assumed.
+    """
+
+    model: str
+    model_args: dict[str, Any]
+    weights: dict[str, Tensor]
+    notes: list[str]
+
+
+def identify(path: Path, weights: dict[str, Tensor], model: str | None = None) -> Identity:
+    """Finds the architecture, image size and class count.
+
+    Args:
+        path: Where the tensors come from, for messages.
+        weights: Tensors under the names the file has.
+        model: timm name that decides, if the user gave one.
+
+    Raises:
+        CheckpointError: The tensors are of no architecture known here.
+        InputError: timm does not know ``model``.
+    """
+
+    load_backbones()
+    dimensions = {"pos_embed": 3, "patch_embed.proj.weight": 4, "cls_token": 3}
+    if any(name not in weights or weights[name].dim() != count for name, count in dimensions.items()):
+        _refuse(path, weights)
+    foreign = next((family for key, family in _FOREIGN if any(name.startswith(key) for name in weights)), None)
+    if foreign:
+        _refuse(path, weights)
+    if model is not None:
+        check_model_name(model, where="--model")
+    names = [model] if model is not None else _candidates(weights)
+    fitting = []
+    for name in names:
+        found = _fit(path, name, weights)
+        if found is not None:
+            fitting.append(found)
+    if not fitting:
+        _no_fit(path, weights, model)
+    first, notes = fitting[0], []
+    if len(fitting) > 1:
+        others = ", ".join(identity.model for identity in fitting[1:])
+        notes.append(
+            f"its tensors fit {first.model} and {others}, which differ in what tensors do not show (preprocessing, "
+            f"activation); {first.model} is assumed (--model decides)"
+        )
+    return msgspec.structs.replace(first, notes=first.notes + notes)
+
+
+def _describe(weights: dict[str, Tensor]) -> tuple[int, int, int]:
+    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    depth = 1 + max(
+        (int(n.split(".")[1]) for n in weights if n.startswith("blocks.") and n.split(".")[1].isdigit()), default=-1
+    )
+    return width, depth, patch
+
+
+def _classes(weights: dict[str, Tensor]) -> int:
+    head = weights.get("head.weight")
+    return head.shape[0] if head is not None and head.dim() == 2 else 0
+
+
+def _candidates(weights: dict[str, Tensor]) -> list[str]:
+    import timm
+
+    width, depth, patch = _describe(weights)
+    if _LVVIT_STEM in weights:
+        return [name for size, name in _LVVIT.items() if size == (width, depth)]
+    size = _SIZES.get((width, depth))
+    names = [family.format(size=size, patch=patch, image=image) for family in _FAMILIES for image in _IMAGES]
+    # One name a family: its image sizes are the same network, and the image size is read from the tensors.
+    found: dict[str, str] = {}
+    for family, name in zip([f for f in _FAMILIES for _ in _IMAGES], names, strict=True):
+        if family not in found and timm.is_model(name):
+            found[family] = name
+    return list(found.values())
+
+
+def _fit(path: Path, name: str, weights: dict[str, Tensor]) -> Identity | None:
+    """Builds the architecture without memory and compares names and shapes."""
+    import timm
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+    args: dict[str, Any] = {"num_classes": _classes(weights)}
+    with torch.device("meta"):
+        try:
+            model: Any = timm.create_model(name, pretrained=False, **args)
+        except (TypeError, RuntimeError, AssertionError):
+            return None
+    if not isinstance(model, VisionTransformer) or model.pos_embed is None:
+        return None
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    renamed, positions = weights, weights["pos_embed"].shape[1]
+    if "mask_token" in weights or any(
+        key.endswith("gamma_1") for key in weights
+    ):  # as DINOv2 (a position for the class token, none for registers) and DeiT III (none for either) publish them
+        side = math.isqrt(max(positions - ("mask_token" in weights), 0))
+        if side == 0 or side * side + ("mask_token" in weights) != positions:
+            return None
+        args["img_size"] = side * model.patch_embed.patch_size[0]
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, **args)
+        try:
+            renamed = checkpoint_filter_fn(dict(weights), model, adapt_layer_scale=True)
+        except RuntimeError:  # its positions are not those of an architecture with these prefix tokens
+            return None
+    side = math.isqrt(max(renamed["pos_embed"].shape[1] - prefix, 0))
+    if side == 0 or side * side + prefix != renamed["pos_embed"].shape[1]:
+        return None
+    args["img_size"] = side * model.patch_embed.patch_size[0]
+    wanted = model.state_dict() | {"pos_embed": renamed["pos_embed"]}  # its length is the image size, read above
+    return None if differences_of(wanted, renamed) else Identity(name, args, renamed, [])
+
+
+def differences_of(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    """How two sets of tensors differ in names and shapes, in words; empty if they do not."""
+    shapes = [
+        f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
+        for name in wanted
+        if name in given and wanted[name].shape != given[name].shape
+    ]
+    found = (
+        ("missing", [name for name in wanted if name not in given]),
+        ("unexpected", [name for name in given if name not in wanted]),
+        ("other shapes:", shapes),
+    )
+    return "; ".join(f"{label} {some(names)}" for label, names in found if names)
+
+
+def _refuse(path: Path, weights: dict[str, Tensor]) -> NoReturn:
+    family = next((family for key, family in _FOREIGN if any(name.startswith(key) for name in weights)), None)
+    raise CheckpointError(
+        f"a checkpoint of {family}" if family else "not a checkpoint of a vision transformer with a class token",
+        where=path,
+        seen="tensors " + ", ".join(list(weights)[:3]),
+        wanted="cls_token, pos_embed, patch_embed.proj, blocks.0 as in timm and DeiT",
+    )
+
+
+def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None) -> NoReturn:
+    import timm
+
+    width, depth, patch = _describe(weights)
+    head = ", ".join(f"{name} {list(value.shape)}" for name, value in weights.items() if name.startswith("head"))
+    position = list(weights["pos_embed"].shape)
+    stem = ", LV-ViT's stem" if _LVVIT_STEM in weights else ""
+    seen = f"width {width}, {depth} blocks, patch {patch}{stem}, pos_embed {position}, {head or 'no head'}"
+    if model is None:
+        raise CheckpointError(
+            "no known architecture has these tensors",
+            where=path,
+            seen=seen,
+            wanted="a ViT, DeiT, DeiT III or DINOv2 of timm, or an LV-ViT",
+            fix="Name the architecture with --model.",
+        )
+    with torch.device("meta"):
+        built = timm.create_model(model, pretrained=False, num_classes=_classes(weights))
+    wanted = {name: value for name, value in built.state_dict().items() if name != "pos_embed"}
+    given = {name: value for name, value in weights.items() if name != "pos_embed"}
+    raise CheckpointError(
+        f"the weights are not those of {model}",
+        where=path,
+        seen="; ".join(filter(None, (seen, differences_of(wanted, given)))),
+        fix="Leave out --model to have the architecture read from the tensors.",
+    )
+
+
+def check_model_name(name: str, *, where: str, also: str | None = None) -> None:
+    """Makes sure that timm knows a name.
+
+    Raises:
+        InputError: It does not; the message has the nearest names.
+    """
+    import timm
+
+    load_backbones()
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        raise InputError(
+            "not a timm model" + (" nor a file" if also else ""),
+            where=where,
+            seen=repr(name),
+            wanted="a timm name" + (f" or {also}" if also else ""),
+            fix=f"Near it: {', '.join(near)}." if near else None,
+        )

@@ -1,0 +1,261 @@
+"""timm's VisionTransformer with a class token: ViT (augreg, CLIP), DeiT, distilled DeiT, DeiT III, DINOv2."""
+
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from timm.layers.patch_dropout import PatchDropout
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evit_deploy.errors import UnsupportedModelError
+from evit_deploy.tokens.backbone import copy_sharing_weights
+from evit_deploy.tokens.plan import ModelCost
+
+# Classes that are known not to fit, and why, so that the refusal teaches something.
+_KNOWN_REASONS = (
+    ("Swin", "it computes attention in windows, which need every patch in its place"),
+    ("MaxxVit", "it computes attention in windows, which need every patch in its place"),
+    ("Rope", "its position embedding is rotary: each attention needs every patch's place"),
+    ("Eva", "its position embedding is rotary: each attention needs every patch's place"),
+    ("RelPos", "its relative position bias needs every patch in its place"),
+    ("Beit", "its relative position bias needs every patch in its place"),
+    ("LevitD", "its stages shrink a grid of patches"),
+    ("Levit", "its stages shrink a grid of patches"),
+    ("Naflex", "its patch count changes from image to image"),
+)
+
+
+class ReducedBlock(nn.Module):
+    """A timm ``Block`` that reorganises its tokens between attention and MLP.
+
+    The children of the original block are adopted under their own names, so parameter names stay as they were. Compared
+    with ``Block.forward``: q and k are handed to the reducer, and attention-map dropout never reaches the scores.
+
+    Args:
+        block: The block to replace; kept, so that it can be put back.
+        reducer: What to do with the tokens.
+    """
+
+    attn: Any
+    norm1: Any
+    ls1: Any
+    drop_path1: Any
+    norm2: Any
+    mlp: Any
+    ls2: Any
+    drop_path2: Any
+    reducer: Any
+
+    def __init__(self, block: nn.Module, reducer: nn.Module) -> None:
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.reducer = reducer
+        self.train(block.training)
+        self.replaced = (block,)  # in a tuple, where nn.Module does not look for children
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Like ``Block.forward``; masks are refused, because a mask has no meaning for tokens that moved."""
+        if attn_mask is not None or is_causal:
+            raise UnsupportedModelError("a reduced block", ["an attention mask was given"])
+        return self.with_kept(x)[0]
+
+    def with_kept(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The block's tokens, and the candidates that it kept, int32 ``[B, K]``; ``None`` where nothing is dropped."""
+        _check_tokens(x, self.reducer)
+        attended, q, k = attend(self.attn, self.norm1(x))
+        x, kept = x + self.drop_path1(self.ls1(attended)), None
+        if self.reducer.plan.keep is not None:  # a keep-rate schedule starts at rate 1
+            x, kept = self.reducer(x, q, k)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), kept
+
+
+def _check_tokens(x: Tensor, reducer: Any) -> None:
+    wanted = reducer.plan.tokens_in
+    if x.shape[1] != wanted:
+        raise UnsupportedModelError(
+            f"block {reducer.plan.block}",
+            [f"{x.shape[1]} tokens arrived, the plan has {wanted}: another image size needs reduce_tokens_ again"],
+        )
+
+
+def attend(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs an attention module and also gives its queries and keys.
+
+    Args:
+        attn: timm's ``Attention`` or its lowered form.
+        x: Normalised tokens ``[B, N, C]``.
+
+    Returns:
+        The attention's output ``[B, N, C]``, q and k ``[B, N, H, d]`` after their norms.
+    """
+    if isinstance(attn, LoweredAttention):
+        return attn.attend(x)
+    assert isinstance(attn, Attention)
+    qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+    q, k, v = qkv.unbind(2)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout)
+    y = attn.norm(y.transpose(1, 2).flatten(2))
+    if attn.gate is not None:
+        y = y * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(y)), q, k
+
+
+class LoweredAttention(nn.Module):
+    """Attention in the form that exports best: three projections into the 3-D ONNX ``Attention`` operator.
+
+    Against the plain export this saves a Split, three Squeezes and four Transposes a block. Linear layers see 2-D
+    tokens ``[B·N, C]``, so that each becomes one ``Gemm`` with its bias folded in.
+    """
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+
+    def __init__(self, attn: Attention) -> None:
+        super().__init__()
+        for i, name in enumerate("qkv"):
+            self.add_module(name, _slice_linear(attn.qkv, i * attn.attn_dim, (i + 1) * attn.attn_dim))
+        self.q_norm, self.k_norm, self.norm = attn.q_norm, attn.k_norm, attn.norm
+        self.gate, self.proj = attn.gate, attn.proj
+        self.num_heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`attend`."""
+        tokens, heads = x.shape[1], (self.num_heads, self.head_dim)
+        flat = x.flatten(0, 1)
+        q = self.q_norm(self.q(flat).unflatten(-1, heads)).unflatten(0, (-1, tokens))
+        k = self.k_norm(self.k(flat).unflatten(-1, heads)).unflatten(0, (-1, tokens))
+        v = self.v(flat).unflatten(0, (-1, tokens))
+        y, *_ = torch.onnx.ops.attention(
+            q.flatten(2),
+            k.flatten(2),
+            v,
+            q_num_heads=self.num_heads,
+            kv_num_heads=self.num_heads,
+            scale=self.scale,
+        )
+        y = self.norm(y.flatten(0, 1))
+        if self.gate is not None:
+            y = y * self.gate(flat).sigmoid()
+        return self.proj(y).unflatten(0, (-1, tokens)), q, k
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Like timm's ``Attention.forward``, without masks."""
+        return self.attend(x)[0]
+
+
+class LoweredMlp(nn.Module):
+    """An MLP on 2-D tokens; see :class:`LoweredAttention`."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.inner = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, C]`` to ``[B, N, C]``."""
+        return self.inner(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1]))
+
+
+def _slice_linear(linear: nn.Linear, start: int, end: int) -> nn.Linear:
+    part = nn.Linear(linear.in_features, end - start, bias=linear.bias is not None, device="meta")
+    part.weight = nn.Parameter(linear.weight[start:end], requires_grad=False)
+    if linear.bias is not None:
+        part.bias = nn.Parameter(linear.bias[start:end], requires_grad=False)
+    return part
+
+
+def unusual_blocks(model: Any) -> list[str]:
+    """Why the first block that is not timm's plain one cannot be reduced; empty when all are."""
+    for index, block in enumerate(map(TimmViT.original, model.blocks)):
+        if type(block) is not Block:
+            return [f"block {index} is a {type(block).__name__}, not a Block"]
+        if type(block.attn) is not Attention:
+            return [f"block {index} uses {type(block.attn).__name__}, not plain Attention"]
+    return []
+
+
+class TimmViT:
+    """The backbone's entry in the registry; see :class:`evit_deploy.tokens.backbone.Backbone`."""
+
+    @staticmethod
+    def unsupported(model: Any) -> list[str]:
+        """Why this model cannot be reduced exactly; empty when it can."""
+        name = type(model).__name__
+        if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+            known = next((reason for part, reason in _KNOWN_REASONS if part in name), None)
+            return [known or "it is not a timm VisionTransformer"]
+        reasons = []
+        if not model.has_class_token:
+            reasons.append("it has no class token, whose attention is the score")
+        if model.attn_pool is not None:
+            reasons.append("its head pools all patch tokens by attention")
+        elif model.global_pool != "token":
+            reasons.append(f"its head pools the patch tokens (global_pool={model.global_pool!r}, needed 'token')")
+        if isinstance(model.patch_drop, PatchDropout):
+            reasons.append("it drops patches at random while training (patch_drop_rate > 0), so counts are not fixed")
+        return reasons + unusual_blocks(model)
+
+    @staticmethod
+    def prefix_tokens(model: VisionTransformer) -> int:
+        """Class, distillation and register tokens."""
+        return model.num_prefix_tokens
+
+    @staticmethod
+    def patches(model: Any) -> int:
+        """Patch tokens at the image size the model was built for."""
+        return model.patch_embed.num_patches
+
+    @staticmethod
+    def image_size(model: Any) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = model.patch_embed.img_size
+        return height, width
+
+    @staticmethod
+    def channels(model: Any) -> int:
+        """Channels of the input image."""
+        return model.patch_embed.proj.in_channels
+
+    @staticmethod
+    def blocks(model: VisionTransformer) -> nn.Sequential:
+        """The transformer blocks."""
+        return model.blocks
+
+    @staticmethod
+    def cost(model: Any) -> ModelCost:
+        """Multiply-adds of the parts; all blocks of a VisionTransformer are alike."""
+        block = model.blocks[0]
+        linears = [m for name, m in block.attn.named_modules() if isinstance(m, nn.Linear)]
+        heads = [m for m in (model.head, getattr(model, "head_dist", None)) if isinstance(m, nn.Linear)]
+        return ModelCost(
+            stem=model.patch_embed.num_patches * model.patch_embed.proj.weight.numel(),
+            token_attention=sum(m.weight.numel() for m in linears),
+            token_mlp=sum(m.weight.numel() for m in block.mlp.modules() if isinstance(m, nn.Linear)),
+            width=block.attn.attn_dim,
+            head=sum(m.weight.numel() for m in heads),
+        )
+
+    @staticmethod
+    def reduced(block: nn.Module, reducer: nn.Module) -> nn.Module:
+        """A block that also applies the reducer."""
+        return ReducedBlock(block, reducer)
+
+    @staticmethod
+    def original(block: Any) -> Any:
+        """The block that was replaced, or the block itself."""
+        return block.replaced[0] if isinstance(block, ReducedBlock) else block
+
+    @staticmethod
+    def lower(model: Any) -> Any:
+        """A copy in export form; weights are shared where they need not be cut."""
+        lowered = copy_sharing_weights(model)
+        for block in lowered.blocks:
+            attn, mlp = LoweredAttention(block.attn), LoweredMlp(block.mlp)
+            block.attn, block.mlp = attn, mlp
+        return lowered.eval()

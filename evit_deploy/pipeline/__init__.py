@@ -1,0 +1,1 @@
+"""From a checkpoint or a recipe to a bundle."""

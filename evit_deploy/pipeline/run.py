@@ -1,0 +1,337 @@
+"""The whole pipeline from a recipe: train dense, fine-tune, export, verify, profile. What is up to date is skipped.
+
+A stage is up to date when its record names the same inputs (the recipe's sections that matter to it, the files it
+starts from, the package's version) and the files it wrote are still what they were. A record is written last, so a run
+that broke off is taken up at the stage that it broke.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import evit_deploy
+from evit_deploy.bundle import bundle as bundles
+from evit_deploy.bundle.bundle import Bundle, read_bundle
+from evit_deploy.bundle.manifest import MODEL, REPORT
+from evit_deploy.errors import GateFailed, InputError
+from evit_deploy.files import sha256, write_atomically
+from evit_deploy.recipe.recipe import Recipe
+from evit_deploy.recipe.sections import ModelSection
+from evit_deploy.report.report import AccuracyRow, Check, Difference, Report
+from evit_deploy.report.statistics import accuracy_row
+
+BUNDLE, RECORD = "bundle", "stages.json"
+_DIGITS_NOTE = (
+    "The digits cannot tell attentive from random dropping: one image is 0.28 points, and differences between the "
+    "rows of less than one point mean nothing. They show that every stage works, not that the score picks well."
+)
+
+Tell = Callable[[str], None]
+
+
+class Record(msgspec.Struct):
+    """What a stage was made from and what it wrote.
+
+    Args:
+        key: Hash of everything that went in.
+        files: Name -> SHA-256 of what came out.
+        report: What it found.
+    """
+
+    key: str
+    files: dict[str, str]
+    report: Report = Report()
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Tell = lambda text: None,
+    notice: Tell = lambda text: None,
+) -> tuple[Bundle, Report]:
+    """Runs a recipe.
+
+    Args:
+        recipe: What to do.
+        out: Folder for checkpoints and the bundle.
+        force: Whether to run stages that are up to date too.
+        progress: Told what is being done.
+        notice: Told what the user should know.
+
+    Returns:
+        The bundle in ``<out>/bundle`` and the report of all stages.
+
+    Raises:
+        InputError: The recipe cannot be carried out, or ``out`` holds something else.
+        GateFailed: A check did not hold.
+        StageError: A stage failed; what earlier stages made is kept.
+    """
+    from evit_deploy.training.loop import EVIT
+
+    _check_convert(recipe)
+    report = train_stage(recipe, out, force=force, progress=progress, notice=notice)
+    checkpoint = out / EVIT
+    bundle = None if force else _fresh_bundle(recipe, out / BUNDLE, checkpoint)
+    if bundle is None:
+        from evit_deploy.pipeline.convert import convert
+
+        bundle, found = convert(
+            checkpoint,
+            tokens=recipe.tokens,
+            targets=recipe.convert.targets,
+            precision=recipe.convert.precision,
+            options=_build_options(recipe),
+            calibration=_calibration(recipe, checkpoint),
+            out=out / BUNDLE,
+            force=True,
+            threads=recipe.profile.threads,
+            batch_sizes=recipe.profile.batch_sizes,
+            duration=recipe.profile.duration,
+            recipe=_as_json(recipe),
+            progress=progress,
+            notice=notice,
+        )
+    else:
+        notice(f"up to date: {bundle.path}")
+        found = msgspec.json.decode(bundle.file(REPORT).read_bytes(), type=Report)
+    progress("accuracy of the exported model")
+    report += found + Report(accuracy=(_exported_accuracy(recipe, bundle),))
+    return bundle, report
+
+
+def _build_options(recipe: Recipe) -> Any:
+    from evit_deploy.bundle.manifest import BatchProfile
+    from evit_deploy.engines.options import BuildOptions
+
+    profiles = tuple(BatchProfile(*sizes) for sizes in recipe.convert.batches)
+    return BuildOptions(profiles=profiles, gpus=recipe.convert.gpus)
+
+
+def _check_convert(recipe: Recipe) -> None:
+    """What cannot be made is told before hours of training, not after them."""
+    from evit_deploy.export.precision import QUANTIZED
+    from evit_deploy.pipeline.lowering import lowering
+
+    section = recipe.convert
+    calibration = True if section.precision in QUANTIZED else None
+    lowering(section.targets, section.precision, _build_options(recipe), calibration)
+
+
+def _calibration(recipe: Recipe, checkpoint: Path) -> Any:
+    """Training images as they will be seen later, evenly spaced; ``None`` where no ranges have to be learned."""
+    from evit_deploy.export.precision import QUANTIZED
+
+    if recipe.convert.precision not in QUANTIZED:
+        return None
+    from evit_deploy.data.training_data import open_data
+    from evit_deploy.models.checkpoint import read_checkpoint
+
+    preprocess = read_checkpoint(checkpoint).preprocess
+    assert preprocess is not None  # train_stage wrote it
+    return open_data(recipe.data, preprocess).calibration(recipe.convert.calibration_images)
+
+
+def train_stage(
+    recipe: Recipe,
+    out: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Tell = lambda text: None,
+    notice: Tell = lambda text: None,
+) -> Report:
+    """Trains as a recipe says, starting from the dense weights of an earlier run where they are up to date.
+
+    Args:
+        recipe: What to do.
+        out: Folder for ``dense.safetensors`` and ``evit.safetensors``.
+        force: Whether to train again what is up to date, and to replace checkpoints of unknown origin.
+        resume: Whether to go on from where a run of the same recipe was interrupted.
+        progress: Told what is being done.
+        notice: Told what the user should know.
+
+    Returns:
+        The comparison table, and the checks that the recipe's ``expect`` section asks for.
+
+    Raises:
+        InputError: See :func:`run`.
+        GateFailed: A model is less accurate than the recipe expects.
+        StageError: Training failed.
+    """
+    from accelerate import PartialState
+
+    from evit_deploy.training.loop import DENSE, EVIT, train
+    from evit_deploy.training.state import state_path
+
+    records = {} if force else _read_records(out)
+    dense_key = _key("dense", recipe.model, recipe.data, recipe.dense, recipe.seed, _file_hash(recipe.model.checkpoint))
+    evit_key = _key(dense_key, recipe.tokens, recipe.finetune, recipe.teacher, recipe.compare)
+    record = records.get("evit")
+    if _fresh(record, evit_key, out):
+        notice(f"up to date: {out / EVIT}")
+        assert record is not None
+        return _expected(recipe, record.report, out)
+    if not force and not resume:
+        _refuse_strangers(out, records, (DENSE, EVIT))
+    todo = recipe
+    begun = resume and state_path(out, "dense").exists()  # the finetune.state beside it is of the whole recipe
+    if recipe.dense is not None and not begun and _fresh(records.get("dense"), dense_key, out):
+        notice(f"up to date: {out / DENSE}")
+        todo = msgspec.structs.replace(recipe, dense=None, model=ModelSection(checkpoint=str(out / DENSE)))
+    if force:
+        for stage in ("dense", "finetune"):
+            state_path(out, stage).unlink(missing_ok=True)
+
+    def note_dense(path: Path) -> None:  # at once: whatever happens to the fine-tuning, these weights are known
+        _write_records(out, {"dense": Record(dense_key, {DENSE: sha256(path)})})
+
+    result = train(todo, out, resume=resume, progress=progress, notice=notice, dense_saved=note_dense)
+    notes = (_DIGITS_NOTE,) if recipe.data.name == "digits" else ()
+    notes += _published(recipe)
+    report = result.report + Report(notes=notes)
+    PartialState().wait_for_everyone()  # for the files that the first process writes
+    records = {"evit": Record(evit_key, {EVIT: sha256(out / EVIT)}, report)}
+    if result.dense is not None:
+        records["dense"] = Record(dense_key, {DENSE: sha256(out / DENSE)})
+    if PartialState().is_main_process:
+        _write_records(out, records)
+    return _expected(recipe, report, out)
+
+
+def _published(recipe: Recipe) -> tuple[str, ...]:
+    """What the paper reports for this recipe, beside what came out."""
+    if not recipe.published:
+        return ()
+    told = ", ".join(f"{key} {value:g}" for key, value in recipe.published.items() if key != "table")
+    return (f"Published (EViT, table {recipe.published.get('table', 0):g}): {told}.",)
+
+
+def _gained(recipe: Recipe, report: Report) -> list[Check]:
+    """Fine-tuning has to gain accuracy, or at least to lose no more than chance takes: OpenGVLab/DiffRate#5."""
+    from evit_deploy.training.compare import finetuned_name, untrained_name
+
+    rows = {row.name: row for row in report.accuracy}
+    after = rows.get(finetuned_name(recipe.tokens))
+    before = rows.get(untrained_name(recipe.tokens.method, recipe.tokens.keep_rate))
+    if after is None or before is None:
+        return []
+    # Two standard errors of the difference, as if the images were not the same: too wide rather than too narrow.
+    spread = sum(row.top1 * (1 - row.top1) / row.count for row in (before, after)) ** 0.5
+    limit = before.top1 - 2 * max(spread, 1 / after.count)
+    reason = "fine-tuning lost accuracy: a lower learning_rate, or a shorter run"
+    return [Check("top-1, fine-tuned against not", after.top1, limit, after.top1 >= limit, reason)]
+
+
+def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
+    """Adds the recipe's expectations as checks.
+
+    Raises:
+        GateFailed: One does not hold; the checkpoints are kept.
+    """
+    from evit_deploy.training.compare import DENSE_NAME, finetuned_name, untrained_name
+
+    expect, tokens = recipe.expect, recipe.tokens
+    wanted = {DENSE_NAME: expect.dense, finetuned_name(tokens): expect.finetuned}
+    checks = [
+        Check(f"top-1, {row.name}", row.top1, limit, row.top1 >= limit, "less accurate than expected")
+        for row in report.accuracy
+        if (limit := wanted.get(row.name)) is not None
+    ]
+    own = untrained_name(tokens.method, tokens.keep_rate)
+    baselines = {untrained_name(method, tokens.keep_rate): limit for method, limit in expect.over.items()}
+    for row in report.accuracy:
+        if row.against is not None and row.name in baselines:
+            checks.append(_gap(f"{row.against.other} over {row.name}", -1, row.against, baselines[row.name]))
+        elif row.against is not None and row.name == own and expect.untrained_loss is not None:
+            checks.append(_gap(f"{row.name} over {row.against.other}", 1, row.against, -expect.untrained_loss))
+    report += Report(checks=(*checks, *_gained(recipe, report)))
+    if not report.passed:
+        first = report.failed[0]
+        raise GateFailed(first.name, where=out, seen=f"{first.value:.4f}", wanted=f"at least {first.limit}",
+                         fix="The checkpoints were kept.")  # fmt: skip
+    return report
+
+
+def _gap(name: str, sign: int, found: Difference, limit: float) -> Check:
+    value = sign * found.value
+    reason = f"{100 * value:+.2f} points, standard error {100 * found.error:.2f}"
+    return Check(f"top-1, {name}", value, limit, value >= limit, reason)
+
+
+def _key(*inputs: Any) -> str:
+    content = [evit_deploy.__version__, *map(msgspec.to_builtins, inputs)]
+    return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
+
+
+def _as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a manifest gives it back: lists where there are tuples."""
+    return msgspec.json.decode(msgspec.json.encode(recipe))
+
+
+def _file_hash(path: str | None) -> str | None:
+    return sha256(Path(path)) if path is not None and Path(path).is_file() else None
+
+
+def _read_records(out: Path) -> dict[str, Record]:
+    try:
+        return msgspec.json.decode((out / RECORD).read_bytes(), type=dict[str, Record])
+    except (OSError, msgspec.DecodeError):
+        return {}
+
+
+def _write_records(out: Path, records: dict[str, Record]) -> None:
+    write_atomically(out / RECORD, msgspec.json.format(msgspec.json.encode(records), indent=2))
+
+
+def _fresh(record: Record | None, key: str, out: Path) -> bool:
+    if record is None or record.key != key:
+        return False
+    return all((out / name).is_file() and sha256(out / name) == value for name, value in record.files.items())
+
+
+def _refuse_strangers(out: Path, records: dict[str, Record], names: tuple[str, ...]) -> None:
+    """Checkpoints that no record claims are somebody's: they are not overwritten."""
+    known = {digest for record in records.values() for digest in record.files.values()}
+    for name in names:
+        if (out / name).exists() and sha256(out / name) not in known:
+            raise InputError(
+                f"there is a {name} that this recipe did not write", where=out,
+                fix="Give another --out, move it away, or replace it with --force.",
+            )  # fmt: skip
+
+
+def _fresh_bundle(recipe: Recipe, path: Path, checkpoint: Path) -> Bundle | None:
+    try:
+        bundle = read_bundle(path)
+    except InputError:
+        return None
+    manifest = bundle.manifest
+    same = (
+        manifest.recipe == _as_json(recipe)
+        and manifest.parents[0].sha256 == sha256(checkpoint)
+        and manifest.versions.get("evit-deploy") == evit_deploy.__version__
+        and manifest.results.get("passed") is True
+    )
+    return bundle if same and not bundles.changed_files(bundle) else None
+
+
+def _exported_accuracy(recipe: Recipe, bundle: Bundle) -> AccuracyRow:
+    """Accuracy of the file that will be served, on the recipe's validation images."""
+    from evit_deploy.data.training_data import open_data
+    from evit_deploy.export.card import LOGITS, feeds
+    from evit_deploy.runtimes.select import opened
+    from evit_deploy.training.compare import finetuned_name
+
+    manifest = bundle.manifest
+    data = open_data(recipe.data, manifest.preprocess)
+    runtime = "openvino" if manifest.precision == "bf16" else "onnxruntime"  # whose CPU provider has no bf16
+    name = f"{finetuned_name(recipe.tokens)}, exported ({runtime}, {manifest.precision})"
+    with opened(runtime, bundle.file(MODEL), recipe.profile.threads) as runner:
+        batches = data.validation(recipe.data.evaluation_batch_size)
+        answers = ((runner.infer(feeds(images.numpy()))[LOGITS], labels.numpy()) for images, labels in batches)
+        return accuracy_row(name, answers, manifest.plan.macs() / 1e9)

@@ -1,0 +1,52 @@
+"""Which batch sizes to measure."""
+
+from collections.abc import Sequence
+
+from evit_deploy.bundle.manifest import BatchProfile, choose_profile
+from evit_deploy.errors import InputError
+
+CPU_BATCH_SIZES = (1, 8, 32)
+GPU_BATCH_SIZES = (1, 8, 32, 128)
+"""128 is the batch size of the EViT paper's own throughputs."""
+
+
+def sizes_within(profiles: Sequence[BatchProfile], sizes: Sequence[int]) -> tuple[int, ...]:
+    """The batch sizes that profiles cover; if none is, the ones they were tuned for."""
+    covered = tuple(n for n in sizes if covers(profiles, n))
+    return covered or tuple(sorted({p.optimum for p in profiles}))
+
+
+def covers(profiles: Sequence[BatchProfile], batch: int) -> bool:
+    """Whether an engine with these profiles, or a runtime without any, takes a batch size."""
+    return not profiles or any(p.minimum <= batch <= p.maximum for p in profiles)
+
+
+def sizes_for(
+    profiles: Sequence[Sequence[BatchProfile]], asked: Sequence[int] | None, *, on_gpu: bool
+) -> tuple[int, ...]:
+    """The batch sizes to measure.
+
+    Args:
+        profiles: For each contestant what it covers; empty where it takes any size.
+        asked: Those that were asked for; all of them or an error.
+        on_gpu: Whether 128 is among the usual ones.
+
+    Raises:
+        InputError: A contestant does not cover one that was asked for, or they have none in common.
+    """
+    own = [covered for covered in profiles if covered]
+    if asked is not None:
+        for covered in own:
+            for batch in asked:
+                choose_profile(covered, batch)
+        return tuple(asked)
+    optima = sorted({profile.optimum for covered in own for profile in covered})
+    for sizes in (GPU_BATCH_SIZES if on_gpu else CPU_BATCH_SIZES, optima):
+        common = tuple(batch for batch in sizes if all(covers(covered, batch) for covered in own))
+        if common:
+            return common
+    raise InputError(
+        "the engines have no usual batch size in common",
+        seen="; ".join(" ".join(map(str, covered)) for covered in dict.fromkeys(map(tuple, own))),
+        fix="Give one that all of them cover with --batch-sizes.",
+    )

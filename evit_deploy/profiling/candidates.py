@@ -1,0 +1,352 @@
+"""Who is timed against whom: a target, its twins, and the runtimes that can run them.
+
+A target is a bundle, an engine (bare or with its manifest), an ONNX file or a checkpoint.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from evit_deploy.bundle import bundle as bundles
+from evit_deploy.bundle.manifest import ENGINE, MANIFEST, MODEL, choose_profile
+from evit_deploy.engines.plan_file import FAMILIES, read_header
+from evit_deploy.engines.plugin.library import provide_plugin
+from evit_deploy.engines.rebuild import other_body, slice_engine
+from evit_deploy.environment.targets import TENSORRT
+from evit_deploy.errors import InputError
+from evit_deploy.export.card import load_onnx, read_card
+from evit_deploy.export.precision import DTYPES, QUANTIZED
+from evit_deploy.export.variants import reorganizations, slice_twin
+from evit_deploy.files import sha256
+from evit_deploy.models.checkpoint import Tokens, build_model, read_checkpoint
+from evit_deploy.models.parent import parent_model
+from evit_deploy.registry import RUNTIMES
+from evit_deploy.runtimes.runner import Runner
+from evit_deploy.runtimes.select import artifact_of, subject_of, usable
+from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
+from evit_deploy.triton.connection import Served
+from evit_deploy.triton.find import find_model
+
+PLAN_SUFFIXES = (".plan", ".engine", ".trt")
+
+
+class Contestant(msgspec.Struct, frozen=True):
+    """One thing to time.
+
+    Args:
+        runtime: Name in the registry of runtimes.
+        variant: ``model``, ``dense`` or ``slice``; ``body`` is a model's engine built without its plugin, ``plugin``
+            one built with it.
+        artifact: What the runtime runs.
+    """
+
+    runtime: str
+    variant: str
+    artifact: Any
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        if isinstance(self.artifact, torch.nn.Module):
+            return next(self.artifact.parameters()).is_cuda
+        return RUNTIMES.get(self.runtime).on_gpu
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A target and who runs it.
+
+    Args:
+        contestants: Who takes part.
+        plan: Token plan of the reduced ones; ``None`` where nobody knows it.
+        notes: Who is missing, and why.
+        required: Runtimes without which there is no answer; others are left out when they turn out not to run here.
+    """
+
+    contestants: list[Contestant]
+    plan: TokenPlan | None
+    notes: list[str]
+    required: frozenset[str] = frozenset()
+
+
+def contestants_of(
+    path: Path,
+    target: str,
+    against: Path | None,
+    tokens: Tokens | None,
+    runtimes: Sequence[str],
+    *,
+    batch_sizes: Sequence[int] | None = None,
+    scratch: Path | None = None,
+    plugin: Path | str | None = None,
+    server: Served | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Entry:
+    """Who runs: the target and its twins, on each runtime.
+
+    Args:
+        path: The target, as a path.
+        target: The same as it was given.
+        against: See :func:`evit_deploy.profiling.profile.profile`.
+        tokens: Checkpoint: how to reduce it.
+        runtimes: Names in the registry of runtimes; all that can run the target when empty.
+        batch_sizes: Images a call, where they were asked for.
+        scratch: Empty folder, in which engines to compare with may be built; without it, none is.
+        plugin: See :func:`evit_deploy.profiling.profile.profile`.
+        server: See :func:`evit_deploy.profiling.profile.profile`.
+        progress: Told what is being done.
+
+    Raises:
+        InputError: The target is nothing that can be profiled, or a runtime cannot run it.
+        MissingRequirement: The target is an engine, and what would run it is not here.
+    """
+    for name in runtimes:
+        RUNTIMES.get(name)  # an unknown one is told, not passed over
+    if path.is_dir():
+        bundle = bundles.read_bundle(path)
+        return _of_bundle(bundle, against, runtimes, batch_sizes, scratch, plugin, progress, server)
+    if server is not None:
+        raise InputError("a server is profiled beside its bundle", where=path, fix="Give the bundle's folder.")
+    if is_plan(path):
+        return _of_plan(path, against, runtimes, batch_sizes, scratch, plugin, progress)
+    if plugin not in (None, "none", "auto"):
+        raise InputError("only an engine takes a plugin", where="--plugin", seen=plugin)
+    if path.suffix == ".onnx":
+        return _of_onnx(path, against, runtimes)
+    checkpoint = read_checkpoint(target)
+    spec, notes = (tokens or Tokens()).resolve(checkpoint)
+    model = reduce_tokens_(build_model(checkpoint), spec)
+    names = [name for name in RUNTIMES.names() if _runs_torch(RUNTIMES.get(name))]
+    rows = [row for name in names if _takes_part(name, model, runtimes) for row in torch_contestants(model, name)]
+    return Entry(rows, token_plan(model), checkpoint.notes + notes, frozenset(runtimes))
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a target is to be read as an engine: it starts like one, or its name says so."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in FAMILIES or path.suffix in PLAN_SUFFIXES
+    except OSError:
+        return path.suffix in PLAN_SUFFIXES
+
+
+def _of_onnx(path: Path, against: Path | None, runtimes: Sequence[str]) -> Entry:
+    card = read_card(load_onnx(path))
+    if card is None:
+        raise InputError("evit-deploy did not write this file, so its token plan is unknown", where=path)
+    if against is not None:
+        load_onnx(against)  # refuses what is no model
+    notes = [] if against else ["Speed-up not available: --against DENSE.onnx gives the dense twin."]
+    names = [name for name in RUNTIMES.names() if MODEL in RUNTIMES.get(name).files]
+    chosen = [name for name in names if _takes_part(name, path, runtimes)]
+    rows = [row for name in chosen for row in onnx_contestants(path, against, name)]
+    return Entry(rows, card.plan, notes, frozenset(runtimes))
+
+
+def _of_plan(
+    path: Path,
+    against: Path | None,
+    runtimes: Sequence[str],
+    batch_sizes: Sequence[int] | None,
+    scratch: Path | None,
+    plugin: Path | str | None,
+    progress: Callable[[str], None],
+) -> Entry:
+    family = read_header(path).family
+    required = frozenset(runtimes or (family,))
+    bundle, why_bare = manifest_beside(path)
+    if bundle is None and against is not None and read_header(against).family != family:
+        raise InputError(
+            "the dense twin is an engine of another library", where="--against", seen=read_header(against).family,
+            wanted=family,
+        )  # fmt: skip
+    if bundle is not None and family in required:
+        _check_sizes(bundle, batch_sizes)
+    missing = RUNTIMES.get(family).missing()  # asked last: what runs nowhere is not this machine's fault
+    if missing is not None and family in required:
+        raise missing
+    if bundle is not None:
+        entry = _of_bundle(bundle, against, runtimes, batch_sizes, scratch, plugin, progress)
+        return msgspec.structs.replace(entry, required=required)
+    lacking = provide_plugin(None, plugin)
+    if lacking is not None:
+        raise lacking
+    notes = [why_bare, "Its token plan is unknown: no MAC ratio, no token counts by block, no slice twin."]
+    notes += [] if against else ["Speed-up not available: --against DENSE.plan gives the dense twin."]
+    rows = []
+    for name in RUNTIMES.names():
+        if name in required and ENGINE in RUNTIMES.get(name).files:
+            rows.append(Contestant(name, "model", path))
+            rows += [Contestant(name, "dense", against)] if against is not None else []
+    return Entry(rows, None, notes, required)
+
+
+def manifest_beside(path: Path) -> tuple[bundles.Bundle | None, str]:
+    """The bundle that an engine belongs to: the manifest beside it has to list this very file.
+
+    Returns:
+        The bundle and an empty text; or ``None`` and why the engine is on its own.
+    """
+    manifest = path.with_name(MANIFEST)
+    if not manifest.is_file():
+        return None, f"No {MANIFEST} lies beside {path.name}."
+    bare = f"{path.name} is treated as an engine without a manifest"
+    try:
+        bundle = bundles.read_bundle(path.parent)
+    except InputError as error:
+        return None, f"{bare}: {error.what.rstrip('.')} ({manifest.name})."
+    listed = bundle.manifest.files.get(ENGINE)
+    if path.name != ENGINE or listed is None:
+        return None, f"{bare}: the {manifest.name} beside it does not list it."
+    if sha256(path) != listed:
+        return None, f"{bare}: it is not the file that the {manifest.name} beside it lists (another SHA-256)."
+    return bundle, ""
+
+
+def _of_bundle(
+    bundle: bundles.Bundle,
+    against: Path | None,
+    runtimes: Sequence[str],
+    batch_sizes: Sequence[int] | None,
+    scratch: Path | None,
+    plugin: Path | str | None,
+    progress: Callable[[str], None],
+    server: Served | None = None,
+) -> Entry:
+    changed = bundles.changed_files(bundle)
+    if changed:
+        raise InputError(
+            "files are not what the manifest says: " + ", ".join(changed), where=bundle.path, fix="Convert again."
+        )
+    model, why_not = parent_model(bundle, against)
+    torch_wanted = not runtimes or any(_runs_torch(RUNTIMES.get(name)) for name in runtimes)
+    notes = [f"PyTorch was not timed: {why_not}."] if model is None and torch_wanted else []
+    served = find_model(server, bundle.manifest).served if server is not None else None
+    rows = bundle_contestants(bundle, runtimes, model, served)
+    engine = bundle.manifest.engine
+    compared = plugin if engine is not None and engine.target == TENSORRT and engine.plugin is None else None
+    lacking = provide_plugin(engine, None if compared is not None else plugin)
+    if lacking is not None:
+        if TENSORRT in runtimes:
+            raise lacking
+        rows = [row for row in rows if row.runtime != TENSORRT]
+        notes.append(f"{TENSORRT} was not timed: {lacking}")
+    running = next((row for row in rows if row.variant == "model" and _is_engine(row)), None)
+    if running is not None:
+        _check_sizes(bundle, batch_sizes)
+    if running is not None and scratch is not None:
+        twin, why_not = slice_engine(bundle, scratch, progress)
+        notes += [f"Overhead not available on {running.runtime}: {why_not}."] if why_not else []
+        other, why_not = other_body(bundle, scratch, compared, progress)
+        notes += [f"Plugin and operator's body were not compared: {why_not}."] if why_not else []
+        plans = {"slice": twin, other.stem if other is not None else "body": other}
+        place = rows.index(running) + 1
+        rows[place:place] = [Contestant(running.runtime, variant, plan) for variant, plan in plans.items() if plan]
+    notes += [] if runtimes else _left_out(bundle, model)
+    return Entry(rows, bundle.manifest.plan, notes, frozenset(runtimes))
+
+
+def _check_sizes(bundle: bundles.Bundle, batch_sizes: Sequence[int] | None) -> None:
+    """Refuses what the manifest already says that the engine does not cover, before a twin is built for nothing."""
+    engine = bundle.manifest.engine
+    for batch in batch_sizes or ():
+        if engine is not None:
+            choose_profile(engine.profiles, batch)
+
+
+def _runs_torch(runtime: type[Runner]) -> bool:
+    return not runtime.files and not runtime.served
+
+
+def _is_engine(row: Contestant) -> bool:
+    return isinstance(row.artifact, Path) and row.artifact.name == Path(ENGINE).name
+
+
+def _left_out(bundle: bundles.Bundle, model: torch.nn.Module | None) -> list[str]:
+    """Says why a bundle's engine, or on a GPU PyTorch, cannot take part."""
+    notes = []
+    for name in RUNTIMES.names():
+        runtime: type[Runner] = RUNTIMES.get(name)
+        artifact = artifact_of(bundle, runtime) if ENGINE in runtime.files else None
+        if not runtime.files and torch.cuda.is_available():
+            artifact = model
+        missing = None if artifact is None or runtime.accepts(artifact) else runtime.missing()
+        notes += [f"{name} was not timed: {missing.what}."] if missing is not None else []
+    return notes
+
+
+def _takes_part(name: str, artifact: Any, runtimes: Sequence[str]) -> bool:
+    """Whether a runtime is among those asked for; without a wish, whether it can run an artifact here."""
+    if runtimes:
+        return name in runtimes
+    runtime: type[Runner] = RUNTIMES.get(name)
+    if usable(runtime, artifact):
+        return True
+    # On a GPU an engine's rival is compiled PyTorch, however long compiling takes.
+    return (
+        not runtime.files and torch.cuda.is_available() and runtime.missing() is None and not runtime.accepts(artifact)
+    )
+
+
+def bundle_contestants(
+    bundle: bundles.Bundle,
+    runtimes: Sequence[str] = (),
+    model: torch.nn.Module | None = None,
+    server: Served | None = None,
+) -> list[Contestant]:
+    """A bundle's model and its twins on every runtime that was asked for, or that can run them here.
+
+    Args:
+        bundle: The bundle.
+        runtimes: Names in the registry of runtimes.
+        model: The PyTorch model that the bundle was made from.
+        server: The served model.
+    """
+    rows: list[Contestant] = []
+    for name in sorted(RUNTIMES.names(), key=lambda name: not RUNTIMES.get(name).files):  # PyTorch last
+        runtime: type[Runner] = RUNTIMES.get(name)
+        artifact = subject_of(bundle, runtime, model, server)
+        if artifact is None or not _takes_part(name, artifact, runtimes):
+            continue
+        if isinstance(artifact, torch.nn.Module):
+            rows += torch_contestants(artifact, name, bundle.manifest.precision)
+            continue
+        rows.append(Contestant(name, "model", artifact))
+        if MODEL in runtime.files:
+            rows += _slice(bundle.file(MODEL), name)
+        dense = artifact_of(bundle, runtime, dense=True)
+        rows += [Contestant(name, "dense", dense)] if dense is not None else []
+    return rows
+
+
+def onnx_contestants(model: Path, dense: Path | None, runtime: str = "onnxruntime") -> list[Contestant]:
+    """The portable file and its twins on one runtime."""
+    rows = [Contestant(runtime, "model", model), *_slice(model, runtime)]
+    return rows + ([Contestant(runtime, "dense", dense)] if dense is not None else [])
+
+
+def _slice(model: Path, runtime: str) -> list[Contestant]:
+    proto = load_onnx(model)
+    return [Contestant(runtime, "slice", slice_twin(proto))] if reorganizations(proto) else []
+
+
+def torch_contestants(model: torch.nn.Module, runtime: str, precision: str = "fp32") -> list[Contestant]:
+    """The PyTorch model and the same weights without reduction, on the GPU if there is one.
+
+    Args:
+        model: The reduced model, FP32.
+        runtime: Name of a runtime that runs PyTorch models.
+        precision: ``fp16`` and ``bf16`` are what PyTorch computes in too; beside a quantised file it is FP16 on a GPU
+            and FP32 on a CPU.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision in QUANTIZED:
+        precision = "fp16" if device == "cuda" else "fp32"
+    twins = {"model": model, "dense": dense_twin(model)}
+    if precision != "fp32" or device == "cuda":
+        twins = {name: copy.deepcopy(twin).to(device, DTYPES[precision]) for name, twin in twins.items()}
+    return [Contestant(runtime, name, twin) for name, twin in twins.items()]

@@ -1,0 +1,105 @@
+"""How fast a model is, beside the two twins that give the number a meaning, in the same run and interleaved.
+
+The *dense twin* (no token reduction) gives the speed-up; the *slice twin* (same token counts, nothing scored or
+gathered) gives what the reorganisation itself costs. :mod:`evit_deploy.profiling.candidates` says who takes part,
+:mod:`evit_deploy.profiling.timing` has the clock, and :mod:`evit_deploy.profiling.engine_times` looks into engines.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from evit_deploy.bundle.manifest import ENGINE
+from evit_deploy.environment.machine import device, versions
+from evit_deploy.errors import InputError
+from evit_deploy.models.checkpoint import Tokens
+from evit_deploy.profiling.candidates import contestants_of
+from evit_deploy.profiling.timing import measure_all
+from evit_deploy.registry import RUNTIMES
+from evit_deploy.report.report import Check, ProfileRow, Report
+from evit_deploy.runtimes.select import check_server
+from evit_deploy.triton.connection import Served
+
+DURATION = 10.0
+
+
+def profile(
+    target: Path | str,
+    *,
+    runtimes: Sequence[str] = (),
+    batch_sizes: Sequence[int] | None = None,
+    threads: int | None = None,
+    duration: float = DURATION,
+    against: Path | None = None,
+    tokens: Tokens | None = None,
+    plugin: Path | str | None = None,
+    server: Served | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Profiles a bundle, an engine, an ONNX file or a checkpoint.
+
+    Args:
+        target: Bundle, ``engine.plan``, ``model.onnx``, or checkpoint (file or timm name). An engine that the manifest
+            beside it lists, hash included, is profiled as its bundle is.
+        runtimes: Names in the registry of runtimes; all that can run the target when empty.
+        batch_sizes: Images a call; 1, 8 and 32 by default, on a GPU 128 too, as far as the engines cover them.
+        threads: CPU threads; ``None`` for each runtime's own choice.
+        duration: Seconds to measure each batch size for, on each kind of device; at least five rounds are always run.
+        against: Bundle: its checkpoint, where it is no longer in its place. Engine or ONNX file: its dense twin.
+        tokens: Checkpoint: how to reduce it.
+        plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
+            has. For an engine that has the operator's body built in: what to compare that with.
+        server: A running Triton server that serves the bundle; what is timed is a call from here and back.
+        progress: Told what is being done.
+
+    Raises:
+        InputError: The target is nothing that can be profiled, a runtime cannot run it, or an engine does not cover a
+            batch size that was asked for; nothing was measured.
+        MissingRequirement: An engine or a runtime was asked for, and what runs it is not here.
+    """
+    runtimes = check_server(runtimes, server)
+    progress("reading the models")
+    with tempfile.TemporaryDirectory(prefix="evit-deploy-") as scratch:
+        entry = contestants_of(
+            Path(target), str(target), against, tokens, runtimes, batch_sizes=batch_sizes, scratch=Path(scratch),
+            plugin=plugin, server=server, progress=progress,
+        )  # fmt: skip
+        if not entry.contestants:
+            raise InputError("none of these runtimes runs this", where=target, seen=", ".join(runtimes) or None)
+        report = measure_all(
+            entry.contestants, entry.plan, batch_sizes, threads=threads, duration=duration, required=entry.required,
+            progress=progress,
+        )  # fmt: skip
+    return Report(notes=tuple(entry.notes), versions=versions(), device=device()) + report
+
+
+def speed_gate(report: Report, min_speedup: float | None) -> Report:
+    """One check for every batch size of what is deployed: at least ``min_speedup`` times as fast as its dense twin.
+
+    Engines are what is deployed where there are any, the portable file where not; PyTorch counts where it is alone.
+
+    Raises:
+        InputError: A gate was asked for where no dense twin was measured.
+    """
+    if min_speedup is None:
+        return Report()
+    rows = _deployed([row for row in report.rows if row.variant == "model"])
+    if any(row.speedup is None for row in rows):
+        raise InputError(
+            "there is no dense twin to be faster than", where="--min-speedup", fix="Give it with --against."
+        )
+    reason = "Not as fast as --min-speedup asks: lower the keep rate, or profile at larger batches."
+    checks = (
+        Check(
+            f"{row.runtime}, batch {row.batch}: speed-up", row.speedup, min_speedup, row.speedup >= min_speedup, reason
+        )
+        for row in rows
+        if row.speedup is not None
+    )
+    return Report(checks=tuple(checks))
+
+
+def _deployed(rows: Sequence[ProfileRow]) -> Sequence[ProfileRow]:
+    files = {row.runtime: RUNTIMES.get(row.runtime).files for row in rows}
+    engines = [row for row in rows if ENGINE in files[row.runtime]]
+    return engines or [row for row in rows if files[row.runtime]] or rows

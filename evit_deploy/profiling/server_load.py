@@ -1,0 +1,57 @@
+"""A server under load: what it does with many clients at a time, which one client alone does not show."""
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from evit_deploy.errors import StageError
+from evit_deploy.report.report import LoadRow
+from evit_deploy.triton.client import LOGITS, Answer, ask
+from evit_deploy.triton.connection import Connection, Served
+
+CLIENTS = 16
+LARGEST = 5000
+"""Requests sent at most."""
+
+
+def measure_load(served: Served, feeds: Mapping[str, np.ndarray], duration: float, clients: int = CLIENTS) -> LoadRow:
+    """Sends requests from several clients at a time, each with one under way; tensors go over the connection.
+
+    Args:
+        served: The model.
+        feeds: What every request holds: one array for each input.
+        duration: Seconds, roughly; each client sends at least two requests.
+        clients: How many.
+
+    Raises:
+        StageError: A request was not answered.
+        MissingRequirement: The server is not there.
+    """
+
+    def send(connection: Connection, content: Mapping[str, np.ndarray]) -> np.ndarray:
+        return connection.infer(served.model, content, [LOGITS], served.version)[LOGITS]
+
+    def run(count: int) -> tuple[list[Answer], float]:
+        started = time.perf_counter()
+        requests = [(served.model, lambda: feeds)] * count
+        answers = ask(requests, served.url, send, in_flight=clients, timeout=served.timeout)
+        wall = time.perf_counter() - started
+        failed = next((answer for answer in answers if answer.state != "answered"), None)
+        if failed is not None:
+            raise StageError(f"a request was {failed.state} under load: {failed.reason}", where=served.url)
+        return answers, wall
+
+    _, first = run(2 * clients)  # says how many fill the time
+    count = min(max(2 * clients, int(2 * clients * duration / first)), LARGEST)
+    with Connection(served.url, served.timeout) as connection:
+        before = connection.statistics(served.model)
+        answers, wall = run(count)
+        after = connection.statistics(served.model)
+    batch = len(next(iter(feeds.values())))
+    runs = after["execution_count"] - before["execution_count"]
+    p50, p99 = (1e3 * float(value) for value in np.percentile([answer.seconds for answer in answers], (50, 99)))
+    return LoadRow(
+        model=served.model, batch=batch, clients=clients, requests=count, images_per_second=batch * count / wall,
+        p50=p50, p99=p99, images_a_run=batch * count / max(runs, 1),
+    )  # fmt: skip

@@ -1,0 +1,192 @@
+"""The speed of many keep rates side by side, as in the tables of the paper; weights from a seed, nothing is trained.
+
+All variants of a model run interleaved on all runtimes of one kind of device, so that their ratios hold on a machine
+whose speed drifts.
+"""
+
+import copy
+import difflib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import timm
+import torch
+
+from evit_deploy.bundle.manifest import BatchProfile
+from evit_deploy.data.images import Preprocess
+from evit_deploy.engines import build
+from evit_deploy.engines.options import BUILDERS, BuildOptions, check_options
+from evit_deploy.environment import nvidia as gpu
+from evit_deploy.environment.machine import device, versions
+from evit_deploy.errors import InputError
+from evit_deploy.export.portable import export_onnx
+from evit_deploy.export.precision import DTYPES, set_precision
+from evit_deploy.profiling.candidates import Contestant
+from evit_deploy.profiling.speedup import ratios_to_dense, row_of
+from evit_deploy.profiling.timing import clock_and_settle, clock_of_both, measure
+from evit_deploy.recipe.recipe import Sweep
+from evit_deploy.registry import RUNTIMES
+from evit_deploy.report.report import ProfileRow, Report
+from evit_deploy.runtimes.runner import Runner
+from evit_deploy.runtimes.select import opened
+from evit_deploy.tokens.backbone import load_backbones
+from evit_deploy.tokens.plan import TokenPlan, TokenSpec
+from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+
+MINIMUM_ROUNDS = 5
+DENSE = "dense"
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """One keep rate of one model.
+
+    Args:
+        name: ``dense``, ``0.7`` or ``0.7 without fusion``.
+        model: PyTorch, FP32, on the CPU.
+        plan: Its token plan.
+    """
+
+    name: str
+    model: torch.nn.Module
+    plan: TokenPlan
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One variant on one runtime.
+
+    Args:
+        runtime: With its precision, ``eager fp32``.
+        variant: Which keep rate.
+        runner: Its runner, opened.
+        on_gpu: Whether it computes on a GPU.
+    """
+
+    runtime: str
+    variant: Variant
+    runner: Runner
+    on_gpu: bool
+
+
+def sweep(recipe: Sweep, *, progress: Callable[[str], None] = lambda text: None) -> Report:
+    """Runs a sweep.
+
+    Args:
+        recipe: What to run.
+        progress: Told what is being done.
+
+    Returns:
+        A row for every model, variant and runtime, with its speed-up over the dense model; the paper's figures, where
+        the recipe has them, as notes.
+
+    Raises:
+        InputError: An unknown runtime or precision, or a model that cannot be reduced.
+        MissingRequirement: A runtime is not here.
+        StageError: An engine could not be built.
+    """
+    pairs = [_pair(text, recipe.batch_size) for text in recipe.runtimes]
+    report = Report(versions=versions(), device=device())
+    for name in recipe.models:
+        progress(f"making {name}")
+        variants = list(_variants(name, recipe))
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            entries: list[Entry] = []
+            for runtime, precision in pairs:
+                for variant in variants:
+                    progress(f"{name}, {variant.name}: preparing {runtime} in {precision}")
+                    place = Path(folder) / f"{len(entries)}"
+                    artifact = _artifact(variant, name, runtime, precision, recipe.batch_size, place)
+                    runner = stack.enter_context(opened(runtime, artifact, recipe.threads))
+                    on_gpu = Contestant(runtime, variant.name, artifact).on_gpu
+                    entries.append(Entry(f"{runtime} {precision}", variant, runner, on_gpu))
+            progress(f"{name}: measuring {len(entries)} variants")
+            report += _measured(name, entries, recipe)
+        report += Report(notes=tuple(_published(name, recipe)))
+    return report
+
+
+def _pair(text: str, batch: int) -> tuple[str, str]:
+    """A runtime and a precision, both looked at before any work."""
+    runtime, _, precision = text.partition(":")
+    if precision not in DTYPES:
+        raise InputError(
+            "not a runtime with its precision", where="runtimes", seen=repr(text), wanted=f"RUNTIME:{'|'.join(DTYPES)}"
+        )
+    missing = RUNTIMES.get(runtime).missing()
+    if missing is not None:
+        raise missing
+    if runtime in BUILDERS:
+        check_options(runtime, precision, _options(batch))
+    return runtime, precision
+
+
+def _options(batch: int) -> BuildOptions:
+    return BuildOptions(profiles=(BatchProfile(batch, batch, batch),))
+
+
+def _variants(name: str, recipe: Sweep) -> Iterator[Variant]:
+    load_backbones()
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        fix = f"Did you mean {close[0]!r}?" if close else None
+        raise InputError("no timm model", where="models", seen=repr(name), fix=fix)
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    specs = [(DENSE, TokenSpec(keep_rate=1.0))]
+    for rate in recipe.keep_rates:
+        for fuse in recipe.fuse:
+            specs.append((f"{rate:g}" + ("" if fuse else " without fusion"), TokenSpec(keep_rate=rate, fuse=fuse)))
+    for label, spec in specs:
+        reduced = reduce_tokens_(copy.deepcopy(model), spec)
+        yield Variant(label, reduced, token_plan(reduced))
+
+
+def _artifact(variant: Variant, name: str, runtime: str, precision: str, batch: int, place: Path) -> Any:
+    """What a runtime runs: the module itself, an ONNX file, or an engine for the one batch size."""
+    files = RUNTIMES.get(runtime).files
+    if not files:
+        device_name = "cuda" if gpu.compute_capability() else "cpu"
+        return copy.deepcopy(variant.model).to(device_name, DTYPES[precision])
+    proto = export_onnx(variant.model, name=name, preprocess=Preprocess.from_model(variant.model))
+    path = place.with_suffix(".onnx")
+    onnx.save(set_precision(proto, precision), path)
+    if runtime not in BUILDERS:
+        return path
+    plan = place.with_suffix(".plan")
+    build.build_engine(path, plan, runtime, precision, _options(batch))
+    return plan
+
+
+def _measured(name: str, entries: Sequence[Entry], recipe: Sweep) -> Report:
+    """One model's variants, in turn with those on the same device."""
+    report = Report()
+    for on_gpu in (False, True):
+        own = [entry for entry in entries if entry.on_gpu == on_gpu]
+        if own:
+            clock, settle = clock_and_settle(recipe.threads, on_gpu=on_gpu)
+            runners = [entry.runner for entry in own]
+            wall, cpu = measure(runners, recipe.batch_size, recipe.duration, MINIMUM_ROUNDS, settle)
+            rows = _rows(name, own, recipe.batch_size, wall, cpu if clock == "cpu" else wall)
+            report += Report(rows=tuple(rows), clock=clock)
+    return report + clock_of_both(report.rows, recipe.threads)
+
+
+def _rows(name: str, entries: Sequence[Entry], batch: int, wall: np.ndarray, clock: np.ndarray) -> Iterator[ProfileRow]:
+    dense = {entry.runtime: index for index, entry in enumerate(entries) if entry.variant.name == DENSE}
+    for index, entry in enumerate(entries):
+        row = row_of(entry.runtime, f"{name}, {entry.variant.name}", batch, wall[:, index], on_gpu=entry.on_gpu)
+        twin = clock[:, dense[entry.runtime]]
+        ratios = ratios_to_dense(twin, clock[:, index], entry.variant.plan.mac_ratio())
+        yield msgspec.structs.replace(row, **ratios)
+
+
+def _published(name: str, recipe: Sweep) -> Iterator[str]:
+    figures = recipe.published.get(name, {})
+    for variant, speed in figures.items():
+        gain = f", {speed / figures[DENSE]:.2f}x dense" if DENSE in figures else ""
+        yield f"Published for {name}, {variant}: {speed:g} images/s{gain}."

@@ -1,0 +1,287 @@
+"""The clock: contestants take turns, and ratios are made of what was measured in the same round.
+
+In every round each contestant runs once, in an order drawn anew, so that a machine whose speed drifts slows all of them
+alike and nobody always follows the same one; ratios are medians over rounds. On a CPU with one thread they are made of
+that thread's CPU time, which neighbours on the machine do not touch; with more threads, and on a GPU, of wall time.
+
+What runs on the CPU and what runs on a GPU take turns among themselves: beside calls that take a hundred times as long
+there would be few rounds, and a GPU that is left idle in between lowers its clocks.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from evit_deploy.environment import nvidia as gpu
+from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.profiling.batch_sizes import sizes_for
+from evit_deploy.profiling.candidates import Contestant
+from evit_deploy.profiling.engine_times import (
+    Timed,
+    block_report,
+    hidden_gains,
+    latency_report,
+    launch_notes,
+    time_parts,
+)
+from evit_deploy.profiling.gpu_clocks import Watch, summarize_states
+from evit_deploy.profiling.server_load import CLIENTS, measure_load
+from evit_deploy.profiling.speedup import rows_of, verdict
+from evit_deploy.registry import RUNTIMES
+from evit_deploy.report.report import ProfileRow, Report
+from evit_deploy.runtimes.runner import EngineRunner, Runner
+from evit_deploy.runtimes.select import opened
+from evit_deploy.tokens.plan import TokenPlan
+
+MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 5, 1000
+SETTLE = 0.02
+"""Seconds between calls with several threads: PyTorch's threads spin on for milliseconds after their turn. Measured on
+two cores at batch 1, the model after eager took 10 % longer than its slice twin in rotation, 1 % with this pause."""
+
+
+class Group(msgspec.Struct, frozen=True):
+    """Contestants that take turns.
+
+    Args:
+        contestants: Who they are.
+        runners: Their runners, opened.
+        on_gpu: Whether they compute on a GPU.
+    """
+
+    contestants: list[Contestant]
+    runners: list[Runner]
+    on_gpu: bool
+
+    @property
+    def threads_tell(self) -> bool:
+        """Whether a call's CPU time is this process's: a server's is not."""
+        return not any(RUNTIMES.get(contestant.runtime).served for contestant in self.contestants)
+
+    @property
+    def engines(self) -> list[Timed]:
+        """Those that tell more than how long a call takes."""
+        pairs = zip(self.contestants, self.runners, strict=True)
+        return [Timed(contestant, runner) for contestant, runner in pairs if isinstance(runner, EngineRunner)]
+
+
+def measure_all(
+    contestants: Sequence[Contestant],
+    plan: TokenPlan | None,
+    batch_sizes: Sequence[int] | None,
+    *,
+    threads: int | None,
+    duration: float,
+    minimum_rounds: int = MINIMUM_ROUNDS,
+    required: frozenset[str] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Runs all contestants, interleaved with those on the same device, at every batch size.
+
+    Args:
+        contestants: Who runs.
+        plan: Token plan of the reduced ones; ``None`` where nobody knows it.
+        batch_sizes: Images a call; ``None`` for 1, 8 and 32, on a GPU 128 too, as far as all engines cover them.
+        threads: CPU threads.
+        duration: Seconds for each batch size, on each kind of device.
+        minimum_rounds: Rounds to run even if that takes longer.
+        required: Runtimes that have to run; one that is not among them and turns out not to run here is left out, and
+            a note says so. ``None``: all.
+        progress: Told what is being done.
+
+    Raises:
+        InputError: An engine does not cover a batch size that was asked for, or takes other images than its twin;
+            nothing was measured.
+        MissingRequirement: A runtime is not here.
+    """
+    with ExitStack() as stack:
+        groups, notes = open_all(stack, contestants, threads, required)
+        sizes = []
+        for group in groups:
+            _check_images(group)
+            sizes.append(sizes_for([runner.profiles for runner in group.runners], batch_sizes, on_gpu=group.on_gpu))
+        report = Report(notes=tuple(notes))
+        for group, own in zip(groups, sizes, strict=True):
+            report += _measure_group(group, plan, own, threads, duration, minimum_rounds, progress)
+    return report + clock_of_both(report.rows, threads)
+
+
+def clock_of_both(rows: Sequence[ProfileRow], threads: int | None) -> Report:
+    """What to add to a report on both kinds of device, whose ratios are not of the same clock; else nothing."""
+    if threads != 1 or len({row.device for row in rows}) < 2:
+        return Report()
+    return Report(clock="cpu", notes=("Ratios are of CPU time, but for what ran on the GPU: of wall time.",))
+
+
+def open_all(
+    stack: ExitStack, contestants: Sequence[Contestant], threads: int | None, required: frozenset[str] | None
+) -> tuple[list[Group], list[str]]:
+    """Opens everybody's runner.
+
+    Args:
+        stack: Closes them.
+        contestants: Who they are.
+        threads: CPU threads.
+        required: See :func:`measure_all`.
+
+    Returns:
+        Who takes turns with whom, and notes on runtimes that were left out.
+
+    Raises:
+        InputError: A runtime that is required, or the only one, cannot run what it was given.
+        MissingRequirement: It is not here.
+    """
+    runners: dict[int, Runner] = {}
+    failed: dict[str, InputError | MissingRequirement] = {}
+    for index, contestant in enumerate(contestants):
+        name = contestant.runtime
+        try:
+            if name not in failed:
+                runners[index] = stack.enter_context(opened(name, contestant.artifact, threads))
+        except (InputError, MissingRequirement) as error:
+            if required is None or name in required:
+                raise
+            failed[name] = error
+    taking_part = [index for index in runners if contestants[index].runtime not in failed]
+    if failed and not taking_part:
+        raise next(iter(failed.values()))
+    groups = []
+    for on_gpu in (False, True):
+        own = [index for index in taking_part if contestants[index].on_gpu == on_gpu]
+        if own:
+            groups.append(Group([contestants[index] for index in own], [runners[index] for index in own], on_gpu))
+    return groups, [f"{name} was not timed: {error}" for name, error in failed.items()]
+
+
+def _check_images(group: Group) -> None:
+    """Twins that take other images cannot be compared."""
+    first: dict[str, tuple[Contestant, list[tuple[int | None, ...]]]] = {}
+    for contestant, runner in zip(group.contestants, group.runners, strict=True):
+        taken = [spec.shape[1:] for spec in runner.inputs]
+        other, wanted = first.setdefault(contestant.runtime, (contestant, taken))
+        if taken != wanted:
+            raise InputError(
+                f"the {contestant.variant} takes other images than the {other.variant}", where=contestant.artifact,
+                seen=taken, wanted=wanted, fix="Give the twin of this very model.",
+            )  # fmt: skip
+
+
+def _measure_group(
+    group: Group,
+    plan: TokenPlan | None,
+    sizes: Sequence[int],
+    threads: int | None,
+    duration: float,
+    minimum_rounds: int,
+    progress: Callable[[str], None],
+) -> Report:
+    clock, settle = clock_and_settle(threads if group.threads_tell else None, on_gpu=group.on_gpu)
+    report, engines = Report(clock=clock), group.engines
+    with ExitStack() as stack:
+        watch, notes = watched(stack) if group.on_gpu else (None, [])
+        for batch in sizes:
+            progress(f"profiling batch {batch}" + " on the GPU" * group.on_gpu)
+            mark = len(watch.states) if watch else 0
+            wall, cpu = measure(group.runners, batch, duration, minimum_rounds, settle)
+            report += Report(rows=tuple(rows_of(group.contestants, plan, batch, wall, cpu if clock == "cpu" else wall)))
+            for contestant, runner in zip(group.contestants, group.runners, strict=True):
+                if RUNTIMES.get(contestant.runtime).served:
+                    progress(f"profiling batch {batch} with {CLIENTS} clients")
+                    (feeds,) = _feeds([runner], batch)
+                    report += Report(load=(measure_load(contestant.artifact, feeds, duration),))
+            if engines:
+                report += latency_report(engines, time_parts(engines, batch, duration), batch)
+            if watch:
+                watch.look()
+                report += Report(gpu=(summarize_states(watch.states[mark:], batch),))
+    for engine in engines:
+        if engine.contestant.variant != "slice":
+            progress(f"profiling the blocks of {engine.label}")
+            dense = plan.dense() if plan is not None and engine.contestant.variant == "dense" else plan
+            report += block_report(engine, dense)
+    notes += [*verdict(report.rows), *hidden_gains(report), *launch_notes(report.latencies)]
+    notes += [f"{engine.label}: {note}" for engine in engines for note in engine.runner.notes]
+    notes += watch.notes if watch else []
+    first = watch.states[0] if watch else None
+    device = (
+        {"gpu": first.name, "driver": first.driver, "compute_capability": first.compute_capability} if first else {}
+    )
+    return report + Report(notes=tuple(notes), device=device)
+
+
+def clock_and_settle(threads: int | None, *, on_gpu: bool) -> tuple[Literal["cpu", "wall"], float]:
+    """What ratios are to be made of, and the seconds to wait before each call.
+
+    A GPU's work is not in any thread's CPU time, and nobody's threads spin on beside it.
+
+    Args:
+        threads: CPU threads.
+        on_gpu: Whether the contestants compute on a GPU.
+    """
+    if on_gpu:
+        return "wall", 0.0
+    return ("cpu", 0.0) if threads == 1 else ("wall", SETTLE)
+
+
+def watched(stack: ExitStack) -> tuple[Watch | None, list[str]]:
+    """Watches the GPU until the stack is closed; without the package for it, a note says that nobody did."""
+    try:
+        return stack.enter_context(Watch(gpu.current_device())), []
+    except MissingRequirement as error:
+        return None, [f"The GPU's clocks were not watched: {error}"]
+
+
+def measure(
+    runners: Sequence[Runner], batch: int, duration: float, minimum_rounds: int, settle: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Times runners in turn.
+
+    What is timed is a whole call, from arrays in host memory to arrays in host memory: on a GPU it includes the copies
+    to the device and back, and what the runner does on the host around them.
+
+    Args:
+        runners: Opened runners.
+        batch: Images a call.
+        duration: Seconds.
+        minimum_rounds: Rounds to run even if that takes longer.
+        settle: Seconds to wait before each call.
+
+    Returns:
+        Seconds of wall time and of this thread's CPU time, ``[rounds, runners]`` each.
+    """
+    feeds = _feeds(runners, batch)
+    for runner, images in zip(runners, feeds, strict=True):
+        runner.infer(images)  # the first call allocates, plans and compiles
+        runner.synchronize()
+    wall: list[list[float]] = []
+    cpu: list[list[float]] = []
+    order = np.random.default_rng(0)
+    end = time.perf_counter() + duration
+    while len(wall) < minimum_rounds or (time.perf_counter() < end and len(wall) < MAXIMUM_ROUNDS):
+        wall.append([0.0] * len(runners))
+        cpu.append([0.0] * len(runners))
+        for index in order.permutation(len(runners)):
+            time.sleep(settle)
+            started, thread_started = time.perf_counter(), time.thread_time()
+            runners[index].infer(feeds[index])
+            runners[index].synchronize()
+            wall[-1][index], cpu[-1][index] = time.perf_counter() - started, time.thread_time() - thread_started
+    return np.array(wall), np.array(cpu)
+
+
+def _feeds(runners: Sequence[Runner], batch: int) -> list[Mapping[str, np.ndarray]]:
+    """Random images for each runner, the same ones where they take the same; not every engine calls them ``input``."""
+    drawn: dict[tuple[int, ...], np.ndarray] = {}
+    feeds: list[Mapping[str, np.ndarray]] = []
+    for runner in runners:
+        own = {}
+        for spec in runner.inputs:
+            shape = (batch, *(int(size or 1) for size in spec.shape[1:]))
+            if shape not in drawn:
+                drawn[shape] = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+            own[spec.name] = drawn[shape]
+        feeds.append(own)
+    return feeds

@@ -1,0 +1,225 @@
+"""Recipes: one YAML file says what is trained, how its tokens are reduced, what it is compared with and profiled at.
+
+Every section is a struct; unknown keys, values of the wrong kind and values out of range are refused with the place
+they stand at. The string below a field is its documentation; ``recipe_schema`` carries it into the JSON Schema. No
+PyTorch here: a recipe can be read and checked in milliseconds.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from evit_deploy.errors import RecipeError
+from evit_deploy.recipe.file import field_docs, load, read_document, structs_in
+from evit_deploy.recipe.sections import Count, Section, Share
+from evit_deploy.recipe.sections import DataSection as DataSection
+from evit_deploy.recipe.sections import ModelSection as ModelSection
+from evit_deploy.recipe.sections import TeacherSection as TeacherSection
+from evit_deploy.recipe.sections import TrainSection as TrainSection
+from evit_deploy.tokens.plan import TokenSpec
+
+
+class CompareSection(Section, frozen=True, kw_only=True):
+    """What the fine-tuned model is compared with on the validation images; nothing here is trained."""
+
+    untrained: bool = True
+    """Whether to evaluate the dense weights with their tokens reduced but without fine-tuning."""
+    baselines: tuple[str, ...] = ("random", "inverse")
+    """Methods that take the place of the recipe's own on the dense weights: ``random`` keeps any tokens, ``inverse``
+    those with the lowest scores, ``slice`` the first ones."""
+    keep_rates: tuple[Annotated[float, Meta(gt=0, le=1)], ...] = ()
+    """Further keep rates to evaluate without training; the recipe's own is always among them."""
+
+
+class ProfileSection(Section, frozen=True, kw_only=True):
+    """How speed is measured."""
+
+    batch_sizes: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 8, 32)
+    """Images a call, one row each."""
+    duration: Annotated[float, Meta(gt=0, le=1e6)] = 3.0
+    """Seconds of measurement for each row, after the warm-up."""
+    threads: Count | None = None
+    """CPU threads; ``null`` leaves the runtime's own choice."""
+
+
+class ConvertSection(Section, frozen=True, kw_only=True):
+    """What the fine-tuned model is turned into; see ``evit-deploy convert --help``."""
+
+    targets: tuple[str, ...] = ("onnx",)
+    """``onnx``, ``openvino``, and at most one of ``tensorrt``, ``tensorrt-rtx``, ``torch-tensorrt``."""
+    precision: str | None = None
+    """``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``; ``null`` is fp16 for an engine and fp32 otherwise."""
+    gpus: tuple[str, ...] = ()
+    """TensorRT-RTX: GPUs to build for (``sm80``); this machine's by default."""
+    batches: tuple[tuple[Count, Count, Count], ...] = ((1, 32, 128),)
+    """Least, best and largest batch of each of an engine's optimization profiles."""
+    calibration_images: Count = 256
+    """For ``int8`` and ``fp8``: how many training images to learn ranges from, without their augmentation."""
+
+
+class ExpectSection(Section, frozen=True, kw_only=True):
+    """Gates on accuracy: the run fails, with everything kept, where a model does worse."""
+
+    dense: Share | None = None
+    """Least top-1 of the dense model, as a share."""
+    finetuned: Share | None = None
+    """Least top-1 of the fine-tuned model, as a share."""
+    untrained_loss: Share | None = None
+    """Most that the dense model's top-1 may be above that of its weights with tokens reduced but not fine-tuned."""
+    over: dict[str, Share] = msgspec.field(default_factory=dict)
+    """For each of ``compare.baselines`` (``random``, ``inverse``): least that the recipe's own method has to be above
+    it in top-1, both on the dense weights, without fine-tuning. It is what shows that the right tokens are kept."""
+
+
+class Recipe(Section, frozen=True, kw_only=True):
+    """All that ``evit-deploy run`` and ``evit-deploy train`` need to know."""
+
+    name: str
+    """Name of the recipe; reports carry it."""
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    """Where all random numbers start."""
+    model: ModelSection
+    """The model to start from."""
+    data: DataSection
+    """What it is trained and evaluated on."""
+    dense: TrainSection | None = None
+    """Training of the dense model before its tokens are reduced; ``null`` starts from the checkpoint, or from timm's
+    pretrained weights."""
+    tokens: TokenSpec
+    """How tokens are reduced: keep_rate, locations, fuse, method, options."""
+    finetune: TrainSection
+    """Training of the model with its tokens reduced."""
+    teacher: TeacherSection | None = None
+    """Whom the model with its tokens reduced learns from, beside the labels."""
+    published: dict[str, float] | None = None
+    """What the paper reports for this recipe: ``table``, ``top1``, ``top5`` (percent) and others; printed beside the
+    result."""
+    compare: CompareSection = CompareSection()
+    """What the result is compared with."""
+    expect: ExpectSection = ExpectSection()
+    """What the result has to reach."""
+    convert: ConvertSection = ConvertSection()
+    """What the result is turned into."""
+    profile: ProfileSection = ProfileSection()
+    """How speed is measured."""
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether the model with its tokens reduced starts from trained dense weights (the paper's oracle)."""
+        return self.dense is not None or self.model.checkpoint is not None or self.model.pretrained
+
+    def __post_init__(self) -> None:
+        data = self.data
+        expect, compare = self.expect, self.compare
+        strange = next((name for name in expect.over if name not in compare.baselines), None)
+        if strange is not None:
+            names = ", ".join(compare.baselines) or "none"
+            fix = "Add it to compare.baselines."
+            raise RecipeError("not a baseline", where="expect.over", seen=strange, wanted=names, fix=fix)
+        if not compare.untrained and (expect.over or expect.untrained_loss is not None):
+            fix = "Set compare.untrained=true."
+            raise RecipeError("what is not fine-tuned is expected to hold but is not compared", where="expect", fix=fix)
+        if data.name == "folder" and (data.mixup or data.cutmix):
+            for key in ("dense", "finetune"):
+                section = getattr(self, key)
+                if section is not None and section.batch_size % 2:
+                    raise RecipeError(
+                        "mixup and CutMix need an even batch size", where=f"{key}.batch_size", seen=section.batch_size
+                    )
+        self._check_token_labels()
+
+    def _check_token_labels(self) -> None:
+        data, teacher = self.data, self.teacher
+        runs = {"dense": self.dense, "finetune": self.finetune}
+        asked = {key: run.token_labels for key, run in runs.items() if run is not None and run.token_labels is not None}
+        if data.token_labels is not None and not asked:
+            fix = "Add finetune.token_labels={}, or leave data.token_labels out."
+            raise RecipeError("nothing learns from the token labels", where="data.token_labels", fix=fix)
+        for key, how in asked.items():
+            if how.mix_token and data.name == "folder" and (data.mixup or data.cutmix):
+                fix = f"Set data.mixup=0 and data.cutmix=0, or {key}.token_labels.mix_token=0."
+                raise RecipeError("MixToken takes the place of mixup and CutMix", where=f"{key}.token_labels", fix=fix)
+        if teacher is None or (teacher.kind != "token_labels" and "finetune" not in asked):
+            return
+        if teacher.kind != "token_labels":
+            raise RecipeError(
+                "token labels go with no other teacher than one of token labels", where="teacher.kind",
+                seen=teacher.kind, wanted="token_labels", fix="Set teacher.kind, or leave one of the two out.",
+            )  # fmt: skip
+        if "finetune" not in asked:
+            fix = "Add finetune.token_labels={}."
+            raise RecipeError("nothing learns from the teacher's token labels", where="teacher.kind", fix=fix)
+        if data.token_labels is not None:
+            fix = "Leave data.token_labels or the teacher out."
+            raise RecipeError("token labels come from a folder and from a teacher", where="teacher.kind", fix=fix)
+
+
+class Sweep(Section, frozen=True, kw_only=True):
+    """A recipe of its own kind: the speed of many keep rates side by side, without any training.
+
+    Weights come from a seed: speed does not depend on what was learned.
+    """
+
+    name: str
+    """Name of the recipe; reports carry it."""
+    models: Annotated[tuple[str, ...], Meta(min_length=1)]
+    """timm names."""
+    keep_rates: Annotated[tuple[Annotated[float, Meta(gt=0, lt=1)], ...], Meta(min_length=1)]
+    """Rates to run; the dense model is always among them."""
+    fuse: Annotated[tuple[bool, ...], Meta(min_length=1)] = (True,)
+    """With fusion, without, or both."""
+    runtimes: Annotated[tuple[str, ...], Meta(min_length=1)] = ("eager:fp32",)
+    """``runtime:precision`` each: ``eager:fp32``, ``torch.compile:fp16``, ``tensorrt:fp16``."""
+    batch_size: Count = 128
+    """Images a call."""
+    duration: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
+    """Seconds of measurement for each model on each kind of device, all its variants there in turn."""
+    threads: Count | None = None
+    """CPU threads; ``null`` leaves the runtime's own choice."""
+    published: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
+    """Images a second that a paper gives, by model and variant (``dense``, ``0.7``, ``0.7 without fusion``)."""
+
+
+def is_sweep(path: str | Path) -> bool:
+    """Whether a recipe file is a :class:`Sweep`; an unreadable one is not."""
+    try:
+        return "models" in read_document(Path(path))
+    except RecipeError:
+        return False
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Reads and checks a sweep; see :func:`load_recipe`."""
+    return load(path, overrides, Sweep)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: A YAML file, or the name of a recipe that came with the package (``digits``, ``recipes/digits.yaml``).
+        overrides: ``section.key=value`` each, applied in order; values are read as YAML.
+
+    Raises:
+        RecipeError: The file cannot be read, or the recipe or an override asks for something impossible.
+    """
+    return load(path, overrides, Recipe)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every default written out; ``load_recipe`` reads it back equal."""
+    return yaml.safe_dump(msgspec.to_builtins(recipe), sort_keys=False, allow_unicode=True)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, with the documentation of every field; editors use it to complete and to check."""
+    schema = msgspec.json.schema(Recipe)
+    for struct in structs_in(Recipe):
+        properties = schema["$defs"][struct.__name__]["properties"]
+        for field, text in field_docs(struct).items():
+            properties[field] = {"description": text, **properties[field]}
+    return schema

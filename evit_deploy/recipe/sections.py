@@ -1,0 +1,259 @@
+"""The sections of a recipe that say what is trained: the model, the data, a training run, a teacher.
+
+:mod:`evit_deploy.recipe.recipe` puts them together.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from evit_deploy.errors import RecipeError
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What all sections have in common."""
+
+
+class ModelSection(Section, frozen=True, kw_only=True):
+    """The model to start from. At least one of ``name`` and ``checkpoint`` is needed by the time training begins."""
+
+    name: str | None = None
+    """timm name; needed without a checkpoint, and decides where a checkpoint fits several models."""
+    checkpoint: str | None = None
+    """Checkpoint file to start from, relative to the current directory."""
+    args: dict[str, Any] = {}
+    """Further arguments of ``timm.create_model`` (patch_size, embed_dim, depth, num_heads, mlp_ratio, ...)."""
+    image_size: Annotated[int, Meta(ge=1)] | None = None
+    """Side of the square input in pixels; ``null`` is the model's own."""
+    pretrained: bool = True
+    """Without a checkpoint and without a ``dense`` section: whether to start from timm's pretrained weights. ``false``
+    trains the model with its tokens reduced from scratch."""
+    init: Literal["timm", "scaled"] = "timm"
+    """First weights of a model trained from scratch. ``scaled``: Xavier with smaller residual branches and larger
+    position embeddings, which learns several times faster on small data."""
+
+    def __post_init__(self) -> None:
+        if not self.pretrained and (self.checkpoint is not None or self.name is None):
+            raise RecipeError("from scratch takes a name and no checkpoint", where="model.pretrained", seen=False)
+        for key in ("num_classes", "pretrained", "img_size", "global_pool"):
+            if key in self.args:
+                reason = {"num_classes": "the data decides it", "pretrained": "it is model.pretrained"}.get(key)
+                reason = reason or ("use image_size" if key == "img_size" else "the score needs the class token")
+                raise RecipeError(f"{key} is not set here: {reason}", where="model.args")
+
+
+class DataSection(Section, frozen=True, kw_only=True):
+    """The labelled images to train and to evaluate on, and how training images are varied."""
+
+    name: Literal["digits", "digits-in-the-wild", "folder"]
+    """``digits``: the 1,797 digits inside scikit-learn. ``digits-in-the-wild``: the same digits on crops of photographs
+    inside scikit-learn and scikit-image; nothing to download for either. ``folder``: images of your own."""
+    train: str | None = None
+    """Training images (``folder`` only): a folder with one folder a class, ``FILE.tar`` of such, a folder with one tar
+    a class, ``wds/FOLDER`` (WebDataset shards on a disk) or ``hfds/NAME`` (Hugging Face dataset, or its folder)."""
+    validation: str | None = None
+    """Validation images, likewise; classes are named as in ``train`` (``folder`` only)."""
+    train_split: str | None = None
+    """``wds``: shards such as ``train-{0000..0009}.tar``, or a split of ``_info.json``; by default every shard.
+    ``hfds``: the split, by default ``train``."""
+    validation_split: str | None = None
+    """Likewise for ``validation``; ``hfds``: by default ``validation``."""
+    input_key: str | None = None
+    """``hfds``: the column of images; by default ``image``."""
+    target_key: str | None = None
+    """``hfds``: the column of labels, by default ``label``. ``wds``: a field of the JSON beside an image; by default
+    the label is in ``.cls``."""
+    num_classes: Count | None = None
+    """``wds``: how many classes there are."""
+    token_labels: str | None = None
+    """Folder of token label maps, ``<class>/<image's name>.pt``, one for every training image (``folder`` only, with
+    ``train`` a folder of class folders). A run learns from them where it has ``token_labels``."""
+    cache: str | None = None
+    """Folder for decoded training images, made on first use (``folder`` only); ``null`` decodes anew in every pass."""
+    cache_size: Annotated[int, Meta(ge=16)] = 256
+    """Longest shorter side of a cached image in pixels: crops are taken from no more detail than this."""
+    max_corrupt: Annotated[float, Meta(ge=0)] = 0.01
+    """Images that may be unreadable before the run stops: below 1 a share, from 1 on a number. In training another
+    image takes their place, in validation they are left out (``folder`` only)."""
+    repeated_augmentation: Count = 1
+    """How often an image is shown in a row, each time varied anew; a pass then shows as many times fewer images. DeiT
+    and EViT were trained with 3 (``folder`` only)."""
+    images: Count = 100_000
+    """Training images to make; more are not slower (``digits-in-the-wild`` only)."""
+    test_images: Count = 2_000
+    """Validation images to make, of other digits on other photographs (``digits-in-the-wild`` only)."""
+    difficulty: Literal["easy", "medium", "hard"] = "easy"
+    """``easy``: a digit has 3/8 of the image's side and begins on a grid of eighths. ``medium``: it begins anywhere.
+    ``hard``: its size varies down to half of that, and it may be fainter (``digits-in-the-wild`` only)."""
+    curriculum_threshold: Share = 0.7
+    """Running training accuracy from which on the images of a model that begins from nothing become harder; 0 raises
+    the level at every step (``digits-in-the-wild`` only)."""
+    curriculum_rate: Annotated[float, Meta(gt=0, le=1)] = 0.005
+    """How much harder they become in one step, from 0 (centred, white on black) to 1 (``digits-in-the-wild`` only)."""
+    workers: Annotated[int, Meta(ge=0)] = 4
+    """Processes that read or make images (not ``digits``); 0 does it in the main process."""
+    evaluation_batch_size: Count = 64
+    """Images a batch while evaluating; has no influence on the result."""
+    rotation: Annotated[float, Meta(ge=0, le=180)] = 10.0
+    """Largest rotation in degrees, either way (``digits`` only)."""
+    scale: Annotated[float, Meta(ge=0, lt=1)] = 0.1
+    """Largest change of size, as a share, either way (``digits`` only)."""
+    shift: Share = 0.09
+    """Largest shift in each direction, as a share of the image's side (``digits`` only)."""
+    crop: tuple[Share, Share] = (0.08, 1.0)
+    """Smallest and largest share of an image's area that a training crop has (``folder`` only)."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment or AutoAugment in timm's notation, or ``null`` (``folder`` only)."""
+    color_jitter: Share = 0.4
+    """Strength of colour jitter; has no effect beside ``auto_augment`` (``folder`` only)."""
+    random_erasing: Share = 0.25
+    """Probability that a rectangle of a training image is replaced by noise (``folder`` only)."""
+    mixup: Annotated[float, Meta(ge=0)] = 0.8
+    """Mixup's alpha; 0 switches it off (``folder`` only)."""
+    cutmix: Annotated[float, Meta(ge=0)] = 1.0
+    """CutMix's alpha; 0 switches it off (``folder`` only)."""
+    mix_switch: Share = 0.5
+    """Probability of CutMix instead of mixup where both are on (``folder`` only)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop[0] <= self.crop[1]:
+            raise RecipeError("crop is not a range", seen=list(self.crop), wanted="0 < smallest <= largest <= 1")
+        if self.max_corrupt >= 1 and self.max_corrupt % 1:
+            raise RecipeError("max_corrupt is neither a share nor a number", seen=self.max_corrupt,
+                              wanted="below 1, or a whole number")  # fmt: skip
+        if self.name != "folder" and (self.train or self.validation or self.token_labels):
+            raise RecipeError("the digits have no folders", where="data", fix="Set data.name=folder to use images.")
+        if self.token_labels is not None and (self.mixup or self.cutmix):
+            raise RecipeError(
+                "mixup and CutMix mix images, and a token label map is of one image", where="data",
+                seen=f"mixup {self.mixup:g}, cutmix {self.cutmix:g}",
+                fix="Set data.mixup=0 and data.cutmix=0; mix_token of the run's token_labels takes their place.",
+            )  # fmt: skip
+        if self.token_labels is not None and (self.auto_augment or "").startswith("augmix"):
+            raise RecipeError(
+                "AugMix lays versions of an image over each other, which token labels cannot follow",
+                where="data.auto_augment", seen=self.auto_augment, wanted="RandAugment, AutoAugment or null",
+            )  # fmt: skip
+
+
+class TokenLabelSection(Section, frozen=True, kw_only=True):
+    """Learning from a label for every patch token, beside the image's own (LV-ViT, section 3.2).
+
+    The labels are ``data.token_labels``, or a teacher's of kind ``token_labels``.
+    """
+
+    weight: Annotated[float, Meta(ge=0, le=1e3)] = 1.0
+    """Factor on the tokens' part of the loss; the class token's has 1."""
+    mix_token: Annotated[float, Meta(ge=0)] = 1.0
+    """MixToken's alpha: a box of each image's patch tokens, with their labels, comes from another image of the batch.
+    0 switches it off."""
+
+
+class TrainSection(Section, frozen=True, kw_only=True):
+    """One training run: AdamW, linear warm-up, cosine decay. Exactly one of ``steps`` and ``epochs`` is needed."""
+
+    steps: Count | None = None
+    """Length in optimiser steps."""
+    epochs: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    """Length in passes over the training images; incomplete batches are left out."""
+    batch_size: Annotated[int, Meta(ge=2)] = 64
+    """Images at a time in every process; even where mixup or CutMix is on."""
+    accumulate: Count = 1
+    """Batches whose gradients are added up to one step: a step has processes × accumulate × batch_size images."""
+    processes: Count | None = None
+    """Processes (GPUs) that the recipe was written for; another number is told, with what makes up for it."""
+    learning_rate: Annotated[float, Meta(gt=0, le=1e3)]
+    """Highest learning rate, reached after the warm-up."""
+    learning_rate_batch: Count | None = None
+    """Images a step that ``learning_rate`` is meant for: it is scaled by the step's images over this number. ``null``:
+    used as it is."""
+    min_learning_rate: Annotated[float, Meta(ge=0, le=1e3)] = 0.0
+    """Learning rate at the end; never scaled."""
+    warmup: Share = 0.0
+    """Share of the run over which the learning rate rises from 0."""
+    betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's averaging factors of gradient and squared gradient."""
+    weight_decay: Annotated[float, Meta(ge=0, le=1e3)] = 0.05
+    """AdamW's weight decay; biases, norms, position embeddings and class tokens have none."""
+    clip: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    """Largest gradient norm; longer gradients are shortened to it."""
+    label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Share of each target, a patch token's as well, that is spread over all classes."""
+    token_labels: TokenLabelSection | None = None
+    """How patch tokens learn from labels of their own; ``null`` leaves that to the image's label."""
+    keep_rate_start: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """Epoch from which the keep rate moves from 1 towards its target, by a cosine. Has no effect where no tokens are
+    reduced."""
+    keep_rate_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """Epochs that this takes; 0 is at once."""
+    model_mode: Literal["train", "eval"] = "train"
+    """``eval`` trains without dropout and stochastic depth, as the official EViT fine-tune does."""
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    """Computes matrix products in a shorter type; weights stay float32. ``fp16`` scales the loss."""
+    ema: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    """Decay of a running average of the weights, which is evaluated and kept in their place; ``null`` keeps none."""
+    compile: bool = False
+    """Whether to compile the model with ``torch.compile`` while its token counts stand still."""
+    checkpoint_activations: bool = False
+    """Whether to compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    channels_last: bool = False
+    """Whether images and the patch embedding have their channels last in memory."""
+    evaluate_every: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    """Epochs between evaluations, at the keep rate of the moment; ``null`` evaluates at the end."""
+    save_every: Count = 500
+    """Steps between writes of the state that an interrupted run goes on from: the most that is ever lost."""
+    threads: Count | None = None
+    """CPU threads for PyTorch; ``null`` leaves its own choice."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            seen = "neither" if self.steps is None else "both"
+            raise RecipeError("the length of the run is not clear", seen=seen, wanted="either steps or epochs")
+        if self.min_learning_rate > self.effective_learning_rate():
+            raise RecipeError(
+                "min_learning_rate is above the highest learning rate",
+                seen=self.min_learning_rate,
+                wanted=f"at most {self.effective_learning_rate():g}",
+                fix="Lower it, or raise learning_rate or the batch_size that scales it.",
+            )
+
+    def images_per_step(self, world: int = 1) -> int:
+        """Images of one optimiser step, over all processes."""
+        return self.batch_size * self.accumulate * world
+
+    def effective_learning_rate(self, world: int = 1) -> float:
+        """The highest learning rate after scaling to the images of a step."""
+        images = self.images_per_step(world)
+        return self.learning_rate * images / (self.learning_rate_batch or images)
+
+
+class TeacherSection(Section, frozen=True, kw_only=True):
+    """A trained model that the student is to agree with (DeiT, section 4)."""
+
+    name: str | None = None
+    """timm name; needed without a checkpoint, and decides where a checkpoint fits several models."""
+    checkpoint: str | None = None
+    """Checkpoint file; ``null`` takes timm's pretrained weights."""
+    kind: Literal["logits", "token", "token_labels"] = "logits"
+    """``logits``: the student's logits follow the teacher's. ``token``: those of its distillation token do.
+    ``token_labels``: what the teacher says about a patch is the label of that patch; ``finetune.token_labels`` says
+    how they are learned."""
+    hard: bool = False
+    """Whether a ``token`` student learns the teacher's decision instead of its probabilities."""
+    weight: Share = 0.5
+    """Share of the teacher in the loss."""
+    temperature: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    """Both sides' logits are divided by it."""
+
+    def __post_init__(self) -> None:
+        if self.name is None and self.checkpoint is None:
+            raise RecipeError("no teacher given", where="teacher", wanted="a name, a checkpoint or both")
+        if self.kind == "token_labels" and (self.weight, self.temperature, self.hard) != (0.5, 1.0, False):
+            raise RecipeError(
+                "weight, temperature and hard have no effect on token labels", where="teacher",
+                fix="Leave them out; finetune.token_labels.weight is the factor.",
+            )  # fmt: skip

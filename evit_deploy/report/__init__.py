@@ -1,0 +1,1 @@
+"""What was checked and measured: the report, its statistics and its tables."""

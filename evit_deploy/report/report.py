@@ -1,0 +1,325 @@
+"""What was checked and what was measured: one structure for JSON and for the terminal."""
+
+from typing import Any
+
+import msgspec
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One yes-or-no question and its answer.
+
+    Args:
+        name: What was checked.
+        value: What was found.
+        limit: What would still have passed.
+        passed: Whether it held.
+        reason: How the value came about, or why the check failed.
+    """
+
+    name: str
+    value: float | int | str | None
+    limit: float | int | str | None
+    passed: bool
+    reason: str = ""
+
+
+class ProfileRow(msgspec.Struct, frozen=True):
+    """How fast one contestant ran at one batch size.
+
+    Args:
+        runtime: Name in the registry of runtimes.
+        variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
+            :class:`evit_deploy.profiling.candidates.Contestant`.
+        batch: Images a call.
+        rounds: Calls measured.
+        images_per_second: Batch over the median latency.
+        p50: Median latency of a call, milliseconds of wall time; p95 and p99 likewise.
+        p95: See p50.
+        p99: See p50.
+        variation: Standard deviation over mean of the latencies.
+        speedup: Dense twin's time over this one's, median of the paired rounds.
+        speedup_low: Lower end of the median's 95 % interval.
+        speedup_high: Upper end.
+        mac_ratio: Dense multiply-adds over this one's.
+        mac_efficiency: Speed-up over MAC ratio: 1 when time follows arithmetic.
+        overhead: This one's time over the slice twin's, less 1: what the reorganisation itself costs.
+        device: Where it ran, ``cpu`` or ``gpu``; what ran on different ones did not take turns.
+    """
+
+    runtime: str
+    variant: str
+    batch: int
+    rounds: int
+    images_per_second: float
+    p50: float
+    p95: float
+    p99: float
+    variation: float
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    mac_ratio: float | None = None
+    mac_efficiency: float | None = None
+    overhead: float | None = None
+    device: str = "cpu"
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """One row of latencies in few numbers, milliseconds.
+
+    Args:
+        count: Calls.
+        minimum: The fastest.
+        maximum: The slowest.
+        mean: Average.
+        median: The middle one; p90, p95 and p99 likewise (linear interpolation).
+        p90: See median.
+        p95: See median.
+        p99: See median.
+        variation: Standard deviation over mean.
+    """
+
+    count: int
+    minimum: float
+    maximum: float
+    mean: float
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    variation: float
+
+
+class LatencyRow(msgspec.Struct, frozen=True):
+    """Where the time of one engine's calls went, as trtexec reports it: CUDA events, milliseconds.
+
+    Args:
+        runtime: Name in the registry of runtimes.
+        variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
+            :class:`evit_deploy.profiling.candidates.Contestant`.
+        batch: Images a call.
+        images_per_second: Batch over the median compute time: what the engine could do if data lay on the GPU.
+        latency: Copies and compute.
+        enqueue: Host time that putting the work on the stream took.
+        h2d: Copies to the device.
+        compute: The engine itself.
+        d2h: Copies back.
+        speedup: Dense twin's compute time over this one's, median of the rounds, in which all engines took turns.
+        overhead: This one's compute time over the slice twin's, less 1.
+    """
+
+    runtime: str
+    variant: str
+    batch: int
+    images_per_second: float
+    latency: Summary
+    enqueue: Summary
+    h2d: Summary
+    compute: Summary
+    d2h: Summary
+    speedup: float | None = None
+    overhead: float | None = None
+
+
+class BlockRow(msgspec.Struct, frozen=True):
+    """Time of one transformer block of an engine, beside its token counts.
+
+    Args:
+        runtime: Name in the registry of runtimes.
+        variant: ``model`` or ``dense``.
+        batch: Images a call.
+        blocks: ``3``; ``3-4`` for layers that hold parts of both; ``rest`` for the stem, the head and what names none.
+        tokens_in: Tokens its attention sees; of a span's first block.
+        tokens_out: Tokens it hands on; of a span's last block.
+        layers: Layers of the engine in it.
+        milliseconds: Their time together, under the library's own profiler, which slows the whole down a little.
+        share: Of the whole engine's time, 0 to 1.
+    """
+
+    runtime: str
+    variant: str
+    batch: int
+    blocks: str
+    tokens_in: int | None
+    tokens_out: int | None
+    layers: int
+    milliseconds: float
+    share: float
+
+
+class LoadRow(msgspec.Struct, frozen=True):
+    """A served model with several clients at a time.
+
+    Args:
+        model: Its name on the server.
+        batch: Images a request.
+        clients: Requests under way at a time.
+        requests: Requests measured.
+        images_per_second: All images over the time that all took.
+        p50: Median time from sending a request to its answer, milliseconds; p99 likewise.
+        p99: See p50.
+        images_a_run: Images that the server computed together, on average: above ``batch`` it put requests together.
+    """
+
+    model: str
+    batch: int
+    clients: int
+    requests: int
+    images_per_second: float
+    p50: float
+    p99: float
+    images_a_run: float
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """How much more often one model was right than another, on the same images.
+
+    Args:
+        other: Name of the other's row.
+        value: This one's top-1 less the other's, as a share.
+        error: Standard error of the value, from the images on which only one of the two was right. It says what other
+            images would change, not what another training run would.
+    """
+
+    other: str
+    value: float
+    error: float
+
+
+class AccuracyRow(msgspec.Struct, frozen=True):
+    """How often one model was right.
+
+    Args:
+        name: Which model.
+        top1: Share of images whose label came first.
+        top5: Share of images whose label was among the first five.
+        count: Images.
+        low: Lower end of top-1's 95 % interval (Wilson).
+        high: Upper end.
+        gmacs: Multiply-adds for one image, in 10⁹.
+        against: The difference to the row that this one is to be held against.
+    """
+
+    name: str
+    top1: float
+    top5: float
+    count: int
+    low: float
+    high: float
+    gmacs: float | None = None
+    against: Difference | None = None
+
+
+class AgreementRow(msgspec.Struct, frozen=True):
+    """How much two runtimes agree on the same images.
+
+    Args:
+        first: One of them.
+        second: The other.
+        images: How many.
+        top1: Share of the images with the same top-1.
+        kept: By block, kept patches in common over kept patches of either (Jaccard, original patch numbers), mean over
+            the images; empty where one of them does not tell.
+        logits: Largest difference of a logit.
+    """
+
+    first: str
+    second: str
+    images: int
+    top1: float
+    kept: dict[str, float]
+    logits: float
+
+
+class GpuSummary(msgspec.Struct, frozen=True):
+    """What a GPU did while one batch size was measured; ``None`` where the driver does not say.
+
+    Args:
+        name: As the driver calls it.
+        driver: Version.
+        compute_capability: ``sm80``.
+        batch: Images a call.
+        samples: How often it was looked at and found busy.
+        sm_clock: Slowest and fastest, MHz.
+        sm_clock_max: MHz at most.
+        memory_clock: Slowest and fastest, MHz.
+        memory_clock_max: MHz at most.
+        slowed_down: Share of the samples in which something slowed it down, 0 to 1.
+        reasons: What did, in words.
+        temperature: Highest, °C.
+        power: Highest, watts.
+        power_limit: Watts.
+    """
+
+    name: str
+    driver: str
+    compute_capability: str
+    batch: int
+    samples: int
+    sm_clock: tuple[int, int] | None = None
+    sm_clock_max: int | None = None
+    memory_clock: tuple[int, int] | None = None
+    memory_clock_max: int | None = None
+    slowed_down: float = 0.0
+    reasons: tuple[str, ...] = ()
+    temperature: int | None = None
+    power: float | None = None
+    power_limit: float | None = None
+
+
+class Report(msgspec.Struct, frozen=True):
+    """The outcome of verify, profile, convert or run.
+
+    Args:
+        checks: What had to hold.
+        rows: What was measured, by the host's clock.
+        latencies: Engines: where the time of a call goes.
+        blocks: Engines: time by transformer block.
+        load: Servers: many clients at a time.
+        gpu: What the GPU's clocks did meanwhile, by batch size.
+        accuracy: What was right.
+        agreement: Which runtimes agree.
+        notes: Sentences for the reader.
+        clock: What ratios are made of: ``cpu`` (one thread's own time) or ``wall``.
+        versions: Packages.
+        device: Where it ran.
+    """
+
+    checks: tuple[Check, ...] = ()
+    rows: tuple[ProfileRow, ...] = ()
+    latencies: tuple[LatencyRow, ...] = ()
+    blocks: tuple[BlockRow, ...] = ()
+    load: tuple[LoadRow, ...] = ()
+    gpu: tuple[GpuSummary, ...] = ()
+    accuracy: tuple[AccuracyRow, ...] = ()
+    agreement: tuple[AgreementRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    clock: str | None = None
+    versions: dict[str, str] = {}
+    device: dict[str, Any] = {}
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that did not hold."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    def __add__(self, other: "Report") -> "Report":
+        return Report(
+            checks=self.checks + other.checks,
+            rows=self.rows + other.rows,
+            latencies=self.latencies + other.latencies,
+            blocks=self.blocks + other.blocks,
+            load=self.load + other.load,
+            gpu=self.gpu + other.gpu,
+            accuracy=self.accuracy + other.accuracy,
+            agreement=self.agreement + other.agreement,
+            notes=self.notes + tuple(note for note in other.notes if note not in self.notes),
+            clock=other.clock or self.clock,
+            versions=self.versions | other.versions,
+            device=self.device | other.device,
+        )

@@ -1,0 +1,204 @@
+"""How a report looks on a terminal: tables that rather lose columns than letters."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evit_deploy.report.report import BlockRow, GpuSummary, LatencyRow, LoadRow, ProfileRow, Report, Summary
+
+
+def render(report: "Report", console: Any) -> None:
+    """Prints a report on a rich console, as tables.
+
+    Args:
+        report: What to print.
+        console: A ``rich.console.Console``.
+    """
+    if report.checks:
+        _table(
+            console,
+            ("check", "value", "limit", ""),
+            [(c.name, _number(c.value), _number(c.limit), "ok" if c.passed else "FAILED") for c in report.checks],
+        )
+        for check in report.failed:
+            console.print(f"FAILED {check.name}: {check.reason}", markup=False, highlight=False)
+    if report.accuracy:
+        _table(
+            console,
+            ("accuracy", "top-1 %", "95 % interval", "top-5 %", "images", "GMACs", "difference", "to"),
+            [
+                (
+                    row.name,
+                    f"{100 * row.top1:.2f}",
+                    f"{100 * row.low:.1f} - {100 * row.high:.1f}",
+                    f"{100 * row.top5:.2f}",
+                    str(row.count),
+                    "" if row.gmacs is None else f"{row.gmacs:.4g}",
+                    "" if row.against is None else f"{100 * row.against.value:+.2f} ± {100 * row.against.error:.2f}",
+                    "" if row.against is None else row.against.other,
+                )
+                for row in report.accuracy
+            ],
+            dispensable=("top-5 %", "95 % interval", "GMACs", "to"),
+            unsaid=() if any(row.against for row in report.accuracy) else ("difference", "to"),
+        )
+    if report.agreement:
+        _table(
+            console,
+            ("agreement of", "with", "images", "top-1 %", "kept patches %", "largest logit difference"),
+            [
+                (
+                    row.first,
+                    row.second,
+                    str(row.images),
+                    f"{100 * row.top1:.2f}",
+                    " / ".join(f"{100 * share:.1f}" for share in row.kept.values()) or "not told",
+                    f"{row.logits:.2e}",
+                )
+                for row in report.agreement
+            ],
+        )
+    if report.rows:
+        header = ("runtime", "variant", "on", "batch", "images/s", "p50 ms", "p95 ms", "p99 ms", "variation",
+                  "speed-up", "MAC ratio", "MAC eff.", "overhead")  # fmt: skip
+        several = {row.device for row in report.rows} != {"cpu"}
+        dispensable = ("variation", "p99 ms", "MAC ratio", "p95 ms", "on")
+        hidden = () if several else ("on",)
+        _table(console, header, [_profile_cells(row) for row in report.rows], dispensable, hidden)
+    if report.latencies:
+        header = ("engine", "variant", "batch", "images/s", "latency ms", "enqueue ms", "H2D ms", "compute ms",
+                  "D2H ms", "speed-up", "overhead")  # fmt: skip
+        dispensable = ("D2H ms", "H2D ms", "enqueue ms", "latency ms")
+        said = "Parts of a call, p50/p95/p99 by CUDA events; images/s, speed-up and overhead of compute alone:"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+        _table(console, header, [_latency_cells(row) for row in report.latencies], dispensable)
+    if report.blocks:
+        header = ("engine", "variant", "batch", "block", "tokens in", "tokens out", "layers", "ms", "share")
+        _table(console, header, [_block_cells(row) for row in report.blocks], ("layers",))
+    if report.load:
+        header = ("server under load", "batch", "clients", "requests", "images/s", "p50 ms", "p99 ms", "images a run")
+        _table(console, header, [_load_cells(row) for row in report.load], ("requests",))
+    if report.gpu:
+        header = ("GPU", "batch", "samples", "SM MHz", "memory MHz", "slowed down", "°C", "W")
+        _table(console, header, [_gpu_cells(row) for row in report.gpu], ("GPU", "°C", "W"))
+    for note in report.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else format(value, form) + unit
+
+
+def _profile_cells(row: "ProfileRow") -> tuple[str, ...]:
+    return (
+        row.runtime,
+        row.variant,
+        row.device,
+        str(row.batch),
+        f"{row.images_per_second:.1f}",
+        f"{row.p50:.2f}",
+        f"{row.p95:.2f}",
+        f"{row.p99:.2f}",
+        f"{row.variation:.1%}",
+        _shown(row.speedup, ".2f", "x"),
+        _shown(row.mac_ratio, ".2f", "x"),
+        _shown(row.mac_efficiency, ".2f"),
+        _shown(row.overhead, "+.1%"),
+    )
+
+
+def _load_cells(row: "LoadRow") -> tuple[str, ...]:
+    numbers = row.images_per_second, row.p50, row.p99, row.images_a_run
+    shown = [f"{number:.{digits}f}" for number, digits in zip(numbers, (1, 2, 2, 1), strict=True)]
+    return row.model, str(row.batch), str(row.clients), str(row.requests), *shown
+
+
+def _latency_cells(row: "LatencyRow") -> tuple[str, ...]:
+    def percentiles(part: "Summary") -> str:
+        return f"{part.median:.3f}/{part.p95:.3f}/{part.p99:.3f}"
+
+    return (
+        row.runtime,
+        row.variant,
+        str(row.batch),
+        f"{row.images_per_second:.1f}",
+        *(percentiles(part) for part in (row.latency, row.enqueue, row.h2d, row.compute, row.d2h)),
+        _shown(row.speedup, ".2f", "x"),
+        _shown(row.overhead, "+.1%"),
+    )
+
+
+def _block_cells(row: "BlockRow") -> tuple[str, ...]:
+    return (
+        row.runtime,
+        row.variant,
+        str(row.batch),
+        row.blocks,
+        _shown(row.tokens_in, "d"),
+        _shown(row.tokens_out, "d"),
+        str(row.layers),
+        f"{row.milliseconds:.3f}",
+        f"{row.share:.1%}",
+    )
+
+
+def _gpu_cells(row: "GpuSummary") -> tuple[str, ...]:
+    def clock(span: tuple[int, int] | None, most: int | None) -> str:
+        if span is None:
+            return ""
+        low, high = span
+        return (f"{low}" if low == high else f"{low}-{high}") + (f" of {most}" if most else "")
+
+    return (
+        row.name,
+        str(row.batch),
+        str(row.samples),
+        clock(row.sm_clock, row.sm_clock_max),
+        clock(row.memory_clock, row.memory_clock_max),
+        ", ".join((f"{row.slowed_down:.0%}", *row.reasons)) if row.samples else "",
+        _shown(row.temperature, "d"),
+        _shown(row.power, ".0f", f" of {row.power_limit:.0f}" if row.power_limit else ""),
+    )
+
+
+def _number(value: float | int | str | None) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _table(
+    console: Any,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    dispensable: Sequence[str] = (),
+    unsaid: Sequence[str] = (),
+) -> None:
+    """Prints a table; where the terminal is narrow, rather without dispensable columns than with cut cells.
+
+    Args:
+        console: A ``rich.console.Console``.
+        header: Titles.
+        rows: Cells.
+        dispensable: Columns to leave out for want of width, the first first.
+        unsaid: Columns to leave out in any case.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table, hidden = Table(), set(unsaid)
+    for name in (None, *dispensable):
+        hidden |= {name} if name else set()
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
+        shown = [i for i, title in enumerate(header) if title not in hidden]
+        for i in shown:
+            numeric = all(_is_number(row[i]) for row in rows)
+            table.add_column(header[i], justify="right" if numeric else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[i] for i in shown))
+        wide = console.options.update(width=10_000)  # a measure is cut to the options' width
+        if console.measure(table, options=wide).maximum <= console.width:
+            break
+    console.print(table)
+
+
+def _is_number(text: str) -> bool:
+    return not text or text.lstrip("+-")[:1].isdigit()

@@ -1,0 +1,96 @@
+"""Who runs what: runners by name, the file of a bundle that suits each, and the PyTorch model it came from."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evit_deploy.bundle import bundle as bundles
+from evit_deploy.bundle.manifest import TWIN
+from evit_deploy.errors import InputError
+from evit_deploy.registry import RUNTIMES
+from evit_deploy.runtimes.runner import Runner
+from evit_deploy.triton.connection import Served
+
+TRITON = "triton"
+
+
+@contextmanager
+def opened(name: str, artifact: Any, threads: int | None = None, *, with_indices: bool = False) -> Iterator[Runner]:
+    """A runner by its runtime's name, opened.
+
+    Raises:
+        InputError: No such runtime, or it cannot run this.
+        MissingRequirement: The runtime is not installed, or its device is not there.
+    """
+    runtime: type[Runner] = RUNTIMES.get(name)
+    reasons = runtime.accepts(artifact)  # asked first: what can be run nowhere is not this machine's fault
+    if reasons:
+        raise InputError(f"the runtime {name!r} cannot run this: {'; '.join(reasons)}", where="--runtime")
+    missing = runtime.missing()
+    if missing is not None:
+        raise missing
+    with runtime(artifact, threads=threads, with_indices=with_indices) as runner:
+        yield runner
+
+
+def usable(runtime: type[Runner], artifact: Any) -> bool:
+    """Whether a runtime runs an artifact here without being asked for."""
+    return runtime.default and runtime.missing() is None and not runtime.accepts(artifact)
+
+
+def artifact_of(bundle: bundles.Bundle, runtime: type[Runner], *, dense: bool = False) -> Path | None:
+    """The file of a bundle that a runtime runs best; ``None`` if it can run none of them.
+
+    Args:
+        bundle: The bundle.
+        runtime: A class from the registry of runtimes.
+        dense: The dense twin's file instead of the model's.
+    """
+    names = (TWIN * dense + name for name in runtime.files)
+    found = next((name for name in names if name in bundle.manifest.files), None)
+    return bundle.file(found) if found else None
+
+
+def subject_of(
+    bundle: bundles.Bundle, runtime: type[Runner], model: torch.nn.Module | None, server: Served | None
+) -> Any:
+    """What a runtime runs of a bundle: a file of it, the PyTorch model it came from, or the model that a server serves.
+
+    Args:
+        bundle: The bundle.
+        runtime: A class from the registry of runtimes.
+        model: The PyTorch model, where it can be had.
+        server: The server, where there is one.
+
+    Returns:
+        ``None`` if there is nothing for this runtime.
+    """
+    if runtime.served:
+        return server
+    return artifact_of(bundle, runtime) if runtime.files else model
+
+
+def check_server(runtimes: Sequence[str], server: Served | None) -> tuple[str, ...]:
+    """The runtimes to use: with a server and no wish, the server alone.
+
+    Args:
+        runtimes: Names that were asked for.
+        server: The server that was named.
+
+    Raises:
+        InputError: A server was named and no runtime uses it, or the other way round.
+    """
+    asked = any(RUNTIMES.get(name).served for name in runtimes)
+    if asked and server is None:
+        raise InputError(
+            "it runs on a server, and none was named", where=f"--runtime {TRITON}", fix="Give --url http://HOST:8000."
+        )
+    if server is not None and runtimes and not asked:
+        raise InputError(
+            "none of these runtimes uses a server", where="--url", seen=", ".join(runtimes),
+            fix=f"Give --runtime {TRITON} too.",
+        )  # fmt: skip
+    return tuple(runtimes) if runtimes or server is None else (TRITON,)

@@ -1,0 +1,1 @@
+"""Packages of a bundle for Triton Inference Server and for C++."""

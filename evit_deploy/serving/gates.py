@@ -1,0 +1,299 @@
+"""What has to hold before bundles are packaged: files, proof, one model, the right platform, GPU and server."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from evit_deploy.bundle import bundle as bundles
+from evit_deploy.bundle.bundle import Bundle
+from evit_deploy.bundle.manifest import ENGINE, MANIFEST, MODEL, OPENVINO, REPORT, Engine, Manifest
+from evit_deploy.engines.plan_file import read_header
+from evit_deploy.environment.requirements import numbers
+from evit_deploy.errors import InputError
+from evit_deploy.export.card import INPUT, LOGITS
+from evit_deploy.report.report import Report
+from evit_deploy.serving.deployment import RELEASES, Server, declared_server, same
+
+FILES = {
+    "tensorrt": (ENGINE,),
+    "tensorrt-rtx": (ENGINE,),
+    "onnxruntime": (MODEL,),
+    "openvino": (OPENVINO, OPENVINO.replace(".xml", ".bin")),
+}
+"""Platform -> the files of a bundle that it runs."""
+PLATFORMS = {"triton": ("tensorrt", "onnxruntime", "openvino"), "cpp": ("tensorrt", "tensorrt-rtx", "openvino")}
+"""What a package is for -> platforms, the preferred first."""
+_ONE_MODEL = ("kind", "model", "model_args", "tokens", "plan", "preprocess", "labels", "inputs", "outputs", "precision")
+DALI_FILTERS = ("bilinear", "bicubic", "lanczos")
+_AMPERE = 80
+CONTAINER = "nvcr.io/nvidia/tensorrt"
+"""Has the TensorRT of Triton's release of the same month."""
+
+
+def platform_of(bundle: Bundle, target: str, asked: str | None) -> str:
+    """The platform that was asked for, or the first that the bundle has everything for.
+
+    Raises:
+        InputError: The target has no such platform, or the bundle nothing for it.
+    """
+    if asked is not None and asked not in PLATFORMS[target]:
+        raise InputError(
+            f"there is no such platform for {target}", where="--platform", seen=repr(asked),
+            wanted=" or ".join(PLATFORMS[target]),
+        )  # fmt: skip
+    reasons = {platform: _lacks(bundle, platform) for platform in ([asked] if asked else PLATFORMS[target])}
+    found = next((platform for platform, reason in reasons.items() if reason is None), None)
+    if found is None:
+        wanted = " or ".join("onnx" if platform == "onnxruntime" else platform for platform in reasons)
+        raise InputError(
+            "the bundle has nothing for " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()),
+            where=bundle.path, fix=f"Convert again with --target {wanted}.",
+        )  # fmt: skip
+    return found
+
+
+def _lacks(bundle: Bundle, platform: str) -> str | None:
+    """What a bundle lacks for a platform."""
+    missing = [name for name in FILES[platform] if name not in bundle.manifest.files]
+    if missing:
+        return f"no {' and '.join(missing)} in it"
+    if platform.startswith("tensorrt"):
+        family = read_header(bundle.file(ENGINE)).family
+        if family != platform:
+            return f"its engine.plan is for {family}"
+        if bundle.manifest.engine is None:
+            return "its manifest does not say what engine.plan was built with"
+    return None
+
+
+def check_tensors(bundle: Bundle) -> None:
+    """Makes sure that the manifest describes a model as ``convert`` makes them: ``input`` in, ``logits`` out.
+
+    Raises:
+        InputError: It does not.
+    """
+    manifest = bundle.manifest
+    inputs = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in manifest.inputs]
+    outputs = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in manifest.outputs]
+    kept = all(dtype == "int32" and rank == 2 for _, dtype, rank in outputs[1:])
+    if inputs != [(INPUT, "float32", 4)] or outputs[:1] != [(LOGITS, "float32", 2)] or not kept:
+        raise InputError(
+            "the manifest describes another model than convert makes", where=bundle.path,
+            seen=f"{inputs} to {outputs}", wanted=f"{INPUT} to {LOGITS}", fix="Convert again.",
+        )  # fmt: skip
+
+
+def check_same(found: Sequence[Bundle], platform: str) -> None:
+    """Makes sure that several bundles are one model for several GPUs.
+
+    Raises:
+        InputError: They are not, or the platform does not tell GPUs apart.
+    """
+    if len(found) > 1 and platform != "tensorrt":
+        raise InputError(
+            "several bundles are packaged together for TensorRT on Triton only, with a plan for another GPU in each",
+            seen=f"{len(found)} bundles for {platform}", fix="Package one of them.",
+        )  # fmt: skip
+    first = found[0].manifest
+    for bundle in found[1:]:
+        other = bundle.manifest
+        unlike = [field for field in _ONE_MODEL if getattr(first, field) != getattr(other, field)]
+        # Of weights from the internet, their name is all that is known.
+        origins = [[(p.sha256 or p.source, p.model) for p in manifest.parents] for manifest in (first, other)]
+        unlike += ["checkpoint"] * (origins[0] != origins[1])
+        unlike += ["batch profiles"] * (engine_of(found[0]).profiles != engine_of(bundle).profiles)
+        unlike += ["plugin"] * (engine_of(found[0]).plugin != engine_of(bundle).plugin)
+        if unlike:
+            raise InputError(
+                "this is not the same model for another GPU", where=bundle.path,
+                seen=f"another {', '.join(unlike)} than {found[0].path}",
+                fix="Convert the same checkpoint with the same options on each GPU.",
+            )  # fmt: skip
+
+
+def engine_of(bundle: Bundle) -> Engine:
+    """What a bundle's plan was built with; there is one."""
+    engine = bundle.manifest.engine
+    assert engine is not None
+    return engine
+
+
+def check_files(bundle: Bundle) -> None:
+    """Makes sure that every file is the one that was written.
+
+    Raises:
+        InputError: One has changed or is gone.
+    """
+    changed = bundles.changed_files(bundle)
+    if changed:
+        raise InputError(
+            f"changed or gone since it was written: {', '.join(changed[:5])}", where=bundle.path,
+            fix="Copy the bundle here again, or convert again.",
+        )  # fmt: skip
+
+
+def doubt(bundle: Bundle, platform: str) -> str | None:
+    """Why a bundle does not count as verified on a platform; ``None`` if it does."""
+    if "passed" not in bundle.manifest.results or REPORT not in bundle.manifest.files:
+        return "its manifest has no result of a verification"
+    if bundle.manifest.results["passed"] is not True:
+        return "its verification failed"
+    try:
+        report = msgspec.json.decode(bundle.file(REPORT).read_bytes(), type=Report)
+    except (OSError, msgspec.DecodeError) as error:
+        return f"its report cannot be read ({error})"
+    if not report.passed:
+        return f"a check failed: {report.failed[0].name}"
+    if not any(check.name.startswith(f"{platform}, batch") for check in report.checks):
+        return f"its report has no check of {platform}"
+    return None
+
+
+def labels_of(bundle: Bundle, path: Path | None) -> list[str] | None:
+    """Class names, one for each output of the model.
+
+    Args:
+        bundle: Whose manifest may have them.
+        path: Text file with one on each line, in place of the manifest's.
+
+    Raises:
+        InputError: The file cannot be read, there are more or fewer names than classes, or one of them has two lines.
+    """
+    names, where = bundle.manifest.labels, f"{bundle.path / MANIFEST}: labels"
+    if path is not None:
+        where = str(path)
+        try:
+            names = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the labels cannot be read ({error})", where=f"--labels {path}") from None
+    if names is None:
+        return None
+    classes = bundle.manifest.outputs[0].shape[-1]
+    if len(names) != classes:
+        raise InputError(
+            "the labels do not match the classes", where=where, seen=f"{len(names)} labels", wanted=f"{classes}",
+            fix="Give a file with one label on each line, in the order of the model's outputs: --labels FILE.",
+        )  # fmt: skip
+    broken = next((name for name in names if len(name.splitlines()) > 1), None)
+    if broken is not None:
+        raise InputError("a label has to fit on one line", where=where, seen=repr(broken))
+    return names
+
+
+def check_preprocess(manifest: Manifest, platform: str, choice: str) -> None:
+    """Makes sure that photographs can be made inputs of a model.
+
+    Raises:
+        InputError: They cannot, or not with DALI.
+    """
+    channels, preprocess = manifest.inputs[0].shape[1], manifest.preprocess
+    if choice != "none" and channels != 3:
+        raise InputError(
+            "photographs have 3 channels, and the model takes another number of them", where=f"--preprocess {choice}",
+            seen=channels, fix="Give --preprocess none, and send inputs.",
+        )  # fmt: skip
+    if choice != "dali":
+        return
+    reasons = {
+        f"{platform} runs on the CPU, DALI on a GPU": platform == "openvino",
+        f"crop mode {preprocess.crop_mode}": preprocess.crop_mode not in ("center", "squash"),
+        "an input that is not square": preprocess.crop_mode == "center" and len(set(preprocess.size)) > 1,
+        f"crop_pct {preprocess.crop_pct:g}": preprocess.crop_pct > 1,
+        f"interpolation {preprocess.interpolation}": preprocess.interpolation not in DALI_FILTERS,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise InputError(
+            "the preprocessing cannot be done with DALI here", where="--preprocess dali", seen="; ".join(found),
+            fix="Give --preprocess python.",
+        )  # fmt: skip
+
+
+def compute_capability(gpu: str) -> str:
+    """``sm80`` as CUDA writes it: ``8.0``.
+
+    Raises:
+        InputError: It is none.
+    """
+    digits = gpu.removeprefix("sm")
+    if not (digits.isascii() and digits.isdecimal() and 2 <= len(digits) <= 3):
+        raise InputError("not a compute capability", where="--gpu", seen=repr(gpu), wanted="as in sm80 or sm120")
+    return f"{int(digits[:-1])}.{digits[-1]}"
+
+
+def check_gpus(found: Sequence[Bundle], gpus: Sequence[str]) -> None:
+    """Makes sure that plans and declared GPUs go together, and that no two plans are for the same.
+
+    Args:
+        found: Bundles with a plan.
+        gpus: ``sm80``; nothing is declared when empty.
+
+    Raises:
+        InputError: A GPU has no plan, a plan no GPU, or two plans are for one.
+    """
+    built: dict[str, Path] = {}
+    for bundle in found:
+        for gpu in engine_of(bundle).gpus:
+            if gpu in built:
+                raise InputError(f"two plans for {gpu}", where=bundle.path, seen=built[gpu], fix="Package one of them.")
+            built[gpu] = bundle.path
+    for gpu in gpus:
+        compute_capability(gpu)
+        if not any(_serves(engine_of(bundle), gpu) for bundle in found):
+            raise InputError(
+                "no plan is for this GPU", where=f"--gpu {gpu}", seen=f"plans for {', '.join(built)}",
+                fix=f"Convert on a GPU with {gpu}, and package that bundle too.",
+            )  # fmt: skip
+    for bundle in found if gpus else ():
+        if not any(_serves(engine_of(bundle), gpu) for gpu in gpus):
+            raise InputError(
+                "the plan is for another GPU than those declared", where=bundle.path,
+                seen=", ".join(engine_of(bundle).gpus), wanted=" or ".join(gpus),
+                fix="Leave it out, or convert on such a GPU.",
+            )  # fmt: skip
+
+
+def _serves(engine: Engine, gpu: str) -> bool:
+    anywhere = bool(engine.options.get("hardware_compatible")) and int(gpu.removeprefix("sm")) >= _AMPERE
+    return gpu in engine.gpus or anywhere
+
+
+def version_compatible(found: Sequence[Bundle]) -> bool:
+    """Whether all plans run on later versions of TensorRT too."""
+    return all(engine_of(bundle).options.get("version_compatible") for bundle in found)
+
+
+def server_for(found: Sequence[Bundle], platform: str, release: str | None, tensorrt: str | None) -> Server:
+    """The server that was declared, which has to have what the plans want.
+
+    Args:
+        found: The bundles.
+        platform: What runs them.
+        release: As in ``--server``.
+        tensorrt: As in ``--server-tensorrt``.
+
+    Raises:
+        InputError: It has another TensorRT than the plans were built with, or what it has is not known.
+    """
+    if platform != "tensorrt":
+        if tensorrt is not None:
+            raise InputError("only a plan depends on the server's TensorRT", where="--server-tensorrt", seen=tensorrt)
+        return declared_server(release, None, None)
+    headers = [read_header(bundle.file(ENGINE)).version for bundle in found]
+    lasting = version_compatible(found)
+    server = declared_server(release, tensorrt, None if lasting else headers[0])
+    if server.tensorrt is None:
+        raise InputError(
+            f"which TensorRT Triton {release} has is not known here", where="--server",
+            fix=f"Give it: --server-tensorrt VERSION. Known are {min(RELEASES)} to {max(RELEASES)}.",
+        )  # fmt: skip
+    for bundle, built in zip(found, headers, strict=True):
+        later = lasting and numbers(server.tensorrt)[:3] >= numbers(built)[: len(numbers(server.tensorrt)[:3])]
+        if not (same(server.tensorrt, built) or later):
+            raise InputError(
+                "the plan was built with another TensorRT than the server's, and runs on that one only",
+                where=bundle.path, seen=built, wanted=f"{server.tensorrt}, as in Triton {server.release}",
+                fix=f"Convert in the container {CONTAINER}:{server.release}-py3, or declare another server.",
+            )  # fmt: skip
+    return server

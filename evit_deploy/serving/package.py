@@ -1,0 +1,369 @@
+"""``package``: from verified bundles to a folder that an operations team can run, for Triton or for a C++ program.
+
+Gates first (:mod:`evit_deploy.serving.gates`), files second; nothing is written unless all of them hold.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from evit_deploy.bundle import bundle as bundles
+from evit_deploy.bundle.bundle import Bundle, Staging
+from evit_deploy.bundle.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE, REPORT, Parent
+from evit_deploy.engines.plugin.library import LIBRARY, plugin_for
+from evit_deploy.environment.machine import versions
+from evit_deploy.errors import GateFailed, InputError
+from evit_deploy.files import hashes, sha256
+from evit_deploy.serving import cpp as cpp_folder
+from evit_deploy.serving.deployment import Launch, Server
+from evit_deploy.serving.gates import (
+    FILES,
+    PLATFORMS,
+    check_files,
+    check_gpus,
+    check_preprocess,
+    check_same,
+    check_tensors,
+    compute_capability,
+    doubt,
+    engine_of,
+    labels_of,
+    platform_of,
+    server_for,
+    version_compatible,
+)
+from evit_deploy.serving.readme import triton_readme
+from evit_deploy.serving.repository import MAX_BATCH, MODEL_FILES, QUEUE_DELAY, Serving, covered, write_repository
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+class TritonOptions(msgspec.Struct, frozen=True):
+    """What can be told of the server and of how it is to serve.
+
+    Args:
+        server: Release of Triton, ``26.07``; by default the newest that goes with the plan, as far as is known.
+        server_tensorrt: Version of TensorRT in it, where that is not known here.
+        preprocess: ``python`` or ``dali``: the server makes inputs of image files, with Pillow on the CPU, as in
+            training, or nearly so with DALI on the GPU; ``none``: clients send inputs.
+        max_batch: Most images a call; by default what the plan covers, 32 for ONNX Runtime, 1 for OpenVINO.
+        instances: Of the model, on each GPU or on the CPU.
+        queue_delay: Microseconds that a request may wait to be batched with others.
+    """
+
+    server: str | None = None
+    server_tensorrt: str | None = None
+    preprocess: str = "python"
+    max_batch: int | None = None
+    instances: int = 1
+    queue_delay: int = QUEUE_DELAY
+
+
+class Package(msgspec.Struct, frozen=True):
+    """``package.json``.
+
+    Args:
+        target: What it is for: ``triton`` or ``cpp``.
+        name: Of the model.
+        platform: What runs it.
+        verified: Whether every bundle was verified on that platform.
+        doubts: What spoke against it, and was overruled with ``--unverified``.
+        parents: The bundles, with the hashes of their manifests.
+        gpus: Compute capabilities that were declared.
+        server: Triton's release and what is in it.
+        plugin: SHA-256 of the plugin library that the plan needs.
+        launch: The server's command line.
+        options: How the server was to serve.
+        files: Name inside the package -> SHA-256; all but this file.
+        versions: Packages that made it.
+        notes: What was assumed.
+        format: Version of this structure.
+    """
+
+    target: str
+    name: str
+    platform: str
+    verified: bool
+    doubts: list[str]
+    parents: list[Parent]
+    gpus: list[str]
+    server: Server | None
+    plugin: str | None
+    launch: list[str]
+    options: TritonOptions | None
+    files: dict[str, str]
+    versions: dict[str, str]
+    notes: list[str] = []
+    format: int = 1
+
+
+def package(
+    paths: Sequence[Path],
+    target: str,
+    *,
+    platform: str | None = None,
+    name: str | None = None,
+    labels: Path | None = None,
+    gpus: Sequence[str] = (),
+    plugin: Path | str | None = None,
+    triton: TritonOptions | None = None,
+    unverified: bool = False,
+    out: Path | None = None,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+    notice: Callable[[str], None] = lambda text: None,
+) -> tuple[Path, Package]:
+    """Packages bundles of one model.
+
+    Args:
+        paths: The bundles; several only with a TensorRT plan for another GPU in each.
+        target: ``triton`` or ``cpp``.
+        platform: What is to run it: for Triton ``tensorrt``, ``onnxruntime`` or ``openvino``, for C++ ``tensorrt``,
+            ``tensorrt-rtx`` or ``openvino``; by default the first of them that the bundle has a file for.
+        name: Of the model; by default the first bundle's folder.
+        labels: Text file with a class name on each line, in place of the manifest's.
+        gpus: Compute capabilities it is to run on, ``sm90``; each has to have a plan, and each plan has to be for one.
+        plugin: Library that the plan needs; by default the one in the user's cache whose hash the manifest has.
+        triton: The server; only with ``triton``.
+        unverified: Whether to package what was not verified on the platform; that is written down.
+        out: Folder to write; by default ``<name>-<target>`` beside the first bundle.
+        force: Whether to replace an older package there.
+        progress: Told what is being done.
+        notice: Told what the user should know.
+
+    Returns:
+        The folder, and what stands in its ``package.json``.
+
+    Raises:
+        InputError: Something given cannot be packaged; nothing was written.
+        GateFailed: A bundle was not verified on the platform; nothing was written.
+        MissingRequirement: The plugin library or ``tritonclient`` is not here; nothing was written.
+        StageError: Writing failed.
+    """
+    found, name, place = _read(paths, target, name, out, triton)
+    bundles.check_out(place, force=force)
+    platform = platform_of(found[0], target, platform)
+    for bundle in found:
+        check_tensors(bundle)
+        platform_of(bundle, target, platform)
+    check_same(found, platform)
+    first = found[0]
+    names = labels_of(first, labels)
+    progress("checking the bundles' files")
+    for bundle in found:
+        check_files(bundle)
+    doubts = [f"{bundle.path.name}: {reason}" for bundle in found if (reason := doubt(bundle, platform)) is not None]
+    if doubts and not unverified:
+        raise GateFailed(
+            f"not verified on {platform}: {'; '.join(doubts)}",
+            fix="Convert where it can be verified, or give --unverified, which is written into the package.",
+        )
+    gpus = [gpu.strip().lower() for gpu in gpus]
+    if platform.startswith("tensorrt"):
+        check_gpus(found, gpus)
+    elif gpus:
+        raise InputError("only a plan depends on the GPU", where="--gpu", seen=", ".join(gpus), fix="Leave it out.")
+    library = plugin_for(first.manifest.engine, plugin) if platform == "tensorrt" else None
+    options = (triton or TritonOptions()) if target == "triton" else None
+    server = serving = None
+    if options is not None:
+        server = server_for(found, platform, options.server, options.server_tensorrt)
+        serving = _serving(found, name, platform, names, options)
+    notes = [f"NOT verified on {platform}: {reason}" for reason in doubts] + _notes(server, platform, options)
+    for note in notes:
+        notice(note)
+
+    progress("writing the package")
+    with Staging(place, force=force) as staging:
+        if library is not None:
+            (staging.path / "plugins").mkdir()
+            shutil.copyfile(library, staging.path / "plugins" / LIBRARY)
+        launch = None
+        if serving is not None and server is not None:
+            launch = _launch(found, serving, server, plugin=library is not None)
+            _write_triton(staging.path, found, serving, launch, notes)
+            _write_rest(first, names, (), staging.path, place)
+        else:
+            cpp_folder.write_example(staging.path, name, platform, plugin=library is not None)
+            _write_rest(first, names, FILES[platform], staging.path / cpp_folder.BUNDLE, place / cpp_folder.BUNDLE)
+        made = Package(
+            target=target,
+            name=name,
+            platform=platform,
+            verified=not doubts,
+            doubts=doubts,
+            parents=[Parent(_relative(b.path, place), sha256(b.path / MANIFEST)) for b in found],
+            gpus=list(gpus),
+            server=server,
+            plugin=sha256(library) if library is not None else None,
+            launch=launch.arguments() if launch is not None else [],
+            options=options,
+            files=hashes(staging.path),
+            versions=versions(),
+            notes=notes,
+        )
+        (staging.path / PACKAGE).write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=2))
+        staging.publish(place)
+    return place, made
+
+
+def _read(
+    paths: Sequence[Path], target: str, name: str | None, out: Path | None, triton: TritonOptions | None
+) -> tuple[list[Bundle], str, Path]:
+    """The bundles, the model's name, and the place of the package."""
+    if target not in PLATFORMS:
+        raise InputError("unknown target", where="--for", seen=repr(target), wanted=" or ".join(PLATFORMS))
+    if triton is not None:
+        _check_options(triton, target)
+    if not paths:
+        raise InputError("no bundle was given")
+    found = [bundles.read_bundle(path) for path in paths]
+    folder = found[0].path.resolve()
+    chosen = name or re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name)
+    if not _NAME.fullmatch(chosen):
+        wanted = "at most 100 letters, digits, _, - and ., the first a letter or a digit"
+        raise InputError("not a name that Triton takes", where="--name", seen=repr(chosen), wanted=wanted)
+    place = out or folder.with_name(f"{chosen}-{target}")
+    for bundle in found:
+        if place.resolve().is_relative_to(bundle.path.resolve()):
+            raise InputError("a package cannot lie in its bundle", where=place, fix="Give another --out.")
+    return found, chosen, place
+
+
+def _check_options(options: TritonOptions, target: str) -> None:
+    if target != "triton":
+        raise InputError("options of the server are for Triton only", where=f"--for {target}", fix="Leave them out.")
+    if options.preprocess not in ("python", "dali", "none"):
+        wanted = "python, dali or none"
+        raise InputError("unknown preprocessing", where="--preprocess", seen=repr(options.preprocess), wanted=wanted)
+    least = {"--max-batch": (options.max_batch, 1), "--instances": (options.instances, 1)}
+    for where, (value, low) in (least | {"--queue-delay": (options.queue_delay, 0)}).items():
+        if value is not None and value < low:
+            raise InputError("too small", where=where, seen=value, wanted=f"{low} or more")
+
+
+def _serving(
+    found: Sequence[Bundle], name: str, platform: str, labels: list[str] | None, options: TritonOptions
+) -> Serving:
+    """What Triton is to serve.
+
+    Raises:
+        InputError: The model takes no photographs, or not the batches that were asked for.
+    """
+    manifest = found[0].manifest
+    profiles = engine_of(found[0]).profiles if platform == "tensorrt" else ()
+    most = covered(profiles) if profiles else None
+    if most == 0:
+        raise InputError(
+            "the plan takes no single image, and Triton may have to send it one", where=found[0].path,
+            seen=" and ".join(map(str, profiles)), fix="Convert again with --batch 1:8:32.",
+        )  # fmt: skip
+    max_batch = options.max_batch or most or MAX_BATCH[platform]
+    if most is not None and max_batch > most:
+        raise InputError(
+            "the plan does not take every batch up to this one", where="--max-batch", seen=max_batch,
+            wanted=f"at most {most}",
+        )  # fmt: skip
+    check_preprocess(manifest, platform, options.preprocess)
+    plans = {}
+    if len(found) > 1:
+        plans = {compute_capability(gpu): _plan_name(b) for b in found for gpu in engine_of(b).gpus}
+    return Serving(
+        name=name,
+        platform=platform,
+        inputs=manifest.inputs,
+        outputs=manifest.outputs,
+        max_batch=max_batch,
+        preprocess=manifest.preprocess if options.preprocess != "none" else None,
+        decoder=options.preprocess if options.preprocess != "none" else "python",
+        labels=labels,
+        profiles=profiles,
+        plans=plans,
+        instances=options.instances,
+        queue_delay=options.queue_delay,
+    )
+
+
+def _plan_name(bundle: Bundle) -> str:
+    """Name of one of several plans."""
+    return f"model_{'_'.join(engine_of(bundle).gpus)}.plan"
+
+
+def _launch(found: Sequence[Bundle], serving: Serving, server: Server, *, plugin: bool) -> Launch:
+    return Launch(
+        name=serving.name,
+        server=server,
+        on_gpu=serving.platform != "openvino",
+        plugin=LIBRARY if plugin else None,
+        version_compatible=serving.platform == "tensorrt" and version_compatible(found),
+        pillow=version("pillow") if serving.preprocess is not None and serving.decoder == "python" else None,
+    )
+
+
+def _write_triton(folder: Path, found: Sequence[Bundle], serving: Serving, launch: Launch, notes: list[str]) -> None:
+    """The model repository, and what starts a server with it."""
+    if serving.plans:
+        files = {_plan_name(bundle): bundle.file(ENGINE) for bundle in found}
+    else:
+        named = [MODEL_FILES[serving.platform], "model.bin"]  # the second only where there are two
+        files = {name: found[0].file(source) for name, source in zip(named, FILES[serving.platform], strict=False)}
+    write_repository(serving, files, folder / "model_repository")
+    for name, text in (
+        ("Dockerfile", launch.dockerfile()),
+        ("compose.yaml", launch.compose()),
+        ("kubernetes.yaml", launch.kubernetes()),
+        ("README.md", triton_readme(serving, launch, notes)),
+    ):
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _write_rest(bundle: Bundle, labels: list[str] | None, names: Sequence[str], folder: Path, place: Path) -> None:
+    """What remains of the first bundle: a bundle still, that ``verify`` reads.
+
+    Args:
+        bundle: The whole.
+        labels: Class names.
+        names: Files to keep besides the golden answers and the report.
+        folder: Where to write.
+        place: Where that will be.
+    """
+    manifest = bundle.manifest
+    kept = [name for name in (*names, GOLDEN, REPORT) if name in manifest.files]
+    for name in kept:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.file(name), folder / name)
+    parents = [
+        msgspec.structs.replace(p, source=_relative(bundle.path / p.source, place)) if p.sha256 else p
+        for p in manifest.parents
+    ]
+    files = {name: manifest.files[name] for name in kept}
+    manifest = msgspec.structs.replace(manifest, labels=labels, files=files, parents=parents)
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+
+
+def _relative(path: Path, place: Path) -> str:
+    """A path seen from the package, which can move together with what it was made of."""
+    return os.path.relpath(path.resolve(), place.resolve())
+
+
+def _notes(server: Server | None, platform: str, options: TritonOptions | None) -> list[str]:
+    """What was assumed of the server, and what is not as it was verified."""
+    notes = []
+    if options is not None and options.preprocess == "dali":
+        notes.append(
+            "With DALI the model sees pixels that are near those it was verified with, and not the same; "
+            "Triton's DALI backend itself has not been tested."
+        )
+    if server is None or platform != "tensorrt" or server.tensorrt is None or "." in server.tensorrt:
+        return notes
+    return [
+        *notes,
+        f"Of Triton {server.release} it is known here that it has TensorRT {server.tensorrt}, and not which one "
+        f"exactly; a plan runs on one only. Look: docker run --rm {server.image} dpkg -l libnvinfer-bin, "
+        "and say it: --server-tensorrt VERSION.",
+    ]

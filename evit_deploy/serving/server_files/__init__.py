@@ -1,0 +1,1 @@
+"""Files that a package copies to the server; they import nothing from here."""

@@ -1,0 +1,150 @@
+"""Image files to inputs, inside Triton: ``package`` copies this file as ``1/model.py`` of the ensemble's first model.
+
+It stands on its own (numpy, Pillow, the server's ``triton_python_backend_utils``), so that a server needs neither
+evit-deploy nor PyTorch. What it does is what :mod:`evit_deploy.data.images` does, bit for bit; the numbers come from
+the parameter ``preprocess`` of its ``config.pbtxt``. An image that cannot be used is an error of its own request.
+"""
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+IMAGE, INPUT, PARAMETER = "IMAGE", "input", "preprocess"
+FORMATS = ("JPEG", "PNG")
+MAX_PIXELS = 50_000_000
+"""Of an image, and of what it is resized to, unless the parameter says otherwise; 150 MB as RGB."""
+MAX_BYTES = 32 << 20
+"""Of an image's file, unless the parameter says otherwise."""
+
+
+class ImageError(ValueError):
+    """An image that is not taken; the text is the answer to the client."""
+
+
+class ImagePreprocess:
+    """From the bytes of an image file to an input.
+
+    Args:
+        settings: Fields of :class:`evit_deploy.data.images.Preprocess`, and ``max_pixels`` and ``max_bytes`` where the
+            limits are others than :data:`MAX_PIXELS` and :data:`MAX_BYTES`.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.height, self.width = settings["size"]
+        self.scaled = tuple(math.floor(side / settings["crop_pct"]) for side in settings["size"])
+        self.crop_mode = settings["crop_mode"]
+        self.filter = Image.Resampling[settings["interpolation"].upper()]
+        self.max_pixels = settings.get("max_pixels", MAX_PIXELS)
+        self.max_bytes = settings.get("max_bytes", MAX_BYTES)
+        border = self.crop_mode == "border"
+        self.fill = tuple(round(255 * value) for value in settings["mean"]) if border else (0, 0, 0)
+        mean, std = (np.array(settings[name], np.float32)[:, None] for name in ("mean", "std"))
+        # A pixel has 256 values: what becomes of each is computed once, in the order in which PyTorch would.
+        self.shades = (np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std
+
+    def __call__(self, content: bytes) -> np.ndarray:
+        """Reads one image and makes an input of it.
+
+        Returns:
+            float32 ``[3, H, W]``.
+
+        Raises:
+            ImageError: It is no JPEG or PNG image that can be read to its end, or it is too large.
+        """
+        image = self._crop(self._resize(self._read(content)))
+        pixels = np.asarray(image)
+        return np.stack([shades[pixels[..., channel]] for channel, shades in enumerate(self.shades)])
+
+    def _read(self, content: bytes) -> Image.Image:
+        if not content:
+            raise ImageError("the image is empty (0 bytes)")
+        if len(content) > self.max_bytes:
+            raise ImageError(f"the image is too large ({len(content)} bytes, at most {self.max_bytes} are taken)")
+        try:
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        except Image.DecompressionBombError as error:  # so large that Pillow itself refuses its header
+            raise ImageError(f"the image is too large ({_brief(error)})") from None
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
+            raise ImageError(f"not a JPEG or PNG image ({_brief(error)})") from None
+        with image:
+            self._check_pixels("the image", image.size)  # by its header, before anything is decoded
+            try:
+                return image.convert("RGB")
+            except Exception as error:
+                raise ImageError(f"the image cannot be read to its end ({_brief(error)})") from None
+
+    def _check_pixels(self, what: str, size: Sequence[int]) -> None:
+        width, height = size
+        if width * height > self.max_pixels:
+            raise ImageError(
+                f"{what} is too large ({width} x {height} pixels, at most {self.max_pixels} altogether are taken)"
+            )
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        height, width = self._scaled_size(image.height, image.width)
+        if min(height, width) < 1:
+            raise ImageError(f"the image is too narrow ({image.width} x {image.height} pixels)")
+        if (width, height) == image.size:
+            return image
+        self._check_pixels(f"the image ({image.width} x {image.height}), once it is resized,", (width, height))
+        return image.resize((width, height), self.filter)
+
+    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after resizing, with timm's and torchvision's own rounding."""
+        if self.crop_mode == "squash":
+            return self.scaled[0], self.scaled[1]
+        if self.crop_mode != "border" and self.scaled[0] == self.scaled[1]:
+            side = self.scaled[0]
+            if width <= height:
+                return int(side * height / width), side
+            return side, int(side * width / height)
+        ratios = height / self.scaled[0], width / self.scaled[1]
+        ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
+        return round(height / ratio), round(width / ratio)
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        if self.width > image.width or self.height > image.height:
+            size = max(self.width, image.width), max(self.height, image.height)
+            padded = Image.new("RGB", size, self.fill)
+            padded.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+            image = padded
+        left, top = round((image.width - self.width) / 2.0), round((image.height - self.height) / 2.0)
+        return image.crop((left, top, left + self.width, top + self.height))
+
+
+def _brief(error: Exception) -> str:
+    text = str(error).splitlines()[0] if str(error) else ""
+    # Pillow names the object in memory that it could not read; a client has no use for that.
+    return type(error).__name__ if not text or "BytesIO" in text else text[:200]
+
+
+class TritonPythonModel:
+    """What the server's Python backend calls."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Once for each instance, with the model's configuration."""
+        config = json.loads(args["model_config"])
+        self.preprocess = ImagePreprocess(json.loads(config["parameters"][PARAMETER]["string_value"]))
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One answer for each request, in their order; a request with an image that is refused gets an error."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        import triton_python_backend_utils as backend  # type: ignore[import-not-found]  # only the server has it
+
+        contents = backend.get_input_tensor_by_name(request, IMAGE).as_numpy().ravel()
+        inputs = np.empty((len(contents), 3, self.preprocess.height, self.preprocess.width), np.float32)
+        for number, content in enumerate(contents):
+            try:
+                inputs[number] = self.preprocess(content)
+            except (ImageError, MemoryError) as error:
+                place = f"image {number + 1} of {len(contents)}: " if len(contents) > 1 else ""
+                text = place + (str(error) or "not enough memory for the image")
+                return backend.InferenceResponse(error=backend.TritonError(text, backend.TritonError.INVALID_ARG))
+        return backend.InferenceResponse(output_tensors=[backend.Tensor(INPUT, inputs)])

@@ -1,0 +1,1 @@
+"""Fine-tuning: the loop, its tasks, schedules, state and log."""

@@ -1,0 +1,126 @@
+"""Which weights and which way of reducing tokens are right how often: accuracy, and the table that compares them."""
+
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import nn
+
+from evit_deploy.data.training_data import TrainingData
+from evit_deploy.recipe.recipe import CompareSection
+from evit_deploy.registry import METHODS
+from evit_deploy.report.report import AccuracyRow
+from evit_deploy.report.statistics import difference, hits_of, row_of_hits
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.reduce import reduce_tokens_, token_plan, token_spec
+
+DENSE_NAME = "dense"
+"""Name of the dense model's row."""
+
+Tell = Callable[[str], None]
+
+
+def evaluate(model: nn.Module, data: TrainingData, batch_size: int = 64, name: str = "model") -> AccuracyRow:
+    """Accuracy on the validation images, on the device the model is on; of several processes each takes a share.
+
+    Args:
+        model: Its mode is left as it was.
+        data: Where the images come from.
+        batch_size: Images a batch.
+        name: Which model, for the row.
+    """
+    return evaluate_each(model, data, batch_size, name)[0]
+
+
+@torch.inference_mode()
+def evaluate_each(model: nn.Module, data: TrainingData, batch_size: int, name: str) -> tuple[AccuracyRow, np.ndarray]:
+    """:func:`evaluate`'s row, and for every validation image whether it was classified correctly, bool ``[images]``."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    processes = PartialState()
+    hits: list[np.ndarray] = []
+    for images, labels in data.validation(batch_size, rank=processes.process_index, world=processes.num_processes):
+        hits.append(hits_of(model(images.to(device)).float().cpu().numpy(), labels.numpy()))
+    model.train(training)
+    if processes.num_processes > 1:  # whole images, none of them twice: nothing is padded
+        hits = gather_object(hits)
+    together = np.concatenate(hits)
+    return row_of_hits(name, together), together[:, 0]
+
+
+def untrained_name(method: str, rate: float | tuple[float, ...]) -> str:
+    """Name of the row of the dense weights whose tokens are reduced by a method."""
+    return f"{method} {rate_text(rate)}, not fine-tuned"
+
+
+def finetuned_name(spec: TokenSpec) -> str:
+    """Name of the fine-tuned model's row."""
+    return f"{spec.method} {rate_text(spec.keep_rate)}, fine-tuned"
+
+
+def compare(
+    dense: nn.Module | None,
+    evit: nn.Module,
+    data: TrainingData,
+    section: CompareSection | None = None,
+    batch_size: int = 64,
+    progress: Tell | None = None,
+) -> list[AccuracyRow]:
+    """The comparison table: dense, the dense weights with tokens reduced in several ways, the fine-tuned model.
+
+    Every row has its paired difference to another: a baseline to the recipe's own method at the same rate on the same
+    weights, all others to the dense model. Only what was evaluated on the same images is comparable, and a gain by
+    fine-tuning is the reduction's merit only beside a dense model that was trained as much longer.
+
+    Args:
+        dense: The dense model; left dense. ``None`` where the reduced one started from nothing.
+        evit: The fine-tuned model; its token spec is that of the table.
+        data: Where the images come from.
+        section: Which rows to add; by default all that a recipe has by default.
+        batch_size: Images a batch.
+        progress: Told which row is being evaluated.
+    """
+    section, spec = section or CompareSection(), token_spec(evit)
+    rates = dict.fromkeys([spec.keep_rate, *section.keep_rates])
+    methods = (*([spec.method] if section.untrained else []), *section.baselines)
+    specs: list[tuple[TokenSpec, str, str | None]] = [(TokenSpec(keep_rate=1.0), DENSE_NAME, None)]
+    for rate in rates:
+        for method in methods:
+            reduced = with_method(msgspec.structs.replace(spec, keep_rate=rate), method)
+            baseline = section.untrained and method != spec.method
+            other = untrained_name(spec.method, rate) if baseline else DENSE_NAME
+            specs.append((reduced, untrained_name(method, rate), other))
+    rows, right = [], {}
+
+    def add(name: str, model: nn.Module, other: str | None) -> None:
+        if progress is not None:
+            progress(f"evaluating: {name}")
+        row, right[name] = evaluate_each(model, data, batch_size, name)
+        against = None if other is None else difference(other, right[name], right[other])
+        rows.append(msgspec.structs.replace(row, gmacs=token_plan(model).macs() / 1e9, against=against))
+
+    if dense is not None:
+        for reduced, name, other in specs:
+            reduce_tokens_(dense, reduced)
+            add(name, dense, other)
+        reduce_tokens_(dense, TokenSpec(keep_rate=1.0))
+    add(finetuned_name(spec), evit, DENSE_NAME if dense is not None else None)
+    return rows
+
+
+def with_method(spec: TokenSpec, method: str) -> TokenSpec:
+    """The same spec with another method; options stay with the method they belong to.
+
+    Raises:
+        InputError: No such method.
+    """
+    METHODS.get(method)  # an unknown one is refused with the nearest name
+    return spec if method == spec.method else msgspec.structs.replace(spec, method=method, options={})
+
+
+def rate_text(rate: float | tuple[float, ...]) -> str:
+    """One rate as it is, several joined by ``/``."""
+    return "/".join(f"{part:g}" for part in (rate if isinstance(rate, tuple) else (rate,)))

@@ -1,0 +1,365 @@
+"""Training: setup, fit, evaluate; the dense model first if the recipe says so, then the one with its tokens reduced."""
+
+import copy
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from evit_deploy.data.curriculum import Curriculum, follow
+from evit_deploy.data.sampling import worker_deaths_told
+from evit_deploy.data.training_data import TrainingData, curriculum_of
+from evit_deploy.errors import InputError, StageError
+from evit_deploy.models.checkpoint import save_checkpoint
+from evit_deploy.recipe.recipe import Recipe
+from evit_deploy.recipe.sections import TrainSection
+from evit_deploy.report.report import Report
+from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
+from evit_deploy.training.compare import compare, evaluate
+from evit_deploy.training.log import TrainingLog
+from evit_deploy.training.schedules import keep_rate_progress, learning_rate
+from evit_deploy.training.setup import open_teacher, setup
+from evit_deploy.training.state import StateFile, interruptible, state_path
+from evit_deploy.training.step import StepResult, TrainingRun
+from evit_deploy.training.tasks import Teacher
+
+DENSE, EVIT = "dense.safetensors", "evit.safetensors"
+
+Tell = Callable[[str], None]
+
+
+class TrainResult(msgspec.Struct, frozen=True):
+    """What training left behind.
+
+    Args:
+        checkpoint: The fine-tuned weights, ``evit.safetensors``.
+        dense: The dense weights that fine-tuning started from, ``dense.safetensors``; ``None`` where it started from
+            nothing.
+        plan: Token counts of the fine-tuned model.
+        report: The comparison, one accuracy row a model.
+        cpu_seconds: Processor time by stage: ``dense`` (if trained), ``finetune``, ``compare``.
+    """
+
+    checkpoint: Path
+    dense: Path | None
+    plan: TokenPlan
+    report: Report
+    cpu_seconds: dict[str, float]
+
+
+@worker_deaths_told()
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: Tell | None = None,
+    notice: Tell | None = None,
+    device: str = "auto",
+    dense_saved: Callable[[Path], None] | None = None,
+) -> TrainResult:
+    """Trains as a recipe says and writes ``dense.safetensors`` and ``evit.safetensors``, each whole or not at all.
+
+    Files of the same names in ``out`` are replaced. On a CPU the same recipe gives the same weights every time, as long
+    as the number of threads stays the same, also where it was interrupted and went on. Started by ``accelerate launch``
+    or ``torchrun`` it shares the work among processes.
+
+    Args:
+        recipe: What to do.
+        out: Folder for the checkpoints; made if it is missing. An interrupted run leaves ``<stage>.state`` there.
+        resume: Whether to go on from where a run of the same recipe was interrupted.
+        progress: Told what is being done now, about a hundred times a stage.
+        notice: Told what the user should know, such as the learning rate that results from the batch size.
+        device: PyTorch device; ``auto`` takes a GPU if there is one.
+        dense_saved: Called once ``dense.safetensors`` is there, before the fine-tuning begins.
+
+    Raises:
+        InputError: The checkpoint, the images or the token spec cannot be used; nothing has been trained. Or an
+            interrupted run lies in ``out`` and nobody said what is to become of it.
+        StageError: The loss is no longer finite, a batch does not fit into memory, a process that reads images died, or
+            a file cannot be written.
+    """
+    out, notice = Path(out), _silent if notice is None else notice
+    if out.exists() and not out.is_dir():
+        raise InputError("this is a file", where=out, wanted="a folder for the checkpoints")
+    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    if not processes.is_main_process:
+        progress, notice = _silent, _silent
+    files = {stage: StateFile(state_path(out, stage), recipe, stage) for stage in ("dense", "finetune")}
+    _check_interrupted(files, resume)
+    where = processes.device if device == "auto" else torch.device(device)
+    _seed(recipe.seed)
+    model, checkpoint, data = setup(recipe, notice)
+    model.to(where)
+    teacher = open_teacher(recipe, model, data.preprocess)
+    evit, dense = out / EVIT, out / DENSE
+    common: dict[str, Any] = {
+        "evaluation_batch_size": recipe.data.evaluation_batch_size, "progress": progress, "notice": notice
+    }  # fmt: skip
+    cpu_seconds = {}
+
+    if recipe.dense is not None:
+        start = time.process_time()
+        with _logged(out, "dense") as log:
+            fit(
+                model, data, recipe.dense, seed=recipe.seed, stage="dense", state=files["dense"], log=log,
+                curriculum=curriculum_of(data), **common,
+            )  # fmt: skip
+        cpu_seconds["dense"] = time.process_time() - start
+    if processes.is_main_process:
+        evit.unlink(missing_ok=True)  # an earlier run's must not stand beside this run's dense weights
+    dense_model = None
+    if recipe.starts_from_weights:
+        dense_model = copy.deepcopy(model)
+        if processes.is_main_process:
+            save_checkpoint(dense, model, checkpoint)
+            if dense_saved is not None:
+                dense_saved(dense)
+
+    start = time.process_time()
+    reduce_tokens_(model, recipe.tokens)
+    _seed(recipe.seed + 1)
+    with _logged(out, "finetune") as log:
+        fit(
+            model, data, recipe.finetune, seed=recipe.seed + 1, stage="finetune", teacher=teacher,
+            state=files["finetune"], log=log,
+            curriculum=None if recipe.starts_from_weights else curriculum_of(data), **common,
+        )  # fmt: skip
+    cpu_seconds["finetune"] = time.process_time() - start
+    if processes.is_main_process:
+        save_checkpoint(evit, model, msgspec.structs.replace(checkpoint, tokens=recipe.tokens))
+
+    start = time.process_time()
+    rows = compare(dense_model, model, data, recipe.compare, recipe.data.evaluation_batch_size, progress)
+    cpu_seconds["compare"] = time.process_time() - start
+    if processes.is_main_process:
+        for file in files.values():
+            file.remove()
+    report = Report(accuracy=tuple(rows))
+    return TrainResult(evit, dense if dense_model is not None else None, token_plan(model), report, cpu_seconds)
+
+
+def _check_interrupted(files: dict[str, StateFile], resume: bool) -> None:
+    found = [file.path for file in files.values() if file.path.exists()]
+    if resume and not found:
+        raise InputError(
+            "there is no interrupted run to go on from", where=next(iter(files.values())).path.parent,
+            wanted="dense.state or finetune.state", fix="Leave --resume out.",
+        )  # fmt: skip
+    if resume:
+        for file in files.values():
+            file.read()  # one of another recipe is told before the work
+    elif found:
+        raise InputError(
+            "an interrupted run lies here", where=found[-1], fix="Go on with --resume, or begin anew with --force."
+        )
+
+
+@contextmanager
+def _logged(out: Path, stage: str) -> Iterator[TrainingLog | None]:
+    if not PartialState().is_main_process:
+        yield None
+        return
+    log = TrainingLog(out, stage)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def fit(
+    model: nn.Module,
+    data: TrainingData,
+    section: TrainSection,
+    *,
+    seed: int = 0,
+    stage: str = "finetune",
+    teacher: Teacher | None = None,
+    state: StateFile | None = None,
+    log: TrainingLog | None = None,
+    evaluation_batch_size: int = 64,
+    progress: Tell | None = None,
+    notice: Tell | None = None,
+    curriculum: Curriculum | None = None,
+) -> list[float]:
+    """Trains a model in place, on the device it is on; leaves it in evaluation mode at its full token reduction.
+
+    Args:
+        model: Dense, or reduced by ``reduce_tokens_``.
+        data: Where batches come from.
+        section: How to train.
+        seed: Where the order and the variation of the images start.
+        stage: Name of this run in messages.
+        teacher: Whom the model learns from, beside the labels.
+        state: Where an interrupted run goes on from, and what is written for that; ``None`` keeps nothing.
+        log: Takes a row for some of the steps.
+        evaluation_batch_size: Images a batch of the evaluations on the way.
+        progress: Told what is being done now.
+        notice: Told the length and the learning rate before the first step.
+        curriculum: How hard images are, for a model that begins from nothing; without one at full difficulty.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        InputError: The state is of another run.
+        StageError: The loss or a gradient is no longer finite, also after going back to the last good state; or a batch
+            does not fit into memory.
+        KeyboardInterrupt: The run was stopped; its state was written.
+    """
+    progress = _silent if progress is None else progress
+    notice = _silent if notice is None else notice
+    world, rank = PartialState().num_processes, PartialState().process_index
+    per_epoch = data.steps_per_epoch(section.images_per_step(world))
+    steps = section.steps or max(1, round((section.epochs or 1) * per_epoch))
+    notice(f"{stage}: {steps} steps ({steps / per_epoch:.3g} epochs), {_rate_text(section, world)}")
+    if section.processes not in (None, world):
+        notice(_processes_text(section, world))
+    run = TrainingRun(model, section, teacher)
+    found = state.read() if state is not None else None
+    if found is not None:
+        run.load(found)
+        if curriculum is not None:
+            curriculum.load_state_dict(found["curriculum"])
+        notice(f"{stage}: goes on at step {run.step + 1} of {steps}" if run.step < steps else f"{stage}: was complete")
+    if log is not None:
+        log.begin(run.step)
+    batches = follow(curriculum, data, section.batch_size * world, seed, rank=rank, world=world, start_step=run.drawn)
+    good, went_back = run.state(), False
+    model.train(section.model_mode == "train")
+    try:
+        with _threads(section.threads), interruptible() as stop:
+            while run.step < steps:
+                step = run.step
+                if rank:  # stochastic depth of its own in every process, also after --resume: the state is the first's
+                    torch.manual_seed(seed + 7919 * rank + 104729 * step)
+                plan, moving = _keep_rate_(model, section, step, per_epoch)
+                rate = learning_rate(section, step, steps, world)
+                done = run.advance(batches, rate, moving=moving)
+                if curriculum is not None:
+                    for share in done.correct:
+                        curriculum.update(share)
+                if run.step == step:  # it did not count
+                    _check_once(done, went_back, stage, step, rate)
+                    went_back, drawn = True, run.drawn
+                    run.load(good)
+                    run.drawn = drawn  # other images than those that led here
+                    notice(f"{stage}: step {step + 1} was not finite; went back to step {run.step + 1}, once")
+                    continue
+                if log is not None:
+                    log.add(done, run.losses, rate, plan)
+                if step % max(1, steps // 100) == 0 or run.step == steps:
+                    tokens = plan.blocks[-1].tokens_out
+                    progress(f"{stage}: step {run.step} of {steps}, loss {done.loss:.3f}, {tokens} tokens at the end")
+                if _falls_due(section.evaluate_every, run.step, per_epoch) and run.step < steps:
+                    row = evaluate(model, data, evaluation_batch_size)
+                    notice(f"{stage}: after {run.step / per_epoch:.3g} epochs top-1 is {row.top1:.2%}, "
+                           f"{plan.blocks[-1].tokens_out} tokens at the end")  # fmt: skip
+                stopped = run.any_process(stop.asked)
+                if stopped or run.step % section.save_every == 0:
+                    good = run.state()
+                    _write(state, log, good, curriculum, notice)
+                if stopped:
+                    raise KeyboardInterrupt
+        _write(state, log, run.state(), curriculum, notice)
+        run.finish()
+        if curriculum is not None and curriculum.level < 1:
+            notice(curriculum.unfinished(stage))
+    finally:  # also a run that broke off leaves the model at the rate it was asked for
+        set_keep_rate_(model, 1.0)
+        model.eval()
+    return run.losses
+
+
+def _keep_rate_(model: nn.Module, section: TrainSection, step: int, per_epoch: int) -> tuple[TokenPlan, bool]:
+    """Sets the rate of a step; also says whether the next step has another."""
+    now, then = (keep_rate_progress(section, at, per_epoch) for at in (step, step + 1))
+    before = keep_rate_progress(section, step - 1, per_epoch) if step else -1.0
+    plan = set_keep_rate_(model, now) if now != before else token_plan(model)
+    return plan, 0 < now < 1 or now != then
+
+
+def _write(
+    state: StateFile | None,
+    log: TrainingLog | None,
+    content: dict[str, Any],
+    curriculum: Curriculum | None,
+    notice: Tell,
+) -> None:
+    """A full disk does not end a run: the last state that was written is still there."""
+    if state is None or not PartialState().is_main_process:
+        return
+    try:
+        if log is not None:  # before the state: rows that it does not know of are dropped, missing ones would stay so
+            log.write()
+        state.write(content | {"curriculum": curriculum.state_dict() if curriculum is not None else None})
+    except StageError as error:
+        notice(f"the state could not be saved; training goes on without: {error}")
+
+
+def _falls_due(every: float | None, step: int, per_epoch: int) -> bool:
+    return every is not None and int(step / (every * per_epoch)) > int((step - 1) / (every * per_epoch))
+
+
+def _check_once(done: StepResult, went_back: bool, stage: str, step: int, rate: float) -> None:
+    if went_back:
+        raise StageError(
+            "the loss is no longer finite" if not math.isfinite(done.loss) else "a gradient is no longer finite",
+            where=f"{stage}, step {step + 1}",
+            seen=f"loss {done.loss:.3g} at learning rate {rate:.3g}, again after going back to a good state",
+            fix=f"Lower {stage}.learning_rate, lengthen {stage}.warmup or set {stage}.clip.",
+        )
+
+
+def _rate_text(section: TrainSection, world: int) -> str:
+    images, rate = section.images_per_step(world), section.effective_learning_rate(world)
+    parts = [f"{section.batch_size}"]
+    parts += [f"{section.accumulate} accumulated"] if section.accumulate > 1 else []
+    parts += [f"{world} processes"] if world > 1 else []
+    text = f"{images} images a step" + (f" ({' × '.join(parts)})" if len(parts) > 1 else "")
+    text += f", learning rate {rate:.4g}"
+    if section.learning_rate_batch is None:
+        return text
+    return f"{text} = {section.learning_rate:g} × {images} / {section.learning_rate_batch}"
+
+
+def _processes_text(section: TrainSection, world: int) -> str:
+    assert section.processes is not None
+    meant = section.images_per_step(section.processes)
+    accumulate = max(1, round(section.accumulate * section.processes / world))
+    return (
+        f"the recipe was written for {section.processes} processes, {meant} images a step; with {world} it is "
+        f"{section.images_per_step(world)}. For as many set accumulate={accumulate}; otherwise the learning rate is "
+        + ("scaled to what there is." if section.learning_rate_batch else "that of the larger step.")
+    )
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)  # timm's augmentations draw from here
+    np.random.seed(seed % 2**32)  # and from here
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _silent(_: str) -> None:
+    pass

@@ -1,0 +1,205 @@
+"""The model and the data that a recipe names, refused here where they could only fail after hours of training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from torch import nn
+
+from evit_deploy.data.images import Preprocess
+from evit_deploy.data.training_data import TrainingData, open_data
+from evit_deploy.errors import RecipeError
+from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint
+from evit_deploy.models.identify import check_model_name
+from evit_deploy.recipe.recipe import Recipe
+from evit_deploy.recipe.sections import ModelSection
+from evit_deploy.tokens.backbone import backbone_of
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.reduce import reduce_tokens_
+from evit_deploy.training.compare import with_method
+from evit_deploy.training.tasks import Teacher
+from evit_deploy.training.token_labels import has_token_classifier
+
+Tell = Callable[[str], None]
+
+
+def setup(recipe: Recipe, notice: Tell | None = None) -> tuple[nn.Module, Checkpoint, TrainingData]:
+    """Builds the dense model and opens the data; refuses what could only fail after hours of training.
+
+    Args:
+        recipe: What to do.
+        notice: Told what was assumed or changed.
+
+    Returns:
+        The dense model with a classifier for the data's classes, what is to be written beside its weights, the data.
+
+    Raises:
+        InputError: See :func:`train`.
+    """
+    section = recipe.model
+    notice = (lambda text: None) if notice is None else notice
+    _check_token_label_sources(recipe)
+    if section.checkpoint is None and section.name is None:
+        fix = "Say --set model.checkpoint=FILE, --set model.name=TIMM_NAME or both."
+        raise RecipeError("no model given", where="model", fix=fix)
+    if section.checkpoint is None and (recipe.dense is not None or not section.pretrained):
+        assert section.name is not None
+        model, data = _from_scratch(recipe, notice)
+        checkpoint = Checkpoint(section.name, None, {}, section.name, dict(section.args))
+    else:
+        model, checkpoint, data = _from_checkpoint(recipe, notice)
+    for stage in _with_token_labels(recipe):
+        if not has_token_classifier(model):
+            raise RecipeError(
+                "the model has no classifier on every token", where=f"{stage}.token_labels", seen=type(model).__name__,
+                fix=f"Take an LV-ViT (model.name=lvvit_s), or set {stage}.token_labels=null.",
+            )  # fmt: skip
+    height, width = backbone_of(model).image_size(model)
+    checkpoint.model_args |= {
+        "num_classes": len(data.classes),
+        "img_size": height if height == width else [height, width],
+    }
+    checkpoint.preprocess, checkpoint.labels = data.preprocess, list(data.classes)
+    checkpoint.weights, checkpoint.tokens = {}, None
+    for section_name in ("dense", "finetune"):
+        run = getattr(recipe, section_name)
+        if run is not None:
+            data.steps_per_epoch(run.images_per_step())
+    for method in (*recipe.compare.baselines, recipe.tokens.method):
+        reduce_tokens_(model, with_method(recipe.tokens, method))
+    reduce_tokens_(model, TokenSpec(keep_rate=1.0))
+    return model, checkpoint, data
+
+
+def _with_token_labels(recipe: Recipe) -> list[str]:
+    runs = {"dense": recipe.dense, "finetune": recipe.finetune}
+    return [stage for stage, run in runs.items() if run is not None and run.token_labels is not None]
+
+
+def _check_token_label_sources(recipe: Recipe) -> None:
+    """Not the recipe's own check: a folder may be left to ``--set``."""
+    taught = recipe.teacher is not None and recipe.teacher.kind == "token_labels"
+    for stage in _with_token_labels(recipe):
+        if recipe.data.token_labels is None and not (taught and stage == "finetune"):
+            fix = "Give --set data.token_labels=FOLDER"
+            fix += (
+                ", or a teacher of kind token_labels." if stage == "finetune" else "; the teacher is finetune's alone."
+            )
+            raise RecipeError("no token labels given", where=f"{stage}.token_labels", fix=fix)
+
+
+def _from_scratch(recipe: Recipe, notice: Tell) -> tuple[nn.Module, TrainingData]:
+    import timm
+
+    section = recipe.model
+    assert section.name is not None
+    check_model_name(section.name, where="model.name")
+    cfg = timm.get_pretrained_cfg(section.name)
+    preprocess = Preprocess.from_model(cfg.to_dict() if cfg else {}, section.image_size)
+    data = open_data(recipe.data, preprocess, notice)
+    try:
+        model = timm.create_model(
+            section.name, pretrained=False, num_classes=len(data.classes), img_size=preprocess.size, **section.args
+        )
+    except (TypeError, RuntimeError, AssertionError, ValueError) as error:
+        raise RecipeError(f"timm cannot build {section.name!r}: {error}", where="model", seen=section.args) from error
+    if section.init == "scaled":
+        scaled_init_(model)
+    return model, data
+
+
+def _from_checkpoint(recipe: Recipe, notice: Tell) -> tuple[nn.Module, Checkpoint, TrainingData]:
+    section: ModelSection = recipe.model
+    if section.init != "timm":
+        raise RecipeError("init has no effect on a model that starts from trained weights", where="model.init")
+    source = section.checkpoint or section.name
+    assert source is not None
+    checkpoint = read_checkpoint(source, section.name)
+    for note in checkpoint.notes:
+        notice(note)
+    checkpoint = msgspec.structs.replace(checkpoint, model_args=checkpoint.model_args | section.args)
+    model: Any = build_model(checkpoint, section.image_size)
+    size = backbone_of(model).image_size(model)
+    preprocess = checkpoint.preprocess or Preprocess.from_model(model)
+    data = open_data(recipe.data, msgspec.structs.replace(preprocess, size=size), notice)
+    if model.num_classes != len(data.classes) or checkpoint.labels not in (None, list(data.classes)):
+        notice(
+            f"the classifier begins anew: the data has {len(data.classes)} classes that the checkpoint does not know"
+        )
+        model.reset_classifier(len(data.classes))
+    if checkpoint.tokens not in (None, recipe.tokens):
+        notice(f"the recipe's token reduction replaces the checkpoint's own: {checkpoint.tokens}")
+    return model, checkpoint, data
+
+
+def scaled_init_(model: Any) -> None:
+    """First weights that learn several times faster than timm's on small data, in place.
+
+    Xavier for the blocks' linear layers, the last of each residual branch divided by √(2·depth), and position
+    embeddings with a standard deviation of 0.1.
+    """
+    blocks = backbone_of(model).blocks(model)
+    for name, layer in blocks.named_modules():
+        if isinstance(layer, nn.Linear):
+            last = name.endswith(("attn.proj", "mlp.fc2"))
+            nn.init.xavier_uniform_(layer.weight, gain=(2 * len(blocks)) ** -0.5 if last else 1.0)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    nn.init.trunc_normal_(model.pos_embed, std=0.1)
+
+
+def open_teacher(recipe: Recipe, model: nn.Module, preprocess: Preprocess) -> Teacher | None:
+    """The teacher that a recipe names, frozen, on the student's device.
+
+    Args:
+        recipe: What to do.
+        model: The student; told how its images are normalised, since a teacher may want them otherwise.
+        preprocess: The student's.
+
+    Raises:
+        CheckpointError: The teacher cannot be read.
+        RecipeError: The two do not go together.
+    """
+    section, student = recipe.teacher, model
+    if section is None:
+        return None
+    source = section.checkpoint or section.name
+    assert source is not None
+    checkpoint = read_checkpoint(source, section.name)
+    teacher: Any = build_model(checkpoint, preprocess.size[0])
+    if teacher.num_classes != student.num_classes:
+        raise RecipeError(
+            "the teacher knows other classes", where="teacher", seen=teacher.num_classes, wanted=student.num_classes
+        )
+    if section.kind == "token" and not hasattr(student, "set_distilled_training"):
+        raise RecipeError(
+            "the student has no distillation token", where="teacher.kind", seen="token",
+            fix="Take a distilled model (deit_small_distilled_patch16_224), or teacher.kind=logits.",
+        )  # fmt: skip
+    if section.kind == "token" and recipe.finetune.model_mode == "eval":
+        raise RecipeError(
+            "in evaluation mode a model does not tell its two heads apart", where="finetune.model_mode",
+            fix="Set finetune.model_mode=train.",
+        )  # fmt: skip
+    if section.kind == "token_labels":
+        _check_labelling_teacher(teacher, checkpoint.tokens)
+    elif checkpoint.tokens is not None:
+        reduce_tokens_(teacher, checkpoint.tokens)
+    for which, how in ((student, preprocess), (teacher, checkpoint.preprocess or Preprocess.from_model(teacher))):
+        which.pretrained_cfg = dict(which.pretrained_cfg or {}) | {"mean": how.mean, "std": how.std}  # type: ignore
+    teacher.to(next(student.parameters()).device).eval().requires_grad_(False)
+    return Teacher(teacher, section)
+
+
+def _check_labelling_teacher(teacher: Any, tokens: TokenSpec | None) -> None:
+    where = "teacher.kind=token_labels"
+    if not has_token_classifier(teacher):
+        raise RecipeError(
+            "the teacher has no classifier on every token", where=where, seen=type(teacher).__name__,
+            wanted="an LV-ViT",
+        )  # fmt: skip
+    if tokens is not None:
+        raise RecipeError(
+            "the teacher drops tokens, and says nothing about those patches", where=where, seen=tokens,
+            fix="Take its dense weights.",
+        )  # fmt: skip

@@ -1,0 +1,118 @@
+"""Training with token labels: timm's classification task with a label for every patch token."""
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from timm.task import ClassificationTask, LogitDistillationTask, TokenDistillationTask
+from timm.task.distillation import DistillationTeacher
+from torch import Tensor, nn
+
+from evit_deploy.data.token_labels import crop_token_labels
+from evit_deploy.errors import InputError
+from evit_deploy.recipe.sections import TeacherSection, TrainSection
+from evit_deploy.training.token_labels import MixToken, TokenLogits, WithTokenLogits, token_label_loss, token_logits
+
+
+class TokenLabelTask(ClassificationTask):
+    """timm's classification task for a model with a classifier on every token.
+
+    Random numbers, of MixToken's boxes, come from PyTorch's generator, as those of stochastic depth do: a state holds
+    them. The images of one process are mixed.
+
+    Args:
+        model: The model, on the device to train on.
+        section: Its ``token_labels`` says how; its label smoothing is that of all labels but a teacher's.
+        teacher: A dense model with a classifier on every token, for as many patches; without one, labels come with the
+            images.
+
+    Raises:
+        UnsupportedModelError: The model has no classifier on every token.
+    """
+
+    def __init__(self, model: nn.Module, section: TrainSection, teacher: Any = None) -> None:
+        assert section.token_labels is not None
+        criterion = nn.CrossEntropyLoss(label_smoothing=section.label_smoothing)
+        device = next(model.parameters()).device
+        super().__init__(WithTokenLogits(model), criterion, device=device, verbose=False)
+        student: Any = model
+        self._how, self._smoothing = section.token_labels, section.label_smoothing
+        self._grid: tuple[int, int] = student.patch_embed.grid_size
+        self._classes: int = student.num_classes
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = DistillationTeacher(teacher, device=device)
+            mean, std = (torch.tensor(student.pretrained_cfg[key], device=device) for key in ("mean", "std"))
+            self._mean, self._std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
+    def forward(self, input: Tensor, target: Tensor, *labels: Tensor) -> dict[str, Tensor]:
+        """The loss, the class token's logits, and its targets, mixed where tokens are.
+
+        Args:
+            input: Images ``[B, C, H, W]``.
+            target: int64 ``[B]``, or probabilities ``[B, classes]``.
+            *labels: Maps, boxes, mirrorings and warps of the images, as :func:`crop_token_labels` takes them; none
+                where a teacher says what a patch shows.
+
+        Raises:
+            InputError: There are neither labels nor a teacher.
+        """
+        how, mask = self._how, None
+        patches = self._patch_labels(input, labels)
+        if how.mix_token:
+            seed = int(torch.randint(2**62, ()))
+            mix = MixToken.draw(self._grid, np.random.default_rng(seed), how.mix_token)
+            mask = mix.mask(input.device)
+            target, patches = mix.labels(target, self._classes), mix.tokens(patches)
+        found: TokenLogits = self.trainable_module(input, mask)
+        loss = token_label_loss(
+            found.class_logits, found.token_logits, found.kept, target, patches, how.weight, self._smoothing
+        )
+        return {"loss": loss, "output": found.class_logits, "target": target}
+
+    def _patch_labels(self, images: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
+        if self.teacher is not None:
+            with torch.no_grad():
+                shown = self.teacher.normalize_input(images, self._mean, self._std)
+                return token_logits(self.teacher.model, shown).token_logits.float().softmax(dim=-1)
+        if not labels:
+            raise InputError("the images come without token labels", fix="Set data.token_labels, or take a teacher.")
+        maps, boxes, flipped, warps = labels
+        return crop_token_labels(maps, boxes, flipped, self._grid, self._classes, self._smoothing, warps)
+
+
+class Teacher(msgspec.Struct, frozen=True):
+    """Whom a model learns from, beside the labels.
+
+    Args:
+        model: In evaluation mode.
+        section: How.
+    """
+
+    model: nn.Module
+    section: TeacherSection
+
+
+def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) -> Any:
+    """The training task for what a recipe asks for, timm's or :class:`TokenLabelTask`: model and loss in one.
+
+    Args:
+        model: The student.
+        section: Its label smoothing is the loss's, and its ``token_labels`` decide the kind.
+        teacher: Whom it learns from; ``None`` for the labels alone.
+    """
+    if section.token_labels is not None:
+        return TokenLabelTask(model, section, None if teacher is None else teacher.model)
+    device = next(model.parameters()).device
+    criterion = nn.CrossEntropyLoss(label_smoothing=section.label_smoothing)
+    if teacher is None:
+        return ClassificationTask(model, criterion, device=device, verbose=False)
+    how = teacher.section
+    settings: dict[str, Any] = {
+        "criterion": criterion, "task_loss_weight": 1 - how.weight, "distill_loss_weight": how.weight,
+        "temperature": how.temperature, "device": device, "verbose": False,
+    }  # fmt: skip
+    if how.kind == "logits":
+        return LogitDistillationTask(model, teacher.model, **settings)
+    return TokenDistillationTask(model, teacher.model, distill_type="hard" if how.hard else "soft", **settings)

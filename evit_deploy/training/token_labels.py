@@ -1,0 +1,205 @@
+"""Token labelling ("All Tokens Matter", arXiv 2104.10858): every patch token learns a label of its own.
+
+An annotator has classified every cell of a grid on each training image; its maps, as the TokenLabeling repository
+publishes them, hold the five highest logits of each cell and their classes. What a training loop needs, in order::
+
+    map = read_token_labels(token_label_file(root, image), classes)    # per image: [2, 5, H, W]
+    labels = crop_token_labels(maps, boxes, flipped, grid, classes)    # per batch: [B, patches, classes]
+    out = token_logits(model, images)                                  # class_logits, token_logits, kept
+    loss = token_label_loss(*out, targets, labels, weight=1.0)
+
+With token reduction a patch token is not where it was, and some are gone: labels are gathered by the *original patch
+numbers* of the tokens that are left. The fused token stands for many patches; it has no label and no part in the loss.
+"""
+
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from evit_deploy.data.token_labels import FUSED
+from evit_deploy.errors import InputError, UnsupportedModelError
+from evit_deploy.models.timm_vit import ReducedBlock
+
+
+class TokenLogits(NamedTuple):
+    """What a model says while it learns from token labels; :func:`token_label_loss` takes it as it is.
+
+    Args:
+        class_logits: ``[B, classes]``, of the class token alone.
+        token_logits: ``[B, T, classes]``, of the T tokens that are left.
+        kept: int64 ``[B, T]``: the patch that each of them is, :data:`FUSED` for a fused one.
+    """
+
+    class_logits: Tensor
+    token_logits: Tensor
+    kept: Tensor
+
+
+class MixToken(msgspec.Struct, frozen=True):
+    """MixToken: a box of patch tokens of each image comes from the image at the other end of the batch.
+
+    Tokens are mixed after the stem, so that no patch holds parts of two images. The released code puts the token
+    *logits* back in their places before the loss; tokens that were removed have none, so the *labels* move instead,
+    which is the same sum.
+
+    Args:
+        grid: Rows and columns of patches.
+        box: First row, first column, end row, end column.
+    """
+
+    grid: tuple[int, int]
+    box: tuple[int, int, int, int]
+
+    @classmethod
+    def draw(cls, grid: tuple[int, int], rng: np.random.Generator, beta: float = 1.0) -> "MixToken":
+        """A box anywhere, cut off at the borders, that covers 1 − λ of the grid, λ from Beta(beta, beta)."""
+        side = (1 - rng.beta(beta, beta)) ** 0.5
+        ends = []
+        for size in grid:
+            half, middle = int(size * side) // 2, int(rng.integers(size))
+            start = middle - half
+            ends.append((max(start, 0), min(start + int(size * side), size)))
+        (top, bottom), (left, right) = ends
+        return cls(grid, (top, left, bottom, right))
+
+    @property
+    def share(self) -> float:
+        """λ as it came out: how much of the grid an image keeps for itself."""
+        top, left, bottom, right = self.box
+        return 1 - (bottom - top) * (right - left) / (self.grid[0] * self.grid[1])
+
+    def mask(self, device: torch.device | None = None) -> Tensor:
+        """bool ``[patches]``: whether a patch lies in the box."""
+        top, left, bottom, right = self.box
+        inside = torch.zeros(self.grid, dtype=torch.bool, device=device)
+        inside[top:bottom, left:right] = True
+        return inside.flatten()
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Mixes patch tokens, or their labels, ``[B, patches, …]``."""
+        return _mixed(x, self.mask(x.device))
+
+    def labels(self, y: Tensor, classes: int) -> Tensor:
+        """Mixes an image's own labels: int64 ``[B]`` or soft ``[B, classes]`` to soft ``[B, classes]``."""
+        soft = y.float() if y.dim() == 2 else F.one_hot(y, classes).float()
+        return self.share * soft + (1 - self.share) * soft.flip(0)
+
+
+def _mixed(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask[:, None], x.flip(0), x)
+
+
+def has_token_classifier(model: Any) -> bool:
+    """Whether a model says something about each of its tokens, as LV-ViT does."""
+    return isinstance(getattr(model, "aux_head", None), nn.Linear)
+
+
+def token_logits(model: Any, images: Tensor, mix: MixToken | None = None) -> TokenLogits:
+    """Runs a model, reduced or dense, in the mode it is in, and keeps its two classifiers apart.
+
+    Args:
+        model: One with a classifier on every token: an LV-ViT.
+        images: ``[B, C, H, W]``.
+        mix: Mixes the patch tokens after the stem; the labels are the caller's to mix.
+
+    Raises:
+        UnsupportedModelError: It has no such classifier.
+    """
+    return WithTokenLogits(model)(images, None if mix is None else mix.mask(images.device))
+
+
+def _patch_numbers(reduced: list[tuple[Tensor, bool]], batch: int, patches: int, device: torch.device) -> Tensor:
+    """As ``tokens.plan.original_patches``, on the device and after the last location."""
+    numbers = torch.arange(patches, device=device).expand(batch, -1)
+    for kept, fused in reduced:
+        numbers = numbers.gather(1, kept.long())
+        if fused:
+            numbers = F.pad(numbers, (0, 1), value=FUSED)
+    return numbers
+
+
+class WithTokenLogits(nn.Module):
+    """:func:`token_logits` as a module, for what wraps one: ``DistributedDataParallel``, ``torch.compile``.
+
+    Args:
+        model: The model; its own ``state_dict`` is the one to save.
+
+    Raises:
+        UnsupportedModelError: It has no classifier on every token.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not has_token_classifier(model):
+            raise UnsupportedModelError(type(model).__name__, ["it has no classifier on every token, as LV-ViT has"])
+        self.model = model
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> TokenLogits:
+        """See :func:`token_logits`.
+
+        Args:
+            images: See there.
+            mask: :meth:`MixToken.mask`; a tensor, so that a compiled model serves every box.
+        """
+        model = self.model
+        tokens = model.patch_embed(images)
+        if mask is not None:
+            tokens = _mixed(tokens, mask)
+        x = model.norm_pre(model.patch_drop(model._pos_embed(tokens)))
+        again = model.grad_checkpointing and torch.is_grad_enabled()
+        reduced: list[tuple[Tensor, bool]] = []
+        for block in model.blocks:  # model.forward_features, but for what was kept
+            run = block.with_kept if isinstance(block, ReducedBlock) else block
+            found = checkpoint(run, x, use_reentrant=False) if again else run(x)
+            x, kept = found if isinstance(found, tuple) else (found, None)
+            if kept is not None:
+                reduced.append((kept, block.reducer.plan.fused))
+        features = model.norm(x)
+        kept = _patch_numbers(reduced, len(images), model.patch_embed.num_patches, images.device)
+        return TokenLogits(model.class_logits(features), model.token_logits(features), kept)
+
+
+def token_label_loss(
+    class_logits: Tensor,
+    token_logits: Tensor,
+    kept: Tensor,
+    labels: Tensor,
+    token_labels: Tensor,
+    weight: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of the class token, plus ``weight`` times the soft cross-entropy of the tokens with a label.
+
+    The latter is the mean over an image's tokens, then over the images.
+
+    Args:
+        class_logits: See :class:`TokenLogits`.
+        token_logits: See :class:`TokenLogits`.
+        kept: See :class:`TokenLogits`.
+        labels: int64 ``[B]``, or probabilities ``[B, classes]``.
+        token_labels: Probabilities ``[B, patches, classes]``, one row a patch of the image (all of them).
+        weight: Of the tokens' part; 1 in the released training.
+        label_smoothing: Of the class token's part.
+
+    Raises:
+        InputError: The shapes do not fit each other.
+    """
+    batch, _, classes = token_logits.shape
+    if token_labels.dim() != 3 or (token_labels.shape[0], token_labels.shape[2]) != (batch, classes):
+        raise InputError(
+            "token labels of other tokens", seen=list(token_labels.shape), wanted=f"[{batch}, patches, {classes}]"
+        )
+    loss = F.cross_entropy(class_logits.float(), labels, label_smoothing=label_smoothing)
+    known = kept != FUSED
+    wanted = token_labels.gather(1, kept.clamp(min=0).unsqueeze(-1).expand(-1, -1, classes))
+    each = -(wanted * token_logits.float().log_softmax(dim=-1)).sum(dim=-1)
+    # A mean for every image, so that images count alike and batches can be shared out or added up: where a fused token
+    # is kept later on, one image has fewer labelled tokens than another.
+    return loss + weight * ((each * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)).mean()

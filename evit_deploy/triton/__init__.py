@@ -1,0 +1,1 @@
+"""Talking to a Triton server: connection, failures, finding a model, a client."""

@@ -1,0 +1,229 @@
+"""A client that sends image files to a packaged ensemble, and says of every file what became of it.
+
+::
+
+    python -m evit_deploy.triton.client --url http://host:8000 --model-name deit_s photos/*.jpg
+
+When the server goes away, what was in its hands is lost and named; nothing else is: the client waits for the server to
+come back and goes on. Lost files are not sent again by themselves, since whether they were computed nobody knows.
+"""
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import msgspec
+import numpy as np
+
+from evit_deploy.errors import EvitDeployError, InputError
+from evit_deploy.triton.connection import TIMEOUT, Connection, ServedModel
+from evit_deploy.triton.failures import RequestLost, ServerUnreachable
+
+LOGITS = "logits"
+PAUSE = 0.2
+"""Seconds between two looks whether the server is back."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What became of one request.
+
+    Args:
+        name: What was sent.
+        state: ``answered``; ``refused`` by the server, with a reason; ``lost`` in its hands; ``unsent``, because no
+            server came back in time.
+        logits: ``[classes]``; ``None`` unless it was answered.
+        reason: Why it was not.
+        seconds: From sending it to the answer.
+    """
+
+    name: str
+    state: Literal["answered", "refused", "lost", "unsent"]
+    logits: np.ndarray | None = None
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def ask(
+    requests: Sequence[tuple[str, Callable[[], Any]]],
+    url: str,
+    send: Callable[[Connection, Any], np.ndarray],
+    *,
+    in_flight: int = 4,
+    timeout: float = TIMEOUT,
+) -> list[Answer]:
+    """Sends requests from several connections at a time, and goes on when the server was restarted.
+
+    Args:
+        requests: For each its name and what makes its content, an InputError of which counts as refused.
+        url: The server's address.
+        send: Sends one content and gives the logits.
+        in_flight: Connections, each with one request at a time.
+        timeout: Seconds to wait for an answer, and for a server to come back.
+
+    Returns:
+        One answer for each request, in their order.
+    """
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(len(requests)):
+        waiting.put(number)
+    answers: dict[int, Answer] = {}
+    given_up = threading.Event()
+
+    def work() -> None:
+        with Connection(url, timeout) as connection, suppress(queue.Empty):
+            while True:
+                number = waiting.get_nowait()
+                answers[number] = _ask_once(connection, *requests[number], send, given_up)
+                if answers[number].state == "lost":  # the next one would go to a server that is still dying
+                    _wait_back(connection, given_up)
+
+    with ThreadPoolExecutor(in_flight) as pool:
+        workers = [pool.submit(work) for _ in range(min(in_flight, len(requests)))]
+        try:
+            for worker in workers:
+                worker.result()
+        finally:
+            given_up.set()  # after an interruption nobody waits for a server any more
+    return [answers[number] for number in range(len(requests))]
+
+
+def _ask_once(
+    connection: Connection,
+    name: str,
+    content: Callable[[], Any],
+    send: Callable[[Connection, Any], np.ndarray],
+    given_up: threading.Event,
+) -> Answer:
+    """Sends one request, once; a server that is not there is waited for, since it was given nothing."""
+    end, made = time.monotonic() + connection.timeout, None
+    while True:
+        started = time.perf_counter()
+        try:
+            made = content() if made is None else made
+            logits = send(connection, made)
+            return Answer(name, "answered", logits, seconds=time.perf_counter() - started)
+        except ServerUnreachable as error:
+            if given_up.is_set() or time.monotonic() > end:
+                given_up.set()  # for all: each waiting its own time would take many times the limit
+                return Answer(name, "unsent", reason=str(error))
+            time.sleep(PAUSE)
+        except RequestLost as error:
+            return Answer(name, "lost", reason=str(error), seconds=time.perf_counter() - started)
+        except EvitDeployError as error:
+            return Answer(name, "refused", reason=str(error), seconds=time.perf_counter() - started)
+
+
+def _wait_back(connection: Connection, given_up: threading.Event) -> None:
+    end = time.monotonic() + connection.timeout
+    while not given_up.is_set():
+        try:
+            return connection.wait_ready()
+        except ServerUnreachable:
+            if time.monotonic() > end:
+                given_up.set()
+            time.sleep(PAUSE)
+    return None
+
+
+def classify_files(
+    paths: Sequence[Path], url: str, model: str, *, in_flight: int = 4, timeout: float = TIMEOUT
+) -> list[Answer]:
+    """Sends image files to an ensemble.
+
+    Args:
+        paths: JPEG or PNG files.
+        url: The server's address.
+        model: The ensemble's name.
+        in_flight: Files in the server's hands at a time.
+        timeout: Seconds to wait for the server to be ready, for each answer, and for it to come back.
+
+    Returns:
+        One answer for each file, in their order.
+
+    Raises:
+        InputError: No such model, or one that takes no files.
+        MissingRequirement: The server is not there.
+    """
+    with Connection(url, timeout) as connection:
+        connection.wait_ready()
+        served = connection.describe(model)
+    if served.inputs[0].dtype not in ("object", "uint8"):
+        raise InputError(f"the model {model!r} takes tensors, not files", where=url, fix="Give the ensemble's name.")
+    requests = [(str(path), _reader(path)) for path in paths]
+    return ask(requests, url, file_sender(served), in_flight=in_flight, timeout=timeout)
+
+
+def file_sender(served: ServedModel) -> Callable[[Connection, Any], np.ndarray]:
+    """What sends the bytes of one file to an ensemble and gives its logits ``[classes]``."""
+    image = served.inputs[0]
+
+    def send(connection: Connection, content: bytes) -> np.ndarray:
+        one = np.frombuffer(content, np.uint8) if image.dtype == "uint8" else np.array([content], object)
+        feeds = {image.name: one.reshape((1,) * (len(image.shape) - 1) + one.shape)}
+        return connection.infer(served.name, feeds, [LOGITS])[LOGITS].reshape(-1)
+
+    return send
+
+
+def _reader(path: Path) -> Callable[[], bytes]:
+    def read() -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot be read ({error.strerror})", where=path) from None
+
+    return read
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors of ours in one sentence, with their exit code."""
+    try:
+        yield
+    except EvitDeployError as error:
+        print(f"triton_client: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@click.option("--url", required=True, help="http://HOST:8000 or grpc://HOST:8001.")
+@click.option("--model-name", required=True, help="The ensemble.")
+@click.option("--labels", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Class names, one a line.")
+@click.option("--in-flight", type=click.IntRange(1), default=4, show_default=True, help="Files under way at a time.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=TIMEOUT, show_default=True, help="Seconds.")
+def main(
+    paths: tuple[Path, ...], url: str, model_name: str, labels: Path | None, in_flight: int, timeout: float
+) -> None:
+    """Send image files to an ensemble; one line each on stdout: file, class, probability.
+
+    Exit code 0: all answered. 2: some were refused. 3: no server. 4: some were lost.
+    """
+    with _told():
+        names = labels.read_text(encoding="utf-8").splitlines() if labels else None
+        answers = classify_files(paths, url, model_name, in_flight=in_flight, timeout=timeout)
+    for answer in answers:
+        if answer.logits is not None:
+            best = int(answer.logits.argmax())
+            shares = np.exp(answer.logits - answer.logits.max())
+            label = names[best] if names and best < len(names) else str(best)
+            print(f"{answer.name}\t{label}\t{shares[best] / shares.sum():.3f}")
+        else:
+            print(f"{answer.state}: {answer.name}: {answer.reason}", file=sys.stderr)
+    left = {state: sum(answer.state == state for answer in answers) for state in ("lost", "unsent", "refused")}
+    if any(left.values()):
+        told = ", ".join(f"{count} {state}" for state, count in left.items() if count)
+        print(f"{len(answers) - sum(left.values())} of {len(answers)} answered, {told}", file=sys.stderr)
+        codes = {"lost": RequestLost, "unsent": ServerUnreachable, "refused": InputError}
+        sys.exit(next(codes[state].exit_code for state, count in left.items() if count))
+
+
+if __name__ == "__main__":
+    main()

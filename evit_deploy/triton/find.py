@@ -1,0 +1,104 @@
+"""A bundle's model on a running server: which one it is, whether it fits, and whether it takes files as it should."""
+
+import msgspec
+
+from evit_deploy.bundle.manifest import Manifest, TensorSpec
+from evit_deploy.errors import InputError
+from evit_deploy.export.card import LOGITS
+from evit_deploy.triton.connection import Connection, Served, ServedModel
+
+
+class Found(msgspec.Struct, frozen=True):
+    """Where a bundle's model is served.
+
+    Args:
+        served: What takes its tensors.
+        ensemble: Name of the ensemble around it that takes image files; ``None`` if none was named.
+    """
+
+    served: Served
+    ensemble: str | None = None
+
+
+def find_model(served: Served, manifest: Manifest) -> Found:
+    """Finds a bundle's model on a server.
+
+    Args:
+        served: The server; without a model's name, the only model there that takes the bundle's tensors is meant. The
+            name of an ensemble stands for the step of it that takes them.
+        manifest: The bundle's.
+
+    Raises:
+        InputError: No model of that name or version, none or several that take the bundle's tensors, or the named one
+            takes others.
+        MissingRequirement: The server is not there or not ready, or the model is not.
+    """
+    with Connection(served.url, served.timeout) as connection:
+        connection.wait_ready()
+        if not served.model:
+            return Found(msgspec.structs.replace(served, model=_only_fitting(connection, served, manifest)))
+        model = connection.describe(served.model, served.version)
+        if not model.steps:
+            _refuse_misfit(model, served, manifest)
+            return Found(served)
+        # The version that was asked for is the ensemble's; its steps have their own.
+        steps = [connection.describe(name) for name in model.steps]
+    fitting = next((step for step in steps if not misfits(step, manifest)), None)
+    if fitting is None:
+        last = steps[-1]
+        raise InputError(
+            f"no step of the ensemble {model.name!r} takes this bundle's tensors: {last.name}: "
+            + "; ".join(misfits(last, manifest)),
+            where=served.url, fix="Give the ensemble that this bundle was packaged into.",
+        )  # fmt: skip
+    return Found(msgspec.structs.replace(served, model=fitting.name, version=""), model.name)
+
+
+def _only_fitting(connection: Connection, served: Served, manifest: Manifest) -> str:
+    ready = [name for name, reason in connection.models().items() if not reason]
+    fitting = [name for name in ready if not misfits(connection.describe(name), manifest)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise InputError(
+            "several models on this server take this bundle's tensors", where=served.url, seen=", ".join(fitting),
+            fix="Say which one: --model-name.",
+        )  # fmt: skip
+    raise InputError(
+        "no model on this server takes this bundle's tensors", where=served.url,
+        seen=", ".join(ready) or "no model that is ready", wanted=_tensor(manifest.inputs[0]),
+    )  # fmt: skip
+
+
+def _refuse_misfit(model: ServedModel, served: Served, manifest: Manifest) -> None:
+    reasons = misfits(model, manifest)
+    if reasons:
+        raise InputError(
+            f"the model {model.name!r} is not this bundle's: {'; '.join(reasons)}", where=served.url,
+            fix="Say which one is: --model-name.",
+        )  # fmt: skip
+
+
+def misfits(model: ServedModel, manifest: Manifest) -> list[str]:
+    """Why a served model cannot be a bundle's; empty if its tensors are the same."""
+    reasons = []
+    for kind, there, wanted in (
+        ("input", model.inputs, manifest.inputs),
+        ("output", model.outputs, [spec for spec in manifest.outputs if spec.name == LOGITS]),
+    ):
+        found = {spec.name: spec for spec in there}
+        for spec in wanted:
+            other = found.get(spec.name)
+            if other is None:
+                names = ", ".join(map(_tensor, there))
+                reasons.append(f"it has no {kind} {spec.name!r}, only {names}")
+            elif (other.dtype, other.shape[1:]) != (spec.dtype, spec.shape[1:]) or len(other.shape) != len(spec.shape):
+                reasons.append(f"its {kind} is {_tensor(other)}, the bundle's {_tensor(spec)}")
+        if kind == "input" and not reasons and len(found) > len(manifest.inputs):
+            reasons.append(f"it has more inputs: {', '.join(sorted(found))}")
+    return reasons
+
+
+def _tensor(spec: TensorSpec) -> str:
+    dtype = "bytes" if spec.dtype == "object" else spec.dtype
+    return f"{spec.name} {dtype} [{', '.join('?' if n is None else str(n) for n in spec.shape)}]"

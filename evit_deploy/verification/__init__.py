@@ -1,0 +1,1 @@
+"""Proof that a lowered model answers like PyTorch."""

@@ -1,0 +1,50 @@
+"""Proof that a Triton ensemble that takes files answers like its model does to the tensors made of them."""
+
+import io
+
+import numpy as np
+
+from evit_deploy.bundle.manifest import Manifest
+from evit_deploy.data.images import preprocess_image, sample_photographs
+from evit_deploy.export.card import INPUT, LOGITS, feeds
+from evit_deploy.report.report import Check, Report
+from evit_deploy.runtimes.triton import TritonRunner
+from evit_deploy.triton.client import file_sender
+from evit_deploy.triton.connection import Connection
+from evit_deploy.triton.find import Found
+from evit_deploy.verification.golden import Golden
+
+
+def verify_ensemble(found: Found, manifest: Manifest, golden: Golden) -> Report:
+    """Holds what an ensemble says of two photographs, sent as files, against what it says of evit-deploy's own tensors.
+
+    The limit is that of the logits: the same model computes both, so that only the preprocessing can differ.
+
+    Args:
+        found: An ensemble and the step of it that takes tensors.
+        manifest: The bundle's.
+        golden: Its golden answers.
+    """
+    assert found.ensemble is not None
+    photographs = sample_photographs()
+    tensors = np.stack([preprocess_image(photograph, manifest.preprocess) for photograph in photographs])
+    if tensors.shape[1:] != manifest.inputs[0].shape[1:]:
+        note = f"The ensemble {found.ensemble} was not sent any file: the model does not take three colours."
+        return Report(notes=(note,))
+    with TritonRunner(found.served) as runner, Connection(found.served.url, found.served.timeout) as connection:
+        expected = np.concatenate([runner.infer(feeds(tensor[None]))[LOGITS] for tensor in tensors])
+        model = connection.describe(found.ensemble)
+        send, answers = file_sender(model), []
+        for photograph in photographs:
+            content = io.BytesIO()
+            photograph.save(content, "PNG")
+            answers.append(send(connection, content.getvalue()))
+    with np.errstate(invalid="ignore"):
+        error = float(np.nan_to_num(np.abs(np.stack(answers) - expected), nan=np.inf).max())
+    if model.inputs[0].dtype == "uint8":  # DALI, whose decoder and resize are others than those of training
+        note = f"The ensemble {found.ensemble} reads files in DALI's way: logits of photographs move by {error:.2e}."
+        return Report(notes=(note,))
+    held = error <= golden.limit()
+    reason = "" if held else f"its preprocessing makes another {INPUT} of a file than evit-deploy does"
+    name = f"triton, ensemble {found.ensemble}: photographs as files"
+    return Report(checks=(Check(name, error, golden.limit(), held, reason),))

@@ -1,0 +1,316 @@
+"""Golden answers: what PyTorch says to a few real pictures, and how far two right answers may lie apart.
+
+The reference is the same model in FP64. How far the bundle's own precision lies from it, computed by PyTorch (a
+quantised graph: in float arithmetic), sets the tolerance for everybody else, so no number is picked by hand.
+
+Kept sets are compared in original patch numbers. Where scores lie closer together than rounding, either choice is
+right: such an image counts as a tie. Its logits answer another question, and have more room: as much as it moves the
+FP64 answer when the last kept and the first dropped patch change places at every location.
+"""
+
+import copy
+import functools
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from evit_deploy.errors import InputError
+from evit_deploy.export.card import LOGITS, feeds
+from evit_deploy.export.precision import DTYPES
+from evit_deploy.tokens.op import reorganize
+from evit_deploy.tokens.plan import TokenPlan, original_patches
+from evit_deploy.tokens.reduce import TokenReducer, capture, token_plan
+
+FLOOR = 4  # times eps · the largest Σ|terms| of a logit: no tolerance is tighter than this
+
+
+class Golden(msgspec.Struct):
+    """Golden inputs and answers; ``golden.npz`` holds the fields by name, per-location ones as ``<field>_<block>``.
+
+    *Expected* is what the bundle's precision itself says: PyTorch cast to it, or the Q/DQ graph in float arithmetic.
+    In an FP32 bundle that is ``logits``.
+
+    Args:
+        precision: Of the bundle.
+        inputs: float32 ``[n, C, H, W]``.
+        logits: PyTorch FP32 ``[n, classes]``.
+        reference: PyTorch FP64 ``[n, classes]``, keeping the tokens that the FP32 model kept.
+        swapped: The same with the last kept and the first dropped token exchanged at every location.
+        expected: ``[n, classes]`` in the bundle's precision, keeping the tokens that the FP32 model kept.
+        expected_free: The same with a choice of its own.
+        terms: float64 ``[n]``: the largest sum of absolute terms that a logit of the image is added up from. Terms may
+            cancel to almost nothing, as two classes' after a short fine-tune do; their rounding does not.
+        dense: PyTorch FP32 logits of the dense model.
+        dense_reference: The same in FP64.
+        dense_expected: The same in the bundle's precision.
+        dense_terms: ``terms`` of the dense model.
+        kept: Per location, original patch numbers ``[n, K(+1)]``, fused = −1, of the FP32 model.
+        margin: Per location ``[n, patches + 1]``, by original patch number, fused tokens last: distance of the
+            patch's score from the boundary between kept and dropped, over what the scores differ by for rounding,
+            both in logarithms. Below 1 the patch may be kept or not; infinite where it is no candidate.
+    """
+
+    precision: str
+    inputs: np.ndarray
+    logits: np.ndarray
+    reference: np.ndarray
+    swapped: np.ndarray
+    expected: np.ndarray
+    expected_free: np.ndarray
+    terms: np.ndarray
+    dense: np.ndarray
+    dense_reference: np.ndarray
+    dense_expected: np.ndarray
+    dense_terms: np.ndarray
+    kept: dict[int, np.ndarray]
+    margin: dict[int, np.ndarray]
+
+    def save(self, path: Path) -> None:
+        """Writes ``golden.npz``."""
+        np.savez(path, **self._arrays())  # type: ignore[arg-type]
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        plain = {name: np.asarray(getattr(self, name)) for name in _PLAIN}
+        kept = {f"kept_{block}": value for block, value in self.kept.items()}
+        return plain | kept | {f"margin_{block}": value for block, value in self.margin.items()}
+
+    def limit(self) -> float:
+        """Largest logit error against FP64 of answers with the golden kept sets: twice the precision's own."""
+        return max(2 * distance(self.expected, self.reference), _floor(self.terms))
+
+    def tie_limits(self) -> np.ndarray:
+        """The same for each image ``[n]`` where another choice within rounding may have been made."""
+        free = max(self.limit(), 2 * distance(self.expected_free, self.reference))
+        free = free + np.abs(self.swapped - self.reference).max(axis=1)
+        # It takes two patches within rounding to change places; elsewhere there is no other choice.
+        possible = [(~(margin >= 1)).sum(axis=1) > 1 for margin in self.margin.values()]
+        return np.where(np.any([np.zeros(len(free), bool), *possible], axis=0), free, self.limit())
+
+    def dense_limit(self) -> float:
+        """The same for the dense twin."""
+        return max(2 * distance(self.dense_expected, self.dense_reference), _floor(self.dense_terms))
+
+    def noise(self) -> float:
+        """What the precision costs: its error over the spread of the logits, both as root mean squares."""
+        axis = 0 if self.reference.shape[1] == 1 else 1  # a single logit has no others to stand out from
+        spread = self.reference - self.reference.mean(axis=axis, keepdims=True)
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = np.linalg.norm(self.expected - self.reference)
+        return float(error / max(float(np.linalg.norm(spread)), np.finfo(np.float64).tiny))
+
+
+_PLAIN = tuple(field for field in Golden.__struct_fields__ if field not in ("kept", "margin"))
+
+
+def distance(answers: np.ndarray, reference: np.ndarray) -> float:
+    """Largest difference of any number; NaN if one is."""
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(answers - reference).max(initial=0.0))
+
+
+def _floor(terms: np.ndarray) -> float:
+    return FLOOR * float(np.finfo(np.float32).eps) * float(terms.max(initial=0.0))
+
+
+def load_golden(path: Path, plan: TokenPlan) -> Golden:
+    """Reads ``golden.npz``; pickled arrays are refused.
+
+    Args:
+        path: The file.
+        plan: The plan of the model it belongs to.
+
+    Raises:
+        InputError: The file is not a golden file, or not this model's.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+            arrays = dict(archive)
+        located: dict[str, dict[int, np.ndarray]] = {"kept": {}, "margin": {}}
+        for name in arrays.keys() - set(_PLAIN):
+            field, block = name.split("_")
+            located[field][int(block)] = arrays[name]
+        ordered = {field: dict(sorted(value.items())) for field, value in located.items()}
+        blocks = [row.block for row in plan.locations]
+        if any(list(value) != blocks for value in ordered.values()):
+            raise KeyError(f"its locations are not those of the plan, {blocks}")
+        plain: dict[str, Any] = {name: arrays[name] for name in _PLAIN}
+        plain["precision"] = str(plain["precision"])
+        return Golden(**plain, kept=ordered["kept"], margin=ordered["margin"])
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"not a golden file ({error})", where=path, fix="Convert again.") from None
+    except Exception as error:  # zipfile and zlib raise their own
+        raise InputError(f"the golden file is damaged ({type(error).__name__})", where=path) from None
+
+
+class Expected(msgspec.Struct, frozen=True):
+    """What a precision itself says to the golden inputs.
+
+    Args:
+        logits: ``[n, classes]``, keeping given tokens.
+        scores: Per location ``[n, N]``, on the way there.
+        free: Logits with a choice of its own.
+        dense: Logits of the dense model.
+    """
+
+    logits: np.ndarray
+    scores: list[np.ndarray]
+    free: np.ndarray
+    dense: np.ndarray
+
+
+def make_golden(
+    model: torch.nn.Module,
+    dense: torch.nn.Module,
+    inputs: np.ndarray,
+    precision: str = "fp32",
+    quantized: tuple[Any, Any] | None = None,
+) -> Golden:
+    """Runs PyTorch in FP32, in FP64 and in the bundle's precision.
+
+    Args:
+        model: The reduced model, FP32, on the CPU.
+        dense: The same weights without reduction.
+        inputs: float32 ``[n, C, H, W]``.
+        precision: Of the bundle.
+        quantized: For ``int8`` and ``fp8``: the quantised model and its dense twin, ONNX, which say themselves what is
+            rounded where.
+    """
+    plan = token_plan(model)
+    logits, kept, scores = _answers(model, inputs)
+    dense_logits = _answers(dense, inputs)[0]
+    expected = Expected(logits, scores, logits, dense_logits)
+    if quantized is not None:
+        expected = _quantized_answers(*quantized, inputs, kept, plan)
+    elif precision != "fp32":
+        low, low_dense = (copy.deepcopy(m).to(DTYPES[precision]) for m in (model, dense))
+        free, low_logits = _answers(low, inputs)[0], _answers(low_dense, inputs)[0]
+        expected = Expected(*_replayed(low, inputs, kept), free, low_logits)
+    # The FP64 model keeps what the FP32 model kept: otherwise it answers another question wherever scores nearly tie.
+    exact = copy.deepcopy(model).double()
+    with _classifier_terms(exact) as terms:
+        reference, exact_scores = _replayed(exact, inputs, kept)
+    swapped, _ = _replayed(exact, inputs, [_swap(k, s) for k, s in zip(kept, exact_scores, strict=True)])
+    exact_dense = copy.deepcopy(dense).double()
+    with _classifier_terms(exact_dense) as dense_terms:
+        dense_reference = _answers(exact_dense, inputs)[0]
+    numbers = original_patches(kept, plan)
+    margin, candidates = {}, np.broadcast_to(np.arange(plan.patches), (len(inputs), plan.patches))
+    for row, low, true, patches in zip(plan.locations, expected.scores, exact_scores, numbers, strict=True):
+        assert row.keep is not None
+        # In logarithms: scores are exponentials, so that rounding moves each by a share of itself.
+        ranked, true, low = -np.sort(-_logarithm(true), axis=1), _logarithm(true), _logarithm(low)
+        boundary = ranked[:, row.keep - 1 : row.keep + 1].mean(axis=1, keepdims=True)
+        rounding = 2 * np.abs(low - true).max() + FLOOR * np.finfo(np.float32).eps
+        margin[row.block] = np.full((len(inputs), plan.patches + 1), np.inf)
+        place = np.arange(len(inputs))[:, None], candidates % (plan.patches + 1)
+        np.minimum.at(margin[row.block], place, np.abs(true - boundary) / rounding)  # fused tokens share one place
+        candidates = patches
+    kept_patches = dict(zip((row.block for row in plan.locations), numbers, strict=True))
+    return Golden(
+        precision, inputs, logits, reference, swapped, expected.logits, expected.free, _largest(terms, reference),
+        dense_logits, dense_reference, expected.dense, _largest(dense_terms, dense_reference), kept_patches, margin,
+    )  # fmt: skip
+
+
+@contextmanager
+def _classifier_terms(model: Any) -> Iterator[list[np.ndarray]]:
+    """Collects Σ|weight · feature| + |bias| of the logits ``[n, classes]``, an array a classifier, while it is open."""
+    found: list[np.ndarray] = []
+
+    def note(layer: torch.nn.Linear, given: tuple[Tensor, ...]) -> None:
+        bias = torch.zeros(()) if layer.bias is None else layer.bias
+        found.append((given[0].abs() @ layer.weight.abs().T + bias.abs()).numpy())
+
+    classifier = model.get_classifier()
+    layers = classifier if isinstance(classifier, tuple) else (classifier,)
+    handles = [layer.register_forward_pre_hook(note) for layer in layers if isinstance(layer, torch.nn.Linear)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _largest(terms: list[np.ndarray], reference: np.ndarray) -> np.ndarray:
+    """Of each image the largest over the classifiers and classes; without a classifier, of the features themselves."""
+    return np.max([np.abs(logits).max(axis=-1) for logits in terms or [reference]], axis=0)
+
+
+def _logarithm(scores: np.ndarray) -> np.ndarray:
+    """What FP32 cannot hold counts as its smallest number."""
+    return np.log(np.maximum(scores.astype(np.float64), np.finfo(np.float32).tiny))
+
+
+def _swap(kept: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """The choice with its last candidate replaced by the first that was dropped."""
+    order = np.argsort(-scores, axis=1, kind="stable")
+    chosen = np.zeros(scores.shape, bool)
+    np.put_along_axis(chosen, kept.astype(np.int64), True, axis=1)
+    swapped = kept.copy()
+    for image, row in enumerate(order):
+        dropped = row[~chosen[image, row]]
+        if len(dropped):
+            swapped[image, -1] = dropped[0]
+    return swapped
+
+
+def _replayed(
+    model: torch.nn.Module, inputs: np.ndarray, kept: list[np.ndarray]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Logits and scores of a model that is told which tokens to keep."""
+    reducers = [module for module in model.modules() if isinstance(module, TokenReducer)]
+    for reducer, choice in zip(reducers, kept, strict=True):
+        reducer.forward = functools.partial(_replay, reducer, torch.from_numpy(choice))
+    try:
+        logits, _, scores = _answers(model, inputs)
+    finally:
+        for reducer in reducers:
+            del reducer.forward
+    return logits, scores
+
+
+def _replay(reducer: TokenReducer, kept: Tensor, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """A reducer's forward pass with the choice already made."""
+    y = reorganize(x, reducer.scores(x, q, k), kept.long(), reducer.plan.fused, reducer.prefix)
+    return y, kept
+
+
+def _answers(model: torch.nn.Module, inputs: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    dtype = next(model.parameters()).dtype
+    was_training = model.training
+    model.eval()
+    with capture(model) as seen:
+        logits = model(torch.from_numpy(inputs).to(dtype))
+    model.train(was_training)
+    logits = logits if dtype == torch.float64 else logits.float()
+    return logits.numpy(), [k.numpy() for k in seen.kept], [s.numpy() for s in seen.scores]
+
+
+def _quantized_answers(model: Any, dense: Any, inputs: np.ndarray, kept: list[np.ndarray], plan: TokenPlan) -> Expected:
+    """A Q/DQ graph as it is written: every rounding where the graph has it, everything between in float arithmetic."""
+    import onnxruntime
+
+    from evit_deploy.export.variants import with_choice
+
+    def run(proto: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # or int8 kernels run
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        answers: Any = session.run(names, feeds)
+        return dict(zip(names, answers, strict=True))
+
+    blocks = [row.block for row in plan.locations]
+    choices = {f"choice_{block}": choice for block, choice in zip(blocks, kept, strict=True)}
+    replayed = run(with_choice(model) if blocks else model, feeds(inputs) | choices)
+    scores = [replayed[f"scores_{block}"] for block in blocks]
+    free, dense_logits = run(model, feeds(inputs))[LOGITS], run(dense, feeds(inputs))[LOGITS]
+    return Expected(replayed[LOGITS], scores, free, dense_logits)

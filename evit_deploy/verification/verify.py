@@ -1,0 +1,311 @@
+"""Proof that a lowered model answers like PyTorch: logits, kept patches, every batch size, every place in a batch."""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evit_deploy.bundle import bundle as bundles
+from evit_deploy.bundle.manifest import GOLDEN
+from evit_deploy.engines.plugin.library import provide_plugin
+from evit_deploy.environment.machine import device, versions
+from evit_deploy.environment.targets import TENSORRT
+from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.export.card import LOGITS, feeds
+from evit_deploy.models.parent import parent_model
+from evit_deploy.registry import RUNTIMES
+from evit_deploy.report.report import Check, Report
+from evit_deploy.runtimes.runner import Runner
+from evit_deploy.runtimes.select import artifact_of, check_server, opened, subject_of
+from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.triton.connection import Served
+from evit_deploy.triton.find import find_model
+from evit_deploy.verification.accuracy import accuracy, folder_of, infer_all
+from evit_deploy.verification.agreement import Answers, agreement, agreement_row, named_patches, same_choice
+from evit_deploy.verification.ensemble import verify_ensemble
+from evit_deploy.verification.golden import Golden, load_golden
+
+BATCH_SIZES = (1, 2, 8)
+NOISE_LIMIT = 0.5
+"""A precision whose error is half of what tells one class from another has broken the model."""
+
+
+def verify(
+    path: Path,
+    *,
+    runtimes: Sequence[str] = (),
+    batch_sizes: Sequence[int] | None = None,
+    threads: int | None = None,
+    against: Path | None = None,
+    data: Path | None = None,
+    plugin: Path | str | None = None,
+    server: Served | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Verifies a bundle against its golden answers, and its runtimes against one another.
+
+    Args:
+        path: The bundle.
+        runtimes: Names in the registry of runtimes; all that can run the bundle here when empty.
+        batch_sizes: Batches to try; by default 1, 2 and 8, or the ends and the optimum of every profile of a plan.
+        threads: CPU threads, ``None`` for each runtime's own choice.
+        against: Checkpoint that the bundle was made from, where it is no longer in its place.
+        data: Folder of labelled images (class/image) for top-1 and top-5, and for comparing runtimes on.
+        plugin: Library that the engine needs; by default the one in the user's cache whose hash the manifest has.
+        server: A running Triton server; its model is verified like any other runtime, and with the name of an ensemble
+            that takes files, so is what that makes of them.
+        progress: Told what is being done.
+
+    Returns:
+        The report; ``passed`` says whether everything held.
+
+    Raises:
+        InputError: No bundle, an unknown runtime, a runtime that cannot run it, or a server that serves another model.
+        MissingRequirement: A runtime that was asked for, or the server, is not there, or none for any of the files.
+    """
+    runtimes = check_server(runtimes, server)
+    bundle = bundles.read_bundle(path)
+    changed = bundles.changed_files(bundle)
+    reason = f"changed or gone: {', '.join(changed)}. Copy the bundle here again, or convert again." if changed else ""
+    check = Check("files as written", len(changed), 0, not changed, reason)
+    if changed:  # what follows would be about other files than the manifest's
+        return Report(checks=(check,), versions=versions(), device=device())
+    if data is not None:
+        folder_of(data, bundle.manifest)  # a wrong folder is told before the work, not after it
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
+    report = Report(checks=(check,), versions=versions(), device=device()) + verify_precision(golden)
+    model, why_not = parent_model(bundle, against)
+    if why_not and (against or "eager" in runtimes):
+        raise InputError(
+            f"the PyTorch model cannot be had: {why_not}", where="--against" if against else "--runtime eager"
+        )
+    if why_not and not runtimes:
+        report += Report(notes=(f"PyTorch itself was not run again ({why_not}); its golden answers were used.",))
+    lacking = provide_plugin(bundle.manifest.engine, plugin)
+    if lacking is not None and TENSORRT in runtimes:
+        raise lacking
+    found = find_model(server, bundle.manifest) if server is not None else None
+    if runtimes:
+        served = found.served if found is not None else None
+        report += prove(bundle, golden, runtimes, data, threads, progress, batch_sizes, model, server=served)
+        if found is not None and found.ensemble is not None:
+            progress(f"sending files to {found.ensemble}")
+            report += verify_ensemble(found, bundle.manifest, golden)
+        return report
+    unable = {} if lacking is None else {TENSORRT: lacking}
+    return report + _prove_all(bundle, golden, data, threads, progress, batch_sizes, model, unable)
+
+
+def _prove_all(
+    bundle: bundles.Bundle,
+    golden: Golden,
+    data: Path | None,
+    threads: int | None,
+    progress: Callable[[str], None],
+    batch_sizes: Sequence[int] | None,
+    model: torch.nn.Module | None,
+    unable: dict[str, MissingRequirement],
+) -> Report:
+    """Proves what can be proven here, and says which files of the bundle were not.
+
+    Raises:
+        MissingRequirement: Nothing here runs any of them.
+    """
+    artifacts: dict[str, Any] = {}
+    for name in RUNTIMES.names():
+        runtime: type[Runner] = RUNTIMES.get(name)
+        artifact = subject_of(bundle, runtime, model, None)
+        if artifact is not None and runtime.default and not runtime.accepts(artifact):
+            artifacts[name] = artifact
+            missing = runtime.missing()
+            unable |= {name: missing} if missing is not None and name not in unable else {}
+    names = [name for name in artifacts if name not in unable]
+    report = prove(bundle, golden, names, data, threads, progress, batch_sizes, model, unable)
+    proven = {artifact for name, artifact in artifacts.items() if name not in unable and artifact is not model}
+    if not proven:
+        reasons = "; ".join(f"{name}: {error.what}" for name, error in unable.items())
+        raise MissingRequirement(
+            f"nothing here runs any file of this bundle ({reasons or 'no runtime is for its precision'})",
+            where=bundle.path, fix="evit-deploy doctor says what is missing.",
+        )  # fmt: skip
+    for artifact in dict.fromkeys(artifacts[name] for name in unable):
+        if artifact not in proven:
+            reasons = "; ".join(f"{n}: {error.what}" for n, error in unable.items() if artifacts[n] == artifact)
+            report += Report(notes=(f"{artifact.relative_to(bundle.path)} was not verified here ({reasons}).",))
+    return report
+
+
+def prove(
+    bundle: bundles.Bundle,
+    golden: Golden,
+    runtimes: Sequence[str],
+    data: Path | None = None,
+    threads: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    batch_sizes: Sequence[int] | None = None,
+    model: torch.nn.Module | None = None,
+    unable: dict[str, MissingRequirement] | None = None,
+    server: Served | None = None,
+) -> Report:
+    """Holds the answers of runtimes against the golden ones, and against one another.
+
+    Args:
+        bundle: The bundle.
+        golden: Its golden answers.
+        runtimes: Names in the registry of runtimes.
+        data: See :func:`verify`.
+        threads: CPU threads.
+        progress: Told what is being done.
+        batch_sizes: See :func:`verify`.
+        model: The PyTorch model, for the runtimes that run it.
+        unable: Takes the runtimes that turn out not to run here, and why; without it that is an error.
+        server: The served model, for the runtimes that ask a server.
+
+    Raises:
+        InputError: A runtime has nothing to run in this bundle.
+        MissingRequirement: A runtime is not there, or its processor lacks the precision.
+    """
+    manifest, report = bundle.manifest, Report()
+    folder = folder_of(data, manifest) if data is not None else None
+    answers = {} if folder else {"pytorch fp32": Answers(golden.logits, golden.kept)}
+    for name in runtimes:
+        runtime = RUNTIMES.get(name)
+        artifact = subject_of(bundle, runtime, model, server)
+        if artifact is None:
+            raise InputError(
+                f"this bundle has nothing that {name} runs", where=bundle.path, seen=", ".join(bundle.manifest.files),
+                wanted=" or ".join(runtime.files) or "a PyTorch model",
+            )  # fmt: skip
+        progress(f"verifying on {name}")
+        try:
+            found, answers[name] = verify_runtime(name, artifact, golden, manifest.plan, batch_sizes, threads)
+        except MissingRequirement as error:  # a processor without the type is found out when the file is opened
+            if unable is None:
+                raise
+            unable[name] = error
+            continue
+        report += found
+        dense = artifact_of(bundle, runtime, dense=True)
+        if dense is not None:
+            report += verify_dense(name, dense, golden, threads)
+        if folder is not None:
+            progress(f"accuracy on {name}")
+            found, answers[name] = accuracy(name, artifact, manifest, folder, threads)
+            report += found
+    rows = (agreement_row(one, answers[one], other, answers[other]) for one, other in combinations(answers, 2))
+    return report + Report(agreement=tuple(rows))
+
+
+def verify_precision(golden: Golden) -> Report:
+    """Whether the precision itself leaves the model intact, whoever computes it."""
+    if golden.precision == "fp32":
+        return Report()
+    noise = golden.noise()
+    held = noise <= NOISE_LIMIT
+    reason = (
+        "" if held else "This precision breaks the model. For fp16 try bf16, for int8 and fp8 other calibration images."
+    )
+    return Report(checks=(Check(f"{golden.precision}: error over spread of logits", noise, NOISE_LIMIT, held, reason),))
+
+
+def verify_runtime(
+    name: str,
+    artifact: Any,
+    golden: Golden,
+    plan: TokenPlan,
+    batch_sizes: Sequence[int] | None = None,
+    threads: int | None = None,
+) -> tuple[Report, Answers]:
+    """Holds one runtime's answers against the golden ones, at several batch sizes.
+
+    Args:
+        name: Of the runtime.
+        artifact: What it runs.
+        golden: The answers.
+        plan: The model's plan.
+        batch_sizes: Batches to try; see :func:`verify`.
+        threads: CPU threads.
+
+    Returns:
+        The checks, and the runtime's answers to the golden images.
+
+    Raises:
+        InputError: The runtime cannot run the artifact, or not at one of these batch sizes.
+    """
+    checks, answers, told = [], Answers(golden.logits[:0], {}), True
+    with opened(name, artifact, threads, with_indices=True) as runner:
+        for batch in batch_sizes or default_batches(runner):
+            which = np.arange(max(batch, len(golden.inputs))) % len(golden.inputs)
+            outputs = infer_all(runner, golden.inputs[which], batch)
+            kept = named_patches(outputs, plan)
+            told = bool(kept) or not plan.locations
+            checks += _answer_checks(f"{name}, batch {batch}", golden, which, outputs, plan)
+            checks.append(_place_check(f"{name}, batch {batch}", runner, golden, batch, plan))
+            first = slice(len(golden.inputs))
+            answers = Answers(outputs[LOGITS][first], {block: numbers[first] for block, numbers in kept.items()})
+    note = (
+        f"{name} does not say which patches it keeps, so that only logits were compared; convert --with-indices tells."
+    )
+    return Report(checks=tuple(checks), notes=() if told else (note,)), answers
+
+
+def default_batches(runner: Runner) -> tuple[int, ...]:
+    """Where a runner's batch sizes are to be tried: the ends and the optimum of each of its profiles."""
+    ends = {size for p in runner.profiles for size in (p.minimum, p.optimum, p.maximum)}
+    return tuple(sorted(ends)) or BATCH_SIZES
+
+
+def _answer_checks(label: str, golden: Golden, which: np.ndarray, outputs: Any, plan: TokenPlan) -> list[Check]:
+    found = agreement(golden, which, outputs, plan)
+    told = not np.isnan(found.same)
+    checks = []
+    if told:
+        reason = f"{found.ties:.0%} of the images differ within rounding (ties)" if found.ties else ""
+        reason = f"{found.wrong:.0%} of the images keep other patches than PyTorch" if found.wrong else reason
+        share = f"{found.same + found.ties:.0%}"
+        checks.append(Check(f"{label}: kept patches", share, "100%", found.wrong == 0, reason))
+    compared = []
+    if told and found.same:
+        compared.append(("logits", found.error, found.limit))
+    if not told or found.ties:
+        compared.append(("logits on ties" if told else "logits", found.tie_error, found.tie_limit))
+    for what, error, limit in compared:
+        held = error <= limit
+        reason = "" if held else f"the largest error against FP64 is {error:.2e}, allowed is {limit:.2e}"
+        checks.append(Check(f"{label}: {what}", error, limit, held, reason))
+    if not compared:
+        checks.append(Check(f"{label}: logits", None, None, False, "no image keeps PyTorch's patches"))
+    return checks
+
+
+def _place_check(label: str, runner: Runner, golden: Golden, batch: int, plan: TokenPlan) -> Check:
+    """The same image at every place of a batch has to give the same answer (NVIDIA/TensorRT#4813, #4853)."""
+    worst, limit, moved = 0.0, golden.limit(), 0
+    for image in range(min(2, len(golden.inputs))):
+        outputs = runner.infer(feeds(np.repeat(golden.inputs[image : image + 1], batch, axis=0)))
+        kept = named_patches(outputs, plan)
+        first = {block: np.broadcast_to(numbers[:1], numbers.shape) for block, numbers in kept.items()}
+        same, tie = same_choice(golden, np.full(batch, image), kept, first)
+        moved += int((~same & ~tie).sum())
+        if tie.any() or not kept:
+            limit = max(limit, float(golden.tie_limits()[image]))
+        with np.errstate(invalid="ignore"):
+            moves = np.abs(outputs[LOGITS] - outputs[LOGITS][0])
+        worst = max(worst, float(np.nan_to_num(moves, nan=np.inf).max()))
+    reason = f"its logits move by {worst:.2e} with its place" if worst > limit else ""
+    reason = f"at {moved} places other patches are kept" if moved else reason
+    return Check(f"{label}: same answer at every place", worst, limit, worst <= limit and not moved, reason)
+
+
+def verify_dense(name: str, artifact: Any, golden: Golden, threads: int | None = None) -> Report:
+    """Holds the dense twin against the dense PyTorch model: a wrong twin would make every speed-up worthless."""
+    with opened(name, artifact, threads) as runner:
+        batch = max((p.maximum for p in runner.profiles), default=len(golden.inputs))
+        logits = infer_all(runner, golden.inputs, min(batch, len(golden.inputs)))[LOGITS]
+    error, limit = float(np.abs(logits - golden.dense_reference).max()), golden.dense_limit()
+    held = error <= limit
+    reason = "" if held else "the twin that every speed-up is measured against is not the dense model"
+    return Report(checks=(Check(f"{name}: dense twin's logits", error, limit, held, reason),))

@@ -4,7 +4,6 @@ What a recipe holds is in :mod:`evit_deploy.recipe.recipe`; nothing here knows o
 """
 
 import ast
-import difflib
 import inspect
 import itertools
 import re
@@ -18,7 +17,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from evit_deploy.errors import RecipeError
+from evit_deploy.errors import RecipeError, did_you_mean
 
 _Kind = typing.TypeVar("_Kind", bound=msgspec.Struct)
 
@@ -185,12 +184,11 @@ def _check_keys(document: Mapping[Any, Any], struct: type[msgspec.Struct], place
     known = {field.name: field.type for field in msgspec.structs.fields(struct)}
     for key, value in document.items():
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
             raise RecipeError(
                 f"unknown key {place + str(key)!r}",
                 where=path,
                 wanted="one of " + ", ".join(known),
-                fix=f"Did you mean {place + close[0]!r}?" if close else None,
+                fix=did_you_mean(key, known, prefix=place),
             )
         inner = _struct_in(known[key])
         if inner is not None and isinstance(value, Mapping):

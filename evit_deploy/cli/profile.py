@@ -45,7 +45,7 @@ def command(
     from evit_deploy.errors import GateFailed
     from evit_deploy.profiling.profile import profile, speed_gate
 
-    report = profile(target, tokens=tokens, server=server, progress=output.progress, **options)
+    report = profile(target, tokens=tokens, server=server, **options)
     report += speed_gate(report, min_speedup)
     output.result(report)
     if not report.passed:

@@ -28,7 +28,7 @@ def command(bundle: Path, output: Output, **options: Any) -> None:
     from evit_deploy.errors import GateFailed
     from evit_deploy.verification.verify import verify
 
-    report = verify(bundle, server=server, progress=output.progress, **options)
+    report = verify(bundle, server=server, **options)
     output.result(report, f"\n{'verified' if report.passed else 'NOT verified'}: {bundle}", passed=report.passed)
     if not report.passed:
         first = report.failed[0]

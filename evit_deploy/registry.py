@@ -5,11 +5,10 @@ A third party adds its own either by an entry point (``evit_deploy.methods``, ``
 form.
 """
 
-import difflib
 import importlib.metadata
 from typing import Any
 
-from evit_deploy.errors import InputError
+from evit_deploy.errors import InputError, did_you_mean
 
 
 class Registry:
@@ -60,12 +59,11 @@ class Registry:
             InputError: No such name; the message has the nearest one.
         """
         if name not in self._targets and name not in self.names():
-            close = difflib.get_close_matches(str(name), self.names(), n=1)
             raise InputError(
                 f"unknown {self.kind}",
                 seen=repr(name),
                 wanted="one of " + ", ".join(sorted(self.names())),
-                fix=f"Did you mean {close[0]!r}?" if close else None,
+                fix=did_you_mean(name, self.names()),
             )
         module, attribute = self._targets[name].split(":")
         return getattr(importlib.import_module(module), attribute)

@@ -19,6 +19,7 @@ import msgspec
 from PIL import Image
 
 from evit_deploy.data.images import Preprocess, image_folder
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
@@ -204,7 +205,7 @@ class HuggingFace(_Timm):
             from datasets.exceptions import DatasetsError
         except ImportError:
             raise MissingRequirement(
-                "Hugging Face datasets are read by the package datasets", fix="Run: pip install 'evit-deploy[data]'"
+                "Hugging Face datasets are read by the package datasets", fix=f"Run: {install_line('data')}"
             ) from None
         from timm.data.readers.reader_hfds import ReaderHfds
 

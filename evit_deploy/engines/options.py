@@ -50,7 +50,7 @@ def check_options(target: str, precision: str, options: BuildOptions) -> None:
         choose_plugin(options.plugin)
     if target in BUILDERS:
         require_extra(target)
-    if target == "tensorrt" and (lacking := gpu.missing()) is not None:
+    if target == "tensorrt" and (lacking := gpu.missing_gpu()) is not None:
         raise MissingRequirement(
             f"TensorRT builds on the GPU that will run the engine: {lacking.what}",
             where="--target tensorrt",
@@ -114,4 +114,4 @@ def gpus_of(options: BuildOptions) -> tuple[str, ...]:
 
 def usable(target: str) -> bool:
     """Whether this machine can build and run a target's engine without being told more."""
-    return target in usable_targets() and gpu.missing() is None
+    return target in usable_targets() and gpu.missing_gpu() is None

@@ -35,7 +35,8 @@ RELEASE = "2.14"
 """Of torch and Torch-TensorRT alike: each Torch-TensorRT is compiled against one torch."""
 DISTRIBUTIONS = ("torch-tensorrt", "torch-tensorrt-rtx")
 """Both install the Python package ``torch_tensorrt``; the second lowers to TensorRT-RTX."""
-ENVIRONMENT = 'python -m venv tt-env && tt-env/bin/pip install "evit-deploy[torch-tensorrt]"'
+ENVIRONMENT = 'python -m venv tt-env && tt-env/bin/pip install -e ".[torch-tensorrt]"'
+"""In a checkout."""
 
 
 def require_torch_tensorrt() -> Any:
@@ -58,7 +59,7 @@ def require_torch_tensorrt() -> Any:
     gpu = torch.cuda.is_available()
     if missing:
         what = " and ".join(missing) + (" are" if len(missing) > 1 else " is") + " needed"
-        fix = f"It pins its own torch, so it takes its own environment: {ENVIRONMENT}."
+        fix = f"It pins its own torch, so it takes its own environment; in a checkout: {ENVIRONMENT}."
         raise MissingRequirement(
             what, where=f"target {TARGET}", fix=fix + ("" if gpu else " It also needs a CUDA GPU.")
         )
@@ -75,7 +76,7 @@ def require_torch_tensorrt() -> Any:
         raise MissingRequirement(
             f"Torch-TensorRT is installed and cannot be imported ({_root(error)})",
             where=f"target {TARGET}",
-            fix=f"Make the environment anew: {ENVIRONMENT}.",
+            fix=f"Make the environment anew; in a checkout: {ENVIRONMENT}.",
         ) from error
 
 

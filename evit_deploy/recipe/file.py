@@ -3,7 +3,6 @@
 What a recipe holds is in :mod:`evit_deploy.recipe.recipe`; nothing here knows of it.
 """
 
-import difflib
 import re
 import textwrap
 import typing
@@ -14,7 +13,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from evit_deploy.errors import RecipeError
+from evit_deploy.errors import RecipeError, did_you_mean
 from evit_deploy.recipe.fields import choices_in, field_docs, struct_in
 
 _Kind = typing.TypeVar("_Kind", bound=msgspec.Struct)
@@ -53,7 +52,7 @@ def _refusal(text: str, document: dict[str, Any], kind: type[msgspec.Struct], pa
     value, purpose, choices = _at(place, document, kind)
     if choices:
         wanted = "one of " + ", ".join(choices)
-        fix = nearest(str(value).strip("'"), choices) or purpose
+        fix = did_you_mean(str(value).strip("'"), choices) or purpose
         return RecipeError("this value does not fit", where=where, seen=value, wanted=wanted, fix=fix)
     if what.startswith("Invalid "):  # it has the value in it
         return RecipeError(what, where=where, fix=purpose)
@@ -135,7 +134,7 @@ def _recipes() -> Path:
 def _near_recipe(path: Path) -> str | None:
     """The recipe that came with the package and has the most similar name."""
     names = [name for found in _recipes().rglob("*.yaml") if (name := found.relative_to(_recipes()).as_posix()[:-5])]
-    return nearest(path.as_posix().removeprefix("recipes/").removesuffix(".yaml"), names)
+    return did_you_mean(path.as_posix().removeprefix("recipes/").removesuffix(".yaml"), names)
 
 
 def _read_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -203,12 +202,11 @@ def _check_keys(document: Mapping[Any, Any], struct: type[msgspec.Struct], place
     known = {field.name: field.type for field in msgspec.structs.fields(struct)}
     for key, value in document.items():
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
             raise RecipeError(
                 f"unknown key {place + str(key)!r}",
                 where=path,
                 wanted="one of " + ", ".join(known),
-                fix=f"Did you mean {place + close[0]!r}?" if close else None,
+                fix=did_you_mean(key, known, prefix=place),
             )
         inner = struct_in(known[key])
         if inner is not None and isinstance(value, Mapping):

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import shutil
 import tarfile
 
@@ -15,6 +16,7 @@ from evit_deploy.data import folder as folder_data
 from evit_deploy.data.images import Preprocess
 from evit_deploy.data.sources import Place, _expanded, open_source
 from evit_deploy.data.training_data import open_data
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement, RecipeError
 from evit_deploy.recipe.sections import DataSection
 
@@ -77,7 +79,7 @@ def make_shards(root):
 
 
 def make_dataset(root, split="train"):
-    datasets = pytest.importorskip("datasets", reason="pip install 'evit-deploy[data]'")
+    datasets = pytest.importorskip("datasets", reason=install_line("data"))
     pairs = list(itertools.product(range(3), range(4)))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
     rows = {"image": [{"bytes": png(shade(*pair)), "path": None} for pair in pairs], "label": [a for a, _ in pairs]}
@@ -205,9 +207,9 @@ def test_a_dataset_without_the_column_or_the_split_is_refused(tmp_path):
         open_source(Place(f"hfds/{tmp_path}/none"))
 
 
-def test_a_missing_package_names_the_extra(monkeypatch):
+def test_a_missing_package_names_its_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets.exceptions", None)
-    with pytest.raises(MissingRequirement, match=r"evit-deploy\[data\]"):
+    with pytest.raises(MissingRequirement, match=re.escape(install_line("data"))):
         open_source(Place("hfds/x"))
 
 

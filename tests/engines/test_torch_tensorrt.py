@@ -52,7 +52,7 @@ def test_what_is_missing_is_named_with_the_line_that_helps(monkeypatch, versions
     here(monkeypatch, gpu=True, **versions)
     with pytest.raises(MissingRequirement) as caught:
         target.require_torch_tensorrt()
-    for text in (*named, 'pip install "evit-deploy[torch-tensorrt]"'):
+    for text in (*named, 'pip install -e ".[torch-tensorrt]"'):
         assert text in str(caught.value)
     assert "GPU" not in str(caught.value)
     assert caught.value.exit_code == 3

@@ -9,7 +9,7 @@ import torch
 from evit_deploy.bundle.manifest import BatchProfile
 from evit_deploy.engines import build
 from evit_deploy.engines.options import BuildOptions, flag
-from evit_deploy.environment.requirements import version_of
+from evit_deploy.environment.requirements import install_line, version_of
 from evit_deploy.environment.targets import usable_targets
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.pipeline.lowering import TARGETS, Lowering, lowering
@@ -201,7 +201,7 @@ def test_tensorrt_that_cannot_be_used_here():
         lowering(["tensorrt"])
     if version_of("tensorrt") is None:
         assert "tensorrt is not installed" in str(caught.value)
-        assert str(caught.value).endswith('Run: pip install "evit-deploy[tensorrt]"')
+        assert str(caught.value).endswith(f"Run: {install_line('tensorrt')}")
     else:
         assert "--target tensorrt-rtx --gpu sm80" in str(caught.value)
 

@@ -20,7 +20,7 @@ from evit_deploy.engines.options import BuildOptions
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.engines.rebuild import options_of, slice_engine
 from evit_deploy.engines.rtx_listing import plan_layers
-from evit_deploy.environment import nvidia as gpu
+from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.environment.targets import RTX_GPUS
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.profiling.candidates import Contestant, contestants_of, is_plan
@@ -43,7 +43,7 @@ def engines(converted, tmp_path_factory) -> Bundle:
     pytest.importorskip("tensorrt_rtx")
     folder = tmp_path_factory.mktemp("engines") / "bundle"
     shutil.copytree(converted.path, folder)
-    options = BuildOptions(profiles=(PROFILE,), gpus=() if gpu.compute_capability() in RTX_GPUS else ("sm80",))
+    options = BuildOptions(profiles=(PROFILE,), gpus=() if compute_capability() in RTX_GPUS else ("sm80",))
     built = build_engine(folder / MODEL, folder / ENGINE, "tensorrt-rtx", "fp32", options)
     build_engine(folder / DENSE, folder / TWIN / ENGINE, "tensorrt-rtx", "fp32", options)
     parent = msgspec.structs.replace(converted.manifest.parents[0], source=str(checkpoint_of(converted)))
@@ -281,8 +281,8 @@ def test_options_are_the_engine_s_own(engines):
 @needs_gpu
 @pytest.mark.timeout(900)
 def test_a_real_engine_against_pytorch_on_a_gpu(engines):
-    if gpu.compute_capability() not in RTX_GPUS:
-        pytest.skip(f"TensorRT-RTX does not build for {gpu.compute_capability()}")
+    if compute_capability() not in RTX_GPUS:
+        pytest.skip(f"TensorRT-RTX does not build for {compute_capability()}")
     check_real_profile(profile(engines.file(ENGINE), duration=0.2), "tensorrt-rtx")
 
 
@@ -320,4 +320,4 @@ def check_real_profile(report: Report, name: str) -> None:
         assert found.compute.count >= 100
     assert {r.batch for r in report.blocks} == {2}
     assert report.gpu[0].batch == 1
-    assert report.device["compute_capability"] == gpu.compute_capability()
+    assert report.device["compute_capability"] == compute_capability()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evit_deploy.engines import build
+from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import InputError, MissingRequirement, RecipeError
 from evit_deploy.profiling.sweep import DENSE, Entry, Variant, _measured, sweep
 from evit_deploy.profiling.timing import SETTLE
@@ -81,7 +81,7 @@ def test_the_clock_and_the_pause_are_the_devices_own(monkeypatch, threads, speed
         ("runtimes=[eager:int8]", "RUNTIME:fp32"),
         ("runtimes=[eagre:fp32]", "Did you mean 'eager'"),
         ("models=[resnet50]", "cannot be token-reduced"),
-        ("models=[deit_smal]", "no timm model"),
+        ("models=[deit_smal]", "not a timm model"),
     ],
 )
 def test_what_a_sweep_refuses(override, message):
@@ -102,7 +102,7 @@ def test_a_value_below_a_key_of_ones_own_is_refused_with_its_kind():
 
 @pytest.mark.tensorrt_rtx
 def test_a_sweep_needs_its_runtimes():
-    if build.gpu.compute_capability() is not None:
+    if compute_capability() is not None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(MissingRequirement, match=r"GPU|CUDA"):
         sweep(load_sweep("a100", [*SMALL, "runtimes=[tensorrt-rtx:fp16]"]))

@@ -61,8 +61,8 @@ def profile(
     doing(_LOG, "reading the models")
     with tempfile.TemporaryDirectory(prefix="evit-deploy-") as scratch:
         entry = contestants_of(
-            Path(target), str(target), against, tokens, runtimes, batch_sizes=measure.batch_sizes, scratch=Path(scratch),
-            plugin=plugin, server=server,
+            Path(target), str(target), against, tokens, runtimes, batch_sizes=measure.batch_sizes,
+            scratch=Path(scratch), plugin=plugin, server=server,
         )  # fmt: skip
         if not entry.contestants:
             raise InputError("none of these runtimes runs this", where=target, seen=", ".join(runtimes) or None)

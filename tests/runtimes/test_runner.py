@@ -24,7 +24,8 @@ from evit_deploy.triton.connection import Served
 from tests.support.models import KEEP, images, of_kind, preprocess_for
 from tests.support.triton_server import TritonServer
 
-MARKS = {"torch.compile": [], "openvino": [pytest.mark.openvino], "triton": [pytest.mark.triton], "eager": [], "onnxruntime": []}
+MARKS = {"eager": [], "onnxruntime": [], "torch.compile": []}
+MARKS |= {"openvino": [pytest.mark.openvino], "triton": [pytest.mark.triton]}
 
 
 def each_runtime(**more: list[pytest.MarkDecorator]) -> pytest.MarkDecorator:

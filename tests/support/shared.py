@@ -32,11 +32,13 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     The path never changes, because some of what is written (CMake's builds) knows its own. Processes wait for others;
     what ``make`` raises (a skip, too) leaves nothing, and the next one tries again.
     """
-    path, done = folder() / name, folder() / f"{name}.done"
-    with (folder() / f"{name}.lock").open("w") as lock:
+    path, state = folder() / name, folder() / "state" / name.replace("/", " ")
+    state.parent.mkdir(exist_ok=True)
+    with state.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
+        if state.stat().st_size == 0:
             shutil.rmtree(path, ignore_errors=True)
+            path.parent.mkdir(exist_ok=True)
             make(path)
-            done.touch()
+            lock.write("made")
     return path

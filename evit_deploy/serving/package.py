@@ -41,7 +41,7 @@ from evit_deploy.serving.gates import (
 )
 from evit_deploy.serving.options import PackageOptions, Purpose, TritonOptions
 from evit_deploy.serving.readme import triton_readme
-from evit_deploy.serving.repository import MAX_BATCH, Serving, covered, write_repository
+from evit_deploy.serving.repository import MAX_BATCH, MODEL_FILES, Serving, covered, write_repository
 
 _LOG = logging.getLogger(__name__)
 

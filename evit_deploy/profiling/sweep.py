@@ -18,10 +18,9 @@ import onnx
 import timm
 import torch
 
-from evit_deploy.bundle.manifest import BatchProfile
 from evit_deploy.data.images import Preprocess
 from evit_deploy.engines import build
-from evit_deploy.engines.options import BUILDERS, BuildOptions, check_options
+from evit_deploy.engines.options import BUILDERS, check_options
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import InputError
@@ -32,6 +31,7 @@ from evit_deploy.profiling.candidates import Contestant
 from evit_deploy.profiling.speedup import ratios_to_dense, row_of
 from evit_deploy.profiling.timing import clock_and_settle, clock_of_both, measure
 from evit_deploy.progress import doing
+from evit_deploy.recipe.options import BuildOptions
 from evit_deploy.recipe.recipe import Sweep
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import ProfileRow, Report
@@ -128,7 +128,7 @@ def _pair(text: str, batch: int) -> tuple[str, str]:
 
 
 def _options(batch: int) -> BuildOptions:
-    return BuildOptions(profiles=(BatchProfile(batch, batch, batch),))
+    return BuildOptions(batches=((batch, batch, batch),))
 
 
 def _variants(name: str, recipe: Sweep) -> Iterator[Variant]:

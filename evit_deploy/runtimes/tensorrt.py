@@ -15,13 +15,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 
-from evit_deploy.bundle.manifest import BatchProfile, TensorSpec, choose_profile
+from evit_deploy.bundle.manifest import TensorSpec, choose_profile
 from evit_deploy.engines.layers import Layer, parse_layers
 from evit_deploy.engines.plan_file import MODULES, misfit, read_header
 from evit_deploy.engines.plugin.library import load_plugin
 from evit_deploy.environment.nvidia import compute_capability, missing_gpu
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, StageError
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.runtimes.runner import Runner, Timings
 from evit_deploy.runtimes.tensorrt_lane import Lane, torch_dtype
 

@@ -5,7 +5,7 @@ Selection: the K highest scores in descending order, the lowest index first on t
 sum of score · row over the rest, not normalised, in FP32. The main attention is never read out: scores have their own
 row of the attention map, so that fused attention kernels stay fused.
 
-Other bodies of the same op (NumPy oracle, CUDA) are held to the same table of cases: ``tests/cases.py``.
+Other bodies of the same op (NumPy oracle, CUDA) are held to the same table of cases: ``tests/support/cases.py``.
 """
 
 from typing import TYPE_CHECKING

@@ -24,7 +24,8 @@ from op_checks import (
 )
 
 from evit_deploy.errors import InputError
-from evit_deploy.tokens.op import DOMAIN, DOMAIN_VERSION, NAME, class_scores, onnx_function, select, token_reorg
+from evit_deploy.tokens.evit import class_scores
+from evit_deploy.tokens.op import DOMAIN, DOMAIN_VERSION, NAME, onnx_function, select, token_reorg
 
 OPSET = 23
 ONNX = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}

@@ -26,7 +26,8 @@ from evit_deploy.runtimes.openvino import OpenVINORunner
 from evit_deploy.tokens.op import DOMAIN, NAME
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
-from evit_deploy.verification.golden import FLOOR, _replayed, make_golden
+from evit_deploy.verification.golden import _replayed, make_golden
+from evit_deploy.verification.tolerances import FLOOR
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 NUMPY = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}

@@ -42,12 +42,9 @@ def command(
     """
     server = server_of(options)
     tokens = tokens_of(keep_rate, locations, fuse, method)
-    from evit_deploy.errors import GateFailed
     from evit_deploy.profiling.profile import profile, speed_gate
 
     report = profile(target, tokens=tokens, server=server, progress=output.progress, **options)
     report += speed_gate(report, min_speedup)
     output.result(report)
-    if not report.passed:
-        first = report.failed[0]
-        raise GateFailed(first.name, where=target, seen=first.value, wanted=first.limit, fix=first.reason)
+    report.raise_if_failed("{name}", where=target)

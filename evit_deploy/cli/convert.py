@@ -84,14 +84,11 @@ def command(
         indices=with_indices,
         out=out,
         force=force,
-        progress=output.progress,
-        notice=output.notice,
         **options,
     )
     if not output.as_json:
-        if not output.quiet:
-            click.echo(f"{bundle.manifest.plan}\n")
         # What was assumed has been told when it mattered; what remains are the verdicts.
         verdicts = tuple(note for note in report.notes if note not in bundle.manifest.notes)
         report = msgspec.structs.replace(report, notes=verdicts)
-    output.result(report, f"\n{bundle.path}", bundle=str(bundle.path), plan=bundle.manifest.plan)
+    first = f"{bundle.manifest.plan}\n"
+    output.result(report, f"\n{bundle.path}", first=first, bundle=str(bundle.path), plan=bundle.manifest.plan)

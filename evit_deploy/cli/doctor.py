@@ -28,7 +28,7 @@ def command(output: Output) -> None:
             f"msgspec cannot be used: {error}", fix="Run: pip install --force-reinstall msgspec"
         ) from error
 
-    diagnosis = doctor(output.progress)
+    diagnosis = doctor()
     output.result(diagnosis if output.as_json else None, _text(diagnosis), usable=not diagnosis.broken)
     if diagnosis.broken:
         first = diagnosis.broken[0]

@@ -1,8 +1,11 @@
-"""What a command says and where: the result on stdout, everything else on stderr."""
+"""What a command prints and where: the result on stdout, everything else on stderr, through one live display."""
 
 import contextlib
 import functools
+import logging
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +18,10 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ``--debug`` itself is read by :func:`evit_deploy.cli.run`, which prints the traceback.
     """
 
-    @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout and nothing else.")
-    @click.option("-v", "--verbose", is_flag=True, help="Say what is being done, also without a terminal.")
-    @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
-    @click.option("--debug", is_flag=True, help="With traceback.")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
+    @click.option("-v", "--verbose", is_flag=True, help="Print every step as a line, also without a terminal.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+    @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
     @functools.wraps(function)
     def wrapped(*args: Any, as_json: bool, verbose: bool, quiet: bool, debug: bool, **options: Any) -> Any:
         with Output(as_json, verbose, quiet) as output:
@@ -31,56 +34,80 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-class Output:
-    """stdout carries the result, stderr carries progress and notices.
+class Output(logging.Handler):
+    """Prints results on stdout, and on stderr what the library logs: a context manager around a command.
+
+    On a terminal, progress is one live line (stage k of n, elapsed time; in training images/s, loss and time left);
+    messages appear above it. Elsewhere (a pipe, ``TERM=dumb``) progress is left out unless ``verbose``. Of several
+    processes that train together only the first one prints.
 
     Args:
         as_json: Whether the result is to be JSON.
-        verbose: Whether progress is told without a terminal too.
-        quiet: Whether notices are left out.
+        verbose: Whether to print every record as a line instead of the live display.
+        quiet: Whether to print nothing but errors.
     """
 
     def __init__(self, as_json: bool = False, verbose: bool = False, quiet: bool = False) -> None:
-        self.as_json, self.verbose, self.quiet = as_json, verbose, quiet
+        super().__init__()
+        self.as_json, self.verbose = as_json, verbose
+        self.quiet = quiet or os.environ.get("RANK", "0") != "0"
         self.printed = False
-        self._status: Any = None
+        dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+        self._live = sys.stderr.isatty() and not (self.quiet or verbose or dumb)
+        self._display: _Display | None = None
 
     def __enter__(self) -> "Output":
-        if sys.stderr.isatty() and not self.quiet and not self.verbose:
-            with contextlib.suppress(ImportError):  # `doctor` has to say that rich is missing
-                from rich.console import Console
-
-                self._status = Console(stderr=True).status("starting")
-                self._status.start()
+        log = logging.getLogger("evit_deploy")
+        self._level = log.level
+        log.setLevel(logging.DEBUG if self._live or self.verbose else logging.INFO)
+        log.addHandler(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._status is not None:
-            self._status.stop()
+        log = logging.getLogger("evit_deploy")
+        log.removeHandler(self)
+        log.setLevel(self._level)
+        self._stop()
 
-    def progress(self, text: str) -> None:
-        """What is being done now."""
-        if self._status is not None:
-            self._status.update(text)
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows one record of the library's logger."""
+        progress = getattr(record, "progress", None)
+        if self.quiet and record.levelno < logging.ERROR:
+            return
+        if progress is None and record.levelno >= logging.INFO:
+            self._message(record.getMessage())
         elif self.verbose:
+            stage = f"[{progress.stage}/{progress.stages}] " if progress is not None and progress.stage else ""
+            self._message(stage + record.getMessage())
+        elif self._live and progress is not None:
+            if self._display is None:
+                with contextlib.suppress(ImportError):  # `doctor` has to report that rich is missing
+                    self._display = _Display()
+            if self._display is not None:
+                self._display.show(record.getMessage(), progress)
+
+    def _message(self, text: str) -> None:
+        if self._display is not None:
+            self._display.message(text)
+        else:
             click.echo(text, err=True)
 
-    def notice(self, text: str) -> None:
-        """What the user should know."""
-        if not self.quiet:
-            click.echo(text, err=True)
+    def _stop(self) -> None:
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
+        self._live = False
 
-    def result(self, report: Any, text: str | None = None, **extra: Any) -> None:
-        """Prints the result.
+    def result(self, report: Any, text: str | None = None, *, first: str | None = None, **extra: Any) -> None:
+        """Ends the live display and prints the result.
 
         Args:
             report: A Report; for JSON anything msgspec can encode, ``None`` for nothing but the text.
             text: What a person reads last.
+            first: What a person reads first, unless quiet.
             extra: More keys for the JSON document.
         """
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        self._stop()
         self.printed = True
         if self.as_json:
             import msgspec
@@ -89,6 +116,8 @@ class Output:
             document = document if isinstance(document, dict) else {"items": document}
             click.echo(msgspec.json.format(msgspec.json.encode(extra | document), indent=2).decode())
             return
+        if first and not self.quiet:
+            click.echo(first)
         if report is not None:
             from rich.console import Console
 
@@ -100,3 +129,46 @@ class Output:
                 render(report, Console(width=width))
         if text:
             click.echo(text)
+
+
+class _Display:
+    """One live line on a terminal, with messages above it."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.table import Column
+
+        self._console = Console(stderr=True, highlight=False)
+        text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        stage, figures = TextColumn("{task.fields[stage]}", markup=False), TextColumn("{task.fields[figures]}")
+        columns = (SpinnerColumn(), stage, text, figures, TimeElapsedColumn())
+        self._progress = Progress(*columns, console=self._console, transient=True)
+        self._task = self._progress.add_task("", total=None, stage="", figures="")
+        self._stage, self._counted = "", 0
+        self._progress.start()
+
+    def show(self, text: str, progress: Any) -> None:
+        stage = f"{progress.stage}/{progress.stages}" if progress.stage else ""
+        self._progress.update(self._task, description=text, stage=stage, figures=self._figures(progress))
+
+    def _figures(self, progress: Any) -> str:
+        if progress.total is None:
+            self._counted = 0
+            return ""
+        if progress.done <= self._counted or not self._counted:  # another count of steps begins
+            self._since, self._first = time.monotonic(), progress.done
+        self._counted = progress.done
+        parts = [f"{value:.4g} {name.replace('_per_', '/')}" for name, value in progress.figures.items()]
+        if progress.done > self._first:
+            left = (time.monotonic() - self._since) / (progress.done - self._first) * (progress.total - progress.done)
+            minutes, seconds = divmod(round(left), 60)
+            parts.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
+        return ", ".join(parts)
+
+    def message(self, text: str) -> None:
+        # Lines break between words only; a path that is longer than the terminal stays whole, to be copied.
+        self._console.print(text, markup=False, overflow="ignore", crop=False)
+
+    def stop(self) -> None:
+        self._progress.stop()

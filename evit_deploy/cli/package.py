@@ -58,5 +58,5 @@ def command(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     triton = TritonOptions(**given) if given else None  # type: ignore[arg-type]
-    place, made = package(bundle, target, triton=triton, progress=output.progress, notice=output.notice, **options)
+    place, made = package(bundle, target, triton=triton, **options)
     output.result(made if output.as_json else None, str(place), path=str(place))

@@ -37,7 +37,7 @@ def build(tensorrt_root: Path | None, architectures: str | None, out: Path | Non
     from evit_deploy.files import sha256
 
     names = architectures.split(",") if architectures is not None else ()
-    folder = build_plugin(out, tensorrt_root=tensorrt_root, architectures=names, progress=output.progress)
+    folder = build_plugin(out, tensorrt_root=tensorrt_root, architectures=names)
     hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.so"))}
     output.result({"folder": str(folder), "files": hashes} if output.as_json else None, str(folder / LIBRARY))
 
@@ -55,6 +55,6 @@ def check(library: Path | None, output: Output) -> None:
     """
     from evit_deploy.engines.plugin.build import check_plugin
 
-    report = check_plugin(library, output.progress)
+    report = check_plugin(library)
     output.result(report, passed=report.passed)
     report.raise_if_failed("the library cannot be used: {name}", where=library)

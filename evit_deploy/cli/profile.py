@@ -44,7 +44,7 @@ def command(
     tokens = tokens_of(keep_rate, locations, fuse, method)
     from evit_deploy.profiling.profile import profile, speed_gate
 
-    report = profile(target, tokens=tokens, server=server, progress=output.progress, **options)
+    report = profile(target, tokens=tokens, server=server, **options)
     report += speed_gate(report, min_speedup)
     output.result(report)
     report.raise_if_failed("{name}", where=target)

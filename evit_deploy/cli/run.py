@@ -23,13 +23,12 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: b
     if is_sweep(recipe):
         from evit_deploy.profiling.sweep import sweep
 
-        output.result(sweep(load_sweep(recipe, overrides), progress=output.progress))
+        output.result(sweep(load_sweep(recipe, overrides)))
         return
     loaded = load_recipe(recipe, overrides)
     from evit_deploy.pipeline.run import run
 
     folder = out or Path("runs") / loaded.name
-    bundle, report = run(loaded, folder, force=force, progress=output.progress, notice=output.notice)
-    if not output.as_json and not output.quiet:
-        click.echo(f"{bundle.manifest.plan}\n")
-    output.result(report, f"\n{bundle.path}", bundle=str(bundle.path), plan=bundle.manifest.plan)
+    bundle, report = run(loaded, folder, force=force)
+    first = f"{bundle.manifest.plan}\n"
+    output.result(report, f"\n{bundle.path}", first=first, bundle=str(bundle.path), plan=bundle.manifest.plan)

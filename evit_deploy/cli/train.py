@@ -32,7 +32,7 @@ def command(
     from evit_deploy.training.loop import EVIT
 
     folder = out or Path("runs") / loaded.name
-    report = train_stage(loaded, folder, force=force, resume=resume, progress=output.progress, notice=output.notice)
+    report = train_stage(loaded, folder, force=force, resume=resume)
     if int(os.environ.get("RANK", "0")):  # one of several processes: the first one speaks
         return
     output.result(report, f"\n{folder / EVIT}", checkpoint=str(folder / EVIT))

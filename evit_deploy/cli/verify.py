@@ -27,6 +27,6 @@ def command(bundle: Path, output: Output, **options: Any) -> None:
     server = server_of(options)
     from evit_deploy.verification.verify import verify
 
-    report = verify(bundle, server=server, progress=output.progress, **options)
+    report = verify(bundle, server=server, **options)
     output.result(report, f"\n{'verified' if report.passed else 'NOT verified'}: {bundle}", passed=report.passed)
     report.raise_if_failed(where=bundle)

@@ -1,5 +1,6 @@
 """Training and validation images on disk: varied, mixed, and counted where they cannot be read."""
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from evit_deploy.data.token_labels import CropAndFlip, FollowedTransform, TokenL
 from evit_deploy.errors import InputError, RecipeError
 from evit_deploy.recipe.sections import DataSection
 
-Tell = Callable[[str], None]
+_LOG = logging.getLogger(__name__)
 
 
 class FolderData:
@@ -40,22 +41,22 @@ class FolderData:
     :mod:`evit_deploy.data.sources` for where the images may lie.
     """
 
-    def __init__(self, section: DataSection, preprocess: Preprocess, notice: Tell | None = None) -> None:
+    def __init__(self, section: DataSection, preprocess: Preprocess) -> None:
         self._section, self.preprocess = section, preprocess
         self._train = open_source(self._place("train"))
         self.classes = self._train.classes
         self._validation = open_source(self._place("validation"), self.classes)
         present = self._validation.present()
         missing = [name for i, name in enumerate(self.classes) if i not in present]
-        if missing and notice is not None:
+        if missing:
             named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            notice(f"data.validation has no images of {len(missing)} of the {len(self.classes)} classes: {named}")
+            _LOG.warning(f"data.validation has no images of {len(missing)} of the {len(self.classes)} classes: {named}")
         self._maps = self._token_labels()
         if section.cache is not None:
             self._train = cached(self._train, Path(section.cache), section.cache_size, section.workers)
         self._unreadable = {
-            "train": Unreadable("data.train", len(self._train), section.max_corrupt, notice),
-            "validation": Unreadable("data.validation", len(self._validation), section.max_corrupt, notice),
+            "train": Unreadable("data.train", len(self._train), section.max_corrupt),
+            "validation": Unreadable("data.validation", len(self._validation), section.max_corrupt),
         }
         self._transform: Any = create_transform(
             (3, *preprocess.size),
@@ -170,12 +171,11 @@ class Unreadable:
         where: What they belong to, for messages.
         images: How many images there are.
         limit: How many may be unreadable: below 1 a share of all, from 1 on a number.
-        notice: Told of the first one.
     """
 
-    def __init__(self, where: str, images: int, limit: float, notice: Tell | None = None) -> None:
+    def __init__(self, where: str, images: int, limit: float) -> None:
         self.found: dict[int, str] = {}
-        self._where, self._images, self._notice = where, images, notice
+        self._where, self._images = where, images
         self._allowed = int(limit * images) if limit < 1 else int(limit)
 
     def add(self, unreadable: dict[int, str]) -> None:
@@ -188,8 +188,8 @@ class Unreadable:
         self.found |= unreadable
         if len(self.found) > self._allowed:
             raise self.error()
-        if new and len(new) == len(self.found) and self._notice is not None:
-            self._notice(f"{self._where}: left out, and so are others up to {self._allowed}: {unreadable[min(new)]}")
+        if new and len(new) == len(self.found):
+            _LOG.warning(f"{self._where}: left out, and so are others up to {self._allowed}: {unreadable[min(new)]}")
 
     def error(self) -> InputError:
         """What to raise when too many are unreadable."""

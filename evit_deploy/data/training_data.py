@@ -18,8 +18,6 @@ from evit_deploy.data.sampling import Batch
 from evit_deploy.data.wild_digits import WildDigitsData
 from evit_deploy.recipe.sections import DataSection
 
-Tell = Callable[[str], None]
-
 
 class TrainingData(Protocol):
     """Labelled images to train and to evaluate on."""
@@ -71,13 +69,12 @@ class TrainingData(Protocol):
         ...
 
 
-def open_data(section: DataSection, preprocess: Preprocess, notice: Tell | None = None) -> TrainingData:
+def open_data(section: DataSection, preprocess: Preprocess) -> TrainingData:
     """Opens what a recipe's ``data`` section names.
 
     Args:
         section: The section.
         preprocess: The model's preprocessing; the digits use its size only.
-        notice: Told what the user should know, such as images that cannot be read.
 
     Raises:
         RecipeError: A folder is not given.
@@ -88,7 +85,7 @@ def open_data(section: DataSection, preprocess: Preprocess, notice: Tell | None 
         return DigitsData(section, preprocess)
     if section.name == "digits-in-the-wild":
         return WildDigitsData(section, preprocess)
-    return FolderData(section, preprocess, notice)
+    return FolderData(section, preprocess)
 
 
 def curriculum_of(data: TrainingData) -> Curriculum | None:

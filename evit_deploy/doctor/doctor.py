@@ -1,10 +1,10 @@
 """What is installed here, whether it loads, and what can be made and run with it, each with the line that mends it."""
 
+import logging
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -15,7 +15,10 @@ from evit_deploy.environment.nvidia import Nvidia, nvidia
 from evit_deploy.environment.requirements import EXTRAS, REQUIRED, fits, install_line, lacking, version_of
 from evit_deploy.environment.targets import Target, targets
 from evit_deploy.errors import MissingRequirement
+from evit_deploy.progress import doing
 from evit_deploy.registry import RUNTIMES
+
+_LOG = logging.getLogger(__name__)
 
 PYTHON = (3, 11)
 
@@ -80,13 +83,12 @@ class Diagnosis(msgspec.Struct, frozen=True):
         return [finding for finding in self.findings if finding.needed and not finding.usable]
 
 
-def doctor(progress: Callable[[str], None] = lambda text: None) -> Diagnosis:
+def doctor() -> Diagnosis:
     """Looks at Python, packages, extras, GPU, plugin tools, runtimes and targets.
 
     Args:
-        progress: Told what is being done.
     """
-    progress("loading what is installed")
+    doing(_LOG, "loading what is installed")
     driver = nvidia()
     with ThreadPoolExecutor() as pool:  # one process imports PyTorch, the other everything that does without
         slow = pool.submit(ask, _jobs_with_torch())

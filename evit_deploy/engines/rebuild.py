@@ -1,6 +1,6 @@
 """Engines to compare a bundle's engine with, built as that was built: its slice twin, and its other body."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 import msgspec
@@ -15,17 +15,17 @@ from evit_deploy.environment import nvidia as gpu
 from evit_deploy.errors import EvitDeployError
 from evit_deploy.export.card import load_onnx
 from evit_deploy.export.variants import reorganizations, slice_twin
+from evit_deploy.progress import doing
+
+_LOG = logging.getLogger(__name__)
 
 
-def slice_engine(
-    bundle: bundles.Bundle, scratch: Path, progress: Callable[[str], None] = lambda text: None
-) -> tuple[Path | None, str]:
+def slice_engine(bundle: bundles.Bundle, scratch: Path) -> tuple[Path | None, str]:
     """Builds the slice twin of a bundle's engine, as the engine itself was built.
 
     Args:
         bundle: The bundle.
         scratch: Folder for the twin.
-        progress: Told what is being done.
 
     Returns:
         The twin's plan and an empty text, or ``None`` and why there is none (nothing to say where nothing is reduced).
@@ -35,14 +35,13 @@ def slice_engine(
         return None, ""
     model = scratch / "slice.onnx"
     onnx.save(slice_twin(proto), model)
-    return _built_likewise(bundle, "slice", model, scratch, None, progress)
+    return _built_likewise(bundle, "slice", model, scratch, None)
 
 
 def other_body(
     bundle: bundles.Bundle,
     scratch: Path,
     plugin: Path | str | None,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Path | None, str]:
     """Builds a bundle's engine once more: without its plugin, or, where it has none, with the one that is given.
 
@@ -50,7 +49,6 @@ def other_body(
         bundle: The bundle.
         scratch: Folder for the engine.
         plugin: Library to build with, or ``auto``; not for an engine that has a plugin.
-        progress: Told what is being done.
 
     Returns:
         Its plan, ``body.plan`` or ``plugin.plan``, and an empty text; or ``None`` and why there is none (nothing to
@@ -66,7 +64,7 @@ def other_body(
     variant = "body" if engine.plugin is not None else "plugin"
     if library is not None and (lacking := provide_plugin(None, library)) is not None:
         raise lacking
-    return _built_likewise(bundle, variant, bundle.file(MODEL), scratch, library, progress)
+    return _built_likewise(bundle, variant, bundle.file(MODEL), scratch, library)
 
 
 def _built_likewise(
@@ -75,7 +73,6 @@ def _built_likewise(
     model: Path,
     scratch: Path,
     plugin: Path | None,
-    progress: Callable[[str], None],
 ) -> tuple[Path | None, str]:
     """Another model's engine, built as the bundle's own was."""
     engine = bundle.manifest.engine
@@ -85,7 +82,7 @@ def _built_likewise(
     if not usable(engine.target):
         return None, f"{engine.target} cannot build its {variant} twin here (evit-deploy doctor says what is missing)"
     plan = scratch / f"{variant}.plan"
-    progress(f"building the {variant} twin's engine with {engine.target}")
+    doing(_LOG, f"building the {variant} twin's engine with {engine.target}")
     options = msgspec.structs.replace(options_of(engine), plugin=plugin)
     try:
         build.build_engine(model, plan, engine.target, engine.precision, options)

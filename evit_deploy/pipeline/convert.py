@@ -1,7 +1,8 @@
 """The one-shot: checkpoint in, verified and measured bundle out."""
 
+import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,12 +25,15 @@ from evit_deploy.profiling.batch_sizes import sizes_within
 from evit_deploy.profiling.candidates import bundle_contestants
 from evit_deploy.profiling.profile import speed_gate
 from evit_deploy.profiling.timing import measure_all
+from evit_deploy.progress import doing
 from evit_deploy.report.report import Report
 from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.verification.golden import Golden, make_golden
 from evit_deploy.verification.verify import prove, verify_precision
+
+_LOG = logging.getLogger(__name__)
 
 GOLDEN_IMAGES = 8
 CALIBRATION_IMAGES, FEW_IMAGES = 512, 32
@@ -58,8 +62,6 @@ def convert(
     batch_sizes: Sequence[int] = PROFILE_BATCHES,
     duration: float = PROFILE_SECONDS,
     recipe: dict[str, Any] | None = None,
-    progress: Callable[[str], None] = lambda text: None,
-    notice: Callable[[str], None] = lambda text: None,
 ) -> tuple[Bundle, Report]:
     """Reduces, exports, verifies and profiles a checkpoint, and writes the bundle.
 
@@ -82,8 +84,6 @@ def convert(
         batch_sizes: Batches to profile.
         duration: Seconds for each of them.
         recipe: The recipe this is part of, for the record.
-        progress: Told what is being done.
-        notice: Told what the user should know (assumptions, costs).
 
     Returns:
         The bundle on disk and the report.
@@ -98,7 +98,7 @@ def convert(
     if data is not None:
         image_folder(data, Preprocess((224, 224)))  # a wrong folder is told before the work, not after it
     calibration_notes = _calibration_notes(calibration)
-    progress("reading the checkpoint")
+    doing(_LOG, "reading the checkpoint")
     checkpoint = read_checkpoint(source, model)
     spec, notes = tokens.resolve(checkpoint) if isinstance(tokens, Tokens) else (tokens, [])
     notes = checkpoint.notes + notes + calibration_notes
@@ -110,7 +110,7 @@ def convert(
     preprocess = preprocess_of(checkpoint, reduced)
     notes += _training_notes(checkpoint, spec)
     for note in notes:
-        notice(note)
+        _LOG.warning(note)
 
     classes = getattr(reduced, "num_classes", 0) or getattr(reduced, "num_features", 0)
     outputs = (TensorSpec(LOGITS, "float32", (None, int(classes))),)
@@ -137,10 +137,10 @@ def convert(
     )
     report = Report(notes=tuple(notes), versions=versions(), device=device())
     with Staging(out, force=force) as staging:
-        golden, manifest, checks = _write_files(reduced, manifest, made, calibration, staging.path, progress)
+        golden, manifest, checks = _write_files(reduced, manifest, made, calibration, staging.path)
         report += checks
         bundles.write_manifest(staging.path, manifest)
-        report += prove(bundles.read_bundle(staging.path), golden, made.runtimes, data, threads, progress)
+        report += prove(bundles.read_bundle(staging.path), golden, made.runtimes, data, threads)
         if report.passed:
             contestants = bundle_contestants(bundles.read_bundle(staging.path), made.runtimes)
             sizes = sizes_within(made.options.profiles if made.plan_target else (), batch_sizes)
@@ -151,10 +151,9 @@ def convert(
                 threads=threads,
                 duration=duration,
                 minimum_rounds=PROFILE_ROUNDS,
-                progress=progress,
             )
             report += speed_gate(report, min_speedup)
-        progress("writing the bundle")
+        doing(_LOG, "writing the bundle")
         (staging.path / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
         bundles.write_manifest(staging.path, msgspec.structs.replace(manifest, results=_results(report)))
         if report.passed:
@@ -170,25 +169,24 @@ def _write_files(
     made: Lowering,
     calibration: Path | np.ndarray | None,
     staging: Path,
-    progress: Callable[[str], None],
 ) -> tuple[Golden, Manifest, Report]:
     """Writes the model and its dense twin in every form, and what PyTorch says to the golden inputs."""
     dense, preprocess = dense_twin(reduced), manifest.preprocess
     channels = backbone_of(reduced).channels(reduced)
     if isinstance(calibration, Path):
-        progress("reading calibration images")
+        doing(_LOG, "reading calibration images")
         calibration = calibration_images(calibration, preprocess, channels, CALIBRATION_IMAGES)
-    models = write_models(reduced, dense, made, manifest.model, preprocess, calibration, staging, progress)
-    progress("asking PyTorch for golden answers")
+    models = write_models(reduced, dense, made, manifest.model, preprocess, calibration, staging)
+    doing(_LOG, "asking PyTorch for golden answers")
     inputs = sample_inputs(preprocess, GOLDEN_IMAGES, channels)
     golden = make_golden(reduced, dense, inputs, made.precision, models if made.precision in QUANTIZED else None)
     golden.save(staging / GOLDEN)
     report = verify_precision(golden)
     if "openvino" in made.targets:
-        progress("writing the OpenVINO files")
+        doing(_LOG, "writing the OpenVINO files")
         write_openvino(staging)
     if made.plan_target is not None and report.passed:
-        progress(f"building the engines with {made.plan_target}")
+        doing(_LOG, f"building the engines with {made.plan_target}")
         engine, checks = write_engines(reduced, dense, made, manifest.plan, staging)
         manifest = msgspec.structs.replace(manifest, engine=engine)
         report += checks

@@ -1,6 +1,7 @@
 """What ``convert`` makes of a reduced model: the ONNX file, the OpenVINO files, the engine, and the twin of each."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import PRECISIONS, QUANTIZED, set_precision
 from evit_deploy.export.variants import with_indices
+from evit_deploy.progress import doing
 from evit_deploy.report.report import Report
 from evit_deploy.tokens.plan import TokenPlan
+
+_LOG = logging.getLogger(__name__)
 
 PLAN_TARGETS = ("tensorrt", "tensorrt-rtx", "torch-tensorrt")
 TARGETS = ("onnx", "openvino", *PLAN_TARGETS)
@@ -158,7 +162,6 @@ def write_models(
     preprocess: Preprocess,
     calibration: np.ndarray | None,
     staging: Path,
-    progress: Callable[[str], None],
 ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """Exports a model and its dense twin, sets their precision and writes both.
 
@@ -170,7 +173,6 @@ def write_models(
         preprocess: From image file to input tensor.
         calibration: Images for ``int8`` and ``fp8``.
         staging: Folder of the bundle in the making.
-        progress: Told what is being done.
 
     Returns:
         The two files' content, without index outputs.
@@ -178,10 +180,10 @@ def write_models(
     protos = []
     (staging / DENSE).parent.mkdir()
     for model, file, label in ((reduced, MODEL, "to ONNX"), (dense, DENSE, "the dense twin")):
-        progress(f"exporting {label}")
+        doing(_LOG, f"exporting {label}")
         proto = export_onnx(model, name=name, preprocess=preprocess)
         if made.precision != "fp32":
-            progress(f"setting {made.precision}")
+            doing(_LOG, f"setting {made.precision}")
             proto = set_precision(proto, made.precision, base=made.base, calibration=calibration)
         onnx.save(with_indices(proto) if made.indices else proto, staging / file)
         protos.append(proto)

@@ -6,7 +6,7 @@ that broke off is taken up at the stage that it broke.
 """
 
 import hashlib
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,19 @@ from evit_deploy.bundle.bundle import Bundle, read_bundle
 from evit_deploy.bundle.manifest import MODEL, REPORT
 from evit_deploy.errors import InputError
 from evit_deploy.files import sha256, write_atomically
+from evit_deploy.progress import doing
 from evit_deploy.recipe.recipe import Recipe
 from evit_deploy.recipe.sections import ModelSection
 from evit_deploy.report.report import AccuracyRow, Check, Difference, Report
 from evit_deploy.report.statistics import accuracy_row
+
+_LOG = logging.getLogger(__name__)
 
 BUNDLE, RECORD = "bundle", "stages.json"
 _DIGITS_NOTE = (
     "The digits cannot tell attentive from random dropping: one image is 0.28 points, and differences between the "
     "rows of less than one point mean nothing. They show that every stage works, not that the score picks well."
 )
-
-Tell = Callable[[str], None]
 
 
 class Record(msgspec.Struct):
@@ -51,8 +52,6 @@ def run(
     out: Path,
     *,
     force: bool = False,
-    progress: Tell = lambda text: None,
-    notice: Tell = lambda text: None,
 ) -> tuple[Bundle, Report]:
     """Runs a recipe.
 
@@ -60,8 +59,6 @@ def run(
         recipe: What to do.
         out: Folder for checkpoints and the bundle.
         force: Whether to run stages that are up to date too.
-        progress: Told what is being done.
-        notice: Told what the user should know.
 
     Returns:
         The bundle in ``<out>/bundle`` and the report of all stages.
@@ -74,7 +71,7 @@ def run(
     from evit_deploy.training.loop import EVIT
 
     _check_convert(recipe)
-    report = train_stage(recipe, out, force=force, progress=progress, notice=notice)
+    report = train_stage(recipe, out, force=force)
     checkpoint = out / EVIT
     bundle = None if force else _fresh_bundle(recipe, out / BUNDLE, checkpoint)
     if bundle is None:
@@ -93,13 +90,11 @@ def run(
             batch_sizes=recipe.profile.batch_sizes,
             duration=recipe.profile.duration,
             recipe=_as_json(recipe),
-            progress=progress,
-            notice=notice,
         )
     else:
-        notice(f"up to date: {bundle.path}")
+        _LOG.info(f"up to date: {bundle.path}")
         found = msgspec.json.decode(bundle.file(REPORT).read_bytes(), type=Report)
-    progress("accuracy of the exported model")
+    doing(_LOG, "accuracy of the exported model")
     report += found + Report(accuracy=(_exported_accuracy(recipe, bundle),))
     return bundle, report
 
@@ -142,8 +137,6 @@ def train_stage(
     *,
     force: bool = False,
     resume: bool = False,
-    progress: Tell = lambda text: None,
-    notice: Tell = lambda text: None,
 ) -> Report:
     """Trains as a recipe says, starting from the dense weights of an earlier run where they are up to date.
 
@@ -152,8 +145,6 @@ def train_stage(
         out: Folder for ``dense.safetensors`` and ``evit.safetensors``.
         force: Whether to train again what is up to date, and to replace checkpoints of unknown origin.
         resume: Whether to go on from where a run of the same recipe was interrupted.
-        progress: Told what is being done.
-        notice: Told what the user should know.
 
     Returns:
         The comparison table, and the checks that the recipe's ``expect`` section asks for.
@@ -173,7 +164,7 @@ def train_stage(
     evit_key = _key(dense_key, recipe.tokens, recipe.finetune, recipe.teacher, recipe.compare)
     record = records.get("evit")
     if _fresh(record, evit_key, out):
-        notice(f"up to date: {out / EVIT}")
+        _LOG.info(f"up to date: {out / EVIT}")
         assert record is not None
         return _expected(recipe, record.report, out)
     if not force and not resume:
@@ -181,7 +172,7 @@ def train_stage(
     todo = recipe
     begun = resume and state_path(out, "dense").exists()  # the finetune.state beside it is of the whole recipe
     if recipe.dense is not None and not begun and _fresh(records.get("dense"), dense_key, out):
-        notice(f"up to date: {out / DENSE}")
+        _LOG.info(f"up to date: {out / DENSE}")
         todo = msgspec.structs.replace(recipe, dense=None, model=ModelSection(checkpoint=str(out / DENSE)))
     if force:
         for stage in ("dense", "finetune"):
@@ -190,7 +181,7 @@ def train_stage(
     def note_dense(path: Path) -> None:  # at once: whatever happens to the fine-tuning, these weights are known
         _write_records(out, {"dense": Record(dense_key, {DENSE: sha256(path)})})
 
-    result = train(todo, out, resume=resume, progress=progress, notice=notice, dense_saved=note_dense)
+    result = train(todo, out, resume=resume, dense_saved=note_dense)
     notes = (_DIGITS_NOTE,) if recipe.data.name == "digits" else ()
     notes += _published(recipe)
     report = result.report + Report(notes=notes)

@@ -4,7 +4,7 @@ A target is a bundle, an engine (bare or with its manifest), an ONNX file or a c
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,6 @@ def contestants_of(
     scratch: Path | None = None,
     plugin: Path | str | None = None,
     server: Served | None = None,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> Entry:
     """Who runs: the target and its twins, on each runtime.
 
@@ -98,7 +97,6 @@ def contestants_of(
         scratch: Empty folder, in which engines to compare with may be built; without it, none is.
         plugin: See :func:`evit_deploy.profiling.profile.profile`.
         server: See :func:`evit_deploy.profiling.profile.profile`.
-        progress: Told what is being done.
 
     Raises:
         InputError: The target is nothing that can be profiled, or a runtime cannot run it.
@@ -108,11 +106,11 @@ def contestants_of(
         RUNTIMES.get(name)  # an unknown one is told, not passed over
     if path.is_dir():
         bundle = bundles.read_bundle(path)
-        return _of_bundle(bundle, against, runtimes, batch_sizes, scratch, plugin, progress, server)
+        return _of_bundle(bundle, against, runtimes, batch_sizes, scratch, plugin, server)
     if server is not None:
         raise InputError("a server is profiled beside its bundle", where=path, fix="Give the bundle's folder.")
     if is_plan(path):
-        return _of_plan(path, against, runtimes, batch_sizes, scratch, plugin, progress)
+        return _of_plan(path, against, runtimes, batch_sizes, scratch, plugin)
     if plugin not in (None, "none", "auto"):
         raise InputError("only an engine takes a plugin", where="--plugin", seen=plugin)
     if path.suffix == ".onnx":
@@ -154,7 +152,6 @@ def _of_plan(
     batch_sizes: Sequence[int] | None,
     scratch: Path | None,
     plugin: Path | str | None,
-    progress: Callable[[str], None],
 ) -> Entry:
     family = read_header(path).family
     required = frozenset(runtimes or (family,))
@@ -170,7 +167,7 @@ def _of_plan(
     if missing is not None and family in required:
         raise missing
     if bundle is not None:
-        entry = _of_bundle(bundle, against, runtimes, batch_sizes, scratch, plugin, progress)
+        entry = _of_bundle(bundle, against, runtimes, batch_sizes, scratch, plugin)
         return msgspec.structs.replace(entry, required=required)
     lacking = provide_plugin(None, plugin)
     if lacking is not None:
@@ -214,7 +211,6 @@ def _of_bundle(
     batch_sizes: Sequence[int] | None,
     scratch: Path | None,
     plugin: Path | str | None,
-    progress: Callable[[str], None],
     server: Served | None = None,
 ) -> Entry:
     changed = bundles.changed_files(bundle)
@@ -239,9 +235,9 @@ def _of_bundle(
     if running is not None:
         _check_sizes(bundle, batch_sizes)
     if running is not None and scratch is not None:
-        twin, why_not = slice_engine(bundle, scratch, progress)
+        twin, why_not = slice_engine(bundle, scratch)
         notes += [f"Overhead not available on {running.runtime}: {why_not}."] if why_not else []
-        other, why_not = other_body(bundle, scratch, compared, progress)
+        other, why_not = other_body(bundle, scratch, compared)
         notes += [f"Plugin and operator's body were not compared: {why_not}."] if why_not else []
         plans = {"slice": twin, other.stem if other is not None else "body": other}
         place = rows.index(running) + 1

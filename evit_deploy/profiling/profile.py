@@ -5,8 +5,9 @@ gathered) gives what the reorganisation itself costs. :mod:`evit_deploy.profilin
 :mod:`evit_deploy.profiling.timing` has the clock, and :mod:`evit_deploy.profiling.engine_times` looks into engines.
 """
 
+import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from evit_deploy.bundle.manifest import ENGINE
@@ -15,10 +16,13 @@ from evit_deploy.errors import InputError
 from evit_deploy.models.checkpoint import Tokens
 from evit_deploy.profiling.candidates import contestants_of
 from evit_deploy.profiling.timing import measure_all
+from evit_deploy.progress import doing
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import Check, ProfileRow, Report
 from evit_deploy.runtimes.select import check_server
 from evit_deploy.triton.connection import Served
+
+_LOG = logging.getLogger(__name__)
 
 DURATION = 10.0
 
@@ -34,7 +38,6 @@ def profile(
     tokens: Tokens | None = None,
     plugin: Path | str | None = None,
     server: Served | None = None,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Profiles a bundle, an engine, an ONNX file or a checkpoint.
 
@@ -50,7 +53,6 @@ def profile(
         plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
             has. For an engine that has the operator's body built in: what to compare that with.
         server: A running Triton server that serves the bundle; what is timed is a call from here and back.
-        progress: Told what is being done.
 
     Raises:
         InputError: The target is nothing that can be profiled, a runtime cannot run it, or an engine does not cover a
@@ -58,17 +60,16 @@ def profile(
         MissingRequirement: An engine or a runtime was asked for, and what runs it is not here.
     """
     runtimes = check_server(runtimes, server)
-    progress("reading the models")
+    doing(_LOG, "reading the models")
     with tempfile.TemporaryDirectory(prefix="evit-deploy-") as scratch:
         entry = contestants_of(
             Path(target), str(target), against, tokens, runtimes, batch_sizes=batch_sizes, scratch=Path(scratch),
-            plugin=plugin, server=server, progress=progress,
+            plugin=plugin, server=server,
         )  # fmt: skip
         if not entry.contestants:
             raise InputError("none of these runtimes runs this", where=target, seen=", ".join(runtimes) or None)
         report = measure_all(
             entry.contestants, entry.plan, batch_sizes, threads=threads, duration=duration, required=entry.required,
-            progress=progress,
         )  # fmt: skip
     return Report(notes=tuple(entry.notes), versions=versions(), device=device()) + report
 

@@ -6,8 +6,9 @@ whose speed drifts.
 
 import copy
 import difflib
+import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from evit_deploy.export.precision import DTYPES, set_precision
 from evit_deploy.profiling.candidates import Contestant
 from evit_deploy.profiling.speedup import ratios_to_dense, row_of
 from evit_deploy.profiling.timing import clock_and_settle, clock_of_both, measure
+from evit_deploy.progress import doing
 from evit_deploy.recipe.recipe import Sweep
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import ProfileRow, Report
@@ -38,6 +40,8 @@ from evit_deploy.runtimes.select import opened
 from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+
+_LOG = logging.getLogger(__name__)
 
 MINIMUM_ROUNDS = 5
 DENSE = "dense"
@@ -73,12 +77,11 @@ class Entry(msgspec.Struct, frozen=True):
     on_gpu: bool
 
 
-def sweep(recipe: Sweep, *, progress: Callable[[str], None] = lambda text: None) -> Report:
+def sweep(recipe: Sweep) -> Report:
     """Runs a sweep.
 
     Args:
         recipe: What to run.
-        progress: Told what is being done.
 
     Returns:
         A row for every model, variant and runtime, with its speed-up over the dense model; the paper's figures, where
@@ -92,19 +95,19 @@ def sweep(recipe: Sweep, *, progress: Callable[[str], None] = lambda text: None)
     pairs = [_pair(text, recipe.batch_size) for text in recipe.runtimes]
     report = Report(versions=versions(), device=device())
     for name in recipe.models:
-        progress(f"making {name}")
+        doing(_LOG, f"making {name}")
         variants = list(_variants(name, recipe))
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             entries: list[Entry] = []
             for runtime, precision in pairs:
                 for variant in variants:
-                    progress(f"{name}, {variant.name}: preparing {runtime} in {precision}")
+                    doing(_LOG, f"{name}, {variant.name}: preparing {runtime} in {precision}")
                     place = Path(folder) / f"{len(entries)}"
                     artifact = _artifact(variant, name, runtime, precision, recipe.batch_size, place)
                     runner = stack.enter_context(opened(runtime, artifact, recipe.threads))
                     on_gpu = Contestant(runtime, variant.name, artifact).on_gpu
                     entries.append(Entry(f"{runtime} {precision}", variant, runner, on_gpu))
-            progress(f"{name}: measuring {len(entries)} variants")
+            doing(_LOG, f"{name}: measuring {len(entries)} variants")
             report += _measured(name, entries, recipe)
         report += Report(notes=tuple(_published(name, recipe)))
     return report

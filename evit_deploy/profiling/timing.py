@@ -8,8 +8,9 @@ What runs on the CPU and what runs on a GPU take turns among themselves: beside 
 there would be few rounds, and a GPU that is left idle in between lowers its clocks.
 """
 
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Literal
 
@@ -31,11 +32,14 @@ from evit_deploy.profiling.engine_times import (
 from evit_deploy.profiling.gpu_clocks import Watch, summarize_states
 from evit_deploy.profiling.server_load import CLIENTS, measure_load
 from evit_deploy.profiling.speedup import rows_of, verdict
+from evit_deploy.progress import doing
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import ProfileRow, Report
 from evit_deploy.runtimes.runner import EngineRunner, Runner
 from evit_deploy.runtimes.select import opened
 from evit_deploy.tokens.plan import TokenPlan
+
+_LOG = logging.getLogger(__name__)
 
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 5, 1000
 SETTLE = 0.02
@@ -77,7 +81,6 @@ def measure_all(
     duration: float,
     minimum_rounds: int = MINIMUM_ROUNDS,
     required: frozenset[str] | None = None,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Runs all contestants, interleaved with those on the same device, at every batch size.
 
@@ -90,7 +93,6 @@ def measure_all(
         minimum_rounds: Rounds to run even if that takes longer.
         required: Runtimes that have to run; one that is not among them and turns out not to run here is left out, and
             a note says so. ``None``: all.
-        progress: Told what is being done.
 
     Raises:
         InputError: An engine does not cover a batch size that was asked for, or takes other images than its twin;
@@ -105,7 +107,7 @@ def measure_all(
             sizes.append(sizes_for([runner.profiles for runner in group.runners], batch_sizes, on_gpu=group.on_gpu))
         report = Report(notes=tuple(notes))
         for group, own in zip(groups, sizes, strict=True):
-            report += _measure_group(group, plan, own, threads, duration, minimum_rounds, progress)
+            report += _measure_group(group, plan, own, threads, duration, minimum_rounds)
     return report + clock_of_both(report.rows, threads)
 
 
@@ -176,20 +178,19 @@ def _measure_group(
     threads: int | None,
     duration: float,
     minimum_rounds: int,
-    progress: Callable[[str], None],
 ) -> Report:
     clock, settle = clock_and_settle(threads if group.threads_tell else None, on_gpu=group.on_gpu)
     report, engines = Report(clock=clock), group.engines
     with ExitStack() as stack:
         watch, notes = watched(stack) if group.on_gpu else (None, [])
         for batch in sizes:
-            progress(f"profiling batch {batch}" + " on the GPU" * group.on_gpu)
+            doing(_LOG, f"profiling batch {batch}" + " on the GPU" * group.on_gpu)
             mark = len(watch.states) if watch else 0
             wall, cpu = measure(group.runners, batch, duration, minimum_rounds, settle)
             report += Report(rows=tuple(rows_of(group.contestants, plan, batch, wall, cpu if clock == "cpu" else wall)))
             for contestant, runner in zip(group.contestants, group.runners, strict=True):
                 if RUNTIMES.get(contestant.runtime).served:
-                    progress(f"profiling batch {batch} with {CLIENTS} clients")
+                    doing(_LOG, f"profiling batch {batch} with {CLIENTS} clients")
                     (feeds,) = _feeds([runner], batch)
                     report += Report(load=(measure_load(contestant.artifact, feeds, duration),))
             if engines:
@@ -199,7 +200,7 @@ def _measure_group(
                 report += Report(gpu=(summarize_states(watch.states[mark:], batch),))
     for engine in engines:
         if engine.contestant.variant != "slice":
-            progress(f"profiling the blocks of {engine.label}")
+            doing(_LOG, f"profiling the blocks of {engine.label}")
             dense = plan.dense() if plan is not None and engine.contestant.variant == "dense" else plan
             report += block_report(engine, dense)
     notes += [*verdict(report.rows), *hidden_gains(report), *launch_notes(report.latencies)]

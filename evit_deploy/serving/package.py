@@ -3,10 +3,11 @@
 Gates first (:mod:`evit_deploy.serving.gates`), files second; nothing is written unless all of them hold.
 """
 
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from evit_deploy.engines.plugin.library import LIBRARY, plugin_for
 from evit_deploy.environment.machine import versions
 from evit_deploy.errors import GateFailed, InputError
 from evit_deploy.files import hashes, sha256
+from evit_deploy.progress import doing
 from evit_deploy.serving import cpp as cpp_folder
 from evit_deploy.serving.deployment import Launch, Server
 from evit_deploy.serving.gates import (
@@ -39,6 +41,8 @@ from evit_deploy.serving.gates import (
 )
 from evit_deploy.serving.readme import triton_readme
 from evit_deploy.serving.repository import MAX_BATCH, MODEL_FILES, QUEUE_DELAY, Serving, covered, write_repository
+
+_LOG = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -115,8 +119,6 @@ def package(
     unverified: bool = False,
     out: Path | None = None,
     force: bool = False,
-    progress: Callable[[str], None] = lambda text: None,
-    notice: Callable[[str], None] = lambda text: None,
 ) -> tuple[Path, Package]:
     """Packages bundles of one model.
 
@@ -133,8 +135,6 @@ def package(
         unverified: Whether to package what was not verified on the platform; that is written down.
         out: Folder to write; by default ``<name>-<target>`` beside the first bundle.
         force: Whether to replace an older package there.
-        progress: Told what is being done.
-        notice: Told what the user should know.
 
     Returns:
         The folder, and what stands in its ``package.json``.
@@ -154,7 +154,7 @@ def package(
     check_same(found, platform)
     first = found[0]
     names = labels_of(first, labels)
-    progress("checking the bundles' files")
+    doing(_LOG, "checking the bundles' files")
     for bundle in found:
         check_files(bundle)
     doubts = [f"{bundle.path.name}: {reason}" for bundle in found if (reason := doubt(bundle, platform)) is not None]
@@ -176,9 +176,9 @@ def package(
         serving = _serving(found, name, platform, names, options)
     notes = [f"NOT verified on {platform}: {reason}" for reason in doubts] + _notes(server, platform, options)
     for note in notes:
-        notice(note)
+        _LOG.warning(note)
 
-    progress("writing the package")
+    doing(_LOG, "writing the package")
     with Staging(place, force=force) as staging:
         if library is not None:
             (staging.path / "plugins").mkdir()

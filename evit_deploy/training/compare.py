@@ -1,6 +1,6 @@
 """Which weights and which way of reducing tokens are right how often: accuracy, and the table that compares them."""
 
-from collections.abc import Callable
+import logging
 
 import msgspec
 import numpy as np
@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from evit_deploy.data.training_data import TrainingData
+from evit_deploy.progress import doing
 from evit_deploy.recipe.recipe import CompareSection
 from evit_deploy.registry import METHODS
 from evit_deploy.report.report import AccuracyRow
@@ -17,10 +18,10 @@ from evit_deploy.report.statistics import difference, hits_of, row_of_hits
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan, token_spec
 
+_LOG = logging.getLogger(__name__)
+
 DENSE_NAME = "dense"
 """Name of the dense model's row."""
-
-Tell = Callable[[str], None]
 
 
 def evaluate(model: nn.Module, data: TrainingData, batch_size: int = 64, name: str = "model") -> AccuracyRow:
@@ -67,7 +68,6 @@ def compare(
     data: TrainingData,
     section: CompareSection | None = None,
     batch_size: int = 64,
-    progress: Tell | None = None,
 ) -> list[AccuracyRow]:
     """The comparison table: dense, the dense weights with tokens reduced in several ways, the fine-tuned model.
 
@@ -81,7 +81,6 @@ def compare(
         data: Where the images come from.
         section: Which rows to add; by default all that a recipe has by default.
         batch_size: Images a batch.
-        progress: Told which row is being evaluated.
     """
     section, spec = section or CompareSection(), token_spec(evit)
     rates = dict.fromkeys([spec.keep_rate, *section.keep_rates])
@@ -96,8 +95,7 @@ def compare(
     rows, right = [], {}
 
     def add(name: str, model: nn.Module, other: str | None) -> None:
-        if progress is not None:
-            progress(f"evaluating: {name}")
+        doing(_LOG, f"evaluating: {name}")
         row, right[name] = evaluate_each(model, data, batch_size, name)
         against = None if other is None else difference(other, right[name], right[other])
         rows.append(msgspec.structs.replace(row, gmacs=token_plan(model).macs() / 1e9, against=against))

@@ -1,6 +1,7 @@
 """Training: setup, fit, evaluate; the dense model first if the recipe says so, then the one with its tokens reduced."""
 
 import copy
+import logging
 import math
 import random
 import time
@@ -15,6 +16,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from evit_deploy import progress
 from evit_deploy.data.curriculum import Curriculum, follow
 from evit_deploy.data.sampling import worker_deaths_told
 from evit_deploy.data.training_data import TrainingData, curriculum_of
@@ -33,9 +35,9 @@ from evit_deploy.training.state import StateFile, interruptible, state_path
 from evit_deploy.training.step import StepResult, TrainingRun
 from evit_deploy.training.tasks import Teacher
 
-DENSE, EVIT = "dense.safetensors", "evit.safetensors"
+_LOG = logging.getLogger(__name__)
 
-Tell = Callable[[str], None]
+DENSE, EVIT = "dense.safetensors", "evit.safetensors"
 
 
 class TrainResult(msgspec.Struct, frozen=True):
@@ -63,8 +65,6 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
-    progress: Tell | None = None,
-    notice: Tell | None = None,
     device: str = "auto",
     dense_saved: Callable[[Path], None] | None = None,
 ) -> TrainResult:
@@ -78,8 +78,6 @@ def train(
         recipe: What to do.
         out: Folder for the checkpoints; made if it is missing. An interrupted run leaves ``<stage>.state`` there.
         resume: Whether to go on from where a run of the same recipe was interrupted.
-        progress: Told what is being done now, about a hundred times a stage.
-        notice: Told what the user should know, such as the learning rate that results from the batch size.
         device: PyTorch device; ``auto`` takes a GPU if there is one.
         dense_saved: Called once ``dense.safetensors`` is there, before the fine-tuning begins.
 
@@ -89,23 +87,44 @@ def train(
         StageError: The loss is no longer finite, a batch does not fit into memory, a process that reads images died, or
             a file cannot be written.
     """
-    out, notice = Path(out), _silent if notice is None else notice
+    out = Path(out)
     if out.exists() and not out.is_dir():
         raise InputError("this is a file", where=out, wanted="a folder for the checkpoints")
     processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    with _first_process_logs(processes):
+        return _train(recipe, out, processes, resume, device, dense_saved)
+
+
+@contextmanager
+def _first_process_logs(processes: PartialState) -> Iterator[None]:
+    """Of several processes that do the same the first one logs; errors come from each."""
+    log = logging.getLogger("evit_deploy")
+    level = log.level
     if not processes.is_main_process:
-        progress, notice = _silent, _silent
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    processes: PartialState,
+    resume: bool,
+    device: str,
+    dense_saved: Callable[[Path], None] | None,
+) -> TrainResult:
     files = {stage: StateFile(state_path(out, stage), recipe, stage) for stage in ("dense", "finetune")}
     _check_interrupted(files, resume)
     where = processes.device if device == "auto" else torch.device(device)
     _seed(recipe.seed)
-    model, checkpoint, data = setup(recipe, notice)
+    model, checkpoint, data = setup(recipe)
     model.to(where)
     teacher = open_teacher(recipe, model, data.preprocess)
     evit, dense = out / EVIT, out / DENSE
-    common: dict[str, Any] = {
-        "evaluation_batch_size": recipe.data.evaluation_batch_size, "progress": progress, "notice": notice
-    }  # fmt: skip
+    common: dict[str, Any] = {"evaluation_batch_size": recipe.data.evaluation_batch_size}
     cpu_seconds = {}
 
     if recipe.dense is not None:
@@ -140,7 +159,7 @@ def train(
         save_checkpoint(evit, model, msgspec.structs.replace(checkpoint, tokens=recipe.tokens))
 
     start = time.process_time()
-    rows = compare(dense_model, model, data, recipe.compare, recipe.data.evaluation_batch_size, progress)
+    rows = compare(dense_model, model, data, recipe.compare, recipe.data.evaluation_batch_size)
     cpu_seconds["compare"] = time.process_time() - start
     if processes.is_main_process:
         for file in files.values():
@@ -188,8 +207,6 @@ def fit(
     state: StateFile | None = None,
     log: TrainingLog | None = None,
     evaluation_batch_size: int = 64,
-    progress: Tell | None = None,
-    notice: Tell | None = None,
     curriculum: Curriculum | None = None,
 ) -> list[float]:
     """Trains a model in place, on the device it is on; leaves it in evaluation mode at its full token reduction.
@@ -204,8 +221,6 @@ def fit(
         state: Where an interrupted run goes on from, and what is written for that; ``None`` keeps nothing.
         log: Takes a row for some of the steps.
         evaluation_batch_size: Images a batch of the evaluations on the way.
-        progress: Told what is being done now.
-        notice: Told the length and the learning rate before the first step.
         curriculum: How hard images are, for a model that begins from nothing; without one at full difficulty.
 
     Returns:
@@ -217,25 +232,25 @@ def fit(
             does not fit into memory.
         KeyboardInterrupt: The run was stopped; its state was written.
     """
-    progress = _silent if progress is None else progress
-    notice = _silent if notice is None else notice
     world, rank = PartialState().num_processes, PartialState().process_index
     per_epoch = data.steps_per_epoch(section.images_per_step(world))
     steps = section.steps or max(1, round((section.epochs or 1) * per_epoch))
-    notice(f"{stage}: {steps} steps ({steps / per_epoch:.3g} epochs), {_rate_text(section, world)}")
+    _LOG.info(f"{stage}: {steps} steps ({steps / per_epoch:.3g} epochs), {_rate_text(section, world)}")
     if section.processes not in (None, world):
-        notice(_processes_text(section, world))
+        _LOG.warning(_processes_text(section, world))
     run = TrainingRun(model, section, teacher)
     found = state.read() if state is not None else None
     if found is not None:
         run.load(found)
         if curriculum is not None:
             curriculum.load_state_dict(found["curriculum"])
-        notice(f"{stage}: goes on at step {run.step + 1} of {steps}" if run.step < steps else f"{stage}: was complete")
+        complete = run.step >= steps
+        _LOG.info(f"{stage}: was complete" if complete else f"{stage}: goes on at step {run.step + 1} of {steps}")
     if log is not None:
         log.begin(run.step)
     batches = follow(curriculum, data, section.batch_size * world, seed, rank=rank, world=world, start_step=run.drawn)
     good, went_back = run.state(), False
+    images, seconds = 0, 0.0  # since the last line on how far it is
     model.train(section.model_mode == "train")
     try:
         with _threads(section.threads), interruptible() as stop:
@@ -254,27 +269,34 @@ def fit(
                     went_back, drawn = True, run.drawn
                     run.load(good)
                     run.drawn = drawn  # other images than those that led here
-                    notice(f"{stage}: step {step + 1} was not finite; went back to step {run.step + 1}, once")
+                    _LOG.warning(f"{stage}: step {step + 1} was not finite; went back to step {run.step + 1}, once")
                     continue
                 if log is not None:
                     log.add(done, run.losses, rate, plan)
+                images, seconds = images + done.images, seconds + done.seconds
                 if step % max(1, steps // 100) == 0 or run.step == steps:
                     tokens = plan.blocks[-1].tokens_out
-                    progress(f"{stage}: step {run.step} of {steps}, loss {done.loss:.3f}, {tokens} tokens at the end")
+                    progress.step(
+                        _LOG, f"{stage}: step {run.step} of {steps}, loss {done.loss:.3f}, {tokens} tokens at the end",
+                        run.step, steps, images_per_second=images / seconds, loss=done.loss,
+                    )  # fmt: skip
+                    images, seconds = 0, 0.0
                 if _falls_due(section.evaluate_every, run.step, per_epoch) and run.step < steps:
                     row = evaluate(model, data, evaluation_batch_size)
-                    notice(f"{stage}: after {run.step / per_epoch:.3g} epochs top-1 is {row.top1:.2%}, "
-                           f"{plan.blocks[-1].tokens_out} tokens at the end")  # fmt: skip
+                    _LOG.info(
+                        f"{stage}: after {run.step / per_epoch:.3g} epochs top-1 is {row.top1:.2%}, "
+                        f"{plan.blocks[-1].tokens_out} tokens at the end"
+                    )
                 stopped = run.any_process(stop.asked)
                 if stopped or run.step % section.save_every == 0:
                     good = run.state()
-                    _write(state, log, good, curriculum, notice)
+                    _write(state, log, good, curriculum)
                 if stopped:
                     raise KeyboardInterrupt
-        _write(state, log, run.state(), curriculum, notice)
+        _write(state, log, run.state(), curriculum)
         run.finish()
         if curriculum is not None and curriculum.level < 1:
-            notice(curriculum.unfinished(stage))
+            _LOG.warning(curriculum.unfinished(stage))
     finally:  # also a run that broke off leaves the model at the rate it was asked for
         set_keep_rate_(model, 1.0)
         model.eval()
@@ -294,7 +316,6 @@ def _write(
     log: TrainingLog | None,
     content: dict[str, Any],
     curriculum: Curriculum | None,
-    notice: Tell,
 ) -> None:
     """A full disk does not end a run: the last state that was written is still there."""
     if state is None or not PartialState().is_main_process:
@@ -304,7 +325,7 @@ def _write(
             log.write()
         state.write(content | {"curriculum": curriculum.state_dict() if curriculum is not None else None})
     except StageError as error:
-        notice(f"the state could not be saved; training goes on without: {error}")
+        _LOG.warning(f"the state could not be saved; training goes on without: {error}")
 
 
 def _falls_due(every: float | None, step: int, per_epoch: int) -> bool:
@@ -359,7 +380,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _silent(_: str) -> None:
-    pass

@@ -1,6 +1,6 @@
 """The model and the data that a recipe names, refused here where they could only fail after hours of training."""
 
-from collections.abc import Callable
+import logging
 from typing import Any
 
 import msgspec
@@ -20,15 +20,14 @@ from evit_deploy.training.compare import with_method
 from evit_deploy.training.tasks import Teacher
 from evit_deploy.training.token_labels import has_token_classifier
 
-Tell = Callable[[str], None]
+_LOG = logging.getLogger(__name__)
 
 
-def setup(recipe: Recipe, notice: Tell | None = None) -> tuple[nn.Module, Checkpoint, TrainingData]:
+def setup(recipe: Recipe) -> tuple[nn.Module, Checkpoint, TrainingData]:
     """Builds the dense model and opens the data; refuses what could only fail after hours of training.
 
     Args:
         recipe: What to do.
-        notice: Told what was assumed or changed.
 
     Returns:
         The dense model with a classifier for the data's classes, what is to be written beside its weights, the data.
@@ -37,17 +36,16 @@ def setup(recipe: Recipe, notice: Tell | None = None) -> tuple[nn.Module, Checkp
         InputError: See :func:`train`.
     """
     section = recipe.model
-    notice = (lambda text: None) if notice is None else notice
     _check_token_label_sources(recipe)
     if section.checkpoint is None and section.name is None:
         fix = "Say --set model.checkpoint=FILE, --set model.name=TIMM_NAME or both."
         raise RecipeError("no model given", where="model", fix=fix)
     if section.checkpoint is None and (recipe.dense is not None or not section.pretrained):
         assert section.name is not None
-        model, data = _from_scratch(recipe, notice)
+        model, data = _from_scratch(recipe)
         checkpoint = Checkpoint(section.name, None, {}, section.name, dict(section.args))
     else:
-        model, checkpoint, data = _from_checkpoint(recipe, notice)
+        model, checkpoint, data = _from_checkpoint(recipe)
     for stage in _with_token_labels(recipe):
         if not has_token_classifier(model):
             raise RecipeError(
@@ -88,7 +86,7 @@ def _check_token_label_sources(recipe: Recipe) -> None:
             raise RecipeError("no token labels given", where=f"{stage}.token_labels", fix=fix)
 
 
-def _from_scratch(recipe: Recipe, notice: Tell) -> tuple[nn.Module, TrainingData]:
+def _from_scratch(recipe: Recipe) -> tuple[nn.Module, TrainingData]:
     import timm
 
     section = recipe.model
@@ -96,7 +94,7 @@ def _from_scratch(recipe: Recipe, notice: Tell) -> tuple[nn.Module, TrainingData
     check_model_name(section.name, where="model.name")
     cfg = timm.get_pretrained_cfg(section.name)
     preprocess = Preprocess.from_model(cfg.to_dict() if cfg else {}, section.image_size)
-    data = open_data(recipe.data, preprocess, notice)
+    data = open_data(recipe.data, preprocess)
     try:
         model = timm.create_model(
             section.name, pretrained=False, num_classes=len(data.classes), img_size=preprocess.size, **section.args
@@ -108,7 +106,7 @@ def _from_scratch(recipe: Recipe, notice: Tell) -> tuple[nn.Module, TrainingData
     return model, data
 
 
-def _from_checkpoint(recipe: Recipe, notice: Tell) -> tuple[nn.Module, Checkpoint, TrainingData]:
+def _from_checkpoint(recipe: Recipe) -> tuple[nn.Module, Checkpoint, TrainingData]:
     section: ModelSection = recipe.model
     if section.init != "timm":
         raise RecipeError("init has no effect on a model that starts from trained weights", where="model.init")
@@ -116,19 +114,19 @@ def _from_checkpoint(recipe: Recipe, notice: Tell) -> tuple[nn.Module, Checkpoin
     assert source is not None
     checkpoint = read_checkpoint(source, section.name)
     for note in checkpoint.notes:
-        notice(note)
+        _LOG.warning(note)
     checkpoint = msgspec.structs.replace(checkpoint, model_args=checkpoint.model_args | section.args)
     model: Any = build_model(checkpoint, section.image_size)
     size = backbone_of(model).image_size(model)
     preprocess = checkpoint.preprocess or Preprocess.from_model(model)
-    data = open_data(recipe.data, msgspec.structs.replace(preprocess, size=size), notice)
+    data = open_data(recipe.data, msgspec.structs.replace(preprocess, size=size))
     if model.num_classes != len(data.classes) or checkpoint.labels not in (None, list(data.classes)):
-        notice(
+        _LOG.warning(
             f"the classifier begins anew: the data has {len(data.classes)} classes that the checkpoint does not know"
         )
         model.reset_classifier(len(data.classes))
     if checkpoint.tokens not in (None, recipe.tokens):
-        notice(f"the recipe's token reduction replaces the checkpoint's own: {checkpoint.tokens}")
+        _LOG.warning(f"the recipe's token reduction replaces the checkpoint's own: {checkpoint.tokens}")
     return model, checkpoint, data
 
 

@@ -1,6 +1,7 @@
 """Proof that a lowered model answers like PyTorch: logits, kept patches, every batch size, every place in a batch."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from evit_deploy.environment.targets import TENSORRT
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.models.parent import parent_model
+from evit_deploy.progress import doing
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import Check, Report
 from evit_deploy.runtimes.runner import Runner
@@ -28,6 +30,8 @@ from evit_deploy.verification.agreement import Answers, agreement, agreement_row
 from evit_deploy.verification.ensemble import verify_ensemble
 from evit_deploy.verification.golden import Golden, load_golden
 from evit_deploy.verification.tolerances import NOISE_LIMIT
+
+_LOG = logging.getLogger(__name__)
 
 BATCH_SIZES = (1, 2, 8)
 
@@ -42,7 +46,6 @@ def verify(
     data: Path | None = None,
     plugin: Path | str | None = None,
     server: Served | None = None,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Verifies a bundle against its golden answers, and its runtimes against one another.
 
@@ -56,7 +59,6 @@ def verify(
         plugin: Library that the engine needs; by default the one in the user's cache whose hash the manifest has.
         server: A running Triton server; its model is verified like any other runtime, and with the name of an ensemble
             that takes files, so is what that makes of them.
-        progress: Told what is being done.
 
     Returns:
         The report; ``passed`` says whether everything held.
@@ -89,13 +91,13 @@ def verify(
     found = find_model(server, bundle.manifest) if server is not None else None
     if runtimes:
         served = found.served if found is not None else None
-        report += prove(bundle, golden, runtimes, data, threads, progress, batch_sizes, model, server=served)
+        report += prove(bundle, golden, runtimes, data, threads, batch_sizes, model, server=served)
         if found is not None and found.ensemble is not None:
-            progress(f"sending files to {found.ensemble}")
+            doing(_LOG, f"sending files to {found.ensemble}")
             report += verify_ensemble(found, bundle.manifest, golden)
         return report
     unable = {} if lacking is None else {TENSORRT: lacking}
-    return report + _prove_all(bundle, golden, data, threads, progress, batch_sizes, model, unable)
+    return report + _prove_all(bundle, golden, data, threads, batch_sizes, model, unable)
 
 
 def _prove_all(
@@ -103,7 +105,6 @@ def _prove_all(
     golden: Golden,
     data: Path | None,
     threads: int | None,
-    progress: Callable[[str], None],
     batch_sizes: Sequence[int] | None,
     model: torch.nn.Module | None,
     unable: dict[str, MissingRequirement],
@@ -122,7 +123,7 @@ def _prove_all(
             missing = runtime.missing()
             unable |= {name: missing} if missing is not None and name not in unable else {}
     names = [name for name in artifacts if name not in unable]
-    report = prove(bundle, golden, names, data, threads, progress, batch_sizes, model, unable)
+    report = prove(bundle, golden, names, data, threads, batch_sizes, model, unable)
     proven = {artifact for name, artifact in artifacts.items() if name not in unable and artifact is not model}
     if not proven:
         reasons = "; ".join(f"{name}: {error.what}" for name, error in unable.items())
@@ -143,7 +144,6 @@ def prove(
     runtimes: Sequence[str],
     data: Path | None = None,
     threads: int | None = None,
-    progress: Callable[[str], None] = lambda text: None,
     batch_sizes: Sequence[int] | None = None,
     model: torch.nn.Module | None = None,
     unable: dict[str, MissingRequirement] | None = None,
@@ -157,7 +157,6 @@ def prove(
         runtimes: Names in the registry of runtimes.
         data: See :func:`verify`.
         threads: CPU threads.
-        progress: Told what is being done.
         batch_sizes: See :func:`verify`.
         model: The PyTorch model, for the runtimes that run it.
         unable: Takes the runtimes that turn out not to run here, and why; without it that is an error.
@@ -178,7 +177,7 @@ def prove(
                 f"this bundle has nothing that {name} runs", where=bundle.path, seen=", ".join(bundle.manifest.files),
                 wanted=" or ".join(runtime.files) or "a PyTorch model",
             )  # fmt: skip
-        progress(f"verifying on {name}")
+        doing(_LOG, f"verifying on {name}")
         try:
             found, answers[name] = verify_runtime(name, artifact, golden, manifest.plan, batch_sizes, threads)
         except MissingRequirement as error:  # a processor without the type is found out when the file is opened
@@ -191,7 +190,7 @@ def prove(
         if dense is not None:
             report += verify_dense(name, dense, golden, threads)
         if folder is not None:
-            progress(f"accuracy on {name}")
+            doing(_LOG, f"accuracy on {name}")
             found, answers[name] = accuracy(name, artifact, manifest, folder, threads)
             report += found
     rows = (agreement_row(one, answers[one], other, answers[other]) for one, other in combinations(answers, 2))

@@ -1,12 +1,13 @@
 """``evit-deploy plugin``: compiles ``plugins/`` with CMake into the user's cache, and looks at what came out."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,11 @@ from evit_deploy.environment.machine import device, versions
 from evit_deploy.environment.requirements import version_of
 from evit_deploy.environment.targets import TENSORRT
 from evit_deploy.errors import InputError, MissingRequirement, StageError
+from evit_deploy.progress import doing
 from evit_deploy.report.report import Check, Report
 from evit_deploy.tokens.op import token_reorg
+
+_LOG = logging.getLogger(__name__)
 
 LIBRARIES = (plugin.LIBRARY, plugin.CREATORS, plugin.KERNEL)
 HEADERS = {
@@ -48,7 +52,6 @@ def build_plugin(
     *,
     tensorrt_root: Path | None = None,
     architectures: Sequence[str] = (),
-    progress: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Compiles the plugin, runs its C++ tests, and puts the libraries in their place.
 
@@ -57,7 +60,6 @@ def build_plugin(
         tensorrt_root: Folder with TensorRT's ``include/``; by default ``$TENSORRT_ROOT``, the system's, or the headers
             that NVIDIA publishes, which are fetched.
         architectures: CUDA architectures, as ``90`` or ``sm90``; all that the plugin supports by default.
-        progress: Told what is being done.
 
     Returns:
         The folder with the libraries.
@@ -88,7 +90,7 @@ def build_plugin(
         arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(map(_architecture, architectures))}")
     with tempfile.TemporaryDirectory(prefix="evit-deploy-plugin-") as scratch:
         folder = Path(scratch)
-        progress("looking for compilers and headers")
+        doing(_LOG, "looking for compilers and headers")
         said = _run(["cmake", "-S", str(sources()), "-B", scratch, *arguments], "the plugin cannot be configured")
         if "evit: the plugin is not built" in said:
             raise MissingRequirement(
@@ -96,10 +98,10 @@ def build_plugin(
                 fix="Give the folder with include/NvInferRuntime.h (a TensorRT archive, or NVIDIA/TensorRT checked "
                 "out at your release): --tensorrt-root FOLDER.",
             )  # fmt: skip
-        progress("compiling (a minute or two)")
+        doing(_LOG, "compiling (a minute or two)")
         jobs = str(os.cpu_count() or 1)
         _run(["cmake", "--build", scratch, "--parallel", jobs], "the plugin does not compile")
-        progress("running its tests")
+        doing(_LOG, "running its tests")
         _run(["ctest", "--test-dir", scratch, "--output-on-failure"], "the plugin's own tests fail")
         built = [folder / "token_reorg" / name for name in LIBRARIES]
         return _install(built, out or plugin.cache() / _label(read_identity(built[0])))
@@ -152,12 +154,11 @@ def _complaint(said: str) -> str:
     return " ".join(picked)[:700] or "it does not say why"
 
 
-def check_plugin(library: Path | None = None, progress: Callable[[str], None] = lambda text: None) -> Report:
+def check_plugin(library: Path | None = None) -> Report:
     """Looks at a library: what it is, whether it goes with this machine, and whether it answers as PyTorch does.
 
     Args:
         library: Which; the one that ``--plugin auto`` would take when ``None``.
-        progress: Told what is being done.
 
     Raises:
         InputError: It is no library of ours.
@@ -171,11 +172,11 @@ def check_plugin(library: Path | None = None, progress: Callable[[str], None] = 
     checks = [Check("interface", identity.abi, ABI, identity.abi == ABI, "built with another version of evit-deploy")]
     found, told = _fits(identity)
     checks, notes = checks + found, notes + told
-    progress("loading the library")
+    doing(_LOG, "loading the library")
     loaded, reason = _loads(path)
     checks.append(Check("loads in a process of its own", str(loaded).lower(), "true", loaded, reason))
     if loaded and identity.abi == ABI:
-        progress("comparing with PyTorch")
+        doing(_LOG, "comparing with PyTorch")
         found, told = _answers(path, identity)
         checks, notes = checks + found, notes + told
     return Report(checks=tuple(checks), notes=tuple(notes), versions=versions(), device=device())

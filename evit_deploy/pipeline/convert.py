@@ -22,7 +22,7 @@ from evit_deploy.export.precision import QUANTIZED
 from evit_deploy.models.checkpoint import FILE_SUFFIXES, Checkpoint, Tokens, build_model, read_checkpoint
 from evit_deploy.pipeline.lowering import Lowering, lowering, write_engines, write_models, write_openvino
 from evit_deploy.profiling.batch_sizes import sizes_within
-from evit_deploy.profiling.candidates import bundle_contestants
+from evit_deploy.profiling.candidates import bundle_candidates
 from evit_deploy.profiling.profile import speed_gate
 from evit_deploy.profiling.timing import measure_all
 from evit_deploy.progress import doing
@@ -142,10 +142,10 @@ def convert(
         bundles.write_manifest(staging.path, manifest)
         report += prove(bundles.read_bundle(staging.path), golden, made.runtimes, data, threads)
         if report.passed:
-            contestants = bundle_contestants(bundles.read_bundle(staging.path), made.runtimes)
+            candidates = bundle_candidates(bundles.read_bundle(staging.path), made.runtimes)
             sizes = sizes_within(made.options.profiles if made.plan_target else (), batch_sizes)
             report += measure_all(
-                contestants,
+                candidates,
                 plan,
                 sizes,
                 threads=threads,

@@ -26,12 +26,12 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class ProfileRow(msgspec.Struct, frozen=True):
-    """How fast one contestant ran at one batch size.
+    """How fast one candidate ran at one batch size.
 
     Args:
         runtime: Name in the registry of runtimes.
         variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
-            :class:`evit_deploy.profiling.candidates.Contestant`.
+            :class:`evit_deploy.profiling.candidates.Candidate`.
         batch: Images a call.
         rounds: Calls measured.
         images_per_second: Batch over the median latency.
@@ -98,7 +98,7 @@ class LatencyRow(msgspec.Struct, frozen=True):
     Args:
         runtime: Name in the registry of runtimes.
         variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
-            :class:`evit_deploy.profiling.candidates.Contestant`.
+            :class:`evit_deploy.profiling.candidates.Candidate`.
         batch: Images a call.
         images_per_second: Batch over the median compute time: what the engine could do if data lay on the GPU.
         latency: Copies and compute.

@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, ToTensor
 
+from evit_deploy.data.augmentation import GEOMETRIC, CropAndFlip, FollowedTransform, Warp
 from evit_deploy.data.images import Preprocess
 from evit_deploy.data.sampling import own_randomness
-from evit_deploy.data.token_labels import FUSED, GEOMETRIC, CropAndFlip, FollowedTransform, Warp, crop_token_labels
+from evit_deploy.data.token_labels import crop_token_labels
 from evit_deploy.data.training_data import open_data
 from evit_deploy.recipe.sections import DataSection, TokenLabelSection, TrainSection
-from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.plan import FUSED, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_
 from evit_deploy.training.loop import fit
 from evit_deploy.training.step import TrainingRun

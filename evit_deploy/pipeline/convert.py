@@ -13,7 +13,8 @@ import torch
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle, Staging
 from evit_deploy.bundle.manifest import GOLDEN, REPORT, Manifest, Parent, TensorSpec
-from evit_deploy.data.images import Preprocess, calibration_images, image_files, image_folder, sample_inputs
+from evit_deploy.data.images import Preprocess, calibration_images, image_files, sample_inputs
+from evit_deploy.data.sources import Folder
 from evit_deploy.engines.options import BuildOptions
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import GateFailed, InputError
@@ -96,7 +97,7 @@ def convert(
     """
     made = lowering(targets, precision, options, calibration, indices)
     if data is not None:
-        image_folder(data, Preprocess((224, 224)))  # a wrong folder is told before the work, not after it
+        Folder(data)  # a wrong folder is told before the work, not after it
     calibration_notes = _calibration_notes(calibration)
     doing(_LOG, "reading the checkpoint")
     checkpoint = read_checkpoint(source, model)

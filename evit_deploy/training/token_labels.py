@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from evit_deploy.data.token_labels import FUSED
 from evit_deploy.errors import InputError, UnsupportedModelError
 from evit_deploy.models.timm_vit import ReducedBlock
+from evit_deploy.tokens.plan import FUSED
 
 
 class TokenLogits(NamedTuple):

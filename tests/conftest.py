@@ -12,8 +12,16 @@ hypothesis.settings.register_profile("evit_deploy", deadline=None, derandomize=T
 hypothesis.settings.load_profile("evit_deploy")
 
 pytest_plugins = [
-    "pytester", "models", "command_line", "machines", "openvino_model", "cpp_example", "packages", "triton_models",
-]  # fmt: skip
+    "pytester",
+    "tests.support.models",
+    "tests.support.command_line",
+    "tests.support.cpp_example",
+    "tests.support.labelled_images",
+    "tests.support.machines",
+    "tests.support.openvino_model",
+    "tests.support.packages",
+    "tests.support.triton_models",
+]
 
 PACKAGES = ("torch", "timm", "onnx", "onnxruntime")
 

@@ -15,9 +15,9 @@ import torch
 
 import evit_deploy
 from evit_deploy.cli import COMMANDS
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("[!.]*/README.md"))]
 PAGES += [ROOT / "plugins" / "example" / "README.md"]
 # Training for real takes minutes; the same stages on fewer steps do not. Accuracy gates go with them.
 OVERRIDES = ("dense.steps=2", "finetune.steps=2", "expect={}", "profile.duration=0.1", "profile.batch_sizes=[1]")

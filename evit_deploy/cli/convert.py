@@ -62,9 +62,9 @@ def command(
     tokens = tokens_of(keep_rate, locations, fuse, method)
     import msgspec
 
-    from evit_deploy.engines.options import BuildOptions
     from evit_deploy.engines.plugin.library import choose_plugin
     from evit_deploy.pipeline.convert import convert
+    from evit_deploy.recipe.options import BuildOptions
 
     builder = BuildOptions(
         profiles=profiles or BuildOptions().profiles,

@@ -60,7 +60,7 @@ class BatchRange(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """``"1:32:128"`` to a profile."""
-        from evit_deploy.bundle.manifest import BatchProfile
+        from evit_deploy.recipe.options import BatchProfile
 
         try:
             numbers = [int(part) for part in str(value).split(":")]

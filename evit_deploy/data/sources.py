@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from evit_deploy.data.images import COPY_AGAIN, EXTENSIONS, Preprocess, decode_image, natural, preprocess_image
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
@@ -267,7 +268,7 @@ class HuggingFace(_Timm):
             from datasets.exceptions import DatasetsError
         except ImportError:
             raise MissingRequirement(
-                "Hugging Face datasets are read by the package datasets", fix="Run: pip install 'evit-deploy[data]'"
+                "Hugging Face datasets are read by the package datasets", fix=f"Run: {install_line('data')}"
             ) from None
         from timm.data.readers.reader_hfds import ReaderHfds
 

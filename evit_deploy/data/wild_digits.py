@@ -32,6 +32,7 @@ from evit_deploy.data.sampling import (
     validation_rows,
     whole_batches,
 )
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.recipe.sections import DataSection
 
@@ -178,7 +179,7 @@ def _photographs(names: tuple[str, ...]) -> list[Image.Image]:
         if path is None or not path.is_file():
             raise MissingRequirement(
                 f"the photograph {file} of {package} is missing: digits-in-the-wild needs it",
-                fix="Run: pip install 'evit-deploy[wild]'",
+                fix=f"Run: {install_line('wild')}",
             )
         files.append(path)
     return [read_image(path) for path in files]

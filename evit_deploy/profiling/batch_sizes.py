@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from evit_deploy.bundle.manifest import BatchProfile, choose_profile
+from evit_deploy.bundle.manifest import choose_profile
 from evit_deploy.errors import InputError
+from evit_deploy.recipe.options import BatchProfile
 
 CPU_BATCH_SIZES = (1, 8, 32)
 GPU_BATCH_SIZES = (1, 8, 32, 128)

@@ -22,12 +22,12 @@ from evit_deploy.export.card import load_onnx, read_card
 from evit_deploy.export.precision import DTYPES, QUANTIZED
 from evit_deploy.export.variants import reorganizations, slice_twin
 from evit_deploy.files import sha256
-from evit_deploy.models.checkpoint import Tokens, build_model, read_checkpoint
+from evit_deploy.models.checkpoint import build_model, read_checkpoint, resolve_tokens
 from evit_deploy.models.parent import parent_model
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.runtimes.select import artifact_of, subject_of, usable
-from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.tokens.plan import TokenOptions, TokenPlan
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.triton.connection import Served
 from evit_deploy.triton.find import find_model
@@ -76,7 +76,7 @@ class Comparison(msgspec.Struct, frozen=True):
 def candidates_of(
     target: Path | str,
     against: Path | None,
-    tokens: Tokens | None,
+    tokens: TokenOptions,
     runtimes: Sequence[str],
     *,
     batch_sizes: Sequence[int] | None = None,
@@ -116,7 +116,7 @@ def candidates_of(
     if path.suffix == ".onnx":
         return _of_onnx(path, against, runtimes)
     checkpoint = read_checkpoint(str(target))
-    spec, notes = (tokens or Tokens()).resolve(checkpoint)
+    spec, notes = resolve_tokens(checkpoint, **tokens)
     model = reduce_tokens_(build_model(checkpoint), spec)
     names = [name for name in RUNTIMES.names() if _runs_torch(RUNTIMES.get(name))]
     rows = [row for name in names if _takes_part(name, model, runtimes) for row in torch_candidates(model, name)]

@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from evit_deploy.environment import nvidia as gpu
+from evit_deploy.environment.nvidia import current_device
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.profiling.batch_sizes import sizes_for
 from evit_deploy.profiling.candidates import Candidate
@@ -230,7 +230,7 @@ def clock_and_settle(threads: int | None, *, on_gpu: bool) -> tuple[Literal["cpu
 def watched(stack: ExitStack) -> tuple[Watch | None, list[str]]:
     """Watches the GPU until the stack is closed; without the package for it, a note says that nobody did."""
     try:
-        return stack.enter_context(Watch(gpu.current_device())), []
+        return stack.enter_context(Watch(current_device())), []
     except MissingRequirement as error:
         return None, [f"The GPU's clocks were not watched: {error}"]
 

@@ -9,11 +9,10 @@ from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle
 from evit_deploy.bundle.manifest import ENGINE, MANIFEST, MODEL, OPENVINO, REPORT, Engine, Manifest
 from evit_deploy.engines.plan_file import read_header
-from evit_deploy.environment.requirements import numbers
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import INPUT, LOGITS
 from evit_deploy.report.report import Report
-from evit_deploy.serving.deployment import RELEASES, Server, declared_server, same
+from evit_deploy.serving.deployment import RELEASES, Server, declared_server, older, same
 
 FILES = {
     "tensorrt": (ENGINE,),
@@ -289,7 +288,7 @@ def server_for(found: Sequence[Bundle], platform: str, release: str | None, tens
             fix=f"Give it: --server-tensorrt VERSION. Known are {min(RELEASES)} to {max(RELEASES)}.",
         )  # fmt: skip
     for bundle, built in zip(found, headers, strict=True):
-        later = lasting and numbers(server.tensorrt)[:3] >= numbers(built)[: len(numbers(server.tensorrt)[:3])]
+        later = lasting and not older(server.tensorrt, built)
         if not (same(server.tensorrt, built) or later):
             raise InputError(
                 "the plan was built with another TensorRT than the server's, and runs on that one only",

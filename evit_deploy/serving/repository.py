@@ -13,10 +13,12 @@ from typing import Any
 
 import msgspec
 
-from evit_deploy.bundle.manifest import BatchProfile, TensorSpec
+from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.data.images import Preprocess
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.card import INPUT
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.serving.server_files import preprocess as triton_preprocess
 
 MODEL_FILES = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "openvino": "model.xml"}
@@ -248,7 +250,7 @@ def _protocol() -> Any:
     except ImportError as error:
         raise MissingRequirement(
             "Triton's configuration is written with tritonclient's protocol buffers",
-            where="package --for triton", seen=str(error), fix='Run: pip install "evit-deploy[triton]"',
+            where="package --for triton", seen=str(error), fix=f"Run: {install_line('triton')}",
         ) from None  # fmt: skip
     return model_config_pb2
 

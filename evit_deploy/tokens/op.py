@@ -3,7 +3,7 @@
 Selection: the K highest scores in descending order, the lowest index first on ties. The fused row (equation 3) is the
 sum of score · row over the rest, not normalised, in FP32. What a token's score is, is the method's to say.
 
-Other bodies of the same op (NumPy oracle, CUDA) are held to the same table of cases: ``tests/cases.py``.
+Other bodies of the same op (NumPy oracle, CUDA) are held to the same table of cases: ``tests/support/cases.py``.
 """
 
 from typing import TYPE_CHECKING

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -19,6 +19,15 @@ SCHEDULE_DECIMALS = 6
 """A scheduled keep rate is rounded to this many decimals before it is used, so that every machine plans alike."""
 FUSED = -1
 """Patch number of a fused token."""
+
+
+class TokenOptions(TypedDict, total=False):
+    """Fields of :class:`TokenSpec` as keyword arguments; the rest comes from the checkpoint, then the defaults."""
+
+    keep_rate: float | tuple[float, ...]
+    locations: tuple[int, ...]
+    fuse: bool
+    method: str
 
 
 class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

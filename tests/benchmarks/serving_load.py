@@ -2,9 +2,9 @@
 
 python tests/benchmarks/serving_load.py --digits runs/digits/bundle --out docs/results/serving_load.json
 
-The server is NVIDIA's own, on the CPU of this machine; behind its ``onnxruntime`` stands ``tests/triton_backend.py``,
-which is written in Python, and clients and server share the cores: what is measured is what serving adds here, not what
-a GPU would serve.
+The server is NVIDIA's own, on the CPU of this machine; behind its ``onnxruntime`` stands
+``tests/support/triton_backend.py``, which is written in Python, and clients and server share the cores:
+what is measured is what serving adds here, not what a GPU would serve.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from evit_deploy.triton.client import Answer, ask, file_sender
 from evit_deploy.triton.connection import Connection
 from evit_deploy.verification.golden import load_golden
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from triton_server import TritonServer
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, for what the tests share
+from tests.support.triton_server import TritonServer
 
 BATCHES = (1, 1, 1, 2, 3, 5, 8, 16)
 CLIENTS = 16

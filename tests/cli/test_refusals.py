@@ -1,0 +1,159 @@
+"""What the command line refuses, and that no refusal leaves or changes anything."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from evit_deploy.bundle.manifest import MANIFEST, MODEL
+from tests.support.models import hollow, tree
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hints"),
+    [
+        (["--keep-rate", "0"], ["keep rate", "got 0.0", "(0, 1]"]),
+        (["--keep-rate", "1.5"], ["keep rate", "got 1.5"]),
+        (["--keep-rate", "-1"], ["keep rate", "got -1.0"]),
+        (["--keep-rate", "nan"], ["keep rate", "got nan"]),
+        (["--keep-rate", "inf"], ["keep rate", "got inf"]),
+        (["--keep-rate", "abc"], ["--keep-rate", "'abc'", "numbers"]),
+        (["--keep-rate", ""], ["--keep-rate", "numbers"]),
+        (["--keep-rate", "0.5,"], ["--keep-rate", "numbers"]),
+        ([], ["--keep-rate", "is needed"]),
+        (["--keep-rate", "0.5", "--locations", "0,7"], ["location", "got 7", "0 to 1"]),
+        (["--keep-rate", "0.5", "--locations", "1,0"], ["not strictly rising", "got 1,0", "expected 0,1"]),
+        (["--keep-rate", "0.5", "--locations", "1,1"], ["not strictly rising", "got 1,1"]),
+        (["--keep-rate", "0.5", "--locations", "-1,1"], ["location", "got -1"]),
+        (["--keep-rate", "0.5", "--locations", "1.5"], ["--locations", "whole numbers"]),
+        (["--keep-rate", "0.5", "--locations", ""], ["--locations", "whole numbers"]),
+        (["--keep-rate", "0.5,0.6", "--locations", "1"], ["2 rates for 1 locations"]),
+        (["--keep-rate", "0.5,0.6,0.7", "--locations", "0,1"], ["3 rates for 2 locations"]),
+        (["--keep-rate", "0.5,0.6,0.7"], ["3 rates for 2 locations"]),
+        (["--keep-rate", "0.5", "--image-size", "100"], ["--image-size", "got 100", "multiple of 16", "96 or 112"]),
+        (["--keep-rate", "0.5", "--image-size", "0"], ["--image-size", "got 0"]),
+        (["--keep-rate", "0.5", "--image-size", "-64"], ["--image-size", "got -64"]),
+        (["--keep-rate", "0.5", "--image-size", "big"], ["--image-size", "'big'"]),
+        (["--keep-rate", "0.5", "--model", "deit_tiny_patch16_223"], ["--model", "deit_tiny_patch16_224"]),
+        (
+            ["--keep-rate", "0.5", "--model", "deit_tiny_patch16_224"],
+            ["smallest.safetensors", "not those of deit_tiny"],
+        ),
+        (["--keep-rate", "0.5", "--target", "tensort"], ["--target", "'tensort'", "onnx"]),
+        (["--keep-rate", "0.5", "--precision", "fp17"], ["--precision", "'fp17'", "fp32"]),
+        (["--keep-rate", "0.5", "--method", "evti"], ["unknown method", "Did you mean 'evit'?"]),
+        (["--keep-rate", "0.5", "--method", "random"], ["'random' has no exported form"]),
+        (["--keep-rate", "0.5", "--threads", "0"], ["--threads", "0"]),
+        (["--keep-rate", "0.5", "--min-speedup", "fast"], ["--min-speedup", "'fast'"]),
+        (["--keep-rate", "0.5", "--data", "absent"], ["absent", "no such folder"]),
+        (["--keep-rate", "0.5", "--out", "{user}"], ["exists already", "--force"]),
+        (["--keep-rate", "0.5", "--out", "{user}", "--force"], ["no bundle wrote", "smallest.safetensors"]),
+        (["--keep-rate", "0.5", "--out", "{user}/smallest.safetensors", "--force"], ["no bundle wrote"]),
+        (["--keep-rate", "0.5", "--out", "{user}/smallest.safetensors/x"], ["parent is not a folder"]),
+        (["--keep-rate", "0.5", "--out", "/proc/bundle"], ["cannot write there", "/proc"]),
+        (["--keep-rate", "0.5", "--out", "/sys/a/b/bundle"], ["cannot write there", "/sys"]),
+        (["--keep-rate", "0.5", "--out", "{user}/" + "x" * 300], ["cannot write there"]),
+    ],
+    ids=lambda value: " ".join(value)[:60] if value and value[0].startswith("--") else "",
+)
+def test_convert_refuses(cli, checkpoint, arguments, hints):
+    before = tree(checkpoint.parent)
+    arguments = [argument.replace("{user}", str(checkpoint.parent)) for argument in arguments]
+    cli("convert", checkpoint, *arguments).refused(2, *hints)
+    assert tree(checkpoint.parent) == before
+
+
+def test_refusals_do_not_load_what_they_do_not_need(checkpoint):
+    program = (
+        "import sys; from evit_deploy.cli import run; "
+        "code = run(['convert', 'x.pth', '--keep-rate', '7']); sys.exit(code if 'torch' not in sys.modules else 99)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("absent.pth", None, "no such file"),
+        ("empty.pth", b"", "empty"),
+        ("text.pth", b"<html>404</html>", "not a checkpoint"),
+        ("pointer.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("cut.pth", b"PK\x03\x04cut", "damaged"),
+        ("deit_tiny_patch16_225", None, "deit_tiny_patch16_224"),
+    ],
+)
+def test_checkpoints_that_are_none(cli, tmp_path, monkeypatch, name, content, hint):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    before = tree(tmp_path)
+    for arguments in (["convert", name], ["profile", name]):
+        cli(*arguments, "--keep-rate", "0.5").refused(2, name, hint)
+    assert tree(tmp_path) == before
+
+
+def test_a_checkpoint_of_another_family(cli, tmp_path):
+    torch.save({"model": {"layer1.0.conv1.weight": torch.zeros(1)}}, tmp_path / "resnet.pth")
+    cli("convert", tmp_path / "resnet.pth", "--keep-rate", "0.5").refused(2, "resnet.pth", "ResNet")
+    torch.save(hollow("deit_tiny_patch16_224") | {"head.bias": torch.zeros(7)}, tmp_path / "deit.pth")
+    cli("convert", tmp_path / "deit.pth", "--keep-rate", "0.5").refused(2, "deit.pth", "head.bias [7]")
+
+
+def test_errors_as_json(cli, checkpoint):
+    for arguments in (["--keep-rate", "7"], ["--keep-rate", "abc"], []):
+        result = cli("convert", checkpoint, "--json", *arguments)
+        assert result.code == 2
+        error = result.document["error"]
+        assert error["exit_code"] == 2
+        assert f"evit-deploy: {error['message']}" == result.err.splitlines()[-1]
+
+
+def test_debug_shows_the_traceback(cli, checkpoint):
+    result = cli("convert", checkpoint, "--keep-rate", "7", "--debug")
+    assert result.code == 2
+    assert "Traceback" in result.err
+
+
+def test_verify_and_profile_refuse(cli, bundle, tmp_path):
+    before = tree(bundle.parent)
+    for name in ("verify", "profile"):
+        cli(name, bundle, "--runtime", "onnxrutime").refused(2, "unknown runtime", "Did you mean 'onnxruntime'?")
+        cli(name, bundle, "--batch-sizes", "0").refused(2, "--batch-sizes", "from 1 up")
+        cli(name, bundle, "--batch-sizes", "a").refused(2, "--batch-sizes", "whole numbers")
+        cli(name, tmp_path / "user").refused(2, "not a bundle")
+    cli("verify", bundle, "--against", bundle / MANIFEST).refused(2, "--against", "not the checkpoint")
+    cli("verify", tmp_path / "absent").refused(2, "no such bundle")
+    cli("profile", bundle, "--duration", "0").refused(2, "--duration")
+    cli("profile", bundle / MODEL, "--min-speedup", "1.1", "--duration", "0.01", "--batch-sizes", "1").refused(
+        2, "no dense twin"
+    )
+    assert tree(bundle.parent) == before
+    manifest = json.loads((bundle / MANIFEST).read_bytes())
+    (bundle / MANIFEST).write_text(json.dumps(manifest | {"files": {"../smallest.safetensors": "0"}}))
+    cli("verify", bundle).refused(2, "outside the bundle")
+    (bundle / MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
+    cli("verify", bundle).refused(2, "another version")
+    (bundle / MANIFEST).write_text("{")
+    cli("verify", bundle).refused(2, "cannot be read")
+
+
+def test_a_timm_name_without_network(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    result = cli("convert", "deit_tiny_patch16_224", "--keep-rate", "0.7")
+    result.refused(3, "'deit_tiny_patch16_224' could not be fetched", "give its path")
+    assert [name for name in tree(tmp_path) if not name.startswith("cache")] == []
+
+
+@pytest.mark.parametrize("value", ["nan", "0", "-1", "inf", "fast"])
+@pytest.mark.parametrize(
+    "arguments",
+    [("convert", "x.pth", "--min-speedup"), ("profile", "x", "--min-speedup"), ("profile", "x", "--duration")],
+)
+def test_what_has_to_be_above_zero(cli, arguments, value):
+    result = cli(*arguments, value)
+    assert result.code == 2
+    assert f"got '{value}', expected a number above 0" in result.err

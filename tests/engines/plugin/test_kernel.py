@@ -1,0 +1,378 @@
+"""The CUDA kernel: its own code on the CPU against the oracle, under sanitizers and in every cut; on a GPU the same."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evit_deploy.engines.plugin.kernel import DTYPES, TokenReorgKernel, _Call
+from evit_deploy.engines.plugin.library import ABI, read_identity
+from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.tokens.op import token_reorg
+from tests.support import plugin_builds
+from tests.support.cases import CASES, Case
+from tests.support.op_checks import TORCH, check_answer, each_case, each_dtype, to_numpy, to_torch
+from tests.support.paths import ROOT
+
+SANITIZERS = {"address,undefined": 1, "thread": 3}  # and by how many threads: races take several
+CUTS = ((1, 0, 0), (1, 4, 1), (3, 2, 3), (5, 16, 1), (2, 1, 7))  # threads, lanes, tiles
+
+
+@cache
+def kernel() -> TokenReorgKernel:
+    return TokenReorgKernel(plugin_builds.host_library())
+
+
+def call_of(case: Case, dtype: str) -> tuple[torch.Tensor, torch.Tensor, int, bool, int]:
+    x, scores = (to_torch(array) for array in case.inputs(dtype))
+    return x, scores, case.keep, case.fuse, case.prefix
+
+
+def assert_same_bits(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(bits(a), bits(b))
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().view({4: torch.int32, 2: torch.int16}[tensor.element_size()]).numpy()
+
+
+# ---- on the CPU
+
+
+@pytest.mark.cpp
+@each_dtype
+@each_case
+def test_the_host_build_matches_the_oracle(case, dtype):
+    x, scores = case.inputs(dtype)
+    y, idx = kernel()(*call_of(case, dtype))
+    check_answer(case, dtype, x, scores, to_numpy(y), to_numpy(idx))
+
+
+HEADER = np.dtype([("pointers", "u8", 4), ("call", "i4", 7), ("", "i4"), ("how", "i4", 4)])  # test/cases.cpp
+
+
+def answers_of(program: Path, calls: list[tuple[Case, str, tuple[int, int, int], int]], *runner: str) -> list:
+    """What ``token_reorg_cases`` says to calls: y and idx of each."""
+    sent, sizes = [], []
+    for case, dtype, cut, offset in calls:
+        x, scores = case.inputs(dtype)
+        header = np.zeros((), HEADER)
+        sizes_ = case.batch, case.prefix, case.candidates, case.width, case.keep, case.fuse
+        header["call"], header["how"] = (DTYPES[TORCH[dtype]], *sizes_), (offset, *cut)
+        sent += [header.tobytes(), x.tobytes(), scores.tobytes()]
+        sizes.append((x.dtype, (case.batch, case.prefix + case.keep + case.fuse, case.width), (case.batch, case.keep)))
+    done = subprocess.run([*runner, str(program)], input=b"".join(sent), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    answers, at = [], 0
+    for dtype, y_shape, idx_shape in sizes:
+        assert int(np.frombuffer(done.stdout, np.int32, 1, at)[0]) == 0, done.stderr.decode()
+        y = np.frombuffer(done.stdout, dtype, int(np.prod(y_shape)), at + 4).reshape(y_shape)
+        at += 4 + y.nbytes
+        idx = np.frombuffer(done.stdout, np.int32, int(np.prod(idx_shape)), at).reshape(idx_shape)
+        at += idx.nbytes
+        answers.append((to_torch(y.copy()), to_torch(idx.copy())))
+    assert at == len(done.stdout)
+    return answers
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_the_whole_table_under_sanitizers_in_other_cuts(sanitizer):
+    plugin_builds.need("cmake", "g++", "setarch")
+    arguments = "-DEVIT_CUDA=OFF", f"-DEVIT_SANITIZE={sanitizer}", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"
+    program = plugin_builds.build(*arguments, targets=("token_reorg_cases",)) / "token_reorg_cases"
+    threads = SANITIZERS[sanitizer]
+    # Off the grid of 16 bytes on every third call. Large cases take minutes when every access is watched for races.
+    cases = [case for case in CASES if threads == 1 or case.candidates * case.width <= 196 * 24]
+    calls = [
+        (case, dtype, (threads, *CUTS[i % len(CUTS)][1:]), int(i % 3 == 2))
+        for i, (case, dtype) in enumerate((case, dtype) for case in cases for dtype in TORCH)
+    ]
+    found = answers_of(program, calls, "setarch", "-R")  # ThreadSanitizer wants its addresses where they always were
+    for (case, dtype, *_), answer in zip(calls, found, strict=True):
+        assert_same_bits(answer, kernel()(*call_of(case, dtype)))
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_the_sanitizers_would_find_something(sanitizer, tmp_path):
+    plugin_builds.need("g++", "setarch")
+    source = tmp_path / "wrong.cpp"
+    source.write_text(
+        "#include <thread>\n#include <vector>\nint sum;\nint main(int n, char**) {\n"
+        "  std::vector<int> v(1);\n  std::thread other([] { ++sum; });\n  ++sum;\n  other.join();\n"
+        "  return v.data()[n] > 5;\n}\n"
+    )
+    compile_ = ["g++", "-g", f"-fsanitize={sanitizer}", "-pthread", str(source), "-o", str(tmp_path / "wrong")]
+    subprocess.run(compile_, check=True)
+    done = subprocess.run(["setarch", "-R", str(tmp_path / "wrong")], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Sanitizer" in done.stderr
+
+
+@st.composite
+def calls(draw):
+    """Any call: sizes around the edges of accesses, lanes and row groups; scores with many ties."""
+    batch, prefix = draw(st.integers(1, 3)), draw(st.integers(0, 8))
+    candidates = draw(st.one_of(st.integers(1, 40), st.integers(500, 530)))
+    width = draw(st.sampled_from([1, 3, 4, 8, 12, 16, 40, 64, 136]))
+    dtype = draw(st.sampled_from(list(TORCH.values())))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    x = torch.from_numpy(random.standard_normal((batch, prefix + candidates, width)).astype(np.float32)).to(dtype)
+    scores = torch.from_numpy(random.integers(0, draw(st.integers(1, 1000)), (batch, candidates)) / 512).float()
+    return x, scores, draw(st.integers(1, candidates)), draw(st.booleans()), prefix
+
+
+@pytest.mark.cpp
+@given(calls(), st.sampled_from(CUTS))
+def test_any_call_in_any_cut_gives_the_same_bits(call, cut):
+    threads, lanes, tiles = cut
+    y, idx = kernel()(*call)
+    assert_same_bits((y, idx), kernel()(*call, threads=threads, lanes=lanes, tiles=tiles))
+    eager, eager_idx = token_reorg(*call)
+    assert torch.equal(idx, eager_idx)
+    x, scores, keep, fuse, prefix = call
+    front = prefix + keep
+    assert torch.equal(y[:, :front], eager[:, :front])
+    if fuse:
+        rounding = torch.finfo(x.dtype).eps * eager[:, front:].abs().float()
+        summing = 1e-6 * (scores.unsqueeze(-1) * x[:, prefix:].float().abs()).sum(1, keepdim=True)
+        assert bool(((y[:, front:].float() - eager[:, front:].float()).abs() <= rounding + summing).all())
+
+
+@pytest.mark.cpp
+@given(calls())
+def test_an_image_has_the_same_bits_in_any_batch(call):
+    x, scores, *rest = call
+    together = kernel()(*call)
+    for i in range(len(x)):
+        alone = kernel()(x[i : i + 1], scores[i : i + 1], *rest)
+        assert_same_bits(alone, tuple(part[i : i + 1] for part in together))
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_number_goes_through_the_sum_unchanged(dtype):
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    x = torch.stack([torch.zeros_like(numbers), numbers])[None]  # the second row is all of the sum
+    y, _ = kernel()(x, torch.tensor([[2.0, 1.0]]), 1, True, 0)
+    torch.testing.assert_close(y[0, 1], numbers, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_round_to_the_nearest_even(dtype):
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-30, 17, (2, 200_000), generator=generator)
+    numbers = torch.ldexp(1 + torch.rand(2, 200_000, generator=generator), exponents).to(dtype)
+    rows = torch.cat([torch.zeros(1, 200_000, dtype=dtype), numbers])[None]
+    y, _ = kernel()(rows, torch.tensor([[2.0, 1.0, 1.0]]), 1, True, 0)
+    wanted = (numbers[0].float() + numbers[1].float()).to(dtype)
+    assert torch.equal(y[0, 1], wanted)
+    assert bool(torch.isinf(wanted).any()) == (dtype == torch.float16)  # overflow is among them
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("candidates", [6, 600], ids=["counting", "sorting"])
+def test_unusual_scores(candidates):
+    scores = torch.full((1, candidates), -1.0)
+    scores[0, :6] = torch.tensor([0.0, -0.0, float("inf"), 0.0, -float("inf"), -0.0])
+    _, idx = kernel()(torch.zeros(1, candidates, 8), scores, candidates, True, 0)
+    assert idx[0, :5].tolist() == [2, 0, 1, 3, 5]  # zero is zero, whatever its sign
+    assert idx[0, -1] == 4
+
+
+@pytest.mark.cpp
+def test_no_images_is_no_work():
+    y, idx = kernel()(torch.zeros(0, 5, 8), torch.zeros(0, 4), 2)
+    assert y.shape == (0, 4, 8)
+    assert idx.shape == (0, 2)
+
+
+@pytest.mark.cpp
+def test_the_page_s_example_runs(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "plugin.md").read_text()
+    (block,) = [text for text in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M) if "TokenReorgKernel" in text]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "libevit_token_reorg.so").symlink_to(plugin_builds.host_library())
+    names = {"x": torch.rand(2, 197, 384), "scores": torch.rand(2, 196)}
+    exec(block, names)
+    assert names["y"].shape == (2, 140, 384)
+
+
+# ---- refusals
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"keep": 0}, "keep is 0, expected at most the number of candidates, 1 to 4"),
+        ({"keep": 5}, "keep is 5, expected at most the number of candidates, 1 to 4"),
+        ({"prefix": 9, "x": torch.zeros(2, 13, 8)}, "prefix is 9, expected 0 to 8"),
+        ({"x": torch.zeros(1, 4098, 1), "scores": torch.zeros(1, 4097)}, "candidates is 4097, expected 1 to 4096"),
+        ({"x": torch.zeros(2, 5, 0)}, "channels is 0"),
+        ({"x": torch.zeros(2, 6, 8)}, "x and scores do not go together"),
+        ({"scores": torch.zeros(3, 4)}, "x and scores do not go together"),
+        ({"x": torch.zeros(2, 40)}, "x and scores do not go together"),
+        ({"x": torch.zeros(2, 5, 8, dtype=torch.float64)}, "no such types"),
+        ({"scores": torch.zeros(2, 4, dtype=torch.float16)}, "no such types"),
+        ({"x": torch.zeros(2, 5, 8, device="meta")}, "for tensors on cpu"),
+        ({"threads": 0}, "threads is 0"),
+        ({"lanes": 3}, "lanes is 3, expected a power of two"),
+        ({"lanes": 32}, "lanes is 32"),
+        ({"tiles": -1}, "tiles is -1"),
+    ],
+)
+def test_a_wrong_call_is_refused(change, words):
+    call = {"x": torch.zeros(2, 5, 8), "scores": torch.zeros(2, 4), "keep": 2, "prefix": 1} | change
+    with pytest.raises(InputError, match=re.escape(words)):
+        kernel()(**call)
+
+
+@pytest.mark.cpp
+def test_addresses_are_looked_at():
+    x, scores = torch.zeros(2, 5, 8), torch.zeros(2, 4)
+    y, idx = torch.zeros(2, 4, 8), torch.zeros(2, 2, dtype=torch.int32)
+    off = torch.zeros(2 * 4 * 8 * 4 + 1, dtype=torch.uint8)[1:]
+    with pytest.raises(InputError, match="y is not aligned to its elements of 4 bytes"):
+        kernel()(x, scores, 2, out=(off, idx))
+    with pytest.raises(InputError, match="idx is a null pointer"):
+        kernel()(x, scores, 2, out=(y, torch.zeros(0)))
+
+
+@pytest.mark.cpp
+def test_a_call_that_is_none_is_refused_with_and_without_room_for_a_message():
+    run, message = kernel()._library.evit_token_reorg_on_host, ctypes.create_string_buffer(20)
+    assert run(None, 1, 0, 0, message, ctypes.c_size_t(len(message))) == 1
+    assert message.value == b"TokenReorg: the cal"  # cut to the room there is
+    assert run(None, 1, 0, 0, None, ctypes.c_size_t(0)) == 1
+
+
+@pytest.mark.cpp
+def test_a_library_says_what_it_is_before_it_is_loaded(tmp_path):
+    library = plugin_builds.host_library()
+    identity = read_identity(library)
+    assert (identity.kind, identity.abi, identity.architectures, identity.tensorrt) == ("host", ABI, (), None)
+    project = (plugin_builds.PLUGINS / "CMakeLists.txt").read_text()
+    package = (ROOT / "pyproject.toml").read_text()
+    found = [
+        re.search(pattern, text)
+        for pattern, text in ((r"VERSION (\S+) DESC", project), (r'\nversion = "(.+)"', package))
+    ]
+    assert {match[1] for match in found if match} == {identity.version}
+
+    other = tmp_path / "other.so"
+    other.write_bytes(library.read_bytes().replace(b" abi=1 ", b" abi=2 "))
+    with pytest.raises(InputError, match=r"another interface \(got 2, expected 1\)"):
+        TokenReorgKernel(other)
+    other.write_bytes(
+        b"\x7fELF" + library.read_bytes()[-60_000:]
+    )  # what it says is in there, and nothing else is right
+    with pytest.raises(MissingRequirement, match="the library cannot be loaded"):
+        TokenReorgKernel(other)
+    other.write_bytes(b"\x7fELF")
+    with pytest.raises(InputError, match=r"not a library that evit-deploy built.*evit-deploy plugin build"):
+        read_identity(other)
+    with pytest.raises(InputError, match="no library can be read there"):
+        read_identity(tmp_path / "none.so")
+    with pytest.raises(InputError, match="no library can be read there"):
+        read_identity(tmp_path)
+
+
+# ---- with CUDA
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+def test_nvcc_compiles_every_architecture():
+    identity = read_identity(plugin_builds.gpu_library())
+    assert identity.kind == "kernel"
+    assert identity.architectures == ("80-real", "86-real", "89-real", "90-real", "100-real", "120")
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    library = TokenReorgKernel(plugin_builds.gpu_library())  # loading needs no driver
+    with pytest.raises(InputError, match="this library is for tensors on cuda"):
+        library(torch.zeros(2, 5, 8), torch.zeros(2, 4), 2)
+    # What C++ would meet: the call goes through to CUDA, which has no driver to ask.
+    message, tensors = ctypes.create_string_buffer(256), [torch.zeros(64) for _ in range(4)]
+    call = _Call(*(tensor.data_ptr() for tensor in tensors), 0, 1, 1, 4, 8, 2, 1)
+    status = library._library.evit_token_reorg(ctypes.byref(call), None, message, ctypes.c_size_t(256))
+    assert status == 2
+    assert re.match(rb"TokenReorg: .* \(cudaError\w+\)", message.value)
+
+
+@cache
+def gpu_kernel() -> TokenReorgKernel:
+    return TokenReorgKernel(plugin_builds.gpu_library())
+
+
+def on_gpu(call):
+    x, scores, *rest = call
+    return gpu_kernel()(x.cuda(), scores.cuda(), *rest)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@each_dtype
+def test_the_gpu_gives_the_bits_of_the_host_build(dtype):
+    for case in CASES:
+        x, scores = case.inputs(dtype)
+        call = call_of(case, dtype)
+        y, idx = on_gpu(call)
+        check_answer(case, dtype, x, scores, to_numpy(y.cpu()), to_numpy(idx.cpu()))
+        if case.has_order:
+            assert_same_bits((y, idx), kernel()(*call))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("batch", [1, 7, 256])
+def test_it_can_be_captured_in_a_graph_and_repeats_its_bits(batch):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(batch, 197, 384, device="cuda", dtype=torch.float16, generator=generator)
+    scores = torch.rand(batch, 196, device="cuda", generator=generator) / 196
+    wanted = gpu_kernel()(x, scores, 138)
+    out = tuple(torch.full_like(part, -1) for part in wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gpu_kernel()(x, scores, 138, out=out)
+    for _ in range(20):
+        for part in out:
+            part.fill_(-1)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits(out, wanted)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not installed")
+    folder = plugin_builds.build("-DEVIT_TENSORRT=OFF", targets=("token_reorg_cases_gpu",))
+    calls = [(case, dtype, (1, 0, 0), i % 3 == 2) for i, case in enumerate(CASES) for dtype in TORCH]
+    runner = "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--log-file", "/dev/stderr"
+    for (case, dtype, *_), answer in zip(
+        calls, answers_of(folder / "token_reorg_cases_gpu", calls, *runner), strict=True
+    ):
+        x, scores = case.inputs(dtype)
+        check_answer(case, dtype, x, scores, *(to_numpy(part) for part in answer))

@@ -1,0 +1,180 @@
+"""Recipes: what they hold, how they are overridden, and how they are refused."""
+
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from evit_deploy.errors import RecipeError
+from evit_deploy.recipe.file import field_docs
+from evit_deploy.recipe.recipe import Recipe, dump_recipe, is_sweep, load_recipe, load_sweep, recipe_schema
+from evit_deploy.recipe.sections import TrainSection
+from tests.support.paths import RECIPES
+
+SHIPPED = sorted(RECIPES.glob("*.yaml"))
+DIGITS = RECIPES / "digits.yaml"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_is_listed(path):
+    assert (load_sweep if is_sweep(path) else load_recipe)(path).name == path.stem
+    assert f"[{path.name}]({path.name})" in (path.parent / "README.md").read_text()
+
+
+def test_there_are_recipes():
+    assert {path.stem for path in SHIPPED} >= {"digits", "finetune"}
+
+
+def test_dumped_recipe_reads_back_equal(tmp_path):
+    recipe = load_recipe(DIGITS)
+    (tmp_path / "copy.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "copy.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("tokens.keep_rate=0.5", "tokens.keep_rate", 0.5),
+        ("tokens.keep_rate=[0.7, 0.6, 0.5]", "tokens.keep_rate", (0.7, 0.6, 0.5)),
+        ("finetune.learning_rate=1e-5", "finetune.learning_rate", 1e-5),
+        ("dense=null", "dense", None),
+        ("finetune.clip=", "finetune.clip", None),
+        ("model.checkpoint=a=b.pth", "model.checkpoint", "a=b.pth"),
+        ("seed=7", "seed", 7),
+    ],
+)
+def test_override(override, path, value):
+    found = load_recipe(DIGITS, [override])
+    for step in path.split("."):
+        found = getattr(found, step)
+    assert found == value
+
+
+def test_override_of_one_model_argument_leaves_its_neighbours():
+    args = load_recipe(DIGITS, ["model.args.depth=4"]).model.args
+    assert (args["depth"], args["patch_size"]) == (4, 4)
+
+
+def test_later_override_wins_and_begins_an_absent_section():
+    recipe = load_recipe(DIGITS, ["dense=null", "dense.steps=5", "dense.learning_rate=1", "dense.learning_rate=2"])
+    assert recipe.dense == TrainSection(steps=5, learning_rate=2.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("finetune.step=3", ["finetune.step", "Did you mean 'finetune.steps'"]),
+        ("finetun.steps=3", ["finetun", "Did you mean 'finetune'"]),
+        ("tokens.keep_rates=0.5", ["Did you mean 'tokens.keep_rate'"]),
+        ("tokens.keep_rate=0", ["keep rate is out of range", "tokens"]),
+        ("tokens.keep_rate=1.5", ["keep rate is out of range"]),
+        ("tokens.keep_rate=.nan", ["keep rate is out of range"]),
+        ("finetune.learning_rate=.nan", ["finetune.learning_rate"]),
+        ("finetune.learning_rate=.inf", ["finetune.learning_rate"]),
+        ("finetune.learning_rate=fast", ["finetune.learning_rate", "got 'fast'", "float", "after the warm-up"]),
+        ("finetune.betas=[0.9, 1]", ["finetune.betas[1]", "got 1", "AdamW's averaging factors"]),
+        ("convert.batches=[[1, 2]]", ["convert.batches[0]", "got [1, 2]", "length 3", "Least, best and largest batch"]),
+        ("convert.batches=8", ["convert.batches", "got 8", "`array`", "Least, best and largest batch"]),
+        ("convert.batches=[[1, 2, 0]]", ["convert.batches[0][2]", "got 0", ">= 1"]),
+        ("model.args=3", ["model.args", "got 3", "timm.create_model"]),
+        ("tokens=3", ["tokens", "got 3", "How tokens are reduced"]),
+        ("finetune.epochs=3", ["length of the run", "both"]),
+        ("finetune.steps=null", ["length of the run", "neither"]),
+        ("finetune.min_learning_rate=1", ["min_learning_rate", "0.0003"]),
+        ("data.name=mnist", ["mnist", "data.name", "'folder': images of your own"]),
+        ("data.train=/images", ["digits have no folders"]),
+        ("model.args.num_classes=3", ["num_classes", "the data decides"]),
+        ("data.crop=[0.5, 0.1]", ["crop is not a range"]),
+        ("profile.batch_sizes=[]", ["profile.batch_sizes"]),
+        ("name.first=x", ["name has no keys"]),
+        ("finetune", ["not an override", "section.key=value"]),
+        ("=3", ["not an override"]),
+        ("a..b=3", ["not an override"]),
+        ("seed=[", ["not valid YAML", "--set seed"]),
+    ],
+)
+def test_bad_override_is_refused_with_reason(override, words):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(DIGITS, [override])
+    for word in words:
+        assert word in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_mixup_needs_an_even_batch():
+    overrides = ["data={name: folder, train: a, validation: b}", "finetune.batch_size=7"]
+    with pytest.raises(RecipeError, match="even batch size"):
+        load_recipe(DIGITS, overrides)
+    assert load_recipe(DIGITS, [*overrides, "data.mixup=0", "data.cutmix=0"]).finetune.batch_size == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "empty"),
+        ("# nothing but a comment\n", "empty"),
+        ("- 1\n", "mapping"),
+        ("just text", "mapping"),
+        ("a: [1", "not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("name: a\nname: b\n", "twice"),
+        ("? [a]\n: b\n", "YAML"),
+        ("name: a\n", "missing required field"),
+        ("1: a\n", "unknown key '1'"),
+        ("[" * 3000, "not valid YAML"),
+    ],
+)
+def test_bad_file_is_refused_with_reason(tmp_path, text, word):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=word) as error:
+        load_recipe(tmp_path / "bad.yaml")
+    assert "bad.yaml" in str(error.value)
+
+
+def test_bytes_missing_files_and_folders_are_refused(tmp_path):
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    for path, word in [("bytes.yaml", "cannot be read"), ("none.yaml", "no such recipe"), (".", "folder")]:
+        with pytest.raises(RecipeError, match=word):
+            load_recipe(tmp_path / path)
+
+
+def test_learning_rate_is_scaled_only_where_asked():
+    plain = TrainSection(steps=1, learning_rate=2e-5, batch_size=256)
+    assert plain.effective_learning_rate() == 2e-5
+    assert msgspec.structs.replace(plain, learning_rate_batch=512).effective_learning_rate() == 1e-5
+
+
+def test_schema_documents_every_field():
+    schema = recipe_schema()
+    for name in ("Recipe", "ModelSection", "DataSection", "TrainSection", "CompareSection", "ProfileSection"):
+        for field, entry in schema["$defs"][name]["properties"].items():
+            assert entry.get("description"), f"{name}.{field}"
+    assert schema["$defs"]["TrainSection"]["additionalProperties"] is False
+    assert field_docs(Recipe)["seed"] == "Where all random numbers start."
+
+
+def test_reading_a_recipe_does_not_import_torch():
+    code = (
+        "import sys; from evit_deploy.recipe.recipe import load_recipe; load_recipe(sys.argv[1]);"
+        "sys.exit(len({'torch', 'timm', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(DIGITS)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["digits", "recipes/digits.yaml", "digits.yaml"])
+def test_recipes_of_the_package_are_found_from_anywhere(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(name).name == "digits"
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("name: [", encoding="utf-8")
+    with pytest.raises(RecipeError, match="not valid YAML"):  # one's own file comes first
+        load_recipe(name)
+
+
+def test_only_the_packages_own_places_are_searched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("elsewhere/digits.yaml", "digits.yml", "nothing"):
+        with pytest.raises(RecipeError, match="no such recipe"):
+            load_recipe(name)

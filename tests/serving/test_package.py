@@ -1,0 +1,284 @@
+"""Packages for Triton: what is in them, and that it belongs together."""
+
+import hashlib
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import yaml
+
+from evit_deploy import package
+from evit_deploy.bundle.bundle import changed_files, read_bundle
+from evit_deploy.bundle.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE
+from evit_deploy.data.images import Preprocess
+from evit_deploy.engines.plugin.library import LIBRARY
+from evit_deploy.files import sha256
+from evit_deploy.serving.deployment import METRIC_NAMES, RELEASES
+from evit_deploy.serving.package import Package, TritonOptions
+from evit_deploy.verification.golden import load_golden
+from tests.support.models import tree
+from tests.support.packages import change_report, verified_on
+from tests.support.plugin_files import library
+
+text_format = pytest.importorskip("google.protobuf.text_format")
+pb = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+
+
+def config(place: Path, name: str, file: str = "config.pbtxt"):
+    return text_format.Parse((place / "model_repository" / name / file).read_text(), pb.ModelConfig())
+
+
+@pytest.fixture(scope="module")
+def packaged(converted, tmp_path_factory) -> Path:
+    """The tiny model for ONNX Runtime. Read only."""
+    place, _ = package([converted.path], "triton", name="tiny", out=tmp_path_factory.mktemp("packaged") / "package")
+    return place
+
+
+def test_what_is_in_a_package(packaged, converted):
+    folder = "model_repository/tiny"
+    assert {name for name, content in tree(packaged).items() if content is not None} == {
+        "Dockerfile", "README.md", "compose.yaml", "golden.npz", "kubernetes.yaml", MANIFEST, PACKAGE, "report.json",
+        f"{folder}/config.pbtxt", f"{folder}/1/.keep",
+        f"{folder}_preprocess/config.pbtxt", f"{folder}_preprocess/1/model.py",
+        f"{folder}_model/config.pbtxt", f"{folder}_model/configs/cpu.pbtxt", f"{folder}_model/1/model.onnx",
+    }  # fmt: skip
+    assert (packaged / folder.replace("tiny", "tiny_model") / "1" / "model.onnx").read_bytes() == converted.file(
+        "model.onnx"
+    ).read_bytes()
+
+
+def test_the_package_says_what_it_was_made_of(packaged, converted):
+    made = msgspec.json.decode((packaged / PACKAGE).read_bytes(), type=Package)
+    assert (made.target, made.name, made.platform, made.verified, made.doubts) == (
+        "triton",
+        "tiny",
+        "onnxruntime",
+        True,
+        [],
+    )
+    (parent,) = made.parents
+    assert (packaged / parent.source).resolve() == converted.path.resolve()
+    assert not os.path.isabs(parent.source)
+    assert parent.sha256 == sha256(converted.path / MANIFEST)
+    assert made.server.release == max(RELEASES)
+    contents = {name: content for name, content in tree(packaged).items() if content is not None and name != PACKAGE}
+    assert made.files == {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    assert made.launch == ["tritonserver", "--model-repository=/models"]
+
+
+def test_a_package_is_a_bundle_of_golden_answers(packaged, converted):
+    """So that a roll-out is checked with nothing but the package."""
+    bundle = read_bundle(packaged)
+    assert changed_files(bundle) == []
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
+    np.testing.assert_array_equal(golden.logits, load_golden(converted.file(GOLDEN), converted.manifest.plan).logits)
+    parent, original = bundle.manifest.parents[0], converted.manifest.parents[0]
+    assert parent.sha256 == original.sha256
+    assert (packaged / parent.source).resolve() == (converted.path / original.source).resolve()
+
+
+def test_the_model_is_served_as_its_manifest_says(packaged, converted):
+    model = config(packaged, "tiny_model")
+    (image,), (logits,) = converted.manifest.inputs, converted.manifest.outputs
+    assert [(tensor.name, tuple(tensor.dims)) for tensor in model.input] == [(image.name, image.shape[1:])]
+    assert [(tensor.name, tuple(tensor.dims)) for tensor in model.output] == [(logits.name, logits.shape[1:])]
+    assert model.max_batch_size == 32
+
+
+def test_the_same_package_twice(packaged, converted, tmp_path):
+    again, _ = package([converted.path], "triton", name="tiny", out=packaged.with_name("again"))
+    try:
+        assert tree(again) == tree(packaged)
+    finally:
+        shutil.rmtree(again)
+
+
+def test_force_replaces_a_package_and_nothing_else(own, tmp_path):
+    place, _ = package([own.path], "triton", name="first")
+    assert place == own.path.with_name("first-triton")
+    second, _ = package([own.path], "triton", name="second", out=place, force=True)
+    assert second == place
+    assert not (place / "model_repository" / "first").exists()
+    (place / "model_repository" / "second" / "1" / "notes.txt").write_text("mine")
+    before = tree(place.parent)
+    with pytest.raises(ValueError, match=r"no bundle wrote.*notes\.txt"):
+        package([own.path], "triton", name="third", out=place, force=True)
+    assert tree(place.parent) == before
+
+
+def test_labels(own):
+    names = [f"class {index}" for index in range(10)]
+    file = own.path.with_name("labels.txt")
+    file.write_text("".join(f"{name}\n" for name in names))
+    place, _ = package([own.path], "triton", labels=file, name="tiny")
+    for model in ("tiny", "tiny_model"):
+        assert (place / "model_repository" / model / "labels.txt").read_text().splitlines() == names
+        assert config(place, model).output[0].label_filename == "labels.txt"
+    assert read_bundle(place).manifest.labels == names
+
+
+def test_without_preprocessing(own):
+    place, _ = package([own.path], "triton", name="tiny", triton=TritonOptions(preprocess="none", max_batch=5))
+    assert [path.name for path in (place / "model_repository").iterdir()] == ["tiny_model"]
+    assert config(place, "tiny_model").max_batch_size == 5
+    assert "pip3" not in (place / "Dockerfile").read_text()
+    assert "tiny_model" in (place / "README.md").read_text()
+
+
+def test_dali(own):
+    place, made = package([own.path], "triton", name="tiny", triton=TritonOptions(preprocess="dali"))
+    assert any("near those it was verified with" in note for note in made.notes)
+    preprocessing, ensemble = config(place, "tiny_preprocess"), config(place, "tiny")
+    assert preprocessing.backend == "dali"
+    for model in (preprocessing, ensemble):
+        assert [(t.name, t.data_type, list(t.dims)) for t in model.input] == [("IMAGE", pb.TYPE_UINT8, [-1])]
+    folder = place / "model_repository" / "tiny_preprocess" / "1"
+    settings = msgspec.json.decode((folder / "preprocess.json").read_bytes())
+    assert settings.pop("max_batch") == 32
+    assert msgspec.convert(settings, Preprocess) == own.manifest.preprocess
+    compile((folder / "dali.py").read_text(), "dali.py", "exec")
+    assert "UINT8" in (place / "README.md").read_text()
+    assert "pillow" not in (place / "Dockerfile").read_text()
+
+
+def test_options_reach_the_configuration(own):
+    options = TritonOptions(max_batch=7, instances=3, queue_delay=50, server="26.01")
+    place, made = package([own.path], "triton", name="tiny", triton=options)
+    model = config(place, "tiny_model")
+    assert (model.max_batch_size, model.instance_group[0].count) == (7, 3)
+    assert model.dynamic_batching.max_queue_delay_microseconds == 50
+    assert (made.server.release, made.server.onnxruntime) == ("26.01", "1.23.2")
+    assert "tritonserver:26.01-py3" in (place / "Dockerfile").read_text()
+
+
+def test_openvino(own):
+    (own.path / "openvino").mkdir()
+    for name in ("model.xml", "model.bin"):
+        (own.path / "openvino" / name).write_text(name)
+    bundle = change_report(own, verified_on("openvino"))
+    place, _ = package([bundle.path], "triton", platform="openvino", name="tiny")
+    folder = place / "model_repository" / "tiny_model"
+    assert {path.name for path in (folder / "1").iterdir()} == {"model.xml", "model.bin"}
+    model = config(place, "tiny_model")
+    assert (model.backend, model.max_batch_size) == ("openvino", 1)
+    assert "--gpus" not in (place / "README.md").read_text()
+    assert "nvidia" not in (place / "compose.yaml").read_text() + (place / "kubernetes.yaml").read_text()
+
+
+# ---- plans
+
+
+def test_a_plan_is_preferred(planned):
+    bundle = planned()
+    place, made = package([bundle.path], "triton", name="tiny", gpus=["sm80"])
+    assert made.platform == "tensorrt"
+    model = config(place, "tiny_model")
+    assert (model.platform, model.max_batch_size) == ("tensorrt_plan", 8)
+    assert (place / "model_repository" / "tiny_model" / "1" / "model.plan").read_bytes() == bundle.file(
+        ENGINE
+    ).read_bytes()
+    assert not (place / "model_repository" / "tiny_model" / "configs").exists()
+    assert made.server.release == "26.07"
+    assert any("not which one exactly" in note for note in made.notes)
+    assert package([bundle.path], "triton", platform="onnxruntime", unverified=True)[1].platform == "onnxruntime"
+
+
+def test_plans_for_several_gpus(planned):
+    bundles = [planned("sm80"), planned("sm90"), planned("sm120")]
+    place, made = package([b.path for b in bundles], "triton", name="tiny", gpus=["sm120", "SM80", "sm90"])
+    files = dict(config(place, "tiny_model").cc_model_filenames)
+    assert files == {"8.0": "model_sm80.plan", "9.0": "model_sm90.plan", "12.0": "model_sm120.plan"}
+    for gpu, bundle in zip(("8.0", "9.0", "12.0"), bundles, strict=True):
+        version = place / "model_repository" / "tiny_model" / "1"
+        assert (version / files[gpu]).read_bytes() == bundle.file(ENGINE).read_bytes()
+    assert [parent.sha256 for parent in made.parents] == [sha256(b.path / MANIFEST) for b in bundles]
+
+
+def test_the_server_s_tensorrt_may_be_told_exactly(planned):
+    options = TritonOptions(server="26.10", server_tensorrt="11.1.0")
+    _, made = package([planned().path], "triton", triton=options)
+    assert made.server.tensorrt == "11.1.0"
+    assert made.notes == []
+
+
+def test_a_version_compatible_plan_runs_on_later_servers(planned):
+    bundle = planned(version="10.15.1.29", options={"version_compatible": True})
+    place, made = package([bundle.path], "triton", triton=TritonOptions(server="26.07"))
+    assert made.launch[-1] == "--backend-config=tensorrt,version-compatible=true"
+    assert made.launch[-1] in (place / "README.md").read_text()
+
+
+def test_a_hardware_compatible_plan_serves_other_gpus(planned):
+    bundle = planned("sm80", options={"hardware_compatible": True})
+    package([bundle.path], "triton", gpus=["sm80", "sm90"])
+
+
+def test_the_plugin_comes_along_and_is_loaded(planned, tmp_path):
+    (tmp_path / "built").mkdir()
+    built = library(tmp_path / "built" / "any name.so")
+    bundle = planned(plugin=sha256(built))
+    place, made = package([bundle.path], "triton", name="tiny", plugin=built)
+    assert (place / "plugins" / LIBRARY).read_bytes() == built.read_bytes()
+    assert made.plugin == sha256(built)
+    assert made.launch[-1] == f"--backend-config=tensorrt,plugins=/plugins/{LIBRARY}"
+    assert "COPY plugins /plugins" in (place / "Dockerfile").read_text()
+    assert made.launch[-1] in (place / "README.md").read_text()
+    for document in ("compose.yaml", "kubernetes.yaml"):
+        assert made.launch[-1] in (place / document).read_text()
+
+
+# ---- what starts it
+
+
+def test_the_launch_line_is_the_same_everywhere(packaged):
+    made = msgspec.json.decode((packaged / PACKAGE).read_bytes(), type=Package)
+    (line,) = [
+        line for line in (packaged / "README.md").read_text().splitlines()
+        if line.startswith("docker run") and "cpu" not in line
+    ]  # fmt: skip
+    words = shlex.split(line)
+    assert words[words.index("evit-tiny") + 1 :] == made.launch
+    assert msgspec.json.decode((packaged / "Dockerfile").read_text().split("CMD ")[1]) == made.launch
+    (service,) = yaml.safe_load((packaged / "compose.yaml").read_text())["services"].values()
+    assert service["command"] == made.launch
+    deployment, _ = yaml.safe_load_all((packaged / "kubernetes.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == made.launch
+
+
+def test_probes_ports_and_metrics(packaged):
+    deployment, service = yaml.safe_load_all((packaged / "kubernetes.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    paths = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+    ready, live = "/v2/health/ready", "/v2/health/live"
+    assert paths == {"startupProbe": ready, "readinessProbe": ready, "livenessProbe": live}
+    assert {port["containerPort"] for port in container["ports"]} == {8000, 8001, 8002}
+    assert [port["targetPort"] for port in service["spec"]["ports"]] == [port["name"] for port in container["ports"]]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"] == labels
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
+    readme = (packaged / "README.md").read_text()
+    assert all(name in readme for name in (*METRIC_NAMES, ready, live))
+
+
+@pytest.mark.parametrize("name", ["deit_s-evit-k0.7", "7.B", "A" * 100, "x_" * 40])
+def test_names_suit_images_and_kubernetes(name, own):
+    place, made = package([own.path], "triton", name=name)
+    assert (place / "model_repository" / f"{made.name}_model").is_dir()
+    _, service = yaml.safe_load_all((place / "kubernetes.yaml").read_text())
+    tag = service["metadata"]["name"]
+    assert len(tag) <= 63
+    assert tag[0].isalpha()
+    assert tag[-1].isalnum()
+    assert set(tag) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def test_a_name_comes_from_the_folder(own):
+    moved = own.path.rename(own.path.with_name("my model (2)"))
+    _, made = package([moved], "triton")
+    assert made.name == "my_model__2_"

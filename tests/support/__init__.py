@@ -1,0 +1,1 @@
+"""What tests share: models, cases, servers, builds. No test imports another test; both import from here."""

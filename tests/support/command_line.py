@@ -1,0 +1,120 @@
+"""The command line under test, in this process and in one of its own; also pytest's fixtures for it."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evit_deploy.cli import run
+from evit_deploy.pipeline.convert import convert
+from tests.support.models import write_checkpoint
+
+CLI = [sys.executable, "-m", "evit_deploy"]
+QUICK = ("--threads", "1")
+
+
+@dataclass
+class Result:
+    """What one call of the command line did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """stdout, which must be one JSON document and nothing else."""
+        return json.loads(self.out)
+
+    def refused(self, code: int, *hints: str) -> None:
+        """One sentence on stderr with these hints in it, this exit code, nothing on stdout, no traceback."""
+        assert (self.code, self.out) == (code, ""), self.err
+        assert "Traceback" not in self.err
+        lines = self.err.splitlines()
+        assert lines[-1].startswith("evit-deploy: ")
+        assert sum(line.startswith("evit-deploy: ") for line in lines) == 1
+        assert all(line.startswith(("evit-deploy: ", "Usage: ", "These weights were never trained")) for line in lines)
+        assert len(lines[-1]) < 800
+        for hint in hints:
+            assert hint in lines[-1]
+
+
+@pytest.fixture
+def cli(capfd, monkeypatch) -> Callable[..., Result]:
+    """Runs the command line inside this process; what libraries print below Python is seen too."""
+    monkeypatch.setitem(convert.__kwdefaults__, "duration", 0.01)  # a first look takes 2 seconds a batch size
+
+    def call(*arguments: object) -> Result:
+        before = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        try:
+            code = run([str(argument) for argument in arguments])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return Result(code, *capfd.readouterr())
+
+    return call
+
+
+def command(*arguments: object) -> Result:
+    """Runs the command line as a user does."""
+    done = subprocess.run([*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=240)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def listen() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is started with interruptions ignored
+
+
+def interrupted(checkpoint: Path, stage: str, number: signal.Signals, more: Sequence[str]) -> Result:
+    """Starts a conversion, waits for a stage, and sends a signal."""
+    arguments = ["convert", checkpoint, "--keep-rate", "0.5", "--out", checkpoint.with_name("bundle"), "-v", *more]
+    process = subprocess.Popen(
+        [*CLI, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    )
+    with process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith(stage):
+                process.send_signal(number)
+                break
+        out, err = process.communicate(timeout=120)
+    return Result(process.returncode, out, "".join(said) + err)
+
+
+@pytest.fixture(scope="session")
+def smallest(tmp_path_factory) -> Path:
+    """A checkpoint. Read only."""
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "smallest.safetensors", "smallest")
+
+
+@pytest.fixture
+def checkpoint(tmp_path, smallest) -> Path:
+    """A folder of the user's, with a checkpoint in it."""
+    folder = tmp_path / "user"
+    folder.mkdir()
+    return Path(shutil.copy(smallest, folder / smallest.name))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, smallest) -> tuple[Path, Result]:
+    """A bundle that ``convert`` made, as a user runs it. Read only."""
+    folder = tmp_path_factory.mktemp("made")
+    path = Path(shutil.copy(smallest, folder / smallest.name))
+    return folder / "smallest-evit-k0.6", command("convert", path, "--keep-rate", "0.6", "-v", *QUICK)
+
+
+@pytest.fixture
+def bundle(made, tmp_path) -> Path:
+    """A bundle and its checkpoint that a test may break."""
+    shutil.copytree(made[0].parent, tmp_path / "user")
+    return tmp_path / "user" / made[0].name

@@ -1,0 +1,64 @@
+"""CMake builds of ``plugins/``, once each for all tests."""
+
+import atexit
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import PLUGINS
+
+
+@cache
+def folder() -> Path:
+    """Where builds go; a path without spaces, for the compilers."""
+    made = Path(tempfile.mkdtemp(prefix="evit-plugins-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+def need(*tools: str) -> None:
+    """Skips the test, with the reason, where a tool is missing."""
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)}")
+
+
+def tensorrt_headers() -> Path:
+    """The folder with TensorRT's headers, as ``TENSORRT_ROOT`` or the system says; skips where there are none."""
+    for root in (os.environ.get("TENSORRT_ROOT"), "/usr", "/usr/local/tensorrt", "/usr/local"):
+        if root and (Path(root) / "include" / "NvInferRuntime.h").is_file():
+            return Path(root)
+    pytest.skip("needs TensorRT's headers: TENSORRT_ROOT=FOLDER, the one with include/NvInferRuntime.h")
+
+
+def run(*command: str) -> str:
+    """Runs a tool; gives what it said, and ends the test with that if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@cache
+def build(*arguments: str, targets: tuple[str, ...] = ()) -> Path:
+    """Configures and compiles; gives the folder with what was built."""
+    place = folder() / f"build-{abs(hash((arguments, targets))):x}"
+    run("cmake", "-S", str(PLUGINS), "-B", str(place), *arguments)
+    run("cmake", "--build", str(place), "--parallel", "2", *(["--target", *targets] if targets else []))
+    return place / "token_reorg"
+
+
+def host_library() -> Path:
+    """The kernel for the CPU."""
+    need("cmake", "g++")
+    return build("-DEVIT_CUDA=OFF", targets=("evit_token_reorg_host",)) / "libevit_token_reorg_host.so"
+
+
+def gpu_library() -> Path:
+    """The kernel for the GPU of this machine."""
+    need("cmake", "g++", "nvcc")
+    return build("-DEVIT_TENSORRT=OFF", targets=("evit_token_reorg",)) / "libevit_token_reorg.so"

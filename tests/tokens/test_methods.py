@@ -1,0 +1,110 @@
+"""The contract that every registered method signs, and what each of ours keeps."""
+
+import numpy as np
+import pytest
+import torch
+
+from evit_deploy.errors import InputError
+from evit_deploy.models.timm_vit import ReducedBlock
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.reduce import TokenReducer, capture, reduce_tokens_, token_plan
+from tests.support import oracle
+from tests.support.families import create, each_method, images
+
+
+@each_method
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("name", ["deit", "dinov2_registers"])
+def test_methods_keep_the_contract(name, fuse, method):
+    model = create(name)
+    keys = list(model.state_dict())
+    spec = TokenSpec(keep_rate=0.6, fuse=fuse, method=method)
+    reduce_tokens_(model, spec)
+    assert list(model.state_dict()) == keys
+    plan = token_plan(model)
+    blocks = [module for module in model.modules() if isinstance(module, ReducedBlock)]
+    assert len(blocks) == len(plan.locations) == 3
+    reached = []
+    for block in blocks:
+        reducer = block.reducer
+        assert isinstance(reducer, TokenReducer)
+        assert not list(reducer.parameters())
+        reducer.register_forward_hook(lambda _, inputs, output: reached.append((inputs[0], *output)))
+    pixels = images(model).requires_grad_()
+    result = model(pixels)
+    assert result.shape == (3, model.num_classes)
+    assert result.isfinite().all()
+    for row, (x, y, kept) in zip(plan.locations, reached, strict=True):
+        candidates = row.tokens_in - plan.prefix
+        assert y.shape == (3, row.tokens_out, x.shape[2])
+        assert y.dtype == x.dtype
+        assert kept.shape == (3, row.keep)
+        assert kept.dtype == torch.int32
+        assert oracle.is_valid_choice(kept.numpy(), candidates)
+        assert torch.equal(y[:, : plan.prefix], x[:, : plan.prefix])
+        for image in range(3):
+            rows = x[image, plan.prefix :][kept[image].long()]
+            assert torch.equal(y[image, plan.prefix : plan.prefix + row.keep], rows)
+    result.sum().backward()
+    assert pixels.grad.isfinite().all()
+    assert pixels.grad.abs().sum() > 0
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+
+
+@each_method
+def test_methods_work_in_half_precision(method):
+    model = create("deit").bfloat16()
+    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method=method))
+    with torch.inference_mode():
+        result = model(images(model).bfloat16())
+    assert result.dtype == torch.bfloat16
+    assert result.isfinite().all()
+
+
+@each_method
+def test_methods_refuse_options_they_do_not_have(method):
+    with pytest.raises(InputError, match=f"the method '{method}' does not take these options.*no_such_option"):
+        reduce_tokens_(create("deit"), TokenSpec(keep_rate=0.6, method=method, options={"no_such_option": 1}))
+
+
+def kept_by(method: str, **options) -> list[torch.Tensor]:
+    model = create("deit")
+    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method=method, options=options))
+    with capture(model) as seen:
+        model(images(model))
+        model(images(model))
+    return seen.kept
+
+
+def test_a_method_without_scores_has_kept_tokens_but_none_are_made_up():
+    model = create("deit")
+    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method="slice"))
+    with capture(model) as seen:
+        model(images(model))
+    assert len(seen.kept) == 3
+    assert seen.scores == []
+    reducer = next(module for module in model.modules() if isinstance(module, TokenReducer))
+    with pytest.raises(NotImplementedError, match="Slice does not say"):
+        reducer.scores(*3 * [torch.zeros(1, 5, 2, 4)])
+
+
+def test_slice_keeps_the_first():
+    assert all(kept.tolist() == [list(range(kept.shape[1]))] * 3 for kept in kept_by("slice"))
+
+
+def test_random_follows_its_seed_and_differs_by_image_and_call():
+    first, again, other = kept_by("random"), kept_by("random"), kept_by("random", seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not torch.equal(first[0][0], first[0][1])
+    assert not torch.equal(first[0], first[3])  # the same location in the second call
+
+
+def test_inverse_keeps_the_lowest_scores():
+    model = create("deit")
+    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method="inverse"))
+    with capture(model) as seen:
+        model(images(model))
+    for kept, scores in zip(seen.kept, seen.scores, strict=True):
+        np.testing.assert_array_equal(kept.numpy(), oracle.select(-scores.numpy(), kept.shape[1]))

@@ -46,12 +46,9 @@ def command(target: str, min_speedup: float | None, output: Output, **options: A
     evit-deploy profile deit_s.pth --keep-rate 0.7 --threads 1
     """
     server, tokens, measure = server_of(options), tokens_of(options), struct_of("ProfileOptions", options)
-    from evit_deploy.errors import GateFailed
     from evit_deploy.profiling.profile import profile, speed_gate
 
     report = profile(target, measure=measure, server=server, **options, **tokens)
     report += speed_gate(report, min_speedup)
     output.result(report)
-    if not report.passed:
-        first = report.failed[0]
-        raise GateFailed(first.name, where=target, seen=first.value, wanted=first.limit, fix=first.reason)
+    report.raise_if_failed("{name}", where=target)

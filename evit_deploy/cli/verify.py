@@ -38,17 +38,8 @@ def command(bundle: Path, output: Output, **options: Any) -> None:
     evit-deploy verify deit_s-evit-k0.7 --url http://server:8000 --model-name deit_s
     """
     server = server_of(options)
-    from evit_deploy.errors import GateFailed
     from evit_deploy.verification.verify import verify
 
     report = verify(bundle, server=server, **options)
     output.result(report, f"\n{'verified' if report.passed else 'NOT verified'}: {bundle}", passed=report.passed)
-    if not report.passed:
-        first = report.failed[0]
-        raise GateFailed(
-            f"{len(report.failed)} of {len(report.checks)} checks failed, first: {first.name}",
-            where=bundle,
-            seen=first.value,
-            wanted=first.limit,
-            fix=first.reason,
-        )
+    report.raise_if_failed(where=bundle)

@@ -256,8 +256,9 @@ class WildDigitsData:
             raise InputError("the curriculum's delay is too short for worker processes", seen=curriculum.delay,
                              wanted=f"at least {AHEAD}")  # fmt: skip
         batches = Batches(
-            len(self._train), batch_size, seed, rank=rank, world=world, start_step=start_step, curriculum=curriculum
-        )
+            len(self._train), batch_size, seed, rank=rank, world=world, start_step=start_step,
+            level_at=None if curriculum is None else curriculum.at,
+        )  # fmt: skip
         yield from loader(_Drawn(self._train), batches, self._section.workers, _normalised, AHEAD)
 
     def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:

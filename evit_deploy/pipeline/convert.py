@@ -13,7 +13,8 @@ import torch
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle, Staging
 from evit_deploy.bundle.manifest import GOLDEN, REPORT, Manifest, Parent, TensorSpec
-from evit_deploy.data.images import Preprocess, calibration_images, image_files, image_folder, sample_inputs
+from evit_deploy.data.images import Preprocess, calibration_images, image_files, sample_inputs
+from evit_deploy.data.sources import Folder
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import GateFailed, InputError
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
@@ -21,7 +22,7 @@ from evit_deploy.export.precision import QUANTIZED
 from evit_deploy.models.checkpoint import FILE_SUFFIXES, Checkpoint, build_model, read_checkpoint, resolve_tokens
 from evit_deploy.pipeline.lowering import Lowering, export, lowering, write_targets
 from evit_deploy.profiling.batch_sizes import sizes_within
-from evit_deploy.profiling.candidates import bundle_contestants
+from evit_deploy.profiling.candidates import bundle_candidates
 from evit_deploy.profiling.profile import speed_gate
 from evit_deploy.profiling.timing import measure_all
 from evit_deploy.progress import doing, stage, stages
@@ -132,7 +133,7 @@ def convert(
     """
     made = lowering(options)
     if made.options.data is not None:
-        image_folder(Path(made.options.data), Preprocess((224, 224)))  # a wrong folder is refused before the work
+        Folder(made.options.data)  # a wrong folder is refused before the work
     calibration = _calibration_notes(made.options.calibration)
     with stages(stages_of(made)):
         stage(_LOG, "reading the checkpoint")
@@ -255,7 +256,7 @@ def _proof(folder: Path, golden: Golden, job: Job) -> Report:
 def _speed(folder: Path, plan: TokenPlan, job: Job) -> Report:
     stage(_LOG, "profiling")
     made, measure = job.made, job.measure
-    candidates = bundle_contestants(bundles.read_bundle(folder), made.runtimes)
+    candidates = bundle_candidates(bundles.read_bundle(folder), made.runtimes)
     sizes = sizes_within(made.options.profiles if made.engine_target else (), measure.batch_sizes or FIRST_BATCHES)
     report = measure_all(
         candidates, plan, sizes, threads=measure.threads, duration=measure.duration, minimum_rounds=PROFILE_ROUNDS

@@ -16,7 +16,7 @@ import evit_deploy
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle, read_bundle
 from evit_deploy.bundle.manifest import MODEL, REPORT
-from evit_deploy.errors import GateFailed, InputError
+from evit_deploy.errors import InputError
 from evit_deploy.files import sha256, write_atomically
 from evit_deploy.progress import doing, stage, stages
 from evit_deploy.recipe.recipe import Recipe
@@ -221,10 +221,9 @@ def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
         elif row.against is not None and row.name == own and expect.untrained_loss is not None:
             checks.append(_gap(f"{row.name} over {row.against.other}", 1, row.against, -expect.untrained_loss))
     report += Report(checks=(*checks, *_gained(recipe, report)))
-    if not report.passed:
-        first = report.failed[0]
-        raise GateFailed(first.name, where=out, seen=f"{first.value:.4f}", wanted=f"at least {first.limit}",
-                         fix="The checkpoints were kept.")  # fmt: skip
+    report.raise_if_failed(
+        "{name}", where=out, seen="{value:.4f}", wanted="at least {limit}", fix="The checkpoints were kept."
+    )
     return report
 
 

@@ -28,12 +28,12 @@ def sizes_for(
     """The batch sizes to measure.
 
     Args:
-        profiles: For each contestant what it covers; empty where it takes any size.
+        profiles: For each candidate what it covers; empty where it takes any size.
         asked: Those that were asked for; all of them or an error.
         on_gpu: Whether 128 is among the usual ones.
 
     Raises:
-        InputError: A contestant does not cover one that was asked for, or they have none in common.
+        InputError: A candidate does not cover one that was asked for, or they have none in common.
     """
     own = [covered for covered in profiles if covered]
     if asked is not None:

@@ -14,7 +14,7 @@ from typing import Unpack
 from evit_deploy.bundle.manifest import ENGINE
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
-from evit_deploy.profiling.candidates import contestants_of
+from evit_deploy.profiling.candidates import candidates_of
 from evit_deploy.profiling.timing import measure_all
 from evit_deploy.progress import doing
 from evit_deploy.recipe.options import ProfileOptions
@@ -60,17 +60,17 @@ def profile(
     runtimes = check_server(runtimes, server)
     doing(_LOG, "reading the models")
     with tempfile.TemporaryDirectory(prefix="evit-deploy-") as scratch:
-        entry = contestants_of(
-            Path(target), str(target), against, tokens, runtimes, batch_sizes=measure.batch_sizes,
-            scratch=Path(scratch), plugin=plugin, server=server,
+        found = candidates_of(
+            target, against, tokens, runtimes, batch_sizes=measure.batch_sizes, scratch=Path(scratch), plugin=plugin,
+            server=server,
         )  # fmt: skip
-        if not entry.contestants:
+        if not found.candidates:
             raise InputError("none of these runtimes runs this", where=target, seen=", ".join(runtimes) or None)
         report = measure_all(
-            entry.contestants, entry.plan, measure.batch_sizes, threads=measure.threads, duration=measure.duration,
-            required=entry.required,
+            found.candidates, found.plan, measure.batch_sizes, threads=measure.threads, duration=measure.duration,
+            required=found.required,
         )  # fmt: skip
-    return Report(notes=tuple(entry.notes), versions=versions(), device=device()) + report
+    return Report(notes=tuple(found.notes), versions=versions(), device=device()) + report
 
 
 def speed_gate(report: Report, min_speedup: float | None) -> Report:

@@ -27,9 +27,9 @@ from evit_deploy.errors import InputError
 from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import DTYPES, set_precision
 from evit_deploy.models.identify import check_model_name
-from evit_deploy.profiling.candidates import Contestant
+from evit_deploy.profiling.candidates import Candidate
 from evit_deploy.profiling.speedup import ratios_to_dense, row_of
-from evit_deploy.profiling.timing import clock_and_settle, clock_of_both, measure
+from evit_deploy.profiling.timing import MINIMUM_ROUNDS, clock_and_settle, clock_of_both, measure
 from evit_deploy.progress import doing
 from evit_deploy.recipe.options import BuildOptions
 from evit_deploy.recipe.recipe import Sweep
@@ -42,7 +42,6 @@ from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
 _LOG = logging.getLogger(__name__)
 
-MINIMUM_ROUNDS = 5
 DENSE = "dense"
 
 
@@ -104,7 +103,7 @@ def sweep(recipe: Sweep) -> Report:
                     place = Path(folder) / f"{len(entries)}"
                     artifact = _artifact(variant, name, runtime, precision, recipe.batch_size, place)
                     runner = stack.enter_context(opened(runtime, artifact, recipe.threads))
-                    on_gpu = Contestant(runtime, variant.name, artifact).on_gpu
+                    on_gpu = Candidate(runtime, variant.name, artifact).on_gpu
                     entries.append(Entry(f"{runtime} {precision}", variant, runner, on_gpu))
             doing(_LOG, f"{name}: measuring {len(entries)} variants")
             report += _measured(name, entries, recipe)

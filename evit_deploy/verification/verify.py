@@ -29,12 +29,11 @@ from evit_deploy.verification.accuracy import accuracy, folder_of, infer_all
 from evit_deploy.verification.agreement import Answers, agreement, agreement_row, named_patches, same_choice
 from evit_deploy.verification.ensemble import verify_ensemble
 from evit_deploy.verification.golden import Golden, load_golden
+from evit_deploy.verification.tolerances import NOISE_LIMIT
 
 _LOG = logging.getLogger(__name__)
 
 BATCH_SIZES = (1, 2, 8)
-NOISE_LIMIT = 0.5
-"""A precision whose error is half of what tells one class from another has broken the model."""
 
 
 def verify(

@@ -1,9 +1,8 @@
 """The curriculum: when it moves on, and that it can be repeated and resumed."""
 
 import pytest
-import torch
 
-from evit_deploy.data.curriculum import Curriculum, advance, follow
+from evit_deploy.data.curriculum import Curriculum
 from evit_deploy.errors import InputError
 from evit_deploy.training.loop import fit
 from tests.support.training import FixedBatch, section, tiny
@@ -54,25 +53,6 @@ def test_state_goes_on_where_it_was():
 def test_what_makes_no_curriculum_is_refused(bad):
     with pytest.raises(InputError, match="no curriculum"):
         Curriculum(**bad)
-
-
-def test_follow_and_advance_do_nothing_without_a_curriculum():
-    class Old:
-        def training(self, batch_size, seed):
-            return iter([(batch_size, seed)])
-
-    assert next(follow(None, Old(), 4, 5)) == (4, 5)
-    advance(None, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
-
-
-def test_advance_counts_the_right_answers_of_all_processes():
-    curriculum = Curriculum(memory=1)
-    logits, targets = torch.eye(4), torch.tensor([0, 1, 2, 0])
-    advance(curriculum, logits, targets)
-    assert curriculum.accuracy == 0.75
-    advance(curriculum, logits, targets, mean=lambda share: (share + 0.25) / 2)
-    assert curriculum.accuracy == 0.5
-    assert curriculum.steps == 2
 
 
 class Rising(FixedBatch):

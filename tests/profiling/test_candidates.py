@@ -23,7 +23,7 @@ from evit_deploy.engines.rtx_listing import plan_layers
 from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.environment.targets import RTX_GPUS
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.profiling.candidates import Contestant, contestants_of, is_plan
+from evit_deploy.profiling.candidates import Candidate, candidates_of, is_plan
 from evit_deploy.profiling.profile import profile
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import Report
@@ -72,8 +72,8 @@ def cli(capfd) -> Callable[..., tuple[int, str]]:
     return call
 
 
-def variants(contestants: Sequence[Contestant]) -> list[tuple[str, str]]:
-    return [(c.runtime, c.variant) for c in contestants]
+def variants(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
+    return [(c.runtime, c.variant) for c in candidates]
 
 
 # ---- which files are engines
@@ -153,17 +153,17 @@ def test_without_a_gpu_an_engine_is_exit_3_with_what_is_missing(cli, tmp_path, t
 @pytest.mark.tensorrt_rtx
 @pytest.mark.usefixtures("present")
 def test_an_engine_with_its_manifest_brings_what_its_bundle_brings(engines):
-    entry = contestants_of(engines.file(ENGINE), "", None, None, ())
-    whole = contestants_of(engines.path, "", None, None, ())
-    assert variants(entry.contestants) == variants(whole.contestants)
+    found = candidates_of(engines.file(ENGINE), None, None, ())
+    whole = candidates_of(engines.path, None, None, ())
+    assert variants(found.candidates) == variants(whole.candidates)
     assert {("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense"), ("onnxruntime", "slice"), ("eager", "dense")} <= set(
-        variants(entry.contestants)
+        variants(found.candidates)
     )
-    dense = next(c for c in entry.contestants if (c.runtime, c.variant) == ("tensorrt-rtx", "dense"))
+    dense = next(c for c in found.candidates if (c.runtime, c.variant) == ("tensorrt-rtx", "dense"))
     assert dense.artifact == engines.file(TWIN + ENGINE)
-    assert (entry.plan, entry.notes) == (engines.manifest.plan, [])
-    assert (entry.required, whole.required) == ({"tensorrt-rtx"}, set())
-    assert contestants_of(engines.file(ENGINE), "", None, None, ["onnxruntime"]).required == {"onnxruntime"}
+    assert (found.plan, found.notes) == (engines.manifest.plan, [])
+    assert (found.required, whole.required) == ({"tensorrt-rtx"}, set())
+    assert candidates_of(engines.file(ENGINE), None, None, ["onnxruntime"]).required == {"onnxruntime"}
 
 
 @pytest.mark.tensorrt_rtx
@@ -172,15 +172,15 @@ def test_a_bare_engine_is_alone_unless_it_is_given_a_twin(engines, tmp_path):
     path, dense = tmp_path / "mine.engine", tmp_path / "dense.engine"
     shutil.copy(engines.file(ENGINE), path)
     shutil.copy(engines.file(TWIN + ENGINE), dense)
-    entry = contestants_of(path, "", None, None, ())
-    assert variants(entry.contestants) == [("tensorrt-rtx", "model")]
-    assert entry.plan is None
-    assert "No manifest.json lies beside mine.engine." in entry.notes
-    assert any("Speed-up not available: --against DENSE.plan" in note for note in entry.notes)
-    assert any("token plan is unknown" in note for note in entry.notes)
-    entry = contestants_of(path, "", dense, None, ())
-    assert variants(entry.contestants) == [("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense")]
-    assert not any("Speed-up" in note for note in entry.notes)
+    found = candidates_of(path, None, None, ())
+    assert variants(found.candidates) == [("tensorrt-rtx", "model")]
+    assert found.plan is None
+    assert "No manifest.json lies beside mine.engine." in found.notes
+    assert any("Speed-up not available: --against DENSE.plan" in note for note in found.notes)
+    assert any("token plan is unknown" in note for note in found.notes)
+    found = candidates_of(path, dense, None, ())
+    assert variants(found.candidates) == [("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense")]
+    assert not any("Speed-up" in note for note in found.notes)
 
 
 def changed(folder: Path) -> None:
@@ -208,11 +208,11 @@ def test_a_manifest_that_does_not_list_this_very_file_does_not_count(engines, tm
     folder = tmp_path / "bundle"
     shutil.copytree(engines.path, folder)
     spoil(folder)
-    entry = contestants_of(folder / ENGINE, "", None, None, ())
-    assert variants(entry.contestants) == [("tensorrt-rtx", "model")]
-    assert entry.plan is None
-    assert why in entry.notes[0]
-    assert "treated as an engine without a manifest" in entry.notes[0]
+    found = candidates_of(folder / ENGINE, None, None, ())
+    assert variants(found.candidates) == [("tensorrt-rtx", "model")]
+    assert found.plan is None
+    assert why in found.notes[0]
+    assert "treated as an engine without a manifest" in found.notes[0]
 
 
 @without_gpu
@@ -255,9 +255,9 @@ def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatc
 @pytest.mark.usefixtures("present")
 def test_where_no_slice_twin_can_be_built_its_overhead_is_said_to_be_missing(engines, tmp_path, monkeypatch):
     monkeypatch.setattr("evit_deploy.engines.options.usable", lambda target: False)
-    entry = contestants_of(engines.path, "", None, None, ["tensorrt-rtx"], scratch=tmp_path)
-    assert variants(entry.contestants) == [("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense")]
-    (note,) = entry.notes
+    found = candidates_of(engines.path, None, None, ["tensorrt-rtx"], scratch=tmp_path)
+    assert variants(found.candidates) == [("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense")]
+    (note,) = found.notes
     assert note.startswith("Overhead not available on tensorrt-rtx: tensorrt-rtx cannot build its slice twin here")
     other = msgspec.structs.replace(engines.manifest.engine, target="torch-tensorrt")
     manifest = msgspec.structs.replace(engines.manifest, engine=other)

@@ -8,6 +8,7 @@ import msgspec
 
 from evit_deploy.engines import build
 from evit_deploy.engines.layers import Layer, compute_dtypes, is_fused_attention, is_matmul, is_opaque, parse_layers
+from evit_deploy.errors import first_few
 from evit_deploy.report.report import Check, Report
 from evit_deploy.tokens.plan import TokenPlan
 
@@ -37,9 +38,8 @@ def dtype_check(layers: Sequence[Layer], precision: str) -> Check:
     value = f"{len(counted) - len(wrong)} of {len(counted)}"
     if not wrong:
         return Check(name, value, "all", True)
-    shown = "; ".join(f"{_called(layer)} in {'+'.join(sorted(compute_dtypes(layer)))}" for layer in wrong[:3])
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return Check(name, value, "all", False, f"{shown}{more}. {_ADVICE}")
+    shown = (f"{_called(layer)} in {'+'.join(sorted(compute_dtypes(layer)))}" for layer in wrong)
+    return Check(name, value, "all", False, f"{first_few(shown, separator='; ')}. {_ADVICE}")
 
 
 def _runs_in(layer: Layer, precision: str) -> bool:

@@ -1,10 +1,15 @@
-"""What all tests share: one thread, the versions in the header, and ``--require``, which forbids skips."""
+"""What all tests share: one thread, the processes they run in, what is said of those left out, and ``--require``."""
 
 import importlib.metadata
+import os
+from collections.abc import Iterator, Sequence
 
 import hypothesis
 import pytest
 import torch
+
+from tests.support import shared
+from tests.support.exporter import export_once
 
 torch.set_num_threads(1)
 # The same examples on every run and machine: a test that fails here fails everywhere.
@@ -24,6 +29,52 @@ pytest_plugins = [
 ]
 
 PACKAGES = ("torch", "timm", "onnx", "onnxruntime")
+PROCESSES = 4  # at most: each takes 1.5 GB
+DESELECTED = pytest.StashKey[int]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exported_once() -> Iterator[None]:
+    """Nothing is exported twice in a test run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", export_once)
+        yield
+
+
+# ---- processes, and tests that are left out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """All tests run in a process a core; those named on the command line in this one, where they begin at once."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(len(os.sched_getaffinity(0)), PROCESSES) if whole else 0
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    if items:
+        config = items[0].config
+        config.stash[DESELECTED] = config.stash.get(DESELECTED, 0) + len(items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # in a process of pytest-xdist, which says nothing of these itself
+        session.config.workeroutput["deselected"] = session.config.stash.get(DESELECTED, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    if "deselected" in getattr(node, "workeroutput", {}):
+        node.config.stash[DESELECTED] = node.workeroutput["deselected"]  # each process has collected them all
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if count := config.stash.get(DESELECTED, 0):
+        chosen = config.option.markexpr or config.option.keyword
+        terminalreporter.write_line(f"{count} tests deselected by {chosen!r}. All of them: pytest -m ''", yellow=True)
+
+
+# ---- --require
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +91,7 @@ def _required(config: pytest.Config) -> set[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    shared.folder()  # before there are other processes
     known = {line.split(":")[0].split("(")[0].strip() for line in config.getini("markers")}
     unknown = _required(config) - known
     if unknown:

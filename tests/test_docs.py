@@ -49,6 +49,7 @@ def test_readme_begins_with_the_two_commands():
     assert 'pip install -e ".[dev]" && pytest' in first_screen
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_command_of_the_readme_runs(folder: Path):
     commands = commands_of_readme()

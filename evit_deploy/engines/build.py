@@ -57,7 +57,9 @@ class Built(msgspec.Struct, frozen=True):
     layers: str | None
 
 
-def build_engine(model: Path, plan: Path, target: str, precision: str, options: BuildOptions) -> Built:
+def build_engine(
+    model: str | Path, plan: str | Path, target: str, precision: str, options: BuildOptions | None = None
+) -> Built:
     """Builds an engine.
 
     Args:
@@ -72,6 +74,7 @@ def build_engine(model: Path, plan: Path, target: str, precision: str, options: 
         MissingRequirement: See :func:`check_options`.
         StageError: The builder failed.
     """
+    model, plan, options = Path(model), Path(plan), options or BuildOptions()
     check_options(target, precision, options)
     locations = _check_model(model, precision)
     gpus, plugin = gpus_of(options), choose_plugin(options.plugin)

@@ -132,7 +132,7 @@ def _recipes() -> Path:
 
 
 def _near_recipe(path: Path) -> str | None:
-    """The recipe that came with the package and has the most similar name."""
+    """The recipe that came with the package and has the most similar name, as a question."""
     names = [name for found in _recipes().rglob("*.yaml") if (name := found.relative_to(_recipes()).as_posix()[:-5])]
     return did_you_mean(path.as_posix().removeprefix("recipes/").removesuffix(".yaml"), names)
 

@@ -36,22 +36,22 @@ class BuildOptions(Section, frozen=True, kw_only=True):
     """Options of the builder of an engine."""
 
     batches: tuple[tuple[Count, Count, Count], ...] = ((1, 32, 128),)
-    """Engine: smallest, best and largest batch size to cover, one optimization profile each."""
+    """Smallest, best and largest batch size of each optimization profile. [default: 1:32:128]"""
     gpus: tuple[str, ...] = ()
-    """TensorRT-RTX: GPUs to build for, ``sm80``; this machine's by default."""
+    """TensorRT-RTX: GPU to build for, ``sm80``; several are possible. [default: this machine's]"""
     workspace: Annotated[int, Meta(ge=1)] | None = None
-    """Engine: most scratch memory in MiB; the builder's own limit by default."""
+    """Most scratch memory in MiB. [default: the builder's own limit]"""
     optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
-    """Engine: how long to search for kernels, 0 (quick) to 5 (thorough); the builder's own default."""
+    """How long to search for kernels, from 0 (quick) to 5 (thorough). [default: the builder's own]"""
     version_compatible: bool = False
-    """TensorRT: whether later versions can run the engine too."""
+    """TensorRT: build an engine that later versions can run too."""
     hardware_compatible: bool = False
-    """TensorRT: whether other GPUs from Ampere on can run the engine too, at some cost."""
+    """TensorRT: build an engine that other GPUs from Ampere on can run too, at some cost in speed."""
     timing_cache: str | None = None
     """TensorRT: file that remembers which kernels were fast; read and extended."""
     plugin: str | None = None
-    """TensorRT: library with the plugin for ``evit::TokenReorg``, a path or ``auto``; built from the operator's body
-    without one."""
+    """TensorRT: library with the plugin for ``evit::TokenReorg``; without one the operator's body is built in.
+    [default: none]"""
 
     def __post_init__(self) -> None:
         for field in ("timing_cache", "plugin"):  # a Path is as good as its text
@@ -73,14 +73,14 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     """What a reduced model is turned into."""
 
     targets: tuple[str, ...] = ()
-    """Targets to make beside ``model.onnx``, at most one of them an engine; an engine for this machine where TensorRT
-    is usable, else ``onnx`` alone."""
+    """What to make beside ``model.onnx``; several are possible, at most one of them an engine. [default: tensorrt where
+    it is usable, else onnx]"""
     precision: Precision | None = None
-    """Precision of the files; ``fp16`` for an engine and ``fp32`` otherwise by default."""
+    """Precision of the files. [default: fp16 for an engine, else fp32]"""
     calibration: str | None = None
-    """Folder of real images, from which ``int8`` and ``fp8`` learn the range of every activation."""
+    """Folder of real images, for ``int8`` and ``fp8``: the range of every activation is learned from them."""
     indices: bool = False
-    """Whether ``model.onnx`` gives out the kept candidates as outputs ``kept_<block>``."""
+    """Give out the kept candidates as outputs ``kept_<block>`` of ``model.onnx``."""
     data: str | None = None
     """Folder of labelled images (``class/image``) for top-1 and top-5."""
     min_speedup: Annotated[float, Meta(gt=0)] | None = None
@@ -99,7 +99,7 @@ class ConvertSection(ConvertOptions, frozen=True, kw_only=True):
     """What the fine-tuned model is turned into."""
 
     targets: tuple[str, ...] = ("onnx",)
-    """Targets to make beside ``model.onnx``, at most one of them an engine."""
+    """What to make beside ``model.onnx``; several are possible, at most one of them an engine."""
     calibration_images: Count = 256
     """For ``int8`` and ``fp8`` without a ``calibration`` folder: how many training images to learn ranges from, without
     their augmentation."""
@@ -109,11 +109,11 @@ class ProfileOptions(Section, frozen=True, kw_only=True):
     """How speed is measured."""
 
     batch_sizes: Annotated[tuple[Count, ...], Meta(min_length=1)] | None = None
-    """Images a call, one row each; by default 1, 8 and 32, on a GPU 128 too, as far as an engine covers them."""
+    """Images a call, one row each. [default: 1,8,32, on a GPU 128 too; what an engine covers of them]"""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 10.0
-    """Seconds of measurement for each batch size, CPU and GPU each, after the warm-up."""
+    """Seconds of measurement for each batch size, CPU and GPU each, after the warm-up. [default: 10]"""
     threads: Count | None = None
-    """CPU threads; the runtime's own choice by default."""
+    """CPU threads. [default: the runtime's own choice]"""
 
 
 class ProfileSection(ProfileOptions, frozen=True, kw_only=True):

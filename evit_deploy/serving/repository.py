@@ -19,6 +19,7 @@ from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.card import INPUT
 from evit_deploy.recipe.options import BatchProfile
+from evit_deploy.serving.options import QUEUE_DELAY
 from evit_deploy.serving.server_files import preprocess as triton_preprocess
 
 MODEL_FILES = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "openvino": "model.xml"}
@@ -27,8 +28,6 @@ LABELS, CONFIG, VERSION = "labels.txt", "config.pbtxt", "1"
 MAX_BATCH = {"onnxruntime": 32, "openvino": 1}
 """Where the file sets no limit. Triton's OpenVINO backend fills every batch up to the maximum and computes it whole."""
 PREPROCESS_INSTANCES = 4
-QUEUE_DELAY = 1000
-"""Microseconds that a request may wait for others to be batched with."""
 _PREPROCESSED = "preprocessed"
 _TYPES = {"float32": "TYPE_FP32", "int32": "TYPE_INT32"}
 

@@ -217,6 +217,7 @@ def test_a_file_size_limit(cli, checkpoint):
     assert tree(checkpoint.parent) == before
 
 
+@pytest.mark.slow
 def test_an_interruption_leaves_nothing(tmp_path, smallest):
     stages = [
         ("exporting to ONNX", signal.SIGINT, []),

@@ -68,6 +68,7 @@ def checks_of(result: Result) -> list[str]:
 # ---- engines
 
 
+@pytest.mark.slow
 @needs_rtx
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 def test_an_engine_and_its_twin(convert, tmp_path, photographs, precision):
@@ -105,6 +106,7 @@ def test_an_engine_and_its_twin(convert, tmp_path, photographs, precision):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_everything_at_once(convert, tmp_path):
     pytest.importorskip("tensorrt_rtx")
@@ -254,6 +256,7 @@ def test_a_failing_build_leaves_nothing(convert, tmp_path):
     assert tree(tmp_path) == {"mine.txt": b"stays"}
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_an_interrupted_build_leaves_nothing(tiny, tmp_path):
     pytest.importorskip("tensorrt_rtx")

@@ -61,7 +61,7 @@ def test_the_clock_and_the_pause_are_the_devices_own(monkeypatch, threads, speed
             [4.0, 1.0], (5, 1)
         )  # by the wall twice as fast, by the CPU's 4 times
 
-    monkeypatch.setattr("evit_deploy.profiling.timing.measure", timed)
+    monkeypatch.setattr("evit_deploy.profiling.sweep.measure", timed)
     recipe = load_sweep("a100", [*SMALL, *CPU, f"threads={'null' if threads is None else threads}"])
     report = _measured("tiny", entries, recipe)
     assert asked == [({"cpu"}, settles[0]), ({"gpu"}, settles[1])]

@@ -24,10 +24,18 @@ from evit_deploy.triton.connection import Served
 from tests.support.models import KEEP, images, of_kind, preprocess_for
 from tests.support.triton_server import TritonServer
 
-MARKS = {"openvino": [pytest.mark.openvino], "triton": [pytest.mark.triton], "eager": [], "onnxruntime": []}
-every_runtime = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=MARKS.get(name, [pytest.mark.gpu])) for name in RUNTIMES.names()]
-)
+MARKS = {"eager": [], "onnxruntime": [], "torch.compile": []}
+MARKS |= {"openvino": [pytest.mark.openvino], "triton": [pytest.mark.triton]}
+
+
+def each_runtime(**more: list[pytest.MarkDecorator]) -> pytest.MarkDecorator:
+    """A test of every runtime, with the marks of what it needs, and ``more`` by its name."""
+    marks = {name: MARKS.get(name, [pytest.mark.gpu]) + more.get(name, []) for name in RUNTIMES.names()}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in marks])
+
+
+every_runtime = each_runtime()
+every_runtime_runs = each_runtime(**{"torch.compile": [pytest.mark.slow]})
 GPU_RUNTIMES = {
     "onnxruntime-cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
     "onnxruntime-tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu"),
@@ -100,7 +108,7 @@ def test_it_says_why_it_does_not_accept_something(name, artifact):
     assert all(isinstance(reason, str) for reason in reasons)
 
 
-@every_runtime
+@every_runtime_runs
 @pytest.mark.parametrize("indices", [False, True])
 def test_it_gives_what_it_declares_at_every_batch_size(name, indices, model, usable):
     runtime, artifact = usable(name)
@@ -121,7 +129,7 @@ def test_it_gives_what_it_declares_at_every_batch_size(name, indices, model, usa
     np.testing.assert_allclose(answers[LOGITS], wanted, rtol=0, atol=1e-4)
 
 
-@every_runtime
+@every_runtime_runs
 def test_its_answers_are_the_callers_own(name, model, usable):
     runtime, artifact = usable(name)
     with runtime(artifact, threads=1) as runner:
@@ -132,7 +140,7 @@ def test_its_answers_are_the_callers_own(name, model, usable):
         first[:] = 0  # and may be written to
 
 
-@every_runtime
+@every_runtime_runs
 def test_it_can_be_opened_again(name, model, usable):
     runtime, artifact = usable(name)
     runner, answers = runtime(artifact, threads=1), []
@@ -142,7 +150,7 @@ def test_it_can_be_opened_again(name, model, usable):
     np.testing.assert_array_equal(*answers)
 
 
-@every_runtime
+@every_runtime_runs
 def test_an_input_that_does_not_fit_is_an_error_of_ours_or_of_pytorch(name, model, usable):
     runtime, artifact = usable(name)
     expected = AssertionError if name == "eager" else EvitDeployError  # timm's own check of the image's size

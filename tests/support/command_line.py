@@ -1,6 +1,7 @@
 """The command line under test, in this process and in one of its own; also pytest's fixtures for it."""
 
 import json
+import pickle
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,9 @@ import pytest
 
 from evit_deploy.cli import run
 from evit_deploy.pipeline.convert import convert
+from tests.support import shared
 from tests.support.models import write_checkpoint
+from tests.support.shared import made_once
 
 CLI = [sys.executable, "-m", "evit_deploy"]
 QUICK = ("--threads", "1")
@@ -106,11 +109,17 @@ def checkpoint(tmp_path, smallest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory, smallest) -> tuple[Path, Result]:
+def made(smallest) -> tuple[Path, Result]:
     """A bundle that ``convert`` made, as a user runs it. Read only."""
-    folder = tmp_path_factory.mktemp("made")
-    path = Path(shutil.copy(smallest, folder / smallest.name))
-    return folder / "smallest-evit-k0.6", command("convert", path, "--keep-rate", "0.6", "-v", *QUICK)
+
+    def make(path: Path) -> None:
+        folder.mkdir()
+        checkpoint = shutil.copy(smallest, folder / smallest.name)
+        path.write_bytes(pickle.dumps(command("convert", checkpoint, "--keep-rate", "0.6", "-v", *QUICK)))
+
+    folder = shared.folder() / "made"
+    result = pickle.loads(made_once("made.result", make).read_bytes())
+    return folder / "smallest-evit-k0.6", result
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from evit_deploy.models.checkpoint import Tokens
 from evit_deploy.pipeline.convert import convert
 from tests.support.models import write_checkpoint
 from tests.support.paths import PLUGINS
+from tests.support.shared import made_once
 
 PILLOW = int(PIL.__version__.split(".")[0])
 
@@ -107,15 +108,14 @@ def replace_file(bundle: Path, name: str, content: bytes) -> None:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Path:
+def built() -> Path:
     """The folder with the program and what tests need besides."""
     need_toolchain()
     found = importlib.util.find_spec("openvino")
     if found is None or found.origin is None:
         pytest.skip("openvino is not installed")
-    folder = tmp_path_factory.mktemp("example")
-    build(folder, "-DEVIT_RUNTIME=openvino", "-DEVIT_TESTS=ON", f"-DOpenVINO_DIR={Path(found.origin).parent / 'cmake'}")
-    return folder
+    options = "-DEVIT_RUNTIME=openvino", "-DEVIT_TESTS=ON", f"-DOpenVINO_DIR={Path(found.origin).parent / 'cmake'}"
+    return made_once("example", lambda path: build(path, *options))
 
 
 Program = Callable[..., Result]

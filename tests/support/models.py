@@ -17,12 +17,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from evit_deploy.bundle.bundle import Bundle
+from evit_deploy.bundle.bundle import Bundle, read_bundle
 from evit_deploy.data.images import Preprocess
 from evit_deploy.models.checkpoint import Checkpoint, Tokens, save_checkpoint
 from evit_deploy.pipeline.convert import convert
 from evit_deploy.tokens.backbone import backbone_of, load_backbones
 from evit_deploy.tokens.plan import TokenSpec
+from tests.support.shared import made_once
 
 load_backbones()  # for the names that are not timm's own
 
@@ -115,22 +116,19 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint_file() -> Path:
     """The tiny plain model on disk. Read only."""
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
+    return made_once("tiny/tiny.safetensors", write_checkpoint)
 
 
 @pytest.fixture(scope="session")
 def converted(checkpoint_file: Path) -> Bundle:
     """The tiny plain model as a bundle, beside its checkpoint. Read only; copy it to break it."""
-    bundle, _ = convert(
-        checkpoint_file,
-        tokens=Tokens(keep_rate=0.6),
-        threads=1,
-        batch_sizes=(1,),
-        duration=0.01,
-    )
-    return bundle
+
+    def make(path: Path) -> None:
+        convert(checkpoint_file, out=path, tokens=Tokens(keep_rate=0.6), threads=1, batch_sizes=(1,), duration=0.01)
+
+    return read_bundle(made_once(f"tiny/{checkpoint_file.stem}-evit-k0.6", make))
 
 
 @pytest.fixture

@@ -1,24 +1,16 @@
 """CMake builds of ``plugins/``, once each for all tests."""
 
-import atexit
+import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.support.paths import PLUGINS
-
-
-@cache
-def folder() -> Path:
-    """Where builds go; a path without spaces, for the compilers."""
-    made = Path(tempfile.mkdtemp(prefix="evit-plugins-"))
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return made
+from tests.support.shared import made_once
 
 
 def need(*tools: str) -> None:
@@ -46,10 +38,13 @@ def run(*command: str) -> str:
 @cache
 def build(*arguments: str, targets: tuple[str, ...] = ()) -> Path:
     """Configures and compiles; gives the folder with what was built."""
-    place = folder() / f"build-{abs(hash((arguments, targets))):x}"
-    run("cmake", "-S", str(PLUGINS), "-B", str(place), *arguments)
-    run("cmake", "--build", str(place), "--parallel", "2", *(["--target", *targets] if targets else []))
-    return place / "token_reorg"
+
+    def make(place: Path) -> None:
+        run("cmake", "-S", str(PLUGINS), "-B", str(place), *arguments)
+        run("cmake", "--build", str(place), "--parallel", "2", *(["--target", *targets] if targets else []))
+
+    name = hashlib.sha256(repr((arguments, targets)).encode()).hexdigest()[:16]
+    return made_once(f"plugins-{name}", make) / "token_reorg"
 
 
 def host_library() -> Path:

@@ -85,6 +85,7 @@ def answers_of(program: Path, calls: list[tuple[Case, str, tuple[int, int, int],
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.cpp
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_the_whole_table_under_sanitizers_in_other_cuts(sanitizer):

@@ -234,6 +234,7 @@ def test_a_missing_tool_is_named(tool, monkeypatch):
         build_plugin()
 
 
+@pytest.mark.slow
 @pytest.mark.cpp
 def test_a_compiler_s_complaint_is_quoted(tmp_path, monkeypatch):
     plugin_builds.need("cmake", "nvcc", "c++")

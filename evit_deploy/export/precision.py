@@ -4,8 +4,7 @@ TensorRT 11 knows no other way, and every other runtime understands it too. Inpu
 happens between them. Scores, selection and the fused sum stay in FP32, because half precision is too coarse to rank
 patches by; LayerNorm keeps its statistics in FP32 (``stash_type``).
 
-INT8 and FP8 are laid on top by ONNX Runtime's own quantiser: activations by one scale a tensor, weights by one a
-channel, for linear layers only. What is not quantised is FP32 where a CPU runs it, FP16 where TensorRT does.
+How INT8 and FP8 are laid on top: :mod:`evit_deploy.export.quantization`.
 """
 
 import ml_dtypes

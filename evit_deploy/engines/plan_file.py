@@ -1,4 +1,4 @@
-"""What an engine is: what it was built with, and what its file says about itself."""
+"""What the file of an engine says about itself, read without any TensorRT, and whether it fits this machine."""
 
 import struct
 from pathlib import Path

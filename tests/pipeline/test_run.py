@@ -84,6 +84,7 @@ def test_what_cannot_be_made_is_told_before_the_training(tmp_path: Path, overrid
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_stages_that_are_up_to_date_are_skipped(tmp_path: Path):
     run(digits(), tmp_path)
     first = (tmp_path / "bundle" / "manifest.json").stat().st_mtime_ns

@@ -14,6 +14,8 @@
 A message says what happened, where, what was seen, what was wanted and what to do about it, in that order.
 """
 
+from collections.abc import Iterable
+
 
 class EvitDeployError(Exception):
     """Base of all errors that evit-deploy raises on purpose.
@@ -92,3 +94,22 @@ class GateFailed(EvitDeployError):  # noqa: N818 -- a result, not a malfunction
     """Everything ran, and a check did not hold."""
 
     exit_code = 1
+
+
+def did_you_mean(name: object, known: Iterable[str], *, prefix: str = "", choices: int = 1) -> str | None:
+    """The question to ask about a name that is not known; ``None`` when no known name is like it.
+
+    >>> did_you_mean("evti", ["evit", "slice"])
+    "Did you mean 'evit'?"
+
+    Args:
+        name: What was written.
+        known: The names that there are.
+        prefix: Put before the names that are asked for.
+        choices: How many names to ask for at most.
+    """
+    import difflib  # every command imports this module, and few ask
+
+    # Half of the letters are enough: `deit_tiny` is to find timm's long name, `trt` to find `tensorrt`.
+    near = difflib.get_close_matches(str(name), known, n=choices, cutoff=0.5)
+    return f"Did you mean {' or '.join(repr(prefix + one) for one in near)}?" if near else None

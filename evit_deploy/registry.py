@@ -1,14 +1,14 @@
-"""Three doors, one key: methods, backbones and runtimes are found by name and imported on first use.
+"""Four doors, one key: methods, backbones, targets and runtimes are found by name and imported on first use.
 
 A third party adds its own either by an entry point (``evit_deploy.methods``, ``evit_deploy.backbones``,
-``evit_deploy.runtimes``) or by :meth:`Registry.register`; ours are listed here in the same form.
+``evit_deploy.targets``, ``evit_deploy.runtimes``) or by :meth:`Registry.register`; ours are listed here in the same
+form.
 """
 
-import difflib
 import importlib.metadata
 from typing import Any
 
-from evit_deploy.errors import InputError
+from evit_deploy.errors import InputError, did_you_mean
 
 
 class Registry:
@@ -40,6 +40,10 @@ class Registry:
             raise InputError(f"the {self.kind} {name!r} is already {self._targets[name]}", seen=repr(target))
         self._targets[name] = target
 
+    def own_names(self) -> list[str]:
+        """Names that need no look at other packages: ours, and what was registered."""
+        return list(self._targets)
+
     def names(self) -> list[str]:
         """All names, ours first, then those of entry points."""
         if not self._scanned:
@@ -55,12 +59,11 @@ class Registry:
             InputError: No such name; the message has the nearest one.
         """
         if name not in self._targets and name not in self.names():
-            close = difflib.get_close_matches(str(name), self.names(), n=1)
             raise InputError(
                 f"unknown {self.kind}",
                 seen=repr(name),
                 wanted="one of " + ", ".join(sorted(self.names())),
-                fix=f"Did you mean {close[0]!r}?" if close else None,
+                fix=did_you_mean(name, self.names()),
             )
         module, attribute = self._targets[name].split(":")
         return getattr(importlib.import_module(module), attribute)
@@ -80,6 +83,16 @@ BACKBONES = Registry(
     {
         "timm_vit": "evit_deploy.models.timm_vit:TimmViT",
         "lvvit": "evit_deploy.models.lvvit:LVViTBackbone",
+    },
+)
+TARGETS = Registry(
+    "target",
+    {  # the first that a bundle has a file for is what `package` takes
+        "tensorrt": "evit_deploy.targets.tensorrt:TensorRT",
+        "tensorrt-rtx": "evit_deploy.targets.tensorrt_rtx:TensorRTRTX",
+        "torch-tensorrt": "evit_deploy.targets.torch_tensorrt:TorchTensorRT",
+        "onnx": "evit_deploy.targets.onnx:Onnx",
+        "openvino": "evit_deploy.targets.openvino:OpenVino",
     },
 )
 RUNTIMES = Registry(

@@ -1,6 +1,8 @@
 """The registries and the exception tree."""
 
 import importlib.metadata
+import subprocess
+import sys
 
 import pytest
 
@@ -14,6 +16,7 @@ from evit_deploy.errors import (
     RecipeError,
     StageError,
     UnsupportedModelError,
+    did_you_mean,
 )
 from evit_deploy.registry import BACKBONES, METHODS, Registry
 
@@ -166,3 +169,25 @@ def test_an_unsupported_model_names_all_reasons():
     error = UnsupportedModelError("Model", ["it has no class token", "it pools"])
     assert error.reasons == ["it has no class token", "it pools"]
     assert str(error).startswith("Model cannot be token-reduced exactly: it has no class token; it pools. Use a timm ")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "question"),
+    [
+        ("evti", {}, "Did you mean 'evit'?"),
+        ("tensrt", {}, "Did you mean 'tensorrt'?"),
+        ("trt", {}, "Did you mean 'tensorrt'?"),
+        ("tensort", {"choices": 3}, "Did you mean 'tensorrt' or 'tensorrt-rtx'?"),
+        ("evti", {"prefix": "tokens."}, "Did you mean 'tokens.evit'?"),
+        (7, {}, None),
+        ("", {}, None),
+        ("zzz", {}, None),
+    ],
+)
+def test_did_you_mean(name, options, question):
+    assert did_you_mean(name, ["evit", "tensorrt", "tensorrt-rtx"], **options) == question
+
+
+def test_nobody_pays_for_a_question_that_is_not_asked():
+    code = "import sys, evit_deploy.cli, evit_deploy.errors, evit_deploy.registry; print('difflib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

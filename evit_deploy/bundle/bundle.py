@@ -42,12 +42,13 @@ class Bundle(msgspec.Struct, frozen=True):
         return path
 
 
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: str | Path) -> Bundle:
     """Reads a bundle's manifest and checks that every listed file stays inside.
 
     Raises:
         InputError: No bundle, a damaged manifest, a manifest of another version, or a file name that leads outside.
     """
+    path = Path(path)
     manifest_path = path / MANIFEST
     try:
         if not path.exists():

@@ -8,6 +8,7 @@ import msgspec
 
 from evit_deploy.data.images import Preprocess
 from evit_deploy.errors import InputError
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 
 FORMAT = 1
@@ -31,23 +32,6 @@ class Parent(msgspec.Struct, frozen=True):
     source: str
     sha256: str | None
     model: str | None = None
-
-
-class BatchProfile(msgspec.Struct, frozen=True):
-    """Batch sizes that one optimization profile of an engine covers.
-
-    Args:
-        minimum: Fewest images.
-        optimum: The number of images it is tuned for.
-        maximum: Most images.
-    """
-
-    minimum: int
-    optimum: int
-    maximum: int
-
-    def __str__(self) -> str:
-        return f"{self.minimum}:{self.optimum}:{self.maximum}"
 
 
 class Engine(msgspec.Struct, frozen=True):

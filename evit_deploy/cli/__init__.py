@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from evit_deploy import __version__
+
 COMMANDS = ("convert", "run", "train", "verify", "profile", "package", "plugin", "doctor")
 
 
@@ -29,16 +31,15 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """With the nearest name when there is no such command."""
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            import difflib
+            from evit_deploy.errors import did_you_mean
 
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(COMMANDS)}."
-            raise click.UsageError(f"no command {args[0]!r}.{hint}", ctx)
+            hint = did_you_mean(args[0], COMMANDS) or f"There are: {', '.join(COMMANDS)}."
+            raise click.UsageError(f"no command {args[0]!r}. {hint}", ctx)
         return super().resolve_command(ctx, args)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="evit-deploy", message="%(version)s")
+@click.version_option(__version__, message="%(version)s")
 def cli() -> None:
     """From a pretrained vision transformer to a faster one, proven to give the same answers.
 

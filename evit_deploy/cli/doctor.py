@@ -25,7 +25,7 @@ def command(output: Output) -> None:
         from evit_deploy.doctor.doctor import doctor
     except ImportError as error:  # all that doctor itself needs
         raise MissingRequirement(
-            f"msgspec cannot be used: {error}", fix="Run: pip install --force-reinstall msgspec"
+            f"msgspec and packaging are needed: {error}", fix="Run: pip install --force-reinstall msgspec packaging"
         ) from error
 
     diagnosis = doctor()

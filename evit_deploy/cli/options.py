@@ -1,7 +1,9 @@
 """Options that commands share."""
 
+import functools
+import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,13 @@ class Numbers(click.ParamType):
         return numbers
 
 
+class Whole(click.IntRange):
+    """A whole number within limits that its metavar or its help names."""
+
+    def _describe_range(self) -> str:
+        return ""
+
+
 class Positive(click.ParamType):
     """A finite number above 0; click's own range lets ``nan`` through, which is neither in nor out of it."""
 
@@ -58,10 +67,10 @@ class BatchRange(click.ParamType):
 
     name = "min:opt:max"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """``"1:32:128"`` to a profile."""
-        from evit_deploy.bundle.manifest import BatchProfile
-
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """``"1:32:128"`` to ``(1, 32, 128)``."""
+        if isinstance(value, tuple):
+            return value
         try:
             numbers = [int(part) for part in str(value).split(":")]
         except ValueError:
@@ -69,39 +78,186 @@ class BatchRange(click.ParamType):
         numbers = numbers * 3 if len(numbers) == 1 else numbers
         if len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
             self.fail(f"got {value!r}, expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX", param, ctx)
-        return BatchProfile(*numbers)
+        return tuple(numbers)
 
 
-def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What the builder of an engine can be told; see :class:`evit_deploy.engines.options.BuildOptions`."""
-    for option in (
-        click.option("--hardware-compatible", is_flag=True, help="TensorRT: also for other GPUs from Ampere on."),
-        click.option("--version-compatible", is_flag=True, help="TensorRT: also for its later versions."),
-        click.option("--optimization-level", type=int, metavar="0-5", help="Engine: how long to search for kernels."),
-        click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Engine: most scratch memory."),
-        click.option("--timing-cache", type=PATH, metavar="FILE", help="TensorRT: remembers which kernels were fast."),
-        click.option("--plugin", metavar="PATH|auto|none", help="TensorRT: library with the plugin.  [default: none]"),
-        click.option(
-            "--batch", "profiles", type=BatchRange(), multiple=True,
-            help="Engine: batch sizes to cover; repeatable.  [default: 1:32:128]",
-        ),
-        click.option(
-            "--gpu", "gpus", multiple=True, metavar="SM",
-            help="TensorRT-RTX: GPU to build for, as sm80; repeatable.  [default: this machine's]",
-        ),
-    ):  # fmt: skip
-        function = option(function)
-    return function
+class Choice(click.Choice[str]):
+    """One of some values, with the nearest one named where there is none; the shell completes them.
+
+    Args:
+        choices: The values.
+        registry: Name of a registry, whose names in other packages count too; help lists ours.
+    """
+
+    def __init__(self, choices: Sequence[str] = (), registry: str | None = None) -> None:
+        self._registry = registry
+        if registry is not None:
+            from evit_deploy import registry as registries
+
+            self._source = getattr(registries, registry)
+            choices = self._source.own_names()
+        super().__init__(tuple(choices))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The value, if it is one of them."""
+        known = self._source.names() if self._registry is not None else list(self.choices)
+        if value in known:
+            return value
+        from evit_deploy.errors import did_you_mean
+
+        hint = did_you_mean(value, known)
+        text = f"got {value!r}, expected one of {', '.join(known)}." + (f" {hint}" if hint else "")
+        raise click.BadParameter(text, ctx, param)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Names that begin like what was typed."""
+        from click.shell_completion import CompletionItem
+
+        known = self._source.names() if self._registry is not None else list(self.choices)
+        return [CompletionItem(name) for name in known if name.startswith(incomplete)]
+
+
+_LAST = "Output"
+"""Heading of the options that name none, which closes the page."""
+
+
+class Option(click.Option):
+    """An option under a heading of the help page.
+
+    Args:
+        args: As for ``click.Option``.
+        group: The heading.
+        options: As for ``click.Option``.
+    """
+
+    def __init__(self, *args: Any, group: str = _LAST, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.group = group
+        if isinstance(self.type, Choice) and self.metavar is None and len(self.type.choices) > 3:
+            self.metavar = "NAME"
+            text, bracket, default = str(self.help).partition("[default")
+            self.help = f"{text.strip()} One of {', '.join(self.type.choices)}. {bracket}{default}"
+
+
+class Command(click.Command):
+    """A command whose help page puts options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes one section a heading, in the order of their first options."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                groups.setdefault(getattr(param, "group", _LAST), []).append(record)
+        for heading, records in sorted(groups.items(), key=lambda group: group[0] == _LAST):
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+_FLAGS = {"batches": "--batch", "gpus": "--gpu", "targets": "--target", "indices": "--with-indices"}
+"""Fields that are called otherwise on the command line."""
+_METAVARS = {
+    "batch_sizes": "1,8,32", "calibration": "DIR", "data": "DIR", "duration": "S", "gpus": "SM", "labels": "FILE",
+    "max_batch": "N", "instances": "N", "min_speedup": "F", "name": "NAME", "optimization_level": "0-5",
+    "plugin": "PATH|auto|none", "queue_delay": "µS", "server": "YY.MM", "server_tensorrt": "VERSION", "threads": "N",
+    "timing_cache": "FILE", "workspace": "MIB",
+}  # fmt: skip
+_REGISTRIES = {"targets": "TARGETS"}
+_PATHS = ("calibration", "data", "labels", "timing_cache")
+_NOT_FLAGS = ("target_options",)
+
+
+_HOMES = ("evit_deploy.recipe.options", "evit_deploy.serving.options")
+"""Where the structs of options are, which load nothing heavy."""
+
+
+def _struct(name: str) -> Any:
+    modules = map(importlib.import_module, _HOMES)
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
+
+
+def struct_options(name: str, group: str, *fields: str) -> Callable[..., Any]:
+    """Makes the options of a struct's fields, with the fields' own documentation; without a value they are left out.
+
+    Args:
+        name: Of a struct in a module of :data:`_HOMES`.
+        group: Heading on the help page.
+        fields: Which ones; all but its bases' by default.
+    """
+    from evit_deploy.recipe.fields import field_docs, own_fields
+
+    struct = _struct(name)
+    docs, kinds = field_docs(struct), own_fields(struct)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for field in reversed(fields or tuple(kinds)):
+            if field not in _NOT_FLAGS:
+                text = docs[field].replace("``", "")
+                flag = _FLAGS.get(field, "--" + field.replace("_", "-"))
+                kind = _kind(field, own_fields(struct, inherited=True)[field])
+                option = click.option(
+                    flag, field, cls=Option, group=group, help=text, metavar=_METAVARS.get(field), default=None, **kind
+                )
+                function = option(function)
+        return function
+
+    return decorate
+
+
+def _kind(field: str, annotation: Any) -> dict[str, Any]:
+    """How click reads a field."""
+    from evit_deploy.recipe.fields import choices_in, limits_in, plain
+
+    if field == "batches":
+        return {"type": BatchRange(), "multiple": True}
+    if field in _REGISTRIES:
+        return {"type": Choice(registry=_REGISTRIES[field]), "multiple": True}
+    if choices_in(annotation):
+        return {"type": Choice(choices_in(annotation))}
+    kind, repeated = plain(annotation)
+    if kind is bool:
+        return {"is_flag": True}
+    if kind is str:
+        return {"multiple": repeated, "type": click.Path() if field in _PATHS else str}
+    low, high = limits_in(annotation)
+    if repeated:
+        return {"type": Numbers(kind, low)}
+    return {"type": Whole(low, high) if kind is int else Positive()}
+
+
+def struct_of(name: str, values: dict[str, Any], **more: Any) -> Any:
+    """Takes a struct's fields out of a command's options and makes it of those that were given.
+
+    Args:
+        name: Of a struct in a module of :data:`_HOMES`.
+        values: The command's options; the struct's are taken out.
+        more: Values that stand in for what was not given.
+    """
+    struct = _struct(name)
+    given = {field: values.pop(field) for field in struct.__struct_fields__ if field in values}
+    if "gpus" in given:
+        given["gpus"] = tuple(part.strip().lower() for gpu in given["gpus"] or () for part in gpu.split(","))
+    return struct(**(more | {field: value for field, value in given.items() if value not in (None, (), False)}))
 
 
 def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--keep-rate --locations --fuse --method``."""
+    group = "Token reduction"
     for option in (
-        click.option("--method", help="Token reduction method.  [default: evit]"),
-        click.option("--fuse/--no-fuse", default=None, help="Sum up what is removed in one token.  [default: fuse]"),
-        click.option("--locations", type=Numbers(int), metavar="3,6,9", help="Blocks, 0-based.  [default: depth·i//4]"),
         click.option(
-            "--keep-rate", type=Numbers(float), metavar="RATE[,RATE...]",
+            "--method", cls=Option, group=group, type=Choice(registry="METHODS"),
+            help="Reduction method.  [default: evit]",
+        ),
+        click.option(
+            "--fuse/--no-fuse", cls=Option, group=group, default=None,
+            help="Fuse the removed tokens into one extra token.  [default: fuse]",
+        ),
+        click.option(
+            "--locations", cls=Option, group=group, type=Numbers(int), metavar="3,6,9",
+            help="Blocks that reduce, 0-based.  [default: depth·i//4]",
+        ),
+        click.option(
+            "--keep-rate", cls=Option, group=group, type=Numbers(float), metavar="RATE[,RATE...]",
             help="Share of the patches to keep, in (0, 1]; one, or one for each location.",
         ),
     ):  # fmt: skip
@@ -109,20 +265,17 @@ def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def tokens_of(
-    keep_rate: tuple[float, ...] | None, locations: tuple[int, ...] | None, fuse: bool | None, method: str | None
-) -> Any:
-    """The shared token options as one value, checked before anything heavy is loaded."""
-    from evit_deploy.registry import METHODS
+def tokens_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the token options out of a command's, as fields of a ``TokenSpec``, checked before anything heavy loads."""
     from evit_deploy.tokens.plan import TokenSpec
 
-    if method is not None and method not in METHODS.names():
-        METHODS.get(method)  # raises, with the nearest name
-    rate = keep_rate[0] if keep_rate and len(keep_rate) == 1 else keep_rate
-    TokenSpec(keep_rate=rate if rate is not None else 1.0, locations=locations)
-    from evit_deploy.models.checkpoint import Tokens
-
-    return Tokens(keep_rate=rate, locations=locations, fuse=fuse, method=method)
+    given = {name: options.pop(name) for name in ("keep_rate", "locations", "fuse", "method")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given.get("keep_rate", ())) == 1:
+        (given["keep_rate"],) = given["keep_rate"]
+    checked: dict[str, Any] = {"keep_rate": 1.0} | given
+    TokenSpec(**checked)
+    return given
 
 
 def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,17 +283,36 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
             "--plugin",
+            cls=Option,
+            group="Runtimes",
             metavar="PATH|auto|none",
             help="TensorRT: library with the plugin.  [default: the one in the cache that the engine was built with]",
         ),
         click.option(
             "--against",
+            cls=Option,
+            group="Runtimes",
             type=PATH,
             metavar="PATH",
             help="Checkpoint of the bundle, or dense twin of an engine or ONNX file.",
         ),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the runtime's own choice]"),
-        click.option("--runtime", "runtimes", multiple=True, help="Runtime to use; may be repeated.  [default: all]"),
+        click.option(
+            "--threads",
+            cls=Option,
+            group="Runtimes",
+            type=Whole(1),
+            metavar="N",
+            help="CPU threads.  [default: the runtime's own choice]",
+        ),
+        click.option(
+            "--runtime",
+            "runtimes",
+            cls=Option,
+            group="Runtimes",
+            type=Choice(registry="RUNTIMES"),
+            multiple=True,
+            help="Runtime to use; repeatable.  [default: all]",
+        ),
     ):
         function = option(function)
     return function
@@ -148,15 +320,16 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--url --model-name --model-version --shared-memory --timeout``."""
+    server = functools.partial(click.option, cls=Option, group="Server")
     for option in (
-        click.option("--timeout", type=Positive(), metavar="S", help="Server: seconds to wait for it.  [default: 60]"),
-        click.option("--shared-memory", is_flag=True, help="Server: on this machine, tensors by its shared memory."),
-        click.option("--model-version", metavar="N", help="Server: version of the model.  [default: its own choice]"),
-        click.option(
+        server("--timeout", type=Positive(), metavar="S", help="Seconds to wait for the server.  [default: 60]"),
+        server("--shared-memory", is_flag=True, help="Send tensors through shared memory (same machine only)."),
+        server("--model-version", metavar="N", help="Version of the model.  [default: the server's own choice]"),
+        server(
             "--model-name", metavar="NAME",
-            help="Server: model or ensemble.  [default: the only one that takes the bundle's tensors]",
+            help="Model or ensemble.  [default: the only one that takes the bundle's tensors]",
         ),
-        click.option("--url", help="A running Triton server, http://HOST:8000 or grpc://HOST:8001; as runtime triton."),
+        server("--url", metavar="URL", help="A running Triton server, http://HOST:8000 or grpc://HOST:8001."),
     ):  # fmt: skip
         function = option(function)
     return function

@@ -54,13 +54,7 @@ def check(library: Path | None, output: Output) -> None:
     evit-deploy plugin check
     """
     from evit_deploy.engines.plugin.build import check_plugin
-    from evit_deploy.errors import GateFailed
 
     report = check_plugin(library)
     output.result(report, passed=report.passed)
-    if not report.passed:
-        first = report.failed[0]
-        raise GateFailed(
-            f"the library cannot be used: {first.name}", where=library, seen=first.value, wanted=first.limit,
-            fix=first.reason,
-        )  # fmt: skip
+    report.raise_if_failed("the library cannot be used: {name}", where=library)

@@ -5,17 +5,30 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.options import PATH, Numbers, run_options, server_of, server_options
+from evit_deploy.cli.options import PATH, Command, Numbers, Option, run_options, server_of, server_options
 from evit_deploy.cli.output import Output, output_options
 
 
-@click.command("verify", short_help="Prove that a bundle answers like PyTorch.")
+@click.command("verify", cls=Command, short_help="Prove that a bundle answers like PyTorch.")
 @click.argument("bundle", type=PATH)
 @run_options
 @server_options
-@click.option("--batch-sizes", type=Numbers(int, 1), metavar="1,2,8",
-              help="Images a call.  [default: 1,2,8; for an engine the ends of its profiles]")  # fmt: skip
-@click.option("--data", type=PATH, metavar="DIR", help="Labelled images (class/image) for top-1 and top-5.")
+@click.option(
+    "--batch-sizes",
+    cls=Option,
+    group="Checks",
+    type=Numbers(int, 1),
+    metavar="1,2,8",
+    help="Images a call.  [default: 1,2,8; for an engine the ends of its profiles]",
+)
+@click.option(
+    "--data",
+    cls=Option,
+    group="Checks",
+    type=PATH,
+    metavar="DIR",
+    help="Labelled images (class/image) for top-1 and top-5.",
+)
 @output_options
 def command(bundle: Path, output: Output, **options: Any) -> None:
     """Prove that BUNDLE answers like PyTorch, on every runtime it can use.
@@ -25,17 +38,8 @@ def command(bundle: Path, output: Output, **options: Any) -> None:
     evit-deploy verify deit_s-evit-k0.7 --url http://server:8000 --model-name deit_s
     """
     server = server_of(options)
-    from evit_deploy.errors import GateFailed
     from evit_deploy.verification.verify import verify
 
     report = verify(bundle, server=server, **options)
     output.result(report, f"\n{'verified' if report.passed else 'NOT verified'}: {bundle}", passed=report.passed)
-    if not report.passed:
-        first = report.failed[0]
-        raise GateFailed(
-            f"{len(report.failed)} of {len(report.checks)} checks failed, first: {first.name}",
-            where=bundle,
-            seen=first.value,
-            wanted=first.limit,
-            fix=first.reason,
-        )
+    report.raise_if_failed(where=bundle)

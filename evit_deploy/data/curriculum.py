@@ -5,13 +5,9 @@ than a small budget lasts. One that begins with a large white thing on black, an
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evit_deploy.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Curriculum:
@@ -93,35 +89,3 @@ class Curriculum:
         """Goes on from :meth:`state_dict`."""
         self.level, self.accuracy, self.steps = float(state["level"]), float(state["accuracy"]), int(state["steps"])
         self._recent = deque(map(float, state["recent"]), maxlen=self.delay + 1)
-
-
-def follow(curriculum: Curriculum | None, data: Any, batch_size: int, seed: int, **place: int) -> Iterator[Any]:
-    """``data.training``, under a curriculum where there is one.
-
-    Args:
-        curriculum: What :func:`evit_deploy.data.training_data.curriculum_of` gave, or ``None``.
-        data: A :class:`evit_deploy.data.training_data.TrainingData`.
-        batch_size: See there; ``seed`` likewise.
-        seed: See there.
-        **place: ``rank``, ``world`` and ``start_step``.
-    """
-    extra = place if curriculum is None else {**place, "curriculum": curriculum}
-    return data.training(batch_size, seed, **extra)
-
-
-def advance(
-    curriculum: Curriculum | None,
-    logits: "Tensor",
-    targets: "Tensor",
-    mean: Callable[["Tensor"], "Tensor"] = lambda share: share,
-) -> None:
-    """Tells a curriculum, where there is one, how a step went.
-
-    Args:
-        curriculum: The curriculum or ``None``.
-        logits: What the model said, ``[B, classes]``.
-        targets: Labels, ``[B]``.
-        mean: Where several processes train: the mean over all of them of a tensor without dimensions.
-    """
-    if curriculum is not None:
-        curriculum.update(mean((logits.detach().argmax(1) == targets).float().mean()).item())

@@ -11,6 +11,7 @@ import torch
 from timm.data import Mixup, create_transform
 from torch import Tensor
 
+from evit_deploy.data.augmentation import CropAndFlip, FollowedTransform, operations_of
 from evit_deploy.data.cache import cached
 from evit_deploy.data.curriculum import Curriculum
 from evit_deploy.data.images import Preprocess
@@ -27,7 +28,7 @@ from evit_deploy.data.sampling import (
     whole_batches,
 )
 from evit_deploy.data.sources import Folder, Place, Source, open_source
-from evit_deploy.data.token_labels import CropAndFlip, FollowedTransform, TokenLabelMaps, operations_of
+from evit_deploy.data.token_labels import TokenLabelMaps
 from evit_deploy.errors import InputError, RecipeError
 from evit_deploy.recipe.sections import DataSection
 

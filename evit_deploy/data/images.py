@@ -1,4 +1,4 @@
-"""Images on their way into a model: deployment preprocessing, sample photographs, image folders, the digits.
+"""Images on their way into a model: decoding, deployment preprocessing, sample photographs, unlabelled folders.
 
 Thin over ``timm.data``. PyTorch and timm are imported where they are used, so that a ``Preprocess`` can be read from a
 manifest without them.
@@ -6,8 +6,9 @@ manifest without them.
 
 import functools
 import importlib.util
+import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Endings of the files that count as images in a folder, in lower case."""
+COPY_AGAIN = "Copy it here again, or leave it out."
+"""What to do about an image that cannot be read."""
 
 
 class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,6 +92,25 @@ def _transform(preprocess: Preprocess) -> Callable[[Image.Image], "torch.Tensor"
     return transform
 
 
+def decode_image(content: bytes, where: object, fix: str | None = None) -> Image.Image:
+    """Decodes the content of an image file as RGB, to its end.
+
+    Args:
+        content: The file's.
+        where: What the image is called in messages.
+        fix: What to do where it cannot be read.
+
+    Raises:
+        InputError: It is no image, or not a whole one.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        text = str(error).split(" <_io")[0]  # not the address of a buffer
+        raise InputError(f"the image cannot be read: {text}", where=where, wanted="a whole image", fix=fix) from None
+
+
 def read_image(path: str | Path) -> Image.Image:
     """Reads an image file as RGB.
 
@@ -101,11 +123,10 @@ def read_image(path: str | Path) -> Image.Image:
     if path.is_dir():
         raise InputError("this is a folder", where=path, wanted="an image file")
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        fix = "Copy it here again, or leave it out."
-        raise InputError(f"the image cannot be read: {error}", where=path, wanted="a whole image", fix=fix) from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"the image cannot be read: {error.strerror or error}", where=path, fix=COPY_AGAIN) from None
+    return decode_image(content, path, COPY_AGAIN)
 
 
 def preprocess_image(image: str | Path | Image.Image, preprocess: Preprocess) -> np.ndarray:
@@ -179,100 +200,6 @@ def _crop(photograph: Image.Image, seed: int) -> Image.Image:
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip < 0.5 else crop
 
 
-class ImageFolder(msgspec.Struct, frozen=True):
-    """Labelled images on disk; made by :func:`image_folder`. Also a map-style PyTorch data set of single images.
-
-    Args:
-        path: The folder.
-        classes: Class names; a label is an index into them.
-        files: File and label of every image, always in the same order.
-        transform: From an RGB image to a float32 tensor ``[3, H, W]``.
-    """
-
-    path: Path
-    classes: tuple[str, ...]
-    files: tuple[tuple[Path, int], ...]
-    transform: Callable[[Image.Image], Any]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.files[index]
-        return self.transform(read_image(path)), label
-
-    def batches(
-        self, batch_size: int, *, limit: int | None = None, workers: int = 0
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Every image once, in order.
-
-        Args:
-            batch_size: Images a batch; the last batch may be smaller.
-            limit: At most this many images, evenly spaced, so that all classes have their share.
-            workers: Processes that read images; 0 reads in this one.
-
-        Yields:
-            Images float32 ``[B, 3, H, W]`` and labels int64 ``[B]``.
-
-        Raises:
-            InputError: An image cannot be read.
-        """
-        from torch.utils.data import DataLoader, Subset
-
-        count = len(self) if limit is None else min(limit, len(self))
-        chosen = Subset(self, [i * len(self) // count for i in range(count)])  # type: ignore[arg-type]
-        for images, labels in DataLoader(chosen, batch_size=batch_size, num_workers=workers):
-            yield images.numpy(), labels.numpy()
-
-
-def image_folder(
-    path: str | Path,
-    preprocess: Preprocess,
-    *,
-    classes: Sequence[str] | None = None,
-    transform: Callable[[Image.Image], Any] | None = None,
-) -> ImageFolder:
-    """Finds the labelled images in ``path/<class>/**``.
-
-    Args:
-        path: A folder with one folder a class.
-        preprocess: What is done with each image.
-        classes: Class names in the order of the model's outputs; by default the folders' names, numbers in them
-            ordered as numbers.
-        transform: Takes the place of the preprocessing, for training.
-
-    Raises:
-        InputError: The path is missing, is a file, holds no images in class folders, or has a class of its own.
-    """
-    root = Path(path)
-    if not root.exists():
-        raise InputError("no such folder", where=root)
-    if not root.is_dir():
-        raise InputError("this is a file", where=root, wanted="a folder with one folder of images a class")
-    found = sorted((entry.name for entry in root.iterdir() if _is_class(entry)), key=_natural)
-    names = tuple(found if classes is None else classes)
-    numbers = {name: i for i, name in enumerate(names)}
-    unknown = next((name for name in found if name not in numbers), None)
-    if unknown is not None:
-        raise InputError("this class is not among the model's", where=root / unknown, wanted=_few(names))
-    files = tuple(
-        (file, numbers[name])
-        for name in found
-        for file in sorted((root / name).rglob("*"), key=lambda file: _natural(str(file)))
-        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
-    )
-    if not files:
-        loose = any(file.suffix.lower() in EXTENSIONS for file in root.iterdir())
-        seen = "images outside class folders" if loose else f"{len(found)} class folders, no images"
-        raise InputError("no labelled images here", where=root, seen=seen, wanted="<class>/<image> files")
-    filled = {label for _, label in files}
-    empty = next((name for name in found if numbers[name] not in filled), None)
-    if empty is not None:
-        fix = "Put images into it or delete it."
-        raise InputError("this class folder holds no images", where=root / empty, fix=fix)
-    return ImageFolder(root, names, files, transform or preprocess.transform())
-
-
 def image_files(path: Path) -> list[Path]:
     """Image files anywhere below a folder, labelled or not, always in the same order.
 
@@ -286,7 +213,7 @@ def image_files(path: Path) -> list[Path]:
     files = [file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")]
     if not files:
         raise InputError("no images here", where=path, wanted=", ".join(EXTENSIONS))
-    return sorted(files, key=lambda file: _natural(str(file)))
+    return sorted(files, key=lambda file: natural(str(file)))
 
 
 def calibration_images(path: Path, preprocess: Preprocess, channels: int, limit: int) -> np.ndarray:
@@ -309,15 +236,6 @@ def calibration_images(path: Path, preprocess: Preprocess, channels: int, limit:
     return _with_channels(np.stack([preprocess_image(file, preprocess) for file in chosen]), channels)
 
 
-def _is_class(entry: Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
-
-
-def _natural(text: str) -> list[tuple[int, int, str]]:
-    # "class 10" after "class 9"; pairs that always compare, whatever stands where
+def natural(text: str) -> list[tuple[int, int, str]]:
+    """A key to sort names by: "class 10" after "class 9"; pairs that always compare, whatever stands where."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(map(str, names[:8]))
-    return f"one of {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from evit_deploy.data.curriculum import Curriculum
 from evit_deploy.errors import InputError, StageError
 
 AHEAD = 8
@@ -30,7 +29,7 @@ class Draw(NamedTuple):
     Args:
         number: Which image of the data set.
         place: Seed, step and row in the step: where the random numbers of its variation begin.
-        level: The curriculum's.
+        level: How hard it is to be, 0 to 1.
     """
 
     number: int
@@ -51,7 +50,7 @@ class Batches:
         world: How many processes there are.
         start_step: Step to begin at, as if those before had been drawn.
         repeats: How often each image is drawn, one after the other; a pass then shows as many times fewer images.
-        curriculum: Decides the level; without one it is 1.
+        level_at: The level of a step's images; without it they are all at level 1.
 
     Raises:
         InputError: A batch cannot be shared out, or is larger than the data set.
@@ -67,13 +66,13 @@ class Batches:
         world: int = 1,
         start_step: int = 0,
         repeats: int = 1,
-        curriculum: Curriculum | None = None,
+        level_at: Callable[[int], float] | None = None,
     ) -> None:
         share(batch_size, rank, world)
         self.steps_per_epoch = whole_batches(images, batch_size)
         self._images, self._batch_size, self._seed = images, batch_size, seed
         self._rank, self._world, self._step = rank, world, start_step
-        self._repeats, self._curriculum = repeats, curriculum
+        self._repeats, self._level_at = repeats, level_at
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, order = -1, np.empty(0, np.int64)
@@ -84,7 +83,7 @@ class Batches:
                 order = np.random.default_rng((self._seed, epoch)).permutation(self._images)
                 order = order.repeat(self._repeats)
             start = step % self.steps_per_epoch * self._batch_size
-            level = 1.0 if self._curriculum is None else self._curriculum.at(step)
+            level = 1.0 if self._level_at is None else self._level_at(step)
             yield [
                 Draw(int(order[start + row]), (self._seed, step, row), level)
                 for row in range(self._rank, self._batch_size, self._world)

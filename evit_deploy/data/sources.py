@@ -6,19 +6,20 @@ unknown classes silently. Shards are indexed here, because timm's reader streams
 number of workers and processes, and cannot begin in the middle of a run.
 """
 
-import io
 import itertools
 import json
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 from PIL import Image
 
-from evit_deploy.data.images import Preprocess, image_folder
+from evit_deploy.data.images import COPY_AGAIN, EXTENSIONS, Preprocess, decode_image, natural, preprocess_image
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
@@ -90,7 +91,37 @@ def open_source(place: Place, classes: Sequence[str] | None = None) -> Source:
                          wanted="a folder, FILE.tar, wds/FOLDER or hfds/NAME")  # fmt: skip
     if place.path.endswith(".tar") or _holds_tars(Path(place.path)):
         return Tar(place, classes)
-    return Folder(place, classes)
+    return Folder(place.path, classes)
+
+
+def labelled_batches(
+    source: Source, preprocess: Preprocess, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every image of a source once, in order, as the deployed model takes it.
+
+    Args:
+        source: The images.
+        preprocess: What is done with each.
+        batch_size: Images a batch; the last batch may be smaller.
+
+    Yields:
+        Images float32 ``[B, 3, H, W]`` and labels int64 ``[B]``.
+
+    Raises:
+        InputError: An image cannot be read.
+    """
+    for start in range(0, len(source), batch_size):
+        images, labels = [], []
+        for index in range(start, min(start + batch_size, len(source))):
+            try:
+                image, label = source.load(index)
+            except InputError as error:
+                raise InputError(
+                    error.what, where=error.where, seen=error.seen, wanted=error.wanted, fix=error.fix or COPY_AGAIN
+                ) from None
+            images.append(preprocess_image(image, preprocess))
+            labels.append(label)
+        yield np.stack(images), np.array(labels, np.int64)
 
 
 def _holds_tars(path: Path) -> bool:
@@ -98,11 +129,44 @@ def _holds_tars(path: Path) -> bool:
 
 
 class Folder:
-    """``<class>/**/<image>``; see :func:`evit_deploy.data.images.image_folder`."""
+    """Images on disk, ``<class>/**/<image>``.
 
-    def __init__(self, place: Place, classes: Sequence[str] | None) -> None:
-        found = image_folder(place.path, Preprocess(size=(1, 1)), classes=classes)
-        self.classes, self._files = found.classes, found.files
+    Args:
+        path: A folder with one folder a class.
+        classes: Class names; by default the folders' names, numbers in them ordered as numbers.
+
+    Raises:
+        InputError: The path is missing, is a file, holds no images in class folders, or has a class of its own.
+    """
+
+    def __init__(self, path: str | Path, classes: Sequence[str] | None = None) -> None:
+        root = Path(path)
+        if not root.exists():
+            raise InputError("no such folder", where=root)
+        if not root.is_dir():
+            raise InputError("this is a file", where=root, wanted="a folder with one folder of images a class")
+        folders = (entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        found = sorted(folders, key=natural)
+        self.classes = tuple(found if classes is None else classes)
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        unknown = next((name for name in found if name not in numbers), None)
+        if unknown is not None:
+            raise InputError("this class is not among the model's", where=root / unknown, wanted=_one_of(self.classes))
+        self._files = tuple(
+            (file, numbers[name])
+            for name in found
+            for file in sorted((root / name).rglob("*"), key=lambda file: natural(str(file)))
+            if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
+        )
+        if not self._files:
+            loose = any(file.suffix.lower() in EXTENSIONS for file in root.iterdir())
+            seen = "images outside class folders" if loose else f"{len(found)} class folders, no images"
+            raise InputError("no labelled images here", where=root, seen=seen, wanted="<class>/<image> files")
+        filled = self.present()
+        empty = next((name for name in found if numbers[name] not in filled), None)
+        if empty is not None:
+            fix = "Put images into it or delete it."
+            raise InputError("this class folder holds no images", where=root / empty, fix=fix)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -116,7 +180,7 @@ class Folder:
         """See :class:`Source`."""
         path, label = self._files[index]
         try:
-            return _decoded(path.read_bytes(), str(path)), label
+            return decode_image(path.read_bytes(), path), label
         except OSError as error:
             raise InputError(f"the image cannot be read: {error.strerror or error}", where=path) from None
 
@@ -157,7 +221,7 @@ class _Timm:
             raise InputError(f"the image cannot be read: {error}", where=self.name(index)) from None
         if not 0 <= int(label) < len(self._labels):
             raise _bad_label(int(label), len(self._labels), self.name(index))
-        return _decoded(content, self.name(index)), self._labels[int(label)]
+        return decode_image(content, self.name(index)), self._labels[int(label)]
 
     def name(self, index: int) -> str:
         """See :class:`Source`."""
@@ -204,7 +268,7 @@ class HuggingFace(_Timm):
             from datasets.exceptions import DatasetsError
         except ImportError:
             raise MissingRequirement(
-                "Hugging Face datasets are read by the package datasets", fix="Run: pip install 'evit-deploy[data]'"
+                "Hugging Face datasets are read by the package datasets", fix=f"Run: {install_line('data')}"
             ) from None
         from timm.data.readers.reader_hfds import ReaderHfds
 
@@ -290,7 +354,7 @@ class Shards:
                 content = file.read(length)
         except OSError as error:
             raise InputError(f"the image cannot be read: {error}", where=self.name(index)) from None
-        return _decoded(content, self.name(index)), label
+        return decode_image(content, self.name(index)), label
 
     def name(self, index: int) -> str:
         """See :class:`Source`."""
@@ -360,13 +424,9 @@ def _expanded(text: str) -> list[str]:
     return ["".join(chosen) for chosen in itertools.product(*parts)]
 
 
-def _decoded(content: bytes, name: str) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        text = str(error).split(" <_io")[0]  # not the address of a buffer
-        raise InputError(f"the image cannot be read: {text}", where=name, wanted="a whole image") from None
+def _one_of(names: Sequence[str]) -> str:
+    shown = ", ".join(map(str, names[:8]))
+    return f"one of {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _check_classes(own: Sequence[str], classes: Sequence[str], where: str) -> None:

@@ -32,6 +32,7 @@ from evit_deploy.data.sampling import (
     validation_rows,
     whole_batches,
 )
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.recipe.sections import DataSection
 
@@ -178,7 +179,7 @@ def _photographs(names: tuple[str, ...]) -> list[Image.Image]:
         if path is None or not path.is_file():
             raise MissingRequirement(
                 f"the photograph {file} of {package} is missing: digits-in-the-wild needs it",
-                fix="Run: pip install 'evit-deploy[wild]'",
+                fix=f"Run: {install_line('wild')}",
             )
         files.append(path)
     return [read_image(path) for path in files]
@@ -255,8 +256,9 @@ class WildDigitsData:
             raise InputError("the curriculum's delay is too short for worker processes", seen=curriculum.delay,
                              wanted=f"at least {AHEAD}")  # fmt: skip
         batches = Batches(
-            len(self._train), batch_size, seed, rank=rank, world=world, start_step=start_step, curriculum=curriculum
-        )
+            len(self._train), batch_size, seed, rank=rank, world=world, start_step=start_step,
+            level_at=None if curriculum is None else curriculum.at,
+        )  # fmt: skip
         yield from loader(_Drawn(self._train), batches, self._section.workers, _normalised, AHEAD)
 
     def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:

@@ -8,11 +8,21 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
+from packaging.requirements import Requirement
 
 from evit_deploy.doctor.probe import Answer, ask
 from evit_deploy.engines.plugin.library import choose_plugin
 from evit_deploy.environment.nvidia import Nvidia, nvidia
-from evit_deploy.environment.requirements import EXTRAS, REQUIRED, fits, install_line, lacking, version_of
+from evit_deploy.environment.requirements import (
+    DISTRIBUTION,
+    EXTRAS,
+    bounds,
+    fault,
+    install_line,
+    lacking,
+    needed,
+    version_of,
+)
 from evit_deploy.environment.targets import Target, targets
 from evit_deploy.errors import MissingRequirement
 from evit_deploy.progress import doing
@@ -94,7 +104,7 @@ def doctor() -> Diagnosis:
         slow = pool.submit(ask, _jobs_with_torch())
         answers = ask(_jobs_without_torch())
         answers |= slow.result()
-    findings = [_python(), *(_package(name, answers) for name in REQUIRED), *_twice()]
+    findings = [_python(), *_required(answers), *_twice()]
     findings += [_extra(name, answers) for name in EXTRAS]
     findings += _gpu(driver, answers.get("torch"))
     findings += _plugin()
@@ -104,8 +114,7 @@ def doctor() -> Diagnosis:
 
 def _jobs_without_torch() -> list[str]:
     jobs = [f"module:{module}" for package, module in _LIBRARIES.items() if version_of(package)]
-    extras = {package for extra in EXTRAS.values() for package in extra.packages}
-    libraries = [(package, module) for package, module in _EXTRA_LIBRARIES.items() if package in extras]
+    libraries = _EXTRA_LIBRARIES.items()
     return jobs + [f"module:{m}" for package, m in libraries if m != "torch_tensorrt" and version_of(package)]
 
 
@@ -122,7 +131,7 @@ def _answer(package: str, answers: dict[str, Answer]) -> Answer | None:
 
 def _broken(answers: dict[str, Answer]) -> dict[str, str]:
     found = {}
-    for package in (*REQUIRED, *_EXTRA_LIBRARIES):
+    for package in ("torch", "torchvision", *_LIBRARIES, *_EXTRA_LIBRARIES):
         answer = _answer(package, answers)
         if answer is not None and answer.error is not None:
             found[package] = answer.error
@@ -136,10 +145,19 @@ def _python() -> Finding:
     return Finding(PACKAGES, "python", platform.python_version(), usable, True, fix)
 
 
-def _package(name: str, answers: dict[str, Answer]) -> Finding:
+def _required(answers: dict[str, Answer]) -> list[Finding]:
+    try:
+        requirements = needed()
+    except MissingRequirement as error:
+        return [Finding(PACKAGES, DISTRIBUTION, None, False, True, install_line(DISTRIBUTION), error.what)]
+    ourselves = Finding(PACKAGES, DISTRIBUTION, version_of(DISTRIBUTION), True, True)
+    return [ourselves, *(_package(name, requirement, answers) for name, requirement in requirements.items())]
+
+
+def _package(name: str, requirement: Requirement, answers: dict[str, Answer]) -> Finding:
     found, answer = version_of(name), _answer(name, answers)
-    if not fits(found, REQUIRED[name]):
-        note = f"{REQUIRED[name]} or newer is needed" if found else None
+    if fault(requirement):
+        note = f"{bounds(requirement)} is needed" if found else None
         return Finding(PACKAGES, name, found, False, True, install_line(name), note)
     if answer is None or answer.error is None:
         return Finding(PACKAGES, name, found, True, True, note=answer.found if answer else None)
@@ -161,14 +179,17 @@ def _twice() -> list[Finding]:
 
 
 def _extra(name: str, answers: dict[str, Answer]) -> Finding:
-    extra, reasons = EXTRAS[name], lacking(name)
-    versions = {package: version_of(package) for package in extra.packages}
+    try:
+        packages = list(needed(name))
+    except MissingRequirement:  # said once, among the packages
+        return Finding(EXTRA, name, None, False, fix=install_line(name), note=EXTRAS[name])
+    reasons, versions = lacking(name), {package: version_of(package) for package in packages}
     found = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     if reasons:
         absent = name in versions and versions[name] is None and len(reasons) == 1
-        note = extra.purpose if absent or not found else "; ".join(reasons)
+        note = EXTRAS[name] if absent or not found else "; ".join(reasons)
         return Finding(EXTRA, name, None if absent else found or None, False, fix=install_line(name), note=note)
-    for package in extra.packages:
+    for package in packages:
         answer = _answer(package, answers) if package in _EXTRA_LIBRARIES else None
         if answer is not None and answer.error is not None:
             fix = f"pip install --force-reinstall {package}"
@@ -190,7 +211,7 @@ def _gpu(driver: Nvidia, torch: Answer | None) -> list[Finding]:
                 Finding(GPU, "GPU", None, False, fix="Look at CUDA_VISIBLE_DEVICES.", note="none is visible")
             )
     elif seen:  # PyTorch needs no nvidia-ml-py
-        findings = [Finding(GPU, "driver", None, False, fix="pip install nvidia-ml-py", note=driver.error)]
+        findings = [Finding(GPU, "driver", None, False, fix=install_line("nvidia-ml-py"), note=driver.error)]
         findings += [
             Finding(GPU, f"GPU {i}", "{}, sm{}{}".format(name, *sm), True) for i, (name, sm) in enumerate(seen)
         ]

@@ -1,14 +1,13 @@
 """Whether an engine is what was asked for: fused attention, and matrix products in the asked type."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from evit_deploy.engines import build
 from evit_deploy.engines.layers import Layer, compute_dtypes, is_fused_attention, is_matmul, is_opaque, parse_layers
-from evit_deploy.engines.rtx_listing import plan_layers
 from evit_deploy.report.report import Check, Report
 from evit_deploy.tokens.plan import TokenPlan
 
@@ -84,22 +83,29 @@ def fusion_check(layers: Sequence[Layer], depth: int) -> Check:
     return Check(name, len(fused), depth, False, reason + _ADVICE)
 
 
-def engine_checks(built: build.Built, path: Path, plan: TokenPlan, name: str = "engine") -> Report:
+def engine_checks(
+    built: build.Built,
+    path: Path,
+    plan: TokenPlan,
+    name: str = "engine",
+    listing: Callable[[Path], Sequence[Layer]] | None = None,
+) -> Report:
     """Whether an engine is what was asked for: attention in fused kernels, matrix products in the asked type.
 
-    A GPU's inspector lists the layers of any engine; TensorRT-RTX also writes them into the plan. The dense twin's has
-    to pass as well: a speed-up over a twin whose attention was taken apart would be too good.
+    A GPU's inspector lists the layers of any engine; TensorRT-RTX also writes them into the plan. The dense baseline's
+    has to pass as well: a speed-up over one whose attention was taken apart would be too good.
 
     Args:
         built: The build.
         path: Its plan.
         plan: The model's plan.
         name: What the checks call the engine.
+        listing: Reads the layers out of the plan itself, where no inspector could.
     """
     engine, depth = built.engine, len(plan.blocks)
     layers = parse_layers(built.layers) if built.layers else ()
-    if not layers and engine.target == "tensorrt-rtx":
-        layers = plan_layers(path)
+    if not layers and listing is not None:
+        layers = listing(path)
     checks = [dtype_check(layers, engine.precision)] if layers else []
     if engine.precision != "fp32":  # no kernel fuses FP32 attention
         # Without a listing the build is the proof: it fails on an attention that has no fused kernel.

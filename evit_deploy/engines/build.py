@@ -23,11 +23,12 @@ from typing import Any
 import msgspec
 
 from evit_deploy.bundle.manifest import Engine
-from evit_deploy.engines.options import BUILDERS, BuildOptions, check_options, gpus_of
-from evit_deploy.engines.plugin.library import load_plugin
+from evit_deploy.engines.options import BUILDERS, check_options, gpus_of
+from evit_deploy.engines.plugin.library import choose_plugin, load_plugin
 from evit_deploy.environment import nvidia as gpu
 from evit_deploy.environment.nvidia import nvidia
 from evit_deploy.errors import InputError, StageError
+from evit_deploy.recipe.options import BuildOptions
 
 TIME_LIMIT = 3600.0
 _ADVICE = (
@@ -56,7 +57,9 @@ class Built(msgspec.Struct, frozen=True):
     layers: str | None
 
 
-def build_engine(model: Path, plan: Path, target: str, precision: str, options: BuildOptions) -> Built:
+def build_engine(
+    model: str | Path, plan: str | Path, target: str, precision: str, options: BuildOptions | None = None
+) -> Built:
     """Builds an engine.
 
     Args:
@@ -71,18 +74,20 @@ def build_engine(model: Path, plan: Path, target: str, precision: str, options: 
         MissingRequirement: See :func:`check_options`.
         StageError: The builder failed.
     """
+    model, plan, options = Path(model), Path(plan), options or BuildOptions()
     check_options(target, precision, options)
     locations = _check_model(model, precision)
-    gpus = gpus_of(options)
+    gpus, plugin = gpus_of(options), choose_plugin(options.plugin)
     driver = nvidia().driver if gpu.compute_capability() else None
     started = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}-") as room:
             built = Path(room) / plan.name
-            answer = _ask_builder(model, built, target, precision, msgspec.structs.replace(options, gpus=gpus))
-            if options.plugin is not None and answer["plugins"] != locations:
+            asked = msgspec.structs.replace(options.build, gpus=gpus, plugin=str(plugin) if plugin else None)
+            answer = _ask_builder(model, built, target, precision, asked)
+            if plugin is not None and answer["plugins"] != locations:
                 raise StageError(
-                    "TensorRT did not take the plugin", where=options.plugin,
+                    "TensorRT did not take the plugin", where=plugin,
                     seen=f"{answer['plugins']} of {locations} reorganisations",
                 )  # fmt: skip
             os.replace(built, plan)
@@ -95,7 +100,7 @@ def build_engine(model: Path, plan: Path, target: str, precision: str, options: 
         driver=driver,
         precision=precision,
         profiles=options.profiles,
-        plugin=_sha256(options.plugin) if options.plugin and answer["plugins"] else None,
+        plugin=_sha256(plugin) if plugin and answer["plugins"] else None,
         options={
             "workspace": options.workspace,
             "optimization_level": options.optimization_level,
@@ -130,7 +135,7 @@ def _ask_builder(model: Path, plan: Path, target: str, precision: str, options: 
         "plan": plan.absolute(),
         "module": BUILDERS[target],
         "precision": precision,
-        "options": options,
+        "options": msgspec.to_builtins(options) | {"profiles": msgspec.to_builtins(options.profiles)},
     }
     environment = os.environ | {
         "POLYGRAPHY_USE_TENSORRT_RTX": str(int(target == "tensorrt-rtx")),

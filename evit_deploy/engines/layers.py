@@ -1,21 +1,18 @@
-"""What an engine is made of: its layers as the engine inspector lists them, and what must be true of them.
+"""What an engine is made of: its layers, as the engine inspector lists them.
 
 TensorRT 10 and 11 write different JSON, and TensorRT-RTX writes 11's. The forms were taken from NVIDIA's migration page
 ("Migrating IEngineInspector Usage from TensorRT 10.x to 11.x"), from listings in NVIDIA/TensorRT#3665, #4020 and #4397,
 and from the names of formats in NVIDIA/TensorRT, tools/experimental/trt-engine-explorer/trex/activations.py.
 """
 
-import itertools
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from evit_deploy.errors import InputError
-from evit_deploy.tokens.plan import TokenPlan
 
 # The order decides: BFloat16 has Float in it, and Row major linear FP16 has neither.
 _DTYPES = (
@@ -168,57 +165,3 @@ def compute_dtypes(layer: Layer) -> set[str]:
     """Floating and quantised dtypes that a matmul or an attention reads: not indices, not the scalars α and β."""
     read = {tensor.dtype for tensor in layer.inputs if tensor.dimensions != (1,)}
     return (read | {layer.weights}) & {"fp32", "fp16", "bf16", "fp8", "fp4", "int8", "int4", "fp64"}
-
-
-class BlockTime(msgspec.Struct, frozen=True):
-    """Time of one transformer block, or of layers that span several.
-
-    Args:
-        blocks: ``3``; ``3-4`` for layers that hold parts of both; ``rest`` for the stem, the head and what names none.
-        tokens_in: Tokens its attention sees; of a span's first block.
-        tokens_out: Tokens it hands on; of a span's last block.
-        layers: Layers of the engine in it.
-        milliseconds: Their time together.
-        share: Of the whole engine's time, 0 to 1.
-    """
-
-    blocks: str
-    tokens_in: int | None
-    tokens_out: int | None
-    layers: int
-    milliseconds: float
-    share: float
-
-
-def block_times(layers: Iterable[Layer], times: Iterable[tuple[str, float]], plan: TokenPlan) -> tuple[BlockTime, ...]:
-    """Sums layer times by transformer block, beside the token counts.
-
-    A kernel that fuses the end of one block with the start of the next cannot be divided, so it gets a row of its own.
-
-    Args:
-        layers: Of the engine.
-        times: Layer names and milliseconds, as the profiler reports them.
-        plan: The model's token counts.
-    """
-    spans = {layer.name: layer.blocks for layer in layers}
-    groups: dict[tuple[int, int] | None, list[float]] = {}
-    for name, milliseconds in times:
-        span = spans[name] if name in spans else Layer(name).blocks
-        groups.setdefault(span, []).append(milliseconds)
-    total = sum(itertools.chain.from_iterable(groups.values()))
-    rows = []
-    for span in sorted(groups, key=lambda span: span or (math.inf, 0)):
-        spent = sum(groups[span])
-        first, last = span or (None, None)
-        known = last is not None and last < len(plan.blocks)
-        rows.append(
-            BlockTime(
-                "rest" if span is None else f"{first}" if first == last else f"{first}-{last}",
-                plan.blocks[first].tokens_in if known and first is not None else None,
-                plan.blocks[last].tokens_out if known and last is not None else None,
-                len(groups[span]),
-                spent,
-                spent / total if total else 0.0,
-            )
-        )
-    return tuple(rows)

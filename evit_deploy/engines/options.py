@@ -1,46 +1,22 @@
-"""What the builder of an engine can be asked for, and what it is refused for before any work."""
+"""Checks of what the builder of an engine is asked for, before any work."""
 
 from pathlib import Path
 
-import msgspec
-
-from evit_deploy.bundle.manifest import BatchProfile
 from evit_deploy.engines.plugin.library import choose_plugin
 from evit_deploy.environment import nvidia as gpu
 from evit_deploy.environment.requirements import require_extra
 from evit_deploy.environment.targets import RTX_GPUS, usable_targets
 from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.recipe.options import BuildOptions
 
 BUILDERS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Target -> the Python module that builds for it."""
+AHEAD = ("tensorrt-rtx",)
+"""Builders that need no GPU: they build for those that are named."""
 _DATA_CENTRE = ("sm90", "sm100", "sm103")
 _LEAST = {"fp8": 89, "bf16": 80}
 """The first compute capability with matrix units for a type."""
 _WHICH_GPU = "An A100 is sm80, an A10 or RTX 30 sm86, an L4, L40 or RTX 40 sm89, an RTX 50 sm120."
-
-
-class BuildOptions(msgspec.Struct, frozen=True):
-    """What a builder can be told.
-
-    Args:
-        profiles: Batch sizes to cover, one optimization profile each.
-        gpus: TensorRT-RTX: compute capabilities to build for (``sm80``); the GPU of this machine when empty.
-        workspace: Most scratch memory in MiB; the builder's own limit by default.
-        optimization_level: 0 (quick) to 5 (thorough); the builder's own by default.
-        version_compatible: TensorRT: whether later versions may run the engine.
-        hardware_compatible: TensorRT: whether other GPUs from Ampere on may run it, at some cost.
-        timing_cache: TensorRT: file that remembers which kernels were fast, read and extended.
-        plugin: TensorRT: library with a plugin for ``evit::TokenReorg``; without it the operator's body is built in.
-    """
-
-    profiles: tuple[BatchProfile, ...] = (BatchProfile(1, 32, 128),)
-    gpus: tuple[str, ...] = ()
-    workspace: int | None = None
-    optimization_level: int | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    timing_cache: Path | None = None
-    plugin: Path | None = None
 
 
 def check_options(target: str, precision: str, options: BuildOptions) -> None:
@@ -56,7 +32,7 @@ def check_options(target: str, precision: str, options: BuildOptions) -> None:
         MissingRequirement: The builder or its GPU is not here.
     """
     _check_values(options)
-    if target == "tensorrt-rtx":
+    if target in AHEAD:
         _check_rtx(options)
     elif options.gpus:
         raise InputError(
@@ -74,7 +50,7 @@ def check_options(target: str, precision: str, options: BuildOptions) -> None:
         choose_plugin(options.plugin)
     if target in BUILDERS:
         require_extra(target)
-    if target == "tensorrt" and (lacking := gpu.missing()) is not None:
+    if target == "tensorrt" and (lacking := gpu.missing_gpu()) is not None:
         raise MissingRequirement(
             f"TensorRT builds on the GPU that will run the engine: {lacking.what}",
             where="--target tensorrt",
@@ -97,7 +73,7 @@ def _check_values(options: BuildOptions) -> None:
         raise InputError(
             "no such level", where="--optimization-level", seen=options.optimization_level, wanted="0 to 5"
         )
-    cache = options.timing_cache
+    cache = Path(options.timing_cache) if options.timing_cache is not None else None
     if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
         raise InputError("no file can be written there", where="--timing-cache", seen=cache)
 
@@ -127,7 +103,7 @@ def _check_rtx(options: BuildOptions) -> None:
 
 def flag(field: str) -> str:
     """The command line's name of a field of :class:`BuildOptions`."""
-    return {"profiles": "--batch", "gpus": "--gpu"}.get(field, "--" + field.replace("_", "-"))
+    return {"batches": "--batch", "gpus": "--gpu"}.get(field, "--" + field.replace("_", "-"))
 
 
 def gpus_of(options: BuildOptions) -> tuple[str, ...]:
@@ -138,4 +114,4 @@ def gpus_of(options: BuildOptions) -> tuple[str, ...]:
 
 def usable(target: str) -> bool:
     """Whether this machine can build and run a target's engine without being told more."""
-    return target in usable_targets() and gpu.missing() is None
+    return target in usable_targets() and gpu.missing_gpu() is None

@@ -9,13 +9,14 @@ import onnx
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.manifest import MODEL, Engine
 from evit_deploy.engines import build
-from evit_deploy.engines.options import BUILDERS, BuildOptions, usable
+from evit_deploy.engines.options import AHEAD, BUILDERS, usable
 from evit_deploy.engines.plugin.library import choose_plugin, provide_plugin
-from evit_deploy.environment import nvidia as gpu
+from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import EvitDeployError
 from evit_deploy.export.card import load_onnx
 from evit_deploy.export.variants import reorganizations, slice_twin
 from evit_deploy.progress import doing
+from evit_deploy.recipe.options import BuildOptions
 
 _LOG = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ def _built_likewise(
 
 def options_of(engine: Engine) -> BuildOptions:
     """What a builder has to be told to build as an engine of a bundle was built, but for its plugin."""
-    ahead = engine.target == "tensorrt-rtx" and (engine.driver is None or engine.gpus != (gpu.compute_capability(),))
-    known = set(BuildOptions.__struct_fields__) - {"profiles", "gpus", "plugin", "timing_cache"}
+    ahead = engine.target in AHEAD and (engine.driver is None or engine.gpus != (compute_capability(),))
+    known = set(BuildOptions.__struct_fields__) - {"batches", "gpus", "plugin", "timing_cache"}
     told = {name: value for name, value in engine.options.items() if name in known}
-    return BuildOptions(profiles=engine.profiles, gpus=engine.gpus if ahead else (), **told)
+    batches = tuple(msgspec.structs.astuple(profile) for profile in engine.profiles)
+    return BuildOptions(batches=batches, gpus=engine.gpus if ahead else (), **told)

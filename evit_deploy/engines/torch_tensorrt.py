@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evit_deploy.bundle.manifest import BatchProfile, Engine
+from evit_deploy.bundle.manifest import Engine
 from evit_deploy.environment.nvidia import nvidia
 from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.export.card import INPUT, LOGITS
 from evit_deploy.export.precision import DTYPES
 from evit_deploy.files import write_atomically
+from evit_deploy.recipe.options import BatchProfile, BuildOptions
 from evit_deploy.tokens.backbone import backbone_of
 
 TARGET = "torch-tensorrt"
@@ -34,7 +35,8 @@ RELEASE = "2.14"
 """Of torch and Torch-TensorRT alike: each Torch-TensorRT is compiled against one torch."""
 DISTRIBUTIONS = ("torch-tensorrt", "torch-tensorrt-rtx")
 """Both install the Python package ``torch_tensorrt``; the second lowers to TensorRT-RTX."""
-ENVIRONMENT = 'python -m venv tt-env && tt-env/bin/pip install "evit-deploy[torch-tensorrt]"'
+ENVIRONMENT = 'python -m venv tt-env && tt-env/bin/pip install -e ".[torch-tensorrt]"'
+"""In a checkout."""
 
 
 def require_torch_tensorrt() -> Any:
@@ -57,7 +59,7 @@ def require_torch_tensorrt() -> Any:
     gpu = torch.cuda.is_available()
     if missing:
         what = " and ".join(missing) + (" are" if len(missing) > 1 else " is") + " needed"
-        fix = f"It pins its own torch, so it takes its own environment: {ENVIRONMENT}."
+        fix = f"It pins its own torch, so it takes its own environment; in a checkout: {ENVIRONMENT}."
         raise MissingRequirement(
             what, where=f"target {TARGET}", fix=fix + ("" if gpu else " It also needs a CUDA GPU.")
         )
@@ -74,7 +76,7 @@ def require_torch_tensorrt() -> Any:
         raise MissingRequirement(
             f"Torch-TensorRT is installed and cannot be imported ({_root(error)})",
             where=f"target {TARGET}",
-            fix=f"Make the environment anew: {ENVIRONMENT}.",
+            fix=f"Make the environment anew; in a checkout: {ENVIRONMENT}.",
         ) from error
 
 
@@ -88,11 +90,7 @@ def build_torch_tensorrt(
     program_path: Path,
     *,
     precision: str,
-    profiles: Sequence[BatchProfile],
-    optimization_level: int | None = None,
-    hardware_compatible: bool = False,
-    version_compatible: bool = False,
-    workspace: int | None = None,
+    options: BuildOptions,
 ) -> Engine:
     """Lowers a model into a plan and an exported program around an engine of the same graph.
 
@@ -103,11 +101,7 @@ def build_torch_tensorrt(
         plan_path: Where the plan goes.
         program_path: Where the exported program goes, ``*.pt2``.
         precision: ``fp32``, ``fp16`` or ``bf16``; scores are FP32 in each.
-        profiles: Batch sizes; exactly one, see :func:`_only`.
-        optimization_level: 0 to 5; TensorRT's own default otherwise.
-        hardware_compatible: Let the engine run on other GPUs from Ampere on.
-        version_compatible: Let the plan run on later versions of TensorRT.
-        workspace: Most bytes of scratch memory; all there is otherwise.
+        options: For the builder; one optimization profile, see :func:`_only`.
 
     Returns:
         What the plan was built with.
@@ -117,20 +111,21 @@ def build_torch_tensorrt(
         MissingRequirement: See :func:`require_torch_tensorrt`.
         StageError: Building or writing failed; neither file was written.
     """
-    profile = check_request(precision, profiles)
+    profile = check_request(precision, options.profiles)
     package = require_torch_tensorrt()
     tensorrt = importlib.import_module("tensorrt")  # with the -rtx wheel, an alias of tensorrt_rtx that it installs
     runtime = getattr(tensorrt, "_package_name", "tensorrt")
-    if hardware_compatible and runtime == "tensorrt_rtx":
+    if options.hardware_compatible and runtime == "tensorrt_rtx":
         raise InputError(
             "TensorRT-RTX has no hardware compatibility level",
             where="hardware_compatible",
             fix="Its plans run on several GPUs as they are; leave the option out.",
         )
-    options = {
-        "optimization_level": optimization_level,
-        "hardware_compatible": hardware_compatible,
-        "version_compatible": version_compatible,
+    workspace = options.workspace << 20 if options.workspace else None  # bytes
+    settings: dict[str, Any] = {
+        "optimization_level": options.optimization_level,
+        "hardware_compatible": options.hardware_compatible,
+        "version_compatible": options.version_compatible,
         "workspace_size": workspace or 0,
         "disable_tf32": True,  # what is FP32 in the graph (all of fp32, the fused row in the others) is FP32
         # At a fixed batch the converter of scatter makes its zero a float64, which TensorRT lacks; nothing else is one.
@@ -139,11 +134,11 @@ def build_torch_tensorrt(
     start = time.monotonic()
     with _failures(), _quiet(), tempfile.TemporaryDirectory(dir=program_path.parent, prefix=".torch-tensorrt-") as room:
         # The cache belongs to this build: by default it lies in a folder that all users of the machine share.
-        options["timing_cache_path"] = str(Path(room) / "timing" / "cache.bin")
+        settings["timing_cache_path"] = str(Path(room) / "timing" / "cache.bin")
         exported = export_program(model, precision, profile, device="cuda")
-        plan = lower_to_plan(package, exported, profile, options)
+        plan = lower_to_plan(package, exported, profile, settings)
         program = Path(room) / program_path.name
-        lower_to_program(package, exported, profile, options, program)
+        lower_to_program(package, exported, profile, settings, program)
         os.replace(program, program_path)
         try:
             write_atomically(plan_path, plan)
@@ -163,9 +158,9 @@ def build_torch_tensorrt(
             "runtime": runtime,
             "torch_tensorrt": package.__version__,
             "torch": torch.__version__,
-            "optimization_level": optimization_level,
-            "hardware_compatible": hardware_compatible,
-            "version_compatible": version_compatible,
+            "optimization_level": options.optimization_level,
+            "hardware_compatible": options.hardware_compatible,
+            "version_compatible": options.version_compatible,
             "workspace": workspace,
         },
         seconds=round(time.monotonic() - start, 3),

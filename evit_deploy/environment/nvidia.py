@@ -4,12 +4,15 @@ A measurement on a GPU whose clocks moved measured the clocks. NVIDIA's own advi
 (``nvidia-smi --lock-gpu-clocks``); this module sees whether they were, and whether something slowed the GPU down.
 """
 
+import contextlib
+import functools
 import os
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import MissingRequirement
 
 # Bits of nvmlDeviceGetCurrentClocksEventReasons (nvml.h) -> what slows the GPU down.
@@ -72,7 +75,7 @@ def reasons_in_words(bits: int) -> list[str]:
     return [*known, f"reason {rest:#x}"] if rest else known
 
 
-def missing() -> MissingRequirement | None:
+def missing_gpu() -> MissingRequirement | None:
     """What is missing here for work on a GPU; ``None`` when PyTorch reaches one."""
     import torch
 
@@ -108,8 +111,28 @@ def compute_capability(device: int = 0) -> str | None:
     return f"sm{major}{minor}"
 
 
-def snapshot(device: int = 0) -> GpuState:
-    """Looks at a GPU once.
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any]:
+    """NVML between its init and its shutdown; it neither loads CUDA nor takes memory on the GPU.
+
+    Raises:
+        ImportError: nvidia-ml-py is not installed, or damaged.
+        Exception: The driver does not answer; pynvml makes its classes at run time.
+    """
+    try:
+        import pynvml
+    except Exception as error:
+        raise ImportError(f"nvidia-ml-py cannot be used: {type(error).__name__}: {error}") from error
+    pynvml.nvmlInit()
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+@contextlib.contextmanager
+def gpu_reader(device: int = 0) -> Iterator[Callable[[], GpuState]]:
+    """A function that looks at a GPU, each time it is called.
 
     Args:
         device: PyTorch's number of it, which ``CUDA_VISIBLE_DEVICES`` renumbers; NVML is asked by its UUID.
@@ -117,76 +140,61 @@ def snapshot(device: int = 0) -> GpuState:
     Raises:
         MissingRequirement: No GPU, or no nvidia-ml-py.
     """
-    lacking = missing()
+    lacking = missing_gpu()
     if lacking is not None:
         raise lacking
-    with Nvml(device) as nvml:
-        return nvml.state()
+    import torch
 
-
-class Nvml:
-    """NVML between its init and its shutdown, looking at one of PyTorch's devices."""
-
-    def __init__(self, device: int) -> None:
-        self._device = device
-
-    def __enter__(self) -> Self:
+    with contextlib.ExitStack() as stack:
         try:
-            import pynvml
+            nvml = stack.enter_context(_nvml())
         except ImportError:
-            fix = 'pip install "nvidia-ml-py>=12"'
-            raise MissingRequirement("nvidia-ml-py is needed to read the GPU's clocks", fix=fix) from None
-        import torch
-
-        self._nvml: Any = pynvml
-        try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError as error:
+            raise MissingRequirement(
+                "nvidia-ml-py is needed to read the GPU's clocks", fix=install_line("nvidia-ml-py")
+            ) from None
+        except Exception as error:
             fix = "Install NVIDIA's driver; in a container, start it with --gpus all."
             raise MissingRequirement(f"the GPU's driver cannot be asked ({error})", fix=fix) from None
-        properties = torch.cuda.get_device_properties(self._device)
-        self._name, self._capability = properties.name, f"sm{properties.major}{properties.minor}"
+        properties = torch.cuda.get_device_properties(device)
         try:
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-        except pynvml.NVMLError as error:  # a slice of a GPU (MIG) has another kind of number
-            pynvml.nvmlShutdown()
+            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+        except nvml.NVMLError as error:  # a slice of a GPU (MIG) has another kind of number
             raise MissingRequirement(
                 f"the driver does not know PyTorch's GPU by its number ({error})", seen=str(properties.uuid)
             ) from None
-        return self
+        yield functools.partial(_state, nvml, handle, properties)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._nvml.nvmlShutdown()
 
-    def state(self) -> GpuState:
-        """What the GPU does now."""
-        nvml = self._nvml
-        power, limit = self._ask("nvmlDeviceGetPowerUsage"), self._ask("nvmlDeviceGetPowerManagementLimit")
-        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
-        if reasons is None:  # its name before driver 535
-            reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
-        driver = nvml.nvmlSystemGetDriverVersion()
-        return GpuState(
-            name=self._name,
-            driver=driver.decode() if isinstance(driver, bytes) else driver,
-            compute_capability=self._capability,
-            sm_clock=self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
-            sm_clock_max=self._ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_SM),
-            memory_clock=self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
-            memory_clock_max=self._ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_MEM),
-            throttled_by=reasons or 0,
-            temperature=self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-            power=None if power is None else power / 1000,
-            power_limit=None if limit is None else limit / 1000,
-        )
+def snapshot(device: int = 0) -> GpuState:
+    """Looks at a GPU once; see :func:`gpu_reader`."""
+    with gpu_reader(device) as read:
+        return read()
 
-    def _ask(self, function: str, *arguments: Any) -> Any:
+
+def _state(nvml: Any, handle: Any, properties: Any) -> GpuState:
+    def ask(function: str, *arguments: Any) -> Any:
         try:
-            return getattr(self._nvml, function)(self._handle, *arguments)
-        except self._nvml.NVMLError:  # not every GPU answers every question; a virtual one answers few
+            return getattr(nvml, function)(handle, *arguments)
+        except nvml.NVMLError:  # not every GPU answers every question; a virtual one answers few
             return None
+
+    power, limit = ask("nvmlDeviceGetPowerUsage"), ask("nvmlDeviceGetPowerManagementLimit")
+    reasons = ask("nvmlDeviceGetCurrentClocksEventReasons")
+    if reasons is None:  # its name before driver 535
+        reasons = ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+    return GpuState(
+        name=properties.name,
+        driver=str(nvml.nvmlSystemGetDriverVersion()),
+        compute_capability=f"sm{properties.major}{properties.minor}",
+        sm_clock=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
+        sm_clock_max=ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_SM),
+        memory_clock=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
+        memory_clock_max=ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_MEM),
+        throttled_by=reasons or 0,
+        temperature=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+        power=None if power is None else power / 1000,
+        power_limit=None if limit is None else limit / 1000,
+    )
 
 
 class Gpu(msgspec.Struct, frozen=True):
@@ -225,31 +233,22 @@ class Nvidia(msgspec.Struct, frozen=True):
 
 
 def nvidia() -> Nvidia:
-    """Asks NVML, which neither loads CUDA nor takes memory on the GPU."""
+    """Asks NVML; never raises."""
     try:
-        import pynvml
-    except Exception as error:  # not installed, or damaged
-        return Nvidia(error=f"nvidia-ml-py cannot be used: {type(error).__name__}: {error}")
-    try:
-        pynvml.nvmlInit()
-    except Exception as error:  # pynvml makes its classes at run time
+        with _nvml() as nvml:
+            driver = str(nvml.nvmlSystemGetDriverVersion())
+            version = int(nvml.nvmlSystemGetCudaDriverVersion_v2())
+            gpus = _visible([_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())])
+            return Nvidia(driver, (version // 1000, version % 1000 // 10), tuple(gpus))
+    except Exception as error:  # none here, a driver that was updated under a running machine, a GPU off its bus
         return Nvidia(error=str(error))
-    try:
-        driver = str(pynvml.nvmlSystemGetDriverVersion())
-        version = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
-        gpus = _visible([_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())])
-        return Nvidia(driver, (version // 1000, version % 1000 // 10), tuple(gpus))
-    except Exception as error:  # a driver that was updated under a running machine, a GPU that fell off its bus
-        return Nvidia(error=str(error))
-    finally:
-        pynvml.nvmlShutdown()
 
 
-def _gpu(pynvml, index: int) -> tuple[str, Gpu]:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-    return str(pynvml.nvmlDeviceGetUUID(handle)), Gpu(str(pynvml.nvmlDeviceGetName(handle)), (major, minor), memory)
+def _gpu(nvml: Any, index: int) -> tuple[str, Gpu]:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    memory = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+    return str(nvml.nvmlDeviceGetUUID(handle)), Gpu(str(nvml.nvmlDeviceGetName(handle)), (major, minor), memory)
 
 
 def _visible(gpus: list[tuple[str, Gpu]]) -> list[Gpu]:

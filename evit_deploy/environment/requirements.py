@@ -1,63 +1,32 @@
-"""What is installed here, told without importing it: versions, extras, the GPU, and which targets that makes usable.
+"""What evit-deploy needs, as its own metadata says, and what of it is installed here, without importing it.
 
-Everything here is cheap (package metadata and NVML), so that ``convert`` can ask before it loads anything. What is
-installed may still be broken; :mod:`evit_deploy.doctor.doctor` loads it all, in processes of its own, and says.
+The bounds stand in ``pyproject.toml`` only; pip writes them into the metadata that is read here. What is installed may
+still be broken: :mod:`evit_deploy.doctor.doctor` loads it all, in separate processes, and says so.
 """
 
+import functools
 import importlib.metadata
+from collections.abc import Iterable
+from pathlib import Path
 
-import msgspec
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
 
 from evit_deploy.errors import InputError, MissingRequirement
 
-# Package -> the least version that works; the same bounds stand in pyproject.toml.
-REQUIRED = {
-    "torch": "2.11",
-    "torchvision": "0.26",
-    "timm": "1.0.28",
-    "onnx": "1.20",
-    "onnxscript": "0.5.6",
-    "onnx-ir": "0.1.12",
-    "onnxruntime": "1.23",
-    "accelerate": "1.0",
-    "numpy": "1.26",
-    "safetensors": "0.4.5",
-    "scikit-learn": "1.4",
-    "pillow": "10",
-    "ml-dtypes": "0.5",
-    "msgspec": "0.19",
-    "pyyaml": "6",
-    "huggingface-hub": "0.23",
-    "rich": "13",
-    "click": "8.1",
-}
-
-
-class Extra(msgspec.Struct, frozen=True):
-    """Packages that one more ability needs.
-
-    Args:
-        purpose: The ability.
-        packages: Package -> the least version that works; the same bounds stand in pyproject.toml.
-        below: Package -> the first version that does not work any more.
-    """
-
-    purpose: str
-    packages: dict[str, str]
-    below: dict[str, str] = {}
-
+DISTRIBUTION = "evit-deploy"
 
 EXTRAS = {
-    "openvino": Extra("OpenVINO models and their runtime", {"openvino": "2025.4"}),
-    "tensorrt": Extra("TensorRT engines", {"tensorrt": "10.15", "polygraphy": "0.53", "nvidia-ml-py": "12"}),
-    "tensorrt-rtx": Extra("TensorRT-RTX engines", {"tensorrt-rtx": "1.5", "polygraphy": "0.53", "nvidia-ml-py": "12"}),
-    "triton": Extra("packages for Triton Inference Server, and clients of it", {"tritonclient": "2.51"}),
-    "torch-tensorrt": Extra(
-        "TensorRT engines by way of PyTorch; pins PyTorch, so give it an environment of its own",
-        {"torch-tensorrt": "2.14", "torch": "2.14", "nvidia-ml-py": "12"},
-        {"torch-tensorrt": "2.15", "torch": "2.15"},
-    ),
+    "openvino": "OpenVINO models and their runtime",
+    "tensorrt": "TensorRT engines",
+    "tensorrt-rtx": "TensorRT-RTX engines",
+    "triton": "packages for Triton Inference Server, and clients of it",
+    "torch-tensorrt": "TensorRT engines by way of PyTorch; pins PyTorch, so give it an environment of its own",
+    "data": "Hugging Face datasets as training data",
+    "wild": "the photographs behind the digits of digits-in-the-wild",
 }
+"""Extra -> what it is for. The extra ``dev`` is left out: it is for working on evit-deploy, not with it."""
 
 # Wheels for one CUDA version can be installed without the metapackage that picks one.
 _ALSO_KNOWN_AS = {
@@ -65,6 +34,35 @@ _ALSO_KNOWN_AS = {
     "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime-openvino"),
 }
+
+
+def needed(extra: str = "") -> dict[str, Requirement]:
+    """Packages that evit-deploy needs on this machine, by name; with an extra, those that the extra adds.
+
+    Raises:
+        MissingRequirement: evit-deploy runs from files that were never installed, so that it has no metadata.
+    """
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingRequirement(
+            f"{DISTRIBUTION} is not installed, so which versions it needs is unknown", fix=f"Run: {_install_self()}"
+        ) from None
+    found = {}
+    for requirement in map(_parsed, lines):
+        if requirement.marker is None:
+            wanted = not extra
+        else:
+            always = requirement.marker.evaluate({"extra": ""})
+            wanted = always if not extra else not always and requirement.marker.evaluate({"extra": extra})
+        if wanted:
+            found[canonicalize_name(requirement.name)] = requirement
+    return found
+
+
+@functools.cache
+def _parsed(line: str) -> Requirement:
+    return Requirement(line)
 
 
 def version_of(package: str) -> str | None:
@@ -79,70 +77,78 @@ def version_of(package: str) -> str | None:
     return None
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, for comparing.
+def bounds(requirement: Requirement) -> str:
+    """The versions that fit, lower bound first.
 
-    >>> numbers("2.15.0+cu132"), numbers("10.14.1.48.post1")
-    ((2, 15, 0), (10, 14, 1, 48))
+    >>> bounds(Requirement("torch<2.15,>=2.14"))
+    '>=2.14,<2.15'
     """
-    found = []
-    for part in version.split("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        found.append(int(digits))
-    return tuple(found)
+    return ",".join(sorted(map(str, requirement.specifier), reverse=True))
 
 
-def fits(version: str | None, least: str, below: str | None = None) -> bool:
-    """Whether a version is there and within its bounds."""
-    if version is None or numbers(version) < numbers(least):
-        return False
-    return below is None or numbers(version) < numbers(below)
-
-
-def install_line(name: str) -> str:
-    """The line that installs an extra or a required package."""
-    if name in EXTRAS:
-        return f'pip install "evit-deploy[{name}]"'
-    return f'pip install "{name}>={REQUIRED[name]}"'
-
-
-def require(package: str) -> None:
-    """Makes sure that a required package is there.
-
-    Raises:
-        MissingRequirement: It is missing or too old; the message has the exact pip line.
-    """
-    found, least = version_of(package), REQUIRED[package]
-    if not fits(found, least):
-        raise MissingRequirement(
-            f"{package} is needed",
-            seen=found or "not installed",
-            wanted=f"{least} or newer" if found else None,
-            fix=f"Run: {install_line(package)}",
-        )
+def fault(requirement: Requirement) -> str | None:
+    """What is wrong with a package, as a clause; ``None`` if a version that fits is installed."""
+    name = canonicalize_name(requirement.name)
+    version = version_of(name)
+    if version is None:
+        return f"{name} is not installed"
+    try:
+        # pip chooses no pre-release by itself; one that is installed was chosen by its user.
+        fits = requirement.specifier.contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        fits = False
+    return None if fits else f"{name} is {version}, needed {bounds(requirement)}"
 
 
 def lacking(extra: str) -> list[str]:
-    """What an extra's packages lack, one clause each; empty when all are there."""
-    bounds, found = EXTRAS[extra], []
-    for package, least in bounds.packages.items():
-        version, below = version_of(package), bounds.below.get(package)
-        if version is None:
-            found.append(f"{package} is not installed")
-        elif not fits(version, least, below):
-            found.append(
-                f"{package} is {version}, needed {f'{least} or newer' if below is None else f'>={least},<{below}'}"
-            )
-    return found
+    """What an extra lacks, one clause for each package; empty when all are there."""
+    try:
+        requirements = needed(extra)
+    except MissingRequirement as error:
+        return [error.what]
+    return [clause for requirement in requirements.values() if (clause := fault(requirement))]
+
+
+def install_line(name: str) -> str:
+    """The line that installs an extra or a package with the versions that fit.
+
+    It names packages and not ``evit-deploy[extra]``, which pip finds on an index only. Of an extra it names what is
+    lacking, or everything when nothing is: a wheel for one CUDA version must not get a second one beside it.
+
+    Args:
+        name: An extra, or a package that evit-deploy or an extra needs.
+    """
+    try:
+        if name in EXTRAS:
+            found = list(needed(name).values())
+            return pip_install([requirement for requirement in found if fault(requirement)] or found)
+        return pip_install([next(found[name] for found in map(needed, ("", *EXTRAS)) if name in found)])
+    except MissingRequirement:
+        return _install_self(name)
+
+
+def pip_install(requirements: Iterable[Requirement]) -> str:
+    """The line that installs these packages with the versions that fit."""
+    names = []
+    for requirement in requirements:
+        extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+        names.append(f'"{canonicalize_name(requirement.name)}{extras}{bounds(requirement)}"')
+    return "pip install " + " ".join(names)
+
+
+def _install_self(name: str = "") -> str:
+    """The line that installs evit-deploy where its files are, with an extra if that is what is needed."""
+    root, extra = Path(__file__).parents[2], f"[{name}]" if name in EXTRAS else ""
+    if (root / "pyproject.toml").is_file():
+        return f'pip install -e "{root}{extra}"'
+    return f'pip install "PATH{extra}", where PATH is the wheel or the source tree of evit-deploy'
 
 
 def require_extra(name: str) -> None:
     """Makes sure that all packages of an extra are there; whether they load is for whoever imports them.
 
     Args:
-        name: As in ``pip install "evit-deploy[<name>]"``.
+        name: One of ``EXTRAS``.
 
     Raises:
         MissingRequirement: One is missing or has the wrong version; the message has the exact pip line.

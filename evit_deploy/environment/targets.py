@@ -5,7 +5,16 @@ from collections.abc import Mapping
 import msgspec
 
 from evit_deploy.environment.nvidia import Nvidia, nvidia
-from evit_deploy.environment.requirements import EXTRAS, REQUIRED, fits, install_line, lacking, version_of
+from evit_deploy.environment.requirements import (
+    EXTRAS,
+    fault,
+    install_line,
+    lacking,
+    needed,
+    pip_install,
+    version_of,
+)
+from evit_deploy.errors import MissingRequirement
 
 RTX_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """What TensorRT-RTX builds for and runs on, in the order of the bits in a plan's header."""
@@ -51,6 +60,10 @@ def targets(driver: Nvidia | None = None, broken: Mapping[str, str] | None = Non
         broken: Package -> why it does not load, if that was tried.
     """
     driver, broken = driver or nvidia(), broken or {}
+    try:
+        needed()
+    except MissingRequirement as error:
+        return tuple(Target(name, False, False, (error.what,), install_line(name)) for name in TARGETS)
     return tuple(_target(name, driver, broken) for name in TARGETS)
 
 
@@ -60,16 +73,16 @@ def usable_targets() -> tuple[str, ...]:
 
 
 def _target(name: str, driver: Nvidia, broken: Mapping[str, str]) -> Target:
-    packages = list(EXTRAS[name].packages) if name in EXTRAS else []
+    packages = list(needed(name)) if name in EXTRAS else []
     problems = [(package, broken[package]) for package in [*_FOR_ONNX, *packages] if package in broken]
     if problems:
         reasons = tuple(f"{package} does not load: {why}" for package, why in problems)
         return Target(name, False, False, reasons, f"pip install --force-reinstall {problems[0][0]}")
     # Every target starts from the portable file.
-    absent = [p for p in _FOR_ONNX if not fits(version_of(p), REQUIRED[p])]
-    if absent:
-        fix = "pip install " + " ".join(f'"{p}>={REQUIRED[p]}"' for p in absent)
-        return Target(name, False, False, tuple(f"{p} is {version_of(p) or 'not installed'}" for p in absent), fix)
+    required = needed()
+    faults = {package: clause for package in _FOR_ONNX if (clause := fault(required[package]))}
+    if faults:
+        return Target(name, False, False, tuple(faults.values()), pip_install(required[p] for p in faults))
     if name == "onnx":
         return Target(name, True, True)
     if reasons := lacking(name):

@@ -6,7 +6,7 @@ How a file is read without trusting it: ``weights.py``. How tensors are recognis
 import ast
 import reprlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import msgspec
 import torch
@@ -18,7 +18,7 @@ from evit_deploy.files import sha256, write_atomically
 from evit_deploy.models.identify import Identity, check_model_name, differences_of, identify
 from evit_deploy.models.safe_weights import read_weights
 from evit_deploy.tokens.backbone import load_backbones
-from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.plan import TokenOptions, TokenSpec
 
 METADATA_KEY = "evit_deploy"
 FILE_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".bin", ".ckpt")
@@ -50,37 +50,36 @@ class Checkpoint(msgspec.Struct):
     notes: list[str] = []
 
 
-class Tokens(msgspec.Struct, frozen=True):
-    """What the caller says about the reduction; ``None`` leaves it to the checkpoint, then to the defaults."""
+def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tuple[TokenSpec, list[str]]:
+    """Joins what is asked for with what the checkpoint was trained with.
 
-    keep_rate: float | tuple[float, ...] | None = None
-    locations: tuple[int, ...] | None = None
-    fuse: bool | None = None
-    method: str | None = None
+    Args:
+        checkpoint: The checkpoint.
+        asked: Fields of the spec; the rest comes from the checkpoint, then from the defaults.
 
-    def resolve(self, checkpoint: Checkpoint) -> tuple[TokenSpec, list[str]]:
-        """Joins what was asked for with what the checkpoint was trained with.
+    Returns:
+        The spec, and notes on everything of the checkpoint's own that was replaced.
 
-        Returns:
-            The spec, and notes on everything that was overruled or assumed.
-
-        Raises:
-            InputError: Nobody gives a keep rate, or the values do not fit each other.
-        """
-        own = checkpoint.tokens
-        if self.keep_rate is None and own is None:
-            raise InputError(
-                "a keep rate is needed: the checkpoint does not give one", where="--keep-rate",
-                wanted="a number in (0, 1]", fix="Say for example --keep-rate 0.7.",
-            )  # fmt: skip
-        asked = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
-        base = msgspec.structs.asdict(own) if own else {}
-        notes = [
-            f"--{name.replace('_', '-')}: {asked[name]} replaces the checkpoint's own {base[name]}"
-            for name in asked
-            if name in base and base[name] is not None and base[name] != asked[name]
-        ]
-        return TokenSpec(**(base | asked)), notes
+    Raises:
+        InputError: There is no keep rate, or the values do not fit each other.
+    """
+    unknown = next((name for name in asked if name not in TokenOptions.__annotations__), None)
+    if unknown is not None:
+        raise TypeError(f"unexpected keyword argument {unknown!r}")
+    own = checkpoint.tokens
+    if "keep_rate" not in asked and own is None:
+        raise InputError(
+            "a keep rate is needed: the checkpoint does not give one", where="--keep-rate",
+            wanted="a number in (0, 1]", fix="Say for example --keep-rate 0.7.",
+        )  # fmt: skip
+    base: dict[str, Any] = msgspec.structs.asdict(own) if own else {}
+    values: dict[str, Any] = dict(asked)
+    notes = [
+        f"--{name.replace('_', '-')}: {value} replaces the checkpoint's own {base[name]}"
+        for name, value in values.items()
+        if base.get(name) not in (None, value)
+    ]
+    return TokenSpec(**(base | values)), notes
 
 
 def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:

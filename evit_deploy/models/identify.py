@@ -1,6 +1,5 @@
 """Which timm architecture a set of tensors belongs to, told from names and shapes alone."""
 
-import difflib
 import math
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,7 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from evit_deploy.errors import CheckpointError, InputError
+from evit_deploy.errors import CheckpointError, InputError, did_you_mean
 from evit_deploy.models.safe_weights import some
 from evit_deploy.tokens.backbone import load_backbones
 
@@ -235,11 +234,10 @@ def check_model_name(name: str, *, where: str, also: str | None = None) -> None:
 
     load_backbones()
     if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise InputError(
             "not a timm model" + (" nor a file" if also else ""),
             where=where,
             seen=repr(name),
             wanted="a timm name" + (f" or {also}" if also else ""),
-            fix=f"Near it: {', '.join(near)}." if near else None,
+            fix=did_you_mean(name, timm.list_models(), choices=3),
         )

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 
 import msgspec
 import numpy as np
@@ -13,22 +13,24 @@ import torch
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle, Staging
 from evit_deploy.bundle.manifest import GOLDEN, REPORT, Manifest, Parent, TensorSpec
-from evit_deploy.data.images import Preprocess, calibration_images, image_files, image_folder, sample_inputs
-from evit_deploy.engines.options import BuildOptions
+from evit_deploy.data.images import Preprocess, calibration_images, image_files, sample_inputs
+from evit_deploy.data.sources import Folder
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import GateFailed, InputError
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
 from evit_deploy.export.precision import QUANTIZED
-from evit_deploy.models.checkpoint import FILE_SUFFIXES, Checkpoint, Tokens, build_model, read_checkpoint
-from evit_deploy.pipeline.lowering import Lowering, lowering, write_engines, write_models, write_openvino
+from evit_deploy.models.checkpoint import FILE_SUFFIXES, Checkpoint, build_model, read_checkpoint, resolve_tokens
+from evit_deploy.pipeline.lowering import Lowering, export, lowering, write_targets
 from evit_deploy.profiling.batch_sizes import sizes_within
-from evit_deploy.profiling.candidates import bundle_contestants
+from evit_deploy.profiling.candidates import bundle_candidates
 from evit_deploy.profiling.profile import speed_gate
 from evit_deploy.profiling.timing import measure_all
-from evit_deploy.progress import doing
+from evit_deploy.progress import doing, stage, stages
+from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
 from evit_deploy.report.report import Report
+from evit_deploy.targets.target import Exported
 from evit_deploy.tokens.backbone import backbone_of
-from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.plan import TokenOptions, TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.verification.golden import Golden, make_golden
 from evit_deploy.verification.verify import prove, verify_precision
@@ -38,52 +40,87 @@ _LOG = logging.getLogger(__name__)
 GOLDEN_IMAGES = 8
 CALIBRATION_IMAGES, FEW_IMAGES = 512, 32
 # For a first look; `profile` takes its time.
-PROFILE_BATCHES, PROFILE_SECONDS, PROFILE_ROUNDS = (1, 8), 2.0, 3
+FIRST_BATCHES, PROFILE_ROUNDS = (1, 8), 3
+FIRST_LOOK = ProfileOptions(batch_sizes=FIRST_BATCHES, duration=2.0)
 # Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training.
 _UNTRAINED_DEIT_S = {0.9: 79.7, 0.8: 79.2, 0.7: 78.5, 0.6: 76.8, 0.5: 73.8}
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What :func:`convert_checkpoint` does with a checkpoint.
+
+    Args:
+        made: What to make.
+        image_size: Pixels, if not the checkpoint's.
+        images: Calibration images in the deployment's preprocessing, float32 ``[n, C, H, W]``, where they do not come
+            from a folder.
+        measure: How to measure speed.
+        out: Folder for the bundle; :func:`default_out` by default.
+        force: Whether to replace an older bundle there.
+        model: timm name that decided the architecture, for the record.
+        recipe: The recipe that this is part of, for the record.
+    """
+
+    made: Lowering
+    image_size: int | None = None
+    images: np.ndarray | None = None
+    measure: ProfileOptions = FIRST_LOOK
+    out: Path | None = None
+    force: bool = False
+    model: str | None = None
+    recipe: dict[str, Any] | None = None
+
+
+class Reduced(msgspec.Struct, frozen=True):
+    """A reduced model, and all that the manifest records about it.
+
+    Args:
+        checkpoint: Where it came from; its weights are given up.
+        model: The reduced PyTorch model.
+        dense: The same without token reduction.
+        spec: What was asked for.
+        plan: Token counts.
+        preprocess: From image file to input tensor.
+        notes: What was assumed.
+    """
+
+    checkpoint: Checkpoint
+    model: torch.nn.Module
+    dense: torch.nn.Module
+    spec: TokenSpec
+    plan: TokenPlan
+    preprocess: Preprocess
+    notes: list[str]
+
+    @property
+    def channels(self) -> int:
+        """Channels of the input image."""
+        return backbone_of(self.model).channels(self.model)
 
 
 def convert(
     source: str | Path,
     *,
-    tokens: Tokens | TokenSpec = Tokens(),  # noqa: B008 -- frozen
     model: str | None = None,
     image_size: int | None = None,
-    precision: str | None = None,
-    targets: Sequence[str] = (),
-    options: BuildOptions | None = None,
-    calibration: Path | np.ndarray | None = None,
-    out: Path | None = None,
+    options: ConvertOptions | None = None,
+    measure: ProfileOptions = FIRST_LOOK,
+    out: str | Path | None = None,
     force: bool = False,
-    indices: bool = False,
-    data: Path | None = None,
-    min_speedup: float | None = None,
-    threads: int | None = None,
-    batch_sizes: Sequence[int] = PROFILE_BATCHES,
-    duration: float = PROFILE_SECONDS,
-    recipe: dict[str, Any] | None = None,
+    **tokens: Unpack[TokenOptions],
 ) -> tuple[Bundle, Report]:
     """Reduces, exports, verifies and profiles a checkpoint, and writes the bundle.
 
     Args:
         source: Checkpoint file or timm name.
-        tokens: The reduction; what is left open comes from the checkpoint.
         model: timm name that decides the architecture.
         image_size: Pixels, if not the checkpoint's.
-        precision: Of the files; ``fp16`` for an engine and ``fp32`` otherwise by default.
-        targets: What to make besides the ONNX file; ``tensorrt`` where it is usable by default.
-        options: What to tell the builder of an engine.
-        calibration: For ``int8`` and ``fp8``: a folder of real images, or such images in the deployment's
-            preprocessing, float32 ``[n, C, H, W]``.
+        options: What to make: targets, precision, options of the builder, gates.
+        measure: How to measure speed.
         out: Folder for the bundle; ``<stem>-<method>-k<rate>`` beside the checkpoint by default.
         force: Whether to replace an older bundle there.
-        indices: Whether ``model.onnx`` gives out the kept candidates as ``kept_<block>``.
-        data: Folder of labelled images for top-1 and top-5.
-        min_speedup: Fail unless every profiled batch size is at least this much faster than the dense twin.
-        threads: CPU threads.
-        batch_sizes: Batches to profile.
-        duration: Seconds for each of them.
-        recipe: The recipe this is part of, for the record.
+        tokens: Fields of :class:`~evit_deploy.tokens.plan.TokenSpec`: ``keep_rate=0.7``; what is left out comes from
+            the checkpoint, then from the defaults.
 
     Returns:
         The bundle on disk and the report.
@@ -94,66 +131,56 @@ def convert(
         GateFailed: A check did not hold; the bundle lies in ``<out>.rejected``, with the report.
         StageError: Exporting or writing failed; nothing was written.
     """
-    made = lowering(targets, precision, options, calibration, indices)
-    if data is not None:
-        image_folder(data, Preprocess((224, 224)))  # a wrong folder is told before the work, not after it
-    calibration_notes = _calibration_notes(calibration)
-    doing(_LOG, "reading the checkpoint")
-    checkpoint = read_checkpoint(source, model)
-    spec, notes = tokens.resolve(checkpoint) if isinstance(tokens, Tokens) else (tokens, [])
-    notes = checkpoint.notes + notes + calibration_notes
-    out = out or default_out(checkpoint, spec)
-    bundles.check_out(out, force=force)
-    reduced = reduce_tokens_(build_model(checkpoint, image_size), spec)
-    checkpoint.weights = {}  # the model has its own copy by now
-    plan = token_plan(reduced)
-    preprocess = preprocess_of(checkpoint, reduced)
-    notes += _training_notes(checkpoint, spec)
-    for note in notes:
-        _LOG.warning(note)
+    made = lowering(options)
+    if made.options.data is not None:
+        Folder(made.options.data)  # a wrong folder is refused before the work
+    calibration = _calibration_notes(made.options.calibration)
+    with stages(stages_of(made)):
+        stage(_LOG, "reading the checkpoint")
+        checkpoint = read_checkpoint(source, model)
+        spec, notes = resolve_tokens(checkpoint, **tokens)
+        job = Job(made, image_size, None, measure, Path(out) if out is not None else None, force, model)
+        return convert_checkpoint(checkpoint, spec, job, [*notes, *calibration])
 
-    classes = getattr(reduced, "num_classes", 0) or getattr(reduced, "num_features", 0)
-    outputs = (TensorSpec(LOGITS, "float32", (None, int(classes))),)
-    if indices:
-        outputs += tuple(TensorSpec(kept_name(row.block), "int32", (None, row.keep)) for row in plan.locations)
-    manifest = Manifest(
-        kind=spec.method,
-        model=checkpoint.model,
-        model_args=checkpoint.model_args | {"img_size": preprocess.size[0]},
-        tokens=spec,
-        plan=plan,
-        preprocess=preprocess,
-        precision=made.precision,
-        labels=checkpoint.labels,
-        inputs=(TensorSpec(INPUT, "float32", (None, backbone_of(reduced).channels(reduced), *preprocess.size)),),
-        outputs=outputs,
-        files={},
-        parents=[_parent(checkpoint, out, model)],
-        recipe=recipe,
-        versions=versions(),
-        device=device(),
-        results={},
-        notes=notes,
-    )
-    report = Report(notes=tuple(notes), versions=versions(), device=device())
-    with Staging(out, force=force) as staging:
-        golden, manifest, checks = _write_files(reduced, manifest, made, calibration, staging.path)
-        report += checks
-        bundles.write_manifest(staging.path, manifest)
-        report += prove(bundles.read_bundle(staging.path), golden, made.runtimes, data, threads)
+
+def convert_checkpoint(
+    checkpoint: Checkpoint, spec: TokenSpec, job: Job, notes: Sequence[str] = ()
+) -> tuple[Bundle, Report]:
+    """Makes a bundle of a checkpoint: reduced model, exported files, targets, proof, speed.
+
+    Args:
+        checkpoint: What :func:`read_checkpoint` gave; its weights are given up.
+        spec: How to reduce it.
+        job: What to make, and where.
+        notes: What was assumed so far.
+
+    Returns:
+        See :func:`convert`.
+
+    Raises:
+        InputError: See :func:`convert`.
+        GateFailed: See :func:`convert`.
+        StageError: See :func:`convert`.
+    """
+    out = job.out or default_out(checkpoint, spec)
+    bundles.check_out(out, force=job.force)
+    reduced = _reduce(checkpoint, spec, job.image_size, notes)
+    for note in reduced.notes:
+        _LOG.warning(note)
+    manifest = _manifest(reduced, job, out)
+    report = Report(notes=tuple(reduced.notes), versions=versions(), device=device())
+    with Staging(out, force=job.force) as staging:
+        exported, golden = _export(reduced, job, staging.path)
+        report += verify_precision(golden)
         if report.passed:
-            contestants = bundle_contestants(bundles.read_bundle(staging.path), made.runtimes)
-            sizes = sizes_within(made.options.profiles if made.plan_target else (), batch_sizes)
-            report += measure_all(
-                contestants,
-                plan,
-                sizes,
-                threads=threads,
-                duration=duration,
-                minimum_rounds=PROFILE_ROUNDS,
-            )
-            report += speed_gate(report, min_speedup)
-        doing(_LOG, "writing the bundle")
+            written = write_targets(exported, job.made)
+            manifest = msgspec.structs.replace(manifest, engine=written.engine)
+            report += written.report
+        bundles.write_manifest(staging.path, manifest)
+        report += _proof(staging.path, golden, job)
+        if report.passed:
+            report += _speed(staging.path, reduced.plan, job)
+        stage(_LOG, "writing the bundle")
         (staging.path / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
         bundles.write_manifest(staging.path, msgspec.structs.replace(manifest, results=_results(report)))
         if report.passed:
@@ -163,38 +190,78 @@ def convert(
     return bundles.read_bundle(out), report
 
 
-def _write_files(
-    reduced: torch.nn.Module,
-    manifest: Manifest,
-    made: Lowering,
-    calibration: Path | np.ndarray | None,
-    staging: Path,
-) -> tuple[Golden, Manifest, Report]:
-    """Writes the model and its dense twin in every form, and what PyTorch says to the golden inputs."""
-    dense, preprocess = dense_twin(reduced), manifest.preprocess
-    channels = backbone_of(reduced).channels(reduced)
-    if isinstance(calibration, Path):
+def stages_of(made: Lowering) -> int:
+    """How often :func:`stage` is called."""
+    return 6 + len(made.targets) - 1  # the portable target is the export
+
+
+def _reduce(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | None, notes: Sequence[str]) -> Reduced:
+    model = reduce_tokens_(build_model(checkpoint, image_size), spec)
+    checkpoint.weights = {}  # the model has its own copy by now
+    known = [*checkpoint.notes, *notes, *_training_notes(checkpoint, spec)]
+    preprocess = preprocess_of(checkpoint, model)
+    return Reduced(checkpoint, model, dense_twin(model), spec, token_plan(model), preprocess, known)
+
+
+def _manifest(reduced: Reduced, job: Job, out: Path) -> Manifest:
+    model, checkpoint, preprocess = reduced.model, reduced.checkpoint, reduced.preprocess
+    classes = getattr(model, "num_classes", 0) or getattr(model, "num_features", 0)
+    outputs = (TensorSpec(LOGITS, "float32", (None, int(classes))),)
+    if job.made.options.indices:
+        outputs += tuple(TensorSpec(kept_name(row.block), "int32", (None, row.keep)) for row in reduced.plan.locations)
+    return Manifest(
+        kind=reduced.spec.method,
+        model=checkpoint.model,
+        model_args=checkpoint.model_args | {"img_size": preprocess.size[0]},
+        tokens=reduced.spec,
+        plan=reduced.plan,
+        preprocess=preprocess,
+        precision=job.made.precision,
+        labels=checkpoint.labels,
+        inputs=(TensorSpec(INPUT, "float32", (None, reduced.channels, *preprocess.size)),),
+        outputs=outputs,
+        files={},
+        parents=[_parent(checkpoint, out, job.model)],
+        recipe=job.recipe,
+        versions=versions(),
+        device=device(),
+        results={},
+        notes=reduced.notes,
+    )
+
+
+def _export(reduced: Reduced, job: Job, folder: Path) -> tuple[Exported, Golden]:
+    """Writes the model and its dense baseline as ONNX, and what PyTorch answers to the golden inputs."""
+    stage(_LOG, "exporting")
+    images, options = job.images, job.made.options
+    if images is None and options.calibration is not None:
         doing(_LOG, "reading calibration images")
-        calibration = calibration_images(calibration, preprocess, channels, CALIBRATION_IMAGES)
-    models = write_models(reduced, dense, made, manifest.model, preprocess, calibration, staging)
-    doing(_LOG, "asking PyTorch for golden answers")
-    inputs = sample_inputs(preprocess, GOLDEN_IMAGES, channels)
-    golden = make_golden(reduced, dense, inputs, made.precision, models if made.precision in QUANTIZED else None)
-    golden.save(staging / GOLDEN)
-    report = verify_precision(golden)
-    if "openvino" in made.targets:
-        doing(_LOG, "writing the OpenVINO files")
-        write_openvino(staging)
-    if made.plan_target is not None and report.passed:
-        doing(_LOG, f"building the engines with {made.plan_target}")
-        engine, checks = write_engines(reduced, dense, made, manifest.plan, staging)
-        manifest = msgspec.structs.replace(manifest, engine=engine)
-        report += checks
-        if made.plan_target not in made.runtimes:
-            report += Report(
-                notes=(f"The engine was built ahead of time and not run: verify it on {', '.join(engine.gpus)}.",)
-            )
-    return golden, manifest, report
+        place = Path(options.calibration)
+        images = calibration_images(place, reduced.preprocess, reduced.channels, CALIBRATION_IMAGES)
+    models, precision = (reduced.model, reduced.dense), job.made.precision
+    protos = export(models, job.made, reduced.checkpoint.model, reduced.preprocess, images, folder)
+    stage(_LOG, "asking PyTorch for golden answers")
+    inputs = sample_inputs(reduced.preprocess, GOLDEN_IMAGES, reduced.channels)
+    golden = make_golden(*models, inputs, precision, protos if precision in QUANTIZED else None)
+    golden.save(folder / GOLDEN)
+    return Exported(*models, reduced.plan, precision, folder), golden
+
+
+def _proof(folder: Path, golden: Golden, job: Job) -> Report:
+    stage(_LOG, "verifying")
+    data = Path(job.made.options.data) if job.made.options.data is not None else None
+    return prove(bundles.read_bundle(folder), golden, job.made.runtimes, data, job.measure.threads)
+
+
+def _speed(folder: Path, plan: TokenPlan, job: Job) -> Report:
+    stage(_LOG, "profiling")
+    made, measure = job.made, job.measure
+    candidates = bundle_candidates(bundles.read_bundle(folder), made.runtimes)
+    sizes = sizes_within(made.options.profiles if made.engine_target else (), measure.batch_sizes or FIRST_BATCHES)
+    report = measure_all(
+        candidates, plan, sizes, threads=measure.threads, duration=measure.duration, minimum_rounds=PROFILE_ROUNDS
+    )
+    return report + speed_gate(report, made.options.min_speedup)
 
 
 def _reject(staging: Staging, report: Report) -> NoReturn:
@@ -238,11 +305,11 @@ def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
     return Preprocess.from_model(model, tuple(size))
 
 
-def _calibration_notes(calibration: Path | np.ndarray | None) -> list[str]:
-    """Whether there are enough images; a folder without any is told before the work, not after it."""
-    if calibration is None:
+def _calibration_notes(folder: str | None) -> list[str]:
+    """Whether there are enough images; a folder without any is refused before the work, not after it."""
+    if folder is None:
         return []
-    count = len(image_files(calibration) if isinstance(calibration, Path) else calibration)
+    count = len(image_files(Path(folder)))
     if count >= FEW_IMAGES:
         return []
     return [f"Few images to learn ranges from ({count}): larger values than theirs will be cut off. Give 128 or more."]

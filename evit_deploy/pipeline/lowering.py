@@ -1,4 +1,4 @@
-"""What ``convert`` makes of a reduced model: the ONNX file, the OpenVINO files, the engine, and the twin of each."""
+"""From what was asked for to what is made: defaults, refusals before any work, the export, and each target in turn."""
 
 import logging
 from collections.abc import Sequence
@@ -8,145 +8,158 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnx
-import torch
 
-from evit_deploy.bundle.manifest import DENSE, ENGINE, MODEL, OPENVINO, TWIN, Engine
+from evit_deploy.bundle.manifest import DENSE, MODEL, Engine
 from evit_deploy.data.images import Preprocess
-from evit_deploy.engines import build
-from evit_deploy.engines.audit import engine_checks
-from evit_deploy.engines.options import BUILDERS, BuildOptions, check_options, flag, usable
-from evit_deploy.environment import nvidia as gpu
+from evit_deploy.engines.options import flag
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import PRECISIONS, QUANTIZED, set_precision
 from evit_deploy.export.variants import with_indices
-from evit_deploy.progress import doing
+from evit_deploy.progress import doing, stage
+from evit_deploy.recipe.options import BuildOptions, ConvertOptions
+from evit_deploy.registry import RUNTIMES, TARGETS
 from evit_deploy.report.report import Report
-from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.targets.target import PORTABLE, Exported, Target, all_targets
 
 _LOG = logging.getLogger(__name__)
-
-PLAN_TARGETS = ("tensorrt", "tensorrt-rtx", "torch-tensorrt")
-TARGETS = ("onnx", "openvino", *PLAN_TARGETS)
-PROGRAM = "exported_program.pt2"
-"""torch-tensorrt: the engine inside a PyTorch program."""
 
 
 class Lowering(msgspec.Struct, frozen=True):
     """What is to be made.
 
     Args:
-        targets: Names in :data:`TARGETS`; the ONNX file is always made.
+        targets: Names in the registry of targets, the portable file first: all others are made from it.
         precision: Of the ONNX file, and so of everything that is made from it.
-        options: For the builder of an engine.
-        indices: Whether kept candidates are outputs ``kept_<block>``.
+        options: What was asked for.
     """
 
     targets: tuple[str, ...]
     precision: str
-    options: BuildOptions
-    indices: bool = False
+    options: ConvertOptions
 
     @property
-    def plan_target(self) -> str | None:
+    def engine_target(self) -> str | None:
         """The target that makes ``engine.plan``, if there is one."""
-        return next((target for target in self.targets if target in PLAN_TARGETS), None)
+        return next((name for name in self.targets if TARGETS.get(name).engine), None)
 
     @property
     def base(self) -> str:
         """Precision of what is not quantised: no FP32 attention is fused on a GPU, no FP16 is fast on a CPU."""
-        return "fp16" if self.plan_target else "fp32"
+        return "fp16" if self.engine_target else "fp32"
 
     @property
     def runtimes(self) -> tuple[str, ...]:
         """Runtimes whose answers prove what was made; an engine for other GPUs is left to where they are."""
-        cpu = "openvino" if self.precision == "bf16" else "onnxruntime"
-        wanted = [cpu, *("openvino" for target in self.targets if target == "openvino")]
-        here = gpu.compute_capability()
-        if self.plan_target in BUILDERS and here is not None and here in (self.options.gpus or (here,)):
-            wanted.append(str(self.plan_target))
-        return tuple(dict.fromkeys(wanted))
+        found = [self.provers(name) for name in self.targets]
+        return tuple(dict.fromkeys(runtime for runtimes in found for runtime in runtimes))
+
+    def provers(self, target: str) -> tuple[str, ...]:
+        """Runtimes whose answers prove one target here."""
+        made: type[Target] = TARGETS.get(target)
+        return made.provers(self.precision, self.options_of(target))
+
+    def options_of(self, target: str) -> Any:
+        """The target's own options.
+
+        Raises:
+            InputError: It has no such option, or a value does not fit.
+        """
+        kind = TARGETS.get(target).Options
+        if kind is BuildOptions:
+            return self.options.build
+        try:
+            return msgspec.convert(self.options.target_options.get(target, {}), kind, strict=False)
+        except msgspec.ValidationError as error:
+            known = ", ".join(kind.__struct_fields__) or "no options"
+            raise InputError(
+                f"{target} does not take these options: {error}", where=f"target_options.{target}", wanted=known
+            ) from None
 
 
-def lowering(
-    targets: Sequence[str] = (),
-    precision: str | None = None,
-    options: BuildOptions | None = None,
-    calibration: Any = None,
-    indices: bool = False,
-) -> Lowering:
+def lowering(options: ConvertOptions | None = None, *, calibrated: bool = False) -> Lowering:
     """Fills in the defaults and makes sure, before any work, that this machine can make what is asked.
 
     Args:
-        targets: ``tensorrt`` where it is usable, else ``onnx``, when empty.
-        precision: ``fp16`` for an engine and ``fp32`` otherwise by default.
-        options: For the builder.
-        calibration: Real images, or where they are, if any.
-        indices: See :class:`Lowering`.
+        options: What is asked for; without targets, an engine for this machine where TensorRT is usable, else ``onnx``.
+        calibrated: Whether calibration images come from elsewhere than ``options.calibration``.
 
     Raises:
         InputError: Targets, precision and options contradict one another.
         MissingRequirement: A package or a device is not here.
     """
-    options = options or BuildOptions()
-    for target in targets:
-        if target not in TARGETS:
-            raise InputError("unknown target", where="--target", seen=repr(target), wanted=", ".join(TARGETS))
-    targets = tuple(dict.fromkeys(targets)) or (("tensorrt",) if usable("tensorrt") else ("onnx",))
-    plans = [target for target in targets if target in PLAN_TARGETS]
-    if len(plans) > 1:
+    options = options or ConvertOptions()
+    known = all_targets()
+    for name in options.targets:
+        if name not in known:
+            TARGETS.get(name)  # raises, with the nearest name
+    targets = tuple(dict.fromkeys(options.targets)) or _automatic(known)
+    engines = [name for name in targets if known[name].engine]
+    if len(engines) > 1:
         raise InputError(
-            "a bundle holds one engine", where="--target", seen=" and ".join(plans), wanted="one of them",
+            "a bundle holds one engine", where="--target", seen=" and ".join(engines), wanted="one of them",
             fix="Convert once for each.",
         )  # fmt: skip
-    precision = precision or ("fp16" if plans else "fp32")
-    _check_precision(precision, targets, calibration)
-    if not plans:
-        _refuse_options(options)
-    for target in plans:
-        check_options(target, precision, options)
-        if target == "torch-tensorrt":
-            check_torch_tensorrt(precision, options)
-    made = Lowering(targets, precision, options, indices)
+    precision = options.precision or ("fp16" if engines else "fp32")
+    _check_precision(precision, targets, calibrated or options.calibration is not None)
+    made = Lowering((PORTABLE, *(name for name in targets if name != PORTABLE)), precision, options)
+    _refuse_unused(made)
+    for name in made.targets:
+        for error in known[name].refuse(precision, made.options_of(name)):
+            raise error
     _check_runtimes(made)
     return made
 
 
-def _check_precision(precision: str, targets: Sequence[str], calibration: Any) -> None:
+def _automatic(known: dict[str, type[Target]]) -> tuple[str, ...]:
+    return next(((name,) for name, target in known.items() if target.automatic()), (PORTABLE,))
+
+
+def _check_precision(precision: str, targets: Sequence[str], calibrated: bool) -> None:
     if precision not in PRECISIONS:
         raise InputError("unknown precision", where="--precision", seen=repr(precision), wanted=", ".join(PRECISIONS))
-    if precision in QUANTIZED and "torch-tensorrt" in targets:
-        raise InputError(
-            "torch-tensorrt does not quantise", where="--precision", seen=precision, wanted="fp32, fp16 or bf16",
-            fix="Use --target tensorrt.",
-        )  # fmt: skip
-    if precision == "fp8" and "openvino" in targets:
-        raise InputError("OpenVINO has no fp8", where="--precision", seen=precision, fix="Use --precision int8.")
-    if precision in QUANTIZED and calibration is None:
+    for name in targets:
+        able = TARGETS.get(name).precisions
+        if precision not in able:
+            others = [
+                other for other, target in all_targets().items() if target.engine and precision in target.precisions
+            ]
+            fix = f"Use --precision {'int8' if 'int8' in able else 'fp16'}"
+            raise InputError(
+                f"{name} has no {precision}", where="--precision", seen=precision, wanted=", ".join(able),
+                fix=f"{fix}, or --target {others[0]}." if TARGETS.get(name).engine and others else f"{fix}.",
+            )  # fmt: skip
+    if precision in QUANTIZED and not calibrated:
         raise InputError(
             f"{precision} needs real images, from which it learns the range of every activation",
             where=f"--precision {precision}",
             fix="Give a folder of them with --calibration: 128 or more, like those that the model will see.",
         )
-    if calibration is not None and precision not in QUANTIZED:
+    if calibrated and precision not in QUANTIZED:
         raise InputError(
             f"{precision} needs no calibration images", where="--calibration", fix="Leave it out, or ask for int8."
         )
 
 
-def _refuse_options(options: BuildOptions) -> None:
+def _refuse_unused(made: Lowering) -> None:
     """Nothing that was asked for is passed over in silence."""
+    strange = next((name for name in made.options.target_options if name not in made.targets), None)
+    if strange is not None:
+        raise InputError(
+            "options of a target that is not made", where="target_options", seen=strange, wanted=", ".join(made.targets)
+        )
+    if made.engine_target is not None:
+        return
     default = BuildOptions()
     for field in BuildOptions.__struct_fields__:
-        if getattr(options, field) != getattr(default, field):
-            fix = "Leave it out, or add a --target that builds an engine: " + ", ".join(PLAN_TARGETS) + "."
+        if getattr(made.options, field) not in (getattr(default, field), "none"):
+            builders = [name for name, target in all_targets().items() if target.engine]
+            fix = "Leave it out, or add a --target that builds an engine: " + ", ".join(builders) + "."
             raise InputError("there is no engine to build", where=flag(field), fix=fix)
 
 
 def _check_runtimes(made: Lowering) -> None:
     """What is made is also run: without a runtime for it there would be no proof."""
-    from evit_deploy.registry import RUNTIMES
-
     for name in made.runtimes:
         missing = RUNTIMES.get(name).missing()
         if missing is not None:
@@ -154,104 +167,65 @@ def _check_runtimes(made: Lowering) -> None:
             raise MissingRequirement(f"{name} is needed ({why}): {missing.what}", seen=missing.seen, fix=missing.fix)
 
 
-def write_models(
-    reduced: torch.nn.Module,
-    dense: torch.nn.Module,
+class Written(msgspec.Struct, frozen=True):
+    """What was made of an exported model.
+
+    Args:
+        engine: What the model's engine was built with, if there is one.
+        report: The targets' own checks.
+    """
+
+    engine: Engine | None
+    report: Report
+
+
+def export(
+    models: tuple[Any, Any],
     made: Lowering,
     name: str,
     preprocess: Preprocess,
     calibration: np.ndarray | None,
-    staging: Path,
+    folder: Path,
 ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """Exports a model and its dense twin, sets their precision and writes both.
+    """Exports a model and its dense baseline, sets their precision and writes both.
 
     Args:
-        reduced: The reduced model, FP32.
-        dense: Its dense twin.
+        models: The reduced model and its dense baseline, FP32.
         made: What to make.
         name: timm name.
         preprocess: From image file to input tensor.
         calibration: Images for ``int8`` and ``fp8``.
-        staging: Folder of the bundle in the making.
+        folder: Folder of the bundle in the making.
 
     Returns:
         The two files' content, without index outputs.
     """
     protos = []
-    (staging / DENSE).parent.mkdir()
-    for model, file, label in ((reduced, MODEL, "to ONNX"), (dense, DENSE, "the dense twin")):
+    (folder / DENSE).parent.mkdir()
+    for model, file, label in zip(models, (MODEL, DENSE), ("to ONNX", "the dense baseline"), strict=True):
         doing(_LOG, f"exporting {label}")
         proto = export_onnx(model, name=name, preprocess=preprocess)
         if made.precision != "fp32":
             doing(_LOG, f"setting {made.precision}")
             proto = set_precision(proto, made.precision, base=made.base, calibration=calibration)
-        onnx.save(with_indices(proto) if made.indices else proto, staging / file)
+        onnx.save(with_indices(proto) if made.options.indices else proto, folder / file)
         protos.append(proto)
     return protos[0], protos[1]
 
 
-def write_openvino(staging: Path) -> None:
-    """Writes the OpenVINO files of both twins."""
-    from evit_deploy.export.openvino import save_openvino
-
-    for twin in ("", TWIN):
-        save_openvino(staging / twin / MODEL, staging / twin / OPENVINO)
-
-
-def write_engines(
-    reduced: torch.nn.Module, dense: torch.nn.Module, made: Lowering, plan: TokenPlan, staging: Path
-) -> tuple[Engine, Report]:
-    """Builds the engines of both twins.
-
-    Returns:
-        What the model's was built with, and the checks on it.
-    """
-    if made.plan_target == "torch-tensorrt":
-        return _write_torch_tensorrt(reduced, dense, made, staging)
-
-    engine: Any = None
-    report = Report()
-    # One after the other: a builder that times kernels must have the GPU for itself.
-    for twin in (TWIN, ""):
-        model, path = staging / twin / MODEL, staging / twin / ENGINE
-        built = build.build_engine(model, path, str(made.plan_target), made.precision, made.options)
-        engine = built.engine
-        report += engine_checks(built, path, plan, "dense engine" if twin else "engine")
-    return engine, report
-
-
-def check_torch_tensorrt(precision: str, options: BuildOptions) -> None:
-    """Makes sure, before any work, that Torch-TensorRT is here and can do what is asked.
-
-    Raises:
-        InputError: It cannot.
-        MissingRequirement: It is not here, or there is no GPU.
-    """
-    from evit_deploy.engines.torch_tensorrt import check_request, require_torch_tensorrt
-
-    for field in ("timing_cache", "plugin"):
-        if getattr(options, field):
-            raise InputError("torch-tensorrt has no use for it", where=flag(field), fix="Leave it out.")
-    check_request(precision, options.profiles)
-    require_torch_tensorrt()
-
-
-def _write_torch_tensorrt(
-    reduced: torch.nn.Module, dense: torch.nn.Module, made: Lowering, staging: Path
-) -> tuple[Engine, Report]:
-    from evit_deploy.engines.torch_tensorrt import build_torch_tensorrt
-
-    engine: Any = None
-    for model, twin in ((dense, TWIN), (reduced, "")):
-        engine = build_torch_tensorrt(
-            model,
-            staging / twin / ENGINE,
-            staging / twin / PROGRAM,
-            precision=made.precision,
-            profiles=made.options.profiles,
-            optimization_level=made.options.optimization_level,
-            hardware_compatible=made.options.hardware_compatible,
-            version_compatible=made.options.version_compatible,
-            workspace=made.options.workspace << 20 if made.options.workspace else None,
-        )
-    return engine, Report()
+def write_targets(exported: Exported, made: Lowering) -> Written:
+    """Makes every target of an exported model, and checks each."""
+    engine, report = None, Report()
+    for name in made.targets:
+        target: type[Target] = TARGETS.get(name)
+        if name != PORTABLE:
+            stage(_LOG, f"making {name}")
+        artifacts = target.write(exported, made.options_of(name))
+        report += target.audit(artifacts, exported.plan)
+        built = next((artifact.engine for artifact in artifacts if not artifact.dense and artifact.engine), None)
+        engine = built or engine
+        if built is not None and not made.provers(name):
+            report += Report(
+                notes=(f"The engine was built ahead of time and not run: verify it on {', '.join(built.gpus)}.",)
+            )
+    return Written(engine, report)

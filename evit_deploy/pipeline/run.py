@@ -16,11 +16,12 @@ import evit_deploy
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle, read_bundle
 from evit_deploy.bundle.manifest import MODEL, REPORT
-from evit_deploy.errors import GateFailed, InputError
+from evit_deploy.errors import InputError
 from evit_deploy.files import sha256, write_atomically
-from evit_deploy.progress import doing
+from evit_deploy.progress import doing, stage, stages
 from evit_deploy.recipe.recipe import Recipe
 from evit_deploy.recipe.sections import ModelSection
+from evit_deploy.registry import TARGETS
 from evit_deploy.report.report import AccuracyRow, Check, Difference, Report
 from evit_deploy.report.statistics import accuracy_row
 
@@ -47,12 +48,7 @@ class Record(msgspec.Struct):
     report: Report = Report()
 
 
-def run(
-    recipe: Recipe,
-    out: Path,
-    *,
-    force: bool = False,
-) -> tuple[Bundle, Report]:
+def run(recipe: Recipe, out: str | Path, *, force: bool = False) -> tuple[Bundle, Report]:
     """Runs a recipe.
 
     Args:
@@ -70,27 +66,13 @@ def run(
     """
     from evit_deploy.training.loop import EVIT
 
-    _check_convert(recipe)
+    out = Path(out)
+    made = _lowering(recipe)  # what cannot be made is refused before hours of training, not after them
     report = train_stage(recipe, out, force=force)
     checkpoint = out / EVIT
     bundle = None if force else _fresh_bundle(recipe, out / BUNDLE, checkpoint)
     if bundle is None:
-        from evit_deploy.pipeline.convert import convert
-
-        bundle, found = convert(
-            checkpoint,
-            tokens=recipe.tokens,
-            targets=recipe.convert.targets,
-            precision=recipe.convert.precision,
-            options=_build_options(recipe),
-            calibration=_calibration(recipe, checkpoint),
-            out=out / BUNDLE,
-            force=True,
-            threads=recipe.profile.threads,
-            batch_sizes=recipe.profile.batch_sizes,
-            duration=recipe.profile.duration,
-            recipe=_as_json(recipe),
-        )
+        bundle, found = _convert(recipe, made, checkpoint, out / BUNDLE)
     else:
         _LOG.info(f"up to date: {bundle.path}")
         found = msgspec.json.decode(bundle.file(REPORT).read_bytes(), type=Report)
@@ -99,35 +81,33 @@ def run(
     return bundle, report
 
 
-def _build_options(recipe: Recipe) -> Any:
-    from evit_deploy.bundle.manifest import BatchProfile
-    from evit_deploy.engines.options import BuildOptions
-
-    profiles = tuple(BatchProfile(*sizes) for sizes in recipe.convert.batches)
-    return BuildOptions(profiles=profiles, gpus=recipe.convert.gpus)
-
-
-def _check_convert(recipe: Recipe) -> None:
-    """What cannot be made is told before hours of training, not after them."""
+def _lowering(recipe: Recipe) -> Any:
     from evit_deploy.export.precision import QUANTIZED
     from evit_deploy.pipeline.lowering import lowering
 
-    section = recipe.convert
-    calibration = True if section.precision in QUANTIZED else None
-    lowering(section.targets, section.precision, _build_options(recipe), calibration)
+    options = recipe.convert
+    return lowering(options, calibrated=options.precision in QUANTIZED and options.calibration is None)
 
 
-def _calibration(recipe: Recipe, checkpoint: Path) -> Any:
+def _convert(recipe: Recipe, made: Any, path: Path, out: Path) -> tuple[Bundle, Report]:
+    from evit_deploy.models.checkpoint import read_checkpoint
+    from evit_deploy.pipeline.convert import Job, convert_checkpoint, stages_of
+
+    with stages(stages_of(made)):
+        stage(_LOG, "reading the checkpoint")
+        checkpoint = read_checkpoint(path)
+        images = _calibration(recipe, checkpoint.preprocess)
+        job = Job(made, None, images, recipe.profile, out, force=True, recipe=_as_json(recipe))
+        return convert_checkpoint(checkpoint, recipe.tokens, job)
+
+
+def _calibration(recipe: Recipe, preprocess: Any) -> Any:
     """Training images as they will be seen later, evenly spaced; ``None`` where no ranges have to be learned."""
+    from evit_deploy.data.training_data import open_data
     from evit_deploy.export.precision import QUANTIZED
 
-    if recipe.convert.precision not in QUANTIZED:
+    if recipe.convert.precision not in QUANTIZED or recipe.convert.calibration is not None:
         return None
-    from evit_deploy.data.training_data import open_data
-    from evit_deploy.models.checkpoint import read_checkpoint
-
-    preprocess = read_checkpoint(checkpoint).preprocess
-    assert preprocess is not None  # train_stage wrote it
     return open_data(recipe.data, preprocess).calibration(recipe.convert.calibration_images)
 
 
@@ -241,10 +221,9 @@ def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
         elif row.against is not None and row.name == own and expect.untrained_loss is not None:
             checks.append(_gap(f"{row.name} over {row.against.other}", 1, row.against, -expect.untrained_loss))
     report += Report(checks=(*checks, *_gained(recipe, report)))
-    if not report.passed:
-        first = report.failed[0]
-        raise GateFailed(first.name, where=out, seen=f"{first.value:.4f}", wanted=f"at least {first.limit}",
-                         fix="The checkpoints were kept.")  # fmt: skip
+    report.raise_if_failed(
+        "{name}", where=out, seen="{value:.4f}", wanted="at least {limit}", fix="The checkpoints were kept."
+    )
     return report
 
 
@@ -316,11 +295,12 @@ def _exported_accuracy(recipe: Recipe, bundle: Bundle) -> AccuracyRow:
     from evit_deploy.data.training_data import open_data
     from evit_deploy.export.card import LOGITS, feeds
     from evit_deploy.runtimes.select import opened
+    from evit_deploy.targets.target import PORTABLE
     from evit_deploy.training.compare import finetuned_name
 
     manifest = bundle.manifest
     data = open_data(recipe.data, manifest.preprocess)
-    runtime = "openvino" if manifest.precision == "bf16" else "onnxruntime"  # whose CPU provider has no bf16
+    (runtime,) = TARGETS.get(PORTABLE).provers(manifest.precision, None)
     name = f"{finetuned_name(recipe.tokens)}, exported ({runtime}, {manifest.precision})"
     with opened(runtime, bundle.file(MODEL), recipe.profile.threads) as runner:
         batches = data.validation(recipe.data.evaluation_batch_size)

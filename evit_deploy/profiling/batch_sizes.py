@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from evit_deploy.bundle.manifest import BatchProfile, choose_profile
+from evit_deploy.bundle.manifest import choose_profile
 from evit_deploy.errors import InputError
+from evit_deploy.recipe.options import BatchProfile
 
 CPU_BATCH_SIZES = (1, 8, 32)
 GPU_BATCH_SIZES = (1, 8, 32, 128)
@@ -27,12 +28,12 @@ def sizes_for(
     """The batch sizes to measure.
 
     Args:
-        profiles: For each contestant what it covers; empty where it takes any size.
+        profiles: For each candidate what it covers; empty where it takes any size.
         asked: Those that were asked for; all of them or an error.
         on_gpu: Whether 128 is among the usual ones.
 
     Raises:
-        InputError: A contestant does not cover one that was asked for, or they have none in common.
+        InputError: A candidate does not cover one that was asked for, or they have none in common.
     """
     own = [covered for covered in profiles if covered]
     if asked is not None:

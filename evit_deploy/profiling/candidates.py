@@ -1,4 +1,4 @@
-"""Who is timed against whom: a target, its twins, and the runtimes that can run them.
+"""What is timed against what: a target, its twins, and the runtimes that can run them.
 
 A target is a bundle, an engine (bare or with its manifest), an ONNX file or a checkpoint.
 """
@@ -22,12 +22,12 @@ from evit_deploy.export.card import load_onnx, read_card
 from evit_deploy.export.precision import DTYPES, QUANTIZED
 from evit_deploy.export.variants import reorganizations, slice_twin
 from evit_deploy.files import sha256
-from evit_deploy.models.checkpoint import Tokens, build_model, read_checkpoint
+from evit_deploy.models.checkpoint import build_model, read_checkpoint, resolve_tokens
 from evit_deploy.models.parent import parent_model
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.runtimes.select import artifact_of, subject_of, usable
-from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.tokens.plan import TokenOptions, TokenPlan
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.triton.connection import Served
 from evit_deploy.triton.find import find_model
@@ -35,7 +35,7 @@ from evit_deploy.triton.find import find_model
 PLAN_SUFFIXES = (".plan", ".engine", ".trt")
 
 
-class Contestant(msgspec.Struct, frozen=True):
+class Candidate(msgspec.Struct, frozen=True):
     """One thing to time.
 
     Args:
@@ -57,39 +57,37 @@ class Contestant(msgspec.Struct, frozen=True):
         return RUNTIMES.get(self.runtime).on_gpu
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """A target and who runs it.
+class Comparison(msgspec.Struct, frozen=True):
+    """A target and its twins, on the runtimes that take part.
 
     Args:
-        contestants: Who takes part.
-        plan: Token plan of the reduced ones; ``None`` where nobody knows it.
-        notes: Who is missing, and why.
+        candidates: What is timed.
+        plan: Token plan of the reduced ones; ``None`` where it is unknown.
+        notes: What is missing, and why.
         required: Runtimes without which there is no answer; others are left out when they turn out not to run here.
     """
 
-    contestants: list[Contestant]
+    candidates: list[Candidate]
     plan: TokenPlan | None
     notes: list[str]
     required: frozenset[str] = frozenset()
 
 
-def contestants_of(
-    path: Path,
-    target: str,
+def candidates_of(
+    target: Path | str,
     against: Path | None,
-    tokens: Tokens | None,
+    tokens: TokenOptions | None,
     runtimes: Sequence[str],
     *,
     batch_sizes: Sequence[int] | None = None,
     scratch: Path | None = None,
     plugin: Path | str | None = None,
     server: Served | None = None,
-) -> Entry:
-    """Who runs: the target and its twins, on each runtime.
+) -> Comparison:
+    """What is timed: the target and its twins, on each runtime.
 
     Args:
-        path: The target, as a path.
-        target: The same as it was given.
+        target: A bundle, an engine, an ONNX file or a checkpoint.
         against: See :func:`evit_deploy.profiling.profile.profile`.
         tokens: Checkpoint: how to reduce it.
         runtimes: Names in the registry of runtimes; all that can run the target when empty.
@@ -104,9 +102,11 @@ def contestants_of(
     """
     for name in runtimes:
         RUNTIMES.get(name)  # an unknown one is told, not passed over
+    path = Path(target)
     if path.is_dir():
         bundle = bundles.read_bundle(path)
-        return _of_bundle(bundle, against, runtimes, batch_sizes, scratch, plugin, server)
+        found = _of_bundle(bundle, against, runtimes, plugin, server)
+        return _with_built(found, bundle, batch_sizes, scratch, plugin)
     if server is not None:
         raise InputError("a server is profiled beside its bundle", where=path, fix="Give the bundle's folder.")
     if is_plan(path):
@@ -115,12 +115,12 @@ def contestants_of(
         raise InputError("only an engine takes a plugin", where="--plugin", seen=plugin)
     if path.suffix == ".onnx":
         return _of_onnx(path, against, runtimes)
-    checkpoint = read_checkpoint(target)
-    spec, notes = (tokens or Tokens()).resolve(checkpoint)
+    checkpoint = read_checkpoint(str(target))
+    spec, notes = resolve_tokens(checkpoint, **(tokens or {}))
     model = reduce_tokens_(build_model(checkpoint), spec)
     names = [name for name in RUNTIMES.names() if _runs_torch(RUNTIMES.get(name))]
-    rows = [row for name in names if _takes_part(name, model, runtimes) for row in torch_contestants(model, name)]
-    return Entry(rows, token_plan(model), checkpoint.notes + notes, frozenset(runtimes))
+    rows = [row for name in names if _takes_part(name, model, runtimes) for row in torch_candidates(model, name)]
+    return Comparison(rows, token_plan(model), checkpoint.notes + notes, frozenset(runtimes))
 
 
 def is_plan(path: Path) -> bool:
@@ -132,7 +132,7 @@ def is_plan(path: Path) -> bool:
         return path.suffix in PLAN_SUFFIXES
 
 
-def _of_onnx(path: Path, against: Path | None, runtimes: Sequence[str]) -> Entry:
+def _of_onnx(path: Path, against: Path | None, runtimes: Sequence[str]) -> Comparison:
     card = read_card(load_onnx(path))
     if card is None:
         raise InputError("evit-deploy did not write this file, so its token plan is unknown", where=path)
@@ -141,8 +141,8 @@ def _of_onnx(path: Path, against: Path | None, runtimes: Sequence[str]) -> Entry
     notes = [] if against else ["Speed-up not available: --against DENSE.onnx gives the dense twin."]
     names = [name for name in RUNTIMES.names() if MODEL in RUNTIMES.get(name).files]
     chosen = [name for name in names if _takes_part(name, path, runtimes)]
-    rows = [row for name in chosen for row in onnx_contestants(path, against, name)]
-    return Entry(rows, card.plan, notes, frozenset(runtimes))
+    rows = [row for name in chosen for row in onnx_candidates(path, against, name)]
+    return Comparison(rows, card.plan, notes, frozenset(runtimes))
 
 
 def _of_plan(
@@ -152,7 +152,7 @@ def _of_plan(
     batch_sizes: Sequence[int] | None,
     scratch: Path | None,
     plugin: Path | str | None,
-) -> Entry:
+) -> Comparison:
     family = read_header(path).family
     required = frozenset(runtimes or (family,))
     bundle, why_bare = manifest_beside(path)
@@ -167,8 +167,9 @@ def _of_plan(
     if missing is not None and family in required:
         raise missing
     if bundle is not None:
-        entry = _of_bundle(bundle, against, runtimes, batch_sizes, scratch, plugin)
-        return msgspec.structs.replace(entry, required=required)
+        found = _of_bundle(bundle, against, runtimes, plugin)
+        found = msgspec.structs.replace(found, required=required)
+        return _with_built(found, bundle, batch_sizes, scratch, plugin)
     lacking = provide_plugin(None, plugin)
     if lacking is not None:
         raise lacking
@@ -177,9 +178,9 @@ def _of_plan(
     rows = []
     for name in RUNTIMES.names():
         if name in required and ENGINE in RUNTIMES.get(name).files:
-            rows.append(Contestant(name, "model", path))
-            rows += [Contestant(name, "dense", against)] if against is not None else []
-    return Entry(rows, None, notes, required)
+            rows.append(Candidate(name, "model", path))
+            rows += [Candidate(name, "dense", against)] if against is not None else []
+    return Comparison(rows, None, notes, required)
 
 
 def manifest_beside(path: Path) -> tuple[bundles.Bundle | None, str]:
@@ -208,11 +209,10 @@ def _of_bundle(
     bundle: bundles.Bundle,
     against: Path | None,
     runtimes: Sequence[str],
-    batch_sizes: Sequence[int] | None,
-    scratch: Path | None,
     plugin: Path | str | None,
     server: Served | None = None,
-) -> Entry:
+) -> Comparison:
+    """What a bundle itself holds, on the runtimes that take part."""
     changed = bundles.changed_files(bundle)
     if changed:
         raise InputError(
@@ -222,28 +222,46 @@ def _of_bundle(
     torch_wanted = not runtimes or any(_runs_torch(RUNTIMES.get(name)) for name in runtimes)
     notes = [f"PyTorch was not timed: {why_not}."] if model is None and torch_wanted else []
     served = find_model(server, bundle.manifest).served if server is not None else None
-    rows = bundle_contestants(bundle, runtimes, model, served)
-    engine = bundle.manifest.engine
-    compared = plugin if engine is not None and engine.target == TENSORRT and engine.plugin is None else None
-    lacking = provide_plugin(engine, None if compared is not None else plugin)
+    rows = bundle_candidates(bundle, runtimes, model, served)
+    own_plugin = plugin if _other_plugin(bundle, plugin) is None else None
+    lacking = provide_plugin(bundle.manifest.engine, own_plugin)
     if lacking is not None:
         if TENSORRT in runtimes:
             raise lacking
         rows = [row for row in rows if row.runtime != TENSORRT]
         notes.append(f"{TENSORRT} was not timed: {lacking}")
-    running = next((row for row in rows if row.variant == "model" and _is_engine(row)), None)
+    notes += [] if runtimes else _left_out(bundle, model)
+    return Comparison(rows, bundle.manifest.plan, notes, frozenset(runtimes))
+
+
+def _with_built(
+    found: Comparison,
+    bundle: bundles.Bundle,
+    batch_sizes: Sequence[int] | None,
+    scratch: Path | None,
+    plugin: Path | str | None,
+) -> Comparison:
+    """Adds the engines that are built here to compare a bundle's engine with: its slice twin and its other body."""
+    running = next((row for row in found.candidates if row.variant == "model" and _is_engine(row)), None)
     if running is not None:
         _check_sizes(bundle, batch_sizes)
-    if running is not None and scratch is not None:
-        twin, why_not = slice_engine(bundle, scratch)
-        notes += [f"Overhead not available on {running.runtime}: {why_not}."] if why_not else []
-        other, why_not = other_body(bundle, scratch, compared)
-        notes += [f"Plugin and operator's body were not compared: {why_not}."] if why_not else []
-        plans = {"slice": twin, other.stem if other is not None else "body": other}
-        place = rows.index(running) + 1
-        rows[place:place] = [Contestant(running.runtime, variant, plan) for variant, plan in plans.items() if plan]
-    notes += [] if runtimes else _left_out(bundle, model)
-    return Entry(rows, bundle.manifest.plan, notes, frozenset(runtimes))
+    if running is None or scratch is None:
+        return found
+    twin, why_not = slice_engine(bundle, scratch)
+    notes = [f"Overhead not available on {running.runtime}: {why_not}."] if why_not else []
+    other, why_not = other_body(bundle, scratch, _other_plugin(bundle, plugin))
+    notes += [f"Plugin and operator's body were not compared: {why_not}."] if why_not else []
+    plans = {"slice": twin, other.stem if other is not None else "body": other}
+    built = [Candidate(running.runtime, variant, plan) for variant, plan in plans.items() if plan]
+    place = found.candidates.index(running) + 1
+    rows = [*found.candidates[:place], *built, *found.candidates[place:]]
+    return msgspec.structs.replace(found, candidates=rows, notes=found.notes + notes)
+
+
+def _other_plugin(bundle: bundles.Bundle, plugin: Path | str | None) -> Path | str | None:
+    """The plugin that was given, if it is to be compared with the operator's body that the engine has built in."""
+    engine = bundle.manifest.engine
+    return plugin if engine is not None and engine.target == TENSORRT and engine.plugin is None else None
 
 
 def _check_sizes(bundle: bundles.Bundle, batch_sizes: Sequence[int] | None) -> None:
@@ -258,7 +276,7 @@ def _runs_torch(runtime: type[Runner]) -> bool:
     return not runtime.files and not runtime.served
 
 
-def _is_engine(row: Contestant) -> bool:
+def _is_engine(row: Candidate) -> bool:
     return isinstance(row.artifact, Path) and row.artifact.name == Path(ENGINE).name
 
 
@@ -288,12 +306,12 @@ def _takes_part(name: str, artifact: Any, runtimes: Sequence[str]) -> bool:
     )
 
 
-def bundle_contestants(
+def bundle_candidates(
     bundle: bundles.Bundle,
     runtimes: Sequence[str] = (),
     model: torch.nn.Module | None = None,
     server: Served | None = None,
-) -> list[Contestant]:
+) -> list[Candidate]:
     """A bundle's model and its twins on every runtime that was asked for, or that can run them here.
 
     Args:
@@ -302,35 +320,35 @@ def bundle_contestants(
         model: The PyTorch model that the bundle was made from.
         server: The served model.
     """
-    rows: list[Contestant] = []
+    rows: list[Candidate] = []
     for name in sorted(RUNTIMES.names(), key=lambda name: not RUNTIMES.get(name).files):  # PyTorch last
         runtime: type[Runner] = RUNTIMES.get(name)
         artifact = subject_of(bundle, runtime, model, server)
         if artifact is None or not _takes_part(name, artifact, runtimes):
             continue
         if isinstance(artifact, torch.nn.Module):
-            rows += torch_contestants(artifact, name, bundle.manifest.precision)
+            rows += torch_candidates(artifact, name, bundle.manifest.precision)
             continue
-        rows.append(Contestant(name, "model", artifact))
+        rows.append(Candidate(name, "model", artifact))
         if MODEL in runtime.files:
             rows += _slice(bundle.file(MODEL), name)
         dense = artifact_of(bundle, runtime, dense=True)
-        rows += [Contestant(name, "dense", dense)] if dense is not None else []
+        rows += [Candidate(name, "dense", dense)] if dense is not None else []
     return rows
 
 
-def onnx_contestants(model: Path, dense: Path | None, runtime: str = "onnxruntime") -> list[Contestant]:
+def onnx_candidates(model: Path, dense: Path | None, runtime: str = "onnxruntime") -> list[Candidate]:
     """The portable file and its twins on one runtime."""
-    rows = [Contestant(runtime, "model", model), *_slice(model, runtime)]
-    return rows + ([Contestant(runtime, "dense", dense)] if dense is not None else [])
+    rows = [Candidate(runtime, "model", model), *_slice(model, runtime)]
+    return rows + ([Candidate(runtime, "dense", dense)] if dense is not None else [])
 
 
-def _slice(model: Path, runtime: str) -> list[Contestant]:
+def _slice(model: Path, runtime: str) -> list[Candidate]:
     proto = load_onnx(model)
-    return [Contestant(runtime, "slice", slice_twin(proto))] if reorganizations(proto) else []
+    return [Candidate(runtime, "slice", slice_twin(proto))] if reorganizations(proto) else []
 
 
-def torch_contestants(model: torch.nn.Module, runtime: str, precision: str = "fp32") -> list[Contestant]:
+def torch_candidates(model: torch.nn.Module, runtime: str, precision: str = "fp32") -> list[Candidate]:
     """The PyTorch model and the same weights without reduction, on the GPU if there is one.
 
     Args:
@@ -345,4 +363,4 @@ def torch_contestants(model: torch.nn.Module, runtime: str, precision: str = "fp
     twins = {"model": model, "dense": dense_twin(model)}
     if precision != "fp32" or device == "cuda":
         twins = {name: copy.deepcopy(twin).to(device, DTYPES[precision]) for name, twin in twins.items()}
-    return [Contestant(runtime, name, twin) for name, twin in twins.items()]
+    return [Candidate(runtime, name, twin) for name, twin in twins.items()]

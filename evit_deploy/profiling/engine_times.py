@@ -3,6 +3,8 @@
 Engines take turns here too: a round is some calls of each, in an order drawn anew, and ratios are medians over rounds.
 """
 
+import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +12,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from evit_deploy.bundle.manifest import BatchProfile
-from evit_deploy.engines.layers import Layer, block_times
+from evit_deploy.engines.layers import Layer
 from evit_deploy.engines.rtx_listing import plan_layers
 from evit_deploy.errors import InputError
-from evit_deploy.profiling.candidates import Contestant
+from evit_deploy.profiling.candidates import Candidate
 from evit_deploy.profiling.latency import joined, launch_bound, summaries, warnings_of
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.report.report import BlockRow, LatencyRow, Report
 from evit_deploy.runtimes.runner import EngineRunner, Timings
 from evit_deploy.tokens.plan import TokenPlan
@@ -31,17 +33,17 @@ class Timed(msgspec.Struct, frozen=True):
     """An engine that takes part.
 
     Args:
-        contestant: Which.
+        candidate: Which.
         runner: Its runner, opened.
     """
 
-    contestant: Contestant
+    candidate: Candidate
     runner: EngineRunner
 
     @property
     def label(self) -> str:
         """For the start of a sentence."""
-        return f"{self.contestant.runtime} {self.contestant.variant}"
+        return f"{self.candidate.runtime} {self.candidate.variant}"
 
 
 def time_parts(engines: Sequence[Timed], batch: int, duration: float) -> list[list[Timings]]:
@@ -79,11 +81,11 @@ def latency_report(engines: Sequence[Timed], parts: Sequence[Sequence[Timings]],
     for index, (engine, rounds) in enumerate(zip(engines, parts, strict=True)):
         whole = joined(rounds)
         found = summaries(whole)
-        who = engine.contestant
+        who = engine.candidate
         twins = {
-            other.contestant.variant: compute[place]
+            other.candidate.variant: compute[place]
             for place, other in enumerate(engines)
-            if other.contestant.runtime == who.runtime
+            if other.candidate.runtime == who.runtime
         }
         speedup = overhead = None
         if who.variant != "dense" and "dense" in twins:
@@ -134,28 +136,52 @@ def block_report(engine: Timed, plan: TokenPlan | None) -> Report:
     """
     batch = optimum(engine.runner.profiles)
     times = engine.runner.layer_times(batch)
-    layers = named_layers(engine.runner.layers(), _written_layers(engine.contestant.artifact))
+    layers = named_layers(engine.runner.layers(), _written_layers(engine.candidate.artifact))
     return block_rows(engine, layers, times, batch, plan)
 
 
 def block_rows(
     engine: Timed, layers: Sequence[Layer], times: Sequence[tuple[str, float]], batch: int, plan: TokenPlan | None
 ) -> Report:
-    """Sums layer times by block.
+    """Sums layer times by transformer block, beside the token counts.
+
+    A kernel that fuses the end of one block with the start of the next cannot be divided, so it gets a row of its own.
 
     Args:
         engine: The engine.
         layers: What it is made of.
-        times: Layer names and milliseconds.
+        times: Layer names and milliseconds, as the profiler reports them.
         batch: Images a call.
         plan: Token counts of this very engine, if known.
     """
-    who = engine.contestant
-    found = block_times(layers, times, plan or TokenPlan(0, 0, ()))
-    if all(row.blocks == "rest" for row in found):
+    who, counts = engine.candidate, plan.blocks if plan is not None else ()
+    spans = {layer.name: layer.blocks for layer in layers}
+    groups: dict[tuple[int, int] | None, list[float]] = {}
+    for name, milliseconds in times:
+        span = spans[name] if name in spans else Layer(name).blocks
+        groups.setdefault(span, []).append(milliseconds)
+    if groups.keys() <= {None}:
         why = "reports no layer times" if not times else "has layers that do not say which block they belong to"
         return Report(notes=(f"Time by block not available: {engine.label} {why}.",))
-    rows = (BlockRow(who.runtime, who.variant, batch, **msgspec.structs.asdict(row)) for row in found)
+    total = sum(itertools.chain.from_iterable(groups.values()))
+    rows = []
+    for span in sorted(groups, key=lambda span: span or (math.inf, 0)):
+        spent = sum(groups[span])
+        first, last = span or (None, None)
+        known = last is not None and last < len(counts)
+        rows.append(
+            BlockRow(
+                runtime=who.runtime,
+                variant=who.variant,
+                batch=batch,
+                blocks="rest" if span is None else f"{first}" if first == last else f"{first}-{last}",
+                tokens_in=counts[first].tokens_in if known and first is not None else None,
+                tokens_out=counts[last].tokens_out if known and last is not None else None,
+                layers=len(groups[span]),
+                milliseconds=spent,
+                share=spent / total if total else 0.0,
+            )
+        )
     return Report(blocks=tuple(rows))
 
 

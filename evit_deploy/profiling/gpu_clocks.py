@@ -1,11 +1,12 @@
 """What a GPU's clocks did while something was measured: whether they moved, and what slowed it down."""
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from evit_deploy.environment.nvidia import GpuState, Nvml, missing, reasons_in_words
+from evit_deploy.environment.nvidia import GpuState, gpu_reader, reasons_in_words
 from evit_deploy.report.report import GpuSummary
 
 _IDLE = 0x1
@@ -31,11 +32,9 @@ class Watch:
         self.states: list[GpuState] = []
 
     def __enter__(self) -> Self:
-        lacking = missing()
-        if lacking is not None:
-            raise lacking
-        self._nvml = Nvml(self.device).__enter__()
-        self.states.append(self._nvml.state())
+        self._reader = contextlib.ExitStack()
+        self._read = self._reader.enter_context(gpu_reader(self.device))
+        self.look()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="gpu-clocks", daemon=True)
         self._thread.start()
@@ -49,11 +48,11 @@ class Watch:
         try:
             self.look()
         finally:
-            self._nvml.__exit__(kind, error, trace)
+            self._reader.close()
 
     def look(self) -> None:
         """Takes a sample now, beside those that are taken all the time."""
-        self.states.append(self._nvml.state())
+        self.states.append(self._read())
 
     def _sample(self) -> None:
         while not self._stop.wait(INTERVAL):

@@ -9,35 +9,33 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 from evit_deploy.bundle.manifest import ENGINE
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
-from evit_deploy.models.checkpoint import Tokens
-from evit_deploy.profiling.candidates import contestants_of
+from evit_deploy.profiling.candidates import candidates_of
 from evit_deploy.profiling.timing import measure_all
 from evit_deploy.progress import doing
+from evit_deploy.recipe.options import ProfileOptions
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import Check, ProfileRow, Report
 from evit_deploy.runtimes.select import check_server
+from evit_deploy.tokens.plan import TokenOptions
 from evit_deploy.triton.connection import Served
 
 _LOG = logging.getLogger(__name__)
 
-DURATION = 10.0
-
 
 def profile(
-    target: Path | str,
+    target: str | Path,
     *,
     runtimes: Sequence[str] = (),
-    batch_sizes: Sequence[int] | None = None,
-    threads: int | None = None,
-    duration: float = DURATION,
-    against: Path | None = None,
-    tokens: Tokens | None = None,
-    plugin: Path | str | None = None,
+    measure: ProfileOptions | None = None,
+    against: str | Path | None = None,
+    plugin: str | Path | None = None,
     server: Served | None = None,
+    **tokens: Unpack[TokenOptions],
 ) -> Report:
     """Profiles a bundle, an engine, an ONNX file or a checkpoint.
 
@@ -45,33 +43,34 @@ def profile(
         target: Bundle, ``engine.plan``, ``model.onnx``, or checkpoint (file or timm name). An engine that the manifest
             beside it lists, hash included, is profiled as its bundle is.
         runtimes: Names in the registry of runtimes; all that can run the target when empty.
-        batch_sizes: Images a call; 1, 8 and 32 by default, on a GPU 128 too, as far as the engines cover them.
-        threads: CPU threads; ``None`` for each runtime's own choice.
-        duration: Seconds to measure each batch size for, on each kind of device; at least five rounds are always run.
-        against: Bundle: its checkpoint, where it is no longer in its place. Engine or ONNX file: its dense twin.
-        tokens: Checkpoint: how to reduce it.
+        measure: Batch sizes, seconds and threads; at least five rounds are always run.
+        against: Bundle: its checkpoint, where it is no longer in its place. Engine or ONNX file: its dense baseline.
         plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
             has. For an engine that has the operator's body built in: what to compare that with.
         server: A running Triton server that serves the bundle; what is timed is a call from here and back.
+        tokens: Checkpoint: how to reduce it; fields of :class:`~evit_deploy.tokens.plan.TokenSpec`.
 
     Raises:
         InputError: The target is nothing that can be profiled, a runtime cannot run it, or an engine does not cover a
             batch size that was asked for; nothing was measured.
         MissingRequirement: An engine or a runtime was asked for, and what runs it is not here.
     """
+    measure = measure or ProfileOptions()
+    against = Path(against) if against is not None else None
     runtimes = check_server(runtimes, server)
     doing(_LOG, "reading the models")
     with tempfile.TemporaryDirectory(prefix="evit-deploy-") as scratch:
-        entry = contestants_of(
-            Path(target), str(target), against, tokens, runtimes, batch_sizes=batch_sizes, scratch=Path(scratch),
-            plugin=plugin, server=server,
+        found = candidates_of(
+            target, against, tokens, runtimes, batch_sizes=measure.batch_sizes, scratch=Path(scratch), plugin=plugin,
+            server=server,
         )  # fmt: skip
-        if not entry.contestants:
+        if not found.candidates:
             raise InputError("none of these runtimes runs this", where=target, seen=", ".join(runtimes) or None)
         report = measure_all(
-            entry.contestants, entry.plan, batch_sizes, threads=threads, duration=duration, required=entry.required,
+            found.candidates, found.plan, measure.batch_sizes, threads=measure.threads, duration=measure.duration,
+            required=found.required,
         )  # fmt: skip
-    return Report(notes=tuple(entry.notes), versions=versions(), device=device()) + report
+    return Report(notes=tuple(found.notes), versions=versions(), device=device()) + report
 
 
 def speed_gate(report: Report, min_speedup: float | None) -> Report:

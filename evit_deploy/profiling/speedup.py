@@ -6,34 +6,34 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from evit_deploy.profiling.candidates import Contestant
+from evit_deploy.profiling.candidates import Candidate
 from evit_deploy.report.report import ProfileRow
 from evit_deploy.report.statistics import median_interval
 from evit_deploy.tokens.plan import TokenPlan
 
 
 def rows_of(
-    contestants: Sequence[Contestant], plan: TokenPlan | None, batch: int, wall: np.ndarray, clock: np.ndarray
+    candidates: Sequence[Candidate], plan: TokenPlan | None, batch: int, wall: np.ndarray, clock: np.ndarray
 ) -> list[ProfileRow]:
-    """One row for each contestant.
+    """One row for each candidate.
 
     Args:
-        contestants: Who was timed.
+        candidates: Who was timed.
         plan: Token plan of the reduced ones, if known.
         batch: Images a call.
-        wall: Seconds, ``[rounds, contestants]``.
+        wall: Seconds, ``[rounds, candidates]``.
         clock: What ratios are made of, likewise.
     """
     rows = []
-    for index, contestant in enumerate(contestants):
-        row = row_of(contestant.runtime, contestant.variant, batch, wall[:, index], on_gpu=contestant.on_gpu)
-        ratios = _ratios(contestants, plan, clock, index) if contestant.variant != "dense" else {}
+    for index, candidate in enumerate(candidates):
+        row = row_of(candidate.runtime, candidate.variant, batch, wall[:, index], on_gpu=candidate.on_gpu)
+        ratios = _ratios(candidates, plan, clock, index) if candidate.variant != "dense" else {}
         rows.append(msgspec.structs.replace(row, **ratios))
     return rows
 
 
 def row_of(runtime: str, variant: str, batch: int, seconds: np.ndarray, *, on_gpu: bool) -> ProfileRow:
-    """What one contestant's own wall times say; no ratios yet.
+    """What one candidate's own wall times say; no ratios yet.
 
     Args:
         runtime: What the row calls its runtime.
@@ -58,7 +58,7 @@ def row_of(runtime: str, variant: str, batch: int, seconds: np.ndarray, *, on_gp
 
 
 def ratios_to_dense(dense: np.ndarray | None, own: np.ndarray, mac_ratio: float | None) -> dict[str, float]:
-    """How much faster one contestant is than its dense twin, and how much of the saved arithmetic that is.
+    """How much faster one candidate is than its dense twin, and how much of the saved arithmetic that is.
 
     Args:
         dense: Seconds of the twin in each round; ``None`` without one.
@@ -78,13 +78,11 @@ def ratios_to_dense(dense: np.ndarray | None, own: np.ndarray, mac_ratio: float 
     return ratios
 
 
-def _ratios(
-    contestants: Sequence[Contestant], plan: TokenPlan | None, clock: np.ndarray, index: int
-) -> dict[str, float]:
-    twins = {c.variant: i for i, c in enumerate(contestants) if c.runtime == contestants[index].runtime}
+def _ratios(candidates: Sequence[Candidate], plan: TokenPlan | None, clock: np.ndarray, index: int) -> dict[str, float]:
+    twins = {c.variant: i for i, c in enumerate(candidates) if c.runtime == candidates[index].runtime}
     dense = clock[:, twins["dense"]] if "dense" in twins else None
     ratios = ratios_to_dense(dense, clock[:, index], plan.mac_ratio() if plan is not None else None)
-    if "slice" in twins and contestants[index].variant not in ("dense", "slice"):
+    if "slice" in twins and candidates[index].variant not in ("dense", "slice"):
         ratios["overhead"] = float(statistics.median(clock[:, index] / clock[:, twins["slice"]])) - 1
     return ratios
 

@@ -5,7 +5,6 @@ whose speed drifts.
 """
 
 import copy
-import difflib
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,31 +18,30 @@ import onnx
 import timm
 import torch
 
-from evit_deploy.bundle.manifest import BatchProfile
 from evit_deploy.data.images import Preprocess
 from evit_deploy.engines import build
-from evit_deploy.engines.options import BUILDERS, BuildOptions, check_options
-from evit_deploy.environment import nvidia as gpu
+from evit_deploy.engines.options import BUILDERS, check_options
 from evit_deploy.environment.machine import device, versions
+from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import InputError
 from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import DTYPES, set_precision
-from evit_deploy.profiling.candidates import Contestant
+from evit_deploy.models.identify import check_model_name
+from evit_deploy.profiling.candidates import Candidate
 from evit_deploy.profiling.speedup import ratios_to_dense, row_of
-from evit_deploy.profiling.timing import clock_and_settle, clock_of_both, measure
+from evit_deploy.profiling.timing import MINIMUM_ROUNDS, clock_and_settle, clock_of_both, measure
 from evit_deploy.progress import doing
+from evit_deploy.recipe.options import BuildOptions
 from evit_deploy.recipe.recipe import Sweep
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import ProfileRow, Report
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.runtimes.select import opened
-from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
 _LOG = logging.getLogger(__name__)
 
-MINIMUM_ROUNDS = 5
 DENSE = "dense"
 
 
@@ -105,7 +103,7 @@ def sweep(recipe: Sweep) -> Report:
                     place = Path(folder) / f"{len(entries)}"
                     artifact = _artifact(variant, name, runtime, precision, recipe.batch_size, place)
                     runner = stack.enter_context(opened(runtime, artifact, recipe.threads))
-                    on_gpu = Contestant(runtime, variant.name, artifact).on_gpu
+                    on_gpu = Candidate(runtime, variant.name, artifact).on_gpu
                     entries.append(Entry(f"{runtime} {precision}", variant, runner, on_gpu))
             doing(_LOG, f"{name}: measuring {len(entries)} variants")
             report += _measured(name, entries, recipe)
@@ -129,15 +127,11 @@ def _pair(text: str, batch: int) -> tuple[str, str]:
 
 
 def _options(batch: int) -> BuildOptions:
-    return BuildOptions(profiles=(BatchProfile(batch, batch, batch),))
+    return BuildOptions(batches=((batch, batch, batch),))
 
 
 def _variants(name: str, recipe: Sweep) -> Iterator[Variant]:
-    load_backbones()
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=1)
-        fix = f"Did you mean {close[0]!r}?" if close else None
-        raise InputError("no timm model", where="models", seen=repr(name), fix=fix)
+    check_model_name(name, where="models")
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     specs = [(DENSE, TokenSpec(keep_rate=1.0))]
@@ -153,7 +147,7 @@ def _artifact(variant: Variant, name: str, runtime: str, precision: str, batch: 
     """What a runtime runs: the module itself, an ONNX file, or an engine for the one batch size."""
     files = RUNTIMES.get(runtime).files
     if not files:
-        device_name = "cuda" if gpu.compute_capability() else "cpu"
+        device_name = "cuda" if compute_capability() else "cpu"
         return copy.deepcopy(variant.model).to(device_name, DTYPES[precision])
     proto = export_onnx(variant.model, name=name, preprocess=Preprocess.from_model(variant.model))
     path = place.with_suffix(".onnx")

@@ -1,6 +1,6 @@
-"""The clock: contestants take turns, and ratios are made of what was measured in the same round.
+"""The clock: candidates take turns, and ratios are made of what was measured in the same round.
 
-In every round each contestant runs once, in an order drawn anew, so that a machine whose speed drifts slows all of them
+In every round each candidate runs once, in an order drawn anew, so that a machine whose speed drifts slows all of them
 alike and nobody always follows the same one; ratios are medians over rounds. On a CPU with one thread they are made of
 that thread's CPU time, which neighbours on the machine do not touch; with more threads, and on a GPU, of wall time.
 
@@ -17,10 +17,10 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from evit_deploy.environment import nvidia as gpu
+from evit_deploy.environment.nvidia import current_device
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.profiling.batch_sizes import sizes_for
-from evit_deploy.profiling.candidates import Contestant
+from evit_deploy.profiling.candidates import Candidate
 from evit_deploy.profiling.engine_times import (
     Timed,
     block_report,
@@ -48,32 +48,32 @@ two cores at batch 1, the model after eager took 10 % longer than its slice twin
 
 
 class Group(msgspec.Struct, frozen=True):
-    """Contestants that take turns.
+    """Candidates that take turns.
 
     Args:
-        contestants: Who they are.
+        candidates: Who they are.
         runners: Their runners, opened.
         on_gpu: Whether they compute on a GPU.
     """
 
-    contestants: list[Contestant]
+    candidates: list[Candidate]
     runners: list[Runner]
     on_gpu: bool
 
     @property
     def threads_tell(self) -> bool:
         """Whether a call's CPU time is this process's: a server's is not."""
-        return not any(RUNTIMES.get(contestant.runtime).served for contestant in self.contestants)
+        return not any(RUNTIMES.get(candidate.runtime).served for candidate in self.candidates)
 
     @property
     def engines(self) -> list[Timed]:
         """Those that tell more than how long a call takes."""
-        pairs = zip(self.contestants, self.runners, strict=True)
-        return [Timed(contestant, runner) for contestant, runner in pairs if isinstance(runner, EngineRunner)]
+        pairs = zip(self.candidates, self.runners, strict=True)
+        return [Timed(candidate, runner) for candidate, runner in pairs if isinstance(runner, EngineRunner)]
 
 
 def measure_all(
-    contestants: Sequence[Contestant],
+    candidates: Sequence[Candidate],
     plan: TokenPlan | None,
     batch_sizes: Sequence[int] | None,
     *,
@@ -82,10 +82,10 @@ def measure_all(
     minimum_rounds: int = MINIMUM_ROUNDS,
     required: frozenset[str] | None = None,
 ) -> Report:
-    """Runs all contestants, interleaved with those on the same device, at every batch size.
+    """Runs all candidates, interleaved with those on the same device, at every batch size.
 
     Args:
-        contestants: Who runs.
+        candidates: Who runs.
         plan: Token plan of the reduced ones; ``None`` where nobody knows it.
         batch_sizes: Images a call; ``None`` for 1, 8 and 32, on a GPU 128 too, as far as all engines cover them.
         threads: CPU threads.
@@ -100,7 +100,7 @@ def measure_all(
         MissingRequirement: A runtime is not here.
     """
     with ExitStack() as stack:
-        groups, notes = open_all(stack, contestants, threads, required)
+        groups, notes = open_all(stack, candidates, threads, required)
         sizes = []
         for group in groups:
             _check_images(group)
@@ -119,13 +119,13 @@ def clock_of_both(rows: Sequence[ProfileRow], threads: int | None) -> Report:
 
 
 def open_all(
-    stack: ExitStack, contestants: Sequence[Contestant], threads: int | None, required: frozenset[str] | None
+    stack: ExitStack, candidates: Sequence[Candidate], threads: int | None, required: frozenset[str] | None
 ) -> tuple[list[Group], list[str]]:
     """Opens everybody's runner.
 
     Args:
         stack: Closes them.
-        contestants: Who they are.
+        candidates: Who they are.
         threads: CPU threads.
         required: See :func:`measure_all`.
 
@@ -138,35 +138,35 @@ def open_all(
     """
     runners: dict[int, Runner] = {}
     failed: dict[str, InputError | MissingRequirement] = {}
-    for index, contestant in enumerate(contestants):
-        name = contestant.runtime
+    for index, candidate in enumerate(candidates):
+        name = candidate.runtime
         try:
             if name not in failed:
-                runners[index] = stack.enter_context(opened(name, contestant.artifact, threads))
+                runners[index] = stack.enter_context(opened(name, candidate.artifact, threads))
         except (InputError, MissingRequirement) as error:
             if required is None or name in required:
                 raise
             failed[name] = error
-    taking_part = [index for index in runners if contestants[index].runtime not in failed]
+    taking_part = [index for index in runners if candidates[index].runtime not in failed]
     if failed and not taking_part:
         raise next(iter(failed.values()))
     groups = []
     for on_gpu in (False, True):
-        own = [index for index in taking_part if contestants[index].on_gpu == on_gpu]
+        own = [index for index in taking_part if candidates[index].on_gpu == on_gpu]
         if own:
-            groups.append(Group([contestants[index] for index in own], [runners[index] for index in own], on_gpu))
+            groups.append(Group([candidates[index] for index in own], [runners[index] for index in own], on_gpu))
     return groups, [f"{name} was not timed: {error}" for name, error in failed.items()]
 
 
 def _check_images(group: Group) -> None:
     """Twins that take other images cannot be compared."""
-    first: dict[str, tuple[Contestant, list[tuple[int | None, ...]]]] = {}
-    for contestant, runner in zip(group.contestants, group.runners, strict=True):
+    first: dict[str, tuple[Candidate, list[tuple[int | None, ...]]]] = {}
+    for candidate, runner in zip(group.candidates, group.runners, strict=True):
         taken = [spec.shape[1:] for spec in runner.inputs]
-        other, wanted = first.setdefault(contestant.runtime, (contestant, taken))
+        other, wanted = first.setdefault(candidate.runtime, (candidate, taken))
         if taken != wanted:
             raise InputError(
-                f"the {contestant.variant} takes other images than the {other.variant}", where=contestant.artifact,
+                f"the {candidate.variant} takes other images than the {other.variant}", where=candidate.artifact,
                 seen=taken, wanted=wanted, fix="Give the twin of this very model.",
             )  # fmt: skip
 
@@ -187,21 +187,21 @@ def _measure_group(
             doing(_LOG, f"profiling batch {batch}" + " on the GPU" * group.on_gpu)
             mark = len(watch.states) if watch else 0
             wall, cpu = measure(group.runners, batch, duration, minimum_rounds, settle)
-            report += Report(rows=tuple(rows_of(group.contestants, plan, batch, wall, cpu if clock == "cpu" else wall)))
-            for contestant, runner in zip(group.contestants, group.runners, strict=True):
-                if RUNTIMES.get(contestant.runtime).served:
+            report += Report(rows=tuple(rows_of(group.candidates, plan, batch, wall, cpu if clock == "cpu" else wall)))
+            for candidate, runner in zip(group.candidates, group.runners, strict=True):
+                if RUNTIMES.get(candidate.runtime).served:
                     doing(_LOG, f"profiling batch {batch} with {CLIENTS} clients")
                     (feeds,) = _feeds([runner], batch)
-                    report += Report(load=(measure_load(contestant.artifact, feeds, duration),))
+                    report += Report(load=(measure_load(candidate.artifact, feeds, duration),))
             if engines:
                 report += latency_report(engines, time_parts(engines, batch, duration), batch)
             if watch:
                 watch.look()
                 report += Report(gpu=(summarize_states(watch.states[mark:], batch),))
     for engine in engines:
-        if engine.contestant.variant != "slice":
+        if engine.candidate.variant != "slice":
             doing(_LOG, f"profiling the blocks of {engine.label}")
-            dense = plan.dense() if plan is not None and engine.contestant.variant == "dense" else plan
+            dense = plan.dense() if plan is not None and engine.candidate.variant == "dense" else plan
             report += block_report(engine, dense)
     notes += [*verdict(report.rows), *hidden_gains(report), *launch_notes(report.latencies)]
     notes += [f"{engine.label}: {note}" for engine in engines for note in engine.runner.notes]
@@ -220,7 +220,7 @@ def clock_and_settle(threads: int | None, *, on_gpu: bool) -> tuple[Literal["cpu
 
     Args:
         threads: CPU threads.
-        on_gpu: Whether the contestants compute on a GPU.
+        on_gpu: Whether the candidates compute on a GPU.
     """
     if on_gpu:
         return "wall", 0.0
@@ -230,7 +230,7 @@ def clock_and_settle(threads: int | None, *, on_gpu: bool) -> tuple[Literal["cpu
 def watched(stack: ExitStack) -> tuple[Watch | None, list[str]]:
     """Watches the GPU until the stack is closed; without the package for it, a note says that nobody did."""
     try:
-        return stack.enter_context(Watch(gpu.current_device())), []
+        return stack.enter_context(Watch(current_device())), []
     except MissingRequirement as error:
         return None, [f"The GPU's clocks were not watched: {error}"]
 

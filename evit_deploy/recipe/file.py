@@ -3,22 +3,18 @@
 What a recipe holds is in :mod:`evit_deploy.recipe.recipe`; nothing here knows of it.
 """
 
-import ast
-import difflib
-import inspect
-import itertools
 import re
 import textwrap
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import yaml
 
-from evit_deploy.errors import RecipeError
+from evit_deploy.errors import RecipeError, did_you_mean
+from evit_deploy.recipe.fields import choices_in, field_docs, struct_in
 
 _Kind = typing.TypeVar("_Kind", bound=msgspec.Struct)
 
@@ -39,6 +35,7 @@ def load(path: str | Path, overrides: Sequence[str], kind: type[_Kind]) -> _Kind
     for override in overrides:
         _override(document, override)
     _check_keys(document, kind, "", path)
+    _read_none(document, kind)
     try:
         return msgspec.convert(document, kind, strict=False)
     except msgspec.ValidationError as error:
@@ -52,29 +49,49 @@ def _refusal(text: str, document: dict[str, Any], kind: type[msgspec.Struct], pa
     where = f"{path}: {place}" if place else path
     if not what.startswith(("Expected ", "Invalid ")):  # a section's own words, which say all
         return RecipeError(what, where=where)
-    value, purpose = _at(place, document, kind)
+    value, purpose, choices = _at(place, document, kind)
+    if choices:
+        wanted = "one of " + ", ".join(choices)
+        fix = did_you_mean(str(value).strip("'"), choices) or purpose
+        return RecipeError("this value does not fit", where=where, seen=value, wanted=wanted, fix=fix)
     if what.startswith("Invalid "):  # it has the value in it
         return RecipeError(what, where=where, fix=purpose)
     wanted, _, got = what.removeprefix("Expected ").partition(", got ")
     return RecipeError("this value does not fit", where=where, seen=value or got or None, wanted=wanted, fix=purpose)
 
 
-def _at(place: str, document: dict[str, Any], kind: type[msgspec.Struct]) -> tuple[str | None, str | None]:
-    """The value at a place like ``convert.batches[0]``, and what is written below the innermost field on the way."""
+def _at(
+    place: str, document: dict[str, Any], kind: type[msgspec.Struct]
+) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """The value at a place like ``convert.batches[0]``, the documentation of the innermost field on the way, and its
+    choices, if it has some."""
     value: Any = document
     struct: type[msgspec.Struct] | None = kind
     known: str | None = None
+    choices: tuple[str, ...] = ()
     name = ""
     for step in re.findall(r"[^.\[\]]+|\.{3}", place):
         if step == "...":  # some key of a mapping: which one is not told
-            return None, known
+            return None, known, choices
         value = value[int(step) if isinstance(value, list) else step]
         if struct is not None:
             name += ("." if name else "") + step
             text = field_docs(struct).get(step)
             known = f"{name}: {text.replace('``', chr(39))}" if text else known
-            struct = _struct_in({field.name: field.type for field in msgspec.structs.fields(struct)}[step])
-    return textwrap.shorten(repr(value), 60, placeholder=" ..."), known
+            kinds = {field.name: field.type for field in msgspec.structs.fields(struct)}
+            choices, struct = choices_in(kinds[step]), struct_in(kinds[step])
+    return textwrap.shorten(repr(value), 60, placeholder=" ..."), known, choices
+
+
+def _read_none(document: dict[str, Any], kind: type[msgspec.Struct]) -> None:
+    """Reads ``null``, ``no`` and ``off`` as ``none`` where that is a choice: YAML 1.1 makes them null and false."""
+    for field in msgspec.structs.fields(kind):
+        value = document.get(field.name, "absent")
+        if (value is None or value is False) and "none" in choices_in(field.type):
+            document[field.name] = "none"
+        inner = struct_in(field.type)
+        if inner is not None and isinstance(value, dict):
+            _read_none(value, inner)
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -87,16 +104,6 @@ def read_document(path: Path) -> dict[str, Any]:
         RecipeError: The file cannot be read.
     """
     return _read_yaml(_shipped(path))
-
-
-def field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
-    """What is written below the fields of a section: field -> text on one line."""
-    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(struct))).body[0]).body
-    docs = {}
-    for field, below in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            docs[field.target.id] = " ".join(str(typing.cast(ast.Constant, below.value).value).split())
-    return docs
 
 
 class _Loader(yaml.SafeLoader):
@@ -113,12 +120,21 @@ class _Loader(yaml.SafeLoader):
 def _shipped(path: Path) -> Path:
     """Where an installed package keeps its recipes: the messages and pages name them as in a checkout."""
     folders = (Path(), Path("recipes"), Path("paper"), Path("recipes/paper"))
-    if path.exists() or path.parent not in folders or path.suffix not in ("", ".yaml"):
+    if path.is_file() or path.parent not in folders:
         return path
-    package = Path(__file__).parents[1]
-    folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package)
-    found = folder / ("paper" if path.parent.name == "paper" else "") / f"{path.stem}.yaml"
+    found = _recipes() / ("paper" if path.parent.name == "paper" else "") / f"{path.name.removesuffix('.yaml')}.yaml"
     return found if found.is_file() else path
+
+
+def _recipes() -> Path:
+    package = Path(__file__).parents[1]
+    return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package)
+
+
+def _near_recipe(path: Path) -> str | None:
+    """The recipe that came with the package and has the most similar name, as a question."""
+    names = [name for found in _recipes().rglob("*.yaml") if (name := found.relative_to(_recipes()).as_posix()[:-5])]
+    return did_you_mean(path.as_posix().removeprefix("recipes/").removesuffix(".yaml"), names)
 
 
 def _read_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -147,7 +163,8 @@ def _read_one(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError("no such recipe", where=path, fix="Give the path of a YAML file, or `digits`.") from None
+        fix = _near_recipe(path) or "Give the path of a YAML file, or `digits`."
+        raise RecipeError("no such recipe", where=path, fix=fix) from None
     except IsADirectoryError:
         raise RecipeError("this is a folder", where=path, wanted="a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -185,27 +202,12 @@ def _check_keys(document: Mapping[Any, Any], struct: type[msgspec.Struct], place
     known = {field.name: field.type for field in msgspec.structs.fields(struct)}
     for key, value in document.items():
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
             raise RecipeError(
                 f"unknown key {place + str(key)!r}",
                 where=path,
                 wanted="one of " + ", ".join(known),
-                fix=f"Did you mean {place + close[0]!r}?" if close else None,
+                fix=did_you_mean(key, known, prefix=place),
             )
-        inner = _struct_in(known[key])
+        inner = struct_in(known[key])
         if inner is not None and isinstance(value, Mapping):
             _check_keys(value, inner, f"{place}{key}.", path)
-
-
-def _struct_in(annotation: Any) -> type[msgspec.Struct] | None:
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((t for t in options if isinstance(t, type) and issubclass(t, msgspec.Struct)), None)
-
-
-def structs_in(struct: type[msgspec.Struct]) -> Iterator[type[msgspec.Struct]]:
-    """A struct, and all that its fields hold."""
-    yield struct
-    for field in msgspec.structs.fields(struct):
-        inner = _struct_in(field.type)
-        if inner is not None:
-            yield from structs_in(inner)

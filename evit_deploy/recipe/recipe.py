@@ -14,7 +14,9 @@ import yaml
 from msgspec import Meta
 
 from evit_deploy.errors import RecipeError
-from evit_deploy.recipe.file import field_docs, load, read_document, structs_in
+from evit_deploy.recipe.fields import field_docs, structs_in
+from evit_deploy.recipe.file import load, read_document
+from evit_deploy.recipe.options import ConvertSection, ProfileSection
 from evit_deploy.recipe.sections import Count, Section, Share
 from evit_deploy.recipe.sections import DataSection as DataSection
 from evit_deploy.recipe.sections import ModelSection as ModelSection
@@ -33,32 +35,6 @@ class CompareSection(Section, frozen=True, kw_only=True):
     those with the lowest scores, ``slice`` the first ones."""
     keep_rates: tuple[Annotated[float, Meta(gt=0, le=1)], ...] = ()
     """Further keep rates to evaluate without training; the recipe's own is always among them."""
-
-
-class ProfileSection(Section, frozen=True, kw_only=True):
-    """How speed is measured."""
-
-    batch_sizes: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 8, 32)
-    """Images a call, one row each."""
-    duration: Annotated[float, Meta(gt=0, le=1e6)] = 3.0
-    """Seconds of measurement for each row, after the warm-up."""
-    threads: Count | None = None
-    """CPU threads; ``null`` leaves the runtime's own choice."""
-
-
-class ConvertSection(Section, frozen=True, kw_only=True):
-    """What the fine-tuned model is turned into; see ``evit-deploy convert --help``."""
-
-    targets: tuple[str, ...] = ("onnx",)
-    """``onnx``, ``openvino``, and at most one of ``tensorrt``, ``tensorrt-rtx``, ``torch-tensorrt``."""
-    precision: str | None = None
-    """``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``; ``null`` is fp16 for an engine and fp32 otherwise."""
-    gpus: tuple[str, ...] = ()
-    """TensorRT-RTX: GPUs to build for (``sm80``); this machine's by default."""
-    batches: tuple[tuple[Count, Count, Count], ...] = ((1, 32, 128),)
-    """Least, best and largest batch of each of an engine's optimization profiles."""
-    calibration_images: Count = 256
-    """For ``int8`` and ``fp8``: how many training images to learn ranges from, without their augmentation."""
 
 
 class ExpectSection(Section, frozen=True, kw_only=True):

@@ -4,6 +4,8 @@ from typing import Any
 
 import msgspec
 
+from evit_deploy.errors import GateFailed
+
 
 class Check(msgspec.Struct, frozen=True):
     """One yes-or-no question and its answer.
@@ -24,12 +26,12 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class ProfileRow(msgspec.Struct, frozen=True):
-    """How fast one contestant ran at one batch size.
+    """How fast one candidate ran at one batch size.
 
     Args:
         runtime: Name in the registry of runtimes.
         variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
-            :class:`evit_deploy.profiling.candidates.Contestant`.
+            :class:`evit_deploy.profiling.candidates.Candidate`.
         batch: Images a call.
         rounds: Calls measured.
         images_per_second: Batch over the median latency.
@@ -96,7 +98,7 @@ class LatencyRow(msgspec.Struct, frozen=True):
     Args:
         runtime: Name in the registry of runtimes.
         variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
-            :class:`evit_deploy.profiling.candidates.Contestant`.
+            :class:`evit_deploy.profiling.candidates.Candidate`.
         batch: Images a call.
         images_per_second: Batch over the median compute time: what the engine could do if data lay on the GPU.
         latency: Copies and compute.
@@ -307,6 +309,41 @@ class Report(msgspec.Struct, frozen=True):
     def failed(self) -> tuple[Check, ...]:
         """The checks that did not hold."""
         return tuple(check for check in self.checks if not check.passed)
+
+    def raise_if_failed(
+        self,
+        what: str = "{failed} of {checks} checks failed, first: {name}",
+        *,
+        where: object = None,
+        seen: str = "{value}",
+        wanted: str = "{limit}",
+        fix: str | None = None,
+    ) -> None:
+        """Stops at the first check that did not hold; returns where all held.
+
+        ``what``, ``seen`` and ``wanted`` are format strings: they take ``failed`` and ``checks``, which are counts, and
+        ``name``, ``value`` and ``limit`` of the check.
+
+        Args:
+            what: What happened.
+            where: What was checked.
+            seen: The value, left out where the check has none.
+            wanted: The limit, left out where the check has none.
+            fix: What to do about it, or what became of the work; by default the check's own reason.
+
+        Raises:
+            GateFailed: A check did not hold.
+        """
+        if self.passed:
+            return
+        first, counts = self.failed[0], {"failed": len(self.failed), "checks": len(self.checks)}
+        raise GateFailed(
+            what.format(name=first.name, value=first.value, limit=first.limit, **counts),
+            where=where,
+            seen=None if first.value is None else seen.format(value=first.value),
+            wanted=None if first.limit is None else wanted.format(limit=first.limit),
+            fix=first.reason if fix is None else fix,
+        )
 
     def __add__(self, other: "Report") -> "Report":
         return Report(

@@ -1,13 +1,12 @@
 """How a report looks on a terminal: tables that rather lose columns than letters."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from evit_deploy.report.report import BlockRow, GpuSummary, LatencyRow, LoadRow, ProfileRow, Report, Summary
+from evit_deploy.report.report import BlockRow, GpuSummary, LatencyRow, LoadRow, ProfileRow, Report, Summary
 
 
-def render(report: "Report", console: Any) -> None:
+def render(report: Report, console: Any) -> None:
     """Prints a report on a rich console, as tables.
 
     Args:
@@ -89,7 +88,7 @@ def _shown(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else format(value, form) + unit
 
 
-def _profile_cells(row: "ProfileRow") -> tuple[str, ...]:
+def _profile_cells(row: ProfileRow) -> tuple[str, ...]:
     return (
         row.runtime,
         row.variant,
@@ -107,14 +106,14 @@ def _profile_cells(row: "ProfileRow") -> tuple[str, ...]:
     )
 
 
-def _load_cells(row: "LoadRow") -> tuple[str, ...]:
+def _load_cells(row: LoadRow) -> tuple[str, ...]:
     numbers = row.images_per_second, row.p50, row.p99, row.images_a_run
     shown = [f"{number:.{digits}f}" for number, digits in zip(numbers, (1, 2, 2, 1), strict=True)]
     return row.model, str(row.batch), str(row.clients), str(row.requests), *shown
 
 
-def _latency_cells(row: "LatencyRow") -> tuple[str, ...]:
-    def percentiles(part: "Summary") -> str:
+def _latency_cells(row: LatencyRow) -> tuple[str, ...]:
+    def percentiles(part: Summary) -> str:
         return f"{part.median:.3f}/{part.p95:.3f}/{part.p99:.3f}"
 
     return (
@@ -128,7 +127,7 @@ def _latency_cells(row: "LatencyRow") -> tuple[str, ...]:
     )
 
 
-def _block_cells(row: "BlockRow") -> tuple[str, ...]:
+def _block_cells(row: BlockRow) -> tuple[str, ...]:
     return (
         row.runtime,
         row.variant,
@@ -142,7 +141,7 @@ def _block_cells(row: "BlockRow") -> tuple[str, ...]:
     )
 
 
-def _gpu_cells(row: "GpuSummary") -> tuple[str, ...]:
+def _gpu_cells(row: GpuSummary) -> tuple[str, ...]:
     def clock(span: tuple[int, int] | None, most: int | None) -> str:
         if span is None:
             return ""

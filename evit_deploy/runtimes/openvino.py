@@ -12,6 +12,7 @@ import numpy as np
 from onnx import ModelProto
 
 from evit_deploy.bundle.manifest import TensorSpec
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.export.card import ModelCard, load_onnx, read_card
 from evit_deploy.export.openvino import (
@@ -62,7 +63,7 @@ class OpenVINORunner(Runner):
         """The package."""
         if importlib.util.find_spec("openvino") is None:
             return MissingRequirement(
-                "openvino is needed", seen="not installed", fix='Run: pip install "evit-deploy[openvino]"'
+                "openvino is needed", seen="not installed", fix=f"Run: {install_line('openvino')}"
             )
         return None
 

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 import msgspec
 import numpy as np
 
-from evit_deploy.bundle.manifest import BatchProfile, TensorSpec
+from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.engines.layers import Layer
 from evit_deploy.errors import MissingRequirement
+from evit_deploy.recipe.options import BatchProfile
 
 
 class Runner(ABC):

@@ -15,12 +15,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 
-from evit_deploy.bundle.manifest import BatchProfile, TensorSpec, choose_profile
+from evit_deploy.bundle.manifest import TensorSpec, choose_profile
 from evit_deploy.engines.layers import Layer, parse_layers
 from evit_deploy.engines.plan_file import MODULES, misfit, read_header
 from evit_deploy.engines.plugin.library import load_plugin
-from evit_deploy.environment import nvidia as gpu
+from evit_deploy.environment.nvidia import compute_capability, missing_gpu
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, StageError
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.runtimes.runner import Runner, Timings
 from evit_deploy.runtimes.tensorrt_lane import Lane, torch_dtype
 
@@ -67,11 +69,10 @@ class TensorRTRunner(Runner):
     def missing(cls) -> MissingRequirement | None:
         """The package, then PyTorch with CUDA, then a GPU with its driver."""
         if importlib.util.find_spec(cls.module) is None:
-            fix = f'pip install "evit-deploy[{cls.name}]"'
             return MissingRequirement(
-                f"{MODULES[cls.name]} is not installed", wanted=f"{cls.module} in Python", fix=fix
+                f"{MODULES[cls.name]} is not installed", wanted=f"{cls.module} in Python", fix=install_line(cls.name)
             )
-        return gpu.missing()
+        return missing_gpu()
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:
@@ -127,7 +128,7 @@ class TensorRTRunner(Runner):
 
     def _refusal(self) -> EvitDeployError:
         """The error for a plan that the library did not load."""
-        path, capability = Path(self.artifact), gpu.compute_capability(self._device)
+        path, capability = Path(self.artifact), compute_capability(self._device)
         error = misfit(path, self._header, version=self._trt.__version__, gpu=capability)
         if error is not None:
             return error
@@ -302,7 +303,7 @@ class TensorRTRTXRunner(TensorRTRunner):
             Path(self.artifact),
             self._header,
             version=self._trt.__version__,
-            gpu=gpu.compute_capability(self._device),
+            gpu=compute_capability(self._device),
         )
         validity, words = engine_validity(self._trt, self._runtime, content)
         if validity == "SUBOPTIMAL":

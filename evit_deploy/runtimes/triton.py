@@ -10,9 +10,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from evit_deploy.bundle.manifest import BatchProfile, TensorSpec
+from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, StageError
 from evit_deploy.export.card import kept_name
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.triton.connection import IN_FLIGHT, Connection, Served, client_missing, split_url
 

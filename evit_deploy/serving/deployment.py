@@ -4,14 +4,15 @@ Containers, Compose and Kubernetes get the same image and the same arguments.
 """
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import yaml
+from packaging.version import Version
 
-from evit_deploy.environment.requirements import numbers
 from evit_deploy.errors import InputError
 
 IMAGE = "nvcr.io/nvidia/tritonserver"
@@ -96,9 +97,9 @@ def declared_server(release: str | None, tensorrt: str | None, plan: str | None)
         InputError: They are no versions, or nothing is known that fits.
     """
     for option, value in (("--server", release), ("--server-tensorrt", tensorrt)):
-        if value is not None and len(numbers(value)) != value.count(".") + 1:
+        if value is not None and not re.fullmatch(r"[0-9]+(\.[0-9]+)*", value):
             raise InputError("not a version", where=option, seen=repr(value), wanted="numbers, as in 26.07 or 11.1.0")
-    if release is not None and (len(release) != 5 or len(numbers(release)) != 2):
+    if release is not None and (len(release) != 5 or release.count(".") != 1):
         raise InputError("not a release of Triton", where="--server", seen=repr(release), wanted="year.month, as 26.07")
     if release is not None and release < min(RELEASES):
         raise InputError(
@@ -127,8 +128,20 @@ def same(one: str, other: str) -> bool:
     >>> same("11", "11.1.0.106"), same("11.1", "11.2.0"), same("10.14.1.48", "10.14.1.50")
     (True, False, True)
     """
-    pairs = zip(numbers(one)[:3], numbers(other)[:3], strict=False)
-    return all(a == b for a, b in pairs)
+    return all(a == b for a, b in _shared(one, other))
+
+
+def older(one: str, other: str) -> bool:
+    """Whether a version of TensorRT is older than another in the numbers that both have, of major, minor and patch.
+
+    >>> older("10.13", "10.14.1.48"), older("10.14", "10.14.1.48"), older("11", "10.14.1")
+    (True, False, False)
+    """
+    return next((a < b for a, b in _shared(one, other) if a != b), False)
+
+
+def _shared(one: str, other: str) -> list[tuple[int, int]]:
+    return list(zip(Version(one).release[:3], Version(other).release[:3], strict=False))
 
 
 class Launch(msgspec.Struct, frozen=True):

@@ -1,5 +1,6 @@
 """What has to hold before bundles are packaged: files, proof, one model, the right platform, GPU and server."""
 
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,23 +8,15 @@ import msgspec
 
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle
-from evit_deploy.bundle.manifest import ENGINE, MANIFEST, MODEL, OPENVINO, REPORT, Engine, Manifest
+from evit_deploy.bundle.manifest import ENGINE, MANIFEST, REPORT, Engine, Manifest
 from evit_deploy.engines.plan_file import read_header
-from evit_deploy.environment.requirements import numbers
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import INPUT, LOGITS
 from evit_deploy.report.report import Report
-from evit_deploy.serving.deployment import RELEASES, Server, declared_server, same
+from evit_deploy.serving.deployment import RELEASES, Server, declared_server, older, same
+from evit_deploy.serving.options import Purpose
+from evit_deploy.targets.target import all_targets
 
-FILES = {
-    "tensorrt": (ENGINE,),
-    "tensorrt-rtx": (ENGINE,),
-    "onnxruntime": (MODEL,),
-    "openvino": (OPENVINO, OPENVINO.replace(".xml", ".bin")),
-}
-"""Platform -> the files of a bundle that it runs."""
-PLATFORMS = {"triton": ("tensorrt", "onnxruntime", "openvino"), "cpp": ("tensorrt", "tensorrt-rtx", "openvino")}
-"""What a package is for -> platforms, the preferred first."""
 _ONE_MODEL = ("kind", "model", "model_args", "tokens", "plan", "preprocess", "labels", "inputs", "outputs", "precision")
 DALI_FILTERS = ("bilinear", "bicubic", "lanczos")
 _AMPERE = 80
@@ -31,21 +24,37 @@ CONTAINER = "nvcr.io/nvidia/tensorrt"
 """Has the TensorRT of Triton's release of the same month."""
 
 
-def platform_of(bundle: Bundle, target: str, asked: str | None) -> str:
+def platforms(purpose: str) -> dict[str, tuple[str, ...]]:
+    """Platforms of a kind of package, the preferred first, each with the files of a bundle that it runs."""
+    found: dict[str, tuple[str, ...]] = {}
+    for target in all_targets().values():
+        if purpose in target.platforms:
+            platform, files = target.platforms[purpose]
+            found.setdefault(platform, files)
+    return found
+
+
+def files_of(platform: str) -> tuple[str, ...]:
+    """Files of a bundle that a platform runs."""
+    return next(files for purpose in typing.get_args(Purpose) if (files := platforms(purpose).get(platform)))
+
+
+def platform_of(bundle: Bundle, purpose: str, asked: str | None) -> str:
     """The platform that was asked for, or the first that the bundle has everything for.
 
     Raises:
-        InputError: The target has no such platform, or the bundle nothing for it.
+        InputError: There is no such platform, or the bundle nothing for it.
     """
-    if asked is not None and asked not in PLATFORMS[target]:
+    if asked is not None and asked not in platforms(purpose):
         raise InputError(
-            f"there is no such platform for {target}", where="--platform", seen=repr(asked),
-            wanted=" or ".join(PLATFORMS[target]),
+            f"there is no such platform for {purpose}", where="--platform", seen=repr(asked),
+            wanted=" or ".join(platforms(purpose)),
         )  # fmt: skip
-    reasons = {platform: _lacks(bundle, platform) for platform in ([asked] if asked else PLATFORMS[target])}
+    reasons = {platform: _lacks(bundle, platform) for platform in ([asked] if asked else platforms(purpose))}
     found = next((platform for platform, reason in reasons.items() if reason is None), None)
     if found is None:
-        wanted = " or ".join("onnx" if platform == "onnxruntime" else platform for platform in reasons)
+        able = {name: target.platforms.get(purpose, ("",))[0] for name, target in all_targets().items()}
+        wanted = " or ".join(name for name, platform in able.items() if platform in reasons)
         raise InputError(
             "the bundle has nothing for " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()),
             where=bundle.path, fix=f"Convert again with --target {wanted}.",
@@ -55,7 +64,7 @@ def platform_of(bundle: Bundle, target: str, asked: str | None) -> str:
 
 def _lacks(bundle: Bundle, platform: str) -> str | None:
     """What a bundle lacks for a platform."""
-    missing = [name for name in FILES[platform] if name not in bundle.manifest.files]
+    missing = [name for name in files_of(platform) if name not in bundle.manifest.files]
     if missing:
         return f"no {' and '.join(missing)} in it"
     if platform.startswith("tensorrt"):
@@ -289,7 +298,7 @@ def server_for(found: Sequence[Bundle], platform: str, release: str | None, tens
             fix=f"Give it: --server-tensorrt VERSION. Known are {min(RELEASES)} to {max(RELEASES)}.",
         )  # fmt: skip
     for bundle, built in zip(found, headers, strict=True):
-        later = lasting and numbers(server.tensorrt)[:3] >= numbers(built)[: len(numbers(server.tensorrt)[:3])]
+        later = lasting and not older(server.tensorrt, built)
         if not (same(server.tensorrt, built) or later):
             raise InputError(
                 "the plan was built with another TensorRT than the server's, and runs on that one only",

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import typing
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +25,6 @@ from evit_deploy.progress import doing
 from evit_deploy.serving import cpp as cpp_folder
 from evit_deploy.serving.deployment import Launch, Server
 from evit_deploy.serving.gates import (
-    FILES,
-    PLATFORMS,
     check_files,
     check_gpus,
     check_preprocess,
@@ -34,38 +33,19 @@ from evit_deploy.serving.gates import (
     compute_capability,
     doubt,
     engine_of,
+    files_of,
     labels_of,
     platform_of,
     server_for,
     version_compatible,
 )
+from evit_deploy.serving.options import PackageOptions, Purpose, TritonOptions
 from evit_deploy.serving.readme import triton_readme
-from evit_deploy.serving.repository import MAX_BATCH, MODEL_FILES, QUEUE_DELAY, Serving, covered, write_repository
+from evit_deploy.serving.repository import MAX_BATCH, MODEL_FILES, Serving, covered, write_repository
 
 _LOG = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-
-
-class TritonOptions(msgspec.Struct, frozen=True):
-    """What can be told of the server and of how it is to serve.
-
-    Args:
-        server: Release of Triton, ``26.07``; by default the newest that goes with the plan, as far as is known.
-        server_tensorrt: Version of TensorRT in it, where that is not known here.
-        preprocess: ``python`` or ``dali``: the server makes inputs of image files, with Pillow on the CPU, as in
-            training, or nearly so with DALI on the GPU; ``none``: clients send inputs.
-        max_batch: Most images a call; by default what the plan covers, 32 for ONNX Runtime, 1 for OpenVINO.
-        instances: Of the model, on each GPU or on the CPU.
-        queue_delay: Microseconds that a request may wait to be batched with others.
-    """
-
-    server: str | None = None
-    server_tensorrt: str | None = None
-    preprocess: str = "python"
-    max_batch: int | None = None
-    instances: int = 1
-    queue_delay: int = QUEUE_DELAY
 
 
 class Package(msgspec.Struct, frozen=True):
@@ -107,33 +87,22 @@ class Package(msgspec.Struct, frozen=True):
 
 
 def package(
-    paths: Sequence[Path],
-    target: str,
+    paths: str | Path | Sequence[str | Path],
+    purpose: str,
     *,
-    platform: str | None = None,
-    name: str | None = None,
-    labels: Path | None = None,
-    gpus: Sequence[str] = (),
-    plugin: Path | str | None = None,
+    options: PackageOptions | None = None,
     triton: TritonOptions | None = None,
-    unverified: bool = False,
-    out: Path | None = None,
+    out: str | Path | None = None,
     force: bool = False,
 ) -> tuple[Path, Package]:
     """Packages bundles of one model.
 
     Args:
         paths: The bundles; several only with a TensorRT plan for another GPU in each.
-        target: ``triton`` or ``cpp``.
-        platform: What is to run it: for Triton ``tensorrt``, ``onnxruntime`` or ``openvino``, for C++ ``tensorrt``,
-            ``tensorrt-rtx`` or ``openvino``; by default the first of them that the bundle has a file for.
-        name: Of the model; by default the first bundle's folder.
-        labels: Text file with a class name on each line, in place of the manifest's.
-        gpus: Compute capabilities it is to run on, ``sm90``; each has to have a plan, and each plan has to be for one.
-        plugin: Library that the plan needs; by default the one in the user's cache whose hash the manifest has.
+        purpose: ``triton`` or ``cpp``.
+        options: Platform, name, labels, GPUs, plugin.
         triton: The server; only with ``triton``.
-        unverified: Whether to package what was not verified on the platform; that is written down.
-        out: Folder to write; by default ``<name>-<target>`` beside the first bundle.
+        out: Folder to write; by default ``<name>-<purpose>`` beside the first bundle.
         force: Whether to replace an older package there.
 
     Returns:
@@ -145,36 +114,38 @@ def package(
         MissingRequirement: The plugin library or ``tritonclient`` is not here; nothing was written.
         StageError: Writing failed.
     """
-    found, name, place = _read(paths, target, name, out, triton)
+    options, target = options or PackageOptions(), purpose
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    found, name, place = _read([Path(path) for path in paths], target, options.name, out, triton)
     bundles.check_out(place, force=force)
-    platform = platform_of(found[0], target, platform)
+    platform = platform_of(found[0], target, options.platform)
     for bundle in found:
         check_tensors(bundle)
         platform_of(bundle, target, platform)
     check_same(found, platform)
     first = found[0]
-    names = labels_of(first, labels)
+    names = labels_of(first, Path(options.labels) if options.labels is not None else None)
     doing(_LOG, "checking the bundles' files")
     for bundle in found:
         check_files(bundle)
     doubts = [f"{bundle.path.name}: {reason}" for bundle in found if (reason := doubt(bundle, platform)) is not None]
-    if doubts and not unverified:
+    if doubts and not options.unverified:
         raise GateFailed(
             f"not verified on {platform}: {'; '.join(doubts)}",
             fix="Convert where it can be verified, or give --unverified, which is written into the package.",
         )
-    gpus = [gpu.strip().lower() for gpu in gpus]
+    gpus = [gpu.strip().lower() for gpu in options.gpus]
     if platform.startswith("tensorrt"):
         check_gpus(found, gpus)
     elif gpus:
         raise InputError("only a plan depends on the GPU", where="--gpu", seen=", ".join(gpus), fix="Leave it out.")
-    library = plugin_for(first.manifest.engine, plugin) if platform == "tensorrt" else None
-    options = (triton or TritonOptions()) if target == "triton" else None
+    library = plugin_for(first.manifest.engine, options.plugin) if platform == "tensorrt" else None
+    served = (triton or TritonOptions()) if target == "triton" else None
     server = serving = None
-    if options is not None:
-        server = server_for(found, platform, options.server, options.server_tensorrt)
-        serving = _serving(found, name, platform, names, options)
-    notes = [f"NOT verified on {platform}: {reason}" for reason in doubts] + _notes(server, platform, options)
+    if served is not None:
+        server = server_for(found, platform, served.server, served.server_tensorrt)
+        serving = _serving(found, name, platform, names, served)
+    notes = [f"NOT verified on {platform}: {reason}" for reason in doubts] + _notes(server, platform, served)
     for note in notes:
         _LOG.warning(note)
 
@@ -190,7 +161,7 @@ def package(
             _write_rest(first, names, (), staging.path, place)
         else:
             cpp_folder.write_example(staging.path, name, platform, plugin=library is not None)
-            _write_rest(first, names, FILES[platform], staging.path / cpp_folder.BUNDLE, place / cpp_folder.BUNDLE)
+            _write_rest(first, names, files_of(platform), staging.path / cpp_folder.BUNDLE, place / cpp_folder.BUNDLE)
         made = Package(
             target=target,
             name=name,
@@ -202,7 +173,7 @@ def package(
             server=server,
             plugin=sha256(library) if library is not None else None,
             launch=launch.arguments() if launch is not None else [],
-            options=options,
+            options=served,
             files=hashes(staging.path),
             versions=versions(),
             notes=notes,
@@ -213,11 +184,12 @@ def package(
 
 
 def _read(
-    paths: Sequence[Path], target: str, name: str | None, out: Path | None, triton: TritonOptions | None
+    paths: Sequence[Path], target: str, name: str | None, out: str | Path | None, triton: TritonOptions | None
 ) -> tuple[list[Bundle], str, Path]:
     """The bundles, the model's name, and the place of the package."""
-    if target not in PLATFORMS:
-        raise InputError("unknown target", where="--for", seen=repr(target), wanted=" or ".join(PLATFORMS))
+    if target not in typing.get_args(Purpose):
+        wanted = " or ".join(typing.get_args(Purpose))
+        raise InputError("unknown purpose", where="--for", seen=repr(target), wanted=wanted)
     if triton is not None:
         _check_options(triton, target)
     if not paths:
@@ -228,7 +200,7 @@ def _read(
     if not _NAME.fullmatch(chosen):
         wanted = "at most 100 letters, digits, _, - and ., the first a letter or a digit"
         raise InputError("not a name that Triton takes", where="--name", seen=repr(chosen), wanted=wanted)
-    place = out or folder.with_name(f"{chosen}-{target}")
+    place = Path(out) if out is not None else folder.with_name(f"{chosen}-{target}")
     for bundle in found:
         if place.resolve().is_relative_to(bundle.path.resolve()):
             raise InputError("a package cannot lie in its bundle", where=place, fix="Give another --out.")
@@ -311,7 +283,7 @@ def _write_triton(folder: Path, found: Sequence[Bundle], serving: Serving, launc
         files = {_plan_name(bundle): bundle.file(ENGINE) for bundle in found}
     else:
         named = [MODEL_FILES[serving.platform], "model.bin"]  # the second only where there are two
-        files = {name: found[0].file(source) for name, source in zip(named, FILES[serving.platform], strict=False)}
+        files = {name: found[0].file(source) for name, source in zip(named, files_of(serving.platform), strict=False)}
     write_repository(serving, files, folder / "model_repository")
     for name, text in (
         ("Dockerfile", launch.dockerfile()),

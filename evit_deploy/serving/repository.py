@@ -13,10 +13,13 @@ from typing import Any
 
 import msgspec
 
-from evit_deploy.bundle.manifest import BatchProfile, TensorSpec
+from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.data.images import Preprocess
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.card import INPUT
+from evit_deploy.recipe.options import BatchProfile
+from evit_deploy.serving.options import QUEUE_DELAY
 from evit_deploy.serving.server_files import preprocess as triton_preprocess
 
 MODEL_FILES = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "openvino": "model.xml"}
@@ -25,8 +28,6 @@ LABELS, CONFIG, VERSION = "labels.txt", "config.pbtxt", "1"
 MAX_BATCH = {"onnxruntime": 32, "openvino": 1}
 """Where the file sets no limit. Triton's OpenVINO backend fills every batch up to the maximum and computes it whole."""
 PREPROCESS_INSTANCES = 4
-QUEUE_DELAY = 1000
-"""Microseconds that a request may wait for others to be batched with."""
 _PREPROCESSED = "preprocessed"
 _TYPES = {"float32": "TYPE_FP32", "int32": "TYPE_INT32"}
 
@@ -248,7 +249,7 @@ def _protocol() -> Any:
     except ImportError as error:
         raise MissingRequirement(
             "Triton's configuration is written with tritonclient's protocol buffers",
-            where="package --for triton", seen=str(error), fix='Run: pip install "evit-deploy[triton]"',
+            where="package --for triton", seen=str(error), fix=f"Run: {install_line('triton')}",
         ) from None  # fmt: skip
     return model_config_pb2
 

@@ -4,6 +4,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from evit_deploy.tokens.evit import EViT
 from evit_deploy.tokens.op import reorganize, select
 from evit_deploy.tokens.reduce import TokenReducer
 
@@ -20,7 +21,7 @@ class Slice(TokenReducer):
         return x[:, : self.plan.tokens_out], kept
 
 
-class RandomDrop(TokenReducer):
+class RandomDrop(EViT):
     """Keeps tokens at random, another choice for every image and call; fuses the rest by their scores, as EViT does."""
 
     exports = False
@@ -41,8 +42,8 @@ class RandomDrop(TokenReducer):
         return _reorganize_by(priority, self, x, q, k)
 
 
-class InverseDrop(TokenReducer):
-    """Keeps the tokens with the lowest scores: the sharpest check that the score means something."""
+class InverseDrop(EViT):
+    """Keeps the tokens with the lowest scores of EViT: the sharpest check that the score means something."""
 
     exports = False
 
@@ -51,7 +52,7 @@ class InverseDrop(TokenReducer):
         return _reorganize_by(-self.scores(x, q, k), self, x, q, k)
 
 
-def _reorganize_by(priority: Tensor, reducer: TokenReducer, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _reorganize_by(priority: Tensor, reducer: EViT, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     assert reducer.plan.keep is not None
     kept = select(priority, reducer.plan.keep)
     scores = reducer.scores(x, q, k)

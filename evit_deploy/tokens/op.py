@@ -1,9 +1,7 @@
 """The op ``y, idx = TokenReorg(x, scores)`` in PyTorch and as an ONNX function.
 
-Scores (equation 2): softmax of q_cls · Kᵀ · d^-½ over all tokens, prefix columns dropped, mean over heads.
 Selection: the K highest scores in descending order, the lowest index first on ties. The fused row (equation 3) is the
-sum of score · row over the rest, not normalised, in FP32. The main attention is never read out: scores have their own
-row of the attention map, so that fused attention kernels stay fused.
+sum of score · row over the rest, not normalised, in FP32. What a token's score is, is the method's to say.
 
 Other bodies of the same op (NumPy oracle, CUDA) are held to the same table of cases: ``tests/support/cases.py``.
 """
@@ -23,24 +21,7 @@ NAME = "TokenReorg"
 DOMAIN_VERSION = 1
 
 
-def class_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
-    """Mean over heads of the attention that the class token pays to each candidate.
-
-    Args:
-        q: Queries ``[B, N, H, d]`` (after q_norm); only token 0 is read.
-        k: Keys ``[B, N, H, d]`` (after k_norm).
-        scale: Factor on the logits, d^-½.
-        prefix: Tokens in front that are no candidates; their share of the softmax is dropped, not redistributed.
-
-    Returns:
-        FP32 ``[B, N - prefix]`` (FP64 from FP64 inputs); a row sums to less than 1.
-    """
-    # A product and a sum, not a matmul: K keeps the layout in which the projection left it, nothing is transposed.
-    logits = (_precise(q[:, :1]) * _precise(k)).sum(-1) * scale
-    return logits.softmax(dim=1)[:, prefix:].mean(-1)
-
-
-def _precise(tensor: Tensor) -> Tensor:
+def precise(tensor: Tensor) -> Tensor:
     """At least FP32: half precision is too coarse to rank by, and FP64 is for references."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
@@ -79,7 +60,7 @@ def reorganize(x: Tensor, scores: Tensor, kept: Tensor, fuse: bool, prefix: int)
     rows = x.flatten(0, 1).index_select(0, (kept + first.unsqueeze(1)).flatten()).unflatten(0, kept.shape)
     parts = [x[:, :prefix], rows]
     if fuse:
-        rest, exact = scores.scatter(1, kept, 0.0), _precise(patches)
+        rest, exact = scores.scatter(1, kept, 0.0), precise(patches)
         with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training sums in half precision
             parts.append(torch.bmm(rest.unsqueeze(1).to(exact.dtype), exact).to(x.dtype))
     return torch.cat(parts, dim=1)

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -17,6 +17,17 @@ from evit_deploy.errors import InputError
 
 SCHEDULE_DECIMALS = 6
 """A scheduled keep rate is rounded to this many decimals before it is used, so that every machine plans alike."""
+FUSED = -1
+"""Patch number of a fused token."""
+
+
+class TokenOptions(TypedDict, total=False):
+    """Fields of :class:`TokenSpec` as keyword arguments; the rest comes from the checkpoint, then the defaults."""
+
+    keep_rate: float | tuple[float, ...]
+    locations: tuple[int, ...]
+    fuse: bool
+    method: str
 
 
 class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -284,6 +295,6 @@ def original_patches(kept: Sequence[Any], plan: TokenPlan) -> list[Any]:
             numbers = np.broadcast_to(np.arange(plan.patches, dtype=np.int32), (len(indices), plan.patches))
         numbers = np.take_along_axis(numbers, indices.astype(np.int64), axis=1)
         if row.fused:
-            numbers = np.concatenate([numbers, np.full((len(numbers), 1), -1, np.int32)], axis=1)
+            numbers = np.concatenate([numbers, np.full((len(numbers), 1), FUSED, np.int32)], axis=1)
         result.append(numbers)
     return result

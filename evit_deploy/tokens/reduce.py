@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from evit_deploy.errors import InputError
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
-from evit_deploy.tokens.op import class_scores, token_reorg
+from evit_deploy.tokens.op import token_reorg
 from evit_deploy.tokens.plan import BlockPlan, TokenPlan, TokenSpec, make_plan
 
 
@@ -22,8 +22,9 @@ class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TokenReducer(nn.Module):
     """One location of one method: takes the tokens after the attention residual, gives back fewer.
 
-    Subclasses say what a token is worth (:meth:`scores`) or override :meth:`forward`, and are registered in
-    ``registry.METHODS``. They hold no parameters, so that a reduced model's ``state_dict`` is the dense model's.
+    The contract of a method: it says what a token is worth (:meth:`scores`), or overrides :meth:`forward`, and is
+    registered in ``registry.METHODS``. One whose models are exported has scores in any case: they tell which choices
+    lie within rounding. Methods hold no parameters, so that a reduced model's ``state_dict`` is the dense model's.
 
     Args:
         plan: What this block has to do; replaced while a keep-rate schedule runs.
@@ -41,7 +42,7 @@ class TokenReducer(nn.Module):
         self.plan, self.prefix, self.scale, self.options = plan, prefix, scale, options
 
     def scores(self, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """How much each candidate matters: the attention the class token pays to it, unless a method says otherwise.
+        """How much each candidate matters; the highest stay, and the others are fused by it.
 
         Args:
             x: Tokens after the attention residual ``[B, N, C]``.
@@ -51,7 +52,7 @@ class TokenReducer(nn.Module):
         Returns:
             FP32 ``[B, N - prefix]``.
         """
-        return class_scores(q, k, self.scale, self.prefix)
+        raise NotImplementedError(f"{type(self).__name__} does not say what a token is worth")
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Reduces the tokens.
@@ -171,7 +172,12 @@ def set_keep_rate_(model: nn.Module, progress: float) -> TokenPlan:
 
 
 class Capture(msgspec.Struct):
-    """What the reducers saw and chose in one forward pass, one entry a location."""
+    """What the reducers saw and chose in one forward pass, one entry a location.
+
+    Args:
+        kept: Candidates, int32 ``[B, K]``.
+        scores: ``[B, N]``; none of a method that has no scores.
+    """
 
     kept: list[Tensor] = []
     scores: list[Tensor] = []
@@ -179,12 +185,13 @@ class Capture(msgspec.Struct):
 
 @contextmanager
 def capture(model: nn.Module) -> Iterator[Capture]:
-    """Records kept candidates (int32 ``[B, K]``) and scores (``[B, N]``) of the forward passes inside."""
+    """Records kept candidates and scores of the forward passes inside."""
     seen = Capture([], [])
 
     def hook(reducer: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         assert isinstance(reducer, TokenReducer)
-        seen.scores.append(reducer.scores(*inputs).detach())
+        if type(reducer).scores is not TokenReducer.scores:
+            seen.scores.append(reducer.scores(*inputs).detach())
         seen.kept.append(output[1].detach())
 
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, TokenReducer)]

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from torch import nn
 
 from evit_deploy import progress
-from evit_deploy.data.curriculum import Curriculum, follow
+from evit_deploy.data.curriculum import Curriculum
 from evit_deploy.data.sampling import worker_deaths_told
 from evit_deploy.data.training_data import TrainingData, curriculum_of
 from evit_deploy.errors import InputError, StageError
@@ -248,7 +248,9 @@ def fit(
         _LOG.info(f"{stage}: was complete" if complete else f"{stage}: goes on at step {run.step + 1} of {steps}")
     if log is not None:
         log.begin(run.step)
-    batches = follow(curriculum, data, section.batch_size * world, seed, rank=rank, world=world, start_step=run.drawn)
+    batches = data.training(
+        section.batch_size * world, seed, rank=rank, world=world, start_step=run.drawn, curriculum=curriculum
+    )
     good, went_back = run.state(), False
     images, seconds = 0, 0.0  # since the last line on how far it is
     model.train(section.model_mode == "train")

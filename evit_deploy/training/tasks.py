@@ -1,4 +1,7 @@
-"""Training with token labels: timm's classification task with a label for every patch token."""
+"""The task of a training run, model and loss in one: timm's own, or :class:`TokenLabelTask`, in timm's form.
+
+What a model learns from is the labels of the images, a teacher's answers, or a label for every patch token.
+"""
 
 from typing import Any
 
@@ -13,6 +16,42 @@ from evit_deploy.data.token_labels import crop_token_labels
 from evit_deploy.errors import InputError
 from evit_deploy.recipe.sections import TeacherSection, TrainSection
 from evit_deploy.training.token_labels import MixToken, TokenLogits, WithTokenLogits, token_label_loss, token_logits
+
+
+class Teacher(msgspec.Struct, frozen=True):
+    """Whom a model learns from, beside the labels.
+
+    Args:
+        model: In evaluation mode.
+        section: How.
+    """
+
+    model: nn.Module
+    section: TeacherSection
+
+
+def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) -> Any:
+    """The training task for what a recipe asks for, timm's or :class:`TokenLabelTask`: model and loss in one.
+
+    Args:
+        model: The student.
+        section: Its label smoothing is the loss's, and its ``token_labels`` decide the kind.
+        teacher: Whom it learns from; ``None`` for the labels alone.
+    """
+    if section.token_labels is not None:
+        return TokenLabelTask(model, section, None if teacher is None else teacher.model)
+    device = next(model.parameters()).device
+    criterion = nn.CrossEntropyLoss(label_smoothing=section.label_smoothing)
+    if teacher is None:
+        return ClassificationTask(model, criterion, device=device, verbose=False)
+    how = teacher.section
+    settings: dict[str, Any] = {
+        "criterion": criterion, "task_loss_weight": 1 - how.weight, "distill_loss_weight": how.weight,
+        "temperature": how.temperature, "device": device, "verbose": False,
+    }  # fmt: skip
+    if how.kind == "logits":
+        return LogitDistillationTask(model, teacher.model, **settings)
+    return TokenDistillationTask(model, teacher.model, distill_type="hard" if how.hard else "soft", **settings)
 
 
 class TokenLabelTask(ClassificationTask):
@@ -80,39 +119,3 @@ class TokenLabelTask(ClassificationTask):
             raise InputError("the images come without token labels", fix="Set data.token_labels, or take a teacher.")
         maps, boxes, flipped, warps = labels
         return crop_token_labels(maps, boxes, flipped, self._grid, self._classes, self._smoothing, warps)
-
-
-class Teacher(msgspec.Struct, frozen=True):
-    """Whom a model learns from, beside the labels.
-
-    Args:
-        model: In evaluation mode.
-        section: How.
-    """
-
-    model: nn.Module
-    section: TeacherSection
-
-
-def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) -> Any:
-    """The training task for what a recipe asks for, timm's or :class:`TokenLabelTask`: model and loss in one.
-
-    Args:
-        model: The student.
-        section: Its label smoothing is the loss's, and its ``token_labels`` decide the kind.
-        teacher: Whom it learns from; ``None`` for the labels alone.
-    """
-    if section.token_labels is not None:
-        return TokenLabelTask(model, section, None if teacher is None else teacher.model)
-    device = next(model.parameters()).device
-    criterion = nn.CrossEntropyLoss(label_smoothing=section.label_smoothing)
-    if teacher is None:
-        return ClassificationTask(model, criterion, device=device, verbose=False)
-    how = teacher.section
-    settings: dict[str, Any] = {
-        "criterion": criterion, "task_loss_weight": 1 - how.weight, "distill_loss_weight": how.weight,
-        "temperature": how.temperature, "device": device, "verbose": False,
-    }  # fmt: skip
-    if how.kind == "logits":
-        return LogitDistillationTask(model, teacher.model, **settings)
-    return TokenDistillationTask(model, teacher.model, distill_type="hard" if how.hard else "soft", **settings)

@@ -1,10 +1,9 @@
 """Token labelling ("All Tokens Matter", arXiv 2104.10858): every patch token learns a label of its own.
 
-An annotator has classified every cell of a grid on each training image; its maps, as the TokenLabeling repository
-publishes them, hold the five highest logits of each cell and their classes. What a training loop needs, in order::
+Here is what the model says of its tokens, and the loss; the labels come from the maps of
+:mod:`evit_deploy.data.token_labels`, or from a teacher. In order::
 
-    map = read_token_labels(token_label_file(root, image), classes)    # per image: [2, 5, H, W]
-    labels = crop_token_labels(maps, boxes, flipped, grid, classes)    # per batch: [B, patches, classes]
+    labels = crop_token_labels(maps, boxes, flipped, grid, classes)    # [B, patches, classes]
     out = token_logits(model, images)                                  # class_logits, token_logits, kept
     loss = token_label_loss(*out, targets, labels, weight=1.0)
 
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from evit_deploy.data.token_labels import FUSED
 from evit_deploy.errors import InputError, UnsupportedModelError
 from evit_deploy.models.timm_vit import ReducedBlock
+from evit_deploy.tokens.plan import FUSED
 
 
 class TokenLogits(NamedTuple):
@@ -38,6 +37,49 @@ class TokenLogits(NamedTuple):
     class_logits: Tensor
     token_logits: Tensor
     kept: Tensor
+
+
+class WithTokenLogits(nn.Module):
+    """:func:`token_logits` as a module, for what wraps one: ``DistributedDataParallel``, ``torch.compile``.
+
+    Args:
+        model: The model; its own ``state_dict`` is the one to save.
+
+    Raises:
+        UnsupportedModelError: It has no classifier on every token.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not has_token_classifier(model):
+            raise UnsupportedModelError(type(model).__name__, ["it has no classifier on every token, as LV-ViT has"])
+        self.model = model
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> TokenLogits:
+        """See :func:`token_logits`.
+
+        Args:
+            images: See there.
+            mask: :meth:`MixToken.mask`; a tensor, so that a compiled model serves every box.
+        """
+        model = self.model
+        tokens = model.patch_embed(images)
+        if mask is not None:
+            tokens = _mixed(tokens, mask)
+        x = model.norm_pre(model.patch_drop(model._pos_embed(tokens)))
+        again = model.grad_checkpointing and torch.is_grad_enabled()
+        reduced: list[tuple[Tensor, bool]] = []
+        for block in model.blocks:  # model.forward_features, but for what was kept
+            run = block.with_kept if isinstance(block, ReducedBlock) else block
+            found = checkpoint(run, x, use_reentrant=False) if again else run(x)
+            x, kept = found if isinstance(found, tuple) else (found, None)
+            if kept is not None:
+                reduced.append((kept, block.reducer.plan.fused))
+        features = model.norm(x)
+        kept = _patch_numbers(reduced, len(images), model.patch_embed.num_patches, images.device)
+        return TokenLogits(model.class_logits(features), model.token_logits(features), kept)
 
 
 class MixToken(msgspec.Struct, frozen=True):
@@ -90,10 +132,6 @@ class MixToken(msgspec.Struct, frozen=True):
         return self.share * soft + (1 - self.share) * soft.flip(0)
 
 
-def _mixed(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask[:, None], x.flip(0), x)
-
-
 def has_token_classifier(model: Any) -> bool:
     """Whether a model says something about each of its tokens, as LV-ViT does."""
     return isinstance(getattr(model, "aux_head", None), nn.Linear)
@@ -111,59 +149,6 @@ def token_logits(model: Any, images: Tensor, mix: MixToken | None = None) -> Tok
         UnsupportedModelError: It has no such classifier.
     """
     return WithTokenLogits(model)(images, None if mix is None else mix.mask(images.device))
-
-
-def _patch_numbers(reduced: list[tuple[Tensor, bool]], batch: int, patches: int, device: torch.device) -> Tensor:
-    """As ``tokens.plan.original_patches``, on the device and after the last location."""
-    numbers = torch.arange(patches, device=device).expand(batch, -1)
-    for kept, fused in reduced:
-        numbers = numbers.gather(1, kept.long())
-        if fused:
-            numbers = F.pad(numbers, (0, 1), value=FUSED)
-    return numbers
-
-
-class WithTokenLogits(nn.Module):
-    """:func:`token_logits` as a module, for what wraps one: ``DistributedDataParallel``, ``torch.compile``.
-
-    Args:
-        model: The model; its own ``state_dict`` is the one to save.
-
-    Raises:
-        UnsupportedModelError: It has no classifier on every token.
-    """
-
-    model: Any
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        if not has_token_classifier(model):
-            raise UnsupportedModelError(type(model).__name__, ["it has no classifier on every token, as LV-ViT has"])
-        self.model = model
-
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> TokenLogits:
-        """See :func:`token_logits`.
-
-        Args:
-            images: See there.
-            mask: :meth:`MixToken.mask`; a tensor, so that a compiled model serves every box.
-        """
-        model = self.model
-        tokens = model.patch_embed(images)
-        if mask is not None:
-            tokens = _mixed(tokens, mask)
-        x = model.norm_pre(model.patch_drop(model._pos_embed(tokens)))
-        again = model.grad_checkpointing and torch.is_grad_enabled()
-        reduced: list[tuple[Tensor, bool]] = []
-        for block in model.blocks:  # model.forward_features, but for what was kept
-            run = block.with_kept if isinstance(block, ReducedBlock) else block
-            found = checkpoint(run, x, use_reentrant=False) if again else run(x)
-            x, kept = found if isinstance(found, tuple) else (found, None)
-            if kept is not None:
-                reduced.append((kept, block.reducer.plan.fused))
-        features = model.norm(x)
-        kept = _patch_numbers(reduced, len(images), model.patch_embed.num_patches, images.device)
-        return TokenLogits(model.class_logits(features), model.token_logits(features), kept)
 
 
 def token_label_loss(
@@ -203,3 +188,17 @@ def token_label_loss(
     # A mean for every image, so that images count alike and batches can be shared out or added up: where a fused token
     # is kept later on, one image has fewer labelled tokens than another.
     return loss + weight * ((each * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)).mean()
+
+
+def _mixed(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask[:, None], x.flip(0), x)
+
+
+def _patch_numbers(reduced: list[tuple[Tensor, bool]], batch: int, patches: int, device: torch.device) -> Tensor:
+    """As ``tokens.plan.original_patches``, on the device and after the last location."""
+    numbers = torch.arange(patches, device=device).expand(batch, -1)
+    for kept, fused in reduced:
+        numbers = numbers.gather(1, kept.long())
+        if fused:
+            numbers = F.pad(numbers, (0, 1), value=FUSED)
+    return numbers

@@ -4,7 +4,6 @@ Its failures are those of :mod:`evit_deploy.triton.failures`. ``tritonclient`` i
 so that this module can be imported without it.
 """
 
-import difflib
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,8 @@ import msgspec
 import numpy as np
 
 from evit_deploy.bundle.manifest import TensorSpec
-from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement
+from evit_deploy.environment.requirements import install_line
+from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, did_you_mean
 from evit_deploy.triton.failures import RequestRefused, ServerUnreachable, stranger, translated
 
 PORTS = {"http": 8000, "https": 8000, "grpc": 8001, "grpcs": 8001}
@@ -52,9 +52,7 @@ class ServedModel(msgspec.Struct, frozen=True):
 def client_missing() -> MissingRequirement | None:
     """The error to raise where ``tritonclient`` is not installed, else ``None``."""
     if importlib.util.find_spec("tritonclient") is None:
-        return MissingRequirement(
-            "tritonclient is needed", seen="not installed", fix='Run: pip install "evit-deploy[triton]"'
-        )
+        return MissingRequirement("tritonclient is needed", seen="not installed", fix=f"Run: {install_line('triton')}")
     return None
 
 
@@ -165,11 +163,10 @@ class Connection:
         """
         states = self.models()
         if name not in states:
-            close = difflib.get_close_matches(name, states, n=1)
             raise InputError(
                 "the server has no such model", where=self.url, seen=repr(name),
                 wanted="one of " + ", ".join(sorted(states)) if states else "a repository with models",
-                fix=f"Did you mean {close[0]!r}?" if close else None,
+                fix=did_you_mean(name, states),
             )  # fmt: skip
         if states[name]:
             raise MissingRequirement(

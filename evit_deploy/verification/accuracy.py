@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from evit_deploy.bundle.manifest import Manifest
-from evit_deploy.data.images import ImageFolder, image_folder
+from evit_deploy.data.sources import Folder, labelled_batches
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.report.report import Report
@@ -27,13 +27,13 @@ def infer_all(runner: Runner, images: np.ndarray, batch: int) -> dict[str, np.nd
     return {key: np.concatenate([part[key] for part in parts])[: len(images)] for key in parts[0]}
 
 
-def folder_of(data: Path, manifest: Manifest) -> ImageFolder:
-    """Labelled images in the deployment's preprocessing.
+def folder_of(data: Path, manifest: Manifest) -> Folder:
+    """Labelled images that fit the model.
 
     Raises:
         InputError: No such folder, or it has more classes than the model.
     """
-    folder = image_folder(data, manifest.preprocess)
+    folder = Folder(data)
     classes = manifest.outputs[0].shape[-1]
     if classes is not None and len(folder.classes) > classes:
         raise InputError(
@@ -46,13 +46,13 @@ def folder_of(data: Path, manifest: Manifest) -> ImageFolder:
 
 
 def accuracy(
-    name: str, artifact: Any, manifest: Manifest, folder: ImageFolder, threads: int | None = None
+    name: str, artifact: Any, manifest: Manifest, folder: Folder, threads: int | None = None
 ) -> tuple[Report, Answers]:
     """Top-1 and top-5 on a folder of labelled images, and what was answered."""
     with opened(name, artifact, threads, with_indices=True) as runner:
         batch = min([DATA_BATCH, *(p.maximum for p in runner.profiles)])
         parts, labels = [], []
-        for images, truth in folder.batches(batch):
+        for images, truth in labelled_batches(folder, manifest.preprocess, batch):
             outputs = infer_all(runner, images, batch if runner.profiles else len(images))
             parts.append((outputs[LOGITS], named_patches(outputs, manifest.plan)))
             labels.append(truth)

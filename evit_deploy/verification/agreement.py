@@ -9,7 +9,8 @@ import numpy as np
 from evit_deploy.export.card import LOGITS, kept_name
 from evit_deploy.report.report import AgreementRow
 from evit_deploy.tokens.plan import TokenPlan, original_patches
-from evit_deploy.verification.golden import Golden, distance
+from evit_deploy.verification.golden import Golden
+from evit_deploy.verification.tolerances import distance
 
 
 def named_patches(outputs: Mapping[str, np.ndarray], plan: TokenPlan) -> dict[int, np.ndarray]:

@@ -1,11 +1,8 @@
-"""Golden answers: what PyTorch says to a few real pictures, and how far two right answers may lie apart.
+"""Golden answers: what PyTorch says to a few real pictures, made when a bundle is, and kept in ``golden.npz``.
 
-The reference is the same model in FP64. How far the bundle's own precision lies from it, computed by PyTorch (a
-quantised graph: in float arithmetic), sets the tolerance for everybody else, so no number is picked by hand.
-
-Kept sets are compared in original patch numbers. Where scores lie closer together than rounding, either choice is
-right: such an image counts as a tie. Its logits answer another question, and have more room: as much as it moves the
-FP64 answer when the last kept and the first dropped patch change places at every location.
+The reference is the same model in FP64; what the bundle's own precision says, computed by PyTorch (a quantised graph:
+in float arithmetic), sets the limits of :mod:`evit_deploy.verification.tolerances`. Kept sets are compared in original
+patch numbers.
 """
 
 import copy
@@ -27,8 +24,7 @@ from evit_deploy.export.precision import DTYPES
 from evit_deploy.tokens.op import reorganize
 from evit_deploy.tokens.plan import TokenPlan, original_patches
 from evit_deploy.tokens.reduce import TokenReducer, capture, token_plan
-
-FLOOR = 4  # times eps · the largest Σ|terms| of a logit: no tolerance is tighter than this
+from evit_deploy.verification.tolerances import error_limit, margin, noise, tie_limits
 
 
 class Golden(msgspec.Struct):
@@ -83,40 +79,22 @@ class Golden(msgspec.Struct):
 
     def limit(self) -> float:
         """Largest logit error against FP64 of answers with the golden kept sets: twice the precision's own."""
-        return max(2 * distance(self.expected, self.reference), _floor(self.terms))
+        return error_limit(self.expected, self.reference, self.terms)
 
     def tie_limits(self) -> np.ndarray:
         """The same for each image ``[n]`` where another choice within rounding may have been made."""
-        free = max(self.limit(), 2 * distance(self.expected_free, self.reference))
-        free = free + np.abs(self.swapped - self.reference).max(axis=1)
-        # It takes two patches within rounding to change places; elsewhere there is no other choice.
-        possible = [(~(margin >= 1)).sum(axis=1) > 1 for margin in self.margin.values()]
-        return np.where(np.any([np.zeros(len(free), bool), *possible], axis=0), free, self.limit())
+        return tie_limits(self.limit(), self.expected_free, self.swapped, self.reference, self.margin.values())
 
     def dense_limit(self) -> float:
         """The same for the dense twin."""
-        return max(2 * distance(self.dense_expected, self.dense_reference), _floor(self.dense_terms))
+        return error_limit(self.dense_expected, self.dense_reference, self.dense_terms)
 
     def noise(self) -> float:
         """What the precision costs: its error over the spread of the logits, both as root mean squares."""
-        axis = 0 if self.reference.shape[1] == 1 else 1  # a single logit has no others to stand out from
-        spread = self.reference - self.reference.mean(axis=axis, keepdims=True)
-        with np.errstate(invalid="ignore", over="ignore"):
-            error = np.linalg.norm(self.expected - self.reference)
-        return float(error / max(float(np.linalg.norm(spread)), np.finfo(np.float64).tiny))
+        return noise(self.expected, self.reference)
 
 
 _PLAIN = tuple(field for field in Golden.__struct_fields__ if field not in ("kept", "margin"))
-
-
-def distance(answers: np.ndarray, reference: np.ndarray) -> float:
-    """Largest difference of any number; NaN if one is."""
-    with np.errstate(invalid="ignore"):
-        return float(np.abs(answers - reference).max(initial=0.0))
-
-
-def _floor(terms: np.ndarray) -> float:
-    return FLOOR * float(np.finfo(np.float32).eps) * float(terms.max(initial=0.0))
 
 
 def load_golden(path: Path, plan: TokenPlan) -> Golden:
@@ -201,21 +179,17 @@ def make_golden(
     with _classifier_terms(exact_dense) as dense_terms:
         dense_reference = _answers(exact_dense, inputs)[0]
     numbers = original_patches(kept, plan)
-    margin, candidates = {}, np.broadcast_to(np.arange(plan.patches), (len(inputs), plan.patches))
+    margins, candidates = {}, np.broadcast_to(np.arange(plan.patches), (len(inputs), plan.patches))
     for row, low, true, patches in zip(plan.locations, expected.scores, exact_scores, numbers, strict=True):
         assert row.keep is not None
-        # In logarithms: scores are exponentials, so that rounding moves each by a share of itself.
-        ranked, true, low = -np.sort(-_logarithm(true), axis=1), _logarithm(true), _logarithm(low)
-        boundary = ranked[:, row.keep - 1 : row.keep + 1].mean(axis=1, keepdims=True)
-        rounding = 2 * np.abs(low - true).max() + FLOOR * np.finfo(np.float32).eps
-        margin[row.block] = np.full((len(inputs), plan.patches + 1), np.inf)
+        margins[row.block] = np.full((len(inputs), plan.patches + 1), np.inf)
         place = np.arange(len(inputs))[:, None], candidates % (plan.patches + 1)
-        np.minimum.at(margin[row.block], place, np.abs(true - boundary) / rounding)  # fused tokens share one place
+        np.minimum.at(margins[row.block], place, margin(low, true, row.keep))  # fused tokens share one place
         candidates = patches
     kept_patches = dict(zip((row.block for row in plan.locations), numbers, strict=True))
     return Golden(
         precision, inputs, logits, reference, swapped, expected.logits, expected.free, _largest(terms, reference),
-        dense_logits, dense_reference, expected.dense, _largest(dense_terms, dense_reference), kept_patches, margin,
+        dense_logits, dense_reference, expected.dense, _largest(dense_terms, dense_reference), kept_patches, margins,
     )  # fmt: skip
 
 
@@ -241,11 +215,6 @@ def _classifier_terms(model: Any) -> Iterator[list[np.ndarray]]:
 def _largest(terms: list[np.ndarray], reference: np.ndarray) -> np.ndarray:
     """Of each image the largest over the classifiers and classes; without a classifier, of the features themselves."""
     return np.max([np.abs(logits).max(axis=-1) for logits in terms or [reference]], axis=0)
-
-
-def _logarithm(scores: np.ndarray) -> np.ndarray:
-    """What FP32 cannot hold counts as its smallest number."""
-    return np.log(np.maximum(scores.astype(np.float64), np.finfo(np.float32).tiny))
 
 
 def _swap(kept: np.ndarray, scores: np.ndarray) -> np.ndarray:

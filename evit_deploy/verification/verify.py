@@ -29,23 +29,22 @@ from evit_deploy.verification.accuracy import accuracy, folder_of, infer_all
 from evit_deploy.verification.agreement import Answers, agreement, agreement_row, named_patches, same_choice
 from evit_deploy.verification.ensemble import verify_ensemble
 from evit_deploy.verification.golden import Golden, load_golden
+from evit_deploy.verification.tolerances import NOISE_LIMIT
 
 _LOG = logging.getLogger(__name__)
 
 BATCH_SIZES = (1, 2, 8)
-NOISE_LIMIT = 0.5
-"""A precision whose error is half of what tells one class from another has broken the model."""
 
 
 def verify(
-    path: Path,
+    path: str | Path,
     *,
     runtimes: Sequence[str] = (),
     batch_sizes: Sequence[int] | None = None,
     threads: int | None = None,
-    against: Path | None = None,
-    data: Path | None = None,
-    plugin: Path | str | None = None,
+    against: str | Path | None = None,
+    data: str | Path | None = None,
+    plugin: str | Path | None = None,
     server: Served | None = None,
 ) -> Report:
     """Verifies a bundle against its golden answers, and its runtimes against one another.
@@ -68,6 +67,8 @@ def verify(
         InputError: No bundle, an unknown runtime, a runtime that cannot run it, or a server that serves another model.
         MissingRequirement: A runtime that was asked for, or the server, is not there, or none for any of the files.
     """
+    against = Path(against) if against is not None else None
+    data = Path(data) if data is not None else None
     runtimes = check_server(runtimes, server)
     bundle = bundles.read_bundle(path)
     changed = bundles.changed_files(bundle)

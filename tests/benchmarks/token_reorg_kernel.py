@@ -1,6 +1,6 @@
 """The CUDA kernel against PyTorch's reorganisation (eager and compiled) and a device copy of the same bytes.
 
-Every contestant runs inside a CUDA graph over as many sets of buffers as exceed the L2 cache, and they take turns; a
+Every candidate runs inside a CUDA graph over as many sets of buffers as exceed the L2 cache, and they take turns; a
 time is the median of the rounds over the calls in a graph. Bytes are what the operator has to move: every row of x and
 the scores once, y and idx once; a copy of half of that moves as much. An empty node is a graph of kernels that do
 nothing.
@@ -28,7 +28,7 @@ LARGE = 64 << 20
 """Bytes from which bandwidth, not latency, is what is measured."""
 
 
-class Contestant:
+class Candidate:
     """One graph: a call for each set of buffers."""
 
     def __init__(self, calls: list[Callable[[], Any]]) -> None:
@@ -75,17 +75,17 @@ def measure(kernel: TokenReorgKernel, batch: int, candidates: int, channels: int
         return lambda: function(*arguments, **named)
 
     pairs = list(zip(xs, scores, outs, strict=True))
-    contestants = {
-        "kernel": Contestant([bound(kernel, x, s, keep, out=out) for x, s, out in pairs]),
-        "eager": Contestant([bound(token_reorg, x, s, keep, True, 1) for x, s, _ in pairs]),
-        "torch.compile": Contestant([bound(compiled, x, s, keep, True, 1) for x, s, _ in pairs]),
-        "copy": Contestant([bound(b.copy_, a) for a, b in zip(halves[::2], halves[1::2], strict=True)]),
-        "empty node": Contestant([bound(torch.cuda._sleep, 0) for _ in range(sets)]),
+    candidates = {
+        "kernel": Candidate([bound(kernel, x, s, keep, out=out) for x, s, out in pairs]),
+        "eager": Candidate([bound(token_reorg, x, s, keep, True, 1) for x, s, _ in pairs]),
+        "torch.compile": Candidate([bound(compiled, x, s, keep, True, 1) for x, s, _ in pairs]),
+        "copy": Candidate([bound(b.copy_, a) for a, b in zip(halves[::2], halves[1::2], strict=True)]),
+        "empty node": Candidate([bound(torch.cuda._sleep, 0) for _ in range(sets)]),
     }
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + WARM_UP):
-        for name, contestant in contestants.items():
-            time = contestant.milliseconds()
+        for name, candidate in candidates.items():
+            time = candidate.milliseconds()
             if turn >= WARM_UP:
                 times[name].append(time)
     median = {name: 1e3 * statistics.median(values) for name, values in times.items()}

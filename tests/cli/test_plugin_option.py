@@ -8,14 +8,15 @@ import msgspec
 import pytest
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
-from evit_deploy.bundle.manifest import ENGINE, BatchProfile, Engine
+from evit_deploy.bundle.manifest import ENGINE, Engine
 from evit_deploy.engines import build
-from evit_deploy.engines.options import BuildOptions, check_options
+from evit_deploy.engines.options import check_options
 from evit_deploy.engines.plugin import library as plugin
 from evit_deploy.engines.plugin.library import LIBRARY
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.files import sha256
-from evit_deploy.profiling.candidates import contestants_of
+from evit_deploy.profiling.candidates import candidates_of
+from evit_deploy.recipe.options import BatchProfile, BuildOptions
 from evit_deploy.runtimes.tensorrt import TensorRTRunner
 from evit_deploy.verification.verify import verify
 from tests.support.plugin_files import library
@@ -108,8 +109,8 @@ def test_a_plugin_for_an_engine_that_needs_none_is_refused(with_engine, cache, t
 
 
 def variants(path: Path, scratch: Path, choice: str | Path | None) -> tuple[list[str], list[str]]:
-    entry = contestants_of(path, "", None, None, ["tensorrt"], scratch=scratch, plugin=choice)
-    return [row.variant for row in entry.contestants], entry.notes
+    found = candidates_of(path, None, None, ["tensorrt"], scratch=scratch, plugin=choice)
+    return [row.variant for row in found.candidates], found.notes
 
 
 def test_an_engine_with_the_plugin_is_compared_with_the_body(with_engine, cache, present, builds, tmp_path):
@@ -132,7 +133,7 @@ def test_an_engine_with_the_body_is_compared_with_a_plugin_that_is_given(with_en
     for choice in ("auto", right):
         builds.clear()
         assert variants(bundle.path, tmp_path, choice) == (["model", "slice", "plugin"], [])
-        assert builds[1] == (bundle.file("model.onnx"), BuildOptions((BatchProfile(1, 4, 8),), plugin=right))
+        assert builds[1] == (bundle.file("model.onnx"), BuildOptions(batches=((1, 4, 8),), plugin=str(right)))
     assert present == [right] * 2  # a plan built with it needs it here too
 
 
@@ -140,9 +141,9 @@ def test_profile_without_the_plugin_leaves_the_engine_out_and_says_so(with_engin
     bundle = with_engine("5" * 64)
     with pytest.raises(MissingRequirement, match="needs the plugin library"):
         variants(bundle.path, tmp_path, None)
-    entry = contestants_of(bundle.path, "", None, None, [], scratch=tmp_path)
-    assert "tensorrt" not in {row.runtime for row in entry.contestants}
-    assert any(note.startswith("tensorrt was not timed: --plugin auto: the plan needs") for note in entry.notes)
+    found = candidates_of(bundle.path, None, None, [], scratch=tmp_path)
+    assert "tensorrt" not in {row.runtime for row in found.candidates}
+    assert any(note.startswith("tensorrt was not timed: --plugin auto: the plan needs") for note in found.notes)
 
 
 def test_a_bare_plan_takes_what_is_given_and_nothing_by_itself(cache, present, tmp_path):
@@ -152,13 +153,13 @@ def test_a_bare_plan_takes_what_is_given_and_nothing_by_itself(cache, present, t
     plan.write_bytes(PLAN)
     for choice, loaded in ((None, []), ("auto", []), ("none", []), (right, [right])):
         present.clear()
-        contestants_of(plan, "", None, None, [], plugin=choice)
+        candidates_of(plan, None, None, [], plugin=choice)
         assert present == loaded
 
 
 def test_only_engines_take_a_plugin(converted, tmp_path):
     with pytest.raises(InputError, match="only an engine takes a plugin"):
-        contestants_of(converted.file("model.onnx"), "", None, None, [], plugin=library(tmp_path / "a.so"))
+        candidates_of(converted.file("model.onnx"), None, None, [], plugin=library(tmp_path / "a.so"))
 
 
 # ---- convert

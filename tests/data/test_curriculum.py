@@ -1,11 +1,11 @@
 """The curriculum: when it moves on, and that it can be repeated and resumed."""
 
 import pytest
-import torch
 
-from evit_deploy.data.curriculum import Curriculum, advance, follow
+from evit_deploy.data.curriculum import Curriculum
 from evit_deploy.errors import InputError
 from evit_deploy.training.loop import fit
+from tests.support.logs import notices
 from tests.support.training import FixedBatch, section, tiny
 
 
@@ -56,25 +56,6 @@ def test_what_makes_no_curriculum_is_refused(bad):
         Curriculum(**bad)
 
 
-def test_follow_and_advance_do_nothing_without_a_curriculum():
-    class Old:
-        def training(self, batch_size, seed):
-            return iter([(batch_size, seed)])
-
-    assert next(follow(None, Old(), 4, 5)) == (4, 5)
-    advance(None, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
-
-
-def test_advance_counts_the_right_answers_of_all_processes():
-    curriculum = Curriculum(memory=1)
-    logits, targets = torch.eye(4), torch.tensor([0, 1, 2, 0])
-    advance(curriculum, logits, targets)
-    assert curriculum.accuracy == 0.75
-    advance(curriculum, logits, targets, mean=lambda share: (share + 0.25) / 2)
-    assert curriculum.accuracy == 0.5
-    assert curriculum.steps == 2
-
-
 class Rising(FixedBatch):
     """The fixed batch, whose level the run asks for."""
 
@@ -86,8 +67,8 @@ class Rising(FixedBatch):
 
 @pytest.mark.parametrize(("steps", "level"), [(3, 0.6), (5, 1.0)])
 def test_a_run_that_ends_below_full_difficulty_says_so(steps, level):
-    curriculum, told = Curriculum(threshold=0, rate=0.2), []
-    fit(tiny(), Rising(), section(steps=steps), stage="dense", notice=told.append, curriculum=curriculum)
+    curriculum, told = Curriculum(threshold=0, rate=0.2), notices()
+    fit(tiny(), Rising(), section(steps=steps), stage="dense", curriculum=curriculum)
     assert curriculum.level == pytest.approx(level)
     assert len(told) == (1 if level == 1 else 2)
     if level < 1:

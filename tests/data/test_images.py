@@ -10,7 +10,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from evit_deploy.data.digits import DigitsData, augment, load_digits_data
-from evit_deploy.data.images import Preprocess, image_folder, preprocess_image, sample_inputs, sample_photographs
+from evit_deploy.data.images import Preprocess, preprocess_image, sample_inputs, sample_photographs
+from evit_deploy.data.sources import Folder, labelled_batches
 from evit_deploy.data.training_data import open_data
 from evit_deploy.errors import InputError, RecipeError
 from evit_deploy.recipe.sections import DataSection
@@ -84,9 +85,9 @@ def test_nothing_to_sample_is_refused(count, channels):
 def test_folder_keeps_numbers_in_order_and_every_image_once(folder):
     (folder / "class 2" / ".hidden.png").write_text("no image")
     (folder / "class 2" / "notes.txt").write_text("no image")
-    found = image_folder(folder, SMALL)
+    found = Folder(folder)
     assert found.classes == ("class 2", "class 9", "class 10")
-    batches = list(found.batches(4))
+    batches = list(labelled_batches(found, SMALL, 4))
     assert [len(labels) for _, labels in batches] == [4, 4, 1]
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -94,18 +95,12 @@ def test_folder_keeps_numbers_in_order_and_every_image_once(folder):
     assert images.dtype == np.float32
 
 
-def test_folder_limit_takes_from_every_class(folder):
-    (_, labels), *rest = image_folder(folder, SMALL).batches(8, limit=3)
-    assert (labels.tolist(), rest) == ([0, 1, 2], [])
-    assert sum(len(labels) for _, labels in image_folder(folder, SMALL).batches(8, limit=99)) == 9
-
-
 def test_folder_finds_nested_images_and_takes_given_classes(folder):
     (folder / "class 9" / "deep").mkdir()
     (folder / "class 9" / "1.png").rename(folder / "class 9" / "deep" / "1.PNG")
-    found = image_folder(folder, SMALL, classes=["other", "class 10", "class 9", "class 2"])
+    found = Folder(folder, classes=["other", "class 10", "class 9", "class 2"])
     assert len(found) == 9
-    assert [label for _, label in found.files] == [3, 3, 3, 2, 2, 2, 1, 1, 1]
+    assert [found.load(i)[1] for i in range(9)] == [3, 3, 3, 2, 2, 2, 1, 1, 1]
 
 
 def test_bad_folders_are_refused_with_reason(folder):
@@ -113,11 +108,11 @@ def test_bad_folders_are_refused_with_reason(folder):
     (folder / "empty" / "a").mkdir(parents=True)
     for path, word in [("none", "no such folder"), ("file", "this is a file"), ("empty", "1 class folders, no images")]:
         with pytest.raises(InputError, match=word):
-            image_folder(folder / path, SMALL)
+            Folder(folder / path)
     with pytest.raises(InputError, match="outside class folders"):
-        image_folder(folder / "class 9", SMALL)
+        Folder(folder / "class 9")
     with pytest.raises(InputError, match=r"class 10.*not among the model's"):
-        image_folder(folder, SMALL, classes=["class 2", "class 9", "empty"])
+        Folder(folder, classes=["class 2", "class 9", "empty"])
 
 
 def test_unreadable_images_are_named(folder):
@@ -125,7 +120,7 @@ def test_unreadable_images_are_named(folder):
     for content in (b"", b"no image", whole[: len(whole) // 2]):
         (folder / "class 9" / "1.png").write_bytes(content)
         with pytest.raises(InputError, match=r"1\.png"):
-            list(image_folder(folder, SMALL).batches(4))
+            list(labelled_batches(Folder(folder), SMALL, 4))
     for path, word in [(folder / "none.png", "no such image"), (folder, "this is a folder")]:
         with pytest.raises(InputError, match=word):
             preprocess_image(path, SMALL)

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import shutil
 import tarfile
 
@@ -15,8 +16,10 @@ from evit_deploy.data import folder as folder_data
 from evit_deploy.data.images import Preprocess
 from evit_deploy.data.sources import Place, _expanded, open_source
 from evit_deploy.data.training_data import open_data
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement, RecipeError
 from evit_deploy.recipe.sections import DataSection
+from tests.support.logs import notices
 
 SMALL = Preprocess(size=(16, 16), crop_pct=1.0)
 CLASSES = ("cat", "dog", "eel")
@@ -77,7 +80,7 @@ def make_shards(root):
 
 
 def make_dataset(root, split="train"):
-    datasets = pytest.importorskip("datasets", reason="pip install 'evit-deploy[data]'")
+    datasets = pytest.importorskip("datasets", reason=install_line("data"))
     pairs = list(itertools.product(range(3), range(4)))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
     rows = {"image": [{"bytes": png(shade(*pair)), "path": None} for pair in pairs], "label": [a for a, _ in pairs]}
@@ -205,9 +208,9 @@ def test_a_dataset_without_the_column_or_the_split_is_refused(tmp_path):
         open_source(Place(f"hfds/{tmp_path}/none"))
 
 
-def test_a_missing_package_names_the_extra(monkeypatch):
+def test_a_missing_package_names_its_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets.exceptions", None)
-    with pytest.raises(MissingRequirement, match=r"evit-deploy\[data\]"):
+    with pytest.raises(MissingRequirement, match=re.escape(install_line("data"))):
         open_source(Place("hfds/x"))
 
 
@@ -232,9 +235,9 @@ def spoil(tmp_path, *names):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_images_give_way_up_to_a_limit_and_are_told(tmp_path, workers):
-    section, told = folder(tmp_path, max_corrupt=2, workers=workers), []
+    section, told = folder(tmp_path, max_corrupt=2, workers=workers), notices()
     spoil(tmp_path, "cat/1.png", "eel/3.png")  # the last one gives way to the first
-    data = open_data(section, SMALL, told.append)
+    data = open_data(section, SMALL)
     for _ in range(3):
         images, labels = next(batches := data.training(12, 0))
         assert len(images) == 12
@@ -251,11 +254,11 @@ def test_unreadable_images_give_way_up_to_a_limit_and_are_told(tmp_path, workers
 
 
 def test_classes_without_validation_images_are_told(tmp_path):
-    section, told = folder(tmp_path), []
+    section, told = folder(tmp_path), notices()
     smaller = tmp_path / "validation" / "dog"
     shutil.copytree(tmp_path / "images" / "dog", smaller)
     section = msgspec.structs.replace(section, validation=str(smaller.parent))
-    data = open_data(section, SMALL, told.append)
+    data = open_data(section, SMALL)
     assert told == ["data.validation has no images of 2 of the 3 classes: cat, eel"]
     assert [labels.tolist() for _, labels in data.validation(9)] == [[1] * 4]
 

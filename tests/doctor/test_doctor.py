@@ -11,7 +11,7 @@ import pytest
 
 from evit_deploy.doctor.doctor import Diagnosis, Finding, doctor
 from evit_deploy.doctor.probe import ask
-from evit_deploy.environment.requirements import EXTRAS, install_line, lacking
+from evit_deploy.environment.requirements import EXTRAS, bounds, install_line, lacking, needed
 from evit_deploy.environment.targets import TARGETS, targets
 from evit_deploy.registry import RUNTIMES
 from tests.support.machines import on_gpu, pretend, python
@@ -31,6 +31,7 @@ def test_doctor_here(here):
     assert here.broken == []
     assert here.targets == targets()
     assert named(here, "python").usable
+    assert {f.name for f in here.findings if f.group == "Python and packages"} >= {"evit-deploy", *needed()}
     assert named(here, "torch").found == importlib.metadata.version("torch")
     assert {f.name for f in here.findings if f.group == "Extras"} == set(EXTRAS)
     assert [f.name for f in here.findings if f.group == "Runtimes"] == RUNTIMES.names()
@@ -138,6 +139,7 @@ def test_doctor_with_something_needed_missing(place):
     assert document["usable"] is False
     assert {target["name"]: target["builds"] for target in document["targets"]} == dict.fromkeys(TARGETS, False)
     assert "onnxscript cannot be used" in done.stderr
+    assert f'pip install "onnxscript{bounds(needed()["onnxscript"])}"' == install_line("onnxscript")
     assert install_line("onnxscript") in done.stderr
     # even what doctor itself is made of may be missing
     (place / "msgspec.py").write_text("raise ImportError('no module named _core')")
@@ -145,3 +147,8 @@ def test_doctor_with_something_needed_missing(place):
     assert done.returncode == 3
     assert "Run: pip install --force-reinstall msgspec" in done.stderr
     assert "Traceback" not in done.stderr
+    (place / "msgspec.py").unlink()
+    (place / "packaging.py").write_text("")  # hides the real one
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "packaging" in done.stderr.splitlines()[-1].split("Run: ")[1]

@@ -12,7 +12,6 @@ from evit_deploy.engines.audit import dtype_check, fusion_check
 from evit_deploy.engines.layers import (
     Layer,
     Tensor,
-    block_times,
     compute_dtypes,
     dtype_of,
     is_fused_attention,
@@ -260,41 +259,6 @@ def test_which_layers_are_fused_attentions(layer, fused):
 
 
 # ---- blocks
-
-
-def test_times_stand_beside_token_counts_and_spans_are_told(layers):
-    times = [(layer.name, 1.0) for layer in layers]
-    rows = block_times(layers, times, PLAN)
-    assert [row.blocks for row in rows] == ["0", "0-1", "1", "rest"]
-    assert [(row.tokens_in, row.tokens_out) for row in rows] == [(17, 9), (17, 9), (9, 9), (None, None)]
-    assert [row.layers for row in rows] == [8, 1, 5, 4]
-    assert sum(row.milliseconds for row in rows) == len(layers)
-    assert sum(row.share for row in rows) == pytest.approx(1)
-
-
-def test_a_layer_that_the_inspector_does_not_list_is_placed_by_its_name(layers):
-    rows = block_times(layers, [("blocks.1/Add_myl9", 2.0), ("something else", 1.0)], PLAN)
-    assert [(row.blocks, row.milliseconds) for row in rows] == [("1", 2.0), ("rest", 1.0)]
-
-
-def test_no_times_give_no_rows(layers):
-    assert block_times(layers, [], PLAN) == ()
-
-
-def test_a_block_outside_the_plan_has_no_counts():
-    (row,) = block_times([], [("blocks.7/Add", 1.0)], PLAN)
-    assert (row.blocks, row.tokens_in, row.tokens_out) == ("7", None, None)
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.floats(0.001, 10)), max_size=12))
-def test_no_time_is_lost_or_counted_twice(entries):
-    layers = [
-        Layer(str(i), metadata=f"[ONNX Layer: blocks.{a}/Add]\x1f[ONNX Layer: blocks.{b}/Add]")
-        for i, (a, b, _) in enumerate(entries)
-    ]
-    rows = block_times(layers, [(str(i), ms) for i, (_, _, ms) in enumerate(entries)], PLAN)
-    assert sum(row.milliseconds for row in rows) == pytest.approx(sum(ms for _, _, ms in entries))
-    assert sum(row.layers for row in rows) == len(entries)
 
 
 # ---- the text in a plan of TensorRT-RTX

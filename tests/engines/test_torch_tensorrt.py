@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from evit_deploy.bundle.manifest import BatchProfile
 from evit_deploy.engines import torch_tensorrt as target
 from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.export.precision import DTYPES
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.tokens.op import select
 from evit_deploy.tokens.reduce import reduce_tokens_
 from tests.support.cases import CASES, Case
@@ -52,7 +52,7 @@ def test_what_is_missing_is_named_with_the_line_that_helps(monkeypatch, versions
     here(monkeypatch, gpu=True, **versions)
     with pytest.raises(MissingRequirement) as caught:
         target.require_torch_tensorrt()
-    for text in (*named, 'pip install "evit-deploy[torch-tensorrt]"'):
+    for text in (*named, 'pip install -e ".[torch-tensorrt]"'):
         assert text in str(caught.value)
     assert "GPU" not in str(caught.value)
     assert caught.value.exit_code == 3
@@ -285,7 +285,7 @@ import tensorrt
 from torch_tensorrt.dynamo import partitioning
 from tests.support.models import KEEP, of_kind
 from evit_deploy.engines import torch_tensorrt as target
-from evit_deploy.bundle.manifest import BatchProfile
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.tokens.reduce import reduce_tokens_
 
 kind, precision, plan = sys.argv[1:4]

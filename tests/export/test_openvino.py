@@ -1,5 +1,6 @@
 """OpenVINO: the files we write, files of others, damaged files, and inputs that do not fit."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper
 
 from evit_deploy.bundle.manifest import OPENVINO
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.export.card import INPUT, read_card
 from evit_deploy.export.openvino import openvino_card, read_openvino, save_openvino
@@ -172,7 +174,7 @@ def test_its_makers_are_not_told():
 def test_without_the_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with (
-        pytest.raises(MissingRequirement, match=r'pip install "evit-deploy\[openvino\]"'),
+        pytest.raises(MissingRequirement, match=re.escape(install_line("openvino"))),
         OpenVINORunner(exported("plain")),
     ):
         pass

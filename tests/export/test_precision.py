@@ -24,7 +24,8 @@ from evit_deploy.runtimes.openvino import OpenVINORunner
 from evit_deploy.tokens.op import DOMAIN, NAME
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
-from evit_deploy.verification.golden import FLOOR, _replayed, make_golden
+from evit_deploy.verification.golden import _replayed, make_golden
+from evit_deploy.verification.tolerances import FLOOR
 from tests.support.exports import DROP, KEEP, answers, copied, each, exported, lowered, nodes, reduced, widened
 from tests.support.models import images, of_kind, preprocess_for, seeded
 

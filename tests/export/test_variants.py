@@ -18,7 +18,8 @@ from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.op import NAME
 from evit_deploy.tokens.plan import BlockPlan, TokenPlan
 from evit_deploy.tokens.reduce import capture, token_plan
-from evit_deploy.verification.golden import FLOOR, _replayed
+from evit_deploy.verification.golden import _replayed
+from evit_deploy.verification.tolerances import FLOOR
 from tests.support.exports import (
     DROP,
     answers,

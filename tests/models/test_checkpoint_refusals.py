@@ -82,7 +82,7 @@ def test_an_unknown_model_has_a_near_name(tmp_path):
     path = saved(tmp_path, hollow("deit_tiny_patch16_224"))
     with pytest.raises(InputError, match="deit_tiny_patch16_224"):
         read_checkpoint(path, "deit_tiny_patch16_244")
-    with pytest.raises(InputError, match=r"CHECKPOINT.*Near it"):
+    with pytest.raises(InputError, match=r"CHECKPOINT.*Did you mean 'deit_tiny_patch16_224' or '"):
         read_checkpoint("deit_tiny_patch16_244")
     with pytest.raises(InputError, match="resnet18"):
         read_checkpoint(path, "resnet18")

@@ -13,28 +13,31 @@ import pytest
 import torch
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
-from evit_deploy.bundle.manifest import DENSE, ENGINE, MANIFEST, MODEL, TWIN, BatchProfile
+from evit_deploy.bundle.manifest import DENSE, ENGINE, MANIFEST, MODEL, TWIN
 from evit_deploy.cli import run
 from evit_deploy.engines.build import build_engine
-from evit_deploy.engines.options import BuildOptions
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.engines.rebuild import options_of, slice_engine
 from evit_deploy.engines.rtx_listing import plan_layers
-from evit_deploy.environment import nvidia as gpu
+from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.environment.targets import RTX_GPUS
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.profiling.candidates import Contestant, contestants_of, is_plan
+from evit_deploy.profiling.candidates import Candidate, candidates_of, is_plan
 from evit_deploy.profiling.profile import profile
+from evit_deploy.recipe.options import BatchProfile, BuildOptions, ProfileOptions
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import Report
 from evit_deploy.runtimes.tensorrt import TensorRTRTXRunner
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from tests.support.logs import progress_lines
 from tests.support.models import KEEP, of_kind
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 PLAN = token_plan(reduce_tokens_(of_kind("plain"), KEEP))
-PROFILE = BatchProfile(1, 2, 4)
+SIZES = (1, 2, 4)
+SHORT = ProfileOptions(duration=0.2)
+PROFILE = BatchProfile(*SIZES)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +46,7 @@ def engines(converted, tmp_path_factory) -> Bundle:
     pytest.importorskip("tensorrt_rtx")
     folder = tmp_path_factory.mktemp("engines") / "bundle"
     shutil.copytree(converted.path, folder)
-    options = BuildOptions(profiles=(PROFILE,), gpus=() if gpu.compute_capability() in RTX_GPUS else ("sm80",))
+    options = BuildOptions(batches=(SIZES,), gpus=() if compute_capability() in RTX_GPUS else ("sm80",))
     built = build_engine(folder / MODEL, folder / ENGINE, "tensorrt-rtx", "fp32", options)
     build_engine(folder / DENSE, folder / TWIN / ENGINE, "tensorrt-rtx", "fp32", options)
     parent = msgspec.structs.replace(converted.manifest.parents[0], source=str(checkpoint_of(converted)))
@@ -72,8 +75,8 @@ def cli(capfd) -> Callable[..., tuple[int, str]]:
     return call
 
 
-def variants(contestants: Sequence[Contestant]) -> list[tuple[str, str]]:
-    return [(c.runtime, c.variant) for c in contestants]
+def variants(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
+    return [(c.runtime, c.variant) for c in candidates]
 
 
 # ---- which files are engines
@@ -153,17 +156,17 @@ def test_without_a_gpu_an_engine_is_exit_3_with_what_is_missing(cli, tmp_path, t
 @pytest.mark.tensorrt_rtx
 @pytest.mark.usefixtures("present")
 def test_an_engine_with_its_manifest_brings_what_its_bundle_brings(engines):
-    entry = contestants_of(engines.file(ENGINE), "", None, None, ())
-    whole = contestants_of(engines.path, "", None, None, ())
-    assert variants(entry.contestants) == variants(whole.contestants)
+    found = candidates_of(engines.file(ENGINE), None, None, ())
+    whole = candidates_of(engines.path, None, None, ())
+    assert variants(found.candidates) == variants(whole.candidates)
     assert {("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense"), ("onnxruntime", "slice"), ("eager", "dense")} <= set(
-        variants(entry.contestants)
+        variants(found.candidates)
     )
-    dense = next(c for c in entry.contestants if (c.runtime, c.variant) == ("tensorrt-rtx", "dense"))
+    dense = next(c for c in found.candidates if (c.runtime, c.variant) == ("tensorrt-rtx", "dense"))
     assert dense.artifact == engines.file(TWIN + ENGINE)
-    assert (entry.plan, entry.notes) == (engines.manifest.plan, [])
-    assert (entry.required, whole.required) == ({"tensorrt-rtx"}, set())
-    assert contestants_of(engines.file(ENGINE), "", None, None, ["onnxruntime"]).required == {"onnxruntime"}
+    assert (found.plan, found.notes) == (engines.manifest.plan, [])
+    assert (found.required, whole.required) == ({"tensorrt-rtx"}, set())
+    assert candidates_of(engines.file(ENGINE), None, None, ["onnxruntime"]).required == {"onnxruntime"}
 
 
 @pytest.mark.tensorrt_rtx
@@ -172,15 +175,15 @@ def test_a_bare_engine_is_alone_unless_it_is_given_a_twin(engines, tmp_path):
     path, dense = tmp_path / "mine.engine", tmp_path / "dense.engine"
     shutil.copy(engines.file(ENGINE), path)
     shutil.copy(engines.file(TWIN + ENGINE), dense)
-    entry = contestants_of(path, "", None, None, ())
-    assert variants(entry.contestants) == [("tensorrt-rtx", "model")]
-    assert entry.plan is None
-    assert "No manifest.json lies beside mine.engine." in entry.notes
-    assert any("Speed-up not available: --against DENSE.plan" in note for note in entry.notes)
-    assert any("token plan is unknown" in note for note in entry.notes)
-    entry = contestants_of(path, "", dense, None, ())
-    assert variants(entry.contestants) == [("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense")]
-    assert not any("Speed-up" in note for note in entry.notes)
+    found = candidates_of(path, None, None, ())
+    assert variants(found.candidates) == [("tensorrt-rtx", "model")]
+    assert found.plan is None
+    assert "No manifest.json lies beside mine.engine." in found.notes
+    assert any("Speed-up not available: --against DENSE.plan" in note for note in found.notes)
+    assert any("token plan is unknown" in note for note in found.notes)
+    found = candidates_of(path, dense, None, ())
+    assert variants(found.candidates) == [("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense")]
+    assert not any("Speed-up" in note for note in found.notes)
 
 
 def changed(folder: Path) -> None:
@@ -208,17 +211,17 @@ def test_a_manifest_that_does_not_list_this_very_file_does_not_count(engines, tm
     folder = tmp_path / "bundle"
     shutil.copytree(engines.path, folder)
     spoil(folder)
-    entry = contestants_of(folder / ENGINE, "", None, None, ())
-    assert variants(entry.contestants) == [("tensorrt-rtx", "model")]
-    assert entry.plan is None
-    assert why in entry.notes[0]
-    assert "treated as an engine without a manifest" in entry.notes[0]
+    found = candidates_of(folder / ENGINE, None, None, ())
+    assert variants(found.candidates) == [("tensorrt-rtx", "model")]
+    assert found.plan is None
+    assert why in found.notes[0]
+    assert "treated as an engine without a manifest" in found.notes[0]
 
 
 @without_gpu
 @pytest.mark.tensorrt_rtx
 def test_without_a_gpu_a_bundle_is_profiled_without_its_engine_and_says_so(engines):
-    report = profile(engines.path, runtimes=(), batch_sizes=(1,), threads=1, duration=1e-9)
+    report = profile(engines.path, measure=ProfileOptions(batch_sizes=(1,), threads=1, duration=1e-9))
     assert "onnxruntime" in {row.runtime for row in report.rows}
     assert "tensorrt-rtx" not in {row.runtime for row in report.rows}
     assert any(note.startswith("tensorrt-rtx was not timed: ") for note in report.notes)
@@ -241,8 +244,8 @@ def test_a_batch_size_outside_the_profiles_is_refused_before_anything_else(engin
 @pytest.mark.tensorrt_rtx
 def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatch):
     monkeypatch.setattr("evit_deploy.engines.options.usable", lambda target: True)
-    told: list[str] = []
-    twin, why_not = slice_engine(engines, tmp_path, told.append)
+    told = progress_lines()
+    twin, why_not = slice_engine(engines, tmp_path)
     assert why_not == ""
     assert twin is not None
     assert told == ["building the slice twin's engine with tensorrt-rtx"]
@@ -255,9 +258,9 @@ def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatc
 @pytest.mark.usefixtures("present")
 def test_where_no_slice_twin_can_be_built_its_overhead_is_said_to_be_missing(engines, tmp_path, monkeypatch):
     monkeypatch.setattr("evit_deploy.engines.options.usable", lambda target: False)
-    entry = contestants_of(engines.path, "", None, None, ["tensorrt-rtx"], scratch=tmp_path)
-    assert variants(entry.contestants) == [("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense")]
-    (note,) = entry.notes
+    found = candidates_of(engines.path, None, None, ["tensorrt-rtx"], scratch=tmp_path)
+    assert variants(found.candidates) == [("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense")]
+    (note,) = found.notes
     assert note.startswith("Overhead not available on tensorrt-rtx: tensorrt-rtx cannot build its slice twin here")
     other = msgspec.structs.replace(engines.manifest.engine, target="torch-tensorrt")
     manifest = msgspec.structs.replace(engines.manifest, engine=other)
@@ -269,9 +272,9 @@ def test_options_are_the_engine_s_own(engines):
     engine = msgspec.structs.replace(
         engines.manifest.engine, driver=None, gpus=("sm80", "sm86"), options={"optimization_level": 2, "unknown": 1}
     )
-    assert options_of(engine) == BuildOptions((PROFILE,), ("sm80", "sm86"), optimization_level=2)
+    assert options_of(engine) == BuildOptions(batches=(SIZES,), gpus=("sm80", "sm86"), optimization_level=2)
     engine = msgspec.structs.replace(engine, target="tensorrt", gpus=("sm90",), plugin="abc")
-    assert options_of(engine) == BuildOptions((PROFILE,), optimization_level=2)
+    assert options_of(engine) == BuildOptions(batches=(SIZES,), optimization_level=2)
 
 
 # ---- the real thing
@@ -281,9 +284,9 @@ def test_options_are_the_engine_s_own(engines):
 @needs_gpu
 @pytest.mark.timeout(900)
 def test_a_real_engine_against_pytorch_on_a_gpu(engines):
-    if gpu.compute_capability() not in RTX_GPUS:
-        pytest.skip(f"TensorRT-RTX does not build for {gpu.compute_capability()}")
-    check_real_profile(profile(engines.file(ENGINE), duration=0.2), "tensorrt-rtx")
+    if compute_capability() not in RTX_GPUS:
+        pytest.skip(f"TensorRT-RTX does not build for {compute_capability()}")
+    check_real_profile(profile(engines.file(ENGINE), measure=SHORT), "tensorrt-rtx")
 
 
 @pytest.mark.gpu
@@ -294,18 +297,18 @@ def test_a_real_tensorrt_engine_against_pytorch_on_a_gpu(converted, tmp_path):
     pytest.importorskip("tensorrt")
     folder = tmp_path / "bundle"
     shutil.copytree(converted.path, folder)
-    options = BuildOptions(profiles=(PROFILE,))
+    options = BuildOptions(batches=(SIZES,))
     built = build_engine(folder / MODEL, folder / ENGINE, "tensorrt", "fp32", options)
     build_engine(folder / DENSE, folder / TWIN / ENGINE, "tensorrt", "fp32", options)
     write_manifest(folder, msgspec.structs.replace(converted.manifest, engine=built.engine))
-    check_real_profile(profile(folder, against=checkpoint_of(converted), duration=0.2), "tensorrt")
+    check_real_profile(profile(folder, against=checkpoint_of(converted), measure=SHORT), "tensorrt")
     bare = tmp_path / "bare.plan"
     shutil.copy(folder / ENGINE, bare)
-    report = profile(bare, against=folder / TWIN / ENGINE, duration=0.2)
+    report = profile(bare, against=folder / TWIN / ENGINE, measure=SHORT)
     assert {r.mac_ratio for r in report.rows} == {None}
     assert all(r.speedup for r in report.rows if r.variant == "model")
     with pytest.raises(InputError, match="got 9, expected 1 to 4"):
-        profile(bare, batch_sizes=(1, 9), duration=0.2)
+        profile(bare, measure=ProfileOptions(batch_sizes=(1, 9), duration=0.2))
 
 
 def check_real_profile(report: Report, name: str) -> None:
@@ -320,4 +323,4 @@ def check_real_profile(report: Report, name: str) -> None:
         assert found.compute.count >= 100
     assert {r.batch for r in report.blocks} == {2}
     assert report.gpu[0].batch == 1
-    assert report.device["compute_capability"] == gpu.compute_capability()
+    assert report.device["compute_capability"] == compute_capability()

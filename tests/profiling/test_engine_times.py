@@ -2,22 +2,24 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from evit_deploy.bundle.manifest import BatchProfile, TensorSpec
-from evit_deploy.engines.layers import Layer
+from evit_deploy.bundle.manifest import TensorSpec
+from evit_deploy.engines.layers import Layer, parse_layers
 from evit_deploy.engines.rtx_listing import plan_layers
 from evit_deploy.environment.nvidia import GpuState
 from evit_deploy.errors import InputError
 from evit_deploy.profiling.batch_sizes import sizes_for
-from evit_deploy.profiling.candidates import Contestant, contestants_of
+from evit_deploy.profiling.candidates import Candidate, candidates_of
 from evit_deploy.profiling.engine_times import (
     Timed,
     block_rows,
@@ -31,12 +33,16 @@ from evit_deploy.profiling.latency import summarize
 from evit_deploy.profiling.profile import speed_gate
 from evit_deploy.profiling.speedup import verdict
 from evit_deploy.profiling.timing import measure_all
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report.report import LatencyRow, ProfileRow, Report
+from evit_deploy.report.report import BlockRow, LatencyRow, ProfileRow, Report
 from evit_deploy.report.tables import render
 from evit_deploy.runtimes.runner import Timings
+from evit_deploy.tokens.plan import TokenSpec, make_plan
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from tests.support.logs import progress_lines
 from tests.support.models import KEEP, of_kind
+from tests.support.paths import DATA
 from tests.support.plans import rtx_plan, tiny_blocks
 from tests.support.standins import IdleRunner
 
@@ -69,7 +75,7 @@ def timings(compute: float, calls: int = 10, enqueue: float = 0.1, **parts: floa
 
 
 def timed(*variants: str) -> list[Timed]:
-    return [Timed(Contestant("tensorrt", variant, None), StandIn(variant)) for variant in variants]
+    return [Timed(Candidate("tensorrt", variant, None), StandIn(variant)) for variant in variants]
 
 
 def test_latencies_are_summed_up_and_compared_round_by_round():
@@ -149,6 +155,49 @@ def test_blocks_stand_beside_their_token_counts():
     bare = block_rows(timed("model")[0], BLOCKS, TIMES, 32, None).blocks
     assert [row.milliseconds for row in bare] == [row.milliseconds for row in report.blocks]
     assert {row.tokens_in for row in bare} == {None}
+
+
+@pytest.fixture(params=[10, 11], ids=["TensorRT 10", "TensorRT 11"])
+def two_blocks(request) -> tuple[Layer, ...]:
+    return parse_layers((DATA / f"engine_trt{request.param}.json").read_text())
+
+
+TWO_BLOCKS = make_plan(TokenSpec(keep_rate=0.4, locations=(0,)), prefix=1, patches=16, depth=2)
+
+
+def by_block(layers: Sequence[Layer], times: list[tuple[str, float]]) -> tuple[BlockRow, ...]:
+    return block_rows(timed("model")[0], layers, times, 1, TWO_BLOCKS).blocks
+
+
+def test_times_stand_beside_token_counts_and_spans_are_told(two_blocks):
+    times = [(layer.name, 1.0) for layer in two_blocks]
+    rows = by_block(two_blocks, times)
+    assert [row.blocks for row in rows] == ["0", "0-1", "1", "rest"]
+    assert [(row.tokens_in, row.tokens_out) for row in rows] == [(17, 9), (17, 9), (9, 9), (None, None)]
+    assert [row.layers for row in rows] == [8, 1, 5, 4]
+    assert sum(row.milliseconds for row in rows) == len(two_blocks)
+    assert sum(row.share for row in rows) == pytest.approx(1)
+
+
+def test_a_layer_that_the_inspector_does_not_list_is_placed_by_its_name(two_blocks):
+    rows = by_block(two_blocks, [("blocks.1/Add_myl9", 2.0), ("something else", 1.0)])
+    assert [(row.blocks, row.milliseconds) for row in rows] == [("1", 2.0), ("rest", 1.0)]
+
+
+def test_a_block_outside_the_plan_has_no_counts():
+    (row,) = by_block((), [("blocks.7/Add", 1.0)])
+    assert (row.blocks, row.tokens_in, row.tokens_out) == ("7", None, None)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.floats(0.001, 10)), max_size=12))
+def test_no_time_is_lost_or_counted_twice(spans):
+    layers = [
+        Layer(str(i), metadata=f"[ONNX Layer: blocks.{a}/Add]\x1f[ONNX Layer: blocks.{b}/Add]")
+        for i, (a, b, _) in enumerate(spans)
+    ]
+    rows = by_block(layers, [(str(i), ms) for i, (_, _, ms) in enumerate(spans)])
+    assert sum(row.milliseconds for row in rows) == pytest.approx(sum(ms for _, _, ms in spans))
+    assert sum(row.layers for row in rows) == len(spans)
 
 
 @pytest.mark.parametrize(("times", "why"), [([], "reports no layer times"), ([("kernel_1", 1.0)], "which block")])
@@ -265,14 +314,14 @@ class StandIn(IdleRunner):
 
 
 @pytest.fixture
-def stand_in(monkeypatch) -> list[Contestant]:
+def stand_in(monkeypatch) -> list[Candidate]:
     monkeypatch.setitem(RUNTIMES._targets, "stand-in", f"{__name__}:StandIn")
-    return [Contestant("stand-in", variant, variant) for variant in ("model", "slice", "dense")]
+    return [Candidate("stand-in", variant, variant) for variant in ("model", "slice", "dense")]
 
 
 def test_engines_are_reported_whole(stand_in):
-    told: list[str] = []
-    report = measure_all(stand_in, PLAN, None, threads=1, duration=1e-9, progress=told.append)
+    told = progress_lines()
+    report = measure_all(stand_in, PLAN, None, threads=1, duration=1e-9)
     assert [(r.variant, r.batch, r.device) for r in report.rows] == [(v, 1, "gpu") for v in ("model", "slice", "dense")]
     assert report.clock == "wall"  # one thread's CPU time says nothing of a GPU
     assert [(r.variant, r.speedup) for r in report.latencies] == [("model", 1.5), ("slice", 1.875), ("dense", None)]
@@ -305,22 +354,22 @@ def test_nothing_is_measured_when_something_has_to_be_refused(stand_in, monkeypa
     monkeypatch.setattr("evit_deploy.profiling.timing.measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(InputError, match="got 8, expected 1 to 4"):
         measure_all(stand_in, PLAN, (1, 8), threads=1, duration=1e-9)
-    larger = [*stand_in, Contestant("stand-in", "dense", "larger")]
+    larger = [*stand_in, Candidate("stand-in", "dense", "larger")]
     with pytest.raises(InputError, match="the dense takes other images than the model"):
         measure_all(larger, PLAN, (1,), threads=1, duration=1e-9)
 
 
 def test_cpu_and_gpu_take_turns_among_themselves(stand_in, converted):
-    contestants = [*stand_in[:1], *contestants_of(converted.path, "", None, None, ["onnxruntime"]).contestants]
-    report = measure_all(contestants, PLAN, (1,), threads=1, duration=1e-9)
+    candidates = [*stand_in[:1], *candidates_of(converted.path, None, None, ["onnxruntime"]).candidates]
+    report = measure_all(candidates, PLAN, (1,), threads=1, duration=1e-9)
     assert [r.device for r in report.rows] == ["cpu"] * 3 + ["gpu"]
     assert report.clock == "cpu"
     assert "Ratios are of CPU time, but for what ran on the GPU: of wall time." in report.notes
 
 
 def test_who_turns_out_not_to_run_is_left_out_unless_it_was_asked_for(stand_in, converted):
-    broken = [Contestant("stand-in", "model", "broken"), *stand_in[2:]]
-    others = contestants_of(converted.path, "", None, None, ["onnxruntime"]).contestants[:1]
+    broken = [Candidate("stand-in", "model", "broken"), *stand_in[2:]]
+    others = candidates_of(converted.path, None, None, ["onnxruntime"]).candidates[:1]
     with pytest.raises(InputError, match="it is broken"):
         measure_all([*broken, *others], PLAN, (1,), threads=1, duration=1e-9)
     report = measure_all([*broken, *others], PLAN, (1,), threads=1, duration=1e-9, required=frozenset())

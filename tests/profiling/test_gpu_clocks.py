@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from evit_deploy.environment import nvidia as gpu
-from evit_deploy.environment.nvidia import REASONS, GpuState, reasons_in_words, snapshot
+from evit_deploy.environment.nvidia import REASONS, GpuState, compute_capability, reasons_in_words, snapshot
 from evit_deploy.errors import MissingRequirement
 from evit_deploy.profiling.gpu_clocks import Watch, notes_on
 
@@ -62,7 +61,7 @@ def test_throttling_is_told_with_its_share_and_all_its_reasons():
 
 @without_gpu
 def test_without_a_gpu_it_is_said_what_is_missing():
-    assert gpu.compute_capability() is None
+    assert compute_capability() is None
     for look in (snapshot, lambda: Watch().__enter__()):
         with pytest.raises(MissingRequirement, match=r"no CUDA device|built without CUDA") as error:
             look()
@@ -75,7 +74,7 @@ def test_without_a_gpu_it_is_said_what_is_missing():
 def test_a_gpu_says_what_it_is_and_how_fast_it_runs():
     found = snapshot()
     assert found.name == torch.cuda.get_device_name()
-    assert found.compute_capability == gpu.compute_capability()
+    assert found.compute_capability == compute_capability()
     assert found.driver.split(".")[0].isdigit()
     assert found.sm_clock is None or 0 < found.sm_clock <= (found.sm_clock_max or 10_000)
 

@@ -16,17 +16,18 @@ from evit_deploy.bundle.bundle import read_bundle
 from evit_deploy.bundle.manifest import DENSE, MODEL
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import INPUT
-from evit_deploy.models.checkpoint import Tokens
-from evit_deploy.profiling.candidates import Contestant, contestants_of
+from evit_deploy.profiling.candidates import Candidate, candidates_of
 from evit_deploy.profiling.profile import profile, speed_gate
 from evit_deploy.profiling.speedup import rows_of, verdict
 from evit_deploy.profiling.timing import MINIMUM_ROUNDS, measure, measure_all
+from evit_deploy.recipe.options import ProfileOptions
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import ProfileRow, Report
 from evit_deploy.report.statistics import median_interval
 from evit_deploy.report.tables import render
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from tests.support.logs import progress_lines
 from tests.support.models import TINY, of_kind
 from tests.support.standins import IdleRunner
 
@@ -58,7 +59,7 @@ class Counting(IdleRunner):
         self.calls.append("wait")
 
 
-def test_contestants_take_turns_and_do_not_always_follow_the_same_one():
+def test_candidates_take_turns_and_do_not_always_follow_the_same_one():
     calls: list[str] = []
     runners = [Counting(name, calls) for name in "abc"]
     wall, cpu = measure(runners, batch=6, duration=1e-9, minimum_rounds=40)
@@ -83,11 +84,11 @@ def test_a_duration_is_bounded_by_rounds(monkeypatch):
 
 
 PLAN = token_plan(reduce_tokens_(of_kind("plain"), TokenSpec(keep_rate=0.6)))
-RUNTIME = [Contestant("onnxruntime", variant, None) for variant in ("model", "slice", "dense")]
+RUNTIME = [Candidate("onnxruntime", variant, None) for variant in ("model", "slice", "dense")]
 
 
-def rows_at_4(contestants: list[Contestant], wall: np.ndarray, clock: np.ndarray | None = None) -> list[ProfileRow]:
-    return rows_of(contestants, PLAN, 4, wall, wall if clock is None else clock)
+def rows_at_4(candidates: list[Candidate], wall: np.ndarray, clock: np.ndarray | None = None) -> list[ProfileRow]:
+    return rows_of(candidates, PLAN, 4, wall, wall if clock is None else clock)
 
 
 def test_ratios_are_medians_of_pairs():
@@ -123,8 +124,8 @@ def test_latencies_are_wall_time_and_ratios_are_of_the_chosen_clock():
 
 
 def test_a_runtime_is_compared_with_its_own_twins_only():
-    contestants = [Contestant(r, v, None) for r, v in itertools.product(("onnxruntime", "eager"), ("model", "dense"))]
-    rows = rows_at_4(contestants, np.array([[1.0, 2.0, 10.0, 15.0]] * 3))
+    candidates = [Candidate(r, v, None) for r, v in itertools.product(("onnxruntime", "eager"), ("model", "dense"))]
+    rows = rows_at_4(candidates, np.array([[1.0, 2.0, 10.0, 15.0]] * 3))
     assert [row.speedup for row in rows] == [2.0, None, 1.5, None]
 
 
@@ -195,22 +196,22 @@ def test_the_gate_needs_a_dense_twin():
 # Targets.
 
 
-def variants(contestants: list[Contestant]) -> list[tuple[str, str]]:
-    return [(c.runtime, c.variant) for c in contestants]
+def variants(candidates: list[Candidate]) -> list[tuple[str, str]]:
+    return [(c.runtime, c.variant) for c in candidates]
 
 
 def test_a_bundle_brings_its_twins(converted):
-    entry = contestants_of(converted.path, "bundle", None, None, ())
+    found = candidates_of(converted.path, None, None, ())
     onnx = list(itertools.product(ONNX, ("model", "slice", "dense")))
     torch_rows = list(itertools.product(TORCH, ("model", "dense")))
-    assert variants(entry.contestants) == onnx + torch_rows
-    assert (entry.plan, entry.notes, entry.required) == (converted.manifest.plan, [], set())
-    eager = contestants_of(converted.path, "bundle", None, None, ["eager"])
-    assert variants(eager.contestants) == [("eager", "model"), ("eager", "dense")]
+    assert variants(found.candidates) == onnx + torch_rows
+    assert (found.plan, found.notes, found.required) == (converted.manifest.plan, [], set())
+    eager = candidates_of(converted.path, None, None, ["eager"])
+    assert variants(eager.candidates) == [("eager", "model"), ("eager", "dense")]
     assert eager.required == {"eager"}
-    found = contestants_of(converted.path, "bundle", None, None, ["onnxruntime"]).contestants
+    found = candidates_of(converted.path, None, None, ["onnxruntime"]).candidates
     assert variants(found) == [("onnxruntime", variant) for variant in ("model", "slice", "dense")]
-    model, dense = (row.artifact for row in eager.contestants)
+    model, dense = (row.artifact for row in eager.candidates)
     assert token_plan(dense).locations == ()
     if not torch.cuda.is_available():
         assert dense.blocks[0].attn.qkv.weight is model.blocks[0].attn.qkv.weight  # not a second copy
@@ -218,28 +219,27 @@ def test_a_bundle_brings_its_twins(converted):
 
 def test_a_file_is_compared_with_what_is_given(converted):
     path = converted.file(MODEL)
-    entry = contestants_of(path, str(path), None, None, ())
-    assert variants(entry.contestants) == list(itertools.product(ONNX, ("model", "slice")))
-    assert entry.plan == converted.manifest.plan
-    assert "--against" in entry.notes[0]
-    entry = contestants_of(path, str(path), converted.file(DENSE), None, ())
-    assert variants(entry.contestants) == list(itertools.product(ONNX, ("model", "slice", "dense")))
-    assert entry.notes == []
+    found = candidates_of(path, None, None, ())
+    assert variants(found.candidates) == list(itertools.product(ONNX, ("model", "slice")))
+    assert found.plan == converted.manifest.plan
+    assert "--against" in found.notes[0]
+    found = candidates_of(path, converted.file(DENSE), None, ())
+    assert variants(found.candidates) == list(itertools.product(ONNX, ("model", "slice", "dense")))
+    assert found.notes == []
 
 
 def test_a_checkpoint_runs_in_pytorch(checkpoint_file):
-    tokens = Tokens(keep_rate=0.5)
-    entry = contestants_of(checkpoint_file, str(checkpoint_file), None, tokens, ())
-    assert variants(entry.contestants) == list(itertools.product(TORCH, ("model", "dense")))
-    assert entry.plan == token_plan(reduce_tokens_(of_kind("plain"), TokenSpec(keep_rate=0.5)))
+    found = candidates_of(checkpoint_file, None, {"keep_rate": 0.5}, ())
+    assert variants(found.candidates) == list(itertools.product(TORCH, ("model", "dense")))
+    assert found.plan == token_plan(reduce_tokens_(of_kind("plain"), TokenSpec(keep_rate=0.5)))
 
 
 def test_targets_that_cannot_be_profiled(converted, checkpoint_file, tmp_path):
-    options: dict[str, Any] = {"duration": 1e-9, "batch_sizes": (1,)}
+    options: dict[str, Any] = {"measure": ProfileOptions(batch_sizes=(1,), duration=1e-9)}
     with pytest.raises(InputError, match="keep rate is needed"):
         profile(checkpoint_file, **options)
     with pytest.raises(InputError, match="none of these runtimes"):
-        profile(checkpoint_file, tokens=Tokens(keep_rate=0.5), runtimes=["onnxruntime"], **options)
+        profile(checkpoint_file, keep_rate=0.5, runtimes=["onnxruntime"], **options)
     with pytest.raises(InputError, match="none of these runtimes"):
         profile(converted.file(MODEL), runtimes=["eager"], **options)
     with pytest.raises(InputError, match="Did you mean 'eager'"):
@@ -255,14 +255,14 @@ def test_targets_that_cannot_be_profiled(converted, checkpoint_file, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch would run on the GPU, timed apart")
 def test_a_real_run(converted):
-    told: list[str] = []
-    report = profile(converted.path, batch_sizes=(1, 3), threads=1, duration=1e-3, progress=told.append)
+    told = progress_lines()
+    report = profile(converted.path, measure=ProfileOptions(batch_sizes=(1, 3), threads=1, duration=1e-3))
     assert report.clock == "cpu"
     assert told == ["reading the models", "profiling batch 1", "profiling batch 3"]
     assert [(r.runtime, r.variant, r.batch) for r in report.rows] == [
         (runtime, variant, batch)
         for batch in (1, 3)
-        for runtime, variant in variants(contestants_of(converted.path, "", None, None, ()).contestants)
+        for runtime, variant in variants(candidates_of(converted.path, None, None, ()).candidates)
     ]
     for found in report.rows:
         assert found.rounds >= MINIMUM_ROUNDS
@@ -277,10 +277,10 @@ def test_a_real_run(converted):
 
 
 def test_more_threads_are_timed_by_the_wall(converted):
-    contestants = contestants_of(converted.path, "", None, None, ["onnxruntime"]).contestants
+    candidates = candidates_of(converted.path, None, None, ["onnxruntime"]).candidates
     for threads in (2, None):
         report = measure_all(
-            contestants, converted.manifest.plan, (1,), threads=threads, duration=1e-9, minimum_rounds=1
+            candidates, converted.manifest.plan, (1,), threads=threads, duration=1e-9, minimum_rounds=1
         )
         assert report.clock == "wall"
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evit_deploy.engines import build
+from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import InputError, MissingRequirement, RecipeError
 from evit_deploy.profiling.sweep import DENSE, Entry, Variant, _measured, sweep
 from evit_deploy.profiling.timing import SETTLE
@@ -61,7 +61,7 @@ def test_the_clock_and_the_pause_are_the_devices_own(monkeypatch, threads, speed
             [4.0, 1.0], (5, 1)
         )  # by the wall twice as fast, by the CPU's 4 times
 
-    monkeypatch.setattr("evit_deploy.profiling.timing.measure", timed)
+    monkeypatch.setattr("evit_deploy.profiling.sweep.measure", timed)
     recipe = load_sweep("a100", [*SMALL, *CPU, f"threads={'null' if threads is None else threads}"])
     report = _measured("tiny", entries, recipe)
     assert asked == [({"cpu"}, settles[0]), ({"gpu"}, settles[1])]
@@ -81,7 +81,7 @@ def test_the_clock_and_the_pause_are_the_devices_own(monkeypatch, threads, speed
         ("runtimes=[eager:int8]", "RUNTIME:fp32"),
         ("runtimes=[eagre:fp32]", "Did you mean 'eager'"),
         ("models=[resnet50]", "cannot be token-reduced"),
-        ("models=[deit_smal]", "no timm model"),
+        ("models=[deit_smal]", "not a timm model"),
     ],
 )
 def test_what_a_sweep_refuses(override, message):
@@ -102,7 +102,7 @@ def test_a_value_below_a_key_of_ones_own_is_refused_with_its_kind():
 
 @pytest.mark.tensorrt_rtx
 def test_a_sweep_needs_its_runtimes():
-    if build.gpu.compute_capability() is not None:
+    if compute_capability() is not None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(MissingRequirement, match=r"GPU|CUDA"):
         sweep(load_sweep("a100", [*SMALL, "runtimes=[tensorrt-rtx:fp16]"]))

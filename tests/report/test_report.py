@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
+from evit_deploy.errors import GateFailed
 from evit_deploy.report.report import AgreementRow, Check, Report
 from evit_deploy.report.statistics import accuracy_row, wilson
 from evit_deploy.report.tables import render
@@ -18,6 +19,27 @@ def test_one_failed_check_fails_the_report():
     assert Report(checks=(right,)).passed
     assert not Report(checks=(right, wrong)).passed
     assert Report(checks=(right, wrong)).failed == (wrong,)
+
+
+RIGHT, WRONG = Check("{a}", 1, 2, True), Check("{b}", 3, 2, False, "Too much of {b}.")
+
+
+def test_a_report_stops_at_its_first_failed_check():
+    report = Report(checks=(RIGHT, WRONG, Check("c", 9, 2, False, "no")))
+    with pytest.raises(GateFailed) as raised:
+        report.raise_if_failed(where="there")
+    assert str(raised.value) == "there: 2 of 3 checks failed, first: {b} (got 3, expected 2). Too much of {b}."
+    with pytest.raises(GateFailed) as raised:
+        report.raise_if_failed("bad: {name}", seen="{value:.2f}", wanted="at least {limit}", fix="It was {kept}.")
+    assert str(raised.value) == "bad: {b} (got 3.00, expected at least 2). It was {kept}."
+    Report(checks=(RIGHT,)).raise_if_failed()
+    Report().raise_if_failed()
+
+
+def test_a_failed_check_without_numbers_makes_none_up():
+    with pytest.raises(GateFailed) as raised:
+        Report(checks=(Check("logits", None, None, False, "no image to compare"),)).raise_if_failed("{name}")
+    assert str(raised.value) == "logits. no image to compare"
 
 
 def test_reports_add_up():

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from evit_deploy.bundle.manifest import BatchProfile
 from evit_deploy.engines.plan_file import misfit, read_header
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.profiling.latency import summaries
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes import tensorrt
 from evit_deploy.runtimes.tensorrt import TensorRTRTXRunner, TensorRTRunner, engine_validity
@@ -71,7 +72,7 @@ def test_what_is_missing_is_said_with_the_line_that_brings_it(runner):
     assert isinstance(missing, MissingRequirement)
     assert missing.exit_code == 3
     if importlib.util.find_spec(runner.module) is None:
-        assert missing.fix == f'pip install "evit-deploy[{runner.name}]"'
+        assert missing.fix == install_line(runner.name)
     else:
         assert "CUDA" in str(missing)
 

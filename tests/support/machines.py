@@ -4,10 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+import evit_deploy
 from evit_deploy.environment.requirements import version_of
 
 # NVML as a driver 580 with one GPU would answer; the numbers come from the environment.
@@ -19,32 +22,60 @@ typedef struct { unsigned long long total, free, used; } Memory;
 static int number(const char *name) { return atoi(getenv(name)); }
 int nvmlInitWithFlags(unsigned flags) { return number("FAKE_RETURN"); }
 int nvmlInit_v2(void) { return number("FAKE_RETURN"); }
-int nvmlShutdown(void) { return 0; }
+int nvmlShutdown(void) { if (getenv("FAKE_TRACE")) { puts("shut down"); fflush(stdout); } return 0; }
 int nvmlSystemGetDriverVersion(char *text, unsigned n) { snprintf(text, n, "%s", getenv("FAKE_DRIVER")); return 0; }
 int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = number("FAKE_CUDA"); return 0; }
 int nvmlDeviceGetCount_v2(unsigned *count) { *count = 1; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { *device = (void *)8; return 0; }
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
+    *device = (void *)8; return strcmp(uuid, "GPU-0123-4567") ? 6 : 0;
+}
+int nvmlDeviceGetClockInfo(void *device, int type, unsigned *clock) { *clock = type == 1 ? 1410 : 0; return 0; }
+int nvmlDeviceGetPowerUsage(void *device, unsigned *milliwatts) { *milliwatts = 72500; return 0; }
+int nvmlDeviceGetCurrentClocksThrottleReasons(void *device, unsigned long long *bits) { *bits = 4; return 0; }
 int nvmlDeviceGetName(void *device, char *text, unsigned n) { snprintf(text, n, "NVIDIA Pretend"); return 0; }
 int nvmlDeviceGetUUID(void *device, char *text, unsigned n) { snprintf(text, n, "GPU-0123-4567"); return 0; }
 int nvmlDeviceGetMemoryInfo(void *device, Memory *m) { m->total = 24ull << 30; m->free = m->used = 0; return 0; }
 int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) {
     int both = number("FAKE_SM"); *major = both / 10; *minor = both % 10; return 0;
 }
-const char *nvmlErrorString(int code) { return code == 9 ? "Driver Not Loaded" : "Unknown Error"; }
+const char *nvmlErrorString(int code) {
+    return code == 9 ? "Driver Not Loaded" : code == 6 ? "Not Found" : "Unknown Error";
+}
 """
 
 
-def pretend(folder: Path, name: str, version: str | None, source: str | None = None, module: str | None = None) -> None:
+def pretend(
+    folder: Path,
+    name: str,
+    version: str | None,
+    source: str | None = None,
+    module: str | None = None,
+    requires: Sequence[str] = (),
+) -> None:
     """A distribution in a folder: metadata, and a module when there is source for one."""
     info = folder / f"{name.replace('-', '_')}-{version or 'damaged'}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {name}\n" + (f"Version: {version}\n" if version else "")
+        f"Metadata-Version: 2.1\nName: {name}\n"
+        + (f"Version: {version}\n" if version else "")
+        + "".join(f"Requires-Dist: {line}\n" for line in requires)
     )
     if source is not None:
         package = folder / (module or name.replace("-", "_"))
         package.mkdir(exist_ok=True)
         (package / "__init__.py").write_text(source)
+
+
+def environment_without(folder: Path, *distributions: str) -> dict[str, str]:
+    """Environment variables of a Python (with ``-S``) that has everything installed here but these distributions."""
+    installed = Path(sysconfig.get_path("purelib"))
+    for entry in installed.iterdir():
+        if not entry.name.lower().replace("-", "_").startswith(distributions):
+            (folder / entry.name).symlink_to(entry)
+    assert len(list(folder.iterdir())) < len(list(installed.iterdir()))
+    root = Path(evit_deploy.__file__).parents[1]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, folder)))}
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ class FixedBatch:
     def steps_per_epoch(self, batch_size):
         return 3
 
-    def training(self, batch_size, seed, *, rank=0, world=1, start_step=0):
+    def training(self, batch_size, seed, *, rank=0, world=1, start_step=0, curriculum=None):
         for step in itertools.count(start_step):
             bad = self.poison is not None and step >= self.poison
             yield self.images * (math.nan if bad else 1.0), self.labels

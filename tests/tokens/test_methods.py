@@ -77,6 +77,18 @@ def kept_by(method: str, **options) -> list[torch.Tensor]:
     return seen.kept
 
 
+def test_a_method_without_scores_has_kept_tokens_but_none_are_made_up():
+    model = create("deit")
+    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method="slice"))
+    with capture(model) as seen:
+        model(images(model))
+    assert len(seen.kept) == 3
+    assert seen.scores == []
+    reducer = next(module for module in model.modules() if isinstance(module, TokenReducer))
+    with pytest.raises(NotImplementedError, match="Slice does not say"):
+        reducer.scores(*3 * [torch.zeros(1, 5, 2, 4)])
+
+
 def test_slice_keeps_the_first():
     assert all(kept.tolist() == [list(range(kept.shape[1]))] * 3 for kept in kept_by("slice"))
 

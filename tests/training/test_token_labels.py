@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, ToTensor
 
+from evit_deploy.data.augmentation import GEOMETRIC, CropAndFlip, FollowedTransform, Warp
 from evit_deploy.data.sampling import own_randomness
-from evit_deploy.data.token_labels import FUSED, GEOMETRIC, CropAndFlip, FollowedTransform, Warp, crop_token_labels
+from evit_deploy.data.token_labels import crop_token_labels
 from evit_deploy.recipe.sections import TokenLabelSection
-from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.plan import FUSED, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_
 from evit_deploy.training.loop import fit
 from evit_deploy.training.step import TrainingRun

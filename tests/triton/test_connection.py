@@ -10,6 +10,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
+from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.triton.connection import Connection, Served, split_url
@@ -43,7 +44,7 @@ def test_what_is_no_address_is_refused(url):
 def test_without_the_client(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     missing = RUNTIMES.get("triton").missing()
-    assert str(missing).endswith('(got not installed). Run: pip install "evit-deploy[triton]"')
+    assert str(missing) == f"tritonclient is needed (got not installed). Run: {install_line('triton')}"
     with pytest.raises(MissingRequirement, match="tritonclient is needed"):
         Connection("http://server")
 

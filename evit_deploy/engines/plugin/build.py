@@ -16,8 +16,8 @@ import torch
 from evit_deploy.engines.plugin import library as plugin
 from evit_deploy.engines.plugin.kernel import DTYPES, TokenReorgKernel
 from evit_deploy.engines.plugin.library import ABI, Identity, read_identity
-from evit_deploy.environment import nvidia as gpu
 from evit_deploy.environment.machine import device, versions
+from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.environment.requirements import version_of
 from evit_deploy.environment.targets import TENSORRT
 from evit_deploy.errors import InputError, MissingRequirement, StageError
@@ -192,7 +192,7 @@ def _fits(identity: Identity) -> tuple[list[Check], list[str]]:
         else:
             reason = plugin.misfit(identity)
             checks.append(Check("TensorRT", identity.tensorrt, installed, reason is None, reason or ""))
-    capability = gpu.compute_capability() if torch.cuda.is_available() else None
+    capability = compute_capability() if torch.cuda.is_available() else None
     if identity.architectures and capability is None:
         notes.append("There is no GPU here: the kernel was not run.")
     elif identity.architectures and capability is not None:

@@ -1,0 +1,123 @@
+"""What is added to timm's augmentation: it says where everything went, so that token labels can follow."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateXRel", "TranslateY", "TranslateYRel")
+"""timm's augmentations that move pixels; all others change their colours."""
+
+
+def operations_of(transform: Any) -> Iterator[Any]:
+    """What timm's AutoAugment or RandAugment draws from."""
+    for stage in transform.transforms:
+        for policy in getattr(stage, "policy", None) or [getattr(stage, "ops", [])]:
+            yield from policy
+
+
+class CropAndFlip:
+    """Random resized crop and mirroring of an image that says what it did, so that the token labels can follow.
+
+    Args:
+        size: Height and width of the result.
+        scale: Range of the crop's share of the image's area.
+        ratio: Range of its width over its height.
+        flip: Probability of mirroring.
+        interpolation: timm's name of the resampling filter.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        interpolation: str = "bicubic",
+    ) -> None:
+        from timm.data.transforms import str_to_interp_mode
+
+        self.size, self.scale, self.ratio, self.flip = list(size), list(scale), list(ratio), flip
+        self.interpolation: Any = str_to_interp_mode(interpolation)
+
+    def __call__(self, image: Any) -> tuple[Any, Tensor, bool]:
+        """A PIL image to the crop, its box as ``crop_token_labels`` takes it, and whether it was mirrored."""
+        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms import functional as TF
+
+        top, left, height, width = RandomResizedCrop.get_params(image, self.scale, self.ratio)
+        crop: Any = TF.resized_crop(image, top, left, height, width, self.size, self.interpolation)
+        box = torch.tensor([left, top, left + width, top + height]) / torch.tensor([*image.size, *image.size])
+        flipped = bool(torch.rand(()) < self.flip)
+        return TF.hflip(crop) if flipped else crop, box, flipped
+
+
+class Warp:
+    """Stands in for a PIL image in timm's geometric augmentations, and notes what they do with it.
+
+    Args:
+        size: Width and height of the image.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size, self._matrix = size, torch.eye(3, dtype=torch.float64)
+
+    def transform(self, size: tuple[int, int], method: Any, data: Any, **_: Any) -> "Warp":
+        """As ``PIL.Image.Image.transform`` with an affine matrix: from pixels of the result to pixels of the image."""
+        assert size == self.size
+        self._matrix = self._matrix @ torch.tensor([*data, 0, 0, 1], dtype=torch.float64).view(3, 3)
+        return self
+
+    def rotate(self, angle: float, **_: Any) -> "Warp":
+        """As ``PIL.Image.Image.rotate``: around the middle, in degrees, counterclockwise."""
+        cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        x, y = (side / 2 for side in self.size)
+        matrix = (cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y)
+        return self.transform(self.size, None, matrix)
+
+    def places(self) -> Tensor:
+        """float32 ``[2, 3]``: where a place of the result comes from, both from -1 to 1."""
+        width, height = self.size
+        pixels = torch.tensor([[width / 2, 0, width / 2], [0, height / 2, height / 2], [0, 0, 1]], dtype=torch.float64)
+        return (pixels.inverse() @ self._matrix @ pixels)[:2].float()
+
+
+class _Noted:
+    """A geometric augmentation that is done to the :class:`Warp` of the moment as well."""
+
+    def __init__(self, function: Callable[..., Any], owner: "FollowedTransform") -> None:
+        self._function, self._owner = function, owner
+
+    def __call__(self, image: Any, *arguments: Any, **named: Any) -> Any:
+        self._function(self._owner.warp, *arguments, **named)
+        return self._function(image, *arguments, **named)
+
+
+class FollowedTransform:
+    """timm's training transform, but for what token labels have to know.
+
+    Args:
+        crop: What takes the place of timm's crop and mirroring.
+        varied: timm's transforms after them, AutoAugment or RandAugment among them; they are changed.
+        final: timm's last ones, to a tensor.
+    """
+
+    def __init__(self, crop: CropAndFlip, varied: Any, final: Callable[[Any], Tensor]) -> None:
+        self._crop, self._varied, self._final = crop, varied, final
+        self.warp = Warp((1, 1))
+        for operation in operations_of(varied):
+            if operation.name in GEOMETRIC:
+                operation.aug_fn = _Noted(operation.aug_fn, self)
+
+    def __call__(self, image: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A PIL image to a tensor, and what :func:`evit_deploy.data.token_labels.crop_token_labels` takes of one image.
+
+        Returns:
+            The image ``[C, H, W]``, its crop's box ``[4]``, whether it was mirrored, and its warp ``[2, 3]``.
+        """
+        crop, box, flipped = self._crop(image)
+        self.warp = Warp(crop.size)
+        shown = self._final(self._varied(crop))
+        return shown, box, torch.tensor(flipped), self.warp.places()

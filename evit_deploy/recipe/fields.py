@@ -1,0 +1,80 @@
+"""What the fields of a struct are for: the string below each is its documentation, wherever the struct is used."""
+
+import ast
+import functools
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+_UNIONS = (types.UnionType, typing.Union)
+
+
+@functools.cache
+def field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
+    """What is written below the fields of a struct, its bases' too: field -> text on one line."""
+    if struct is msgspec.Struct:
+        return {}
+    docs = dict(field_docs(typing.cast(type[msgspec.Struct], struct.__base__)))
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(struct))).body[0]).body
+    for field, below in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            docs[field.target.id] = " ".join(str(typing.cast(ast.Constant, below.value).value).split())
+    return docs
+
+
+def struct_in(annotation: Any) -> type[msgspec.Struct] | None:
+    """The struct that an annotation allows, if there is one."""
+    options = typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else (annotation,)
+    return next((t for t in options if isinstance(t, type) and issubclass(t, msgspec.Struct)), None)
+
+
+def choices_in(annotation: Any) -> tuple[str, ...]:
+    """The values that an annotation with a ``Literal`` in it allows; empty for any other."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return typing.get_args(annotation)
+    parts = typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else ()
+    return next((choices for part in parts if (choices := choices_in(part))), ())
+
+
+def structs_in(struct: type[msgspec.Struct]) -> Iterator[type[msgspec.Struct]]:
+    """A struct, and all that its fields hold."""
+    yield struct
+    for field in msgspec.structs.fields(struct):
+        inner = struct_in(field.type)
+        if inner is not None:
+            yield from structs_in(inner)
+
+
+def own_fields(struct: type[msgspec.Struct], *, inherited: bool = False) -> dict[str, Any]:
+    """Fields and their annotations; without those of its bases unless asked."""
+    base = typing.cast(type[msgspec.Struct], struct.__base__)
+    below = () if inherited or base is msgspec.Struct else base.__struct_fields__
+    return {field.name: field.type for field in msgspec.structs.fields(struct) if field.name not in below}
+
+
+def plain(annotation: Any) -> tuple[type, bool]:
+    """The simple type of an annotation (``int | None`` is ``int``), and whether there may be several of it."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return plain(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in _UNIONS:
+        return plain(next(part for part in typing.get_args(annotation) if part is not types.NoneType))
+    if typing.get_origin(annotation) is tuple:
+        return plain(typing.get_args(annotation)[0])[0], True
+    return annotation, False
+
+
+def limits_in(annotation: Any) -> tuple[int | None, int | None]:
+    """Least and largest value that an annotation allows, where it says so."""
+    metas = [part for part in typing.get_args(annotation) if isinstance(part, msgspec.Meta)]
+    low = next((meta.ge for meta in metas if meta.ge is not None), None)
+    high = next((meta.le for meta in metas if meta.le is not None), None)
+    if low is not None or high is not None:
+        return typing.cast(int | None, low), typing.cast(int | None, high)
+    inner = [limits_in(part) for part in typing.get_args(annotation) if typing.get_args(part)]
+    return next((limits for limits in inner if limits != (None, None)), (None, None))

@@ -1,0 +1,125 @@
+"""Options of conversion and measurement, spelled once.
+
+Each struct here is a section of a recipe, a group of options of the command line (:mod:`evit_deploy.cli.options` makes
+the flags of its fields) and an argument in Python. The string below a field is its documentation in all three.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from evit_deploy.recipe.sections import Count, Section
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+
+
+class BatchProfile(msgspec.Struct, frozen=True):
+    """Batch sizes that one optimization profile of an engine covers.
+
+    Args:
+        minimum: Fewest images.
+        optimum: The number of images it is tuned for.
+        maximum: Most images.
+    """
+
+    minimum: int
+    optimum: int
+    maximum: int
+
+    def __str__(self) -> str:
+        return f"{self.minimum}:{self.optimum}:{self.maximum}"
+
+
+class BuildOptions(Section, frozen=True, kw_only=True):
+    """Options of the builder of an engine."""
+
+    batches: tuple[tuple[Count, Count, Count], ...] = ((1, 32, 128),)
+    """Smallest, best and largest batch size of each optimization profile. [default: 1:32:128]"""
+    gpus: tuple[str, ...] = ()
+    """TensorRT-RTX: GPU to build for, ``sm80``; several are possible. [default: this machine's]"""
+    workspace: Annotated[int, Meta(ge=1)] | None = None
+    """Most scratch memory in MiB. [default: the builder's own limit]"""
+    optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
+    """How long to search for kernels, from 0 (quick) to 5 (thorough). [default: the builder's own]"""
+    version_compatible: bool = False
+    """TensorRT: build an engine that later versions can run too."""
+    hardware_compatible: bool = False
+    """TensorRT: build an engine that other GPUs from Ampere on can run too, at some cost in speed."""
+    timing_cache: str | None = None
+    """TensorRT: file that remembers which kernels were fast; read and extended."""
+    plugin: str | None = None
+    """TensorRT: library with the plugin for ``evit::TokenReorg``; without one the operator's body is built in.
+    [default: none]"""
+
+    def __post_init__(self) -> None:
+        for field in ("timing_cache", "plugin"):  # a Path is as good as its text
+            if isinstance(value := getattr(self, field), Path):
+                msgspec.structs.force_setattr(self, field, str(value))
+
+    @property
+    def profiles(self) -> tuple[BatchProfile, ...]:
+        """The batch sizes, as optimization profiles."""
+        return tuple(BatchProfile(*sizes) for sizes in self.batches)
+
+    @property
+    def build(self) -> "BuildOptions":
+        """These options alone, of a struct that has more."""
+        return BuildOptions(**{field: getattr(self, field) for field in BuildOptions.__struct_fields__})
+
+
+class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
+    """What a reduced model is turned into."""
+
+    targets: tuple[str, ...] = ()
+    """What to make beside ``model.onnx``; several are possible, at most one of them an engine. [default: tensorrt where
+    it is usable, else onnx]"""
+    precision: Precision | None = None
+    """Precision of the files. [default: fp16 for an engine, else fp32]"""
+    calibration: str | None = None
+    """Folder of real images, for ``int8`` and ``fp8``: the range of every activation is learned from them."""
+    indices: bool = False
+    """Give out the kept candidates as outputs ``kept_<block>`` of ``model.onnx``."""
+    data: str | None = None
+    """Folder of labelled images (``class/image``) for top-1 and top-5."""
+    min_speedup: Annotated[float, Meta(gt=0)] | None = None
+    """Fail unless every measured batch size is at least this many times as fast as the dense baseline."""
+    target_options: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
+    """Options of targets that other packages add: target -> option -> value."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("calibration", "data"):
+            if isinstance(value := getattr(self, field), Path):
+                msgspec.structs.force_setattr(self, field, str(value))
+
+
+class ConvertSection(ConvertOptions, frozen=True, kw_only=True):
+    """What the fine-tuned model is turned into."""
+
+    targets: tuple[str, ...] = ("onnx",)
+    """What to make beside ``model.onnx``; several are possible, at most one of them an engine."""
+    calibration_images: Count = 256
+    """For ``int8`` and ``fp8`` without a ``calibration`` folder: how many training images to learn ranges from, without
+    their augmentation."""
+
+
+class ProfileOptions(Section, frozen=True, kw_only=True):
+    """How speed is measured."""
+
+    batch_sizes: Annotated[tuple[Count, ...], Meta(min_length=1)] | None = None
+    """Images a call, one row each. [default: 1,8,32, on a GPU 128 too; what an engine covers of them]"""
+    duration: Annotated[float, Meta(gt=0, le=1e6)] = 10.0
+    """Seconds of measurement for each batch size, CPU and GPU each, after the warm-up. [default: 10]"""
+    threads: Count | None = None
+    """CPU threads. [default: the runtime's own choice]"""
+
+
+class ProfileSection(ProfileOptions, frozen=True, kw_only=True):
+    """How the speed of a run's result is measured."""
+
+    batch_sizes: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 8, 32)
+    """Images a call, one row each."""
+    duration: Annotated[float, Meta(gt=0, le=1e6)] = 3.0
+    """Seconds of measurement for each row, after the warm-up."""

@@ -1,0 +1,57 @@
+"""Options of ``package``: of the package itself, and of the Triton server that is to run it."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Purpose = Literal["triton", "cpp"]
+"""What a package is for."""
+Platform = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "openvino"]
+"""What runs the model there."""
+
+
+QUEUE_DELAY = 1000
+"""Microseconds."""
+
+
+class PackageOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How bundles are packaged."""
+
+    platform: Platform | None = None
+    """What runs the model: for Triton tensorrt, onnxruntime or openvino; for C++ tensorrt, tensorrt-rtx or openvino.
+    [default: the first of them that the bundle has a file for]"""
+    name: str | None = None
+    """Name of the model. [default: the bundle's folder]"""
+    labels: str | None = None
+    """Text file with a class name on each line. [default: the manifest's]"""
+    gpus: tuple[str, ...] = ()
+    """GPU that a plan is to run on, ``sm90``; several are possible. Each needs a plan, and each plan one of them."""
+    plugin: str | None = None
+    """Library that the plan needs, a path or ``auto``. [default: the one in the user's cache that it was built with]"""
+    unverified: bool = False
+    """Package what was not verified on this platform too; the package records it."""
+
+    def __post_init__(self) -> None:
+        for field in ("labels", "plugin"):  # a Path is as good as its text
+            if isinstance(value := getattr(self, field), Path):
+                msgspec.structs.force_setattr(self, field, str(value))
+
+
+class TritonOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The Triton server, and how it is to serve."""
+
+    server: str | None = None
+    """Release of Triton, ``26.07``. [default: the newest that goes with the plan]"""
+    server_tensorrt: str | None = None
+    """Version of TensorRT in the server. [default: what is known of the release]"""
+    preprocess: Literal["python", "dali", "none"] = "python"
+    """What makes inputs of image files in the server: Pillow on the CPU as in training, or DALI on the GPU, which is
+    nearly the same; with none, clients send inputs. [default: python]"""
+    max_batch: Annotated[int, Meta(ge=1)] | None = None
+    """Most images a call. [default: what the plan covers; 32 for ONNX Runtime, 1 for OpenVINO]"""
+    instances: Annotated[int, Meta(ge=1)] = 1
+    """Instances of the model, on each GPU or on the CPU. [default: 1]"""
+    queue_delay: Annotated[int, Meta(ge=0)] = QUEUE_DELAY
+    """Microseconds that a request may wait to be batched with others. [default: 1000]"""

@@ -1,0 +1,65 @@
+"""``tensorrt``: an engine for the GPU of this machine, with the plugin where one is given."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from evit_deploy.bundle.manifest import ENGINE, MODEL, TWIN
+from evit_deploy.engines.audit import engine_checks
+from evit_deploy.engines.build import build_engine
+from evit_deploy.engines.layers import Layer
+from evit_deploy.engines.options import check_options, usable
+from evit_deploy.environment.nvidia import compute_capability
+from evit_deploy.errors import EvitDeployError
+from evit_deploy.recipe.options import BuildOptions
+from evit_deploy.report.report import Report
+from evit_deploy.targets.target import Artifact, Exported, Target, refusals
+from evit_deploy.tokens.plan import TokenPlan
+
+
+class TensorRT(Target):
+    """``engine.plan`` and ``dense/engine.plan``, built by TensorRT from the ONNX files."""
+
+    name = "tensorrt"
+    Options = BuildOptions
+    engine = True
+    runtimes = ("tensorrt",)
+    platforms = {"triton": ("tensorrt", (ENGINE,)), "cpp": ("tensorrt", (ENGINE,))}  # noqa: RUF012
+
+    @classmethod
+    def automatic(cls) -> bool:
+        """Where TensorRT and a GPU for it are here."""
+        return usable(cls.name)
+
+    @classmethod
+    def refuse(cls, precision: str, options: BuildOptions) -> list[EvitDeployError]:
+        """Values out of range, GPUs that cannot compute in a precision, a builder or a GPU that is missing."""
+        return refusals(lambda: check_options(cls.name, precision, options))
+
+    @classmethod
+    def write(cls, exported: Exported, options: BuildOptions) -> list[Artifact]:
+        """Builds both engines, one after the other: a builder that times kernels must have the GPU for itself."""
+        made = []
+        for twin in (TWIN, ""):
+            path = exported.folder / twin / ENGINE
+            built = build_engine(exported.folder / twin / MODEL, path, cls.name, exported.precision, options)
+            made.append(Artifact(path, bool(twin), built.engine, built))
+        return made
+
+    @classmethod
+    def audit(cls, artifacts: list[Artifact], plan: TokenPlan) -> Report:
+        """Fused attention and types of matrix products, of both: a bad dense baseline would flatter the model."""
+        report = Report()
+        for made in artifacts:
+            report += engine_checks(
+                made.facts, made.path, plan, "dense engine" if made.dense else "engine", cls.listing
+            )
+        return report
+
+    @classmethod
+    def provers(cls, precision: str, options: BuildOptions) -> tuple[str, ...]:
+        """Its runtime, if the engine is for the GPU of this machine."""
+        here = compute_capability()
+        return cls.runtimes if here is not None and here in (options.gpus or (here,)) else ()
+
+    listing: Callable[[Path], Sequence[Layer]] | None = None
+    """Reads the layers out of a plan itself, where no inspector could."""

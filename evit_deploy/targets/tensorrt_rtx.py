@@ -1,0 +1,19 @@
+"""``tensorrt-rtx``: an engine built ahead of time for GPUs that are named, on any machine."""
+
+from evit_deploy.bundle.manifest import ENGINE
+from evit_deploy.engines.rtx_listing import plan_layers
+from evit_deploy.targets.tensorrt import TensorRT
+
+
+class TensorRTRTX(TensorRT):
+    """``engine.plan`` and ``dense/engine.plan``, built by TensorRT-RTX from the ONNX files."""
+
+    name = "tensorrt-rtx"
+    runtimes = ("tensorrt-rtx",)
+    platforms = {"cpp": ("tensorrt-rtx", (ENGINE,))}  # noqa: RUF012
+    listing = staticmethod(plan_layers)
+
+    @classmethod
+    def automatic(cls) -> bool:
+        """Never: TensorRT goes first on a machine that has both."""
+        return False

@@ -102,7 +102,8 @@ ON_PLAIN = (
 
 @pytest.mark.parametrize(
     ("name", "precision", "gpu"),
-    [(name, *pair) for name in KINDS for pair in (*EVERYWHERE, *(ON_PLAIN if name == "plain" else ()))],
+    [("plain", *pair) for pair in (*EVERYWHERE, *ON_PLAIN)]
+    + [pytest.param(name, *pair, marks=pytest.mark.slow) for name in KINDS if name != "plain" for pair in EVERYWHERE],
 )
 def test_every_kind_in_every_precision(of, plan, name, precision, gpu):
     kind = of(name)

@@ -337,7 +337,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-class Served(msgspec.Struct, frozen=True):
+class Server(msgspec.Struct, frozen=True):
     """A model on a running server: what :class:`TritonRunner` runs.
 
     Args:

@@ -23,7 +23,7 @@ from evit_deploy.report.report import Check, Report
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.runtimes.select import artifact_of, check_server, opened, subject_of
 from evit_deploy.tokens.plan import TokenPlan
-from evit_deploy.triton.connection import Served
+from evit_deploy.triton.connection import Server
 from evit_deploy.triton.find import find_model
 from evit_deploy.verification.accuracy import accuracy, folder_of, infer_all
 from evit_deploy.verification.agreement import Answers, agreement, agreement_row, named_patches, same_choice
@@ -45,7 +45,7 @@ def verify(
     against: str | Path | None = None,
     data: str | Path | None = None,
     plugin: str | Path | None = None,
-    server: Served | None = None,
+    server: Server | None = None,
 ) -> Report:
     """Verifies a bundle against its golden answers, and its runtimes against one another.
 
@@ -149,7 +149,7 @@ def prove(
     batch_sizes: Sequence[int] | None = None,
     model: torch.nn.Module | None = None,
     unable: dict[str, MissingRequirement] | None = None,
-    server: Served | None = None,
+    server: Server | None = None,
 ) -> Report:
     """Holds the answers of runtimes against the golden ones, and against one another.
 

@@ -5,7 +5,7 @@ import msgspec
 from evit_deploy.bundle.manifest import Manifest, TensorSpec
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import LOGITS
-from evit_deploy.triton.connection import Connection, Server, ServedModel
+from evit_deploy.triton.connection import Connection, ServedModel, Server
 
 
 class Found(msgspec.Struct, frozen=True):

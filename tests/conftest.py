@@ -22,6 +22,7 @@ pytest_plugins = [
     "tests.support.command_line",
     "tests.support.cpp_example",
     "tests.support.labelled_images",
+    "tests.support.logs",
     "tests.support.machines",
     "tests.support.openvino_model",
     "tests.support.packages",

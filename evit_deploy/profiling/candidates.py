@@ -76,7 +76,7 @@ class Comparison(msgspec.Struct, frozen=True):
 def candidates_of(
     target: Path | str,
     against: Path | None,
-    tokens: TokenOptions,
+    tokens: TokenOptions | None,
     runtimes: Sequence[str],
     *,
     batch_sizes: Sequence[int] | None = None,
@@ -116,7 +116,7 @@ def candidates_of(
     if path.suffix == ".onnx":
         return _of_onnx(path, against, runtimes)
     checkpoint = read_checkpoint(str(target))
-    spec, notes = resolve_tokens(checkpoint, **tokens)
+    spec, notes = resolve_tokens(checkpoint, **(tokens or {}))
     model = reduce_tokens_(build_model(checkpoint), spec)
     names = [name for name in RUNTIMES.names() if _runs_torch(RUNTIMES.get(name))]
     rows = [row for name in names if _takes_part(name, model, runtimes) for row in torch_candidates(model, name)]

@@ -10,6 +10,7 @@ python tests/benchmarks/digits_in_the_wild.py --seeds 0 1 2 --out docs/results/d
 
 import argparse
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -97,7 +98,7 @@ def one_seed(table: Table, recipe: Recipe, options: argparse.Namespace) -> None:
     dense = fresh
 
     def train_dense() -> None:
-        fit(dense, data, dense_section, seed=recipe.seed, stage="dense", curriculum=curriculum_of(data), notice=print)
+        fit(dense, data, dense_section, seed=recipe.seed, stage="dense", curriculum=curriculum_of(data))
 
     table.weights("dense", dense, train_dense)
     table.add({"start": "dense"}, lambda: dense, data)
@@ -108,7 +109,7 @@ def one_seed(table: Table, recipe: Recipe, options: argparse.Namespace) -> None:
     def trained(model: Any, wanted: TokenSpec, section: Any, seed: int, **others: Any) -> Any:
         torch.manual_seed(seed)
         reduce_tokens_(model, wanted)
-        fit(model, data, section, seed=seed, notice=print, **others)
+        fit(model, data, section, seed=seed, **others)
         return model
 
     for rate in RATES:
@@ -160,4 +161,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     main()

@@ -14,7 +14,7 @@ from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, set_precision, t
 from evit_deploy.data.images import Preprocess, sample_inputs
 from evit_deploy.engines.audit import engine_checks
 from evit_deploy.engines.build import build_engine
-from evit_deploy.engines.options import BuildOptions
+from evit_deploy.recipe.options import BuildOptions
 
 BUILDS = (
     *((precision, gpu) for precision in ("fp16", "bf16", "int8") for gpu in ("sm80", "sm89", "sm120")),

@@ -28,9 +28,10 @@ from evit_deploy.bundle.manifest import GOLDEN
 from evit_deploy.data.digits import digits_images
 from evit_deploy.data.images import preprocess_image, sample_photographs
 from evit_deploy.export.card import LOGITS, feeds
-from evit_deploy.models.checkpoint import Tokens
 from evit_deploy.pipeline.convert import convert
+from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
+from evit_deploy.serving.options import PackageOptions
 from evit_deploy.serving.package import package
 from evit_deploy.triton.client import Answer, ask, file_sender
 from evit_deploy.triton.connection import Connection
@@ -45,7 +46,9 @@ CLIENTS = 16
 
 def packaged(bundle: Bundle, folder: Path, name: str) -> Path:
     """The bundle's model repository for ONNX Runtime, as ``evit-deploy package`` writes it."""
-    place, _ = package([bundle.path], target="triton", platform="onnxruntime", name=name, out=folder / name)
+    place, _ = package(
+        bundle.path, "triton", options=PackageOptions(platform="onnxruntime", name=name), out=folder / name
+    )
     return place / "model_repository"
 
 
@@ -271,7 +274,10 @@ def deit_bundle(folder: Path) -> Bundle:
     """A seeded DeiT-S, reduced."""
     torch.save({"model": deit_small().state_dict()}, folder / "deit_s.pth")
     made, _ = convert(
-        folder / "deit_s.pth", tokens=Tokens(keep_rate=0.7), targets=["onnx"], batch_sizes=(1,), duration=0.1
+        folder / "deit_s.pth",
+        keep_rate=0.7,
+        options=ConvertOptions(targets=("onnx",)),
+        measure=ProfileOptions(batch_sizes=(1,), duration=0.1),
     )
     return made
 

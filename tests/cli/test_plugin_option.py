@@ -8,14 +8,15 @@ import msgspec
 import pytest
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
-from evit_deploy.bundle.manifest import ENGINE, BatchProfile, Engine
+from evit_deploy.bundle.manifest import ENGINE, Engine
 from evit_deploy.engines import build
-from evit_deploy.engines.options import BuildOptions, check_options
+from evit_deploy.engines.options import check_options
 from evit_deploy.engines.plugin import library as plugin
 from evit_deploy.engines.plugin.library import LIBRARY
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.files import sha256
 from evit_deploy.profiling.candidates import candidates_of
+from evit_deploy.recipe.options import BatchProfile, BuildOptions
 from evit_deploy.runtimes.tensorrt import TensorRTRunner
 from evit_deploy.verification.verify import verify
 from tests.support.plugin_files import library
@@ -132,7 +133,7 @@ def test_an_engine_with_the_body_is_compared_with_a_plugin_that_is_given(with_en
     for choice in ("auto", right):
         builds.clear()
         assert variants(bundle.path, tmp_path, choice) == (["model", "slice", "plugin"], [])
-        assert builds[1] == (bundle.file("model.onnx"), BuildOptions((BatchProfile(1, 4, 8),), plugin=right))
+        assert builds[1] == (bundle.file("model.onnx"), BuildOptions(batches=((1, 4, 8),), plugin=str(right)))
     assert present == [right] * 2  # a plan built with it needs it here too
 
 

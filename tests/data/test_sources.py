@@ -19,6 +19,7 @@ from evit_deploy.data.training_data import open_data
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement, RecipeError
 from evit_deploy.recipe.sections import DataSection
+from tests.support.logs import notices
 
 SMALL = Preprocess(size=(16, 16), crop_pct=1.0)
 CLASSES = ("cat", "dog", "eel")
@@ -234,9 +235,9 @@ def spoil(tmp_path, *names):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_images_give_way_up_to_a_limit_and_are_told(tmp_path, workers):
-    section, told = folder(tmp_path, max_corrupt=2, workers=workers), []
+    section, told = folder(tmp_path, max_corrupt=2, workers=workers), notices()
     spoil(tmp_path, "cat/1.png", "eel/3.png")  # the last one gives way to the first
-    data = open_data(section, SMALL, told.append)
+    data = open_data(section, SMALL)
     for _ in range(3):
         images, labels = next(batches := data.training(12, 0))
         assert len(images) == 12
@@ -253,11 +254,11 @@ def test_unreadable_images_give_way_up_to_a_limit_and_are_told(tmp_path, workers
 
 
 def test_classes_without_validation_images_are_told(tmp_path):
-    section, told = folder(tmp_path), []
+    section, told = folder(tmp_path), notices()
     smaller = tmp_path / "validation" / "dog"
     shutil.copytree(tmp_path / "images" / "dog", smaller)
     section = msgspec.structs.replace(section, validation=str(smaller.parent))
-    data = open_data(section, SMALL, told.append)
+    data = open_data(section, SMALL)
     assert told == ["data.validation has no images of 2 of the 3 classes: cat, eel"]
     assert [labels.tolist() for _, labels in data.validation(9)] == [[1] * 4]
 

@@ -15,18 +15,17 @@ import onnx
 import pytest
 import torch
 
-from evit_deploy.bundle.manifest import BatchProfile
 from evit_deploy.engines import build
 from evit_deploy.engines.audit import engine_checks
 from evit_deploy.engines.build import Built, build_engine
 from evit_deploy.engines.layers import is_fused_attention
-from evit_deploy.engines.options import BuildOptions
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.engines.rtx_listing import plan_layers
 from evit_deploy.environment.targets import RTX_GPUS
 from evit_deploy.errors import EvitDeployError, InputError, StageError
 from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import QUANTIZED, set_precision
+from evit_deploy.recipe.options import BatchProfile, BuildOptions
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 from tests.support.models import KEEP, KINDS, images, of_kind, preprocess_for, seeded, tree
@@ -36,6 +35,7 @@ pytest.importorskip("tensorrt_rtx")
 
 RTX = "tensorrt-rtx"
 TWO_BLOCKS = {"img_size": 64, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
+SIZES = ((1, 4, 8),)
 BATCHES = (BatchProfile(1, 4, 8),)
 
 
@@ -78,7 +78,8 @@ def plan(tmp_path: Path) -> Path:
 
 
 def built(model: Path, plan: Path, precision: str, *gpus: str, profiles: tuple[BatchProfile, ...] = BATCHES) -> Built:
-    return build_engine(model, plan, RTX, precision, BuildOptions(profiles=profiles, gpus=gpus))
+    options = BuildOptions(batches=tuple(map(msgspec.structs.astuple, profiles)), gpus=gpus)
+    return build_engine(model, plan, RTX, precision, options)
 
 
 def says(error: type[EvitDeployError], model: Path, plan: Path, options: BuildOptions, precision: str = "fp16") -> str:
@@ -122,7 +123,7 @@ def test_every_kind_in_every_precision(of, plan, name, precision, gpu):
 
 
 def test_what_the_manifest_says_of_an_engine(exported, plan):
-    options = BuildOptions(profiles=BATCHES, gpus=("sm80", "sm80"), workspace=512, optimization_level=1)
+    options = BuildOptions(batches=SIZES, gpus=("sm80", "sm80"), workspace=512, optimization_level=1)
     engine = build_engine(exported.file("fp16"), plan, RTX, "fp16", options).engine
     assert (engine.target, engine.precision, engine.profiles, engine.plugin) == (RTX, "fp16", BATCHES, None)
     assert engine.gpus == ("sm80",)  # each once
@@ -208,7 +209,7 @@ def test_deit_s(tmp_path):
 # ---- what is refused, and what fails
 
 
-SM80 = BuildOptions(profiles=BATCHES, gpus=("sm80",))
+SM80 = BuildOptions(batches=SIZES, gpus=("sm80",))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def test_turing_takes_no_fused_token(exported, plan, tmp_path_factory):
     ("options", "fix"),
     [
         ({"workspace": 1}, "Give a larger --workspace, or none."),
-        ({"profiles": (BatchProfile(1, 1, 2**31 - 1),)}, "Give a --batch with a smaller maximum."),
+        ({"batches": ((1, 1, 2**31 - 1),)}, "Give a --batch with a smaller maximum."),
     ],
 )
 def test_what_the_builder_cannot_do(exported, plan, options, fix):
@@ -354,7 +355,7 @@ def test_a_folder_that_is_not_there(exported, tmp_path):
 _BUILD = """
 import sys
 from pathlib import Path
-from evit_deploy.engines.options import BuildOptions
+from evit_deploy.recipe.options import BuildOptions
 from evit_deploy.engines.build import build_engine
 build_engine(Path(sys.argv[1]), Path(sys.argv[2]), "tensorrt-rtx", "fp16", BuildOptions(gpus=("sm80",)))
 """

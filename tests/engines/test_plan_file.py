@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evit_deploy.bundle.manifest import BatchProfile, choose_profile
+from evit_deploy.bundle.manifest import choose_profile
 from evit_deploy.engines.plan_file import PlanHeader, misfit, read_header
 from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.recipe.options import BatchProfile
 from tests.support.plans import rtx_plan, tiny_blocks
 
 

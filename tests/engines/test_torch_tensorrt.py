@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from evit_deploy.bundle.manifest import BatchProfile
 from evit_deploy.engines import torch_tensorrt as target
 from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.export.precision import DTYPES
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.tokens.op import select
 from evit_deploy.tokens.reduce import reduce_tokens_
 from tests.support.cases import CASES, Case
@@ -283,7 +283,7 @@ import tensorrt
 from torch_tensorrt.dynamo import partitioning
 from tests.support.models import KEEP, of_kind
 from evit_deploy.engines import torch_tensorrt as target
-from evit_deploy.bundle.manifest import BatchProfile
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.tokens.reduce import reduce_tokens_
 
 kind, precision, plan = sys.argv[1:4]

@@ -10,7 +10,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from evit_deploy.errors import InputError
-from evit_deploy.models.checkpoint import Checkpoint, Tokens, build_model, read_checkpoint
+from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, resolve_tokens
 from evit_deploy.pipeline.convert import preprocess_of
 from evit_deploy.tokens.plan import TokenSpec
 from tests.support.checkpoints import refusal, saved
@@ -277,19 +277,19 @@ def checkpoint_with(tokens: TokenSpec | None) -> Checkpoint:
 
 def test_the_callers_tokens_win_and_that_is_said():
     own = TokenSpec(keep_rate=0.7, locations=(3, 6, 9), fuse=False)
-    assert Tokens().resolve(checkpoint_with(own)) == (own, [])
-    spec, notes = Tokens(keep_rate=0.5, fuse=True).resolve(checkpoint_with(own))
+    assert resolve_tokens(checkpoint_with(own)) == (own, [])
+    spec, notes = resolve_tokens(checkpoint_with(own), keep_rate=0.5, fuse=True)
     assert spec == TokenSpec(keep_rate=0.5, locations=(3, 6, 9), fuse=True)
     assert len(notes) == 2
     assert "0.5 replaces" in notes[0]
     assert "0.7" in notes[0]
-    assert Tokens(keep_rate=0.7).resolve(checkpoint_with(own)) == (own, [])
-    assert Tokens(keep_rate=0.7).resolve(checkpoint_with(None)) == (TokenSpec(keep_rate=0.7), [])
+    assert resolve_tokens(checkpoint_with(own), keep_rate=0.7) == (own, [])
+    assert resolve_tokens(checkpoint_with(None), keep_rate=0.7) == (TokenSpec(keep_rate=0.7), [])
 
 
 def test_somebody_must_give_a_keep_rate():
     with pytest.raises(InputError, match="--keep-rate"):
-        Tokens(locations=(3,)).resolve(checkpoint_with(None))
+        resolve_tokens(checkpoint_with(None), locations=(3,))
 
 
 # Image sizes.

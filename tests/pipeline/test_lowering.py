@@ -1,19 +1,20 @@
 """What is to be made: defaults, and every refusal before any work is done."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
-from evit_deploy.bundle.manifest import BatchProfile
-from evit_deploy.engines import build
-from evit_deploy.engines.options import BuildOptions, flag
+from evit_deploy.engines.options import flag
 from evit_deploy.environment.requirements import install_line, version_of
 from evit_deploy.environment.targets import usable_targets
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.pipeline.lowering import TARGETS, Lowering, lowering
-from evit_deploy.registry import RUNTIMES
+from evit_deploy.pipeline.lowering import Lowering, lowering
+from evit_deploy.recipe.options import BuildOptions, ConvertOptions
+from evit_deploy.registry import RUNTIMES, TARGETS
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 needs_rtx = pytest.mark.tensorrt_rtx
@@ -28,48 +29,58 @@ def rtx(**options: Any) -> BuildOptions:
     return BuildOptions(**{"gpus": ("sm80",), **options})
 
 
+def asked(build: BuildOptions | None = None, **options: Any) -> ConvertOptions:
+    return ConvertOptions(**options, **msgspec.structs.asdict(build or BuildOptions()))
+
+
+def lower(
+    targets: Sequence[str] = (), precision: Any = None, build: BuildOptions | None = None, calibration: Any = None
+) -> Lowering:
+    return lowering(asked(build, targets=tuple(targets), precision=precision, calibration=calibration))
+
+
 # ---- defaults
 
 
 @without_gpu
 def test_without_a_gpu_the_default_is_an_onnx_file_in_fp32():
-    assert lowering() == Lowering(("onnx",), "fp32", BuildOptions())
+    assert lower() == Lowering(("onnx",), "fp32", ConvertOptions())
     assert "tensorrt" not in usable_targets()
 
 
 @needs_rtx
 def test_an_engine_is_in_fp16_unless_asked_otherwise():
     pytest.importorskip("tensorrt_rtx")
-    made = lowering([RTX], None, SM80)
-    assert (made.precision, made.base, made.plan_target) == ("fp16", "fp16", RTX)
-    assert lowering([RTX], "fp32", SM80).precision == "fp32"
+    made = lower([RTX], None, SM80)
+    assert (made.precision, made.base, made.engine_target) == ("fp16", "fp16", RTX)
+    assert lower([RTX], "fp32", SM80).precision == "fp32"
 
 
 @needs_rtx
 def test_targets_are_made_once_each_in_the_order_given():
     pytest.importorskip("tensorrt_rtx")
-    made = lowering(["onnx", RTX, "onnx", RTX], None, SM80)
+    made = lower(["onnx", RTX, "onnx", RTX], None, SM80)
     assert made.targets == ("onnx", RTX)
-    assert made.plan_target == RTX
+    assert made.engine_target == RTX
 
 
 @needs_openvino
 def test_files_for_a_cpu_are_in_fp32():
     pytest.importorskip("openvino")
-    made = lowering(["openvino", "onnx"])
-    assert (made.precision, made.base, made.plan_target) == ("fp32", "fp32", None)
+    made = lower(["openvino", "onnx"])
+    assert (made.precision, made.base, made.engine_target) == ("fp32", "fp32", None)
     assert made.runtimes == ("onnxruntime", "openvino")
 
 
 def test_what_is_quantised_has_a_base_that_its_target_is_quick_in():
-    assert lowering(["onnx"], "int8", calibration=IMAGES).base == "fp32"
-    assert Lowering((RTX,), "int8", SM80).base == "fp16"
+    assert lower(["onnx"], "int8", calibration=IMAGES).base == "fp32"
+    assert Lowering((RTX,), "int8", asked(SM80)).base == "fp16"
 
 
 @needs_openvino
 def test_bf16_is_proven_by_openvino():
     pytest.importorskip("openvino")
-    assert lowering(["onnx"], "bf16").runtimes == ("openvino",)
+    assert lower(["onnx"], "bf16").runtimes == ("openvino",)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +93,9 @@ def test_bf16_is_proven_by_openvino():
     ],
 )
 def test_an_engine_is_run_where_one_of_its_gpus_is(monkeypatch, here, gpus, runs):
-    monkeypatch.setattr(build.gpu, "compute_capability", lambda: here)  # no machine has all of these GPUs
-    assert (RTX in Lowering((RTX,), "fp16", BuildOptions(gpus=gpus)).runtimes) is runs
+    # No machine has all of these GPUs.
+    monkeypatch.setattr("evit_deploy.targets.tensorrt.compute_capability", lambda: here)
+    assert (RTX in Lowering((RTX,), "fp16", asked(BuildOptions(gpus=gpus))).runtimes) is runs
 
 
 # ---- refusals: exit code 2
@@ -92,7 +104,7 @@ def test_an_engine_is_run_where_one_of_its_gpus_is(monkeypatch, here, gpus, runs
 @pytest.mark.parametrize(
     ("arguments", "hints"),
     [
-        ((["tensort"],), ["--target", "'tensort'", *TARGETS]),
+        ((["tensort"],), ["'tensort'", "Did you mean 'tensorrt'?", *TARGETS.names()]),
         (([RTX, "tensorrt"], None, SM80), ["--target", "one engine", "tensorrt-rtx and tensorrt", "once for each"]),
         ((["torch-tensorrt", "onnx", RTX], None, SM80), ["--target", "torch-tensorrt and tensorrt-rtx"]),
         ((["onnx"], "fp64"), ["--precision", "'fp64'", "fp32, fp16, bf16, int8, fp8"]),
@@ -102,8 +114,11 @@ def test_an_engine_is_run_where_one_of_its_gpus_is(monkeypatch, here, gpus, runs
         ((["onnx"], "fp8"), ["fp8 needs real images"]),
         ((["onnx"], None, None, IMAGES), ["--calibration", "fp32 needs no calibration images"]),
         (([RTX], None, SM80, IMAGES), ["--calibration", "fp16 needs no calibration images"]),
-        ((["openvino"], "fp8", None, IMAGES), ["--precision", "OpenVINO has no fp8"]),
-        ((["torch-tensorrt"], "int8", None, IMAGES), ["--precision", "torch-tensorrt does not quantise"]),
+        ((["openvino"], "fp8", None, IMAGES), ["--precision", "openvino has no fp8", "--precision int8"]),
+        (
+            (["torch-tensorrt"], "int8", None, IMAGES),
+            ["torch-tensorrt has no int8", "or --target tensorrt"],
+        ),
         ((["torch-tensorrt"], "fp8"), ["--precision", "got fp8"]),
         ((["torch-tensorrt"], None, SM80), ["--gpu", "for the GPU it runs on"]),
         ((["tensorrt"], None, SM80), ["--gpu", "for the GPU it runs on", "--target tensorrt-rtx"]),
@@ -126,7 +141,16 @@ def test_an_engine_is_run_where_one_of_its_gpus_is(monkeypatch, here, gpus, runs
         ((["torch-tensorrt"], None, BuildOptions(timing_cache=Path("cache"))), ["--timing-cache", "no use for it"]),
         ((["torch-tensorrt"], None, BuildOptions(plugin=Path(__file__))), ["--plugin", "no use for it"]),
         (
-            (["torch-tensorrt"], None, BuildOptions(profiles=(BatchProfile(1, 1, 1), BatchProfile(2, 2, 2)))),
+            (
+                ["torch-tensorrt"],
+                None,
+                BuildOptions(
+                    batches=(
+                        (1, 1, 1),
+                        (2, 2, 2),
+                    )
+                ),
+            ),
             ["--batch", "choose between optimization profiles"],
         ),
     ],
@@ -134,7 +158,7 @@ def test_an_engine_is_run_where_one_of_its_gpus_is(monkeypatch, here, gpus, runs
 )
 def test_what_contradicts_itself_is_refused(arguments, hints):
     with pytest.raises(InputError) as caught:
-        lowering(*arguments)
+        lower(*arguments)
     for hint in hints:
         assert hint in str(caught.value)
 
@@ -143,10 +167,18 @@ def test_what_contradicts_itself_is_refused(arguments, hints):
 @pytest.mark.parametrize(
     ("options", "hints"),
     [
-        ({"profiles": (BatchProfile(0, 1, 1),)}, ["--batch", "got 0:1:1", "1 <= MIN"]),
-        ({"profiles": (BatchProfile(1, 1, 1), BatchProfile(8, 1, 4))}, ["--batch", "got 8:1:4"]),
-        ({"profiles": (BatchProfile(4, 2, 8),)}, ["--batch", "got 4:2:8"]),
-        ({"profiles": ()}, ["--batch", "MIN:OPT:MAX"]),
+        ({"batches": ((0, 1, 1),)}, ["--batch", "got 0:1:1", "1 <= MIN"]),
+        (
+            {
+                "batches": (
+                    (1, 1, 1),
+                    (8, 1, 4),
+                )
+            },
+            ["--batch", "got 8:1:4"],
+        ),
+        ({"batches": ((4, 2, 8),)}, ["--batch", "got 4:2:8"]),
+        ({"batches": ()}, ["--batch", "MIN:OPT:MAX"]),
         ({"workspace": 0}, ["--workspace", "got 0"]),
         ({"optimization_level": 6}, ["--optimization-level", "got 6", "0 to 5"]),
         ({"optimization_level": -1}, ["--optimization-level", "got -1"]),
@@ -155,7 +187,7 @@ def test_what_contradicts_itself_is_refused(arguments, hints):
 )
 def test_values_that_no_builder_takes(target, options, hints):
     with pytest.raises(InputError) as caught:
-        lowering([target], None, BuildOptions(gpus=("sm80",) if target == RTX else (), **options))
+        lower([target], None, BuildOptions(gpus=("sm80",) if target == RTX else (), **options))
     for hint in hints:
         assert hint in str(caught.value)
 
@@ -164,7 +196,7 @@ def test_values_that_no_builder_takes(target, options, hints):
     ("options", "name"),
     [
         ({"gpus": ("sm80",)}, "--gpu"),
-        ({"profiles": (BatchProfile(1, 2, 4),)}, "--batch"),
+        ({"batches": ((1, 2, 4),)}, "--batch"),
         ({"workspace": 64}, "--workspace"),
         ({"optimization_level": 0}, "--optimization-level"),
         ({"version_compatible": True}, "--version-compatible"),
@@ -175,7 +207,7 @@ def test_values_that_no_builder_takes(target, options, hints):
 )
 def test_without_an_engine_no_option_of_a_builder_is_passed_over(options, name):
     with pytest.raises(InputError, match="there is no engine to build") as caught:
-        lowering(["onnx"], None, BuildOptions(**options))
+        lower(["onnx"], None, BuildOptions(**options))
     assert str(caught.value).startswith(f"{name}: ")
 
 
@@ -189,7 +221,7 @@ def test_every_option_of_a_builder_has_its_name_on_the_command_line():
 @without_gpu
 def test_which_gpu_has_to_be_said_where_there_is_none():
     with pytest.raises(InputError, match=r"--gpu: which GPU is the engine for\?.*An A100 is sm80"):
-        lowering([RTX])
+        lower([RTX])
 
 
 # ---- what is missing: exit code 3, and the line that mends it
@@ -198,7 +230,7 @@ def test_which_gpu_has_to_be_said_where_there_is_none():
 @pytest.mark.skipif("tensorrt" in usable_targets(), reason="TensorRT can be used here")
 def test_tensorrt_that_cannot_be_used_here():
     with pytest.raises(MissingRequirement) as caught:
-        lowering(["tensorrt"])
+        lower(["tensorrt"])
     if version_of("tensorrt") is None:
         assert "tensorrt is not installed" in str(caught.value)
         assert str(caught.value).endswith(f"Run: {install_line('tensorrt')}")
@@ -209,7 +241,7 @@ def test_tensorrt_that_cannot_be_used_here():
 @pytest.mark.skipif("torch-tensorrt" in usable_targets(), reason="Torch-TensorRT can be used here")
 def test_torch_tensorrt_that_cannot_be_used_here():
     with pytest.raises(MissingRequirement, match="torch-tensorrt") as caught:
-        lowering(["torch-tensorrt"])
+        lower(["torch-tensorrt"])
     assert caught.value.fix
 
 
@@ -217,5 +249,5 @@ def test_torch_tensorrt_that_cannot_be_used_here():
 @pytest.mark.parametrize(("targets", "precision"), [(["onnx"], "bf16"), (["openvino"], None)])
 def test_openvino_that_is_missing(targets, precision):
     with pytest.raises(MissingRequirement, match="openvino is needed") as caught:
-        lowering(targets, precision)
+        lower(targets, precision)
     assert "pip install" in str(caught.value)

@@ -11,6 +11,7 @@ from PIL import Image
 from evit_deploy import GateFailed, InputError, load_recipe, read_bundle, run
 from evit_deploy.pipeline.run import train_stage
 from evit_deploy.recipe.recipe import Recipe
+from tests.support.logs import listening, notices
 from tests.support.paths import RECIPES
 
 SHORT = ("dense.steps=3", "finetune.steps=3", "model.args.depth=4", "tokens.locations=[1,2,3]", "expect={}",
@@ -21,14 +22,9 @@ def digits(*overrides: str) -> Recipe:
     return load_recipe(RECIPES / "digits.yaml", (*SHORT, *overrides))
 
 
-class Told(list):
-    """Collects what a run said."""
-
-    def __call__(self, text: str) -> None:
-        self.append(text)
-
-    def trained(self) -> set[str]:
-        return {text.split(":")[0] for text in self if "steps (" in text}
+def trained(told: list[str]) -> set[str]:
+    """Stages that were trained, by what was logged."""
+    return {text.split(":")[0] for text in told if "steps (" in text}
 
 
 def test_run_makes_a_verified_bundle_and_the_comparison(tmp_path: Path):
@@ -76,9 +72,9 @@ def test_a_recipe_says_what_the_result_is_turned_into(tmp_path: Path):
 def test_what_cannot_be_made_is_told_before_the_training(tmp_path: Path, override: str, message: str):
     if override.endswith("[tensorrt-rtx]") and torch.cuda.is_available():
         pytest.skip("with a GPU this can be made")
-    told = Told()
+    told = notices()
     with pytest.raises(InputError, match=message):
-        run(digits(override), tmp_path, progress=told, notice=told)
+        run(digits(override), tmp_path)
     assert not told
     assert not list(tmp_path.iterdir())
 
@@ -87,23 +83,23 @@ def test_stages_that_are_up_to_date_are_skipped(tmp_path: Path):
     run(digits(), tmp_path)
     first = (tmp_path / "bundle" / "manifest.json").stat().st_mtime_ns
 
-    told = Told()
-    run(digits(), tmp_path, notice=told)
-    assert told.trained() == set()
+    told = notices()
+    run(digits(), tmp_path)
+    assert trained(told) == set()
     assert (tmp_path / "bundle" / "manifest.json").stat().st_mtime_ns == first
 
-    told = Told()  # another keep rate: the dense weights are still right
-    run(digits("tokens.keep_rate=0.5"), tmp_path, notice=told)
-    assert told.trained() == {"finetune"}
+    told = notices()  # another keep rate: the dense weights are still right
+    run(digits("tokens.keep_rate=0.5"), tmp_path)
+    assert trained(told) == {"finetune"}
     assert read_bundle(tmp_path / "bundle").manifest.tokens.keep_rate == 0.5
 
-    told = Told()  # another seed: nothing is
-    run(digits("tokens.keep_rate=0.5", "seed=1"), tmp_path, notice=told)
-    assert told.trained() == {"dense", "finetune"}, list(told)
+    told = notices()  # another seed: nothing is
+    run(digits("tokens.keep_rate=0.5", "seed=1"), tmp_path)
+    assert trained(told) == {"dense", "finetune"}, list(told)
 
-    told = Told()
-    run(digits("tokens.keep_rate=0.5", "seed=1"), tmp_path, notice=told, force=True)
-    assert told.trained() == {"dense", "finetune"}, list(told)
+    told = notices()
+    run(digits("tokens.keep_rate=0.5", "seed=1"), tmp_path, force=True)
+    assert trained(told) == {"dense", "finetune"}, list(told)
 
 
 def test_fine_tuning_from_kept_dense_weights_gives_the_same_weights(tmp_path: Path):
@@ -121,13 +117,13 @@ def break_off(text: str) -> None:
 
 
 def test_dense_weights_are_known_when_the_fine_tuning_broke_off(tmp_path: Path):
-    with pytest.raises(RuntimeError):
-        train_stage(digits(), tmp_path, progress=break_off)
+    with listening(break_off), pytest.raises(RuntimeError):
+        train_stage(digits(), tmp_path)
     assert not (tmp_path / "evit.safetensors").exists()
     with pytest.raises(InputError, match="Go on with --resume"):
         train_stage(digits(), tmp_path)
-    told = Told()
-    train_stage(digits(), tmp_path, resume=True, notice=told)
+    told = notices()
+    train_stage(digits(), tmp_path, resume=True)
     assert "dense: was complete" in told
     whole = tmp_path / "whole"
     train_stage(digits(), whole)
@@ -136,8 +132,8 @@ def test_dense_weights_are_known_when_the_fine_tuning_broke_off(tmp_path: Path):
     from_weights = digits("dense=null", "model.init=timm", "model.name=null", "model.args={}",
                           f"model.checkpoint={whole / 'dense.safetensors'}")  # fmt: skip
     again = tmp_path / "again"
-    with pytest.raises(RuntimeError):
-        train_stage(from_weights, again, progress=break_off)
+    with listening(break_off), pytest.raises(RuntimeError):
+        train_stage(from_weights, again)
     assert (again / "dense.safetensors").exists()
     train_stage(from_weights, again)
     assert (again / "evit.safetensors").exists()

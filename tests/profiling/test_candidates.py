@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
-from evit_deploy.bundle.manifest import DENSE, ENGINE, MANIFEST, MODEL, TWIN, BatchProfile
+from evit_deploy.bundle.manifest import DENSE, ENGINE, MANIFEST, MODEL, TWIN
 from evit_deploy.cli import run
 from evit_deploy.engines.build import build_engine
-from evit_deploy.engines.options import BuildOptions
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.engines.rebuild import options_of, slice_engine
 from evit_deploy.engines.rtx_listing import plan_layers
@@ -25,16 +24,20 @@ from evit_deploy.environment.targets import RTX_GPUS
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.profiling.candidates import Candidate, candidates_of, is_plan
 from evit_deploy.profiling.profile import profile
+from evit_deploy.recipe.options import BatchProfile, BuildOptions, ProfileOptions
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import Report
 from evit_deploy.runtimes.tensorrt import TensorRTRTXRunner
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from tests.support.logs import progress_lines
 from tests.support.models import KEEP, of_kind
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 PLAN = token_plan(reduce_tokens_(of_kind("plain"), KEEP))
-PROFILE = BatchProfile(1, 2, 4)
+SIZES = (1, 2, 4)
+SHORT = ProfileOptions(duration=0.2)
+PROFILE = BatchProfile(*SIZES)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +46,7 @@ def engines(converted, tmp_path_factory) -> Bundle:
     pytest.importorskip("tensorrt_rtx")
     folder = tmp_path_factory.mktemp("engines") / "bundle"
     shutil.copytree(converted.path, folder)
-    options = BuildOptions(profiles=(PROFILE,), gpus=() if compute_capability() in RTX_GPUS else ("sm80",))
+    options = BuildOptions(batches=(SIZES,), gpus=() if compute_capability() in RTX_GPUS else ("sm80",))
     built = build_engine(folder / MODEL, folder / ENGINE, "tensorrt-rtx", "fp32", options)
     build_engine(folder / DENSE, folder / TWIN / ENGINE, "tensorrt-rtx", "fp32", options)
     parent = msgspec.structs.replace(converted.manifest.parents[0], source=str(checkpoint_of(converted)))
@@ -218,7 +221,7 @@ def test_a_manifest_that_does_not_list_this_very_file_does_not_count(engines, tm
 @without_gpu
 @pytest.mark.tensorrt_rtx
 def test_without_a_gpu_a_bundle_is_profiled_without_its_engine_and_says_so(engines):
-    report = profile(engines.path, runtimes=(), batch_sizes=(1,), threads=1, duration=1e-9)
+    report = profile(engines.path, measure=ProfileOptions(batch_sizes=(1,), threads=1, duration=1e-9))
     assert "onnxruntime" in {row.runtime for row in report.rows}
     assert "tensorrt-rtx" not in {row.runtime for row in report.rows}
     assert any(note.startswith("tensorrt-rtx was not timed: ") for note in report.notes)
@@ -241,8 +244,8 @@ def test_a_batch_size_outside_the_profiles_is_refused_before_anything_else(engin
 @pytest.mark.tensorrt_rtx
 def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatch):
     monkeypatch.setattr("evit_deploy.engines.options.usable", lambda target: True)
-    told: list[str] = []
-    twin, why_not = slice_engine(engines, tmp_path, told.append)
+    told = progress_lines()
+    twin, why_not = slice_engine(engines, tmp_path)
     assert why_not == ""
     assert twin is not None
     assert told == ["building the slice twin's engine with tensorrt-rtx"]
@@ -269,9 +272,9 @@ def test_options_are_the_engine_s_own(engines):
     engine = msgspec.structs.replace(
         engines.manifest.engine, driver=None, gpus=("sm80", "sm86"), options={"optimization_level": 2, "unknown": 1}
     )
-    assert options_of(engine) == BuildOptions((PROFILE,), ("sm80", "sm86"), optimization_level=2)
+    assert options_of(engine) == BuildOptions(batches=(SIZES,), gpus=("sm80", "sm86"), optimization_level=2)
     engine = msgspec.structs.replace(engine, target="tensorrt", gpus=("sm90",), plugin="abc")
-    assert options_of(engine) == BuildOptions((PROFILE,), optimization_level=2)
+    assert options_of(engine) == BuildOptions(batches=(SIZES,), optimization_level=2)
 
 
 # ---- the real thing
@@ -283,7 +286,7 @@ def test_options_are_the_engine_s_own(engines):
 def test_a_real_engine_against_pytorch_on_a_gpu(engines):
     if compute_capability() not in RTX_GPUS:
         pytest.skip(f"TensorRT-RTX does not build for {compute_capability()}")
-    check_real_profile(profile(engines.file(ENGINE), duration=0.2), "tensorrt-rtx")
+    check_real_profile(profile(engines.file(ENGINE), measure=SHORT), "tensorrt-rtx")
 
 
 @pytest.mark.gpu
@@ -294,18 +297,18 @@ def test_a_real_tensorrt_engine_against_pytorch_on_a_gpu(converted, tmp_path):
     pytest.importorskip("tensorrt")
     folder = tmp_path / "bundle"
     shutil.copytree(converted.path, folder)
-    options = BuildOptions(profiles=(PROFILE,))
+    options = BuildOptions(batches=(SIZES,))
     built = build_engine(folder / MODEL, folder / ENGINE, "tensorrt", "fp32", options)
     build_engine(folder / DENSE, folder / TWIN / ENGINE, "tensorrt", "fp32", options)
     write_manifest(folder, msgspec.structs.replace(converted.manifest, engine=built.engine))
-    check_real_profile(profile(folder, against=checkpoint_of(converted), duration=0.2), "tensorrt")
+    check_real_profile(profile(folder, against=checkpoint_of(converted), measure=SHORT), "tensorrt")
     bare = tmp_path / "bare.plan"
     shutil.copy(folder / ENGINE, bare)
-    report = profile(bare, against=folder / TWIN / ENGINE, duration=0.2)
+    report = profile(bare, against=folder / TWIN / ENGINE, measure=SHORT)
     assert {r.mac_ratio for r in report.rows} == {None}
     assert all(r.speedup for r in report.rows if r.variant == "model")
     with pytest.raises(InputError, match="got 9, expected 1 to 4"):
-        profile(bare, batch_sizes=(1, 9), duration=0.2)
+        profile(bare, measure=ProfileOptions(batch_sizes=(1, 9), duration=0.2))
 
 
 def check_real_profile(report: Report, name: str) -> None:

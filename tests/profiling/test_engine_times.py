@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from evit_deploy.bundle.manifest import BatchProfile, TensorSpec
+from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.engines.layers import Layer, parse_layers
 from evit_deploy.engines.rtx_listing import plan_layers
 from evit_deploy.environment.nvidia import GpuState
@@ -33,12 +33,14 @@ from evit_deploy.profiling.latency import summarize
 from evit_deploy.profiling.profile import speed_gate
 from evit_deploy.profiling.speedup import verdict
 from evit_deploy.profiling.timing import measure_all
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import BlockRow, LatencyRow, ProfileRow, Report
 from evit_deploy.report.tables import render
 from evit_deploy.runtimes.runner import Timings
 from evit_deploy.tokens.plan import TokenSpec, make_plan
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from tests.support.logs import progress_lines
 from tests.support.models import KEEP, of_kind
 from tests.support.paths import DATA
 from tests.support.plans import rtx_plan, tiny_blocks
@@ -318,8 +320,8 @@ def stand_in(monkeypatch) -> list[Candidate]:
 
 
 def test_engines_are_reported_whole(stand_in):
-    told: list[str] = []
-    report = measure_all(stand_in, PLAN, None, threads=1, duration=1e-9, progress=told.append)
+    told = progress_lines()
+    report = measure_all(stand_in, PLAN, None, threads=1, duration=1e-9)
     assert [(r.variant, r.batch, r.device) for r in report.rows] == [(v, 1, "gpu") for v in ("model", "slice", "dense")]
     assert report.clock == "wall"  # one thread's CPU time says nothing of a GPU
     assert [(r.variant, r.speedup) for r in report.latencies] == [("model", 1.5), ("slice", 1.875), ("dense", None)]

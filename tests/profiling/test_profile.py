@@ -16,17 +16,18 @@ from evit_deploy.bundle.bundle import read_bundle
 from evit_deploy.bundle.manifest import DENSE, MODEL
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import INPUT
-from evit_deploy.models.checkpoint import Tokens
 from evit_deploy.profiling.candidates import Candidate, candidates_of
 from evit_deploy.profiling.profile import profile, speed_gate
 from evit_deploy.profiling.speedup import rows_of, verdict
 from evit_deploy.profiling.timing import MINIMUM_ROUNDS, measure, measure_all
+from evit_deploy.recipe.options import ProfileOptions
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import ProfileRow, Report
 from evit_deploy.report.statistics import median_interval
 from evit_deploy.report.tables import render
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from tests.support.logs import progress_lines
 from tests.support.models import TINY, of_kind
 from tests.support.standins import IdleRunner
 
@@ -228,18 +229,17 @@ def test_a_file_is_compared_with_what_is_given(converted):
 
 
 def test_a_checkpoint_runs_in_pytorch(checkpoint_file):
-    tokens = Tokens(keep_rate=0.5)
-    found = candidates_of(checkpoint_file, None, tokens, ())
+    found = candidates_of(checkpoint_file, None, {"keep_rate": 0.5}, ())
     assert variants(found.candidates) == list(itertools.product(TORCH, ("model", "dense")))
     assert found.plan == token_plan(reduce_tokens_(of_kind("plain"), TokenSpec(keep_rate=0.5)))
 
 
 def test_targets_that_cannot_be_profiled(converted, checkpoint_file, tmp_path):
-    options: dict[str, Any] = {"duration": 1e-9, "batch_sizes": (1,)}
+    options: dict[str, Any] = {"measure": ProfileOptions(batch_sizes=(1,), duration=1e-9)}
     with pytest.raises(InputError, match="keep rate is needed"):
         profile(checkpoint_file, **options)
     with pytest.raises(InputError, match="none of these runtimes"):
-        profile(checkpoint_file, tokens=Tokens(keep_rate=0.5), runtimes=["onnxruntime"], **options)
+        profile(checkpoint_file, keep_rate=0.5, runtimes=["onnxruntime"], **options)
     with pytest.raises(InputError, match="none of these runtimes"):
         profile(converted.file(MODEL), runtimes=["eager"], **options)
     with pytest.raises(InputError, match="Did you mean 'eager'"):
@@ -255,8 +255,8 @@ def test_targets_that_cannot_be_profiled(converted, checkpoint_file, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch would run on the GPU, timed apart")
 def test_a_real_run(converted):
-    told: list[str] = []
-    report = profile(converted.path, batch_sizes=(1, 3), threads=1, duration=1e-3, progress=told.append)
+    told = progress_lines()
+    report = profile(converted.path, measure=ProfileOptions(batch_sizes=(1, 3), threads=1, duration=1e-3))
     assert report.clock == "cpu"
     assert told == ["reading the models", "profiling batch 1", "profiling batch 3"]
     assert [(r.runtime, r.variant, r.batch) for r in report.rows] == [

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from evit_deploy import package
 from evit_deploy.bundle.bundle import changed_files, read_bundle
 from evit_deploy.bundle.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE
 from evit_deploy.data.images import sample_photographs
@@ -16,6 +15,7 @@ from evit_deploy.engines.plugin.library import LIBRARY
 from evit_deploy.files import sha256
 from tests.support.cpp_example import bundle_of, call, need_toolchain, run_cmake, tensorrt_options
 from tests.support.models import tree
+from tests.support.packages import make_package
 from tests.support.plugin_files import library
 
 EXAMPLE = {path.name for path in (sources() / "example").iterdir() if path.is_file()} - {"README.md"}
@@ -24,7 +24,7 @@ EXAMPLE = {path.name for path in (sources() / "example").iterdir() if path.is_fi
 def test_what_is_in_a_folder_for_a_plan(planned, tmp_path):
     built = library(tmp_path / "built" / "plugin.so")
     bundle = planned(plugin=sha256(built))
-    place, made = package([bundle.path], "cpp", name="tiny", plugin=built, gpus=["sm80"])
+    place, made = make_package([bundle.path], "cpp", name="tiny", plugin=built, gpus=["sm80"])
     assert {name for name, content in tree(place).items() if content is not None} == EXAMPLE | {
         "README.md", "EXAMPLE.md", PACKAGE, f"plugins/{LIBRARY}",
         f"bundle/{MANIFEST}", f"bundle/{ENGINE}", f"bundle/{GOLDEN}", "bundle/report.json",
@@ -40,7 +40,7 @@ def test_what_is_in_a_folder_for_a_plan(planned, tmp_path):
 
 
 def test_a_plan_of_tensorrt_rtx(planned):
-    place, made = package([planned(tag=b"vtrt", target="tensorrt-rtx").path], "cpp", name="tiny")
+    place, made = make_package([planned(tag=b"vtrt", target="tensorrt-rtx").path], "cpp", name="tiny")
     assert made.platform == "tensorrt-rtx"
     assert "-DEVIT_RUNTIME=tensorrt-rtx" in (place / "README.md").read_text()
     assert not (place / "plugins").exists()
@@ -55,7 +55,7 @@ def test_the_folder_builds_and_answers_where_it_is_copied_to(tmp_path):
     if found is None or found.origin is None:
         pytest.skip("openvino is not installed")
     bundle = bundle_of(tmp_path, "plain")
-    place, _ = package([bundle.path], "cpp", name="tiny", out=tmp_path / "package")
+    place, _ = make_package([bundle.path], "cpp", name="tiny", out=tmp_path / "package")
     copied = Path(shutil.copytree(place, tmp_path / "elsewhere" / "copy"))
     shutil.rmtree(place)
     shutil.rmtree(bundle.path)
@@ -80,6 +80,6 @@ def test_the_folder_compiles_wherever_headers_are_given(platform, planned, tmp_p
     need_toolchain()
     options = tensorrt_options(platform)
     tag = b"ftrt" if platform == "tensorrt" else b"vtrt"
-    place, _ = package([planned(tag=tag, target=platform).path], "cpp", name="tiny")
+    place, _ = make_package([planned(tag=tag, target=platform).path], "cpp", name="tiny")
     run_cmake("-S", place, "-B", tmp_path / "build", *options)
     run_cmake("--build", tmp_path / "build", "-j2")

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from evit_deploy.bundle.bundle import Bundle
-from evit_deploy.bundle.manifest import BatchProfile
 from evit_deploy.export.card import LOGITS, feeds
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.serving.deployment import Launch, declared_server
 from evit_deploy.serving.repository import MODEL_FILES, Serving, write_repository
 from evit_deploy.triton.connection import Connection

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import yaml
 
-from evit_deploy import package
 from evit_deploy.bundle.bundle import changed_files, read_bundle
 from evit_deploy.bundle.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE
 from evit_deploy.data.images import Preprocess
 from evit_deploy.engines.plugin.library import LIBRARY
 from evit_deploy.files import sha256
 from evit_deploy.serving.deployment import METRIC_NAMES, RELEASES
-from evit_deploy.serving.package import Package, TritonOptions
+from evit_deploy.serving.options import TritonOptions
+from evit_deploy.serving.package import Package
 from evit_deploy.verification.golden import load_golden
 from tests.support.models import tree
-from tests.support.packages import change_report, verified_on
+from tests.support.packages import change_report, make_package, verified_on
 from tests.support.plugin_files import library
 
 text_format = pytest.importorskip("google.protobuf.text_format")
@@ -35,7 +35,9 @@ def config(place: Path, name: str, file: str = "config.pbtxt"):
 @pytest.fixture(scope="module")
 def packaged(converted, tmp_path_factory) -> Path:
     """The tiny model for ONNX Runtime. Read only."""
-    place, _ = package([converted.path], "triton", name="tiny", out=tmp_path_factory.mktemp("packaged") / "package")
+    place, _ = make_package(
+        [converted.path], "triton", name="tiny", out=tmp_path_factory.mktemp("packaged") / "package"
+    )
     return place
 
 
@@ -91,7 +93,7 @@ def test_the_model_is_served_as_its_manifest_says(packaged, converted):
 
 
 def test_the_same_package_twice(packaged, converted, tmp_path):
-    again, _ = package([converted.path], "triton", name="tiny", out=packaged.with_name("again"))
+    again, _ = make_package([converted.path], "triton", name="tiny", out=packaged.with_name("again"))
     try:
         assert tree(again) == tree(packaged)
     finally:
@@ -99,15 +101,15 @@ def test_the_same_package_twice(packaged, converted, tmp_path):
 
 
 def test_force_replaces_a_package_and_nothing_else(own, tmp_path):
-    place, _ = package([own.path], "triton", name="first")
+    place, _ = make_package([own.path], "triton", name="first")
     assert place == own.path.with_name("first-triton")
-    second, _ = package([own.path], "triton", name="second", out=place, force=True)
+    second, _ = make_package([own.path], "triton", name="second", out=place, force=True)
     assert second == place
     assert not (place / "model_repository" / "first").exists()
     (place / "model_repository" / "second" / "1" / "notes.txt").write_text("mine")
     before = tree(place.parent)
     with pytest.raises(ValueError, match=r"no bundle wrote.*notes\.txt"):
-        package([own.path], "triton", name="third", out=place, force=True)
+        make_package([own.path], "triton", name="third", out=place, force=True)
     assert tree(place.parent) == before
 
 
@@ -115,7 +117,7 @@ def test_labels(own):
     names = [f"class {index}" for index in range(10)]
     file = own.path.with_name("labels.txt")
     file.write_text("".join(f"{name}\n" for name in names))
-    place, _ = package([own.path], "triton", labels=file, name="tiny")
+    place, _ = make_package([own.path], "triton", labels=file, name="tiny")
     for model in ("tiny", "tiny_model"):
         assert (place / "model_repository" / model / "labels.txt").read_text().splitlines() == names
         assert config(place, model).output[0].label_filename == "labels.txt"
@@ -123,7 +125,7 @@ def test_labels(own):
 
 
 def test_without_preprocessing(own):
-    place, _ = package([own.path], "triton", name="tiny", triton=TritonOptions(preprocess="none", max_batch=5))
+    place, _ = make_package([own.path], "triton", name="tiny", triton=TritonOptions(preprocess="none", max_batch=5))
     assert [path.name for path in (place / "model_repository").iterdir()] == ["tiny_model"]
     assert config(place, "tiny_model").max_batch_size == 5
     assert "pip3" not in (place / "Dockerfile").read_text()
@@ -131,7 +133,7 @@ def test_without_preprocessing(own):
 
 
 def test_dali(own):
-    place, made = package([own.path], "triton", name="tiny", triton=TritonOptions(preprocess="dali"))
+    place, made = make_package([own.path], "triton", name="tiny", triton=TritonOptions(preprocess="dali"))
     assert any("near those it was verified with" in note for note in made.notes)
     preprocessing, ensemble = config(place, "tiny_preprocess"), config(place, "tiny")
     assert preprocessing.backend == "dali"
@@ -148,7 +150,7 @@ def test_dali(own):
 
 def test_options_reach_the_configuration(own):
     options = TritonOptions(max_batch=7, instances=3, queue_delay=50, server="26.01")
-    place, made = package([own.path], "triton", name="tiny", triton=options)
+    place, made = make_package([own.path], "triton", name="tiny", triton=options)
     model = config(place, "tiny_model")
     assert (model.max_batch_size, model.instance_group[0].count) == (7, 3)
     assert model.dynamic_batching.max_queue_delay_microseconds == 50
@@ -161,7 +163,7 @@ def test_openvino(own):
     for name in ("model.xml", "model.bin"):
         (own.path / "openvino" / name).write_text(name)
     bundle = change_report(own, verified_on("openvino"))
-    place, _ = package([bundle.path], "triton", platform="openvino", name="tiny")
+    place, _ = make_package([bundle.path], "triton", platform="openvino", name="tiny")
     folder = place / "model_repository" / "tiny_model"
     assert {path.name for path in (folder / "1").iterdir()} == {"model.xml", "model.bin"}
     model = config(place, "tiny_model")
@@ -175,7 +177,7 @@ def test_openvino(own):
 
 def test_a_plan_is_preferred(planned):
     bundle = planned()
-    place, made = package([bundle.path], "triton", name="tiny", gpus=["sm80"])
+    place, made = make_package([bundle.path], "triton", name="tiny", gpus=["sm80"])
     assert made.platform == "tensorrt"
     model = config(place, "tiny_model")
     assert (model.platform, model.max_batch_size) == ("tensorrt_plan", 8)
@@ -185,12 +187,12 @@ def test_a_plan_is_preferred(planned):
     assert not (place / "model_repository" / "tiny_model" / "configs").exists()
     assert made.server.release == "26.07"
     assert any("not which one exactly" in note for note in made.notes)
-    assert package([bundle.path], "triton", platform="onnxruntime", unverified=True)[1].platform == "onnxruntime"
+    assert make_package([bundle.path], "triton", platform="onnxruntime", unverified=True)[1].platform == "onnxruntime"
 
 
 def test_plans_for_several_gpus(planned):
     bundles = [planned("sm80"), planned("sm90"), planned("sm120")]
-    place, made = package([b.path for b in bundles], "triton", name="tiny", gpus=["sm120", "SM80", "sm90"])
+    place, made = make_package([b.path for b in bundles], "triton", name="tiny", gpus=["sm120", "SM80", "sm90"])
     files = dict(config(place, "tiny_model").cc_model_filenames)
     assert files == {"8.0": "model_sm80.plan", "9.0": "model_sm90.plan", "12.0": "model_sm120.plan"}
     for gpu, bundle in zip(("8.0", "9.0", "12.0"), bundles, strict=True):
@@ -201,28 +203,28 @@ def test_plans_for_several_gpus(planned):
 
 def test_the_server_s_tensorrt_may_be_told_exactly(planned):
     options = TritonOptions(server="26.10", server_tensorrt="11.1.0")
-    _, made = package([planned().path], "triton", triton=options)
+    _, made = make_package([planned().path], "triton", triton=options)
     assert made.server.tensorrt == "11.1.0"
     assert made.notes == []
 
 
 def test_a_version_compatible_plan_runs_on_later_servers(planned):
     bundle = planned(version="10.15.1.29", options={"version_compatible": True})
-    place, made = package([bundle.path], "triton", triton=TritonOptions(server="26.07"))
+    place, made = make_package([bundle.path], "triton", triton=TritonOptions(server="26.07"))
     assert made.launch[-1] == "--backend-config=tensorrt,version-compatible=true"
     assert made.launch[-1] in (place / "README.md").read_text()
 
 
 def test_a_hardware_compatible_plan_serves_other_gpus(planned):
     bundle = planned("sm80", options={"hardware_compatible": True})
-    package([bundle.path], "triton", gpus=["sm80", "sm90"])
+    make_package([bundle.path], "triton", gpus=["sm80", "sm90"])
 
 
 def test_the_plugin_comes_along_and_is_loaded(planned, tmp_path):
     (tmp_path / "built").mkdir()
     built = library(tmp_path / "built" / "any name.so")
     bundle = planned(plugin=sha256(built))
-    place, made = package([bundle.path], "triton", name="tiny", plugin=built)
+    place, made = make_package([bundle.path], "triton", name="tiny", plugin=built)
     assert (place / "plugins" / LIBRARY).read_bytes() == built.read_bytes()
     assert made.plugin == sha256(built)
     assert made.launch[-1] == f"--backend-config=tensorrt,plugins=/plugins/{LIBRARY}"
@@ -268,7 +270,7 @@ def test_probes_ports_and_metrics(packaged):
 
 @pytest.mark.parametrize("name", ["deit_s-evit-k0.7", "7.B", "A" * 100, "x_" * 40])
 def test_names_suit_images_and_kubernetes(name, own):
-    place, made = package([own.path], "triton", name=name)
+    place, made = make_package([own.path], "triton", name=name)
     assert (place / "model_repository" / f"{made.name}_model").is_dir()
     _, service = yaml.safe_load_all((place / "kubernetes.yaml").read_text())
     tag = service["metadata"]["name"]
@@ -280,5 +282,5 @@ def test_names_suit_images_and_kubernetes(name, own):
 
 def test_a_name_comes_from_the_folder(own):
     moved = own.path.rename(own.path.with_name("my model (2)"))
-    _, made = package([moved], "triton")
+    _, made = make_package([moved], "triton")
     assert made.name == "my_model__2_"

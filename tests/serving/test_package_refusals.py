@@ -11,14 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evit_deploy import package
-from evit_deploy.bundle.manifest import DENSE, ENGINE, GOLDEN, PACKAGE, REPORT, BatchProfile, Parent, TensorSpec
+from evit_deploy.bundle.manifest import DENSE, ENGINE, GOLDEN, PACKAGE, REPORT, Parent, TensorSpec
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import GateFailed, InputError, MissingRequirement
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.report.report import Check
 from evit_deploy.serving.deployment import RELEASES, declared_server, same
-from evit_deploy.serving.package import Package, TritonOptions
+from evit_deploy.serving.options import PackageOptions, TritonOptions
+from evit_deploy.serving.package import Package
+from tests.support.logs import notices
 from tests.support.models import tree
-from tests.support.packages import change, change_report
+from tests.support.packages import change, change_report, make_package
 from tests.support.plugin_files import library
 
 pytest.importorskip("tritonclient.grpc.model_config_pb2")
@@ -31,7 +34,7 @@ def refused(tmp_path):
     def attempt(*bundles, match: str, error: type[Exception] = InputError, target: str = "triton", **options):
         before = tree(tmp_path)
         with pytest.raises(error, match=match):
-            package([getattr(bundle, "path", bundle) for bundle in bundles], target, **options)
+            make_package([getattr(bundle, "path", bundle) for bundle in bundles], target, **options)
         assert tree(tmp_path) == before
 
     return attempt
@@ -71,8 +74,8 @@ def test_what_was_not_verified_is_not_packaged_unless_told_so(case, own, refused
     alter, words = DOUBTS[case]
     bundle = alter(own)
     refused(bundle, match=f"not verified on onnxruntime: .*{words}.*--unverified", error=GateFailed)
-    told = []
-    place, made = package([bundle.path], "triton", unverified=True, notice=told.append)
+    told = notices()
+    place, made = package([bundle.path], "triton", options=PackageOptions(unverified=True))
     assert not made.verified
     assert words in made.doubts[0]
     assert any(note.startswith("NOT verified on onnxruntime") for note in told)
@@ -110,7 +113,7 @@ def test_a_platform_that_the_bundle_has_nothing_for(own, refused):
 def test_an_engine_of_another_library(planned, refused):
     bundle = planned(tag=b"vtrt", target="tensorrt-rtx")
     refused(bundle, match="its engine.plan is for tensorrt-rtx", platform="tensorrt")
-    assert package([bundle.path], "triton", unverified=True)[1].platform == "onnxruntime"
+    assert package([bundle.path], "triton", options=PackageOptions(unverified=True))[1].platform == "onnxruntime"
 
 
 def test_a_plan_that_is_none(planned, refused):

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evit_deploy.bundle.manifest import BatchProfile, TensorSpec, choose_profile
+from evit_deploy.bundle.manifest import TensorSpec, choose_profile
 from evit_deploy.errors import InputError
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.serving.repository import Serving, configurations, covered, model_config, write_repository
 from tests.support.models import tree
 from tests.support.paths import GOLDEN

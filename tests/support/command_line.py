@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from evit_deploy.cli import run
-from evit_deploy.pipeline.convert import convert
+from evit_deploy.recipe.options import ProfileOptions
 from tests.support import shared
 from tests.support.models import write_checkpoint
 from tests.support.shared import made_once
@@ -52,7 +52,8 @@ class Result:
 @pytest.fixture
 def cli(capfd, monkeypatch) -> Callable[..., Result]:
     """Runs the command line inside this process; what libraries print below Python is seen too."""
-    monkeypatch.setitem(convert.__kwdefaults__, "duration", 0.01)  # a first look takes 2 seconds a batch size
+    look = ProfileOptions(batch_sizes=(1, 8), duration=0.01)
+    monkeypatch.setattr("evit_deploy.pipeline.convert.FIRST_LOOK", look)  # it takes 2 seconds a batch size
 
     def call(*arguments: object) -> Result:
         before = signal.getsignal(signal.SIGTERM)

@@ -20,8 +20,8 @@ from evit_deploy.bundle.bundle import Bundle
 from evit_deploy.bundle.manifest import GOLDEN
 from evit_deploy.data.images import sample_photographs
 from evit_deploy.files import sha256
-from evit_deploy.models.checkpoint import Tokens
 from evit_deploy.pipeline.convert import convert
+from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
 from tests.support.models import write_checkpoint
 from tests.support.paths import PLUGINS
 from tests.support.shared import made_once
@@ -143,13 +143,10 @@ def bundle_of(folder: Path, kind: str, **options: Any) -> Bundle:
     checkpoint = write_checkpoint(folder / "checkpoint.safetensors", kind)
     bundle, _ = convert(
         checkpoint,
-        tokens=Tokens(keep_rate=0.6),
-        targets=["onnx", "openvino"],
-        threads=1,
-        batch_sizes=(1,),
-        duration=0.01,
+        keep_rate=0.6,
+        options=ConvertOptions(targets=("onnx", "openvino"), **options),
+        measure=ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1),
         out=folder / "bundle",
-        **options,
     )
     return bundle
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle
 from evit_deploy.data.images import Preprocess
-from evit_deploy.models.checkpoint import Checkpoint, Tokens, save_checkpoint
+from evit_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from evit_deploy.pipeline.convert import convert
+from evit_deploy.recipe.options import ProfileOptions
 from evit_deploy.tokens.backbone import backbone_of, load_backbones
 from evit_deploy.tokens.plan import TokenSpec
 from tests.support.shared import made_once
@@ -126,7 +127,8 @@ def converted(checkpoint_file: Path) -> Bundle:
     """The tiny plain model as a bundle, beside its checkpoint. Read only; copy it to break it."""
 
     def make(path: Path) -> None:
-        convert(checkpoint_file, out=path, tokens=Tokens(keep_rate=0.6), threads=1, batch_sizes=(1,), duration=0.01)
+        measure = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
+        convert(checkpoint_file, out=path, keep_rate=0.6, measure=measure)
 
     return read_bundle(made_once(f"tiny/{checkpoint_file.stem}-evit-k0.6", make))
 

@@ -12,8 +12,11 @@ import msgspec
 import pytest
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
-from evit_deploy.bundle.manifest import DENSE, ENGINE, REPORT, BatchProfile, Engine
+from evit_deploy.bundle.manifest import DENSE, ENGINE, REPORT, Engine
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.report.report import Report
+from evit_deploy.serving.options import PackageOptions
+from evit_deploy.serving.package import package
 
 VERSION = "11.1.0.106"
 RECORD = Engine("tensorrt", VERSION, ("sm80",), "595.1", "fp32", (BatchProfile(1, 4, 8),), None, {}, 1.0)
@@ -78,3 +81,9 @@ def without_onnx(bundle: Bundle) -> Bundle:
     for name in ("model.onnx", DENSE):
         (bundle.path / name).unlink()
     return change(bundle)
+
+
+def make_package(paths: Any, purpose: str, **given: Any) -> Any:
+    """``package`` with the fields of its options as they come."""
+    fields = {name: given.pop(name) for name in PackageOptions.__struct_fields__ if name in given}
+    return package(paths, purpose, options=PackageOptions(**fields), **given)

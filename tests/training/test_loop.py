@@ -24,6 +24,7 @@ from evit_deploy.training.loop import fit, train
 from evit_deploy.training.schedules import learning_rate
 from evit_deploy.training.setup import scaled_init_, setup
 from evit_deploy.training.step import TrainingRun
+from tests.support.logs import notices
 from tests.support.training import SPEC, TINY, FixedBatch, section, tiny
 
 
@@ -102,9 +103,9 @@ def test_learning_rate_rises_then_falls():
 
 
 def test_epochs_become_steps_and_the_effective_rate_is_told():
-    told = []
+    told = notices()
     run = section(steps=None, epochs=1.5, learning_rate=2e-5, learning_rate_batch=512)
-    assert len(fit(tiny(), FixedBatch(), run, notice=told.append)) == 4  # 1.5 × 3 steps, rounded to even
+    assert len(fit(tiny(), FixedBatch(), run)) == 4  # 1.5 × 3 steps, rounded to even
     assert "4 steps" in told[0]
     assert "3.125e-07 = 2e-05 × 8 / 512" in told[0]
 
@@ -167,9 +168,9 @@ def test_scaled_init_makes_the_ends_of_branches_smaller():
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_rate(step):
     model = reduce_tokens_(tiny(), SPEC)
     wanted = token_plan(model)
-    told = []
+    told = notices()
     with pytest.raises(StageError, match="finetune, step 1: the loss is no longer finite") as error:
-        fit(model, FixedBatch(poison=step), section(keep_rate_epochs=8 / 3), stage="finetune", notice=told.append)
+        fit(model, FixedBatch(poison=step), section(keep_rate_epochs=8 / 3), stage="finetune")
     assert told[-1] == f"finetune: step {step + 1} was not finite; went back to step 1, once"
     assert "learning rate 0.00" in str(error.value)
     assert token_plan(model) == wanted
@@ -220,8 +221,8 @@ def test_compare_has_every_row_and_leaves_the_dense_model_dense():
 
 
 def test_train_writes_checkpoints_that_read_back(tmp_path):
-    told = []
-    result = train(recipe(), tmp_path / "new" / "run", notice=told.append, device="cpu")
+    told = notices()
+    result = train(recipe(), tmp_path / "new" / "run", device="cpu")
     written = sorted(path.name for path in (tmp_path / "new" / "run").iterdir() if path.is_file())
     assert written == ["dense.csv", "dense.safetensors", "evit.safetensors", "finetune.csv"]
     with safe_open(result.checkpoint, "pt") as file:
@@ -255,10 +256,10 @@ def test_same_seed_same_weights_other_seed_other_weights(tmp_path):
 
 def test_training_goes_on_from_a_checkpoint_with_other_arguments(tmp_path):
     first = train(recipe(), tmp_path / "first", device="cpu")
-    told = []
+    told = notices()
     model = ModelSection(checkpoint=str(first.checkpoint), args={"drop_path_rate": 0.1})
     again = recipe(model=model, dense=None, tokens=TokenSpec(keep_rate=0.7, locations=(1,)))
-    second = train(again, tmp_path / "second", notice=told.append, device="cpu")
+    second = train(again, tmp_path / "second", device="cpu")
     assert any("replaces the checkpoint's own" in text for text in told)
     started, ended = read_checkpoint(second.dense).weights, read_checkpoint(first.checkpoint).weights
     assert all(torch.equal(started[name], ended[name]) for name in ended)
@@ -271,8 +272,8 @@ def test_other_classes_get_a_new_classifier(tmp_path):
     save_checkpoint(
         source, tiny(), Checkpoint("", None, {}, "deit_tiny_patch16_224", args, preprocess=Preprocess(size=(16, 16)))
     )
-    told = []
-    model, checkpoint, _ = setup(recipe(model=ModelSection(checkpoint=str(source)), dense=None), told.append)
+    told = notices()
+    model, checkpoint, _ = setup(recipe(model=ModelSection(checkpoint=str(source)), dense=None))
     assert any("classifier begins anew" in text for text in told)
     assert model.head.out_features == checkpoint.model_args["num_classes"] == 10
 

@@ -18,6 +18,7 @@ from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.training.log import TrainingLog
 from evit_deploy.training.loop import DENSE, EVIT, fit, train
 from evit_deploy.training.state import StateFile, state_path
+from tests.support.logs import listening, notices
 from tests.support.training import RUN, SPEC, TINY, FixedBatch, Killed, recipe, section, tiny
 
 
@@ -59,8 +60,8 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(stage, step, whole, tmp_path,
     if step < 3 and stage == "dense":
         train(recipe(), tmp_path, device="cpu")  # killed before anything was saved
     else:
-        told: list[str] = []
-        train(recipe(), tmp_path, resume=True, notice=told.append, device="cpu")
+        told = notices()
+        train(recipe(), tmp_path, resume=True, device="cpu")
         assert f"{stage}: goes on at step {step // 3 * 3 + 1} of 12" in told or step < 3
     assert_same_results(tmp_path, whole)
 
@@ -107,9 +108,8 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, monkeypatch):
         raise StageError("could not be written (No space left on device)", where=self.path)
 
     monkeypatch.setattr(StateFile, "write", full)
-    told: list[str] = []
-    losses = fit(tiny(), FixedBatch(), section(save_every=2), state=StateFile(tmp_path / "s", recipe(), "dense"),
-                 notice=told.append)  # fmt: skip
+    told = notices()
+    losses = fit(tiny(), FixedBatch(), section(save_every=2), state=StateFile(tmp_path / "s", recipe(), "dense"))
     assert len(losses) == 8
     assert sum("the state could not be saved; training goes on without" in text for text in told) == 5
     assert "No space left on device" in told[-1]
@@ -117,7 +117,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("autocast", ["none", "fp16"])
 def test_one_bad_batch_is_survived(tmp_path, autocast):
-    model, told = reduce_tokens_(tiny(), SPEC), []
+    model, told = reduce_tokens_(tiny(), SPEC), notices()
 
     class Once(FixedBatch):
         def training(self, batch_size, seed, **how):
@@ -125,7 +125,7 @@ def test_one_bad_batch_is_survived(tmp_path, autocast):
                 yield images * (float("nan") if number == 5 else 1), labels
 
     log = TrainingLog(tmp_path, "finetune", every=2)
-    losses = fit(model, Once(), section(steps=8, save_every=2, autocast=autocast), log=log, notice=told.append)
+    losses = fit(model, Once(), section(steps=8, save_every=2, autocast=autocast), log=log)
     log.write()
     assert [row.split(",")[0] for row in log.path.read_text().splitlines()] == ["step", "2", "4", "6", "8"]
     assert len(losses) == 8
@@ -190,7 +190,8 @@ def test_every_process_goes_on_with_the_random_numbers_it_would_have_had(tmp_pat
         torch.manual_seed(0)
         model = tiny(drop_path_rate=0.5)
         state = StateFile(tmp_path / "finetune.state", recipe(), "finetune") if stop_at is not None else None
-        return fit(model, FixedBatch(), section(steps=6, save_every=3), state=state, progress=progress)
+        with listening(progress):
+            return fit(model, FixedBatch(), section(steps=6, save_every=3), state=state)
 
     whole = losses()
     with pytest.raises(RuntimeError, match="the machine stopped"):

@@ -23,6 +23,7 @@ from evit_deploy.training.loop import EVIT, fit, train
 from evit_deploy.training.schedules import keep_rate_progress, learning_rate
 from evit_deploy.training.step import TrainingRun
 from evit_deploy.training.tasks import Teacher, make_task
+from tests.support.logs import notices
 from tests.support.training import RUN, SPEC, FixedBatch, losses_of, recipe, section, tiny
 
 # ---- keep rate
@@ -258,17 +259,17 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 
 def test_another_number_of_processes_is_told():
-    told: list[str] = []
+    told = notices()
     run = section(steps=1, processes=8, learning_rate_batch=512)
-    fit(tiny(), FixedBatch(), run, notice=told.append)
+    fit(tiny(), FixedBatch(), run)
     assert told[0] == "finetune: 1 steps (0.333 epochs), 8 images a step, learning rate 4.688e-05 = 0.003 × 8 / 512"
     assert "written for 8 processes, 64 images a step; with 1 it is 8. For as many set accumulate=8" in told[1]
 
 
 def test_a_rate_on_the_way_is_evaluated_at_that_rate():
-    told: list[str] = []
+    told = notices()
     model = reduce_tokens_(tiny(), TokenSpec(keep_rate=0.5, locations=(1,)))
-    fit(model, FixedBatch(), section(steps=9, keep_rate_epochs=3, evaluate_every=1), notice=told.append)
+    fit(model, FixedBatch(), section(steps=9, keep_rate_epochs=3, evaluate_every=1))
     on_the_way = [text for text in told if "top-1" in text]
     assert [text.split(" epochs")[0] for text in on_the_way] == ["finetune: after 1", "finetune: after 2"]
     assert token_plan(model).blocks[-1].tokens_out == 10

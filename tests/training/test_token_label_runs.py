@@ -23,6 +23,7 @@ from evit_deploy.training.loop import EVIT, fit, train
 from evit_deploy.training.tasks import Teacher, make_task
 from evit_deploy.training.token_labels import token_logits
 from tests.support.labelled_images import ARGS, CLASSES, SIZE, SPEC, data_section, section, tiny, write_map
+from tests.support.logs import notices
 from tests.support.paths import RECIPES
 from tests.support.training import QUIET, Killed, losses_of
 
@@ -62,8 +63,8 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(labelled, tmp_path, monkeypat
     with pytest.raises(Killed):
         train(recipe(labelled), tmp_path / "run", device="cpu")
     monkeypatch.setattr(training_run.TrainingRun, "advance", advance)
-    told: list[str] = []
-    train(recipe(labelled), tmp_path / "run", resume=True, notice=told.append, device="cpu")
+    told = notices()
+    train(recipe(labelled), tmp_path / "run", resume=True, device="cpu")
     assert "finetune: goes on at step 5 of 9" in told
     assert (tmp_path / "run" / EVIT).read_bytes() == (tmp_path / "whole" / EVIT).read_bytes()
 
@@ -239,8 +240,8 @@ def test_two_images_do_not_share_a_map(labelled, tmp_path):
 def test_a_map_that_cannot_be_read_gives_way_like_an_image(labelled, tmp_path):
     data = damaged(labelled, tmp_path, max_corrupt=1)
     (Path(data.token_labels or "") / "bee" / "3.pt").write_bytes(b"PK\x03\x04 nothing")
-    told: list[str] = []
-    found = open_data(data, Preprocess(size=(SIZE, SIZE)), told.append).training(24, 0)
+    told = notices()
+    found = open_data(data, Preprocess(size=(SIZE, SIZE))).training(24, 0)
     _, targets, maps, *_ = next(found)
     assert len(targets) == 24
     assert torch.isfinite(maps).all()

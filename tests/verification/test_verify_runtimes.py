@@ -10,13 +10,16 @@ import torch
 from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
 from evit_deploy.bundle.manifest import ENGINE, GOLDEN
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.models.checkpoint import Tokens
+from evit_deploy.models.checkpoint import read_checkpoint
 from evit_deploy.models.parent import parent_model
-from evit_deploy.pipeline.convert import convert
+from evit_deploy.pipeline.convert import Job, convert_checkpoint
+from evit_deploy.pipeline.lowering import lowering
+from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import Report
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.runtimes.runner import Runner
+from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.verification.golden import load_golden
 from evit_deploy.verification.verify import prove, verify
 from tests.support.command_line import QUICK
@@ -62,10 +65,9 @@ def fp8(tmp_path_factory, checkpoint_file: Path) -> Bundle:
     """The tiny model as an FP8 bundle beside its checkpoint. Read only."""
     checkpoint = Path(shutil.copy(checkpoint_file, tmp_path_factory.mktemp("fp8")))
     images = calibration_of("plain")
-    made, _ = convert(
-        checkpoint, tokens=Tokens(keep_rate=0.6), targets=["onnx"], precision="fp8", calibration=images,
-        threads=1, batch_sizes=(1,), duration=0.01,
-    )  # fmt: skip
+    what = lowering(ConvertOptions(targets=("onnx",), precision="fp8"), calibrated=True)
+    job = Job(what, images=images, measure=ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1))
+    made, _ = convert_checkpoint(read_checkpoint(checkpoint), TokenSpec(keep_rate=0.6), job)
     return made
 
 

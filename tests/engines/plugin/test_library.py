@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from evit_deploy.bundle.manifest import BatchProfile, Engine
+from evit_deploy.bundle.manifest import Engine
 from evit_deploy.engines.plugin import build as plugin_build
 from evit_deploy.engines.plugin import library as plugin
 from evit_deploy.engines.plugin.build import build_plugin, check_plugin
@@ -24,6 +24,7 @@ from evit_deploy.engines.plugin.library import (
 )
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.files import sha256
+from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.tokens.op import token_reorg
 from tests.support import plugin_builds
 from tests.support.plugin_files import LINE, library

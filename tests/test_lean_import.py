@@ -19,22 +19,44 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+def loaded(statement: str) -> set[str]:
+    return set(json.loads(run_python(f"import sys, json\n{statement}\nprint(json.dumps(sorted(sys.modules)))")))
+
+
 @pytest.mark.parametrize(
-    "statement",
-    ["import evit_deploy", "import evit_deploy.registry, evit_deploy.errors, evit_deploy.tokens.plan"],
+    "modules",
+    [
+        (),
+        ("registry", "errors", "progress", "files"),
+        ("environment.machine", "environment.nvidia", "environment.requirements", "environment.targets"),
+        ("report.report", "report.tables"),
+        ("tokens.plan", "tokens.backbone"),
+        ("recipe.recipe", "recipe.options", "recipe.sections", "recipe.file", "serving.options"),
+        ("cli",),
+    ],
+    ids=lambda modules: modules[0] if modules else "the package",
 )
-def test_importing_loads_nothing_heavy(statement):
-    code = f"import sys, json\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
-    loaded = set(json.loads(run_python(code)))
-    assert "evit_deploy" in loaded
-    assert loaded.isdisjoint(HEAVY), sorted(loaded.intersection(HEAVY))
+def test_importing_loads_nothing_heavy(modules):
+    found = loaded("import " + ", ".join(["evit_deploy", *(f"evit_deploy.{module}" for module in modules)]))
+    assert "evit_deploy" in found
+    assert found.isdisjoint(HEAVY), sorted(found.intersection(HEAVY))
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["report.statistics", "data.images", "data.sources", "bundle.bundle", "targets.target", "runtimes.runner",
+     "triton.connection", "doctor.doctor"],
+)  # fmt: skip
+def test_what_computes_with_arrays_needs_numpy_alone(module):
+    found = loaded(f"import evit_deploy.{module}")
+    assert "numpy" in found
+    assert found.isdisjoint(set(HEAVY) - {"numpy"}), sorted(found.intersection(HEAVY))
 
 
 def test_a_public_name_loads_only_its_own_module():
-    code = "import sys, json, evit_deploy\nevit_deploy.TokenSpec\nprint(json.dumps(sorted(sys.modules)))"
-    loaded = set(json.loads(run_python(code)))
-    assert "evit_deploy.tokens.plan" in loaded
-    assert loaded.isdisjoint(HEAVY), sorted(loaded.intersection(HEAVY))
+    found = loaded("import evit_deploy\nevit_deploy.TokenSpec")
+    assert "evit_deploy.tokens.plan" in found
+    assert found.isdisjoint(HEAVY), sorted(found.intersection(HEAVY))
 
 
 @pytest.mark.parametrize("name", evit_deploy.__all__)

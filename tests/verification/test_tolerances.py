@@ -18,9 +18,9 @@ def test_a_limit_is_twice_the_precision_s_own_error_and_never_below_the_floor():
 
 
 def test_only_images_in_which_two_patches_may_change_places_have_more_room():
-    reference, far, near = np.zeros((3, 2)), np.array([5.0, 5.0, 5.0]), np.array([5.0, 0.5, 0.5])
+    reference, one, two = np.zeros((3, 2)), np.array([5.0, 0.5, 5.0]), np.array([5.0, 0.5, 0.5])
     swapped = np.array([[1.0, 0.0], [2.0, -3.0], [0.0, 4.0]])
-    margins = [np.stack([far, near, near]), np.stack([far, far, near])]
+    margins = [np.stack([one, two, two]), np.stack([one, one, two])]
     assert tie_limits(0.25, reference + 0.5, swapped, reference, margins).tolist() == [0.25, 4.0, 5.0]
     assert tie_limits(2.0, reference + 0.5, swapped, reference, margins).tolist() == [2.0, 5.0, 6.0]
     assert tie_limits(0.25, reference, swapped, reference, []).tolist() == [0.25] * 3  # nothing is reduced
@@ -46,6 +46,6 @@ def test_margins_tell_clear_choices_from_close_ones():
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
 def test_noise_is_relative_to_what_tells_classes_apart(scale):
-    reference = scale * np.array([[1.0, -1.0], [3.0, 1.0]])  # the mean of an image's logits tells nothing
+    reference = scale * np.array([[1.0, -1.0], [5.0, 3.0]])  # the mean of an image's logits tells nothing
     assert noise(reference, reference) == 0
     assert noise(reference + scale * np.array([[0.5, -0.5], [0.5, -0.5]]), reference) == pytest.approx(0.5)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from evit_deploy.environment.targets import RTX_GPUS
+from evit_deploy.environment.availability import RTX_GPUS
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement
 
 FAMILIES = {b"ftrt": "tensorrt", b"vtrt": "tensorrt-rtx"}

@@ -13,7 +13,7 @@ from evit_deploy.engines.plan_file import read_header
 from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import INPUT, LOGITS
 from evit_deploy.report.report import Report
-from evit_deploy.serving.deployment import RELEASES, Server, declared_server, older, same
+from evit_deploy.serving.deployment import RELEASES, TritonRelease, declared_server, older, same
 from evit_deploy.serving.options import Purpose
 from evit_deploy.targets.target import all_targets
 
@@ -273,7 +273,7 @@ def version_compatible(found: Sequence[Bundle]) -> bool:
     return all(engine_of(bundle).options.get("version_compatible") for bundle in found)
 
 
-def server_for(found: Sequence[Bundle], platform: str, release: str | None, tensorrt: str | None) -> Server:
+def server_for(found: Sequence[Bundle], platform: str, release: str | None, tensorrt: str | None) -> TritonRelease:
     """The server that was declared, which has to have what the plans want.
 
     Args:

@@ -49,7 +49,7 @@ class ServedModel(msgspec.Struct, frozen=True):
     steps: tuple[str, ...] = ()
 
 
-class Served(msgspec.Struct, frozen=True):
+class Server(msgspec.Struct, frozen=True):
     """A model on a running server: what :class:`TritonRunner` runs.
 
     Args:

@@ -243,7 +243,7 @@ def test_a_batch_size_outside_the_profiles_is_refused_before_anything_else(engin
 
 @pytest.mark.tensorrt_rtx
 def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatch):
-    monkeypatch.setattr("evit_deploy.engines.options.usable", lambda target: True)
+    monkeypatch.setattr("evit_deploy.engines.rebuild.usable", lambda target: True)
     told = progress_lines()
     twin, why_not = slice_engine(engines, tmp_path)
     assert why_not == ""
@@ -257,7 +257,7 @@ def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatc
 @pytest.mark.tensorrt_rtx
 @pytest.mark.usefixtures("present")
 def test_where_no_slice_twin_can_be_built_its_overhead_is_said_to_be_missing(engines, tmp_path, monkeypatch):
-    monkeypatch.setattr("evit_deploy.engines.options.usable", lambda target: False)
+    monkeypatch.setattr("evit_deploy.engines.rebuild.usable", lambda target: False)
     found = candidates_of(engines.path, None, None, ["tensorrt-rtx"], scratch=tmp_path)
     assert variants(found.candidates) == [("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense")]
     (note,) = found.notes

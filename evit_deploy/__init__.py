@@ -3,112 +3,79 @@
 The public names below are loaded on first use (PEP 562), so that ``evit-deploy --help`` never pays for PyTorch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from evit_deploy.bundle.bundle import Bundle, read_bundle
-    from evit_deploy.bundle.manifest import Manifest
-    from evit_deploy.errors import (
-        CheckpointError,
-        EvitDeployError,
-        GateFailed,
-        InputError,
-        MissingRequirement,
-        RecipeError,
-        StageError,
-        UnsupportedModelError,
-    )
-    from evit_deploy.export.portable import export_onnx
-    from evit_deploy.export.precision import set_precision
-    from evit_deploy.export.variants import slice_twin
-    from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint
-    from evit_deploy.pipeline.convert import convert
-    from evit_deploy.pipeline.run import run
-    from evit_deploy.profiling.profile import profile
-    from evit_deploy.recipe.recipe import Recipe, load_recipe
-    from evit_deploy.report.report import Check, Report
-    from evit_deploy.serving.package import package
-    from evit_deploy.tokens.plan import BlockPlan, TokenPlan, TokenSpec, make_plan
-    from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
-    from evit_deploy.training.loop import train
-    from evit_deploy.verification.verify import verify
-
 __version__ = "0.1.0"
 
-_HOMES = {
-    "evit_deploy.bundle.bundle": ("Bundle", "read_bundle"),
-    "evit_deploy.bundle.manifest": ("Manifest",),
-    "evit_deploy.models.checkpoint": ("Checkpoint", "build_model", "read_checkpoint"),
-    "evit_deploy.pipeline.convert": ("convert",),
-    "evit_deploy.errors": (
-        "CheckpointError",
-        "EvitDeployError",
-        "GateFailed",
-        "InputError",
-        "MissingRequirement",
-        "RecipeError",
-        "StageError",
-        "UnsupportedModelError",
-    ),
-    "evit_deploy.export.portable": ("export_onnx",),
-    "evit_deploy.serving.package": ("package",),
-    "evit_deploy.pipeline.run": ("run",),
-    "evit_deploy.export.precision": ("set_precision",),
-    "evit_deploy.profiling.profile": ("profile",),
-    "evit_deploy.recipe.recipe": ("Recipe", "load_recipe"),
-    "evit_deploy.report.report": ("Check", "Report"),
-    "evit_deploy.tokens.plan": ("BlockPlan", "TokenPlan", "TokenSpec", "make_plan"),
-    "evit_deploy.tokens.reduce": ("reduce_tokens_", "set_keep_rate_", "token_plan"),
-    "evit_deploy.training.loop": ("train",),
-    "evit_deploy.export.variants": ("slice_twin",),
-    "evit_deploy.verification.verify": ("verify",),
+_PUBLIC = {
+    "Checkpoints and models": {
+        "models.checkpoint": "read_checkpoint build_model Checkpoint",
+        "data.images": "Preprocess",
+    },
+    "Token reduction": {
+        "tokens.reduce": "reduce_tokens_ set_keep_rate_ token_plan dense_twin",
+        "tokens.plan": "make_plan TokenSpec TokenOptions TokenPlan BlockPlan ModelCost",
+    },
+    "Recipes and training": {
+        "recipe.recipe": "load_recipe Recipe CompareSection ExpectSection",
+        "recipe.sections": "ModelSection DataSection TrainSection TokenLabelSection TeacherSection",
+        "recipe.options": "ConvertSection ProfileSection",
+        "training.loop": "train TrainResult",
+        "pipeline.run": "run",
+    },
+    "Export": {
+        "export.portable": "export_onnx",
+        "export.precision": "set_precision",
+        "export.variants": "slice_twin",
+        "export.card": "read_card ModelCard",
+    },
+    "Engines": {
+        "engines.build": "build_engine Built",
+        "recipe.options": "BuildOptions BatchProfile",
+        "bundle.manifest": "Engine",
+    },
+    "Conversion and bundles": {
+        "pipeline.convert": "convert",
+        "recipe.options": "ConvertOptions ProfileOptions",
+        "bundle.bundle": "read_bundle Bundle",
+        "bundle.manifest": "Manifest Parent TensorSpec",
+    },
+    "Verification and profiling": {
+        "verification.verify": "verify",
+        "profiling.profile": "profile",
+        "triton.connection": "Server",
+        "report.report": "Report Check ProfileRow LatencyRow Summary BlockRow LoadRow "
+        "GpuSummary AccuracyRow Difference AgreementRow",
+    },
+    "Packages": {
+        "serving.package": "package Package",
+        "serving.options": "PackageOptions TritonOptions",
+        "serving.deployment": "TritonRelease",
+    },
+    "Extension": {
+        "registry": "METHODS BACKBONES TARGETS RUNTIMES Registry",
+        "tokens.reduce": "TokenReducer",
+        "tokens.backbone": "Backbone",
+        "targets.target": "Target Exported Artifact",
+        "runtimes.runner": "Runner",
+    },
+    "Errors": {
+        "errors": "EvitDeployError InputError CheckpointError RecipeError UnsupportedModelError "
+        "MissingRequirement StageError GateFailed",
+    },
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+"""Stage -> module -> its public names. ``docs/generate_api.py`` makes of this list, which is the only one, the stub
+``__init__.pyi`` for type checkers and editors, and ``docs/api.md``."""
+_MODULE_OF = {name: module for stage in _PUBLIC.values() for module, names in stage.items() for name in names.split()}
 
-__all__ = [
-    "BlockPlan",
-    "Bundle",
-    "Check",
-    "Checkpoint",
-    "CheckpointError",
-    "EvitDeployError",
-    "GateFailed",
-    "InputError",
-    "Manifest",
-    "MissingRequirement",
-    "Recipe",
-    "RecipeError",
-    "Report",
-    "StageError",
-    "TokenPlan",
-    "TokenSpec",
-    "UnsupportedModelError",
-    "build_model",
-    "convert",
-    "export_onnx",
-    "load_recipe",
-    "make_plan",
-    "package",
-    "profile",
-    "read_bundle",
-    "read_checkpoint",
-    "reduce_tokens_",
-    "run",
-    "set_keep_rate_",
-    "set_precision",
-    "slice_twin",
-    "token_plan",
-    "train",
-    "verify",
-]
+__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    from importlib import import_module  # here, so that it is no name of the package
+
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__") and name.endswith("__"))])

@@ -336,7 +336,7 @@ def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def server_of(options: dict[str, Any]) -> Any:
-    """Takes the server's options out of a command's, a :class:`~evit_deploy.triton.connection.Served` or ``None``."""
+    """Takes the server's options out of a command's, a :class:`~evit_deploy.triton.connection.Server` or ``None``."""
     names = ("model_name", "model_version", "shared_memory", "timeout")
     url, (name, version, shared, timeout) = options.pop("url"), (options.pop(key) for key in names)
     if url is None:
@@ -345,10 +345,10 @@ def server_of(options: dict[str, Any]) -> Any:
             if value:
                 raise click.UsageError(f"{flag} is about a server: give its --url too")
         return None
-    from evit_deploy.triton.connection import TIMEOUT, Served, split_url
+    from evit_deploy.triton.connection import TIMEOUT, Server, split_url
 
     split_url(url)  # before anything heavy is loaded
-    return Served(url, name or "", version or "", shared, timeout or TIMEOUT)
+    return Server(url, name or "", version or "", shared, timeout or TIMEOUT)
 
 
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:

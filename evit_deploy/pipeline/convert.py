@@ -33,7 +33,7 @@ from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.plan import TokenOptions, TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.verification.golden import Golden, make_golden
-from evit_deploy.verification.verify import prove, verify_precision
+from evit_deploy.verification.verify import Trial, prove, verify_precision
 
 _LOG = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def convert(
         model: timm name that decides the architecture.
         image_size: Pixels, if not the checkpoint's.
         options: What to make: targets, precision, options of the builder, gates.
-        measure: How to measure speed.
+        measure: How to measure speed; two seconds for each of two batch sizes are enough for a first look.
         out: Folder for the bundle; ``<stem>-<method>-k<rate>`` beside the checkpoint by default.
         force: Whether to replace an older bundle there.
         tokens: Fields of :class:`~evit_deploy.tokens.plan.TokenSpec`: ``keep_rate=0.7``; what is left out comes from
@@ -250,7 +250,7 @@ def _export(reduced: Reduced, job: Job, folder: Path) -> tuple[Exported, Golden]
 def _proof(folder: Path, golden: Golden, job: Job) -> Report:
     stage(_LOG, "verifying")
     data = Path(job.made.options.data) if job.made.options.data is not None else None
-    return prove(bundles.read_bundle(folder), golden, job.made.runtimes, data, job.measure.threads)
+    return prove(bundles.read_bundle(folder), golden, job.made.runtimes, Trial(None, job.measure.threads, data))
 
 
 def _speed(folder: Path, plan: TokenPlan, job: Job) -> Report:

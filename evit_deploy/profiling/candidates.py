@@ -16,7 +16,7 @@ from evit_deploy.bundle.manifest import ENGINE, MANIFEST, MODEL, choose_profile
 from evit_deploy.engines.plan_file import FAMILIES, read_header
 from evit_deploy.engines.plugin.library import provide_plugin
 from evit_deploy.engines.rebuild import other_body, slice_engine
-from evit_deploy.environment.targets import TENSORRT
+from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import load_onnx, read_card
 from evit_deploy.export.precision import DTYPES, QUANTIZED
@@ -29,7 +29,7 @@ from evit_deploy.runtimes.runner import Runner
 from evit_deploy.runtimes.select import artifact_of, subject_of, usable
 from evit_deploy.tokens.plan import TokenOptions, TokenPlan
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
-from evit_deploy.triton.connection import Served
+from evit_deploy.triton.connection import Server
 from evit_deploy.triton.find import find_model
 
 PLAN_SUFFIXES = (".plan", ".engine", ".trt")
@@ -82,7 +82,7 @@ def candidates_of(
     batch_sizes: Sequence[int] | None = None,
     scratch: Path | None = None,
     plugin: Path | str | None = None,
-    server: Served | None = None,
+    server: Server | None = None,
 ) -> Comparison:
     """What is timed: the target and its twins, on each runtime.
 
@@ -210,7 +210,7 @@ def _of_bundle(
     against: Path | None,
     runtimes: Sequence[str],
     plugin: Path | str | None,
-    server: Served | None = None,
+    server: Server | None = None,
 ) -> Comparison:
     """What a bundle itself holds, on the runtimes that take part."""
     changed = bundles.changed_files(bundle)
@@ -310,7 +310,7 @@ def bundle_candidates(
     bundle: bundles.Bundle,
     runtimes: Sequence[str] = (),
     model: torch.nn.Module | None = None,
-    server: Served | None = None,
+    server: Server | None = None,
 ) -> list[Candidate]:
     """A bundle's model and its twins on every runtime that was asked for, or that can run them here.
 

@@ -22,7 +22,7 @@ from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import Check, ProfileRow, Report
 from evit_deploy.runtimes.select import check_server
 from evit_deploy.tokens.plan import TokenOptions
-from evit_deploy.triton.connection import Served
+from evit_deploy.triton.connection import Server
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def profile(
     measure: ProfileOptions | None = None,
     against: str | Path | None = None,
     plugin: str | Path | None = None,
-    server: Served | None = None,
+    server: Server | None = None,
     **tokens: Unpack[TokenOptions],
 ) -> Report:
     """Profiles a bundle, an engine, an ONNX file or a checkpoint.

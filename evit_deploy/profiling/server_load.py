@@ -8,14 +8,14 @@ import numpy as np
 from evit_deploy.errors import StageError
 from evit_deploy.report.report import LoadRow
 from evit_deploy.triton.client import LOGITS, Answer, ask
-from evit_deploy.triton.connection import Connection, Served
+from evit_deploy.triton.connection import Connection, Server
 
 CLIENTS = 16
 LARGEST = 5000
 """Requests sent at most."""
 
 
-def measure_load(served: Served, feeds: Mapping[str, np.ndarray], duration: float, clients: int = CLIENTS) -> LoadRow:
+def measure_load(served: Server, feeds: Mapping[str, np.ndarray], duration: float, clients: int = CLIENTS) -> LoadRow:
     """Sends requests from several clients at a time, each with one under way; tensors go over the connection.
 
     Args:

@@ -1,4 +1,4 @@
-"""Runtimes: everything that can run a model answers to one small contract, :class:`Runner`."""
+"""The contract of a runtime: what runs a model is a :class:`Runner`; one for engines also tells where the time goes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class Runner(ABC):
     on_gpu: ClassVar[bool] = False
     """Whether it computes on a GPU, whatever it is given; PyTorch does so where its model's parameters are."""
     served: ClassVar[bool] = False
-    """Whether a server computes: it is given a :class:`~evit_deploy.triton.connection.Served` instead of a file."""
+    """Whether a server computes: it is given a :class:`~evit_deploy.triton.connection.Server` instead of a file."""
 
     def __init__(self, artifact: Any, *, threads: int | None = None, with_indices: bool = False) -> None:
         self.artifact, self.threads, self.with_indices = artifact, threads, with_indices

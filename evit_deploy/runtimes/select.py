@@ -1,4 +1,4 @@
-"""Who runs what: runners by name, the file of a bundle that suits each, and the PyTorch model it came from."""
+"""Which runtime runs what: runners by name, and the part of a bundle that suits each."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from evit_deploy.bundle.manifest import TWIN
 from evit_deploy.errors import InputError
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes.runner import Runner
-from evit_deploy.triton.connection import Served
+from evit_deploy.triton.connection import Server
 
 TRITON = "triton"
 
@@ -55,7 +55,7 @@ def artifact_of(bundle: bundles.Bundle, runtime: type[Runner], *, dense: bool = 
 
 
 def subject_of(
-    bundle: bundles.Bundle, runtime: type[Runner], model: torch.nn.Module | None, server: Served | None
+    bundle: bundles.Bundle, runtime: type[Runner], model: torch.nn.Module | None, server: Server | None
 ) -> Any:
     """What a runtime runs of a bundle: a file of it, the PyTorch model it came from, or the model that a server serves.
 
@@ -73,7 +73,7 @@ def subject_of(
     return artifact_of(bundle, runtime) if runtime.files else model
 
 
-def check_server(runtimes: Sequence[str], server: Served | None) -> tuple[str, ...]:
+def check_server(runtimes: Sequence[str], server: Server | None) -> tuple[str, ...]:
     """The runtimes to use: with a server and no wish, the server alone.
 
     Args:

@@ -15,7 +15,7 @@ from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, 
 from evit_deploy.export.card import kept_name
 from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.runtimes.runner import Runner
-from evit_deploy.triton.connection import IN_FLIGHT, Connection, Served, client_missing, split_url
+from evit_deploy.triton.connection import IN_FLIGHT, Connection, Server, client_missing, split_url
 
 _KEPT = kept_name(0).rstrip("0")
 
@@ -27,7 +27,7 @@ class TritonRunner(Runner):
     :attr:`outputs` has the logits alone.
 
     Args:
-        artifact: A :class:`Served`.
+        artifact: A :class:`Server`.
         threads: Not used: the server's configuration says how many it has.
         with_indices: See above.
     """
@@ -43,8 +43,8 @@ class TritonRunner(Runner):
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:
-        """A :class:`Served` with a model's name."""
-        if not isinstance(artifact, Served):
+        """A :class:`Server` with a model's name."""
+        if not isinstance(artifact, Server):
             what = artifact if isinstance(artifact, str) else type(artifact).__name__
             return [f"it runs what a server serves (--url), not {what}"]
         try:
@@ -54,7 +54,7 @@ class TritonRunner(Runner):
         return [] if artifact.model else ["no model was named"]
 
     def __enter__(self) -> Self:
-        served: Served = self.artifact
+        served: Server = self.artifact
         self._regions: list[_Region] = []
         self._connection = Connection(served.url, served.timeout, IN_FLIGHT)
         try:
@@ -99,7 +99,7 @@ class TritonRunner(Runner):
             MissingRequirement: The server is not there.
             StageError: The server failed, or went away before it answered.
         """
-        served: Served = self.artifact
+        served: Server = self.artifact
         if served.shared_memory:
             return self._infer_shared(feeds)
         return self._connection.infer(served.model, feeds, [spec.name for spec in self.outputs], served.version)
@@ -116,7 +116,7 @@ class TritonRunner(Runner):
         Raises:
             InputError: See :meth:`infer`; answers that were still under way are not waited for.
         """
-        served: Served = self.artifact
+        served: Server = self.artifact
         names = [spec.name for spec in self.outputs]
         running: deque[Callable[[], dict[str, np.ndarray]]] = deque()
         answers: list[dict[str, np.ndarray]] = []
@@ -146,7 +146,7 @@ class TritonRunner(Runner):
             output = self._connection.output(name)
             output.set_shared_memory(outgoing.name, size, starts[name])
             outputs.append(output)
-        served: Served = self.artifact
+        served: Server = self.artifact
         self._connection.request(served.model, inputs, outputs, served.version)
         return {s.name: outgoing.view(shapes[s.name], s.dtype, starts[s.name]).copy() for s in self.outputs}
 

@@ -66,7 +66,7 @@ a container in ``dpkg -l libnvinfer-bin``.
 """
 
 
-class Server(msgspec.Struct, frozen=True):
+class TritonRelease(msgspec.Struct, frozen=True):
     """The server a package is for.
 
     Args:
@@ -85,7 +85,7 @@ class Server(msgspec.Struct, frozen=True):
         return f"{IMAGE}:{self.release}-py3"
 
 
-def declared_server(release: str | None, tensorrt: str | None, plan: str | None) -> Server:
+def declared_server(release: str | None, tensorrt: str | None, plan: str | None) -> TritonRelease:
     """The server that was declared, filled up with what is known about its release.
 
     Args:
@@ -119,7 +119,7 @@ def declared_server(release: str | None, tensorrt: str | None, plan: str | None)
         raise InputError(
             f"Triton {release} has another TensorRT", where="--server-tensorrt", seen=tensorrt, wanted=known.tensorrt
         )
-    return Server(release, tensorrt or (known.tensorrt if known else None), known.onnxruntime if known else None)
+    return TritonRelease(release, tensorrt or (known.tensorrt if known else None), known.onnxruntime if known else None)
 
 
 def same(one: str, other: str) -> bool:
@@ -157,7 +157,7 @@ class Launch(msgspec.Struct, frozen=True):
     """
 
     name: str
-    server: Server
+    server: TritonRelease
     on_gpu: bool
     plugin: str | None = None
     version_compatible: bool = False

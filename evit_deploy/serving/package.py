@@ -23,7 +23,7 @@ from evit_deploy.errors import GateFailed, InputError
 from evit_deploy.files import hashes, sha256
 from evit_deploy.progress import doing
 from evit_deploy.serving import cpp as cpp_folder
-from evit_deploy.serving.deployment import Launch, Server
+from evit_deploy.serving.deployment import Launch, TritonRelease
 from evit_deploy.serving.gates import (
     check_files,
     check_gpus,
@@ -76,7 +76,7 @@ class Package(msgspec.Struct, frozen=True):
     doubts: list[str]
     parents: list[Parent]
     gpus: list[str]
-    server: Server | None
+    server: TritonRelease | None
     plugin: str | None
     launch: list[str]
     options: TritonOptions | None
@@ -266,7 +266,7 @@ def _plan_name(bundle: Bundle) -> str:
     return f"model_{'_'.join(engine_of(bundle).gpus)}.plan"
 
 
-def _launch(found: Sequence[Bundle], serving: Serving, server: Server, *, plugin: bool) -> Launch:
+def _launch(found: Sequence[Bundle], serving: Serving, server: TritonRelease, *, plugin: bool) -> Launch:
     return Launch(
         name=serving.name,
         server=server,
@@ -323,7 +323,7 @@ def _relative(path: Path, place: Path) -> str:
     return os.path.relpath(path.resolve(), place.resolve())
 
 
-def _notes(server: Server | None, platform: str, options: TritonOptions | None) -> list[str]:
+def _notes(server: TritonRelease | None, platform: str, options: TritonOptions | None) -> list[str]:
     """What was assumed of the server, and what is not as it was verified."""
     notes = []
     if options is not None and options.preprocess == "dali":

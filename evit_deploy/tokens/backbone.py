@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from evit_deploy.errors import UnsupportedModelError
 from evit_deploy.registry import BACKBONES
+from evit_deploy.tokens.plan import ModelCost
 
 
 class Backbone(Protocol):
@@ -41,8 +42,8 @@ class Backbone(Protocol):
         ...
 
     @staticmethod
-    def cost(model: Any) -> Any:
-        """A :class:`~evit_deploy.tokens.plan.ModelCost`."""
+    def cost(model: Any) -> ModelCost:
+        """Multiply-adds of the model's parts."""
         ...
 
     @staticmethod

@@ -59,6 +59,23 @@ class TrainResult(msgspec.Struct, frozen=True):
     cpu_seconds: dict[str, float]
 
 
+class Stage(msgspec.Struct, frozen=True):
+    """One of a recipe's trainings: its name, and what it writes on the way.
+
+    Args:
+        name: In messages.
+        state: Where an interrupted run goes on from, and what is written for that; ``None`` keeps nothing.
+        log: Takes a row for some of the steps.
+    """
+
+    name: str
+    state: StateFile | None = None
+    log: TrainingLog | None = None
+
+
+FINETUNE = Stage("finetune")
+
+
 @worker_deaths_told()
 def train(
     recipe: Recipe,
@@ -131,7 +148,7 @@ def _train(
         start = time.process_time()
         with _logged(out, "dense") as log:
             fit(
-                model, data, recipe.dense, seed=recipe.seed, stage="dense", state=files["dense"], log=log,
+                model, data, recipe.dense, seed=recipe.seed, stage=Stage("dense", files["dense"], log),
                 curriculum=curriculum_of(data), **common,
             )  # fmt: skip
         cpu_seconds["dense"] = time.process_time() - start
@@ -150,8 +167,8 @@ def _train(
     _seed(recipe.seed + 1)
     with _logged(out, "finetune") as log:
         fit(
-            model, data, recipe.finetune, seed=recipe.seed + 1, stage="finetune", teacher=teacher,
-            state=files["finetune"], log=log,
+            model, data, recipe.finetune, seed=recipe.seed + 1, stage=Stage("finetune", files["finetune"], log),
+            teacher=teacher,
             curriculum=None if recipe.starts_from_weights else curriculum_of(data), **common,
         )  # fmt: skip
     cpu_seconds["finetune"] = time.process_time() - start
@@ -202,10 +219,8 @@ def fit(
     section: TrainSection,
     *,
     seed: int = 0,
-    stage: str = "finetune",
+    stage: Stage = FINETUNE,
     teacher: Teacher | None = None,
-    state: StateFile | None = None,
-    log: TrainingLog | None = None,
     evaluation_batch_size: int = 64,
     curriculum: Curriculum | None = None,
 ) -> list[float]:
@@ -216,10 +231,8 @@ def fit(
         data: Where batches come from.
         section: How to train.
         seed: Where the order and the variation of the images start.
-        stage: Name of this run in messages.
+        stage: Name of this run in messages, and what it writes on the way.
         teacher: Whom the model learns from, beside the labels.
-        state: Where an interrupted run goes on from, and what is written for that; ``None`` keeps nothing.
-        log: Takes a row for some of the steps.
         evaluation_batch_size: Images a batch of the evaluations on the way.
         curriculum: How hard images are, for a model that begins from nothing; without one at full difficulty.
 
@@ -232,10 +245,11 @@ def fit(
             does not fit into memory.
         KeyboardInterrupt: The run was stopped; its state was written.
     """
+    name, state, log = stage.name, stage.state, stage.log
     world, rank = PartialState().num_processes, PartialState().process_index
     per_epoch = data.steps_per_epoch(section.images_per_step(world))
     steps = section.steps or max(1, round((section.epochs or 1) * per_epoch))
-    _LOG.info(f"{stage}: {steps} steps ({steps / per_epoch:.3g} epochs), {_rate_text(section, world)}")
+    _LOG.info(f"{name}: {steps} steps ({steps / per_epoch:.3g} epochs), {_rate_text(section, world)}")
     if section.processes not in (None, world):
         _LOG.warning(_processes_text(section, world))
     run = TrainingRun(model, section, teacher)
@@ -245,7 +259,7 @@ def fit(
         if curriculum is not None:
             curriculum.load_state_dict(found["curriculum"])
         complete = run.step >= steps
-        _LOG.info(f"{stage}: was complete" if complete else f"{stage}: goes on at step {run.step + 1} of {steps}")
+        _LOG.info(f"{name}: was complete" if complete else f"{name}: goes on at step {run.step + 1} of {steps}")
     if log is not None:
         log.begin(run.step)
     batches = data.training(
@@ -267,11 +281,11 @@ def fit(
                     for share in done.correct:
                         curriculum.update(share)
                 if run.step == step:  # it did not count
-                    _check_once(done, went_back, stage, step, rate)
+                    _check_once(done, went_back, name, step, rate)
                     went_back, drawn = True, run.drawn
                     run.load(good)
                     run.drawn = drawn  # other images than those that led here
-                    _LOG.warning(f"{stage}: step {step + 1} was not finite; went back to step {run.step + 1}, once")
+                    _LOG.warning(f"{name}: step {step + 1} was not finite; went back to step {run.step + 1}, once")
                     continue
                 if log is not None:
                     log.add(done, run.losses, rate, plan)
@@ -279,14 +293,14 @@ def fit(
                 if step % max(1, steps // 100) == 0 or run.step == steps:
                     tokens = plan.blocks[-1].tokens_out
                     progress.step(
-                        _LOG, f"{stage}: step {run.step} of {steps}, loss {done.loss:.3f}, {tokens} tokens at the end",
+                        _LOG, f"{name}: step {run.step} of {steps}, loss {done.loss:.3f}, {tokens} tokens at the end",
                         run.step, steps, images_per_second=images / seconds, loss=done.loss,
                     )  # fmt: skip
                     images, seconds = 0, 0.0
                 if _falls_due(section.evaluate_every, run.step, per_epoch) and run.step < steps:
                     row = evaluate(model, data, evaluation_batch_size)
                     _LOG.info(
-                        f"{stage}: after {run.step / per_epoch:.3g} epochs top-1 is {row.top1:.2%}, "
+                        f"{name}: after {run.step / per_epoch:.3g} epochs top-1 is {row.top1:.2%}, "
                         f"{plan.blocks[-1].tokens_out} tokens at the end"
                     )
                 stopped = run.any_process(stop.asked)
@@ -298,7 +312,7 @@ def fit(
         _write(state, log, run.state(), curriculum)
         run.finish()
         if curriculum is not None and curriculum.level < 1:
-            _LOG.warning(curriculum.unfinished(stage))
+            _LOG.warning(curriculum.unfinished(name))
     finally:  # also a run that broke off leaves the model at the rate it was asked for
         set_keep_rate_(model, 1.0)
         model.eval()

@@ -1,11 +1,11 @@
-"""A bundle's model on a running server: which one it is, whether it fits, and whether it takes files as it should."""
+"""A bundle's model on a running server: which one it is, and whether it fits."""
 
 import msgspec
 
 from evit_deploy.bundle.manifest import Manifest, TensorSpec
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import LOGITS
-from evit_deploy.triton.connection import Connection, Served, ServedModel
+from evit_deploy.triton.connection import Connection, ServedModel, Server
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -16,11 +16,11 @@ class Found(msgspec.Struct, frozen=True):
         ensemble: Name of the ensemble around it that takes image files; ``None`` if none was named.
     """
 
-    served: Served
+    served: Server
     ensemble: str | None = None
 
 
-def find_model(served: Served, manifest: Manifest) -> Found:
+def find_model(served: Server, manifest: Manifest) -> Found:
     """Finds a bundle's model on a server.
 
     Args:
@@ -54,7 +54,7 @@ def find_model(served: Served, manifest: Manifest) -> Found:
     return Found(msgspec.structs.replace(served, model=fitting.name, version=""), model.name)
 
 
-def _only_fitting(connection: Connection, served: Served, manifest: Manifest) -> str:
+def _only_fitting(connection: Connection, served: Server, manifest: Manifest) -> str:
     ready = [name for name, reason in connection.models().items() if not reason]
     fitting = [name for name in ready if not misfits(connection.describe(name), manifest)]
     if len(fitting) == 1:
@@ -70,7 +70,7 @@ def _only_fitting(connection: Connection, served: Served, manifest: Manifest) ->
     )  # fmt: skip
 
 
-def _refuse_misfit(model: ServedModel, served: Served, manifest: Manifest) -> None:
+def _refuse_misfit(model: ServedModel, served: Server, manifest: Manifest) -> None:
     reasons = misfits(model, manifest)
     if reasons:
         raise InputError(

@@ -6,14 +6,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.manifest import GOLDEN
 from evit_deploy.engines.plugin.library import provide_plugin
+from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.environment.machine import device, versions
-from evit_deploy.environment.targets import TENSORRT
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.models.parent import parent_model
@@ -23,7 +24,7 @@ from evit_deploy.report.report import Check, Report
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.runtimes.select import artifact_of, check_server, opened, subject_of
 from evit_deploy.tokens.plan import TokenPlan
-from evit_deploy.triton.connection import Served
+from evit_deploy.triton.connection import Server
 from evit_deploy.triton.find import find_model
 from evit_deploy.verification.accuracy import accuracy, folder_of, infer_all
 from evit_deploy.verification.agreement import Answers, agreement, agreement_row, named_patches, same_choice
@@ -36,6 +37,23 @@ _LOG = logging.getLogger(__name__)
 BATCH_SIZES = (1, 2, 8)
 
 
+class Trial(msgspec.Struct, frozen=True):
+    """How runtimes are tried.
+
+    Args:
+        batch_sizes: Batches to try; by default those of :func:`default_batches`.
+        threads: CPU threads, ``None`` for each runtime's own choice.
+        data: Folder of labelled images for top-1 and top-5.
+    """
+
+    batch_sizes: Sequence[int] | None = None
+    threads: int | None = None
+    data: Path | None = None
+
+
+USUAL = Trial()
+
+
 def verify(
     path: str | Path,
     *,
@@ -45,7 +63,7 @@ def verify(
     against: str | Path | None = None,
     data: str | Path | None = None,
     plugin: str | Path | None = None,
-    server: Served | None = None,
+    server: Server | None = None,
 ) -> Report:
     """Verifies a bundle against its golden answers, and its runtimes against one another.
 
@@ -69,6 +87,7 @@ def verify(
     """
     against = Path(against) if against is not None else None
     data = Path(data) if data is not None else None
+    trial = Trial(batch_sizes, threads, data)
     runtimes = check_server(runtimes, server)
     bundle = bundles.read_bundle(path)
     changed = bundles.changed_files(bundle)
@@ -93,21 +112,19 @@ def verify(
     found = find_model(server, bundle.manifest) if server is not None else None
     if runtimes:
         served = found.served if found is not None else None
-        report += prove(bundle, golden, runtimes, data, threads, batch_sizes, model, server=served)
+        report += prove(bundle, golden, runtimes, trial, model=model, server=served)
         if found is not None and found.ensemble is not None:
             doing(_LOG, f"sending files to {found.ensemble}")
             report += verify_ensemble(found, bundle.manifest, golden)
         return report
     unable = {} if lacking is None else {TENSORRT: lacking}
-    return report + _prove_all(bundle, golden, data, threads, batch_sizes, model, unable)
+    return report + _prove_all(bundle, golden, trial, model, unable)
 
 
 def _prove_all(
     bundle: bundles.Bundle,
     golden: Golden,
-    data: Path | None,
-    threads: int | None,
-    batch_sizes: Sequence[int] | None,
+    trial: Trial,
     model: torch.nn.Module | None,
     unable: dict[str, MissingRequirement],
 ) -> Report:
@@ -125,7 +142,7 @@ def _prove_all(
             missing = runtime.missing()
             unable |= {name: missing} if missing is not None and name not in unable else {}
     names = [name for name in artifacts if name not in unable]
-    report = prove(bundle, golden, names, data, threads, batch_sizes, model, unable)
+    report = prove(bundle, golden, names, trial, model=model, unable=unable)
     proven = {artifact for name, artifact in artifacts.items() if name not in unable and artifact is not model}
     if not proven:
         reasons = "; ".join(f"{name}: {error.what}" for name, error in unable.items())
@@ -144,12 +161,11 @@ def prove(
     bundle: bundles.Bundle,
     golden: Golden,
     runtimes: Sequence[str],
-    data: Path | None = None,
-    threads: int | None = None,
-    batch_sizes: Sequence[int] | None = None,
+    trial: Trial = USUAL,
+    *,
     model: torch.nn.Module | None = None,
     unable: dict[str, MissingRequirement] | None = None,
-    server: Served | None = None,
+    server: Server | None = None,
 ) -> Report:
     """Holds the answers of runtimes against the golden ones, and against one another.
 
@@ -157,9 +173,7 @@ def prove(
         bundle: The bundle.
         golden: Its golden answers.
         runtimes: Names in the registry of runtimes.
-        data: See :func:`verify`.
-        threads: CPU threads.
-        batch_sizes: See :func:`verify`.
+        trial: How to try them.
         model: The PyTorch model, for the runtimes that run it.
         unable: Takes the runtimes that turn out not to run here, and why; without it that is an error.
         server: The served model, for the runtimes that ask a server.
@@ -168,8 +182,8 @@ def prove(
         InputError: A runtime has nothing to run in this bundle.
         MissingRequirement: A runtime is not there, or its processor lacks the precision.
     """
-    manifest, report = bundle.manifest, Report()
-    folder = folder_of(data, manifest) if data is not None else None
+    manifest, report, threads = bundle.manifest, Report(), trial.threads
+    folder = folder_of(trial.data, manifest) if trial.data is not None else None
     answers = {} if folder else {"pytorch fp32": Answers(golden.logits, golden.kept)}
     for name in runtimes:
         runtime = RUNTIMES.get(name)
@@ -181,7 +195,7 @@ def prove(
             )  # fmt: skip
         doing(_LOG, f"verifying on {name}")
         try:
-            found, answers[name] = verify_runtime(name, artifact, golden, manifest.plan, batch_sizes, threads)
+            found, answers[name] = verify_runtime(name, artifact, golden, manifest.plan, trial.batch_sizes, threads)
         except MissingRequirement as error:  # a processor without the type is found out when the file is opened
             if unable is None:
                 raise

@@ -28,7 +28,7 @@ from evit_deploy.recipe.recipe import Recipe
 from evit_deploy.report.statistics import difference
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.training.compare import evaluate_each, with_method
-from evit_deploy.training.loop import fit
+from evit_deploy.training.loop import Stage, fit
 from evit_deploy.training.setup import setup
 
 RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -98,7 +98,7 @@ def one_seed(table: Table, recipe: Recipe, options: argparse.Namespace) -> None:
     dense = fresh
 
     def train_dense() -> None:
-        fit(dense, data, dense_section, seed=recipe.seed, stage="dense", curriculum=curriculum_of(data))
+        fit(dense, data, dense_section, seed=recipe.seed, stage=Stage("dense"), curriculum=curriculum_of(data))
 
     table.weights("dense", dense, train_dense)
     table.add({"start": "dense"}, lambda: dense, data)

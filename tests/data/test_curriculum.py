@@ -4,7 +4,7 @@ import pytest
 
 from evit_deploy.data.curriculum import Curriculum
 from evit_deploy.errors import InputError
-from evit_deploy.training.loop import fit
+from evit_deploy.training.loop import Stage, fit
 from tests.support.logs import notices
 from tests.support.training import FixedBatch, section, tiny
 
@@ -68,7 +68,7 @@ class Rising(FixedBatch):
 @pytest.mark.parametrize(("steps", "level"), [(3, 0.6), (5, 1.0)])
 def test_a_run_that_ends_below_full_difficulty_says_so(steps, level):
     curriculum, told = Curriculum(threshold=0, rate=0.2), notices()
-    fit(tiny(), Rising(), section(steps=steps), stage="dense", curriculum=curriculum)
+    fit(tiny(), Rising(), section(steps=steps), stage=Stage("dense"), curriculum=curriculum)
     assert curriculum.level == pytest.approx(level)
     assert len(told) == (1 if level == 1 else 2)
     if level < 1:

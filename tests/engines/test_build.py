@@ -21,7 +21,7 @@ from evit_deploy.engines.build import Built, build_engine
 from evit_deploy.engines.layers import is_fused_attention
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.engines.rtx_listing import plan_layers
-from evit_deploy.environment.targets import RTX_GPUS
+from evit_deploy.environment.availability import RTX_GPUS
 from evit_deploy.errors import EvitDeployError, InputError, StageError
 from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import QUANTIZED, set_precision

@@ -19,8 +19,8 @@ from evit_deploy.engines.build import build_engine
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.engines.rebuild import options_of, slice_engine
 from evit_deploy.engines.rtx_listing import plan_layers
+from evit_deploy.environment.availability import RTX_GPUS
 from evit_deploy.environment.nvidia import compute_capability
-from evit_deploy.environment.targets import RTX_GPUS
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.profiling.candidates import Candidate, candidates_of, is_plan
 from evit_deploy.profiling.profile import profile

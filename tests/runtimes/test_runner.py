@@ -20,7 +20,7 @@ from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.serving.repository import Serving, write_repository
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
-from evit_deploy.triton.connection import Served
+from evit_deploy.triton.connection import Server
 from tests.support.models import KEEP, images, of_kind, preprocess_for
 from tests.support.triton_server import TritonServer
 
@@ -53,7 +53,7 @@ def artifacts(model) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def served(artifacts, tmp_path_factory) -> Iterator[Served]:
+def served(artifacts, tmp_path_factory) -> Iterator[Server]:
     """The ONNX model with its kept candidates, on a real server."""
     folder = tmp_path_factory.mktemp("served")
     file = folder / "model.onnx"
@@ -62,7 +62,7 @@ def served(artifacts, tmp_path_factory) -> Iterator[Served]:
     onnx.save(with_indices(artifacts[1]), file)
     write_repository(serving, {file.name: file}, folder / "models")
     with TritonServer(folder / "models") as server:
-        yield Served(server.http, serving.model)
+        yield Server(server.http, serving.model)
 
 
 @pytest.fixture

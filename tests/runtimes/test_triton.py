@@ -11,7 +11,7 @@ import pytest
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.runtimes.triton import TritonRunner
-from evit_deploy.triton.connection import Connection, Served
+from evit_deploy.triton.connection import Connection, Server
 from evit_deploy.triton.find import find_model
 from evit_deploy.verification.golden import load_golden
 from tests.support.triton_models import MODEL, NAME, copied, perturbed
@@ -48,11 +48,11 @@ def test_the_bundles_own_model_is_found(cli, triton, converted):
     result = cli("verify", converted.path, "--url", triton.http, "--json", *QUICK)
     assert result.code == 0, result.err
     assert not any("ensemble" in check["name"] for check in result.document["checks"])
-    assert find_model(Served(triton.http), converted.manifest).served.model == MODEL
+    assert find_model(Server(triton.http), converted.manifest).served.model == MODEL
 
 
 def test_by_default_all_that_the_server_allows_is_tried(triton):
-    with TritonRunner(Served(triton.http, MODEL)) as runner:
+    with TritonRunner(Server(triton.http, MODEL)) as runner:
         (profile,) = runner.profiles
         assert (profile.minimum, profile.maximum) == (1, 32)
 
@@ -139,7 +139,7 @@ def test_a_model_that_is_not_loaded(cli, several, converted):
         connection._client.unload_model("other")
         result = cli("verify", converted.path, "--url", several.http, "--model-name", "other", *QUICK)
         result.refused(3, "'other' is not ready", "UNAVAILABLE unloaded", "log")
-        assert find_model(Served(several.grpc), converted.manifest).served.model == MODEL  # now the only one
+        assert find_model(Server(several.grpc), converted.manifest).served.model == MODEL  # now the only one
         connection._client.load_model("other")
 
 
@@ -150,8 +150,8 @@ def test_shared_memory_grows_with_the_batch(triton, converted):
     golden = load_golden(converted.file("golden.npz"), converted.manifest.plan)
     images = np.resize(golden.inputs, (32, *golden.inputs.shape[1:]))
     with (
-        TritonRunner(Served(triton.grpc, MODEL, shared_memory=True)) as shared,
-        TritonRunner(Served(triton.http, MODEL)) as plain,
+        TritonRunner(Server(triton.grpc, MODEL, shared_memory=True)) as shared,
+        TritonRunner(Server(triton.http, MODEL)) as plain,
     ):
         for batch in (1, 32, 2):
             mine, other = (runner.infer(feeds(images[:batch]))[LOGITS] for runner in (shared, plain))
@@ -169,10 +169,10 @@ def test_a_server_without_our_shared_memory(packaged, converted):
     with TritonServer(packaged / "model_repository", before=own) as server:
         with (
             pytest.raises(MissingRequirement, match=r"--shared-memory: the server cannot open .*Leave the option out"),
-            TritonRunner(Served(server.http, MODEL, shared_memory=True)),
+            TritonRunner(Server(server.http, MODEL, shared_memory=True)),
         ):
             pass
-        with TritonRunner(Served(server.http, MODEL)) as runner:
+        with TritonRunner(Server(server.http, MODEL)) as runner:
             golden = load_golden(converted.file("golden.npz"), converted.manifest.plan)
             assert runner.infer(feeds(golden.inputs))[LOGITS].shape == (len(golden.inputs), 10)
 
@@ -181,7 +181,7 @@ def test_a_server_without_our_shared_memory(packaged, converted):
 def test_many_batches_at_a_time(triton, converted, way):
     golden = load_golden(converted.file("golden.npz"), converted.manifest.plan)
     which = [np.arange(start, start + 1 + start % 3) % len(golden.inputs) for start in range(40)]
-    with TritonRunner(Served(addresses(triton)[way], MODEL)) as runner:
+    with TritonRunner(Server(addresses(triton)[way], MODEL)) as runner:
         answers = runner.infer_many([feeds(golden.inputs[numbers]) for numbers in which])
         for numbers, answer in zip(which, answers, strict=True):
             np.testing.assert_allclose(answer[LOGITS], golden.logits[numbers], rtol=0, atol=golden.limit())
@@ -195,4 +195,4 @@ def test_a_bundles_tensors_are_what_is_compared(triton, converted):
         converted.manifest, inputs=(msgspec.structs.replace(converted.manifest.inputs[0], dtype="float16"),)
     )
     with pytest.raises(InputError, match=r"its input is input float32 .* the bundle's input float16"):
-        find_model(Served(triton.http, MODEL), manifest)
+        find_model(Server(triton.http, MODEL), manifest)

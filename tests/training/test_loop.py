@@ -20,7 +20,7 @@ from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
 from evit_deploy.training.compare import compare, evaluate
-from evit_deploy.training.loop import fit, train
+from evit_deploy.training.loop import Stage, fit, train
 from evit_deploy.training.schedules import learning_rate
 from evit_deploy.training.setup import scaled_init_, setup
 from evit_deploy.training.step import TrainingRun
@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_rate(step):
     wanted = token_plan(model)
     told = notices()
     with pytest.raises(StageError, match="finetune, step 1: the loss is no longer finite") as error:
-        fit(model, FixedBatch(poison=step), section(keep_rate_epochs=8 / 3), stage="finetune")
+        fit(model, FixedBatch(poison=step), section(keep_rate_epochs=8 / 3), stage=Stage("finetune"))
     assert told[-1] == f"finetune: step {step + 1} was not finite; went back to step 1, once"
     assert "learning rate 0.00" in str(error.value)
     assert token_plan(model) == wanted

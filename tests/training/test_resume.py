@@ -16,7 +16,7 @@ from evit_deploy.recipe.recipe import dump_recipe
 from evit_deploy.recipe.sections import DataSection, ModelSection
 from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.training.log import TrainingLog
-from evit_deploy.training.loop import DENSE, EVIT, fit, train
+from evit_deploy.training.loop import DENSE, EVIT, Stage, fit, train
 from evit_deploy.training.state import StateFile, state_path
 from tests.support.logs import listening, notices
 from tests.support.training import RUN, SPEC, TINY, FixedBatch, Killed, recipe, section, tiny
@@ -109,7 +109,9 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(StateFile, "write", full)
     told = notices()
-    losses = fit(tiny(), FixedBatch(), section(save_every=2), state=StateFile(tmp_path / "s", recipe(), "dense"))
+    losses = fit(
+        tiny(), FixedBatch(), section(save_every=2), stage=Stage("dense", StateFile(tmp_path / "s", recipe(), "dense"))
+    )
     assert len(losses) == 8
     assert sum("the state could not be saved; training goes on without" in text for text in told) == 5
     assert "No space left on device" in told[-1]
@@ -125,7 +127,7 @@ def test_one_bad_batch_is_survived(tmp_path, autocast):
                 yield images * (float("nan") if number == 5 else 1), labels
 
     log = TrainingLog(tmp_path, "finetune", every=2)
-    losses = fit(model, Once(), section(steps=8, save_every=2, autocast=autocast), log=log)
+    losses = fit(model, Once(), section(steps=8, save_every=2, autocast=autocast), stage=Stage("finetune", log=log))
     log.write()
     assert [row.split(",")[0] for row in log.path.read_text().splitlines()] == ["step", "2", "4", "6", "8"]
     assert len(losses) == 8
@@ -191,7 +193,7 @@ def test_every_process_goes_on_with_the_random_numbers_it_would_have_had(tmp_pat
         model = tiny(drop_path_rate=0.5)
         state = StateFile(tmp_path / "finetune.state", recipe(), "finetune") if stop_at is not None else None
         with listening(progress):
-            return fit(model, FixedBatch(), section(steps=6, save_every=3), state=state)
+            return fit(model, FixedBatch(), section(steps=6, save_every=3), stage=Stage("finetune", state))
 
     whole = losses()
     with pytest.raises(RuntimeError, match="the machine stopped"):

@@ -13,7 +13,7 @@ import pytest
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.triton.connection import Connection, Served, split_url
+from evit_deploy.triton.connection import Connection, Server, split_url
 from evit_deploy.triton.failures import RequestLost, ServerUnreachable
 from tests.support.triton_server import free_ports
 
@@ -38,7 +38,7 @@ def test_addresses(url, scheme, address):
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(InputError, match=r"--url: not (the|an) address"):
         split_url(url)
-    assert RUNTIMES.get("triton").accepts(Served(url, "model"))
+    assert RUNTIMES.get("triton").accepts(Server(url, "model"))
 
 
 def test_without_the_client(monkeypatch):

@@ -21,7 +21,7 @@ from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.verification.golden import load_golden
-from evit_deploy.verification.verify import prove, verify
+from evit_deploy.verification.verify import Trial, prove, verify
 from tests.support.command_line import QUICK
 from tests.support.exports import calibration_of
 from tests.support.plans import rtx_plan, tiny_blocks
@@ -160,11 +160,11 @@ def test_who_was_asked_for_has_to_run(bundle, monkeypatch):
     add(monkeypatch, Late)
     golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
     with pytest.raises(MissingRequirement, match="this processor is too old"):
-        prove(bundle, golden, ["onnxruntime", "late"], threads=1, batch_sizes=(1,))
+        prove(bundle, golden, ["onnxruntime", "late"], Trial((1,), threads=1))
     with pytest.raises(MissingRequirement, match="this processor is too old"):
         verify(bundle.path, runtimes=["onnxruntime", "late"], threads=1, batch_sizes=(1,))
     unable: dict[str, MissingRequirement] = {}
-    report = prove(bundle, golden, ["onnxruntime", "late"], threads=1, batch_sizes=(1,), unable=unable)
+    report = prove(bundle, golden, ["onnxruntime", "late"], Trial((1,), threads=1), unable=unable)
     assert used(report) == {"onnxruntime"}
     assert list(unable) == ["late"]
 

@@ -7,6 +7,7 @@ library is the same kernel run by threads of the CPU, to be tested without one.
 import ctypes
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -24,6 +25,23 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "scores", "y", "idx")),
         *((name, ctypes.c_int32) for name in ("dtype", "batch", "prefix", "candidates", "channels", "keep", "fuse")),
     )
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """How the host library shares out its work; see ``token_reorg.h``.
+
+    Args:
+        threads: Members of a team.
+        lanes: Lanes in a row group, a power of two; 0 is the kernel's own choice.
+        tiles: Teams that share an image; 0 is the kernel's own choice.
+    """
+
+    threads: int = 1
+    lanes: int = 0
+    tiles: int = 0
+
+
+WHOLE = Cut()
 
 
 class TokenReorgKernel:
@@ -60,9 +78,7 @@ class TokenReorgKernel:
         prefix: int = 1,
         *,
         out: tuple[Tensor, Tensor] | None = None,
-        threads: int = 1,
-        lanes: int = 0,
-        tiles: int = 0,
+        cut: Cut = WHOLE,
     ) -> tuple[Tensor, Tensor]:
         """``y, idx = TokenReorg(x, scores)``; on a GPU on PyTorch's current stream, without waiting for it.
 
@@ -73,9 +89,7 @@ class TokenReorgKernel:
             fuse: Whether the rest becomes one more row.
             prefix: Tokens in front that are no candidates, 0 to 8.
             out: Where y and idx go; they are allocated when ``None``.
-            threads: Host library: members of a team.
-            lanes: Host library: how the work is cut, see ``token_reorg.h``; tiles likewise.
-            tiles: See lanes.
+            cut: Host library: how the work is shared out.
 
         Returns:
             y ``[B, prefix + K + fuse, C]`` in x's dtype and idx int32 ``[B, K]``.
@@ -95,7 +109,7 @@ class TokenReorgKernel:
         call, message = _Call(*pointers, DTYPES[x.dtype], *sizes), ctypes.create_string_buffer(256)
         if self.identity.kind == "host":
             run = self._library.evit_token_reorg_on_host
-            status = run(ctypes.byref(call), threads, lanes, tiles, message, ctypes.c_size_t(len(message)))
+            status = run(ctypes.byref(call), cut.threads, cut.lanes, cut.tiles, message, ctypes.c_size_t(len(message)))
         else:
             with torch.cuda.device(x.device):
                 stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evit_deploy.engines.plugin.kernel import DTYPES, TokenReorgKernel, _Call
+from evit_deploy.engines.plugin.kernel import DTYPES, Cut, TokenReorgKernel, _Call
 from evit_deploy.engines.plugin.library import ABI, read_identity
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.tokens.op import token_reorg
@@ -137,9 +137,8 @@ def calls(draw):
 @pytest.mark.cpp
 @given(calls(), st.sampled_from(CUTS))
 def test_any_call_in_any_cut_gives_the_same_bits(call, cut):
-    threads, lanes, tiles = cut
     y, idx = kernel()(*call)
-    assert_same_bits((y, idx), kernel()(*call, threads=threads, lanes=lanes, tiles=tiles))
+    assert_same_bits((y, idx), kernel()(*call, cut=Cut(*cut)))
     eager, eager_idx = token_reorg(*call)
     assert torch.equal(idx, eager_idx)
     x, scores, keep, fuse, prefix = call
@@ -229,10 +228,10 @@ def test_the_page_s_example_runs(tmp_path, monkeypatch):
         ({"x": torch.zeros(2, 5, 8, dtype=torch.float64)}, "no such types"),
         ({"scores": torch.zeros(2, 4, dtype=torch.float16)}, "no such types"),
         ({"x": torch.zeros(2, 5, 8, device="meta")}, "for tensors on cpu"),
-        ({"threads": 0}, "threads is 0"),
-        ({"lanes": 3}, "lanes is 3, expected a power of two"),
-        ({"lanes": 32}, "lanes is 32"),
-        ({"tiles": -1}, "tiles is -1"),
+        ({"cut": Cut(threads=0)}, "threads is 0"),
+        ({"cut": Cut(lanes=3)}, "lanes is 3, expected a power of two"),
+        ({"cut": Cut(lanes=32)}, "lanes is 32"),
+        ({"cut": Cut(tiles=-1)}, "tiles is -1"),
     ],
 )
 def test_a_wrong_call_is_refused(change, words):

@@ -113,3 +113,18 @@ def did_you_mean(name: object, known: Iterable[str], *, prefix: str = "", choice
     # Half of the letters are enough: `deit_tiny` is to find timm's long name, `trt` to find `tensorrt`.
     near = difflib.get_close_matches(str(name), known, n=choices, cutoff=0.5)
     return f"Did you mean {' or '.join(repr(prefix + one) for one in near)}?" if near else None
+
+
+def first_few(names: Iterable[object], count: int = 3, separator: str = ", ") -> str:
+    """The first of many names, and how many more there are.
+
+    >>> first_few(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+
+    Args:
+        names: All of them.
+        count: How many to name.
+        separator: Put between them.
+    """
+    shown = [str(name) for name in names]
+    return separator.join(shown[:count]) + (f" and {len(shown) - count} more" if len(shown) > count else "")

@@ -70,9 +70,9 @@ def pytest_testnodedown(node) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if count := config.stash.get(DESELECTED, 0):
-        chosen = config.option.markexpr or config.option.keyword
-        terminalreporter.write_line(f"{count} tests deselected by {chosen!r}. All of them: pytest -m ''", yellow=True)
+    count, chosen = config.stash.get(DESELECTED, 0), config.option.markexpr
+    if count and chosen and not config.option.keyword:
+        terminalreporter.write_line(f"{count} deselected by -m {chosen!r}; pytest -m '' runs all", yellow=True)
 
 
 # ---- --require

@@ -17,6 +17,7 @@ from evit_deploy.errors import (
     StageError,
     UnsupportedModelError,
     did_you_mean,
+    first_few,
 )
 from evit_deploy.registry import BACKBONES, METHODS, Registry
 
@@ -191,3 +192,17 @@ def test_did_you_mean(name, options, question):
 def test_nobody_pays_for_a_question_that_is_not_asked():
     code = "import sys, evit_deploy.cli, evit_deploy.errors, evit_deploy.registry; print('difflib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "text"),
+    [
+        ([], {}, ""),
+        (["a", 2, "c"], {}, "a, 2, c"),
+        (["a", "b", "c", "d", "e"], {}, "a, b, c and 2 more"),
+        (["a", "b"], {"count": 1, "separator": "; "}, "a and 1 more"),
+        (["a", "b"], {"separator": "; "}, "a; b"),
+    ],
+)
+def test_the_first_few_of_many_names(names, options, text):
+    assert first_few(iter(names), **options) == text

@@ -13,7 +13,7 @@ from typing import Self
 import msgspec
 
 from evit_deploy.bundle.manifest import FORMAT, MANIFEST, PACKAGE, Manifest
-from evit_deploy.errors import InputError, StageError
+from evit_deploy.errors import InputError, StageError, first_few
 from evit_deploy.files import hashes, sha256
 
 
@@ -109,7 +109,7 @@ def check_out(out: Path, *, force: bool) -> None:
             raise InputError(
                 "it holds files that no bundle wrote, and --force only replaces bundles and packages",
                 where=out,
-                seen=", ".join(strangers[:3]),
+                seen=first_few(strangers),
                 fix="Move them away, or give another --out.",
             )
     folder = out.parent

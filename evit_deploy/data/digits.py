@@ -1,4 +1,4 @@
-"""The digits inside scikit-learn: images to train, to evaluate and to take as samples."""
+"""The digits inside scikit-learn: training data in memory, and the images themselves for other tasks made of them."""
 
 from collections.abc import Iterator
 
@@ -12,52 +12,6 @@ from evit_deploy.data.curriculum import Curriculum
 from evit_deploy.data.images import Preprocess, preprocess_image
 from evit_deploy.data.sampling import Batch, share, spaced, validation_rows, whole_batches
 from evit_deploy.recipe.sections import DataSection
-
-
-def digits_preprocess(image_size: int) -> Preprocess:
-    """How the digits are put into a model: enlarged, the whole image, black is -1 and white is 1."""
-    half = (0.5, 0.5, 0.5)
-    return Preprocess(size=(image_size, image_size), crop_pct=1.0, mean=half, std=half)
-
-
-def digits_images() -> tuple[list[Image.Image], np.ndarray]:
-    """The 1,797 handwritten digits inside scikit-learn: 8 × 8 images and their labels, int64."""
-    from sklearn.datasets import load_digits
-
-    pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
-    shades = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # they come as 0 to 16
-    return [Image.fromarray(shade) for shade in shades], np.asarray(labels, np.int64)
-
-
-def digits_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the 1,437 training and the 360 test digits, each digit with its share in both; always the same."""
-    from sklearn.model_selection import train_test_split
-
-    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
-    return np.asarray(train), np.asarray(test)
-
-
-def load_digits_data(
-    image_size: int,
-) -> tuple[tuple["torch.Tensor", "torch.Tensor"], tuple["torch.Tensor", "torch.Tensor"]]:
-    """The digits as tensors: 1,437 for training and 360 for testing, each digit with its share in both.
-
-    They go through the same preprocessing as a digit that is read from a file later.
-
-    Args:
-        image_size: Side of the model's input in pixels.
-
-    Returns:
-        Training and test set, each images float32 ``[N, 3, image_size, image_size]`` and labels int64 ``[N]``.
-    """
-    import torch
-
-    images, labels = digits_images()
-    preprocess = digits_preprocess(image_size)
-    tensors = torch.from_numpy(np.stack([preprocess_image(image, preprocess) for image in images]))
-    train, test = digits_split(labels)
-    targets = torch.from_numpy(labels)
-    return (tensors[train], targets[train]), (tensors[test], targets[test])
 
 
 class DigitsData:
@@ -107,6 +61,50 @@ class DigitsData:
         """See :class:`TrainingData`."""
         images = self._train[0]
         return images[spaced(len(images), count)].numpy()
+
+
+def digits_preprocess(image_size: int) -> Preprocess:
+    """How the digits are put into a model: enlarged, the whole image, black is -1 and white is 1."""
+    half = (0.5, 0.5, 0.5)
+    return Preprocess(size=(image_size, image_size), crop_pct=1.0, mean=half, std=half)
+
+
+def digits_images() -> tuple[list[Image.Image], np.ndarray]:
+    """The 1,797 handwritten digits inside scikit-learn: 8 × 8 images and their labels, int64."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
+    shades = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # they come as 0 to 16
+    return [Image.fromarray(shade) for shade in shades], np.asarray(labels, np.int64)
+
+
+def digits_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the 1,437 training and the 360 test digits, each digit with its share in both; always the same."""
+    from sklearn.model_selection import train_test_split
+
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    return np.asarray(train), np.asarray(test)
+
+
+def load_digits_data(
+    image_size: int,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The digits as tensors: 1,437 for training and 360 for testing, each digit with its share in both.
+
+    They go through the same preprocessing as a digit that is read from a file later.
+
+    Args:
+        image_size: Side of the model's input in pixels.
+
+    Returns:
+        Training and test set, each images float32 ``[N, 3, image_size, image_size]`` and labels int64 ``[N]``.
+    """
+    images, labels = digits_images()
+    preprocess = digits_preprocess(image_size)
+    tensors = torch.from_numpy(np.stack([preprocess_image(image, preprocess) for image in images]))
+    train, test = digits_split(labels)
+    targets = torch.from_numpy(labels)
+    return (tensors[train], targets[train]), (tensors[test], targets[test])
 
 
 def augment(images: Tensor, section: DataSection, generator: torch.Generator, background: float) -> Tensor:

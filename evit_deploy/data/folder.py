@@ -29,7 +29,7 @@ from evit_deploy.data.sampling import (
 )
 from evit_deploy.data.sources import Folder, Place, Source, open_source
 from evit_deploy.data.token_labels import TokenLabelMaps
-from evit_deploy.errors import InputError, RecipeError
+from evit_deploy.errors import InputError, RecipeError, first_few
 from evit_deploy.recipe.sections import DataSection
 
 _LOG = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class FolderData:
         present = self._validation.present()
         missing = [name for i, name in enumerate(self.classes) if i not in present]
         if missing:
-            named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            named = first_few(missing, 5)
             _LOG.warning(f"data.validation has no images of {len(missing)} of the {len(self.classes)} classes: {named}")
         self._maps = self._token_labels()
         if section.cache is not None:
@@ -195,10 +195,9 @@ class Unreadable:
     def error(self) -> InputError:
         """What to raise when too many are unreadable."""
         count = len(self.found)
-        named = "; ".join(list(self.found.values())[:3]) + ("; ..." if count > 3 else "")
         return InputError(
             "an image cannot be read" if count == 1 else f"{count} images cannot be read", where=self._where,
-            seen=named, wanted=f"at most {self._allowed} of {self._images}",
+            seen=first_few(self.found.values(), separator="; "), wanted=f"at most {self._allowed} of {self._images}",
             fix="Copy them here again or delete them; data.max_corrupt allows more.",
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from evit_deploy.data.images import COPY_AGAIN, EXTENSIONS, Preprocess, decode_image, natural, preprocess_image
 from evit_deploy.environment.requirements import install_line
-from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.errors import InputError, MissingRequirement, first_few
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 """Endings of the images in shards."""
@@ -151,7 +151,11 @@ class Folder:
         numbers = {name: i for i, name in enumerate(self.classes)}
         unknown = next((name for name in found if name not in numbers), None)
         if unknown is not None:
-            raise InputError("this class is not among the model's", where=root / unknown, wanted=_one_of(self.classes))
+            raise InputError(
+                "this class is not among the model's",
+                where=root / unknown,
+                wanted=f"one of {first_few(self.classes, 8)}",
+            )
         self._files = tuple(
             (file, numbers[name])
             for name in found
@@ -424,17 +428,12 @@ def _expanded(text: str) -> list[str]:
     return ["".join(chosen) for chosen in itertools.product(*parts)]
 
 
-def _one_of(names: Sequence[str]) -> str:
-    shown = ", ".join(map(str, names[:8]))
-    return f"one of {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
 def _check_classes(own: Sequence[str], classes: Sequence[str], where: str) -> None:
     unknown = [name for name in own if name not in classes]
     if unknown:
         raise InputError(
-            "classes that are not among the training images'", where=where, seen=", ".join(unknown[:5]),
-            wanted=f"some of the {len(classes)}: {', '.join(classes[:5])}" + (", ..." if len(classes) > 5 else ""),
+            "classes that are not among the training images'", where=where, seen=first_few(unknown, 5),
+            wanted=f"some of the {len(classes)}: {first_few(classes, 5)}",
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evit_deploy.errors import InputError
+from evit_deploy.errors import InputError, first_few
 
 
 class TokenLabelMaps:
@@ -37,7 +37,7 @@ class TokenLabelMaps:
         }
         missing = [file for file in self._files if file.name not in listed.get(file.parent, ())]
         if missing:
-            named = ", ".join(str(file.relative_to(root)) for file in missing[:3]) + (", ..." if missing[3:] else "")
+            named = first_few(file.relative_to(root) for file in missing)
             raise InputError(
                 f"{len(missing)} of {len(self._files)} training images have no token labels", where=root,
                 seen=f"no {named}", wanted="<class>/<image's name>.pt for every training image",

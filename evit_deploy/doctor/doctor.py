@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 from evit_deploy.doctor.probe import Answer, ask
 from evit_deploy.engines.plugin.library import choose_plugin
+from evit_deploy.environment.availability import Availability
 from evit_deploy.environment.nvidia import Nvidia, nvidia
 from evit_deploy.environment.requirements import (
     DISTRIBUTION,
@@ -23,10 +24,10 @@ from evit_deploy.environment.requirements import (
     needed,
     version_of,
 )
-from evit_deploy.environment.targets import Target, targets
 from evit_deploy.errors import MissingRequirement
 from evit_deploy.progress import doing
 from evit_deploy.registry import RUNTIMES
+from evit_deploy.targets.target import available
 
 _LOG = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Diagnosis(msgspec.Struct, frozen=True):
     """
 
     findings: tuple[Finding, ...]
-    targets: tuple[Target, ...]
+    targets: tuple[Availability, ...]
 
     @property
     def broken(self) -> list[Finding]:
@@ -109,7 +110,7 @@ def doctor() -> Diagnosis:
     findings += _gpu(driver, answers.get("torch"))
     findings += _plugin()
     findings += [_runtime(name, answers[f"runtime:{name}"]) for name in RUNTIMES.names()]
-    return Diagnosis(tuple(findings), targets(driver, _broken(answers)))
+    return Diagnosis(tuple(findings), available(driver, _broken(answers)))
 
 
 def _jobs_without_torch() -> list[str]:

@@ -133,12 +133,12 @@ def _ask_builder(model: Path, plan: Path, target: str, precision: str, options: 
     request = {
         "model": model.absolute(),
         "plan": plan.absolute(),
-        "module": BUILDERS[target],
+        "module": BUILDERS[target].module,
         "precision": precision,
         "options": msgspec.to_builtins(options) | {"profiles": msgspec.to_builtins(options.profiles)},
     }
     environment = os.environ | {
-        "POLYGRAPHY_USE_TENSORRT_RTX": str(int(target == "tensorrt-rtx")),
+        "POLYGRAPHY_USE_TENSORRT_RTX": str(int(BUILDERS[target].needs.ahead)),
         "PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path),
     }
     try:

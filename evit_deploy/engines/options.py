@@ -2,17 +2,37 @@
 
 from pathlib import Path
 
+import msgspec
+
 from evit_deploy.engines.plugin.library import choose_plugin
 from evit_deploy.environment import nvidia as gpu
+from evit_deploy.environment.availability import RTX_GPUS, TENSORRT, Needs, availability
 from evit_deploy.environment.requirements import require_extra
-from evit_deploy.environment.targets import RTX_GPUS, usable_targets
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.recipe.options import BuildOptions
 
-BUILDERS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Target -> the Python module that builds for it."""
-AHEAD = ("tensorrt-rtx",)
-"""Builders that need no GPU: they build for those that are named."""
+
+class Builder(msgspec.Struct, frozen=True):
+    """A library that builds engines.
+
+    Args:
+        module: Its Python module.
+        needs: What it needs of a machine.
+    """
+
+    module: str
+    needs: Needs
+
+
+TENSORRT_RTX = "tensorrt-rtx"
+BUILDERS = {
+    TENSORRT: Builder("tensorrt", Needs(extra=TENSORRT, wheel=TENSORRT, gpu=True)),
+    TENSORRT_RTX: Builder(
+        "tensorrt_rtx",
+        Needs(extra=TENSORRT_RTX, wheel=TENSORRT_RTX, gpu=True, ahead=True, gpus=RTX_GPUS, label="TensorRT-RTX"),
+    ),
+}
+"""Name of a builder, which is the name of its target and of the family of its plans, and the builder."""
 _DATA_CENTRE = ("sm90", "sm100", "sm103")
 _LEAST = {"fp8": 89, "bf16": 80}
 """The first compute capability with matrix units for a type."""
@@ -32,7 +52,7 @@ def check_options(target: str, precision: str, options: BuildOptions) -> None:
         MissingRequirement: The builder or its GPU is not here.
     """
     _check_values(options)
-    if target in AHEAD:
+    if target in BUILDERS and BUILDERS[target].needs.ahead:
         _check_rtx(options)
     elif options.gpus:
         raise InputError(
@@ -46,11 +66,11 @@ def check_options(target: str, precision: str, options: BuildOptions) -> None:
                 f"{name} cannot compute in {precision}", where="--precision", seen=precision,
                 wanted=f"a GPU from sm{least} on", fix="Use --precision fp16 or int8.",
             )  # fmt: skip
-    if target == "tensorrt" and options.plugin is not None:
+    if target == TENSORRT and options.plugin is not None:
         choose_plugin(options.plugin)
     if target in BUILDERS:
         require_extra(target)
-    if target == "tensorrt" and (lacking := gpu.missing_gpu()) is not None:
+    if target == TENSORRT and (lacking := gpu.missing_gpu()) is not None:
         raise MissingRequirement(
             f"TensorRT builds on the GPU that will run the engine: {lacking.what}",
             where="--target tensorrt",
@@ -113,5 +133,6 @@ def gpus_of(options: BuildOptions) -> tuple[str, ...]:
 
 
 def usable(target: str) -> bool:
-    """Whether this machine can build and run a target's engine without being told more."""
-    return target in usable_targets() and gpu.missing_gpu() is None
+    """Whether this machine can build and run a builder's engine without being given more."""
+    found = availability(target, BUILDERS[target].needs)
+    return found.builds and found.runs and gpu.missing_gpu() is None

@@ -1,11 +1,11 @@
-"""What an engine is: what it was built with, and what its file says about itself."""
+"""What the file of an engine says about itself, read without any TensorRT, and whether it fits this machine."""
 
 import struct
 from pathlib import Path
 
 import msgspec
 
-from evit_deploy.environment.targets import RTX_GPUS
+from evit_deploy.environment.availability import RTX_GPUS
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement
 
 FAMILIES = {b"ftrt": "tensorrt", b"vtrt": "tensorrt-rtx"}

@@ -9,7 +9,7 @@ import onnx
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.manifest import MODEL, Engine
 from evit_deploy.engines import build
-from evit_deploy.engines.options import AHEAD, BUILDERS, usable
+from evit_deploy.engines.options import BUILDERS, usable
 from evit_deploy.engines.plugin.library import choose_plugin, provide_plugin
 from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import EvitDeployError
@@ -94,7 +94,7 @@ def _built_likewise(
 
 def options_of(engine: Engine) -> BuildOptions:
     """What a builder has to be told to build as an engine of a bundle was built, but for its plugin."""
-    ahead = engine.target in AHEAD and (engine.driver is None or engine.gpus != (compute_capability(),))
+    ahead = BUILDERS[engine.target].needs.ahead and (engine.driver is None or engine.gpus != (compute_capability(),))
     known = set(BuildOptions.__struct_fields__) - {"batches", "gpus", "plugin", "timing_cache"}
     told = {name: value for name, value in engine.options.items() if name in known}
     batches = tuple(msgspec.structs.astuple(profile) for profile in engine.profiles)

@@ -1,7 +1,8 @@
-"""What the GPU is and how fast it is allowed to run: clocks, throttling, temperature and power, from NVML.
+"""What the NVIDIA driver says, through NVML: which GPUs there are, and how fast each is allowed to run at the moment.
 
 A measurement on a GPU whose clocks moved measured the clocks. NVIDIA's own advice is to lock them first
-(``nvidia-smi --lock-gpu-clocks``); this module sees whether they were, and whether something slowed the GPU down.
+(``nvidia-smi --lock-gpu-clocks``); a :class:`GpuState` shows whether they were, and whether something slowed the GPU
+down.
 """
 
 import contextlib
@@ -62,6 +63,41 @@ class GpuState(msgspec.Struct, frozen=True):
     def reasons(self) -> list[str]:
         """What slows it down, in words."""
         return reasons_in_words(self.throttled_by)
+
+
+class Gpu(msgspec.Struct, frozen=True):
+    """One GPU.
+
+    Args:
+        name: As the driver calls it.
+        capability: Compute capability.
+        memory: Bytes.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+
+    @property
+    def architecture(self) -> str:
+        """``sm90``."""
+        return "sm{}{}".format(*self.capability)
+
+
+class Nvidia(msgspec.Struct, frozen=True):
+    """What the NVIDIA driver says.
+
+    Args:
+        driver: Its version; ``None`` without one.
+        cuda: The newest CUDA version it runs.
+        gpus: Those that this process may use.
+        error: Why nothing more could be learnt.
+    """
+
+    driver: str | None = None
+    cuda: tuple[int, int] | None = None
+    gpus: tuple[Gpu, ...] = ()
+    error: str | None = None
 
 
 def reasons_in_words(bits: int) -> list[str]:
@@ -195,41 +231,6 @@ def _state(nvml: Any, handle: Any, properties: Any) -> GpuState:
         power=None if power is None else power / 1000,
         power_limit=None if limit is None else limit / 1000,
     )
-
-
-class Gpu(msgspec.Struct, frozen=True):
-    """One GPU.
-
-    Args:
-        name: As the driver calls it.
-        capability: Compute capability.
-        memory: Bytes.
-    """
-
-    name: str
-    capability: tuple[int, int]
-    memory: int
-
-    @property
-    def architecture(self) -> str:
-        """``sm90``."""
-        return "sm{}{}".format(*self.capability)
-
-
-class Nvidia(msgspec.Struct, frozen=True):
-    """What the NVIDIA driver says.
-
-    Args:
-        driver: Its version; ``None`` without one.
-        cuda: The newest CUDA version it runs.
-        gpus: Those that this process may use.
-        error: Why nothing more could be learnt.
-    """
-
-    driver: str | None = None
-    cuda: tuple[int, int] | None = None
-    gpus: tuple[Gpu, ...] = ()
-    error: str | None = None
 
 
 def nvidia() -> Nvidia:

@@ -1,4 +1,4 @@
-"""What a portable ONNX file says about itself: the names of its tensors, and the model card in its properties."""
+"""What a portable ONNX file says about itself: names of its tensors, model card; how it is read and what it is fed."""
 
 from collections.abc import Mapping
 from pathlib import Path

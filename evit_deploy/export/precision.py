@@ -4,8 +4,7 @@ TensorRT 11 knows no other way, and every other runtime understands it too. Inpu
 happens between them. Scores, selection and the fused sum stay in FP32, because half precision is too coarse to rank
 patches by; LayerNorm keeps its statistics in FP32 (``stash_type``).
 
-INT8 and FP8 are laid on top by ONNX Runtime's own quantiser: activations by one scale a tensor, weights by one a
-channel, for linear layers only. What is not quantised is FP32 where a CPU runs it, FP16 where TensorRT does.
+How INT8 and FP8 are laid on top: :mod:`evit_deploy.export.quantization`.
 """
 
 import ml_dtypes
@@ -17,7 +16,7 @@ import torch
 from onnx import ModelProto
 from onnx_ir import DataType
 
-from evit_deploy.errors import InputError
+from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import read_card, write_card
 from evit_deploy.export.quantization import array_of, quantize
 from evit_deploy.tokens.op import DOMAIN, NAME
@@ -140,7 +139,7 @@ def _refuse_too_large(graph: onnx_ir.Graph, exact: set[onnx_ir.Node], precision:
                 large.append(f"{value.name} ({greatest:.3g})")
     if large:
         raise InputError(
-            f"weights that {precision} cannot hold: {', '.join(large[:5])}" + (" and more" if len(large) > 5 else ""),
+            f"weights that {precision} cannot hold: {first_few(large, 5)}",
             seen=len(large),
             wanted=f"at most {_LARGEST[precision]:g}",
             fix="Use --precision bf16, whose range is that of FP32."

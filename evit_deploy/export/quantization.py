@@ -1,4 +1,8 @@
-"""INT8 and FP8: Q/DQ nodes around the linear layers, with ranges learned from real images."""
+"""INT8 and FP8: Q/DQ nodes around the linear layers, with ranges learned from real images.
+
+They are laid on top by ONNX Runtime's own quantiser: activations by one scale a tensor, weights by one a channel. What
+is not quantised is FP32 where a CPU runs it, FP16 where TensorRT does.
+"""
 
 import contextlib
 import logging
@@ -19,12 +23,6 @@ from evit_deploy.export.card import INPUT
 _LINEAR = ("MatMul", "Gemm")
 _CALIBRATION_BATCH = 8
 _FP8, _FP8_LARGEST = DataType.FLOAT8E4M3FN, 448.0
-
-
-def array_of(value: onnx_ir.Value) -> np.ndarray:
-    """A constant as an array."""
-    assert value.const_value is not None
-    return value.const_value.numpy()
 
 
 def quantize(proto: ModelProto, precision: str, base: str, calibration: np.ndarray) -> ModelProto:
@@ -75,6 +73,12 @@ def quantize(proto: ModelProto, precision: str, base: str, calibration: np.ndarr
             raise StageError(f"ONNX Runtime's quantiser failed: {text[0] if text else type(error).__name__}") from error
         quantized = onnx.load(target)
     return _as_fp8(quantized, proto) if precision == "fp8" else quantized
+
+
+def array_of(value: onnx_ir.Value) -> np.ndarray:
+    """A constant as an array."""
+    assert value.const_value is not None
+    return value.const_value.numpy()
 
 
 def _as_fp8(quantized: ModelProto, original: ModelProto) -> ModelProto:

@@ -1,6 +1,6 @@
 """A checkpoint: weights, and what they are. Architecture, image size, classes and token reduction are read from it.
 
-How a file is read without trusting it: ``weights.py``. How tensors are recognised: ``identify.py``.
+How a file is read without trusting it: ``safe_weights.py``. How tensors are recognised: ``identify.py``.
 """
 
 import ast

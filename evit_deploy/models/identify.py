@@ -8,8 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from evit_deploy.errors import CheckpointError, InputError, did_you_mean
-from evit_deploy.models.safe_weights import some
+from evit_deploy.errors import CheckpointError, InputError, did_you_mean, first_few
 from evit_deploy.tokens.backbone import load_backbones
 
 # (width, depth) -> the size's name in timm.
@@ -183,7 +182,7 @@ def differences_of(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
         ("unexpected", [name for name in given if name not in wanted]),
         ("other shapes:", shapes),
     )
-    return "; ".join(f"{label} {some(names)}" for label, names in found if names)
+    return "; ".join(f"{label} {first_few(names)}" for label, names in found if names)
 
 
 def _refuse(path: Path, weights: dict[str, Tensor]) -> NoReturn:

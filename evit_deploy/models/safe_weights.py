@@ -15,7 +15,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from evit_deploy.errors import CheckpointError
+from evit_deploy.errors import CheckpointError, first_few
 
 # Which weights a file with several sets means by itself. DeiT and EViT save `model_ema` and never evaluate it; timm's
 # trainer saves `state_dict_ema` and evaluates that one when it is there.
@@ -171,11 +171,6 @@ def _check_finite(path: Path, weights: dict[str, Tensor]) -> None:
     bad = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise CheckpointError(
-            "weights that are NaN or infinite", where=path, seen=some(bad), wanted="finite numbers",
+            "weights that are NaN or infinite", where=path, seen=first_few(bad), wanted="finite numbers",
             fix="The training that wrote it diverged; use an earlier checkpoint.",
         )  # fmt: skip
-
-
-def some(names: list[str], count: int = 3) -> str:
-    """The first few of many names, and how many more there are."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

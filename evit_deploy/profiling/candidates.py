@@ -16,7 +16,7 @@ from evit_deploy.bundle.manifest import ENGINE, MANIFEST, MODEL, choose_profile
 from evit_deploy.engines.plan_file import FAMILIES, read_header
 from evit_deploy.engines.plugin.library import provide_plugin
 from evit_deploy.engines.rebuild import other_body, slice_engine
-from evit_deploy.environment.targets import TENSORRT
+from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import load_onnx, read_card
 from evit_deploy.export.precision import DTYPES, QUANTIZED

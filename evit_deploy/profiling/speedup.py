@@ -1,4 +1,4 @@
-"""Rows of a report from times: latencies, ratios of what was measured in the same round, and a verdict in words."""
+"""What times say: latencies, the speed-up over the dense twin with its interval, and a verdict in words."""
 
 import statistics
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The clock: candidates take turns, and ratios are made of what was measured in the same round.
+"""The timing loop: candidates take turns, and ratios are made of what was measured in the same round.
 
 In every round each candidate runs once, in an order drawn anew, so that a machine whose speed drifts slows all of them
 alike and nobody always follows the same one; ratios are medians over rounds. On a CPU with one thread they are made of
@@ -121,7 +121,7 @@ def clock_of_both(rows: Sequence[ProfileRow], threads: int | None) -> Report:
 def open_all(
     stack: ExitStack, candidates: Sequence[Candidate], threads: int | None, required: frozenset[str] | None
 ) -> tuple[list[Group], list[str]]:
-    """Opens everybody's runner.
+    """Opens the runner of every candidate.
 
     Args:
         stack: Closes them.

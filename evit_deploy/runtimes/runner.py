@@ -1,4 +1,4 @@
-"""Runtimes: everything that can run a model answers to one small contract, :class:`Runner`."""
+"""The contract of a runtime: what runs a model is a :class:`Runner`; one for engines also tells where the time goes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Who runs what: runners by name, the file of a bundle that suits each, and the PyTorch model it came from."""
+"""Which runtime runs what: runners by name, and the part of a bundle that suits each."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -10,7 +10,7 @@ from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle
 from evit_deploy.bundle.manifest import ENGINE, MANIFEST, REPORT, Engine, Manifest
 from evit_deploy.engines.plan_file import read_header
-from evit_deploy.errors import InputError
+from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import INPUT, LOGITS
 from evit_deploy.report.report import Report
 from evit_deploy.serving.deployment import RELEASES, TritonRelease, declared_server, older, same
@@ -137,7 +137,7 @@ def check_files(bundle: Bundle) -> None:
     changed = bundles.changed_files(bundle)
     if changed:
         raise InputError(
-            f"changed or gone since it was written: {', '.join(changed[:5])}", where=bundle.path,
+            f"changed or gone since it was written: {first_few(changed, 5)}", where=bundle.path,
             fix="Copy the bundle here again, or convert again.",
         )  # fmt: skip
 

@@ -147,7 +147,7 @@ def _write_preprocessing(preprocess: Preprocess, serving: Serving, folder: Path)
     if serving.decoder == "python":
         shutil.copyfile(source, folder / "model.py")
         return
-    shutil.copyfile(source.with_name("triton_dali.py"), folder / "dali.py")  # cannot be imported without DALI
+    shutil.copyfile(source.with_name("dali.py"), folder / "dali.py")  # cannot be imported without DALI
     settings = msgspec.to_builtins(preprocess) | {"max_batch": serving.max_batch}
     (folder / "preprocess.json").write_text(json.dumps(settings), encoding="utf-8")
 

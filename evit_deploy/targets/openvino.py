@@ -3,6 +3,7 @@
 from typing import Any
 
 from evit_deploy.bundle.manifest import MODEL, OPENVINO, TWIN
+from evit_deploy.environment.availability import Needs
 from evit_deploy.errors import EvitDeployError
 from evit_deploy.targets.target import Artifact, Exported, Target
 
@@ -14,6 +15,7 @@ class OpenVino(Target):
 
     precisions = ("fp32", "fp16", "bf16", "int8")
     runtimes = ("openvino",)
+    needs = Needs(extra="openvino")
     platforms = {"triton": ("openvino", _FILES), "cpp": ("openvino", _FILES)}  # noqa: RUF012
 
     @classmethod

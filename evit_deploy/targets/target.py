@@ -5,13 +5,15 @@ A target is a class in :data:`evit_deploy.registry.TARGETS`; another package add
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
 
 from evit_deploy.bundle.manifest import Engine
+from evit_deploy.environment.availability import Availability, Needs, availability
+from evit_deploy.environment.nvidia import Nvidia, nvidia
 from evit_deploy.errors import EvitDeployError
 from evit_deploy.registry import TARGETS
 from evit_deploy.report.report import Report
@@ -75,6 +77,9 @@ class Target(ABC):
     platforms: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {}
     """What ``package`` can do with it: kind of package -> platform there, and the files of a bundle that this runs."""
 
+    needs: ClassVar[Needs] = Needs()
+    """What it needs of a machine beyond PyTorch and ONNX."""
+
     @classmethod
     def automatic(cls) -> bool:
         """Whether ``convert`` makes it here without being asked to."""
@@ -119,6 +124,22 @@ def refusals(*checks: Callable[[], object]) -> list[EvitDeployError]:
         except EvitDeployError as error:
             found.append(error)
     return found
+
+
+def available(driver: Nvidia | None = None, broken: Mapping[str, str] | None = None) -> tuple[Availability, ...]:
+    """What can be made and run here, target by target.
+
+    Args:
+        driver: What the NVIDIA driver said, if it was asked already.
+        broken: Package -> why it does not load, if that was tried.
+    """
+    driver = driver or nvidia()
+    return tuple(availability(name, target.needs, driver, broken) for name, target in all_targets().items())
+
+
+def usable_targets() -> tuple[str, ...]:
+    """Targets that can be both made and run here, by what is installed."""
+    return tuple(found.name for found in available() if found.builds and found.runs)
 
 
 def all_targets() -> dict[str, type[Target]]:

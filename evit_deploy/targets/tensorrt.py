@@ -7,7 +7,7 @@ from evit_deploy.bundle.manifest import ENGINE, MODEL, TWIN
 from evit_deploy.engines.audit import engine_checks
 from evit_deploy.engines.build import build_engine
 from evit_deploy.engines.layers import Layer
-from evit_deploy.engines.options import check_options, usable
+from evit_deploy.engines.options import BUILDERS, check_options, usable
 from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import EvitDeployError
 from evit_deploy.recipe.options import BuildOptions
@@ -20,6 +20,7 @@ class TensorRT(Target):
     """``engine.plan`` and ``dense/engine.plan``, built by TensorRT from the ONNX files."""
 
     name = "tensorrt"
+    needs = BUILDERS[name].needs
     Options = BuildOptions
     engine = True
     runtimes = ("tensorrt",)

@@ -1,6 +1,7 @@
 """``tensorrt-rtx``: an engine built ahead of time for GPUs that are named, on any machine."""
 
 from evit_deploy.bundle.manifest import ENGINE
+from evit_deploy.engines.options import BUILDERS
 from evit_deploy.engines.rtx_listing import plan_layers
 from evit_deploy.targets.tensorrt import TensorRT
 
@@ -9,6 +10,7 @@ class TensorRTRTX(TensorRT):
     """``engine.plan`` and ``dense/engine.plan``, built by TensorRT-RTX from the ONNX files."""
 
     name = "tensorrt-rtx"
+    needs = BUILDERS[name].needs
     runtimes = ("tensorrt-rtx",)
     platforms = {"cpp": ("tensorrt-rtx", (ENGINE,))}  # noqa: RUF012
     listing = staticmethod(plan_layers)

@@ -2,6 +2,7 @@
 
 from evit_deploy.bundle.manifest import ENGINE, TWIN
 from evit_deploy.engines.options import check_options, flag
+from evit_deploy.environment.availability import Needs
 from evit_deploy.errors import EvitDeployError, InputError
 from evit_deploy.recipe.options import BuildOptions
 from evit_deploy.targets.target import Artifact, Exported, Target, refusals
@@ -14,6 +15,7 @@ class TorchTensorRT(Target):
     """``engine.plan`` and ``exported_program.pt2`` of both models, built by Torch-TensorRT on this machine's GPU."""
 
     name = "torch-tensorrt"
+    needs = Needs(extra=name, wheel="tensorrt", gpu=True)
     Options = BuildOptions
     precisions = ("fp32", "fp16", "bf16")
     engine = True

@@ -49,6 +49,25 @@ class ServedModel(msgspec.Struct, frozen=True):
     steps: tuple[str, ...] = ()
 
 
+class Server(msgspec.Struct, frozen=True):
+    """A model on a running server: what :class:`TritonRunner` runs.
+
+    Args:
+        url: ``http://HOST:PORT`` or ``grpc://HOST:PORT``.
+        model: Its name there; :func:`evit_deploy.triton.find.find_model` can find it.
+        version: Its version; empty for the server's choice.
+        shared_memory: Whether tensors go through the system's shared memory instead of the connection: for a server on
+            this machine. Where it cannot be had that is an error, never another way taken instead.
+        timeout: Seconds to wait for the server to be ready, and for each answer.
+    """
+
+    url: str
+    model: str = ""
+    version: str = ""
+    shared_memory: bool = False
+    timeout: float = TIMEOUT
+
+
 def client_missing() -> MissingRequirement | None:
     """The error to raise where ``tritonclient`` is not installed, else ``None``."""
     if importlib.util.find_spec("tritonclient") is None:
@@ -335,22 +354,3 @@ def _whole(value: Any) -> Any:
     if isinstance(value, list):
         return [_whole(entry) for entry in value]
     return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-class Server(msgspec.Struct, frozen=True):
-    """A model on a running server: what :class:`TritonRunner` runs.
-
-    Args:
-        url: ``http://HOST:PORT`` or ``grpc://HOST:PORT``.
-        model: Its name there; :func:`evit_deploy.triton.find.find_model` can find it.
-        version: Its version; empty for the server's choice.
-        shared_memory: Whether tensors go through the system's shared memory instead of the connection: for a server on
-            this machine. Where it cannot be had that is an error, never another way taken instead.
-        timeout: Seconds to wait for the server to be ready, and for each answer.
-    """
-
-    url: str
-    model: str = ""
-    version: str = ""
-    shared_memory: bool = False
-    timeout: float = TIMEOUT

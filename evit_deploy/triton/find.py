@@ -1,4 +1,4 @@
-"""A bundle's model on a running server: which one it is, whether it fits, and whether it takes files as it should."""
+"""A bundle's model on a running server: which one it is, and whether it fits."""
 
 import msgspec
 

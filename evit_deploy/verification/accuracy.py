@@ -18,13 +18,20 @@ from evit_deploy.verification.agreement import Answers, named_patches
 DATA_BATCH = 32
 
 
-def infer_all(runner: Runner, images: np.ndarray, batch: int) -> dict[str, np.ndarray]:
-    """Runs any number of images in batches of one size; the last one is filled up, and the excess cut off."""
-    parts = []
-    for start in range(0, len(images), batch):
-        part = images[start : start + batch]
-        parts.append(runner.infer(feeds(part if len(part) == batch else np.resize(part, (batch, *part.shape[1:])))))
-    return {key: np.concatenate([part[key] for part in parts])[: len(images)] for key in parts[0]}
+def accuracy(
+    name: str, artifact: Any, manifest: Manifest, folder: Folder, threads: int | None = None
+) -> tuple[Report, Answers]:
+    """Top-1 and top-5 on a folder of labelled images, and what was answered."""
+    with opened(name, artifact, threads, with_indices=True) as runner:
+        batch = min([DATA_BATCH, *(p.maximum for p in runner.profiles)])
+        parts, labels = [], []
+        for images, truth in labelled_batches(folder, manifest.preprocess, batch):
+            outputs = infer_all(runner, images, batch if runner.profiles else len(images))
+            parts.append((outputs[LOGITS], named_patches(outputs, manifest.plan)))
+            labels.append(truth)
+    row = accuracy_row(name, zip((p[0] for p in parts), labels, strict=True), manifest.plan.macs() / 1e9)
+    kept = {block: np.concatenate([part[1][block] for part in parts]) for block in parts[0][1]}
+    return Report(accuracy=(row,)), Answers(np.concatenate([part[0] for part in parts]), kept)
 
 
 def folder_of(data: Path, manifest: Manifest) -> Folder:
@@ -45,17 +52,10 @@ def folder_of(data: Path, manifest: Manifest) -> Folder:
     return folder
 
 
-def accuracy(
-    name: str, artifact: Any, manifest: Manifest, folder: Folder, threads: int | None = None
-) -> tuple[Report, Answers]:
-    """Top-1 and top-5 on a folder of labelled images, and what was answered."""
-    with opened(name, artifact, threads, with_indices=True) as runner:
-        batch = min([DATA_BATCH, *(p.maximum for p in runner.profiles)])
-        parts, labels = [], []
-        for images, truth in labelled_batches(folder, manifest.preprocess, batch):
-            outputs = infer_all(runner, images, batch if runner.profiles else len(images))
-            parts.append((outputs[LOGITS], named_patches(outputs, manifest.plan)))
-            labels.append(truth)
-    row = accuracy_row(name, zip((p[0] for p in parts), labels, strict=True), manifest.plan.macs() / 1e9)
-    kept = {block: np.concatenate([part[1][block] for part in parts]) for block in parts[0][1]}
-    return Report(accuracy=(row,)), Answers(np.concatenate([part[0] for part in parts]), kept)
+def infer_all(runner: Runner, images: np.ndarray, batch: int) -> dict[str, np.ndarray]:
+    """Runs any number of images in batches of one size; the last one is filled up, and the excess cut off."""
+    parts = []
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        parts.append(runner.infer(feeds(part if len(part) == batch else np.resize(part, (batch, *part.shape[1:])))))
+    return {key: np.concatenate([part[key] for part in parts])[: len(images)] for key in parts[0]}

@@ -13,15 +13,6 @@ from evit_deploy.verification.golden import Golden
 from evit_deploy.verification.tolerances import distance
 
 
-def named_patches(outputs: Mapping[str, np.ndarray], plan: TokenPlan) -> dict[int, np.ndarray]:
-    """A runner's kept outputs in original patch numbers, by block; empty if it gives none out."""
-    blocks = [row.block for row in plan.locations]
-    if any(kept_name(block) not in outputs for block in blocks):
-        return {}
-    kept: list[Any] = [outputs[kept_name(block)] for block in blocks]
-    return dict(zip(blocks, original_patches(kept, plan), strict=True))
-
-
 class Agreement(msgspec.Struct, frozen=True):
     """How one runtime's answers compare with the golden ones.
 
@@ -47,6 +38,27 @@ class Agreement(msgspec.Struct, frozen=True):
     wrong: float
     overlap: float
     top1: float
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """What one runtime said to some images.
+
+    Args:
+        logits: ``[n, classes]``.
+        kept: By block, original patch numbers ``[n, K(+1)]``; empty where the runtime gives none out.
+    """
+
+    logits: np.ndarray
+    kept: Mapping[int, np.ndarray]
+
+
+def named_patches(outputs: Mapping[str, np.ndarray], plan: TokenPlan) -> dict[int, np.ndarray]:
+    """A runner's kept outputs in original patch numbers, by block; empty if it gives none out."""
+    blocks = [row.block for row in plan.locations]
+    if any(kept_name(block) not in outputs for block in blocks):
+        return {}
+    kept: list[Any] = [outputs[kept_name(block)] for block in blocks]
+    return dict(zip(blocks, original_patches(kept, plan), strict=True))
 
 
 def agreement(golden: Golden, which: np.ndarray, outputs: Mapping[str, np.ndarray], plan: TokenPlan) -> Agreement:
@@ -140,18 +152,6 @@ def logit_error(golden: Golden, which: np.ndarray, answers: np.ndarray) -> float
         answers: Logits to judge.
     """
     return distance(answers, golden.reference[which]) if len(which) else float("nan")
-
-
-class Answers(msgspec.Struct, frozen=True):
-    """What one runtime said to some images.
-
-    Args:
-        logits: ``[n, classes]``.
-        kept: By block, original patch numbers ``[n, K(+1)]``; empty where the runtime gives none out.
-    """
-
-    logits: np.ndarray
-    kept: Mapping[int, np.ndarray]
 
 
 def agreement_row(first: str, one: Answers, second: str, other: Answers) -> AgreementRow:

@@ -13,8 +13,8 @@ import torch
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.manifest import GOLDEN
 from evit_deploy.engines.plugin.library import provide_plugin
+from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.environment.machine import device, versions
-from evit_deploy.environment.targets import TENSORRT
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.models.parent import parent_model

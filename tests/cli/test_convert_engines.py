@@ -16,11 +16,11 @@ from evit_deploy.bundle.manifest import DENSE, ENGINE, MODEL
 from evit_deploy.data.images import sample_photographs
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.engines.rtx_listing import plan_layers
-from evit_deploy.environment.targets import usable_targets
 from evit_deploy.export.card import load_onnx, read_card
 from evit_deploy.files import sha256
 from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.report.report import Report
+from evit_deploy.targets.target import usable_targets
 from tests.support.command_line import CLI, QUICK, Result, interrupted
 from tests.support.machines import environment_without
 from tests.support.models import tree, write_checkpoint

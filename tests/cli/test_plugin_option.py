@@ -65,7 +65,7 @@ def builds(monkeypatch) -> list[tuple[Path, BuildOptions]]:
         asked.append((model, options))
         plan.write_bytes(PLAN)
 
-    monkeypatch.setattr("evit_deploy.engines.options.usable", lambda target: True)
+    monkeypatch.setattr("evit_deploy.engines.rebuild.usable", lambda target: True)
     monkeypatch.setattr(build, "build_engine", build_engine)
     return asked
 

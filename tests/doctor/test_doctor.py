@@ -12,8 +12,8 @@ import pytest
 from evit_deploy.doctor.doctor import Diagnosis, Finding, doctor
 from evit_deploy.doctor.probe import ask
 from evit_deploy.environment.requirements import EXTRAS, bounds, install_line, lacking, needed
-from evit_deploy.environment.targets import TARGETS, targets
-from evit_deploy.registry import RUNTIMES
+from evit_deploy.registry import RUNTIMES, TARGETS
+from evit_deploy.targets.target import available
 from tests.support.machines import on_gpu, pretend, python
 
 
@@ -29,7 +29,7 @@ def here() -> Diagnosis:
 
 def test_doctor_here(here):
     assert here.broken == []
-    assert here.targets == targets()
+    assert here.targets == available()
     assert named(here, "python").usable
     assert {f.name for f in here.findings if f.group == "Python and packages"} >= {"evit-deploy", *needed()}
     assert named(here, "torch").found == importlib.metadata.version("torch")
@@ -137,7 +137,7 @@ def test_doctor_with_something_needed_missing(place):
     assert done.returncode == 3
     document = json.loads(done.stdout)
     assert document["usable"] is False
-    assert {target["name"]: target["builds"] for target in document["targets"]} == dict.fromkeys(TARGETS, False)
+    assert {target["name"]: target["builds"] for target in document["targets"]} == dict.fromkeys(TARGETS.names(), False)
     assert "onnxscript cannot be used" in done.stderr
     assert f'pip install "onnxscript{bounds(needed()["onnxscript"])}"' == install_line("onnxscript")
     assert install_line("onnxscript") in done.stderr

@@ -21,7 +21,7 @@ from evit_deploy.engines.build import Built, build_engine
 from evit_deploy.engines.layers import is_fused_attention
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.engines.rtx_listing import plan_layers
-from evit_deploy.environment.targets import RTX_GPUS
+from evit_deploy.environment.availability import RTX_GPUS
 from evit_deploy.errors import EvitDeployError, InputError, StageError
 from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import QUANTIZED, set_precision
@@ -102,7 +102,8 @@ ON_PLAIN = (
 
 @pytest.mark.parametrize(
     ("name", "precision", "gpu"),
-    [(name, *pair) for name in KINDS for pair in (*EVERYWHERE, *(ON_PLAIN if name == "plain" else ()))],
+    [("plain", *pair) for pair in (*EVERYWHERE, *ON_PLAIN)]
+    + [pytest.param(name, *pair, marks=pytest.mark.slow) for name in KINDS if name != "plain" for pair in EVERYWHERE],
 )
 def test_every_kind_in_every_precision(of, plan, name, precision, gpu):
     kind = of(name)

@@ -120,7 +120,9 @@ def difference(program: torch.export.ExportedProgram, model: Any, count: int) ->
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["plain"] + [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "plain"]
+)
 def test_the_exported_program_is_the_model(kind):
     model = reduce_tokens_(of_kind(kind), KEEP)
     program = target.export_program(model, "fp32", RANGE, device="cpu")

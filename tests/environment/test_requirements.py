@@ -193,8 +193,8 @@ def test_files_that_were_never_installed(tmp_path):
     what = "evit-deploy is not installed, so which versions it needs is unknown"
     code = "try: require_extra('openvino')\nexcept MissingRequirement as error: print(error)"
     assert said(requirements + code) == f'openvino: {what}. Run: pip install -e "{root}[openvino]"'
-    code = "from evit_deploy.environment.targets import targets\nimport msgspec\n"
-    code += "print(msgspec.json.encode(targets()).decode())"
+    code = "from evit_deploy.targets.target import available\nimport msgspec\n"
+    code += "print(msgspec.json.encode(available()).decode())"
     for target in json.loads(said(code)):
         assert target["reasons"] == [what]
         assert not target["builds"]

@@ -10,11 +10,11 @@ import torch
 
 from evit_deploy.engines.options import flag
 from evit_deploy.environment.requirements import install_line, version_of
-from evit_deploy.environment.targets import usable_targets
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.pipeline.lowering import Lowering, lowering
 from evit_deploy.recipe.options import BuildOptions, ConvertOptions
 from evit_deploy.registry import RUNTIMES, TARGETS
+from evit_deploy.targets.target import usable_targets
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 needs_rtx = pytest.mark.tensorrt_rtx

@@ -51,6 +51,7 @@ def test_run_makes_a_verified_bundle_and_the_comparison(tmp_path: Path):
     assert manifest.recipe["name"] == "digits"
 
 
+@pytest.mark.slow
 def test_a_recipe_says_what_the_result_is_turned_into(tmp_path: Path):
     recipe = digits("convert.precision=int8", "convert.calibration_images=40", "convert.targets=[onnx, openvino]")
     bundle, report = run(recipe, tmp_path)
@@ -79,6 +80,7 @@ def test_what_cannot_be_made_is_told_before_the_training(tmp_path: Path, overrid
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_stages_that_are_up_to_date_are_skipped(tmp_path: Path):
     run(digits(), tmp_path)
     first = (tmp_path / "bundle" / "manifest.json").stat().st_mtime_ns
@@ -166,6 +168,7 @@ def test_expectations_are_gates_that_keep_the_checkpoints(tmp_path: Path):
         run(recipe, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_fine_tune_recipe_runs_on_folders_of_images(tmp_path: Path):
     train_stage(digits(), tmp_path / "start")
     for split in ("train", "validation"):

@@ -18,7 +18,7 @@ from evit_deploy.runtimes.openvino import OpenVINORunner
 from evit_deploy.verification.golden import Golden, load_golden
 from tests.support.cpp_example import KINDS, SOURCE, change_manifest, may_differ, need_toolchain
 
-pytestmark = [pytest.mark.cpp, pytest.mark.timeout(600)]  # building takes a minute or two
+pytestmark = [pytest.mark.cpp, pytest.mark.slow, pytest.mark.timeout(600)]  # building takes a minute or two
 
 PILLOW = int(PIL.__version__.split(".")[0])
 

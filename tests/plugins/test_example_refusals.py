@@ -16,7 +16,7 @@ from evit_deploy.data.images import sample_photographs
 from evit_deploy.files import sha256
 from tests.support.cpp_example import SOURCE, change_manifest, replace_file
 
-pytestmark = [pytest.mark.cpp, pytest.mark.timeout(600)]  # building takes a minute or two
+pytestmark = [pytest.mark.cpp, pytest.mark.slow, pytest.mark.timeout(600)]  # building takes a minute or two
 
 PILLOW = int(PIL.__version__.split(".")[0])
 

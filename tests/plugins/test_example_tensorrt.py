@@ -26,6 +26,7 @@ from tests.support.cpp_example import (
     tensorrt_options,
 )
 
+pytestmark = pytest.mark.slow  # each runtime is compiled
 RUNTIMES = ("tensorrt", "tensorrt-rtx")
 RECORD = {"version": "9.9.9.9", "gpus": ["sm80"], "driver": None, "precision": "fp32", "plugin": None, "options": {},
           "profiles": [{"minimum": 1, "optimum": 4, "maximum": 8}], "seconds": 1.0}  # fmt: skip

@@ -27,6 +27,7 @@ def test_the_plugin_compiles_and_passes_its_own_tests():
         assert identity.tensorrt is not None
 
 
+@pytest.mark.slow
 @pytest.mark.cpp
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -43,6 +44,7 @@ def test_what_cannot_be_configured_is_told(arguments, words, tmp_path):
     assert words in done.stderr.replace("\n  ", " ")
 
 
+@pytest.mark.slow
 @pytest.mark.cpp
 def test_headers_that_are_too_old_are_refused(tmp_path):
     plugin_builds.need("cmake", "g++", "nvcc")

@@ -19,8 +19,8 @@ from evit_deploy.engines.build import build_engine
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.engines.rebuild import options_of, slice_engine
 from evit_deploy.engines.rtx_listing import plan_layers
+from evit_deploy.environment.availability import RTX_GPUS
 from evit_deploy.environment.nvidia import compute_capability
-from evit_deploy.environment.targets import RTX_GPUS
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.profiling.candidates import Candidate, candidates_of, is_plan
 from evit_deploy.profiling.profile import profile
@@ -243,7 +243,7 @@ def test_a_batch_size_outside_the_profiles_is_refused_before_anything_else(engin
 
 @pytest.mark.tensorrt_rtx
 def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatch):
-    monkeypatch.setattr("evit_deploy.engines.options.usable", lambda target: True)
+    monkeypatch.setattr("evit_deploy.engines.rebuild.usable", lambda target: True)
     told = progress_lines()
     twin, why_not = slice_engine(engines, tmp_path)
     assert why_not == ""
@@ -257,7 +257,7 @@ def test_the_slice_twin_is_built_as_the_engine_was(engines, tmp_path, monkeypatc
 @pytest.mark.tensorrt_rtx
 @pytest.mark.usefixtures("present")
 def test_where_no_slice_twin_can_be_built_its_overhead_is_said_to_be_missing(engines, tmp_path, monkeypatch):
-    monkeypatch.setattr("evit_deploy.engines.options.usable", lambda target: False)
+    monkeypatch.setattr("evit_deploy.engines.rebuild.usable", lambda target: False)
     found = candidates_of(engines.path, None, None, ["tensorrt-rtx"], scratch=tmp_path)
     assert variants(found.candidates) == [("tensorrt-rtx", "model"), ("tensorrt-rtx", "dense")]
     (note,) = found.notes

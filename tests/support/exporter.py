@@ -28,7 +28,7 @@ class _Pickler(pickle.Pickler):
         return type(obj).__name__, str(obj.dtype), tuple(obj.shape), obj.requires_grad, hashlib.sha256(content).digest()
 
 
-def _key(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]) -> str | None:
+def key_of(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]) -> str | None:
     """What decides what is exported; ``None`` where that cannot be written down, as with a hook."""
     content = io.BytesIO()
     try:
@@ -40,7 +40,7 @@ def _key(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], options: dict
 
 def export_once(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **options: Any) -> Any:
     """``torch.onnx.export``; the program it gives has a ``model_proto`` and no more."""
-    key = _key(model, inputs, options)
+    key = key_of(model, inputs, options)
     if key is None:
         return export(model, inputs, **options)
     path = made_once(f"{key}.onnx", lambda path: onnx.save(export(model, inputs, **options).model_proto, path))

@@ -21,6 +21,7 @@ import pytest
 
 from evit_deploy.errors import EvitDeployError
 from evit_deploy.triton.connection import Connection
+from tests.support.shared import made_once
 
 PACKAGES = ("nvidia-pytriton==0.7.0", "numpy<2", "onnxruntime>=1.23", "pillow>=10")
 READY = 60.0
@@ -71,18 +72,19 @@ def _make(folder: Path) -> None:
         shutil.rmtree(making, ignore_errors=True)
 
 
-@cache
 def backends() -> Path:
     """A folder with the server's Python backend and ours under the names that configurations ask for."""
+    return made_once("triton-backends", _make_backends)
+
+
+def _make_backends(folder: Path) -> None:
     server = site_packages() / SERVER
-    folder = Path(tempfile.mkdtemp(prefix="evit-triton-backends-"))
     shutil.copytree(server / "backends" / "python", folder / "python")
     version = site_packages().parent.name.removeprefix("python")
     shutil.copy(server / "python_backend_stubs" / version / "triton_python_backend_stub", folder / "python")
     for name in BACKENDS:
         (folder / name).mkdir()
         shutil.copy(Path(__file__).with_name("triton_backend.py"), folder / name / "model.py")
-    return folder
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -16,10 +16,10 @@ import torch
 from evit_deploy.engines.plugin import library as plugin
 from evit_deploy.engines.plugin.kernel import DTYPES, TokenReorgKernel
 from evit_deploy.engines.plugin.library import ABI, Identity, read_identity
+from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.environment.requirements import version_of
-from evit_deploy.environment.targets import TENSORRT
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.progress import doing
 from evit_deploy.report.report import Check, Report

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 
 from evit_deploy.bundle.manifest import Engine
+from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.environment.requirements import version_of
-from evit_deploy.environment.targets import TENSORRT
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.files import sha256
 from evit_deploy.registry import RUNTIMES

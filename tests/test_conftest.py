@@ -1,4 +1,4 @@
-"""The ``--require`` option of ``conftest.py``: with it a job cannot pass by skipping."""
+"""What ``conftest.py`` adds: with ``--require`` no job passes by skipping, and what is left out is said."""
 
 import importlib.metadata
 from pathlib import Path
@@ -73,6 +73,14 @@ def test_an_unknown_marker_is_a_usage_error(project):
     result = project.runpytest_inprocess("--require", "gqu")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines_random(["*--require: no such marker: gqu*"])
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_it_is_said_how_many_are_deselected_and_how_to_run_them(project, processes):
+    project.makepyfile(TESTS)
+    result = project.runpytest("-m", "not (gpu or slow)", "-n", processes)
+    result.stdout.fnmatch_lines_random(["4 deselected by -m 'not (gpu or slow)'; pytest -m '' runs all"])
+    assert "deselected by" not in str(project.runpytest("-m", "", "-n", processes).stdout)
 
 
 def test_the_header_names_the_versions(project):

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
-from evit_deploy.environment.targets import TARGETS, targets, usable_targets
+from evit_deploy.registry import TARGETS
+from evit_deploy.targets.target import available, usable_targets
 from tests.support.machines import on_gpu, pretend, python
 
 TARGETS_AS_JSON = """
 import msgspec
-from evit_deploy.environment.targets import targets
-print(msgspec.json.encode({target.name: target for target in targets()}).decode())
+from evit_deploy.targets.target import available
+print(msgspec.json.encode({target.name: target for target in available()}).decode())
 """
 
 
@@ -17,7 +18,7 @@ def test_targets_are_told_quickly_and_without_loading_anything():
     code = """
 import sys, time
 started = time.perf_counter()
-from evit_deploy.environment.targets import usable_targets
+from evit_deploy.targets.target import usable_targets
 usable_targets()
 assert time.perf_counter() - started < 2, time.perf_counter() - started
 print([name for name in ("torch", "numpy", "onnx", "onnxruntime", "openvino", "tensorrt_rtx") if name in sys.modules])
@@ -26,8 +27,8 @@ print([name for name in ("torch", "numpy", "onnx", "onnxruntime", "openvino", "t
 
 
 def test_targets_here():
-    here = {target.name: target for target in targets()}
-    assert tuple(here) == TARGETS
+    here = {target.name: target for target in available()}
+    assert tuple(here) == tuple(TARGETS.names())
     assert here["onnx"].builds
     assert here["onnx"].runs
     assert usable_targets() == tuple(name for name, target in here.items() if target.builds and target.runs)

@@ -55,6 +55,7 @@ _PUBLIC = {
         "tokens.reduce": "TokenReducer",
         "tokens.backbone": "Backbone",
         "targets.target": "Target Exported Artifact",
+        "environment.availability": "Needs",
         "runtimes.runner": "Runner",
     },
     "Errors": {

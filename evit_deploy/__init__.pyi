@@ -9,6 +9,7 @@ from evit_deploy.bundle.manifest import TensorSpec as TensorSpec
 from evit_deploy.data.images import Preprocess as Preprocess
 from evit_deploy.engines.build import Built as Built
 from evit_deploy.engines.build import build_engine as build_engine
+from evit_deploy.environment.availability import Needs as Needs
 from evit_deploy.errors import CheckpointError as CheckpointError
 from evit_deploy.errors import EvitDeployError as EvitDeployError
 from evit_deploy.errors import GateFailed as GateFailed

@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import inspect
+import re
+import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -181,3 +183,14 @@ def test_training_writes_where_text_says(tmp_path):
     assert result.checkpoint.is_file()
     bundle, _ = ed.run(recipe, str(tmp_path / "run"))
     assert bundle.path == tmp_path / "run" / "bundle"
+
+
+def test_the_architecture_page_has_every_room_on_its_floor():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    written = {room: int(floor) for floor, room in re.findall(r"^\| (\d+) \| `(\w+)` \|", page, re.MULTILINE)}
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (layers,) = [one["layers"] for one in settings["tool"]["importlinter"]["contracts"] if one["type"] == "layers"]
+    floors = {room: floor for floor, row in enumerate(reversed(layers), 1) for room in row.split(" | ")}
+    assert written == floors
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert written.keys() == rooms - {"__init__"}

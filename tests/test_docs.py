@@ -7,13 +7,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import timm
 import torch
 
 import evit_deploy
+from evit_deploy import BACKBONES, METHODS, RUNTIMES, TARGETS, ConvertOptions, ProfileOptions
 from evit_deploy.cli import COMMANDS
 from tests.support.paths import ROOT
 
@@ -72,45 +76,68 @@ def test_every_command_of_the_readme_runs(folder: Path):
     assert (folder / "runs" / "digits" / "bundle" / "manifest.json").is_file()
 
 
+@pytest.fixture
+def run_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Runs a block as a module that can be imported; what it registers is gone after the test."""
+    for registry in (METHODS, BACKBONES, TARGETS, RUNTIMES):
+        monkeypatch.setattr(registry, "_targets", {name: registry._targets[name] for name in registry.names()})
+
+    def run(block: str, page: str) -> None:
+        module = types.ModuleType("documented_example")
+        monkeypatch.setitem(sys.modules, "documented_example", module)
+        exec(compile(block, page, "exec"), module.__dict__)
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("page", "package"),
     [
         pytest.param("README.md", None, id="README.md"),
+        pytest.param("docs/data.md", "skimage", id="data.md"),
         pytest.param("docs/extending.md", None, id="extending.md"),
         pytest.param("docs/engines.md", "openvino", id="engines.md", marks=pytest.mark.openvino),
     ],
 )
-def test_python_blocks_run(page: str, package: str | None):
+def test_python_blocks_run(page: str, package: str | None, run_block):
     if package is not None:
         pytest.importorskip(package)
     found = blocks(ROOT / page, "python")
     assert found
     for block in found:
-        name = "documented_example"
-        module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None))
-        sys.modules[name] = module
-        try:
-            exec(compile(block, page, "exec"), module.__dict__)
-        finally:
-            del sys.modules[name]
+        run_block(block, page)
 
 
-def test_the_documented_method_works():
+def test_the_documented_method_works(run_block):
     """docs/extending.md's method reduces tokens and keeps those with the largest norm."""
-    (block,) = blocks(ROOT / "docs" / "extending.md", "python")
-    module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("documented_method", None))
-    sys.modules["documented_method"] = module
-    try:
-        exec(compile(block.replace('"loudest"', '"documented"'), "extending.md", "exec"), module.__dict__)
-        model = timm.create_model("test_vit")
-        evit_deploy.reduce_tokens_(model, evit_deploy.TokenSpec(keep_rate=0.5, method="documented"))
-        reducer = model.blocks[1].reducer
-        x = torch.randn(2, reducer.plan.tokens_in, 64)
-        _, kept = reducer(x, x, x)
-        loudest = x[:, 1:].norm(dim=-1).topk(reducer.plan.keep).indices
-        assert torch.equal(kept.long().sort().values, loudest.sort().values)
-    finally:
-        del sys.modules["documented_method"]
+    (block,) = [block for block in blocks(ROOT / "docs" / "extending.md", "python") if "METHODS.register" in block]
+    run_block(block, "extending.md")
+    model = timm.create_model("test_vit")
+    evit_deploy.reduce_tokens_(model, evit_deploy.TokenSpec(keep_rate=0.5, method="loudest"))
+    reducer = model.blocks[1].reducer
+    x = torch.randn(2, reducer.plan.tokens_in, 64)
+    _, kept = reducer(x, x, x)
+    loudest = x[:, 1:].norm(dim=-1).topk(reducer.plan.keep).indices
+    assert torch.equal(kept.long().sort().values, loudest.sort().values)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_documented_target_works(fuse: bool, run_block, checkpoint_file: Path, tmp_path: Path):
+    """docs/extending.md's target is made, proven by its runtime and timed beside its dense baseline."""
+    (block,) = [block for block in blocks(ROOT / "docs" / "extending.md", "python") if "TARGETS.register" in block]
+    run_block(block, "extending.md")
+    name = "onnxruntime-optimized"
+    options = ConvertOptions(targets=(name,), target_options={name: {"fuse": fuse}})
+    measure = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
+    bundle, report = evit_deploy.convert(
+        checkpoint_file, keep_rate=0.6, options=options, measure=measure, out=tmp_path / "bundle"
+    )
+    assert {"optimized.onnx", "dense/optimized.onnx"} <= set(bundle.manifest.files)
+    assert any(check.name.startswith(f"{name}, batch 1") for check in report.checks)
+    assert {row.variant for row in report.rows if row.runtime == name} == {"model", "dense"}
+    nodes = onnx.load(bundle.file("optimized.onnx")).graph.node
+    assert "TokenReorg" not in {node.op_type for node in nodes}
+    assert any(node.op_type == "SkipLayerNormalization" for node in nodes) is fuse
 
 
 def test_the_command_reference_is_current():

@@ -28,7 +28,7 @@ def loaded(statement: str) -> set[str]:
     [
         (),
         ("registry", "errors", "progress", "files"),
-        ("environment.machine", "environment.nvidia", "environment.requirements", "environment.targets"),
+        ("environment.machine", "environment.nvidia", "environment.requirements", "environment.availability"),
         ("report.report", "report.tables"),
         ("tokens.plan", "tokens.backbone"),
         ("recipe.recipe", "recipe.options", "recipe.sections", "recipe.file", "serving.options"),

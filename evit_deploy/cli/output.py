@@ -4,7 +4,9 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from typing import Any
@@ -89,6 +91,8 @@ class Output(logging.Handler):
     def _message(self, text: str) -> None:
         if self._display is not None:
             self._display.message(text)
+        elif sys.stderr.isatty():
+            click.echo(_wrapped(text, shutil.get_terminal_size().columns), err=True)
         else:
             click.echo(text, err=True)
 
@@ -131,6 +135,13 @@ class Output(logging.Handler):
             click.echo(text)
 
 
+def _wrapped(text: str, width: int) -> str:
+    """Breaks lines between words only: a path that is longer than the terminal stays whole, to be copied."""
+    return "\n".join(
+        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.splitlines()
+    )
+
+
 class _Display:
     """One live line on a terminal, with messages above it."""
 
@@ -167,8 +178,7 @@ class _Display:
         return ", ".join(parts)
 
     def message(self, text: str) -> None:
-        # Lines break between words only; a path that is longer than the terminal stays whole, to be copied.
-        self._console.print(text, markup=False, overflow="ignore", crop=False)
+        self._console.print(_wrapped(text, self._console.width), markup=False, soft_wrap=True)
 
     def stop(self) -> None:
         self._progress.stop()

@@ -5,7 +5,7 @@ A third party adds its own either by an entry point (``evit_deploy.methods``, ``
 form.
 """
 
-import importlib.metadata
+import importlib
 from typing import Any
 
 from evit_deploy.errors import InputError, did_you_mean
@@ -47,6 +47,8 @@ class Registry:
     def names(self) -> list[str]:
         """All names, ours first, then those of entry points."""
         if not self._scanned:
+            import importlib.metadata  # costs more than all else here, and a help page needs none of it
+
             self._scanned = True
             for point in importlib.metadata.entry_points(group=f"evit_deploy.{self.kind}s"):
                 self._targets.setdefault(point.name, point.value)

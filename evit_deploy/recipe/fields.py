@@ -2,9 +2,8 @@
 
 import ast
 import functools
-import inspect
 import itertools
-import textwrap
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -21,11 +20,18 @@ def field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
     if struct is msgspec.Struct:
         return {}
     docs = dict(field_docs(typing.cast(type[msgspec.Struct], struct.__base__)))
-    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(struct))).body[0]).body
+    body = _classes(sys.modules[struct.__module__].__file__ or "")[struct.__name__].body
     for field, below in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
             docs[field.target.id] = " ".join(str(typing.cast(ast.Constant, below.value).value).split())
     return docs
+
+
+@functools.cache
+def _classes(file: str) -> dict[str, ast.ClassDef]:
+    """The classes at the top of a source file; parsing it once is quicker than asking ``inspect`` for each."""
+    with open(file, encoding="utf-8") as source:
+        return {node.name: node for node in ast.parse(source.read()).body if isinstance(node, ast.ClassDef)}
 
 
 def struct_in(annotation: Any) -> type[msgspec.Struct] | None:

@@ -12,6 +12,7 @@ import onnx
 from evit_deploy.bundle.manifest import DENSE, MODEL, Engine
 from evit_deploy.data.images import Preprocess
 from evit_deploy.engines.options import flag
+from evit_deploy.engines.plugin.library import choose_plugin
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import PRECISIONS, QUANTIZED, set_precision
@@ -90,6 +91,8 @@ def lowering(options: ConvertOptions | None = None, *, calibrated: bool = False)
     """
     options = options or ConvertOptions()
     known = all_targets()
+    if options.plugin == "auto":
+        choose_plugin(options.plugin)  # none in the cache is a missing requirement, whatever else is wrong
     for name in options.targets:
         if name not in known:
             TARGETS.get(name)  # raises, with the nearest name

@@ -74,8 +74,11 @@ def test_later_override_wins_and_begins_an_absent_section():
         ("finetune.learning_rate=.inf", ["finetune.learning_rate"]),
         ("finetune.learning_rate=fast", ["finetune.learning_rate", "got 'fast'", "float", "after the warm-up"]),
         ("finetune.betas=[0.9, 1]", ["finetune.betas[1]", "got 1", "AdamW's averaging factors"]),
-        ("convert.batches=[[1, 2]]", ["convert.batches[0]", "got [1, 2]", "length 3", "Least, best and largest batch"]),
-        ("convert.batches=8", ["convert.batches", "got 8", "`array`", "Least, best and largest batch"]),
+        (
+            "convert.batches=[[1, 2]]",
+            ["convert.batches[0]", "got [1, 2]", "length 3", "Smallest, best and largest batch"],
+        ),
+        ("convert.batches=8", ["convert.batches", "got 8", "`array`", "Smallest, best and largest batch"]),
         ("convert.batches=[[1, 2, 0]]", ["convert.batches[0][2]", "got 0", ">= 1"]),
         ("model.args=3", ["model.args", "got 3", "timm.create_model"]),
         ("tokens=3", ["tokens", "got 3", "How tokens are reduced"]),

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 class _Plan:
     count: int
     reached: int = 0
+    outer: "_Plan | None" = None
 
 
 _PLAN: ContextVar[_Plan | None] = ContextVar("stages", default=None)
@@ -43,15 +44,12 @@ class Progress:
 
 @contextmanager
 def stages(count: int) -> Iterator[None]:
-    """Says how many stages the work has; of nested ones the outermost counts.
+    """Says how many stages the work has. Of nested ones the outermost counts: the inner ones are details of its stage.
 
     Args:
         count: How often :func:`stage` will be called.
     """
-    if _PLAN.get() is not None:
-        yield
-        return
-    token = _PLAN.set(_Plan(count))
+    token = _PLAN.set(_Plan(count, outer=_PLAN.get()))
     try:
         yield
     finally:
@@ -87,6 +85,8 @@ def step(log: logging.Logger, text: str, done: int, total: int, **figures: float
 
 def _here() -> Progress:
     plan = _PLAN.get()
+    while plan is not None and plan.outer is not None:
+        plan = plan.outer
     if plan is None:
         return Progress()
     return Progress(min(plan.reached, plan.count) or None, plan.count)

@@ -237,7 +237,9 @@ def struct_of(name: str, values: dict[str, Any], **more: Any) -> Any:
     given = {field: values.pop(field) for field in struct.__struct_fields__ if field in values}
     if "gpus" in given:
         given["gpus"] = tuple(part.strip().lower() for gpu in given["gpus"] or () for part in gpu.split(","))
-    return struct(**(more | {field: value for field, value in given.items() if value not in (None, (), False)}))
+    return struct(
+        **(more | {field: value for field, value in given.items() if value not in (None, ()) and value is not False})
+    )
 
 
 def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Unpack
+from typing import Any, Unpack
 
 import msgspec
 import numpy as np
@@ -16,7 +16,7 @@ from evit_deploy.bundle.manifest import GOLDEN, REPORT, Manifest, Parent, Tensor
 from evit_deploy.data.images import Preprocess, calibration_images, image_files, sample_inputs
 from evit_deploy.data.sources import Folder
 from evit_deploy.environment.machine import device, versions
-from evit_deploy.errors import GateFailed, InputError
+from evit_deploy.errors import InputError
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
 from evit_deploy.export.precision import QUANTIZED
 from evit_deploy.models.checkpoint import FILE_SUFFIXES, Checkpoint, build_model, read_checkpoint, resolve_tokens
@@ -132,9 +132,7 @@ def convert(
         StageError: Exporting or writing failed; nothing was written.
     """
     made = lowering(options)
-    if made.options.data is not None:
-        Folder(made.options.data)  # a wrong folder is refused before the work
-    calibration = _calibration_notes(made.options.calibration)
+    calibration = check_folders(made.options)
     with stages(stages_of(made)):
         stage(_LOG, "reading the checkpoint")
         checkpoint = read_checkpoint(source, model)
@@ -264,25 +262,20 @@ def _speed(folder: Path, plan: TokenPlan, job: Job) -> Report:
     return report + speed_gate(report, made.options.min_speedup)
 
 
-def _reject(staging: Staging, report: Report) -> NoReturn:
+def _reject(staging: Staging, report: Report) -> None:
     """Keeps the evidence where nobody deploys it from, and says why.
 
     Raises:
         GateFailed: Always.
     """
-    place, first = staging.out.with_name(staging.out.name + ".rejected"), report.failed[0]
+    place = staging.out.with_name(staging.out.name + ".rejected")
     try:
         bundles.check_out(place, force=True)  # an earlier rejected one is replaced, anything else is not
         staging.publish(place)
         kept = f"The evidence is in {place}."
     except InputError:
         kept = f"The evidence was not kept: {place} holds something else."
-    raise GateFailed(
-        f"{len(report.failed)} of {len(report.checks)} checks failed, first: {first.name}",
-        seen=first.value,
-        wanted=first.limit,
-        fix=f"{first.reason} {kept}".strip(),
-    )
+    report.raise_if_failed(fix=f"{report.failed[0].reason} {kept}".strip())
 
 
 def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
@@ -305,11 +298,20 @@ def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
     return Preprocess.from_model(model, tuple(size))
 
 
-def _calibration_notes(folder: str | None) -> list[str]:
-    """Whether there are enough images; a folder without any is refused before the work, not after it."""
-    if folder is None:
+def check_folders(options: ConvertOptions) -> list[str]:
+    """Makes sure, before any work, that folders hold what they are given for.
+
+    Returns:
+        A note where there are few images to learn ranges from.
+
+    Raises:
+        InputError: A folder of labelled images or of calibration images is none.
+    """
+    if options.data is not None:
+        Folder(options.data)
+    if options.calibration is None:
         return []
-    count = len(image_files(Path(folder)))
+    count = len(image_files(Path(options.calibration)))
     if count >= FEW_IMAGES:
         return []
     return [f"Few images to learn ranges from ({count}): larger values than theirs will be cut off. Give 128 or more."]

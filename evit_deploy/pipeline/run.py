@@ -18,7 +18,7 @@ from evit_deploy.bundle.bundle import Bundle, read_bundle
 from evit_deploy.bundle.manifest import MODEL, REPORT
 from evit_deploy.errors import InputError
 from evit_deploy.files import sha256, write_atomically
-from evit_deploy.progress import doing, stage, stages
+from evit_deploy.progress import stage, stages
 from evit_deploy.recipe.recipe import Recipe
 from evit_deploy.recipe.sections import ModelSection
 from evit_deploy.registry import TARGETS
@@ -64,20 +64,25 @@ def run(recipe: Recipe, out: str | Path, *, force: bool = False) -> tuple[Bundle
         GateFailed: A check did not hold.
         StageError: A stage failed; what earlier stages made is kept.
     """
+    from evit_deploy.pipeline.convert import check_folders
     from evit_deploy.training.loop import EVIT
 
     out = Path(out)
     made = _lowering(recipe)  # what cannot be made is refused before hours of training, not after them
-    report = train_stage(recipe, out, force=force)
-    checkpoint = out / EVIT
-    bundle = None if force else _fresh_bundle(recipe, out / BUNDLE, checkpoint)
-    if bundle is None:
-        bundle, found = _convert(recipe, made, checkpoint, out / BUNDLE)
-    else:
-        _LOG.info(f"up to date: {bundle.path}")
-        found = msgspec.json.decode(bundle.file(REPORT).read_bytes(), type=Report)
-    doing(_LOG, "accuracy of the exported model")
-    report += found + Report(accuracy=(_exported_accuracy(recipe, bundle),))
+    notes = check_folders(made.options)
+    with stages(3):
+        stage(_LOG, "training")
+        report = train_stage(recipe, out, force=force)
+        stage(_LOG, "converting")
+        checkpoint = out / EVIT
+        bundle = None if force else _fresh_bundle(recipe, out / BUNDLE, checkpoint)
+        if bundle is None:
+            bundle, found = _convert(recipe, made, checkpoint, out / BUNDLE, notes)
+        else:
+            _LOG.info(f"up to date: {bundle.path}")
+            found = msgspec.json.decode(bundle.file(REPORT).read_bytes(), type=Report)
+        stage(_LOG, "accuracy of the exported model")
+        report += found + Report(accuracy=(_exported_accuracy(recipe, bundle),))
     return bundle, report
 
 
@@ -89,7 +94,7 @@ def _lowering(recipe: Recipe) -> Any:
     return lowering(options, calibrated=options.precision in QUANTIZED and options.calibration is None)
 
 
-def _convert(recipe: Recipe, made: Any, path: Path, out: Path) -> tuple[Bundle, Report]:
+def _convert(recipe: Recipe, made: Any, path: Path, out: Path, notes: list[str]) -> tuple[Bundle, Report]:
     from evit_deploy.models.checkpoint import read_checkpoint
     from evit_deploy.pipeline.convert import Job, convert_checkpoint, stages_of
 
@@ -98,7 +103,7 @@ def _convert(recipe: Recipe, made: Any, path: Path, out: Path) -> tuple[Bundle, 
         checkpoint = read_checkpoint(path)
         images = _calibration(recipe, checkpoint.preprocess)
         job = Job(made, None, images, recipe.profile, out, force=True, recipe=_as_json(recipe))
-        return convert_checkpoint(checkpoint, recipe.tokens, job)
+        return convert_checkpoint(checkpoint, recipe.tokens, job, notes)
 
 
 def _calibration(recipe: Recipe, preprocess: Any) -> Any:

@@ -26,6 +26,7 @@ from evit_deploy.tokens.reduce import dense_twin, token_plan
 from tests.support.exports import exported, reduced
 
 each = pytest.mark.parametrize("name", TARGETS.names())
+MARKS = {"openvino": pytest.mark.openvino, "tensorrt": pytest.mark.tensorrt, "tensorrt-rtx": pytest.mark.tensorrt_rtx}
 ABLE = {"tensorrt-rtx": {"gpus": ("sm80",), "batches": ((1, 2, 4),)}}
 """Options with which a target can be made on a machine without a GPU."""
 
@@ -62,7 +63,7 @@ def test_values_out_of_range_are_refused_and_not_raised(name):
     assert "--workspace" in str(found[0])
 
 
-@each
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in TARGETS.names()])
 def test_its_files_are_those_it_names(name, tmp_path):
     target: type[Target] = TARGETS.get(name)
     options = target.Options(**ABLE.get(name, {}))
@@ -84,6 +85,9 @@ def test_its_files_are_those_it_names(name, tmp_path):
             assert place in runtime.files
             assert runtime.accepts(artifact.path) == []
         assert (artifact.engine is not None) == target.engine
+        runners = [RUNTIMES.get(runtime) for runtime in target.runtimes]
+        place = artifact.path.relative_to(tmp_path / "dense" if artifact.dense else tmp_path).as_posix()
+        assert not runners or any(place in runner.files and not runner.accepts(artifact.path) for runner in runners)
         if artifact.engine is not None:
             assert (artifact.engine.target, artifact.engine.precision) == (name, "fp16")
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}

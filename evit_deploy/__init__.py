@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Checkpoints and models": {
         "models.checkpoint": "read_checkpoint build_model Checkpoint",
-        "data.images": "Preprocess",
+        "data.preprocess": "Preprocess",
     },
     "Token reduction": {
         "tokens.reduce": "reduce_tokens_ set_keep_rate_ token_plan dense_twin",

@@ -6,7 +6,7 @@ from evit_deploy.bundle.manifest import Engine as Engine
 from evit_deploy.bundle.manifest import Manifest as Manifest
 from evit_deploy.bundle.manifest import Parent as Parent
 from evit_deploy.bundle.manifest import TensorSpec as TensorSpec
-from evit_deploy.data.images import Preprocess as Preprocess
+from evit_deploy.data.preprocess import Preprocess as Preprocess
 from evit_deploy.engines.build import Built as Built
 from evit_deploy.engines.build import build_engine as build_engine
 from evit_deploy.environment.availability import Needs as Needs

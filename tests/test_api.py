@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 import evit_deploy as ed
 from evit_deploy.registry import Registry
@@ -64,7 +65,7 @@ def strangers(annotation: Any) -> Iterator[str]:
 
 def missing_types(name: str, value: Any) -> dict[str, list[str]]:
     """Types that the signatures and fields of a public name speak of and that cannot be imported from the top."""
-    known: dict[str, Any] = {"torch": torch, "onnx": onnx}  # modules that are imported for type checkers alone
+    known: dict[str, Any] = {"Image": Image, "onnx": onnx, "torch": torch}  # imported for type checkers alone
     hints = {
         f"{where}({parameter})": hint
         for where, function in functions(name, value)

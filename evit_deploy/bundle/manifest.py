@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import InputError
 from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec

@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from evit_deploy.data.images import COPY_AGAIN, EXTENSIONS, Preprocess, decode_image, natural, preprocess_image
+from evit_deploy.data.images import COPY_AGAIN, EXTENSIONS, decode_image, natural, preprocess_image
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement, first_few
 

@@ -20,7 +20,8 @@ from PIL import Image
 
 from evit_deploy.data.curriculum import Curriculum
 from evit_deploy.data.digits import digits_images, digits_preprocess
-from evit_deploy.data.images import Preprocess, read_image
+from evit_deploy.data.images import read_image
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sampling import (
     AHEAD,
     Batch,

@@ -10,7 +10,7 @@ import onnx
 from onnx import ModelProto, helper
 
 import evit_deploy
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import InputError
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 

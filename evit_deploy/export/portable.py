@@ -16,7 +16,7 @@ import onnx
 import torch
 from onnx import ModelProto, helper
 
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.environment.machine import versions
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.export.card import INPUT, LOGITS, ModelCard, kept_name, write_card

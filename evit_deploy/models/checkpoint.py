@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
 from evit_deploy.files import sha256, write_atomically
 from evit_deploy.models.identify import Identity, check_model_name, differences_of, identify

@@ -13,7 +13,8 @@ import torch
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle, Staging
 from evit_deploy.bundle.manifest import GOLDEN, REPORT, Manifest, Parent, TensorSpec
-from evit_deploy.data.images import Preprocess, calibration_images, image_files, sample_inputs
+from evit_deploy.data.images import calibration_images, image_files, sample_inputs
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sources import Folder
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from evit_deploy.bundle.manifest import DENSE, MODEL, Engine
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.engines.options import flag
 from evit_deploy.engines.plugin.library import choose_plugin
 from evit_deploy.errors import InputError, MissingRequirement

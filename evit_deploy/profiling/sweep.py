@@ -18,7 +18,7 @@ import onnx
 import timm
 import torch
 
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.engines import build
 from evit_deploy.engines.options import BUILDERS, check_options
 from evit_deploy.environment.machine import device, versions

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from evit_deploy.bundle.manifest import TensorSpec
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.card import INPUT

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 from torch import nn
 
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.training_data import TrainingData, open_data
 from evit_deploy.errors import RecipeError
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint

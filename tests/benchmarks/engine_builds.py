@@ -11,7 +11,8 @@ import onnx
 from common import deit_small, save
 
 from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, set_precision, token_plan
-from evit_deploy.data.images import Preprocess, sample_inputs
+from evit_deploy.data.images import sample_inputs
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.engines.audit import engine_checks
 from evit_deploy.engines.build import build_engine
 from evit_deploy.recipe.options import BuildOptions

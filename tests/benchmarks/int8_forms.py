@@ -16,7 +16,8 @@ import torch
 from common import deit_small, save
 
 from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, set_precision
-from evit_deploy.data.images import Preprocess, sample_inputs
+from evit_deploy.data.images import sample_inputs
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.export.quantization import quantize
 from evit_deploy.profiling.timing import measure
 from evit_deploy.report.statistics import median_interval

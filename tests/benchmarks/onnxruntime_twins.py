@@ -15,7 +15,7 @@ import torch
 from common import deit_small, save
 
 from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, slice_twin, token_plan
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.profiling.timing import measure
 from evit_deploy.report.statistics import median_interval
 from evit_deploy.runtimes.select import opened

@@ -10,7 +10,7 @@ from PIL import Image
 
 from evit_deploy.data import cache as image_cache
 from evit_deploy.data.cache import INDEX, PIXELS, cached
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sources import Place, open_source
 from evit_deploy.data.training_data import open_data
 from evit_deploy.errors import InputError, StageError

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from evit_deploy.data import folder as folder_data
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sources import Place, _expanded, open_source
 from evit_deploy.data.training_data import open_data
 from evit_deploy.environment.requirements import install_line

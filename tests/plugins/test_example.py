@@ -12,7 +12,8 @@ import pytest
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle
 from evit_deploy.bundle.manifest import GOLDEN, OPENVINO
-from evit_deploy.data.images import Preprocess, preprocess_image
+from evit_deploy.data.images import preprocess_image
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.files import sha256
 from evit_deploy.runtimes.openvino import OpenVINORunner
 from evit_deploy.verification.golden import Golden, load_golden

@@ -13,7 +13,7 @@ import yaml
 
 from evit_deploy.bundle.bundle import changed_files, read_bundle
 from evit_deploy.bundle.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.engines.plugin.library import LIBRARY
 from evit_deploy.files import sha256
 from evit_deploy.serving.deployment import METRIC_NAMES, RELEASES

@@ -291,7 +291,7 @@ def test_batches_that_the_plan_does_not_take(profiles, max_batch, words, planned
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"target": "torchserve"}, "unknown target.*expected triton or cpp"),
+        ({"target": "torchserve"}, "unknown purpose.*expected triton or cpp"),
         ({"triton": TritonOptions(preprocess="torch")}, "unknown preprocessing.*'torch'"),
         ({"triton": TritonOptions(max_batch=0)}, "--max-batch: too small"),
         ({"triton": TritonOptions(instances=0)}, "--instances: too small"),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from evit_deploy.pipeline.convert import convert
 from evit_deploy.recipe.options import ProfileOptions

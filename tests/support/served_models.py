@@ -4,7 +4,7 @@ python -m tests.support.served_models    writes those anew; look at what has cha
 """
 
 from evit_deploy.bundle.manifest import TensorSpec
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.serving.repository import Serving, configurations
 from tests.support.paths import GOLDEN

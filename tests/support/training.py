@@ -8,7 +8,7 @@ from pathlib import Path
 import timm
 import torch
 
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.recipe.recipe import CompareSection, Recipe
 from evit_deploy.recipe.sections import DataSection, ModelSection, TrainSection
 from evit_deploy.tokens.plan import TokenSpec

@@ -80,6 +80,10 @@ def test_its_files_are_those_it_names(name, tmp_path):
         assert artifact.path.is_file()
         assert artifact.path.is_relative_to(tmp_path)
         assert artifact.dense == artifact.path.is_relative_to(tmp_path / "dense")
+        place = artifact.path.relative_to(tmp_path / "dense" if artifact.dense else tmp_path).as_posix()
+        for runtime in map(RUNTIMES.get, target.runtimes):
+            assert place in runtime.files
+            assert runtime.accepts(artifact.path) == []
         assert (artifact.engine is not None) == target.engine
         runners = [RUNTIMES.get(runtime) for runtime in target.runtimes]
         place = artifact.path.relative_to(tmp_path / "dense" if artifact.dense else tmp_path).as_posix()

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.training_data import open_data
 from evit_deploy.errors import InputError, RecipeError, StageError
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, save_checkpoint

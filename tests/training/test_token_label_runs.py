@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 
-from evit_deploy.data.images import Preprocess
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.training_data import open_data
 from evit_deploy.errors import InputError, RecipeError, UnsupportedModelError
 from evit_deploy.models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint

@@ -20,7 +20,7 @@ def images(settings: Mapping[str, Any], device: str) -> Any:
     """The graph, inside a pipeline.
 
     Args:
-        settings: Fields of :class:`evit_deploy.data.images.Preprocess`.
+        settings: Fields of :class:`evit_deploy.data.preprocess.Preprocess`.
         device: Where to decode: ``mixed`` for a GPU, ``cpu``.
 
     Returns:

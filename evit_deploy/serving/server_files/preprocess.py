@@ -30,8 +30,8 @@ class ImagePreprocess:
     """From the bytes of an image file to an input.
 
     Args:
-        settings: Fields of :class:`evit_deploy.data.images.Preprocess`, and ``max_pixels`` and ``max_bytes`` where the
-            limits are others than :data:`MAX_PIXELS` and :data:`MAX_BYTES`.
+        settings: Fields of :class:`evit_deploy.data.preprocess.Preprocess`, and ``max_pixels`` and ``max_bytes`` where
+            the limits are others than :data:`MAX_PIXELS` and :data:`MAX_BYTES`.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:

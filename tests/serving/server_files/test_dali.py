@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit_deploy.data.images import Preprocess, preprocess_image, sample_photographs
+from evit_deploy.data.images import preprocess_image, sample_photographs
+from evit_deploy.data.preprocess import Preprocess
 
 PREPROCESS = {
     "DeiT": Preprocess((224, 224)),

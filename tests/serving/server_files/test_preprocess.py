@@ -15,7 +15,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from evit_deploy.data.images import Preprocess, preprocess_image, sample_photographs
+from evit_deploy.data.images import preprocess_image, sample_photographs
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.serving.server_files import preprocess as triton_preprocess
 from evit_deploy.serving.server_files.preprocess import ImageError, ImagePreprocess, TritonPythonModel
 from tests.support.cpp_example import pictures

@@ -1,0 +1,79 @@
+"""Deployment preprocessing: what a manifest records of the way from an image to an input.
+
+Thin over ``timm.data``, which is imported where it is used: a manifest is read without it, and without NumPy.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """From an RGB image to an input: resize to size / crop_pct, crop, scale to 0..1, subtract mean, divide by std.
+
+    Args:
+        size: Height and width of the input in pixels.
+        crop_pct: Share of the resized image's side that the crop keeps.
+        crop_mode: timm's name for the way of cropping: ``center``, ``squash`` or ``border``.
+        interpolation: timm's name of the resampling filter.
+        mean: One a channel, on images scaled to 0..1.
+        std: One a channel.
+    """
+
+    size: tuple[int, int]
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def from_model(cls, model: Any, image_size: int | tuple[int, int] | None = None) -> "Preprocess":
+        """What timm says a model was trained with.
+
+        Args:
+            model: A timm model, or a ``pretrained_cfg`` mapping.
+            image_size: Input size in pixels; by default the size that the model was built for.
+        """
+        from timm.data import resolve_data_config
+
+        settings = model if isinstance(model, Mapping) else getattr(model, "pretrained_cfg", None)
+        found = resolve_data_config({}, pretrained_cfg=dict(settings or {"input_size": (3, 224, 224)}))
+        if image_size is None:  # a model may have been built for another size than its weights
+            image_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        size: Any = image_size or found["input_size"][1:]
+        height, width = (size, size) if isinstance(size, int) else size
+        return cls(
+            size=(int(height), int(width)),
+            crop_pct=float(found["crop_pct"]),
+            crop_mode=found["crop_mode"],
+            interpolation=found["interpolation"],
+            mean=tuple(float(value) for value in found["mean"]),
+            std=tuple(float(value) for value in found["std"]),
+        )
+
+    def transform(self) -> "Callable[[Image.Image], torch.Tensor]":
+        """The evaluation transform: an RGB image to float32 ``[3, H, W]``."""
+        return _transform(self)
+
+
+@functools.lru_cache(maxsize=8)
+def _transform(preprocess: Preprocess) -> "Callable[[Image.Image], torch.Tensor]":
+    from timm.data import create_transform
+
+    transform: Any = create_transform(
+        (3, *preprocess.size),
+        is_training=False,
+        interpolation=preprocess.interpolation,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        crop_pct=preprocess.crop_pct,
+        crop_mode=preprocess.crop_mode,
+    )
+    return transform

@@ -170,7 +170,7 @@ class _Display:
         if progress.done <= self._counted or not self._counted:  # another count of steps begins
             self._since, self._first = time.monotonic(), progress.done
         self._counted = progress.done
-        parts = [f"{value:.4g} {name.replace('_per_', '/')}" for name, value in progress.figures.items()]
+        parts = [f"{value:.4g} {name.replace('_per_second', '/s')}" for name, value in progress.figures.items()]
         if progress.done > self._first:
             left = (time.monotonic() - self._since) / (progress.done - self._first) * (progress.total - progress.done)
             minutes, seconds = divmod(round(left), 60)

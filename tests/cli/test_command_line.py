@@ -76,10 +76,10 @@ def test_convert(made):
     assert "tokens in" in result.out  # the plan
     assert "onnxruntime, batch 8: kept patches" in result.out
     assert "speed-up" in result.out
-    stages = ["reading the checkpoint", "exporting to ONNX", "exporting the dense twin", "asking PyTorch", "verifying",
+    stages = ["reading the checkpoint", "exporting to ONNX", "exporting the dense baseline", "asking PyTorch", "verifying",
               "profiling batch 1", "writing the bundle"]  # fmt: skip
     lines = result.err.splitlines()
-    places = [next(i for i, line in enumerate(lines) if line.startswith(stage)) for stage in stages]
+    places = [next(i for i, line in enumerate(lines) if f"] {stage}" in line) for stage in stages]
     assert places == sorted(places)
     assert not any(stage in result.out for stage in stages)
     assert "never trained with token reduction. For DeiT-S at 0.6 that costs 3.0 points" in result.err
@@ -232,7 +232,7 @@ def test_an_interruption_leaves_nothing(tmp_path, smallest):
         results = list(pool.map(lambda job: interrupted(job[0], *job[1]), zip(checkpoints, stages, strict=True)))
     for result, checkpoint, (stage, _, more) in zip(results, checkpoints, stages, strict=True):
         assert result.code == 130, result.err
-        assert any(line.startswith(stage) for line in result.err.splitlines())
+        assert any(f"] {stage}" in line for line in result.err.splitlines())
         assert result.err.splitlines()[-1] == "evit-deploy: interrupted; nothing was left half-written"
         assert "Traceback" not in result.err
         assert list(checkpoint.parent.iterdir()) == [checkpoint], stage

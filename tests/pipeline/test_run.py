@@ -67,7 +67,7 @@ def test_a_recipe_says_what_the_result_is_turned_into(tmp_path: Path):
     [
         ("convert.targets=[tensorrt, tensorrt-rtx]", "one engine"),
         ("convert.targets=[tensorrt-rtx]", "--gpu"),
-        ("convert.precision=fp64", "unknown precision"),
+        ("convert.precision=fp64", "expected one of fp32, fp16, bf16, int8, fp8"),
     ],
 )
 def test_what_cannot_be_made_is_told_before_the_training(tmp_path: Path, override: str, message: str):

@@ -88,7 +88,7 @@ def interrupted(checkpoint: Path, stage: str, number: signal.Signals, more: Sequ
         said = []
         for line in process.stderr:
             said.append(line)
-            if line.startswith(stage):
+            if f"] {stage}" in line:
                 process.send_signal(number)
                 break
         out, err = process.communicate(timeout=120)

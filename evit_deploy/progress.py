@@ -7,10 +7,13 @@ command line's is :class:`evit_deploy.cli.output.Output`. Without a handler prog
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -54,6 +57,12 @@ def stages(count: int) -> Iterator[None]:
         yield
     finally:
         _PLAN.reset(token)
+
+
+def in_stages(items: Collection[T]) -> Iterator[T]:
+    """The items of a loop whose body begins a stage each."""
+    with stages(len(items)):
+        yield from items
 
 
 def stage(log: logging.Logger, text: str) -> None:

@@ -32,7 +32,7 @@ from evit_deploy.profiling.engine_times import (
 from evit_deploy.profiling.gpu_clocks import Watch, summarize_states
 from evit_deploy.profiling.server_load import CLIENTS, measure_load
 from evit_deploy.profiling.speedup import rows_of, verdict
-from evit_deploy.progress import doing
+from evit_deploy.progress import doing, in_stages, stage
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import ProfileRow, Report
 from evit_deploy.runtimes.runner import EngineRunner, Runner
@@ -183,8 +183,8 @@ def _measure_group(
     report, engines = Report(clock=clock), group.engines
     with ExitStack() as stack:
         watch, notes = watched(stack) if group.on_gpu else (None, [])
-        for batch in sizes:
-            doing(_LOG, f"profiling batch {batch}" + " on the GPU" * group.on_gpu)
+        for batch in in_stages(sizes):
+            stage(_LOG, f"profiling batch {batch}" + " on the GPU" * group.on_gpu)
             mark = len(watch.states) if watch else 0
             wall, cpu = measure(group.runners, batch, duration, minimum_rounds, settle)
             report += Report(rows=tuple(rows_of(group.candidates, plan, batch, wall, cpu if clock == "cpu" else wall)))

@@ -108,7 +108,7 @@ def train(
     if out.exists() and not out.is_dir():
         raise InputError("this is a file", where=out, wanted="a folder for the checkpoints")
     processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    with _first_process_logs(processes):
+    with _first_process_logs(processes), progress.stages(3 if recipe.dense is not None else 2):
         return _train(recipe, out, processes, resume, device, dense_saved)
 
 
@@ -145,6 +145,7 @@ def _train(
     cpu_seconds = {}
 
     if recipe.dense is not None:
+        progress.stage(_LOG, "training the dense model")
         start = time.process_time()
         with _logged(out, "dense") as log:
             fit(
@@ -162,6 +163,7 @@ def _train(
             if dense_saved is not None:
                 dense_saved(dense)
 
+    progress.stage(_LOG, "training with tokens reduced")
     start = time.process_time()
     reduce_tokens_(model, recipe.tokens)
     _seed(recipe.seed + 1)
@@ -175,6 +177,7 @@ def _train(
     if processes.is_main_process:
         save_checkpoint(evit, model, msgspec.structs.replace(checkpoint, tokens=recipe.tokens))
 
+    progress.stage(_LOG, "comparing")
     start = time.process_time()
     rows = compare(dense_model, model, data, recipe.compare, recipe.data.evaluation_batch_size)
     cpu_seconds["compare"] = time.process_time() - start

@@ -18,7 +18,7 @@ from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.models.parent import parent_model
-from evit_deploy.progress import doing
+from evit_deploy.progress import doing, in_stages, stage
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import Check, Report
 from evit_deploy.runtimes.runner import Runner
@@ -185,7 +185,7 @@ def prove(
     manifest, report, threads = bundle.manifest, Report(), trial.threads
     folder = folder_of(trial.data, manifest) if trial.data is not None else None
     answers = {} if folder else {"pytorch fp32": Answers(golden.logits, golden.kept)}
-    for name in runtimes:
+    for name in in_stages(runtimes):
         runtime = RUNTIMES.get(name)
         artifact = subject_of(bundle, runtime, model, server)
         if artifact is None:
@@ -193,7 +193,7 @@ def prove(
                 f"this bundle has nothing that {name} runs", where=bundle.path, seen=", ".join(bundle.manifest.files),
                 wanted=" or ".join(runtime.files) or "a PyTorch model",
             )  # fmt: skip
-        doing(_LOG, f"verifying on {name}")
+        stage(_LOG, f"verifying on {name}")
         try:
             found, answers[name] = verify_runtime(name, artifact, golden, manifest.plan, trial.batch_sizes, threads)
         except MissingRequirement as error:  # a processor without the type is found out when the file is opened

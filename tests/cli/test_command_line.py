@@ -100,7 +100,7 @@ def test_verify_a_moved_bundle(bundle):
 def test_profile_a_bundle(cli, made):
     result = cli("profile", made[0], "--batch-sizes", "1,2", "--duration", "0.01", "-v", *QUICK)
     assert result.code == 0
-    assert result.err.splitlines() == ["reading the models", "profiling batch 1", "profiling batch 2"]
+    assert result.err.splitlines() == ["reading the models", "[1/2] profiling batch 1", "[2/2] profiling batch 2"]
     for word in ("slice", "dense", "speed-up", "overhead", "images/s"):
         assert word in result.out
 

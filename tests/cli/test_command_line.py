@@ -76,8 +76,8 @@ def test_convert(made):
     assert "tokens in" in result.out  # the plan
     assert "onnxruntime, batch 8: kept patches" in result.out
     assert "speed-up" in result.out
-    stages = ["reading the checkpoint", "exporting to ONNX", "exporting the dense baseline", "asking PyTorch", "verifying",
-              "profiling batch 1", "writing the bundle"]  # fmt: skip
+    stages = ["reading the checkpoint", "exporting to ONNX", "exporting the dense baseline", "asking PyTorch",
+              "verifying", "profiling batch 1", "writing the bundle"]  # fmt: skip
     lines = result.err.splitlines()
     places = [next(i for i, line in enumerate(lines) if f"] {stage}" in line) for stage in stages]
     assert places == sorted(places)

@@ -123,7 +123,7 @@ def test_the_documented_method_works(run_block):
 
 @pytest.mark.parametrize("fuse", [True, False])
 def test_the_documented_target_works(fuse: bool, run_block, checkpoint_file: Path, tmp_path: Path):
-    """docs/extending.md's target is made, proven by its runtime and timed beside its dense baseline."""
+    """docs/extending.md's target is made, proven by its runtime and timed beside its dense twin."""
     (block,) = [block for block in blocks(ROOT / "docs" / "extending.md", "python") if "TARGETS.register" in block]
     run_block(block, "extending.md")
     name = "onnxruntime-optimized"

@@ -19,7 +19,7 @@ from evit_deploy.cli.options import (
 from evit_deploy.cli.output import Output, output_options
 
 
-@click.command("profile", cls=Command, short_help="Measure a model against its dense and slice baselines.")
+@click.command("profile", cls=Command, short_help="Measure a model against its dense and slice twins.")
 @click.argument("target")
 @run_options
 @struct_options("ProfileOptions", "Measurement", "batch_sizes", "duration")
@@ -29,15 +29,15 @@ from evit_deploy.cli.output import Output, output_options
     group="Measurement",
     type=Positive(),
     metavar="F",
-    help="Fail unless it is this many times as fast as the dense baseline.",
+    help="Fail unless it is this many times as fast as the dense twin.",
 )
 @tokens_options
 @server_options
 @output_options
 def command(target: str, min_speedup: float | None, output: Output, **options: Any) -> None:
-    """Measure TARGET (a bundle, engine.plan, model.onnx or checkpoint) against its baselines, interleaved.
+    """Measure TARGET (a bundle, engine.plan, model.onnx or checkpoint) against its twins, interleaved.
 
-    The dense baseline has no token reduction, the slice baseline the same token counts without scores. Of an engine it
+    The dense twin has no token reduction, the slice twin the same token counts without scores. Of an engine it
     also reports where the time of a call goes, and which block takes how much of it.
 
     \b

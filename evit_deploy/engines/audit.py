@@ -28,7 +28,7 @@ def engine_checks(
 ) -> Report:
     """Whether an engine is what was asked for: attention in fused kernels, matrix products in the asked type.
 
-    A GPU's inspector lists the layers of any engine; TensorRT-RTX also writes them into the plan. The dense baseline's
+    A GPU's inspector lists the layers of any engine; TensorRT-RTX also writes them into the plan. The dense twin's
     has to pass as well: a speed-up over one whose attention was taken apart would be too good.
 
     Args:

@@ -230,7 +230,7 @@ def _manifest(reduced: Reduced, job: Job, out: Path) -> Manifest:
 
 
 def _export(reduced: Reduced, job: Job, folder: Path) -> tuple[Exported, Golden]:
-    """Writes the model and its dense baseline as ONNX, and what PyTorch answers to the golden inputs."""
+    """Writes the model and its dense twin as ONNX, and what PyTorch answers to the golden inputs."""
     stage(_LOG, "exporting")
     images, options = job.images, job.made.options
     if images is None and options.calibration is not None:

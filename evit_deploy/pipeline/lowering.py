@@ -190,10 +190,10 @@ def export(
     calibration: np.ndarray | None,
     folder: Path,
 ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """Exports a model and its dense baseline, sets their precision and writes both.
+    """Exports a model and its dense twin, sets their precision and writes both.
 
     Args:
-        models: The reduced model and its dense baseline, FP32.
+        models: The reduced model and its dense twin, FP32.
         made: What to make.
         name: timm name.
         preprocess: From image file to input tensor.
@@ -205,7 +205,7 @@ def export(
     """
     protos = []
     (folder / DENSE).parent.mkdir()
-    for model, file, label in zip(models, (MODEL, DENSE), ("to ONNX", "the dense baseline"), strict=True):
+    for model, file, label in zip(models, (MODEL, DENSE), ("to ONNX", "the dense twin"), strict=True):
         doing(_LOG, f"exporting {label}")
         proto = export_onnx(model, name=name, preprocess=preprocess)
         if made.precision != "fp32":

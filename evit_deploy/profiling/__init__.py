@@ -1,1 +1,1 @@
-"""How fast a model is, measured beside its baselines."""
+"""How fast a model is, measured beside its twins."""

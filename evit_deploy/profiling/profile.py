@@ -44,7 +44,7 @@ def profile(
             beside it lists, hash included, is profiled as its bundle is.
         runtimes: Names in the registry of runtimes; all that can run the target when empty.
         measure: Batch sizes, seconds and threads; at least five rounds are always run.
-        against: Bundle: its checkpoint, where it is no longer in its place. Engine or ONNX file: its dense baseline.
+        against: Bundle: its checkpoint, where it is no longer in its place. Engine or ONNX file: its dense twin.
         plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
             has. For an engine that has the operator's body built in: what to compare that with.
         server: A running Triton server that serves the bundle; what is timed is a call from here and back.

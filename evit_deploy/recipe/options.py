@@ -84,7 +84,7 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     data: str | None = None
     """Folder of labelled images (``class/image``) for top-1 and top-5."""
     min_speedup: Annotated[float, Meta(gt=0)] | None = None
-    """Fail unless every measured batch size is at least this many times as fast as the dense baseline."""
+    """Fail unless every measured batch size is at least this many times as fast as the dense twin."""
     target_options: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
     """Options of targets that other packages add: target -> option -> value."""
 

@@ -29,11 +29,11 @@ class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Exported(msgspec.Struct, frozen=True):
-    """A reduced model and its dense baseline, exported in one precision; what :meth:`Target.write` starts from.
+    """A reduced model and its dense twin, exported in one precision; what :meth:`Target.write` starts from.
 
     Args:
         model: The reduced PyTorch model, FP32.
-        dense: The dense baseline, likewise.
+        dense: The dense twin, likewise.
         plan: Token counts of the reduced one.
         precision: Precision of the ONNX files.
         folder: The bundle in the making: ``model.onnx``, and ``dense/model.onnx``.
@@ -51,7 +51,7 @@ class Artifact(msgspec.Struct, frozen=True):
 
     Args:
         path: The file.
-        dense: Whether it is the dense baseline's.
+        dense: Whether it is the dense twin's.
         engine: What it was built with, for an engine.
         facts: What the builder reported, for :meth:`Target.audit`.
     """
@@ -98,7 +98,7 @@ class Target(ABC):
     @classmethod
     @abstractmethod
     def write(cls, exported: Exported, options: Any) -> list[Artifact]:
-        """Writes the files of the model and of its dense baseline into ``exported.folder``.
+        """Writes the files of the model and of its dense twin into ``exported.folder``.
 
         Raises:
             StageError: They could not be made.

@@ -48,7 +48,7 @@ class TensorRT(Target):
 
     @classmethod
     def audit(cls, artifacts: list[Artifact], plan: TokenPlan) -> Report:
-        """Fused attention and types of matrix products, of both: a bad dense baseline would flatter the model."""
+        """Fused attention and types of matrix products, of both: a bad dense twin would flatter the model."""
         report = Report()
         for made in artifacts:
             report += engine_checks(

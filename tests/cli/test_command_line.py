@@ -76,7 +76,7 @@ def test_convert(made):
     assert "tokens in" in result.out  # the plan
     assert "onnxruntime, batch 8: kept patches" in result.out
     assert "speed-up" in result.out
-    stages = ["reading the checkpoint", "exporting to ONNX", "exporting the dense baseline", "asking PyTorch",
+    stages = ["reading the checkpoint", "exporting to ONNX", "exporting the dense twin", "asking PyTorch",
               "verifying", "profiling batch 1", "writing the bundle"]  # fmt: skip
     lines = result.err.splitlines()
     places = [next(i for i, line in enumerate(lines) if f"] {stage}" in line) for stage in stages]

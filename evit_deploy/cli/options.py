@@ -42,6 +42,15 @@ class Numbers(click.ParamType):
 class Whole(click.IntRange):
     """A whole number within limits that its metavar or its help names."""
 
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """``"8"`` to ``8``."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            ends = f"from {self.min} up" if self.max is None else f"from {self.min} to {self.max}"
+            text = f"got {value}, expected a whole number {ends}"
+            raise click.BadParameter(text, ctx, param) from None
+
     def _describe_range(self) -> str:
         return ""
 

@@ -15,6 +15,7 @@ from evit_deploy.data.images import sample_inputs
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.engines.audit import engine_checks
 from evit_deploy.engines.build import build_engine
+from evit_deploy.engines.rtx_listing import plan_layers
 from evit_deploy.recipe.options import BuildOptions
 
 BUILDS = (
@@ -39,7 +40,7 @@ def main() -> None:
         for precision, gpu in BUILDS:
             onnx.save(set_precision(proto, precision, base="fp16", calibration=calibration), path)
             built = build_engine(path, plan, "tensorrt-rtx", precision, BuildOptions(gpus=(gpu,)))
-            report = engine_checks(built, plan, token_plan(model))
+            report = engine_checks(built, plan, token_plan(model), listing=plan_layers)
             figures.append(
                 {
                     "precision": precision,

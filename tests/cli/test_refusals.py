@@ -43,7 +43,7 @@ from tests.support.models import hollow, tree
         ),
         (["--keep-rate", "0.5", "--target", "tensort"], ["--target", "'tensort'", "onnx"]),
         (["--keep-rate", "0.5", "--precision", "fp17"], ["--precision", "'fp17'", "fp32"]),
-        (["--keep-rate", "0.5", "--method", "evti"], ["unknown method", "Did you mean 'evit'?"]),
+        (["--keep-rate", "0.5", "--method", "evti"], ["got 'evti'", "Did you mean 'evit'?"]),
         (["--keep-rate", "0.5", "--method", "random"], ["'random' has no exported form"]),
         (["--keep-rate", "0.5", "--threads", "0"], ["--threads", "0"]),
         (["--keep-rate", "0.5", "--min-speedup", "fast"], ["--min-speedup", "'fast'"]),
@@ -119,7 +119,7 @@ def test_debug_shows_the_traceback(cli, checkpoint):
 def test_verify_and_profile_refuse(cli, bundle, tmp_path):
     before = tree(bundle.parent)
     for name in ("verify", "profile"):
-        cli(name, bundle, "--runtime", "onnxrutime").refused(2, "unknown runtime", "Did you mean 'onnxruntime'?")
+        cli(name, bundle, "--runtime", "onnxrutime").refused(2, "got 'onnxrutime'", "Did you mean 'onnxruntime'?")
         cli(name, bundle, "--batch-sizes", "0").refused(2, "--batch-sizes", "from 1 up")
         cli(name, bundle, "--batch-sizes", "a").refused(2, "--batch-sizes", "whole numbers")
         cli(name, tmp_path / "user").refused(2, "not a bundle")

@@ -108,7 +108,7 @@ ON_PLAIN = (
 def test_every_kind_in_every_precision(of, plan, name, precision, gpu):
     kind = of(name)
     result = built(kind.file(precision), plan, precision, gpu)
-    report = engine_checks(result, plan, kind.plan)
+    report = engine_checks(result, plan, kind.plan, listing=plan_layers)
     assert report.passed, report.failed
     assert report.notes == ()
     names = [check.name for check in report.checks]
@@ -139,7 +139,7 @@ def test_one_plan_for_every_gpu_that_is_offered(exported, plan, precision):
     result = built(exported.file(precision), plan, precision, *gpus)
     assert result.engine.gpus == gpus
     assert read_header(plan).gpus == gpus
-    assert engine_checks(result, plan, exported.plan).passed
+    assert engine_checks(result, plan, exported.plan, listing=plan_layers).passed
 
 
 @pytest.mark.parametrize(
@@ -158,15 +158,15 @@ def test_the_plan_has_kernels_for_every_profile(exported, plan, profiles, rows):
     heads, depth = TWO_BLOCKS["num_heads"], TWO_BLOCKS["depth"]
     found = [layer.inputs[0].dimensions[0] for layer in attentions]  # a fixed batch is part of the kernel's own shape
     assert found == [row if row == -1 else row * heads for row in rows for _ in range(depth)]
-    assert engine_checks(result, plan, exported.plan).passed
+    assert engine_checks(result, plan, exported.plan, listing=plan_layers).passed
 
 
 def test_an_engine_that_is_not_what_was_asked_for_fails_its_checks(exported, plan):
     result = built(exported.file("fp32"), plan, "fp32", "sm80")
-    (check,) = engine_checks(result, plan, exported.plan).checks
+    (check,) = engine_checks(result, plan, exported.plan, listing=plan_layers).checks
     assert check.passed
     posing = Built(msgspec.structs.replace(result.engine, precision="fp16"), result.attentions, None)
-    report = engine_checks(posing, plan, exported.plan, "dense engine")
+    report = engine_checks(posing, plan, exported.plan, "dense engine", plan_layers)
     assert [check.name for check in report.failed] == [
         "dense engine: matmuls in fp16",
         "dense engine: fused attentions",
@@ -201,7 +201,7 @@ def test_deit_s(tmp_path):
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / "engine.plan"
     result = build_engine(exported.file("fp16"), path, RTX, "fp16", BuildOptions(gpus=("sm80", "sm89")))
-    report = engine_checks(result, path, exported.plan)
+    report = engine_checks(result, path, exported.plan, listing=plan_layers)
     assert report.passed, report.failed
     assert result.attentions == 12
     assert path.stat().st_size > 30e6
@@ -282,7 +282,7 @@ def test_heads_without_a_fused_kernel_fail_in_the_library_s_words(narrow, plan):
     assert "Attention operation was not supported by a dedicated kernel" in message
     assert message.endswith("Use --precision fp32, where attention may be taken apart.")
     result = built(narrow.file("fp32"), plan, "fp32", "sm80")  # as it says
-    assert engine_checks(result, plan, narrow.plan).passed
+    assert engine_checks(result, plan, narrow.plan, listing=plan_layers).passed
 
 
 def test_turing_takes_no_fused_token(exported, plan, tmp_path_factory):

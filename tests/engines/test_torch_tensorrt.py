@@ -8,9 +8,11 @@ import json
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from evit_deploy.engines import torch_tensorrt as target
 from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.export.precision import DTYPES
-from evit_deploy.recipe.options import BatchProfile
+from evit_deploy.recipe.options import BatchProfile, BuildOptions
 from evit_deploy.tokens.op import select
 from evit_deploy.tokens.reduce import reduce_tokens_
 from tests.support.cases import CASES, Case
@@ -28,6 +30,19 @@ from tests.support.paths import ROOT
 
 RANGE = BatchProfile(1, 4, 8)
 FIXED = BatchProfile(3, 3, 3)
+
+
+def options(*profiles: BatchProfile, **others: Any) -> BuildOptions:
+    return BuildOptions(batches=tuple(map(msgspec.structs.astuple, profiles)), **others)
+
+
+def build(folder: Path, *, precision: str = "fp16", profiles: Sequence[BatchProfile] = (RANGE,), **others: Any) -> Any:
+    return target.build_torch_tensorrt(
+        torch.nn.Identity(), folder / "engine.plan", folder / "model.pt2", precision=precision,
+        options=options(*profiles, **others),
+    )  # fmt: skip
+
+
 EXPORT = target.export_program
 installed = pytest.mark.skipif(
     not any(map(version_of, target.DISTRIBUTIONS)), reason="Torch-TensorRT is not in this environment"
@@ -90,16 +105,15 @@ def test_a_package_that_cannot_be_imported_is_an_environment_to_make_anew(monkey
     ],
 )
 def test_what_cannot_be_had_is_refused_before_anything_else(tmp_path, asked, message):
-    arguments = {"precision": "fp16", "profiles": [RANGE]} | asked
     with pytest.raises(InputError) as caught:
-        target.build_torch_tensorrt(torch.nn.Identity(), tmp_path / "a", tmp_path / "b", **arguments)
+        build(tmp_path, **asked)
     assert message in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_written(tmp_path):
     with pytest.raises(MissingRequirement):
-        target.build_torch_tensorrt(seeded(), tmp_path / "a", tmp_path / "b", precision="fp16", profiles=[RANGE])
+        target.build_torch_tensorrt(seeded(), tmp_path / "a", tmp_path / "b", precision="fp16", options=options(RANGE))
     assert tree(tmp_path) == {}
 
 
@@ -208,14 +222,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch):
     return install
 
 
-def build(folder: Path, **asked: Any) -> Any:
-    arguments = {"precision": "fp16", "profiles": [RANGE]} | asked
-    return target.build_torch_tensorrt(torch.nn.Identity(), folder / "engine.plan", folder / "model.pt2", **arguments)
-
-
 def test_both_files_are_written_and_what_they_were_built_with_is_told(pretend, tmp_path):
     package = pretend(Package())
-    engine = build(tmp_path, optimization_level=4, workspace=1 << 30, hardware_compatible=True)
+    engine = build(tmp_path, optimization_level=4, workspace=1024, hardware_compatible=True)
     assert tree(tmp_path) == {"engine.plan": b"plan", "model.pt2": b"compiled"}
     assert (engine.target, engine.version, engine.gpus, engine.precision) == (
         "torch-tensorrt",
@@ -369,7 +378,7 @@ def package() -> Any:
 def test_the_program_answers_as_the_model_does(package, tmp_path, precision, limit):
     model = reduce_tokens_(seeded(), KEEP)
     target.build_torch_tensorrt(
-        model, tmp_path / "engine.plan", tmp_path / "model.pt2", precision=precision, profiles=[RANGE]
+        model, tmp_path / "engine.plan", tmp_path / "model.pt2", precision=precision, options=options(RANGE)
     )
     program = package.load(str(tmp_path / "model.pt2")).module()
     for count in (1, 4, 8):
@@ -387,7 +396,7 @@ def test_the_plan_is_a_plain_one_with_the_contract_names(package, tmp_path):
 
     model = reduce_tokens_(of_kind("smallest"), KEEP)
     engine = target.build_torch_tensorrt(
-        model, tmp_path / "engine.plan", tmp_path / "model.pt2", precision="fp16", profiles=[RANGE]
+        model, tmp_path / "engine.plan", tmp_path / "model.pt2", precision="fp16", options=options(RANGE)
     )
     runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.WARNING))
     loaded = runtime.deserialize_cuda_engine((tmp_path / "engine.plan").read_bytes())

@@ -90,6 +90,22 @@ class BatchRange(click.ParamType):
         return tuple(numbers)
 
 
+class TargetOption(click.ParamType):
+    """``TARGET.OPTION=VALUE``."""
+
+    name = "target.option=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str, str]:
+        """``"coreml.units=all"`` to ``("coreml", "units", "all")``."""
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = str(value).partition("=")
+        target, _, option = key.partition(".")
+        if not (equals and target and option):
+            raise click.BadParameter(f"got {value!r}, expected TARGET.OPTION=VALUE", ctx, param)
+        return target, option, text
+
+
 class Choice(click.Choice[str]):
     """One of some values, with the nearest one named where there is none; the shell completes them.
 
@@ -163,7 +179,10 @@ class Command(click.Command):
                 formatter.write_dl(records)
 
 
-_FLAGS = {"batches": "--batch", "gpus": "--gpu", "targets": "--target", "indices": "--with-indices"}
+_FLAGS = {
+    "batches": "--batch", "gpus": "--gpu", "targets": "--target", "indices": "--with-indices",
+    "target_options": "--target-option",
+}  # fmt: skip
 """Fields that are called otherwise on the command line."""
 _METAVARS = {
     "batch_sizes": "1,8,32", "calibration": "DIR", "data": "DIR", "duration": "S", "gpus": "SM", "labels": "FILE",
@@ -173,7 +192,6 @@ _METAVARS = {
 }  # fmt: skip
 _REGISTRIES = {"targets": "TARGETS"}
 _PATHS = ("calibration", "data", "labels", "timing_cache")
-_NOT_FLAGS = ("target_options",)
 
 
 _HOMES = ("evit_deploy.recipe.options", "evit_deploy.serving.options")
@@ -200,14 +218,13 @@ def struct_options(name: str, group: str, *fields: str) -> Callable[..., Any]:
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for field in reversed(fields or tuple(kinds)):
-            if field not in _NOT_FLAGS:
-                text = docs[field].replace("``", "")
-                flag = _FLAGS.get(field, "--" + field.replace("_", "-"))
-                kind = _kind(field, own_fields(struct, inherited=True)[field])
-                option = click.option(
-                    flag, field, cls=Option, group=group, help=text, metavar=_METAVARS.get(field), default=None, **kind
-                )
-                function = option(function)
+            text = docs[field].replace("``", "")
+            flag = _FLAGS.get(field, "--" + field.replace("_", "-"))
+            kind = _kind(field, own_fields(struct, inherited=True)[field])
+            option = click.option(
+                flag, field, cls=Option, group=group, help=text, metavar=_METAVARS.get(field), default=None, **kind
+            )
+            function = option(function)
         return function
 
     return decorate
@@ -219,6 +236,8 @@ def _kind(field: str, annotation: Any) -> dict[str, Any]:
 
     if field == "batches":
         return {"type": BatchRange(), "multiple": True}
+    if field == "target_options":
+        return {"type": TargetOption(), "multiple": True}
     if field in _REGISTRIES:
         return {"type": Choice(registry=_REGISTRIES[field]), "multiple": True}
     if choices_in(annotation):
@@ -246,9 +265,13 @@ def struct_of(name: str, values: dict[str, Any], **more: Any) -> Any:
     given = {field: values.pop(field) for field in struct.__struct_fields__ if field in values}
     if "gpus" in given:
         given["gpus"] = tuple(part.strip().lower() for gpu in given["gpus"] or () for part in gpu.split(","))
-    return struct(
-        **(more | {field: value for field, value in given.items() if value not in (None, ()) and value is not False})
-    )
+    if given.get("target_options"):
+        asked: dict[str, dict[str, str]] = {}
+        for target, option, text in given["target_options"]:
+            asked.setdefault(target, {})[option] = text
+        given["target_options"] = asked
+    kept = {field: value for field, value in given.items() if value not in (None, ()) and value is not False}
+    return struct(**(more | kept))
 
 
 def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -86,7 +86,7 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     min_speedup: Annotated[float, Meta(gt=0)] | None = None
     """Fail unless every measured batch size is at least this many times as fast as the dense twin."""
     target_options: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
-    """Options of targets that other packages add: target -> option -> value."""
+    """Option of a target that another package adds; several are possible."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

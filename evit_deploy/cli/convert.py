@@ -5,16 +5,9 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.options import (
-    PATH,
-    Command,
-    Option,
-    struct_of,
-    struct_options,
-    tokens_of,
-    tokens_options,
-)
+from evit_deploy.cli.options import Command, Option, struct_of, struct_options, tokens_of, tokens_options
 from evit_deploy.cli.output import Output, output_options
+from evit_deploy.cli.types import PATH
 
 _MODEL = {"cls": Option, "group": "Model"}
 

@@ -2,145 +2,12 @@
 
 import functools
 import importlib
-import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-PATH = click.Path(path_type=Path)
-
-
-class Numbers(click.ParamType):
-    """Comma-separated numbers of one kind, as a tuple.
-
-    Args:
-        kind: ``int`` or ``float``.
-        low: Least value, if there is one.
-    """
-
-    name = "numbers"
-
-    def __init__(self, kind: type[int] | type[float], low: float | None = None) -> None:
-        self.kind, self.low = kind, low
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        """``"3,6,9"`` to ``(3, 6, 9)``."""
-        if isinstance(value, tuple):
-            return value
-        wanted = "whole numbers" if self.kind is int else "numbers"
-        try:
-            numbers = tuple(self.kind(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"got {value!r}, expected {wanted} separated by commas", param, ctx)
-        if self.low is not None and any(not number >= self.low for number in numbers):
-            self.fail(f"got {value!r}, expected {wanted} from {self.low} up", param, ctx)
-        return numbers
-
-
-class Whole(click.IntRange):
-    """A whole number within limits that its metavar or its help names."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """``"8"`` to ``8``."""
-        try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter:
-            ends = f"from {self.min} up" if self.max is None else f"from {self.min} to {self.max}"
-            text = f"got {value}, expected a whole number {ends}"
-            raise click.BadParameter(text, ctx, param) from None
-
-    def _describe_range(self) -> str:
-        return ""
-
-
-class Positive(click.ParamType):
-    """A finite number above 0; click's own range lets ``nan`` through, which is neither in nor out of it."""
-
-    name = "float"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """``"1.5"`` to ``1.5``."""
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not 0 < number < math.inf:
-            self.fail(f"got {value!r}, expected a number above 0", param, ctx)
-        return number
-
-
-class BatchRange(click.ParamType):
-    """``MIN:OPT:MAX``, or one number for a fixed batch."""
-
-    name = "min:opt:max"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """``"1:32:128"`` to ``(1, 32, 128)``."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = [int(part) for part in str(value).split(":")]
-        except ValueError:
-            numbers = []
-        numbers = numbers * 3 if len(numbers) == 1 else numbers
-        if len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
-            self.fail(f"got {value!r}, expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX", param, ctx)
-        return tuple(numbers)
-
-
-class TargetOption(click.ParamType):
-    """``TARGET.OPTION=VALUE``."""
-
-    name = "target.option=value"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str, str]:
-        """``"coreml.units=all"`` to ``("coreml", "units", "all")``."""
-        if isinstance(value, tuple):
-            return value
-        key, equals, text = str(value).partition("=")
-        target, _, option = key.partition(".")
-        if not (equals and target and option):
-            raise click.BadParameter(f"got {value!r}, expected TARGET.OPTION=VALUE", ctx, param)
-        return target, option, text
-
-
-class Choice(click.Choice[str]):
-    """One of some values, with the nearest one named where there is none; the shell completes them.
-
-    Args:
-        choices: The values.
-        registry: Name of a registry, whose names in other packages count too; help lists ours.
-    """
-
-    def __init__(self, choices: Sequence[str] = (), registry: str | None = None) -> None:
-        self._registry = registry
-        if registry is not None:
-            from evit_deploy import registry as registries
-
-            self._source = getattr(registries, registry)
-            choices = self._source.own_names()
-        super().__init__(tuple(choices))
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The value, if it is one of them."""
-        known = self._source.names() if self._registry is not None else list(self.choices)
-        if value in known:
-            return value
-        from evit_deploy.errors import did_you_mean
-
-        hint = did_you_mean(value, known)
-        text = f"got {value!r}, expected one of {', '.join(known)}." + (f" {hint}" if hint else "")
-        raise click.BadParameter(text, ctx, param)
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        """Names that begin like what was typed."""
-        from click.shell_completion import CompletionItem
-
-        known = self._source.names() if self._registry is not None else list(self.choices)
-        return [CompletionItem(name) for name in known if name.startswith(incomplete)]
-
+from evit_deploy.cli.types import PATH, BatchRange, Choice, Numbers, Positive, TargetOption, Whole
 
 _LAST = "Output"
 """Heading of the options that name none, which closes the page."""
@@ -192,8 +59,6 @@ _METAVARS = {
 }  # fmt: skip
 _REGISTRIES = {"targets": "TARGETS"}
 _PATHS = ("calibration", "data", "labels", "timing_cache")
-
-
 _HOMES = ("evit_deploy.recipe.options", "evit_deploy.serving.options")
 """Where the structs of options are, which load nothing heavy."""
 

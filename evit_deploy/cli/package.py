@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.options import PATH, Choice, Command, Option, struct_of, struct_options
+from evit_deploy.cli.options import Command, Option, struct_of, struct_options
 from evit_deploy.cli.output import Output, output_options
+from evit_deploy.cli.types import PATH, Choice
 
 
 @click.command("package", cls=Command, short_help="Make a folder that Triton or a C++ program runs.")

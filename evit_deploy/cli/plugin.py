@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from evit_deploy.cli.options import PATH
 from evit_deploy.cli.output import Output, output_options
+from evit_deploy.cli.types import PATH
 
 
 @click.group("plugin", short_help="Build and check the TensorRT plugin.")

@@ -7,7 +7,6 @@ import click
 from evit_deploy.cli.options import (
     Command,
     Option,
-    Positive,
     run_options,
     server_of,
     server_options,
@@ -17,6 +16,7 @@ from evit_deploy.cli.options import (
     tokens_options,
 )
 from evit_deploy.cli.output import Output, output_options
+from evit_deploy.cli.types import Positive
 
 
 @click.command("profile", cls=Command, short_help="Measure a model against its dense and slice twins.")

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
-from evit_deploy.cli.options import PATH, recipe_options
+from evit_deploy.cli.options import recipe_options
 from evit_deploy.cli.output import Output, output_options
+from evit_deploy.cli.types import PATH
 
 
 @click.command("run", short_help="Train, export, verify and profile as a recipe says.")

@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.options import PATH, Command, Numbers, Option, run_options, server_of, server_options
+from evit_deploy.cli.options import Command, Option, run_options, server_of, server_options
 from evit_deploy.cli.output import Output, output_options
+from evit_deploy.cli.types import PATH, Numbers
 
 
 @click.command("verify", cls=Command, short_help="Prove that a bundle answers like PyTorch.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evit_deploy.data.augmentation import CropAndFlip, FollowedTransform, operations_of
 from evit_deploy.data.cache import cached
-from evit_deploy.data.curriculum import Curriculum
+from evit_deploy.data.digits.curriculum import Curriculum
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sampling import (
     AHEAD,

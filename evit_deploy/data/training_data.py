@@ -10,12 +10,12 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from evit_deploy.data.curriculum import Curriculum
-from evit_deploy.data.digits import DigitsData
+from evit_deploy.data.digits.curriculum import Curriculum
+from evit_deploy.data.digits.digits import DigitsData
+from evit_deploy.data.digits.wild_digits import WildDigitsData
 from evit_deploy.data.folder import FolderData
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sampling import Batch
-from evit_deploy.data.wild_digits import WildDigitsData
 from evit_deploy.recipe.sections import DataSection
 
 

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from torch import nn
 
 from evit_deploy import progress
-from evit_deploy.data.curriculum import Curriculum
+from evit_deploy.data.digits.curriculum import Curriculum
 from evit_deploy.data.sampling import worker_deaths_told
 from evit_deploy.data.training_data import TrainingData, curriculum_of
 from evit_deploy.errors import InputError, StageError

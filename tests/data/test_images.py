@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from evit_deploy.data.digits import DigitsData, augment, load_digits_data
+from evit_deploy.data.digits.digits import DigitsData, augment, load_digits_data
 from evit_deploy.data.images import preprocess_image, sample_inputs, sample_photographs
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sources import Folder, labelled_batches

@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from evit_deploy.data.curriculum import Curriculum
-from evit_deploy.data.digits import digits_images, digits_preprocess
+from evit_deploy.data.digits.curriculum import Curriculum
+from evit_deploy.data.digits.digits import digits_images, digits_preprocess
 from evit_deploy.data.images import read_image
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sampling import (
@@ -188,7 +188,7 @@ def _photographs(names: tuple[str, ...]) -> list[Image.Image]:
 
 @functools.lru_cache(maxsize=2)
 def _glyphs(split: Split) -> tuple[list[Image.Image], np.ndarray]:
-    from evit_deploy.data.digits import digits_split
+    from evit_deploy.data.digits.digits import digits_split
 
     images, labels = digits_images()
     chosen = digits_split(labels)[split == "test"]
@@ -223,7 +223,7 @@ def _colour(behind: float, contrast: float, level: float, draw: float, tint: np.
 
 
 class WildDigitsData:
-    """Digits on photographs, see :mod:`evit_deploy.data.wild_digits`; made as they are drawn."""
+    """Digits on photographs, see :mod:`evit_deploy.data.digits.wild_digits`; made as they are drawn."""
 
     def __init__(self, section: DataSection, preprocess: Preprocess) -> None:
         size = preprocess.size[0]

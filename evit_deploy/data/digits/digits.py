@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from evit_deploy.data.curriculum import Curriculum
+from evit_deploy.data.digits.curriculum import Curriculum
 from evit_deploy.data.images import preprocess_image
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sampling import Batch, share, spaced, validation_rows, whole_batches

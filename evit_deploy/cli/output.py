@@ -60,7 +60,8 @@ class Output(logging.Handler):
 
     def __enter__(self) -> "Output":
         log = logging.getLogger("evit_deploy")
-        self._level = log.level
+        self._before = log.level, log.propagate
+        log.propagate = False  # a library that configures the root logger would have every line twice
         log.setLevel(logging.DEBUG if self._live or self.verbose else logging.INFO)
         log.addHandler(self)
         return self
@@ -68,7 +69,8 @@ class Output(logging.Handler):
     def __exit__(self, *exception: object) -> None:
         log = logging.getLogger("evit_deploy")
         log.removeHandler(self)
-        log.setLevel(self._level)
+        level, log.propagate = self._before
+        log.setLevel(level)
         self._stop()
 
     def emit(self, record: logging.LogRecord) -> None:

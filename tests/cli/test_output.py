@@ -142,10 +142,10 @@ def test_of_several_processes_the_first_one_prints():
 
 def test_the_logger_is_left_as_it_was():
     log = logging.getLogger("evit_deploy")
-    before = (list(log.handlers), log.level)
+    before = (list(log.handlers), log.level, log.propagate)
     with Output(verbose=True):
-        assert log.level == logging.DEBUG
-    assert (list(log.handlers), log.level) == before
+        assert (log.level, log.propagate) == (logging.DEBUG, False)
+    assert (list(log.handlers), log.level, log.propagate) == before
 
 
 def records(caplog) -> list[Progress]:

@@ -6,12 +6,13 @@ import logging
 import os
 import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from typing import Any
 
 import click
+
+from evit_deploy.report.lines import wrapped
 
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,9 +81,9 @@ class Output(logging.Handler):
             return
         if progress is None and record.levelno >= logging.INFO:
             self._message(record.getMessage())
-        elif self.verbose:
-            stage = f"[{progress.stage}/{progress.stages}] " if progress is not None and progress.stage else ""
-            self._message(stage + record.getMessage())
+        elif self.verbose and progress is not None:
+            stage = f"[{progress.stage}/{progress.stages}] " if progress.stage else ""
+            self._message(", ".join((stage + record.getMessage(), *_figures(progress))))
         elif self._live and progress is not None:
             if self._display is None:
                 with contextlib.suppress(ImportError):  # `doctor` has to report that rich is missing
@@ -94,7 +95,7 @@ class Output(logging.Handler):
         if self._display is not None:
             self._display.message(text)
         elif sys.stderr.isatty():
-            click.echo(_wrapped(text, shutil.get_terminal_size().columns), err=True)
+            click.echo(wrapped(text, shutil.get_terminal_size().columns), err=True)
         else:
             click.echo(text, err=True)
 
@@ -137,11 +138,13 @@ class Output(logging.Handler):
             click.echo(text)
 
 
-def _wrapped(text: str, width: int) -> str:
-    """Breaks lines between words only: a path that is longer than the terminal stays whole, to be copied."""
-    return "\n".join(
-        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.splitlines()
-    )
+def _figures(progress: Any) -> list[str]:
+    """``images_per_second`` as ``297 images/s``, anything else as ``loss 2.36``."""
+    rates = {name: name.removesuffix("_per_second") for name in progress.figures}
+    return [
+        f"{value:.4g} {rates[name]}/s" if rates[name] != name else f"{name} {value:.4g}"
+        for name, value in progress.figures.items()
+    ]
 
 
 class _Display:
@@ -172,7 +175,7 @@ class _Display:
         if progress.done <= self._counted or not self._counted:  # another count of steps begins
             self._since, self._first = time.monotonic(), progress.done
         self._counted = progress.done
-        parts = [f"{value:.4g} {name.replace('_per_second', '/s')}" for name, value in progress.figures.items()]
+        parts = _figures(progress)
         if progress.done > self._first:
             left = (time.monotonic() - self._since) / (progress.done - self._first) * (progress.total - progress.done)
             minutes, seconds = divmod(round(left), 60)
@@ -180,7 +183,7 @@ class _Display:
         return ", ".join(parts)
 
     def message(self, text: str) -> None:
-        self._console.print(_wrapped(text, self._console.width), markup=False, soft_wrap=True)
+        self._console.print(wrapped(text, self._console.width), markup=False, soft_wrap=True)
 
     def stop(self) -> None:
         self._progress.stop()

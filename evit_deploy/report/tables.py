@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from evit_deploy.report.lines import wrapped
 from evit_deploy.report.report import BlockRow, GpuSummary, LatencyRow, LoadRow, ProfileRow, Report, Summary
 
 
@@ -20,7 +21,7 @@ def render(report: Report, console: Any) -> None:
             [(c.name, _number(c.value), _number(c.limit), "ok" if c.passed else "FAILED") for c in report.checks],
         )
         for check in report.failed:
-            console.print(f"FAILED {check.name}: {check.reason}", markup=False, highlight=False)
+            _print(console, f"FAILED {check.name}: {check.reason}")
     if report.accuracy:
         _table(
             console,
@@ -69,7 +70,7 @@ def render(report: Report, console: Any) -> None:
                   "D2H ms", "speed-up", "overhead")  # fmt: skip
         dispensable = ("D2H ms", "H2D ms", "enqueue ms", "latency ms")
         said = "Parts of a call, p50/p95/p99 by CUDA events; images/s, speed-up and overhead of compute alone:"
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
+        _print(console, said)
         _table(console, header, [_latency_cells(row) for row in report.latencies], dispensable)
     if report.blocks:
         header = ("engine", "variant", "batch", "block", "tokens in", "tokens out", "layers", "ms", "share")
@@ -81,7 +82,7 @@ def render(report: Report, console: Any) -> None:
         header = ("GPU", "batch", "samples", "SM MHz", "memory MHz", "slowed down", "°C", "W")
         _table(console, header, [_gpu_cells(row) for row in report.gpu], ("GPU", "°C", "W"))
     for note in report.notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        _print(console, note)
 
 
 def _shown(value: float | None, form: str, unit: str = "") -> str:
@@ -201,3 +202,9 @@ def _table(
 
 def _is_number(text: str) -> bool:
     return not text or text.lstrip("+-")[:1].isdigit()
+
+
+def _print(console: Any, text: str) -> None:
+    """A sentence, in lines where a person reads it and in one line where a program does."""
+    text = wrapped(text, console.width) if console.is_terminal else text
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

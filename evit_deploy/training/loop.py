@@ -296,7 +296,7 @@ def fit(
                 if step % max(1, steps // 100) == 0 or run.step == steps:
                     tokens = plan.blocks[-1].tokens_out
                     progress.step(
-                        _LOG, f"{name}: step {run.step} of {steps}, loss {done.loss:.3f}, {tokens} tokens at the end",
+                        _LOG, f"{name}: step {run.step} of {steps}, {tokens} tokens at the end",
                         run.step, steps, images_per_second=images / seconds, loss=done.loss,
                     )  # fmt: skip
                     images, seconds = 0, 0.0

@@ -80,7 +80,7 @@ def test_a_terminal_shows_the_stage_and_what_training_measures():
     whole = [line for line in live if re.search(r" \d:\d\d:\d\d$", line)]  # others were read while they were drawn
     measured = [line for line in whole if "2/2 step 3" in line]
     assert measured
-    assert all(re.search(r"123\.5 images/s, 0\.5 loss, \d:\d\d:\d\d left \d:\d\d:\d\d$", line) for line in measured)
+    assert all(re.search(r"123\.5 images/s, loss 0\.5, \d:\d\d:\d\d left \d:\d\d:\d\d$", line) for line in measured)
 
 
 @pytest.mark.parametrize("columns", [30, 60, 100])
@@ -126,7 +126,9 @@ def test_a_verbose_pipe_has_every_step_as_a_line():
     _, err = in_a_pipe(verbose=True)
     assert err.splitlines()[0] == "[1/2] reading the checkpoint"
     assert "[2/2] training" in err
-    assert [line for line in err.splitlines() if "step" in line] == [f"[2/2] step {n}" for n in range(1, 5)]
+    assert [line for line in err.splitlines() if "step" in line] == [
+        f"[2/2] step {n}, 123.5 images/s, loss 0.5" for n in range(1, 5)
+    ]
 
 
 def test_json_is_one_document():

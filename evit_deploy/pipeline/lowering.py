@@ -222,7 +222,7 @@ def write_targets(exported: Exported, made: Lowering) -> Written:
     for name in made.targets:
         target: type[Target] = TARGETS.get(name)
         if name != PORTABLE:
-            stage(_LOG, f"making {name}")
+            stage(_LOG, f"building the engines with {name}" if target.engine else f"writing the files of {name}")
         artifacts = target.write(exported, made.options_of(name))
         report += target.audit(artifacts, exported.plan)
         built = next((artifact.engine for artifact in artifacts if not artifact.dense and artifact.engine), None)

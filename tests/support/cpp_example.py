@@ -22,7 +22,7 @@ from evit_deploy.data.images import sample_photographs
 from evit_deploy.files import sha256
 from evit_deploy.pipeline.convert import convert
 from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
-from tests.support.models import write_checkpoint
+from tests.support.models import quantized_bundle, write_checkpoint
 from tests.support.paths import PLUGINS
 from tests.support.shared import made_once
 
@@ -164,7 +164,9 @@ def bundles(built, tmp_path_factory) -> Callable[[str], Bundle]:
             folder = tmp_path_factory.mktemp("bundles")
             if kind == "int8":
                 inputs = np.load(get("plain").file(GOLDEN))["inputs"]
-                made[kind] = bundle_of(folder, "plain", precision="int8", calibration=inputs)
+                checkpoint = write_checkpoint(folder / "checkpoint.safetensors", "plain")
+                targets = ("onnx", "openvino")
+                made[kind] = quantized_bundle(checkpoint, inputs, folder / "bundle", targets=targets, precision="int8")
             else:
                 made[kind] = bundle_of(folder, kind)
         return made[kind]

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.models.checkpoint import Checkpoint, save_checkpoint
-from evit_deploy.pipeline.convert import convert
-from evit_deploy.recipe.options import ProfileOptions
+from evit_deploy.models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from evit_deploy.pipeline.convert import Job, convert, convert_checkpoint
+from evit_deploy.pipeline.lowering import lowering
+from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
 from evit_deploy.tokens.backbone import backbone_of, load_backbones
 from evit_deploy.tokens.plan import TokenSpec
 from tests.support.shared import made_once
@@ -145,3 +146,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def quantized_bundle(checkpoint: Path, images: np.ndarray, out: Path | None = None, **options: Any) -> Bundle:
+    """A bundle in INT8 or FP8 whose ranges come from an array instead of a folder, as ``run`` gives them."""
+    made = lowering(ConvertOptions(**options), calibrated=True)
+    measure = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
+    job = Job(made, images=images, measure=measure, out=out)
+    return convert_checkpoint(read_checkpoint(checkpoint), KEEP, job)[0]

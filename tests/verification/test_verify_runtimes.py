@@ -10,20 +10,16 @@ import torch
 from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
 from evit_deploy.bundle.manifest import ENGINE, GOLDEN
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.models.checkpoint import read_checkpoint
 from evit_deploy.models.parent import parent_model
-from evit_deploy.pipeline.convert import Job, convert_checkpoint
-from evit_deploy.pipeline.lowering import lowering
-from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import Report
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.runtimes.runner import Runner
-from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.verification.golden import load_golden
 from evit_deploy.verification.verify import Trial, prove, verify
 from tests.support.command_line import QUICK
 from tests.support.exports import calibration_of
+from tests.support.models import quantized_bundle
 from tests.support.plans import rtx_plan, tiny_blocks
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
@@ -65,10 +61,7 @@ def fp8(tmp_path_factory, checkpoint_file: Path) -> Bundle:
     """The tiny model as an FP8 bundle beside its checkpoint. Read only."""
     checkpoint = Path(shutil.copy(checkpoint_file, tmp_path_factory.mktemp("fp8")))
     images = calibration_of("plain")
-    what = lowering(ConvertOptions(targets=("onnx",), precision="fp8"), calibrated=True)
-    job = Job(what, images=images, measure=ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1))
-    made, _ = convert_checkpoint(read_checkpoint(checkpoint), TokenSpec(keep_rate=0.6), job)
-    return made
+    return quantized_bundle(checkpoint, images, targets=("onnx",), precision="fp8")
 
 
 def with_file(bundle: Bundle, name: str, content: bytes) -> Bundle:

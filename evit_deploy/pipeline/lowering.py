@@ -127,7 +127,7 @@ def _check_precision(precision: str, targets: Sequence[str], calibrated: bool) -
             others = [
                 other for other, target in all_targets().items() if target.engine and precision in target.precisions
             ]
-            fix = f"Use --precision {'int8' if 'int8' in able else 'fp16'}"
+            fix = f"Use --precision {next((p for p in ('int8', 'fp16') if p in able), able[0])}"
             raise InputError(
                 f"{name} has no {precision}", where="--precision", seen=precision, wanted=", ".join(able),
                 fix=f"{fix}, or --target {others[0]}." if TARGETS.get(name).engine and others else f"{fix}.",

@@ -185,7 +185,7 @@ def test_a_target_of_another_package_is_made_checked_and_given_its_options(text,
     [
         ({"target_options": {"text": {"wrod": "x"}}}, "text does not take these options"),
         ({"target_options": {"text": {"word": ""}}}, "word: no word"),
-        ({"precision": "fp16"}, "text has no fp16"),
+        ({"precision": "fp16"}, "text has no fp16.*expected fp32.*Use --precision fp32"),
         ({"target_options": {"onnx": {"word": "x"}}}, "onnx does not take these options"),
         ({"target_options": {"openvino": {}}}, "options of a target that is not made"),
     ],

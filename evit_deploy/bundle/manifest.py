@@ -45,7 +45,7 @@ class Engine(msgspec.Struct, frozen=True):
         precision: Of the ONNX file it was built from.
         profiles: Batch sizes it covers.
         plugin: SHA-256 of the plugin library it needs; ``None`` when the operator's body is inside.
-        options: What else the builder was told.
+        options: Other options of the builder.
         seconds: How long the build took.
     """
 

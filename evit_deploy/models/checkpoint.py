@@ -36,7 +36,7 @@ class Checkpoint(msgspec.Struct):
         tokens: The reduction the weights were trained with, if the file says so.
         preprocess: The preprocessing the file asks for; ``None`` for the architecture's own.
         labels: Class names, if the file has them.
-        notes: What was assumed or chosen, to be told to the user.
+        notes: What was assumed or chosen; the user is warned of it.
     """
 
     source: str

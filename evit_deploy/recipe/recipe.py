@@ -70,7 +70,7 @@ class Recipe(Section, frozen=True, kw_only=True):
     finetune: TrainSection
     """Training of the model with its tokens reduced."""
     teacher: TeacherSection | None = None
-    """Whom the model with its tokens reduced learns from, beside the labels."""
+    """Teacher used for distillation during fine-tuning, in addition to the labels."""
     published: dict[str, float] | None = None
     """What the paper reports for this recipe: ``table``, ``top1``, ``top5`` (percent) and others; printed beside the
     result."""

@@ -165,7 +165,8 @@ class TrainSection(Section, frozen=True, kw_only=True):
     accumulate: Count = 1
     """Batches whose gradients are added up to one step: a step has processes × accumulate × batch_size images."""
     processes: Count | None = None
-    """Processes (GPUs) that the recipe was written for; another number is told, with what makes up for it."""
+    """Processes (GPUs) that the recipe was written for; with another number, the ``accumulate`` that restores the batch
+    is logged."""
     learning_rate: Annotated[float, Meta(gt=0, le=1e3)]
     """Highest learning rate, reached after the warm-up."""
     learning_rate_batch: Count | None = None

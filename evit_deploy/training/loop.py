@@ -100,7 +100,7 @@ def train(
 
     Raises:
         InputError: The checkpoint, the images or the token spec cannot be used; nothing has been trained. Or an
-            interrupted run lies in ``out`` and nobody said what is to become of it.
+            interrupted run lies in ``out`` and ``resume`` was not given.
         StageError: The loss is no longer finite, a batch does not fit into memory, a process that reads images died, or
             a file cannot be written.
     """

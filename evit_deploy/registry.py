@@ -22,6 +22,7 @@ class Registry:
     def __init__(self, kind: str, targets: dict[str, str]) -> None:
         self.kind = kind
         self._targets = dict(targets)
+        self._own = tuple(targets)
         self._scanned = False
 
     def register(self, name: str, target: str) -> None:
@@ -41,8 +42,8 @@ class Registry:
         self._targets[name] = target
 
     def own_names(self) -> list[str]:
-        """Names that need no look at other packages: ours, and what was registered."""
-        return list(self._targets)
+        """Our names alone, whatever was registered: what help pages list, the same on every machine."""
+        return list(self._own)
 
     def names(self) -> list[str]:
         """All names, ours first, then those of entry points."""

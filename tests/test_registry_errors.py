@@ -206,3 +206,10 @@ def test_nobody_pays_for_a_question_that_is_not_asked():
 )
 def test_the_first_few_of_many_names(names, options, text):
     assert first_few(iter(names), **options) == text
+
+
+def test_a_help_page_lists_our_names_whatever_is_registered():
+    registry = Registry("shape", {"round": "shapes:Round"})
+    registry.register("square", "other:Square")
+    assert registry.own_names() == ["round"]
+    assert registry.names()[:2] == ["round", "square"]

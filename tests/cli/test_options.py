@@ -48,6 +48,11 @@ VALUES = {  # as they are given on the command line, and what comes of it
 }
 
 
+def context_of(arguments: list[str]) -> click.Context:
+    """``convert``'s context below the group's: click keeps the help option of the first context a command is given."""
+    return convert.make_context("convert", arguments, parent=click.Context(cli, **cli.context_settings))
+
+
 def flag(field: str) -> str:
     return _FLAGS.get(field, "--" + field.replace("_", "-"))
 
@@ -69,7 +74,7 @@ def test_what_the_command_line_can_ask_for_a_recipe_can_too_and_the_reverse():
         arguments += [flag(field)] if given is None else [part for text in given for part in (flag(field), text)]
         overrides.append(f"convert.{field}={json.dumps(value)}")
         wanted[field] = value
-    with convert.make_context("convert", ["model.pth", *arguments]) as context:
+    with context_of(["model.pth", *arguments]) as context:
         asked = struct_of("ConvertOptions", dict(context.params))
     assert asked == ConvertOptions(**wanted)
     section = load_recipe(RECIPES / "digits.yaml", overrides).convert
@@ -77,7 +82,7 @@ def test_what_the_command_line_can_ask_for_a_recipe_can_too_and_the_reverse():
 
 
 def test_what_is_not_given_is_the_default():
-    with convert.make_context("convert", ["model.pth"]) as context:
+    with context_of(["model.pth"]) as context:
         assert struct_of("ConvertOptions", dict(context.params)) == ConvertOptions()
     assert ProfileSection().duration == 3.0
     assert ProfileOptions().duration == 10.0
@@ -111,7 +116,7 @@ def test_the_shell_completes_names():
     words = {"--target": "tensor", "--precision": "f", "--method": "ev"}
     for name, begun in words.items():
         option = next(option for option in convert.params if name in option.opts)
-        with convert.make_context("convert", ["x.pth"]) as context:
+        with context_of(["x.pth"]) as context:
             found = {item.value for item in option.type.shell_complete(context, option, begun)}
         assert found
         assert all(value.startswith(begun) for value in found)

@@ -1,0 +1,32 @@
+"""Fills Inductor's cache for the parts that compile, in processes beside parts whose times are not measured.
+
+Each process compiles one program by calling it once. One that is ended early has lost nothing but its own program.
+"""
+
+import torch
+
+from .bandwidth import Shape, buffers, compiled
+from .inference import COMPILED, SMALL, compiled_call, images_for, variants_of
+from .job import Job
+from .training import COMPILED as TRAINED
+from .training import Step, data
+from .variants import made, seeded
+
+
+def compile_ahead(job: Job, program: str) -> None:
+    """Compiles one of :mod:`gpu.programs`."""
+    what, *numbers = program.split()
+    if what == "inference":
+        index, batch = map(int, numbers)
+        variant = COMPILED[index]
+        model = variants_of(SMALL, (variant,), "fp16", job)[variant.name]
+        compiled_call(model, images_for(model, 1 if job.toy else batch, torch.float16, job.device.name))()
+    elif what == "training":
+        dense = seeded(SMALL, job.device.name, toy=job.toy).train()
+        Step(made(dense, TRAINED[int(numbers[0])], share=False), *data(job, dense), compiled=True)()
+    else:
+        shapes: list[Shape] = [("fp16", 196, 384, 1), ("fp16", 196, 384, 128)]
+        for shape in [("bf16", 16, 24, 2)] if job.toy else shapes:
+            xs, scores, keep, _ = buffers(job, shape)
+            compiled()(xs[0], scores[0], keep)
+    job.device.synchronize()

@@ -24,13 +24,15 @@ class Step:
         model: In training; its own weights.
         images: Bytes ``[B, 3, H, W]`` on the device.
         labels: ``[B]``.
-        compiled: Whether through ``torch.compile``.
+        backend: Of ``torch.compile``; ``None``: eager.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, *, compiled: bool = False) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, *, backend: str | None = None) -> None:
         self.images, self.labels, self.device = images, labels, images.device.type
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-        self.forward: Any = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+        self.forward: Any = model
+        if backend is not None:
+            self.forward = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
         self.mean = torch.tensor([123.675, 116.28, 103.53], device=images.device).view(3, 1, 1)
         self.scale = 1 / torch.tensor([58.395, 57.12, 57.375], device=images.device).view(3, 1, 1)
         self.loss: Tensor | None = None
@@ -43,6 +45,11 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss = loss.detach()
+
+
+def backend(job: Job) -> str:
+    """Inductor; in a dry run what comes before it, because C++ for a CPU takes two minutes to compile."""
+    return "aot_eager" if job.toy else "inductor"
 
 
 def data(job: Job, model: Any) -> tuple[Tensor, Tensor]:
@@ -71,7 +78,7 @@ def measure(job: Job) -> None:
     for variant in job.rows.in_time(COMPILED[1:2] if job.toy else COMPILED, reserve=5):
         started = time.monotonic()
         with job.rows.attempt(how="compiled", model=variant.name):
-            step = Step(made(dense, variant, share=False), images, labels, compiled=True)
+            step = Step(made(dense, variant, share=False), images, labels, backend=backend(job))
             step()
             job.device.synchronize()
             compiled["dense" if job.toy else variant.name] = step

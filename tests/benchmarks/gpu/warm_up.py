@@ -9,7 +9,7 @@ from .bandwidth import Shape, buffers, compiled
 from .inference import COMPILED, SMALL, compiled_call, images_for, variants_of
 from .job import Job
 from .training import COMPILED as TRAINED
-from .training import Step, data
+from .training import Step, backend, data
 from .variants import made, seeded
 
 
@@ -23,7 +23,7 @@ def compile_ahead(job: Job, program: str) -> None:
         compiled_call(model, images_for(model, 1 if job.toy else batch, torch.float16, job.device.name))()
     elif what == "training":
         dense = seeded(SMALL, job.device.name, toy=job.toy).train()
-        Step(made(dense, TRAINED[int(numbers[0])], share=False), *data(job, dense), compiled=True)()
+        Step(made(dense, TRAINED[int(numbers[0])], share=False), *data(job, dense), backend=backend(job))()
     else:
         shapes: list[Shape] = [("fp16", 196, 384, 1), ("fp16", 196, 384, 128)]
         for shape in [("bf16", 16, 24, 2)] if job.toy else shapes:

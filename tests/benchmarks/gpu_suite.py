@@ -33,8 +33,6 @@ from gpu.rows import append, read
 from gpu.tables import table
 
 ROOT = Path(__file__).parents[2]
-GRACE = 12.0
-"""Seconds that a part gets beyond its own, to finish a row, before it is ended."""
 CLOSING = 4.0
 """Seconds kept for the table."""
 MOST_PROGRAMS = 6
@@ -176,7 +174,7 @@ class Suite:
         seconds = min(seconds, self.left)
         state = self.states[part.name]
         begun = time.monotonic()
-        end = begun + min(seconds + GRACE, max(self.left, 1))
+        end = begun + min(seconds + self.options.grace, max(self.left, 1))
         state |= {"state": "interrupted", "seconds": None}
         append(self.log_path, f"==== {part.name}")
         process.begin(seconds)
@@ -321,6 +319,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="the parts, what they settle and take")
     parser.add_argument("--dry-run", action="store_true", help="every part at toy size on the CPU")
     parser.add_argument("--library", type=_library, action="append", metavar="NAME=PATH", help="kernel library")
+    parser.add_argument(
+        "--grace", type=float, default=12, help="seconds a part gets beyond its own, to finish a row [default: 12]"
+    )
     parser.add_argument("--no-warm-up", dest="warm_up", action="store_false", help="compile nothing ahead")
     for name in ("--child", "--target", "--argument"):
         parser.add_argument(name, help=argparse.SUPPRESS)

@@ -14,6 +14,7 @@ import torch
 from evit_deploy.engines.plugin.kernel import TokenReorgKernel
 from evit_deploy.tokens.op import reorganize, select
 
+from .compiling import compiled
 from .device import Run, in_turns
 from .job import Job, median, ratio
 
@@ -37,11 +38,6 @@ def eager(x: torch.Tensor, scores: torch.Tensor, keep: int) -> tuple[torch.Tenso
     """The operator's body in PyTorch, whatever kernel there is."""
     kept = select(scores, keep)
     return reorganize(x, scores, kept, True, 1), kept.to(torch.int32)
-
-
-def compiled() -> Callable[..., Any]:
-    """The same through ``torch.compile``, launched by our own graph."""
-    return torch.compile(eager, fullgraph=True, dynamic=False)
 
 
 def buffers(job: Job, shape: Shape) -> tuple[list[torch.Tensor], list[torch.Tensor], int, int]:
@@ -97,7 +93,8 @@ def _row(job: Job, kernels: dict[str, TokenReorgKernel], shape: Shape, with_comp
     calls["eager"] = [bound(eager, x, s, keep) for x, s, _ in pairs]
     calls["empty node"] = [job.device.empty_node() for _ in pairs]
     if with_compile:
-        calls["torch.compile"] = [bound(compiled(), x, s, keep) for x, s, _ in pairs]
+        function = compiled(eager, toy=job.toy)  # launched by our own graph
+        calls["torch.compile"] = [bound(function, x, s, keep) for x, s, _ in pairs]
     runs = {name: job.device.capture(each) for name, each in calls.items()}
     times = in_turns(job.device, runs, 3 if job.toy else 15)
     microseconds = {name: round(1e3 * median(values) / len(pairs), 3) for name, values in times.items()}

@@ -140,12 +140,12 @@ def in_turns(device: Device, runs: Mapping[str, Run], rounds: int, calls: int = 
     """Milliseconds of each run in every round, in an order drawn anew each round, so that a drift slows all alike.
 
     The first rounds warm up until 0.3 seconds have passed and the times of two rounds in a row differ by less than
-    2 % (at most five times as long), because clocks rise under load.
+    2 % (at most twice as long), because clocks rise under load.
     """
     shuffled = random.Random(0)
     started, last = time.monotonic(), 0.0
     warm = 0.3 if device.name == "cuda" else 0.0
-    while time.monotonic() - started < 5 * warm:
+    while time.monotonic() - started < 2 * warm:
         total = sum(device.milliseconds(run, calls) for run in runs.values())
         if time.monotonic() - started >= warm and abs(total - last) <= 0.02 * last:
             break

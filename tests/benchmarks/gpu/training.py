@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .compiling import compiled
 from .device import Run, in_turns
 from .inference import SMALL
 from .job import Job, median, ratio
@@ -24,15 +25,13 @@ class Step:
         model: In training; its own weights.
         images: Bytes ``[B, 3, H, W]`` on the device.
         labels: ``[B]``.
-        backend: Of ``torch.compile``; ``None``: eager.
+        forward: What runs in the model's place, as the model compiled.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, *, backend: str | None = None) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, forward: Any = None) -> None:
         self.images, self.labels, self.device = images, labels, images.device.type
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-        self.forward: Any = model
-        if backend is not None:
-            self.forward = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+        self.forward = forward or model
         self.mean = torch.tensor([123.675, 116.28, 103.53], device=images.device).view(3, 1, 1)
         self.scale = 1 / torch.tensor([58.395, 57.12, 57.375], device=images.device).view(3, 1, 1)
         self.loss: Tensor | None = None
@@ -47,9 +46,10 @@ class Step:
         self.loss = loss.detach()
 
 
-def backend(job: Job) -> str:
-    """Inductor; in a dry run what comes before it, because C++ for a CPU takes two minutes to compile."""
-    return "aot_eager" if job.toy else "inductor"
+def compiled_step(job: Job, dense: Any, variant: Variant, images: Tensor, labels: Tensor) -> Step:
+    """A step of a variant with weights of its own, through ``torch.compile``."""
+    model = made(dense, variant, share=False)
+    return Step(model, images, labels, compiled(model, toy=job.toy))
 
 
 def data(job: Job, model: Any) -> tuple[Tensor, Tensor]:
@@ -74,18 +74,18 @@ def measure(job: Job) -> None:
         job.rows.add(how="kernel calls", calls=calls)
     del eager
     job.device.release()
-    compiled: dict[str, Run] = {}
+    steps: dict[str, Run] = {}
     for variant in job.rows.in_time(COMPILED[1:2] if job.toy else COMPILED, reserve=5):
         started = time.monotonic()
         with job.rows.attempt(how="compiled", model=variant.name):
-            step = Step(made(dense, variant, share=False), images, labels, backend=backend(job))
+            step = compiled_step(job, dense, variant, images, labels)
             step()
             job.device.synchronize()
-            compiled["dense" if job.toy else variant.name] = step
+            steps["dense" if job.toy else variant.name] = step
             print(f"compiled {variant.name} in {time.monotonic() - started:.1f} s", flush=True)
-    if "dense" in compiled:
+    if "dense" in steps:
         with job.rows.attempt(how="compiled", batch=len(images)):
-            job.rows.add(how="compiled", batch=len(images), **_row(job, compiled))
+            job.rows.add(how="compiled", batch=len(images), **_row(job, steps))
 
 
 def _row(job: Job, steps: dict[str, Any]) -> dict[str, Any]:

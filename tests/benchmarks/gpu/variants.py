@@ -92,7 +92,7 @@ class OfficialBlock(nn.Module):
 def seeded(architecture: str, device: str, *, toy: bool = False, classes: int | None = None) -> Any:
     """A dense model on a device in FP32, with weights as general as trained ones: no bias is 0, scores differ."""
     torch.manual_seed(0)
-    arguments = dict(TOY) if toy else ({} if classes is None else {"num_classes": classes})
+    arguments: dict[str, Any] = dict(TOY) if toy else ({} if classes is None else {"num_classes": classes})
     with torch.device(device):
         model: Any = timm.create_model(architecture, **arguments)
         width = model.embed_dim

@@ -5,12 +5,13 @@ Each process compiles one program by calling it once. One that is ended early ha
 
 import torch
 
-from .bandwidth import Shape, buffers, compiled
+from .bandwidth import Shape, buffers, eager
+from .compiling import compiled
 from .inference import COMPILED, SMALL, compiled_call, images_for, variants_of
 from .job import Job
 from .training import COMPILED as TRAINED
-from .training import Step, backend, data
-from .variants import made, seeded
+from .training import compiled_step, data
+from .variants import seeded
 
 
 def compile_ahead(job: Job, program: str) -> None:
@@ -20,13 +21,13 @@ def compile_ahead(job: Job, program: str) -> None:
         index, batch = map(int, numbers)
         variant = COMPILED[index]
         model = variants_of(SMALL, (variant,), "fp16", job)[variant.name]
-        compiled_call(model, images_for(model, 1 if job.toy else batch, torch.float16, job.device.name))()
+        compiled_call(job, model, images_for(model, batch, torch.float16, job.device.name))()
     elif what == "training":
         dense = seeded(SMALL, job.device.name, toy=job.toy).train()
-        Step(made(dense, TRAINED[int(numbers[0])], share=False), *data(job, dense), backend=backend(job))()
+        compiled_step(job, dense, TRAINED[int(numbers[0])], *data(job, dense))()
     else:
         shapes: list[Shape] = [("fp16", 196, 384, 1), ("fp16", 196, 384, 128)]
         for shape in [("bf16", 16, 24, 2)] if job.toy else shapes:
             xs, scores, keep, _ = buffers(job, shape)
-            compiled()(xs[0], scores[0], keep)
+            compiled(eager, toy=job.toy)(xs[0], scores[0], keep)
     job.device.synchronize()

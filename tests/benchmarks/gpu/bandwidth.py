@@ -75,7 +75,7 @@ def measure(job: Job) -> None:
 
 def _row(job: Job, kernels: dict[str, TokenReorgKernel], shape: Shape, with_compile: bool) -> dict[str, Any]:
     xs, scores, keep, moved = buffers(job, shape)
-    outs = [tuple(torch.empty_like(part) for part in eager(x, s, keep)) for x, s in zip(xs, scores, strict=True)]
+    outs = [eager(x, s, keep) for x, s in zip(xs, scores, strict=True)]
     sources = [torch.randint(256, (moved // 2,), dtype=torch.uint8, device=job.device.name) for _ in xs]
     targets = [torch.empty_like(source) for source in sources]
     wanted, wanted_idx = eager(xs[-1], scores[-1], keep)

@@ -1,7 +1,7 @@
 """What a run found, as tables: each part's rows, what was predicted beforehand, and the goals with pass or miss."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .goals import goals
@@ -24,8 +24,8 @@ class Table:
 
     title: str
     header: Sequence[str] = ()
-    lines: list[Sequence[str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    lines: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
 
 
 def table(document: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ class Step:
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, forward: Any = None) -> None:
         self.images, self.labels, self.device = images, labels, images.device.type
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-        self.forward = forward or model
+        self.forward = model if forward is None else forward
         self.mean = torch.tensor([123.675, 116.28, 103.53], device=images.device).view(3, 1, 1)
         self.scale = 1 / torch.tensor([58.395, 57.12, 57.375], device=images.device).view(3, 1, 1)
         self.loss: Tensor | None = None

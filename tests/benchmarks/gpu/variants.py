@@ -73,20 +73,21 @@ class OfficialBlock(nn.Module):
         weights = (q @ k.transpose(-2, -1) * attn.scale).softmax(dim=-1)
         x = x + attn.proj((weights @ v).transpose(1, 2).flatten(2))
         if self.keep is not None:
-            x = self._reorganized(x, weights[:, :, 0, 1:].mean(dim=1))
+            x = _reorganized(x, weights[:, :, 0, 1:].mean(dim=1), self.keep)
         return x + self.mlp(self.norm2(x))
 
-    def _reorganized(self, x: Tensor, scores: Tensor) -> Tensor:
-        patches, candidates = x[:, 1:], x.shape[1] - 1
-        kept = scores.topk(self.keep, dim=1, largest=True, sorted=True).indices
-        numbers = torch.arange(candidates, device=x.device).expand(len(x), -1)
-        rest = numbers.scatter(1, kept, 0).sort(dim=1).values[:, self.keep :]  # the chosen ones sort to the front
 
-        def rows(index: Tensor) -> Tensor:
-            return patches.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+def _reorganized(x: Tensor, scores: Tensor, keep: int) -> Tensor:
+    patches, candidates = x[:, 1:], x.shape[1] - 1
+    kept = scores.topk(keep, dim=1, largest=True, sorted=True).indices
+    numbers = torch.arange(candidates, device=x.device).expand(len(x), -1)
+    rest = numbers.scatter(1, kept, 0).sort(dim=1).values[:, keep:]  # the chosen ones sort to the front
 
-        fused = (rows(rest) * scores.gather(1, rest).unsqueeze(-1)).sum(dim=1, keepdim=True)
-        return torch.cat([x[:, :1], rows(kept), fused.to(x.dtype)], dim=1)
+    def rows(index: Tensor) -> Tensor:
+        return patches.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+    fused = (rows(rest) * scores.gather(1, rest).unsqueeze(-1)).sum(dim=1, keepdim=True)
+    return torch.cat([x[:, :1], rows(kept), fused.to(x.dtype)], dim=1)
 
 
 def seeded(architecture: str, device: str, *, toy: bool = False, classes: int | None = None) -> Any:

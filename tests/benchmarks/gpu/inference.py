@@ -101,14 +101,14 @@ def times_row(job: Job, runs: dict[str, Run], batch: int) -> dict[str, Any]:
 def _compiled_row(job: Job, models: dict[str, Any], batch: int) -> None:
     images = images_for(models["dense"], batch, torch.float16, job.device.name)
     runs: dict[str, Run] = {}
-    for variant in job.rows.in_time(COMPILED[1:2] if job.toy else COMPILED, reserve=3):
+    for variant in job.rows.in_time(COMPILED, reserve=3):
         started = time.monotonic()
         with job.rows.attempt(model=SMALL, dtype="fp16", batch=batch, compiled=variant.name):
             run = compiled_call(job, models[variant.name], images)
             for _ in range(4):  # compiles, records, replays
                 run()
             job.device.synchronize()
-            runs["dense" if job.toy else variant.name] = run
+            runs[variant.name] = run
             print(f"compiled {variant.name} at {batch} in {time.monotonic() - started:.1f} s", flush=True)
     if "dense" in runs:
         job.rows.add(model=SMALL, dtype="fp16", batch=batch, how="torch.compile", **times_row(job, runs, batch))

@@ -82,8 +82,8 @@ def commands(job: Job) -> list[dict[str, list[str]]]:
     recipe += [part for setting in settings for part in ("--set", setting)]
     profile = [*both, "--batch-sizes", "1" if job.toy else "128", "--duration", "0.2" if job.toy else "1"]
     return [
-        {"doctor": ["doctor"], "convert": ["convert", *convert], "run": ["run", *recipe]},
-        {"verify": ["verify", str(bundle), *both, "--batch-sizes", "2"]},
+        {"doctor": ["doctor"], "convert": ["convert", *convert]},
+        {"verify": ["verify", str(bundle), *both, "--batch-sizes", "2"], "run": ["run", *recipe]},
         {"profile": ["profile", str(bundle), *profile]},
     ]
 

@@ -6,6 +6,7 @@ written where it should not be, shows.
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -208,14 +209,18 @@ def check_capture(job: Job) -> None:
             for call, out in zip(calls, wanted.pairs, strict=True):
                 _bound(kernel, call, out)()
             job.device.synchronize()
-            for check, round_ in (("graph", job.device.capture(runs)), ("two streams", _on_streams(job, runs, 2)),
-                                  ("another stream", _on_streams(job, runs, 1))):  # fmt: skip
+            rounds: dict[str, Callable[[], Callable[[], Any]]] = {
+                "graph": lambda runs=runs: job.device.capture(runs),
+                "two streams": lambda runs=runs: _on_streams(job, runs, 2),
+                "another stream": lambda runs=runs: _on_streams(job, runs, 1),
+            }
+            for check, prepare in rounds.items():
                 with job.rows.attempt(library=name, check=check, dtype=dtype):
-                    wrong = 0
+                    again, wrong = prepare(), 0
                     for _ in range(REPLAYS):
                         found.poison()
                         job.device.synchronize()
-                        round_()
+                        again()
                         job.device.synchronize()
                         wrong += not torch.equal(found.memory, wanted.memory)
                     job.rows.add(library=name, check=check, dtype=dtype, calls=len(runs), rounds=REPLAYS, wrong=wrong)

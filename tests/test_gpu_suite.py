@@ -145,6 +145,32 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("count", [4, 40, 400])
+def test_the_table_fits_the_end_of_a_log(monkeypatch, count):
+    monkeypatch.syspath_prepend(SUITE.parent)
+    from gpu.tables import table
+
+    one, batches = [1.0, 0.9, 1.1], (1, 8, 64, 128)
+    rows = [
+        {"dtype": "fp16", "candidates": 196, "channels": 384, "batch": batches[i % 4], "again": False,
+         "megabytes": 1.0, "microseconds": {"kernel": 5.0, "eager": 50.0, "copy": 4.0, "empty node": 1.0},
+         "of copy": {"kernel": one}, "eager over kernel": one}
+        for i in range(count)
+    ]  # fmt: skip
+    rest = [
+        {"check": "cases", "library": "kernel", "dtype": "fp16", "wrong": [f"{'wrong ' * 20}{i}"]} for i in range(99)
+    ]
+    named = {"bandwidth": rows, "truth": rest if count == 400 else []}
+    parts = [
+        {"number": "0", "name": name, "state": "done", "seconds": 1.0, "rows": these} for name, these in named.items()
+    ]
+    text = table({"parts": parts, "dry run": False, "refused": {}, "begun": "today", "seconds": 1.0})
+    assert 1000 < len(text) < 12_000
+    assert ("cut off here" in text) == (count == 400)
+    assert text.splitlines()[-1].split()[-2:] == ["not", "measured"]
+    assert "kernel at batch 1, N 196, less two empty nodes" in text
+
+
 def test_the_list_names_every_part():
     done = run("--list")
     assert done.returncode == 0

@@ -29,7 +29,7 @@ CREATORS = "libevit_plugin_creators.so"
 KERNEL = "libevit_token_reorg.so"
 """Has no TensorRT in it."""
 BUILD = "evit-deploy plugin build"
-ABI = 1
+ABI = 2
 """Of ``token_reorg.h``."""
 _IDENTITY = re.compile(
     rb"evit-deploy library: kind=(?P<kind>\w+) version=(?P<version>[\w.+-]+) abi=(?P<abi>\d+) "

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evit_deploy.engines.plugin.kernel import DTYPES, Cut, TokenReorgKernel, _Call
-from evit_deploy.engines.plugin.library import ABI, read_identity
 from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.tokens.kernel import DTYPES, Cut, TokenReorgKernel, _Call
+from evit_deploy.tokens.library import ABI, read_identity
 from evit_deploy.tokens.op import token_reorg
 from tests.support import plugin_builds
 from tests.support.cases import CASES, Case

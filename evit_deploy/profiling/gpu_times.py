@@ -22,9 +22,10 @@ from evit_deploy.runtimes.runner import Resident, Runner
 
 CALLS = 4
 """Timed calls a turn, behind one that is not: it alone finds the GPU idle."""
-WINDOW, STILL, CEILING = 3, 0.98, 5.0
-"""Warm-up: calls that are compared with as many before them, how still their medians have to be, and the seconds after
-the first call at which it ends in any case."""
+WINDOW, STILL = 3, 0.98
+"""Warm-up: calls that are compared with as many before them, and how still their medians have to be."""
+LEAST, CEILING = 0.1, 5.0
+"""Seconds of warm-up after the first call: at least, so that the clocks are up, and at most."""
 
 
 def measure_on_gpu(
@@ -87,27 +88,27 @@ def whole_call(runner: Runner, call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def warm_up(runner: Runner, call: Callable[[], object], ceiling: float = CEILING) -> int:
-    """Calls until the times stand still: no longer is anything compiled, recorded or allocated, and clocks are up.
+def warm_up(runner: Runner, call: Callable[[], object]) -> int:
+    """Calls until the times stand still: nothing is compiled, recorded or allocated any more, and the clocks are up.
 
     The first calls of a compiled model are the slowest, and not only the very first: CUDA graphs warm up at one call,
     record at the next and replay from then on.
 
     Args:
         runner: Whom to wait for.
-        call: What to call.
-        ceiling: Seconds after the first call at which to end in any case, though not before two windows of calls.
+        call: What to call; two windows of calls and the first are made even if they take longer than the ceiling.
 
     Returns:
         How many calls it took.
     """
     whole_call(runner, call)
     seconds: list[float] = []
-    end = time.perf_counter() + ceiling
+    begin = time.perf_counter()
     while True:
         seconds.append(whole_call(runner, call))
-        if len(seconds) < 2 * WINDOW:
+        spent = time.perf_counter() - begin
+        if len(seconds) < 2 * WINDOW or spent < LEAST:
             continue
         before, last = np.median(seconds[-2 * WINDOW : -WINDOW]), np.median(seconds[-WINDOW:])
-        if last >= STILL * before or time.perf_counter() >= end:
+        if last >= STILL * before or spent >= CEILING:
             return 1 + len(seconds)

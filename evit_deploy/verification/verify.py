@@ -68,6 +68,8 @@ def verify(
 ) -> Report:
     """Verifies a bundle against its golden answers, and its runtimes against one another.
 
+    PyTorch's own runtimes run on the GPU if there is one, in FP32 without TF32.
+
     Args:
         path: The bundle.
         runtimes: Names in the registry of runtimes; all that can run the bundle here when empty.

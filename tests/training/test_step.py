@@ -131,7 +131,7 @@ def test_a_whole_run_compiles_at_most_four_times():
 
     original = torch.compile
     try:
-        module.torch.compile = lambda m: original(m, backend=backend, fullgraph=True)
+        module.torch.compile = lambda m, **how: original(m, **how, backend=backend)
         fit(model, Images(), section(steps=24, keep_rate_start=1, keep_rate_epochs=5, compile=True))
     finally:
         module.torch.compile = original

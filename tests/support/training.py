@@ -19,7 +19,7 @@ TINY = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio
 
 def tiny(**changes):
     torch.manual_seed(0)
-    return timm.create_model("deit_tiny_patch16_224", num_classes=4, **({"img_size": 16} | TINY | changes))
+    return timm.create_model("deit_tiny_patch16_224", **({"num_classes": 4, "img_size": 16} | TINY | changes))
 
 
 class FixedBatch:

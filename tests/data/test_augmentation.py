@@ -12,8 +12,8 @@ from evit_deploy.data.augmentation import ErasedTransform, erase_
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sampling import own_randomness
 from evit_deploy.data.training_data import open_data
-from tests.data.test_transfer import DEVICES, available
 from tests.support.labelled_images import data_section
+from tests.support.training_devices import DEVICES, available
 
 SIDE = 24
 

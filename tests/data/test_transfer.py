@@ -14,16 +14,10 @@ from evit_deploy.data.training_data import open_data
 from evit_deploy.data.transfer import Transfer
 from evit_deploy.recipe.sections import DataSection
 from tests.support.labelled_images import SIZE, data_section
+from tests.support.training_devices import DEVICES, available
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HOW = Preprocess(size=(8, 8), crop_pct=1.0)
 MIXED = {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.0, "mixup": 0.8, "cutmix": 1.0}
-
-
-def available(device: str) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return device
 
 
 def pixels(count: int) -> torch.Tensor:

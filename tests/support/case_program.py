@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-
 from evit_deploy.engines.plugin.kernel import DTYPES
+
 from tests.support.cases import Case
 from tests.support.op_checks import TORCH
 

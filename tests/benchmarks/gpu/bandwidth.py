@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from evit_deploy.engines.plugin.kernel import TokenReorgKernel
+from evit_deploy.tokens.kernel import TokenReorgKernel
 from evit_deploy.tokens.op import reorganize, select
 
 from .compiling import compiled

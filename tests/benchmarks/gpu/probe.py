@@ -4,9 +4,9 @@ import sys
 
 import torch
 
-from evit_deploy.engines.plugin.kernel import TokenReorgKernel
 from evit_deploy.environment.nvidia import compute_capability, missing_gpu
 from evit_deploy.errors import EvitDeployError
+from evit_deploy.tokens.kernel import TokenReorgKernel
 
 from .job import Job
 

@@ -90,7 +90,7 @@ def test_every_part_runs_dry_and_becomes_a_section_of_the_results(tmp_path):
 def test_what_fails_hangs_or_dies_does_not_stop_the_rest(tmp_path):
     broken = tmp_path / "libevit_token_reorg.so"
     broken.write_bytes(b"\x7fELF")
-    arguments = "--dry-run", "--only", "bandwidth,faulty,crash,hang,ceilings", "--budget", 60, "--grace", 1000
+    arguments = "--dry-run", "--only", "bandwidth,faulty,missing,crash,hang,ceilings", "--budget", 60, "--grace", 1000
     done = run(*arguments, "--library", f"broken={broken}", "--out", tmp_path)
     assert done.returncode == 1, done.stderr
     assert "the library broken does not run here: " in done.stdout
@@ -104,6 +104,7 @@ def test_what_fails_hangs_or_dies_does_not_stop_the_rest(tmp_path):
     ]  # fmt: skip
     assert parts["crash"]["state"] == f"ended by signal {signal.SIGSEGV.value}"
     assert parts["crash"]["rows"] == [{"batch": 1}]
+    assert "No module named 'gpu.nowhere'" in parts["missing"]["state"]
     assert parts["hang"]["state"].startswith("ended at its deadline of ")
     assert is_gone(parts["hang"]["rows"][0]["child"])
     assert parts["ceilings"]["state"] == "not run"

@@ -90,7 +90,8 @@ class Process:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         if self.process.stdin is not None:
-            self.process.stdin.close()
+            with suppress(BrokenPipeError):  # a word that it never read
+                self.process.stdin.close()
         self.process.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)
 

@@ -38,6 +38,7 @@ PARTS = (
     Part("10", "commands", 75, "the command line as a user meets it", "product:run_commands"),
     Part("-", "hang", 2, "a part that hangs", "faults:hang", hidden=True),
     Part("-", "faulty", 5, "rows that run out of memory, fail, and go on", "faults:fail", hidden=True),
+    Part("-", "missing", 5, "a part that cannot be imported", "nowhere:run", hidden=True),
     Part("-", "crash", 5, "a part whose process is ended", "faults:crash", hidden=True),
 )
 NAMES = {part.name: part for part in PARTS}

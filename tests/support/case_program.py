@@ -6,13 +6,23 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
-from evit_deploy.engines.plugin.kernel import DTYPES
 
+from evit_deploy.tokens.kernel import DTYPES, Cut
 from tests.support.cases import Case
 from tests.support.op_checks import TORCH
 
-_HEADER = np.dtype([("pointers", "u8", 4), ("call", "i4", 7), ("", "i4"), ("how", "i4", 4)])
+_HEADER = np.dtype([("pointers", "u8", 4), ("call", "i4", 7), ("", "i4"), ("how", "i4", 6)])
+CUTS = (
+    Cut(),
+    Cut(lanes=4, tiles=1, early=1),
+    Cut(lanes=2, tiles=3, slices=3, early=2),
+    Cut(lanes=16, tiles=1, slices=2, early=1),
+    Cut(lanes=1, tiles=7, slices=64, early=2),
+    Cut(slices=5, early=2),
+)
+"""Ways to share out the work; none changes a bit of the result."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +33,13 @@ class ProgramCall:
         case: What is called.
         dtype: Type of x.
         offset: Elements by which x and y are off an address that is aligned to 16 bytes.
-        cut: Threads, lanes and tiles of the host's program.
+        cut: How the work is shared out.
     """
 
     case: Case
     dtype: str
     offset: int = 0
-    cut: tuple[int, int, int] = (1, 0, 0)
+    cut: Cut = CUTS[0]
 
 
 def sent(calls: Iterable[ProgramCall]) -> bytes:
@@ -40,7 +50,8 @@ def sent(calls: Iterable[ProgramCall]) -> bytes:
         x, scores = case.inputs(one.dtype)
         header = np.zeros((), _HEADER)
         sizes = case.batch, case.prefix, case.candidates, case.width, case.keep, case.fuse
-        header["call"], header["how"] = (DTYPES[TORCH[one.dtype]], *sizes), (one.offset, *one.cut)
+        header["call"] = DTYPES[TORCH[one.dtype]], *sizes
+        header["how"] = one.offset, *msgspec.structs.astuple(one.cut)
         parts += [header.tobytes(), x.tobytes(), scores.tobytes()]
     return b"".join(parts)
 

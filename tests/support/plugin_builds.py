@@ -68,3 +68,11 @@ def gpu_library() -> Path:
         return found
     need("cmake", "g++", "nvcc")
     return build("-DEVIT_TENSORRT=OFF", targets=("evit_token_reorg",)) / "libevit_token_reorg.so"
+
+
+def gpu_program() -> Path:
+    """The program of cases for the GPU of this machine: the one beside ``EVIT_DEPLOY_KERNEL``, or built here."""
+    if (found := prebuilt("token_reorg_cases_gpu")) is not None:
+        return found
+    need("cmake", "g++", "nvcc")
+    return build("-DEVIT_TENSORRT=OFF", targets=("token_reorg_cases_gpu",)) / "token_reorg_cases_gpu"

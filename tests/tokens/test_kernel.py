@@ -15,23 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.tokens.kernel import DTYPES, Cut, TokenReorgKernel, _Call
+from evit_deploy.tokens.kernel import Cut, TokenReorgKernel, _Call
 from evit_deploy.tokens.library import ABI, read_identity
 from evit_deploy.tokens.op import token_reorg
 from tests.support import plugin_builds
+from tests.support.case_program import CUTS, ProgramCall, answered, sent
 from tests.support.cases import CASES, Case
 from tests.support.op_checks import TORCH, check_answer, each_case, each_dtype, to_numpy, to_torch
 from tests.support.paths import ROOT
 
 SANITIZERS = {"address,undefined": 1, "thread": 3}  # and by how many threads: races take several
-CUTS = (
-    Cut(),
-    Cut(lanes=4, tiles=1, early=1),
-    Cut(lanes=2, tiles=3, slices=3, early=2, threads=3),
-    Cut(lanes=16, tiles=1, slices=2, early=1, threads=5),
-    Cut(lanes=1, tiles=7, slices=64, early=2, threads=2),
-    Cut(slices=5, early=2, threads=2),
-)
+THREADED = tuple(msgspec.structs.replace(cut, threads=1 + i % 5) for i, cut in enumerate(CUTS))
 
 
 @cache
@@ -66,32 +60,11 @@ def test_the_host_build_matches_the_oracle(case, dtype):
     check_answer(case, dtype, x, scores, to_numpy(y), to_numpy(idx))
 
 
-HEADER = np.dtype([("pointers", "u8", 4), ("call", "i4", 7), ("", "i4"), ("how", "i4", 6)])  # test/cases.cpp
-
-
-def answers_of(program: Path, calls: list[tuple[Case, str, Cut, int]], *runner: str) -> list:
+def answers_of(program: Path, calls: list[ProgramCall], *runner: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """What ``token_reorg_cases`` says to calls: y and idx of each."""
-    sent, sizes = [], []
-    for case, dtype, cut, offset in calls:
-        x, scores = case.inputs(dtype)
-        header = np.zeros((), HEADER)
-        sizes_ = case.batch, case.prefix, case.candidates, case.width, case.keep, case.fuse
-        header["call"] = DTYPES[TORCH[dtype]], *sizes_
-        header["how"] = offset, *msgspec.structs.astuple(cut)
-        sent += [header.tobytes(), x.tobytes(), scores.tobytes()]
-        sizes.append((x.dtype, (case.batch, case.prefix + case.keep + case.fuse, case.width), (case.batch, case.keep)))
-    done = subprocess.run([*runner, str(program)], input=b"".join(sent), capture_output=True)
+    done = subprocess.run([*runner, str(program)], input=sent(calls), capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    answers, at = [], 0
-    for dtype, y_shape, idx_shape in sizes:
-        assert int(np.frombuffer(done.stdout, np.int32, 1, at)[0]) == 0, done.stderr.decode()
-        y = np.frombuffer(done.stdout, dtype, int(np.prod(y_shape)), at + 4).reshape(y_shape)
-        at += 4 + y.nbytes
-        idx = np.frombuffer(done.stdout, np.int32, int(np.prod(idx_shape)), at).reshape(idx_shape)
-        at += idx.nbytes
-        answers.append((to_torch(y.copy()), to_torch(idx.copy())))
-    assert at == len(done.stdout)
-    return answers
+    return list(answered(calls, done.stdout))
 
 
 @pytest.mark.slow
@@ -105,12 +78,12 @@ def test_the_whole_table_under_sanitizers_in_other_cuts(sanitizer):
     # Off the grid of 16 bytes on every third call. Large cases take minutes when every access is watched for races.
     cases = [case for case in CASES if threads == 1 or case.candidates * case.width <= 196 * 24]
     calls = [
-        (case, dtype, msgspec.structs.replace(CUTS[i % len(CUTS)], threads=threads), int(i % 3 == 2))
+        ProgramCall(case, dtype, int(i % 3 == 2), msgspec.structs.replace(CUTS[i % len(CUTS)], threads=threads))
         for i, (case, dtype) in enumerate((case, dtype) for case in cases for dtype in TORCH)
     ]
     found = answers_of(program, calls, "setarch", "-R")  # ThreadSanitizer wants its addresses where they always were
-    for (case, dtype, *_), answer in zip(calls, found, strict=True):
-        assert_same_bits(answer, kernel()(*call_of(case, dtype)))
+    for call, (y, idx) in zip(calls, found, strict=True):
+        assert_same_bits((to_torch(y.copy()), to_torch(idx.copy())), kernel()(*call_of(call.case, call.dtype)))
 
 
 @pytest.mark.cpp
@@ -144,7 +117,7 @@ def calls(draw):
 
 
 @pytest.mark.cpp
-@given(calls(), st.sampled_from(CUTS))
+@given(calls(), st.sampled_from(THREADED))
 def test_any_call_in_any_cut_gives_the_same_bits(call, cut):
     y, idx = kernel()(*call)
     assert_same_bits((y, idx), kernel()(*call, cut=cut))
@@ -396,15 +369,12 @@ def test_it_can_be_captured_in_a_graph_and_repeats_its_bits(batch):
 def test_compute_sanitizer_finds_nothing(tool):
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("compute-sanitizer is not installed")
-    folder = plugin_builds.build("-DEVIT_TENSORRT=OFF", targets=("token_reorg_cases_gpu",))
     calls = [
-        (case, dtype, msgspec.structs.replace(CUTS[i % len(CUTS)], threads=0), i % 3 == 2)
+        ProgramCall(case, dtype, int(i % 3 == 2), CUTS[i % len(CUTS)])
         for i, case in enumerate(CASES)
         for dtype in TORCH
     ]
     runner = "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--log-file", "/dev/stderr"
-    for (case, dtype, *_), answer in zip(
-        calls, answers_of(folder / "token_reorg_cases_gpu", calls, *runner), strict=True
-    ):
-        x, scores = case.inputs(dtype)
-        check_answer(case, dtype, x, scores, *(to_numpy(part) for part in answer))
+    found = answers_of(plugin_builds.gpu_program(), calls, *runner)
+    for call, answer in zip(calls, found, strict=True):
+        check_answer(call.case, call.dtype, *call.case.inputs(call.dtype), *answer)

@@ -20,7 +20,6 @@ namespace {
 struct Header {
   EvitTokenReorgCall call;  // pointers ignored
   int32_t offset;           // elements by which x and y are off an address that is aligned to 16 bytes
-  int32_t threads;          // on the CPU
   EvitCut cut;
 };
 

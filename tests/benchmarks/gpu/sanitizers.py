@@ -12,13 +12,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.support.case_program import ProgramCall, answered, sent
+from tests.support.case_program import CUTS, ProgramCall, answered, sent
 from tests.support.cases import CASES
 from tests.support.op_checks import TORCH, check_answer
 
 from .job import Job
 
-ALL = [ProgramCall(case, dtype, i % 2) for i, (case, dtype) in enumerate((c, d) for c in CASES for d in TORCH)]
+ALL = [
+    ProgramCall(case, dtype, i % 2, CUTS[i % len(CUTS)])
+    for i, (case, dtype) in enumerate((c, d) for c in CASES for d in TORCH)
+]
 SIZES = (7, 196, 512, 513, 1025, 4096)
 SOME = [call for size in SIZES for call in [one for one in ALL if one.case.candidates == size][:9]]
 TOOLS = {"memcheck": ALL, "racecheck": SOME, "synccheck": SOME, "initcheck": SOME}

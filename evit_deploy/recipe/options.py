@@ -44,7 +44,7 @@ class BuildOptions(Section, frozen=True, kw_only=True):
     optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
     """How long to search for kernels, from 0 (quick) to 5 (thorough). [default: the builder's own]"""
     version_compatible: bool = False
-    """TensorRT: build an engine that later versions can run too."""
+    """TensorRT: build an engine that later versions can run too, with this version's lean runtime."""
     hardware_compatible: bool = False
     """TensorRT: build an engine that other GPUs from Ampere on can run too, at some cost in speed."""
     timing_cache: str | None = None

@@ -334,6 +334,9 @@ std::unique_ptr<Runner> MakeRunner(const Bundle& bundle, const std::string& plug
     throw Error(Exit::kInput, where, "the plan needs the plugin that it was built with",
                 "Give it with --plugin LIBRARY; its SHA-256 is " + *bundle.engine->plugin + ".");
   }
+  if (!plugin.empty() && std::string_view(kTarget) == "tensorrt-rtx") {
+    throw Error(Exit::kInput, plugin, "TensorRT-RTX takes no plugins", "Leave --plugin out.");
+  }
   if (!plugin.empty()) LoadPlugin(plugin, bundle);  // TensorRT, which it enters itself in, is linked and so is there
   const std::string gpu = GpuHere();
   auto logger = std::make_unique<Logger>();

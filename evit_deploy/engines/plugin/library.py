@@ -28,6 +28,9 @@ CREATORS = "libevit_plugin_creators.so"
 """Is registered by TensorRT, which loads it."""
 KERNEL = "libevit_token_reorg.so"
 """Has no TensorRT in it."""
+PLUGIN = ("evit", "TokenReorg")
+"""Namespace and name in TensorRT's registry: the operator's domain and name in :mod:`evit_deploy.tokens.op`, which
+imports PyTorch, as the builder's process does not."""
 BUILD = "evit-deploy plugin build"
 ABI = 1
 """Of ``token_reorg.h``."""

@@ -8,6 +8,7 @@ Packages of two versions exclude each other, so they lie in folders of the user'
 which takes some seconds and 90 MB.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -39,6 +40,26 @@ KERNEL = """
 extern "C" int32_t evit_token_reorg(const EvitTokenReorgCall*, void*, char*, size_t) { return EVIT_INVALID_CALL; }
 """
 """In place of the kernel, where there is no CUDA compiler; nothing here is run on a GPU."""
+
+
+def root(runtime: str) -> Path:
+    """A folder with headers and library, as C++ programs are linked to: of ``tensorrt`` (lean) or ``tensorrt-rtx``."""
+
+    def make(folder: Path) -> None:
+        if runtime == "tensorrt":
+            library = packages(11) / "tensorrt_lean_libs" / "libnvinfer_lean.so.11"
+        else:
+            found = importlib.util.find_spec("tensorrt_rtx_libs")
+            if found is None or found.origin is None:
+                pytest.skip("needs TensorRT-RTX: pip install tensorrt-rtx")
+            library = next(Path(found.origin).parent.glob("libtensorrt_rtx.so.*"))
+        (folder / "lib").mkdir(parents=True)
+        (folder / "include").symlink_to(plugin_builds.headers(11) / "include")
+        name = "libnvinfer.so" if runtime == "tensorrt" else "libtensorrt_rtx.so"
+        for link in (name, library.name):  # to link to, and to be found when the program starts
+            (folder / "lib" / link).symlink_to(library)
+
+    return made_once(f"{runtime}-root", make)
 
 
 @cache

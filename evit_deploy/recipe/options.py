@@ -13,6 +13,7 @@ from msgspec import Meta
 from evit_deploy.recipe.sections import Count, Section
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+Linear = Literal["gemm", "matmul"]
 
 
 class BatchProfile(msgspec.Struct, frozen=True):
@@ -77,6 +78,9 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     it is usable, else onnx]"""
     precision: Precision | None = None
     """Precision of the files. [default: fp16 for an engine, else fp32]"""
+    linear: Linear | None = None
+    """Form of the linear layers: ``gemm``, on two dimensions with the bias inside, or ``matmul``, on three, with an
+    ``Add``. [default: the target's, gemm]"""
     calibration: str | None = None
     """Folder of real images, for ``int8`` and ``fp8``: the range of every activation is learned from them."""
     indices: bool = False

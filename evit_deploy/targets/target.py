@@ -75,7 +75,7 @@ class Target(ABC):
     else in FP32: no GPU fuses FP32 attention, and no CPU is fast in FP16."""
     linear: ClassVar[Linear] = "gemm"
     """Form of the linear layers in the file that it is made from. Which is faster in TensorRT is open: on one GPU, with
-    TensorRT 10.3, others measured ``matmul`` 7 to 13 % faster. ``recipes/a100.yaml`` compares the two."""
+    TensorRT 10.3, others measured ``matmul`` 7 to 13 % faster. ``recipes/a100.yaml`` has lines to compare them."""
     runtimes: ClassVar[tuple[str, ...]] = ()
     """Runtimes that run what it writes, in the registry's names."""
     platforms: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {}

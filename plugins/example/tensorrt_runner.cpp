@@ -21,7 +21,7 @@ namespace {
 
 constexpr char kTarget[] = EVIT_TARGET, kPlan[] = "engine.plan";
 constexpr bool kCaptures = std::string_view(kTarget) == "tensorrt";  // TensorRT-RTX compiles kernels while it runs
-constexpr int kPluginAbi = 1;
+constexpr int kPluginAbi = 2;
 constexpr std::size_t kLanes = 8;          // batch sizes kept ready at a time
 constexpr std::size_t kLargestNumber = 8;  // bytes; outputs may be of types that are of no concern here
 

@@ -50,12 +50,30 @@ inline int32_t check_call(const EvitTokenReorgCall* call, char* message, size_t 
                  {"y", call->y, call->dtype == EVIT_FP32 ? 4u : 2u},
                  {"idx", call->idx, 4}};
   for (const auto& tensor : tensors) {
+    if (tensor.pointer == nullptr && tensor.pointer == call->idx) continue;  // not wanted
     if (tensor.pointer == nullptr)
       return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: %s is a null pointer", tensor.name);
     if (reinterpret_cast<uintptr_t>(tensor.pointer) % tensor.alignment != 0)
       return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: %s is not aligned to its elements of %u bytes",
                     tensor.name, tensor.alignment);
   }
+  return EVIT_OK;
+}
+
+inline int32_t check_cut(const EvitCut* cut, char* message, size_t size) {
+  if (cut == nullptr) return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: the cut is a null pointer");
+  if (cut->lanes < 0 || cut->lanes > EVIT_MAX_LANES || (cut->lanes & (cut->lanes - 1)) != 0)
+    return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: lanes is %d, expected a power of two up to %d",
+                  cut->lanes, EVIT_MAX_LANES);
+  constexpr int32_t kMostTiles = 1 << 20;
+  if (cut->tiles < 0 || cut->tiles > kMostTiles)
+    return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: tiles is %d, expected 0 to %d", cut->tiles,
+                  kMostTiles);
+  if (cut->slices < 0 || cut->slices > EVIT_MAX_SLICES)
+    return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: slices is %d, expected 0 to %d", cut->slices,
+                  EVIT_MAX_SLICES);
+  if (cut->early < 0 || cut->early > 2)
+    return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: early is %d, expected 0 to 2", cut->early);
   return EVIT_OK;
 }
 

@@ -1,13 +1,15 @@
 // The body of evit::TokenReorg, written for a team of threads that share memory and can wait for each other: a block of
 // a GPU, or threads of a CPU (kernel_host.cpp), so that everything but the launch is tested without a GPU.
 //
-// One team serves one image and a range of its columns. It ranks all candidates first; teams of the same image repeat
-// that, which is cheaper than waiting for each other. Then every row is read once, kept ones are written where they
-// belong, the others are added up.
+// One team serves one image and a range of its columns. Its first loads of x are under way while it ranks the
+// candidates; teams of the same image repeat the ranking, which is cheaper than waiting for each other. Then every row
+// is handled once: kept ones are written where they belong, the others are added up.
 //
-// The sum of the fused row does not depend on how the work is cut: row r always belongs to row group r mod kRowGroups,
-// a group adds its rows in rising order, and the groups are added in rising order. Every step is one fused multiply-add
-// or addition in FP32, so that a CPU and every GPU give the same bits, whatever the batch.
+// With few images the rows are cut too: one team adds up the fused row, the others copy the kept rows.
+//
+// The sum of the fused row does not depend on how the work is cut: row r always belongs to row group r mod G (G follows
+// from N alone), a group adds its rows in rising order, and the groups are added in rising order. Every step is one
+// fused multiply-add or addition in FP32, so that a CPU and every GPU give the same bits, whatever the batch.
 #pragma once
 
 #include <math.h>
@@ -20,17 +22,19 @@
 #include <cuda_fp16.h>
 #define EVIT_HOST_DEVICE __host__ __device__
 #define EVIT_UNROLL _Pragma("unroll")
+#define EVIT_ROLLED _Pragma("unroll 1")
 #else
 #define EVIT_HOST_DEVICE
 #define EVIT_UNROLL
+#define EVIT_ROLLED
 #endif
 
 namespace evit {
 
-constexpr int kRowGroups = 16;
-constexpr int kMaxLanes = 16;  // lanes in a row group, each with one access of 16 bytes: 256 bytes of a row at a time
-constexpr int kRowsInFlight = 8;
-constexpr int kCountingLimit = 512;  // candidates up to which ranking by counting beats sorting
+constexpr int kRowsInFlight = 8;     // loads of x that a thread has under way
+constexpr int kScoresInFlight = 4;   // and of scores
+constexpr int kCountingLimit = 256;  // candidates up to which ranking by counting beats merging
+constexpr int kRun = 64;             // candidates that are ranked by counting before runs are merged
 
 // ---- types
 
@@ -66,13 +70,15 @@ EVIT_HOST_DEVICE inline float to_float(float value) { return value; }
 
 EVIT_HOST_DEVICE inline float to_float(Bfloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 
+// On the host by hand: g++ 11 knows no _Float16.
 EVIT_HOST_DEVICE inline float to_float(Half value) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(value.bits));
 #else
-  _Float16 half;
-  memcpy(&half, &value.bits, sizeof half);
-  return static_cast<float>(half);
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16, size = value.bits & 0x7fffu;
+  if (size >= 0x7c00u) return float_of(sign | 0x7f800000u | size << 13);  // infinite, or not a number
+  // Exponents of FP16 are biased by 15, of FP32 by 127; the product normalises what is subnormal.
+  return float_of(sign | bits_of(float_of(size << 13) * 0x1p112f));
 #endif
 }
 
@@ -89,51 +95,45 @@ EVIT_HOST_DEVICE inline void from_float(float value, Half& to) {
 #if defined(__CUDA_ARCH__)
   to.bits = __half_as_ushort(__float2half_rn(value));
 #else
-  const _Float16 half = static_cast<_Float16>(value);
-  memcpy(&to.bits, &half, sizeof to.bits);
+  const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+  uint32_t half;
+  if (size > 0x7f800000u) {
+    half = 0x7fffu;  // as __float2half_rn does, whatever the NaN
+    to.bits = static_cast<uint16_t>(half);
+    return;
+  }
+  if (size < 0x38800000u)  // below 2^-14, subnormal: adding 0.5 shifts the digits into place, and rounds
+    half = bits_of(float_of(size) + 0.5f) - 0x3f000000u;
+  else if (size < 0x47800000u)  // below 2^16; rounding may carry into infinity
+    half = (size + 0xfffu + (size >> 13 & 1u) - (112u << 23)) >> 13;
+  else
+    half = 0x7c00u;
+  to.bits = static_cast<uint16_t>(sign | half);
 #endif
 }
 
-// What one access moves.
+// What one access moves: 16 bytes as words, which stay whole in registers until they are used, or one element.
 template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
-  T items[kWidth];
+struct alignas(16) Pack {
+  uint32_t words[4];
+
+  EVIT_HOST_DEVICE float operator[](int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return float_of(words[i]);
+    } else {
+      return to_float(T{static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))});
+    }
+  }
 };
 
-// ---- how the work is cut
+template <class T>
+struct Pack<T, 1> {
+  T item;
 
-struct Geometry {
-  int lanes;  // a power of two; a team has lanes * kRowGroups members
-  int tiles;  // teams that share an image
+  EVIT_HOST_DEVICE float operator[](int) const { return to_float(item); }
 };
 
 EVIT_HOST_DEVICE inline int divide_up(int a, int b) { return (a + b - 1) / b; }
-
-// Few images: narrow teams, many to an image, to reach every multiprocessor. Many: wide ones, for longer accesses, and
-// as few to an image as still fill the device, since each ranks the candidates anew.
-inline Geometry choose_geometry(int batch, int accesses, int multiprocessors) {
-  const int64_t narrow = static_cast<int64_t>(batch) * divide_up(accesses, kMaxLanes);
-  const int lanes = narrow < multiprocessors ? kMaxLanes / 2 : kMaxLanes;
-  const int chunks = divide_up(accesses, lanes);
-  constexpr int kTeamsToAMultiprocessor = 3;
-  const int wanted = divide_up(kTeamsToAMultiprocessor * multiprocessors, batch);
-  return {lanes, wanted < chunks ? wanted : chunks};
-}
-
-EVIT_HOST_DEVICE inline int sorted_length(int candidates) {
-  int length = 1;
-  while (length < candidates) length *= 2;
-  return length;
-}
-
-// The scratch memory holds the keys while candidates are ranked and the partial sums afterwards.
-EVIT_HOST_DEVICE inline int scratch_bytes(const EvitTokenReorgCall& call, int lanes, int width) {
-  const int keys = call.candidates <= kCountingLimit
-                       ? divide_up(call.candidates, 4) * 16
-                       : sorted_length(call.candidates) * static_cast<int>(sizeof(uint64_t));
-  const int sums = call.fuse ? kRowGroups * lanes * width * static_cast<int>(sizeof(float)) : 0;
-  return keys > sums ? keys : sums;
-}
 
 // ---- ranking
 
@@ -143,146 +143,300 @@ EVIT_HOST_DEVICE inline uint32_t key_of(float score) {
   return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
+// The score that a key was made of; -0 has become +0.
+EVIT_HOST_DEVICE inline float score_of(uint32_t key) { return float_of(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu)); }
+
 struct alignas(16) Keys {
   uint32_t items[4];
 };
 
-// A candidate's rank is the number of those ahead of it: no barrier, no data-dependent path.
+EVIT_HOST_DEVICE inline bool ranked_by_counting(int candidates) { return candidates <= kCountingLimit; }
+
+// Keys, and for merging a second set and two of the candidates' numbers.
+EVIT_HOST_DEVICE inline int ranking_bytes(int candidates) {
+  const int keys = divide_up(candidates, 4) * static_cast<int>(sizeof(Keys));
+  return ranked_by_counting(candidates) ? keys : 3 * keys;
+}
+
+// Adds one if a key is above another, or not below it. By hand: the compiler takes three dependent instructions.
+template <bool kOrEqual>
+EVIT_HOST_DEVICE inline void count(uint32_t other, uint32_t key, int& sum) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kOrEqual)
+    asm("{ .reg .pred p; setp.ge.u32 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(sum) : "r"(other), "r"(key));
+  else
+    asm("{ .reg .pred p; setp.gt.u32 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(sum) : "r"(other), "r"(key));
+#else
+  sum += kOrEqual ? other >= key : other > key;
+#endif
+}
+
+// Candidates of quads [first, last) that are ahead of candidate i: a higher score, or an equal one and a lower number.
+EVIT_HOST_DEVICE inline int count_ahead(const Keys* keys, int first, int last, int i) {
+  const int own = i / 4;
+  const uint32_t key = keys[own].items[i % 4];
+  int ahead[4] = {};
+  for (int quad = first; quad < own; ++quad) {
+    const Keys other = keys[quad];
+    EVIT_UNROLL
+    for (int item = 0; item < 4; ++item) count<true>(other.items[item], key, ahead[item]);
+  }
+  for (int item = 0; item < 4; ++item) {
+    const uint32_t other = keys[own].items[item];
+    ahead[item] += item < i % 4 ? other >= key : other > key;
+  }
+  for (int quad = own + 1; quad < last; ++quad) {
+    const Keys other = keys[quad];
+    EVIT_UNROLL
+    for (int item = 0; item < 4; ++item) count<false>(other.items[item], key, ahead[item]);
+  }
+  return ahead[0] + ahead[1] + ahead[2] + ahead[3];
+}
+
+// How many of `length` falling keys are above a key, or not below it.
+EVIT_HOST_DEVICE inline int search(const uint32_t* keys, int length, uint32_t key, bool or_equal) {
+  int found = 0, step = 1;
+  while (step <= length) step *= 2;
+  for (step /= 2; step > 0; step /= 2) {
+    const int next = found + step;
+    if (next > length) continue;
+    const uint32_t other = keys[next - 1];
+    if (other > key || (or_equal && other == key)) found = next;
+  }
+  return found;
+}
+
+// Calls place(candidate, rank, key) for every candidate. The first keys have been written, and waited for.
+//
+// A candidate's rank is the number of those ahead of it: up to kCountingLimit of them are simply counted. More are
+// counted in runs, and pairs of sorted runs are merged until one is left: every candidate looks for its place in the
+// other run. Runs follow one another in number, so a tie is decided by which run one is in.
 template <class Team, class Place>
-EVIT_HOST_DEVICE void rank_by_counting(const Team& team, const float* scores, int candidates, Keys* keys, Place place) {
+EVIT_HOST_DEVICE void rank_candidates(const Team& team, int candidates, unsigned char* memory, Place place) {
   const int quads = divide_up(candidates, 4);
-  for (int i = team.rank(); i < quads * 4; i += team.size())
-    keys[i / 4].items[i % 4] = i < candidates ? key_of(scores[i]) : 0;  // 0 is ahead of nobody in front of it
-  team.barrier();
+  const Keys* all = reinterpret_cast<const Keys*>(memory);
+  if (ranked_by_counting(candidates)) {
+    for (int i = team.rank(); i < candidates; i += team.size())
+      place(i, count_ahead(all, 0, quads, i), all[i / 4].items[i % 4]);
+    return;
+  }
+  uint32_t* keys = reinterpret_cast<uint32_t*>(memory);  // to read from, and to write to
+  uint32_t* next_keys = keys + quads * 4;
+  uint16_t* order = reinterpret_cast<uint16_t*>(next_keys + quads * 4);
+  uint16_t* next_order = order + quads * 4;
+  const auto turn = [&] {
+    uint32_t* const swapped_keys = keys;
+    uint16_t* const swapped_order = order;
+    keys = next_keys, order = next_order;
+    next_keys = swapped_keys, next_order = swapped_order;
+    team.barrier();
+  };
   for (int i = team.rank(); i < candidates; i += team.size()) {
-    const int own = i / 4;
-    const uint32_t key = keys[own].items[i % 4];
-    int ahead = 0;
-    for (int quad = 0; quad < own; ++quad) {
-      const Keys other = keys[quad];
-      EVIT_UNROLL
-      for (int item = 0; item < 4; ++item) ahead += other.items[item] >= key;
+    const int first = i / kRun * (kRun / 4), last = first + kRun / 4;
+    const int to = first * 4 + count_ahead(all, first, last < quads ? last : quads, i);
+    next_keys[to] = keys[i];
+    next_order[to] = static_cast<uint16_t>(i);
+  }
+  turn();
+  for (int length = kRun; length < candidates; length *= 2) {
+    const bool done = 2 * length >= candidates;
+    for (int i = team.rank(); i < candidates; i += team.size()) {
+      const int start = i & ~(2 * length - 1), middle = start + length;
+      const uint32_t key = keys[i];
+      int to = i;
+      if (i >= middle) {
+        to += search(keys + start, length, key, true) - length;
+      } else if (middle < candidates) {
+        const int others = candidates - middle;
+        to += search(keys + middle, others < length ? others : length, key, false);
+      }
+      if (done) {
+        place(order[i], to, key);
+      } else {
+        next_keys[to] = key;
+        next_order[to] = order[i];
+      }
     }
-    for (int item = 0; item < 4; ++item) {
-      const uint32_t other = keys[own].items[item];
-      ahead += item < i % 4 ? other >= key : other > key;
-    }
-    for (int quad = own + 1; quad < quads; ++quad) {
-      const Keys other = keys[quad];
-      EVIT_UNROLL
-      for (int item = 0; item < 4; ++item) ahead += other.items[item] > key;
-    }
-    place(i, ahead);
+    if (!done) turn();
   }
 }
 
-// Bitonic sort (Batcher 1968) of key and index in one number: N log^2 N instead of N^2, for many candidates.
-template <class Team, class Place>
-EVIT_HOST_DEVICE void rank_by_sorting(const Team& team, const float* scores, int candidates, uint64_t* keys,
-                                      Place place) {
-  const int length = sorted_length(candidates);
-  for (int i = team.rank(); i < length; i += team.size())  // rising order: the highest score, then the lowest index
-    keys[i] =
-        i < candidates ? static_cast<uint64_t>(~key_of(scores[i])) << 32 | static_cast<uint32_t>(i) : ~uint64_t{0};
-  team.barrier();
-  for (int run = 2; run <= length; run *= 2) {
-    for (int distance = run / 2; distance > 0; distance /= 2) {
-      for (int pair = team.rank(); pair < length / 2; pair += team.size()) {
-        const int low = 2 * pair - (pair & (distance - 1));
-        const uint64_t a = keys[low], b = keys[low + distance];
-        if ((a > b) == ((low & run) == 0)) {
-          keys[low] = b;
-          keys[low + distance] = a;
-        }
-      }
-      team.barrier();
-    }
+// ---- how the work is cut
+
+// Rows whose numbers differ by this are added by the same members, whatever the cut.
+EVIT_HOST_DEVICE inline int row_groups(int candidates) { return candidates <= 512 ? 32 : 64; }
+
+struct Geometry {
+  int lane_bits;  // a team has 2^lane_bits accesses side by side, and row_groups times as many members
+  int tiles;      // teams that share an image's columns
+  int slices;     // teams that share a tile's rows: with a fused row the first adds it up, the others copy
+  int early;      // whether the first rows are loaded before it is known which of them stay
+};
+
+// Few images: narrow teams, many to an image, to reach every multiprocessor; if they are still too few and have many
+// rows, the rows are cut so that each team has all of its loads under way at once. Many images: wide teams, for longer
+// accesses, and as few to an image as still fill the device, since each ranks the candidates anew.
+inline Geometry choose_geometry(const EvitTokenReorgCall& call, int width, int multiprocessors) {
+  constexpr int kTeamsToAMultiprocessor = 3;
+  const int accesses = divide_up(call.channels, width);
+  const auto chunks_of = [&](int lane_bits) { return divide_up(accesses, 1 << lane_bits); };
+  const auto teams = [&](int lane_bits) { return static_cast<int64_t>(call.batch) * chunks_of(lane_bits); };
+  int lane_bits = width == 1 ? 5 : 3;  // 128 bytes of a row, or less of one that cannot be moved 16 bytes at a time
+  const int narrowest = lane_bits - 2;
+  while (lane_bits > narrowest && teams(lane_bits) < multiprocessors) --lane_bits;
+  const bool few = teams(lane_bits) < multiprocessors;
+  const int chunks = chunks_of(lane_bits);
+  const int wanted = divide_up(kTeamsToAMultiprocessor * multiprocessors, call.batch);
+  const int chunks_each = wanted < chunks ? chunks / wanted : 1;
+  const int loads = divide_up(call.prefix + call.candidates, row_groups(call.candidates) * kRowsInFlight);
+  int slices = 1;
+  if (few && loads > 1) {
+    const int room = static_cast<int>(multiprocessors / teams(lane_bits));
+    slices = loads + call.fuse < room ? loads + call.fuse : room;
   }
-  for (int rank = team.rank(); rank < candidates; rank += team.size())
-    place(static_cast<int>(static_cast<uint32_t>(keys[rank])), rank);
+  // Rows that are dropped need not be read at all, which matters where bandwidth does.
+  return {lane_bits, divide_up(chunks, chunks_each), slices, call.fuse || few};
+}
+
+// What a cut that was asked for says replaces what would be chosen.
+inline Geometry apply_cut(Geometry geometry, const EvitCut& cut) {
+  if (cut.lanes > 0)
+    for (geometry.lane_bits = 0; 1 << geometry.lane_bits < cut.lanes;) ++geometry.lane_bits;
+  if (cut.tiles > 0) geometry.tiles = cut.tiles;
+  if (cut.slices > 0) geometry.slices = cut.slices;
+  if (cut.early > 0) geometry.early = cut.early - 1;
+  return geometry;
+}
+
+// What becomes of a row: its place in y, or -1 and its weight in the fused row.
+struct alignas(8) Fate {
+  int32_t to;
+  float weight;
+};
+
+// The scratch memory holds the keys while candidates are ranked and the partial sums afterwards.
+EVIT_HOST_DEVICE inline int scratch_bytes(const EvitTokenReorgCall& call, Geometry geometry, int width) {
+  const int keys = ranking_bytes(call.candidates);
+  const int accesses = row_groups(call.candidates) << geometry.lane_bits;
+  const int sums = call.fuse ? accesses * width * static_cast<int>(sizeof(float)) : 0;
+  return keys > sums ? keys : sums;
 }
 
 // ---- the op
 
+// A team's share of the work.
+struct Share {
+  int image, tile, slice;
+};
+
 // What a team does.
 //
-//   image, tile, geometry  its share
-//   scratch                scratch_bytes(), aligned to 16
-//   places                 one for each candidate
+//   scratch  scratch_bytes(), aligned to 16
+//   fates    one for each row
 template <class T, int kWidth, class Team>
-EVIT_HOST_DEVICE void token_reorg(const Team& team, const EvitTokenReorgCall& call, int image, int tile,
-                                  Geometry geometry, unsigned char* scratch, int16_t* places) {
+EVIT_HOST_DEVICE void token_reorg(const Team& team, const EvitTokenReorgCall& call, Share share, Geometry geometry,
+                                  unsigned char* scratch, Fate* fates) {
   using Access = Pack<T, kWidth>;
-  const int rows = call.prefix + call.candidates;
-  const int rows_out = call.prefix + call.keep + call.fuse;
-  const int64_t stride = call.channels, before = image;  // images in front of this one; in 64 bits, as all offsets
+  const int rows = call.prefix + call.candidates, rows_out = call.prefix + call.keep + call.fuse;
+  const int channels = call.channels;
+  const int64_t before = share.image;  // images in front; in 64 bits, as all offsets
   const float* scores = call.scores + before * call.candidates;
-  const T* x = static_cast<const T*>(call.x) + before * rows * stride;
-  T* y = static_cast<T*>(call.y) + before * rows_out * stride;
+  const T* x = static_cast<const T*>(call.x) + before * rows * channels;
+  T* y = static_cast<T*>(call.y) + before * rows_out * channels;
 
-  const auto place = [&](int candidate, int rank) {
+  const bool cut = geometry.slices > 1;
+  const bool copies = !cut || !call.fuse || share.slice > 0;
+  const bool sums = call.fuse && (!cut || share.slice == 0);
+  const int part = cut && copies ? share.slice - call.fuse : 0;
+  const int parts = cut && copies ? geometry.slices - call.fuse : 1;
+
+  // A member has one lane of the rows first_row, first_row + row_step and so on.
+  const int lanes = 1 << geometry.lane_bits, groups = row_groups(call.candidates), members = groups * lanes;
+  const int chunks = divide_up(divide_up(channels, kWidth), lanes);
+  const int row_step = groups * parts;
+  const auto first_row = [&](int member) { return (member >> geometry.lane_bits) + groups * part; };
+  const auto column_of = [&](int chunk, int member) { return (chunk * lanes + (member & (lanes - 1))) * kWidth; };
+
+  // Scores are asked for first, since the ranking waits for them, then the first rows.
+  float early_scores[kScoresInFlight];
+  EVIT_UNROLL
+  for (int i = 0; i < kScoresInFlight; ++i) {
+    const int candidate = team.rank() + i * team.size();
+    early_scores[i] = candidate < call.candidates ? scores[candidate] : 0.0f;
+  }
+  Access pack[kRowsInFlight];
+  bool loaded = geometry.early && team.rank() < members && column_of(share.tile, team.rank()) < channels;
+  if (loaded) {
+    const T* from = x + column_of(share.tile, team.rank());
+    EVIT_UNROLL
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      const int row = first_row(team.rank()) + i * row_step;
+      if (row < rows) pack[i] = *reinterpret_cast<const Access*>(from + static_cast<int64_t>(row) * channels);
+    }
+  }
+
+  uint32_t* keys = reinterpret_cast<uint32_t*>(scratch);
+  const int padded = divide_up(call.candidates, 4) * 4;
+  EVIT_UNROLL
+  for (int i = 0; i < kScoresInFlight; ++i) {
+    const int candidate = team.rank() + i * team.size();
+    // 0 is ahead of nothing in front of it.
+    if (candidate < padded) keys[candidate] = candidate < call.candidates ? key_of(early_scores[i]) : 0;
+  }
+  EVIT_ROLLED
+  for (int candidate = team.rank() + kScoresInFlight * team.size(); candidate < padded; candidate += team.size())
+    keys[candidate] = candidate < call.candidates ? key_of(scores[candidate]) : 0;
+  for (int row = team.rank(); row < call.prefix; row += team.size()) fates[row] = {row, 0.0f};
+  team.barrier();
+  int32_t* idx = share.tile == 0 && share.slice == 0 && call.idx != nullptr ? call.idx + before * call.keep : nullptr;
+  rank_candidates(team, call.candidates, scratch, [&](int candidate, int rank, uint32_t key) {
     const bool kept = rank < call.keep;
-    places[candidate] = static_cast<int16_t>(kept ? rank : -1);
-    if (kept && tile == 0) call.idx[before * call.keep + rank] = candidate;
-  };
-  if (call.candidates <= kCountingLimit)
-    rank_by_counting(team, scores, call.candidates, reinterpret_cast<Keys*>(scratch), place);
-  else
-    rank_by_sorting(team, scores, call.candidates, reinterpret_cast<uint64_t*>(scratch), place);
-  team.barrier();  // the places are known, and the keys are no longer needed
+    fates[call.prefix + candidate] = {kept ? call.prefix + rank : -1, score_of(key)};
+    if (kept && idx != nullptr) idx[rank] = candidate;
+  });
+  team.barrier();  // fates are known, and the keys are no longer needed
 
-  const int lanes = geometry.lanes;
-  const int accesses = divide_up(call.channels, kWidth);
-  const int chunks = divide_up(accesses, lanes);
-  float* sums = reinterpret_cast<float*>(scratch);  // [kRowGroups][lanes * kWidth]
-  for (int chunk = tile; chunk < chunks; chunk += geometry.tiles) {
-    for (int member = team.rank(); member < kRowGroups * lanes; member += team.size()) {
-      const int group = member / lanes, lane = member % lanes;
-      const int64_t column = (static_cast<int64_t>(chunk) * lanes + lane) * kWidth;
+  float* partial = reinterpret_cast<float*>(scratch);  // [groups][lanes * kWidth]
+  for (int chunk = share.tile; chunk < chunks; chunk += geometry.tiles) {
+    for (int member = team.rank(); member < members; member += team.size()) {
+      const int column = column_of(chunk, member);
       float sum[kWidth] = {};
-      if (column < call.channels) {
-        for (int first = group; first < rows; first += kRowGroups * kRowsInFlight) {
-          Access pack[kRowsInFlight];
-          int to[kRowsInFlight];  // row of y, or -1
-          float weight[kRowsInFlight];
-          EVIT_UNROLL
-          for (int i = 0; i < kRowsInFlight; ++i) {
-            const int row = first + i * kRowGroups;
-            const int candidate = row - call.prefix;
-            to[i] = -1;
-            weight[i] = 0.0f;
-            if (row >= rows) continue;
-            if (candidate < 0)
-              to[i] = row;
-            else if (places[candidate] >= 0)
-              to[i] = call.prefix + places[candidate];
-            else if (call.fuse)
-              weight[i] = scores[candidate];
-            if (to[i] >= 0 || call.fuse) pack[i] = *reinterpret_cast<const Access*>(x + row * stride + column);
+      if (column < channels) {
+        for (int first = first_row(member); first < rows; first += row_step * kRowsInFlight) {
+          if (!loaded) {
+            EVIT_UNROLL
+            for (int i = 0; i < kRowsInFlight; ++i) {
+              const int row = first + i * row_step;
+              if (row < rows && ((copies && sums) || (fates[row].to >= 0 ? copies : sums)))
+                pack[i] = *reinterpret_cast<const Access*>(x + static_cast<int64_t>(row) * channels + column);
+            }
           }
+          loaded = false;
           EVIT_UNROLL
           for (int i = 0; i < kRowsInFlight; ++i) {
-            if (to[i] >= 0) {
-              *reinterpret_cast<Access*>(y + to[i] * stride + column) = pack[i];
-            } else if (call.fuse && first + i * kRowGroups < rows) {
+            const int row = first + i * row_step;
+            if (row >= rows) break;
+            const Fate fate = fates[row];
+            if (fate.to >= 0) {
+              if (copies) *reinterpret_cast<Access*>(y + static_cast<int64_t>(fate.to) * channels + column) = pack[i];
+            } else if (sums) {
               EVIT_UNROLL
-              for (int j = 0; j < kWidth; ++j) sum[j] = fmaf(weight[i], to_float(pack[i].items[j]), sum[j]);
+              for (int j = 0; j < kWidth; ++j) sum[j] = fmaf(fate.weight, pack[i][j], sum[j]);
             }
           }
         }
       }
-      if (call.fuse)
-        for (int j = 0; j < kWidth; ++j) sums[member * kWidth + j] = sum[j];
+      if (sums)
+        for (int j = 0; j < kWidth; ++j) partial[member * kWidth + j] = sum[j];
     }
-    if (!call.fuse) continue;
+    if (!sums) continue;
     team.barrier();
     for (int j = team.rank(); j < lanes * kWidth; j += team.size()) {
-      const int64_t column = static_cast<int64_t>(chunk) * lanes * kWidth + j;
-      if (column >= call.channels) continue;
+      const int column = chunk * lanes * kWidth + j;
+      if (column >= channels) continue;
       float total = 0.0f;
-      EVIT_UNROLL
-      for (int group = 0; group < kRowGroups; ++group) total += sums[group * lanes * kWidth + j];
-      from_float(total, y[(rows_out - 1) * stride + column]);
+      for (int group = 0; group < groups; ++group) total += partial[group * lanes * kWidth + j];
+      from_float(total, y[static_cast<int64_t>(rows_out - 1) * channels + column]);
     }
     team.barrier();  // before the next chunk's sums
   }

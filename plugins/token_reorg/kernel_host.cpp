@@ -24,25 +24,25 @@ class Threads {
 };
 
 template <class T, int kWidth>
-void run(const EvitTokenReorgCall& call, int threads, int lanes, int tiles) {
+void run(const EvitTokenReorgCall& call, const EvitCut& cut, int threads) {
   constexpr int kMultiprocessors = 108;  // an A100, where a GPU's own way of cutting the work is asked for
-  Geometry geometry = choose_geometry(call.batch, divide_up(call.channels, kWidth), kMultiprocessors);
-  if (lanes > 0) geometry.lanes = lanes;
-  if (tiles > 0) geometry.tiles = tiles;
+  const Geometry geometry = apply_cut(choose_geometry(call, kWidth, kMultiprocessors), cut);
   // Allocations of their exact size: a sanitizer sees every step outside.
-  const auto bytes = static_cast<size_t>(scratch_bytes(call, geometry.lanes, kWidth));
+  const auto bytes = static_cast<size_t>(scratch_bytes(call, geometry, kWidth));
   struct alignas(16) Chunk {
     unsigned char bytes[16];
   };
   const std::unique_ptr<Chunk[]> scratch(new Chunk[bytes / sizeof(Chunk)]);
-  const std::unique_ptr<int16_t[]> places(new int16_t[static_cast<size_t>(call.candidates)]);
+  const std::unique_ptr<Fate[]> fates(new Fate[static_cast<size_t>(call.prefix + call.candidates)]);
   std::barrier<> barrier(threads);
   const auto member = [&](int rank) {
     const Threads team(rank, threads, barrier);
     for (int image = 0; image < call.batch; ++image) {
       for (int tile = 0; tile < geometry.tiles; ++tile) {
-        token_reorg<T, kWidth>(team, call, image, tile, geometry, scratch[0].bytes, places.get());
-        team.barrier();  // the next team of the grid has the same memory
+        for (int slice = 0; slice < geometry.slices; ++slice) {
+          token_reorg<T, kWidth>(team, call, {image, tile, slice}, geometry, scratch[0].bytes, fates.get());
+          team.barrier();  // the next team of the grid has the same memory
+        }
       }
     }
   };
@@ -54,39 +54,35 @@ void run(const EvitTokenReorgCall& call, int threads, int lanes, int tiles) {
 }
 
 template <class T>
-void run(const EvitTokenReorgCall& call, int threads, int lanes, int tiles) {
+void run(const EvitTokenReorgCall& call, const EvitCut& cut, int threads) {
   constexpr int kWhole = 16 / static_cast<int>(sizeof(T));
   if (has_whole_accesses(call))
-    run<T, kWhole>(call, threads, lanes, tiles);
+    run<T, kWhole>(call, cut, threads);
   else
-    run<T, 1>(call, threads, lanes, tiles);
+    run<T, 1>(call, cut, threads);
 }
 
 }  // namespace
 }  // namespace evit
 
-int32_t evit_token_reorg_on_host(const EvitTokenReorgCall* call, int32_t threads, int32_t lanes, int32_t tiles,
-                                 char* message, size_t size) {
-  const int32_t status = evit::check_call(call, message, size);
+int32_t evit_token_reorg_on_host(const EvitTokenReorgCall* call, const EvitCut* cut, int32_t threads, char* message,
+                                 size_t size) {
+  int32_t status = evit::check_call(call, message, size);
+  if (status == EVIT_OK) status = evit::check_cut(cut, message, size);
   if (status != EVIT_OK || call->batch == 0) return status;
   constexpr int kMostThreads = 64;
   if (threads < 1 || threads > kMostThreads)
     return evit::refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: threads is %d, expected 1 to %d", threads,
                         kMostThreads);
-  if (lanes < 0 || lanes > evit::kMaxLanes || (lanes & (lanes - 1)) != 0)
-    return evit::refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: lanes is %d, expected a power of two up to %d",
-                        lanes, evit::kMaxLanes);
-  if (tiles < 0)
-    return evit::refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: tiles is %d, expected 0 or more", tiles);
   switch (call->dtype) {
     case EVIT_FP32:
-      evit::run<float>(*call, threads, lanes, tiles);
+      evit::run<float>(*call, *cut, threads);
       break;
     case EVIT_FP16:
-      evit::run<evit::Half>(*call, threads, lanes, tiles);
+      evit::run<evit::Half>(*call, *cut, threads);
       break;
     default:
-      evit::run<evit::Bfloat16>(*call, threads, lanes, tiles);
+      evit::run<evit::Bfloat16>(*call, *cut, threads);
   }
   return EVIT_OK;
 }

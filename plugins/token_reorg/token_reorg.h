@@ -9,9 +9,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define EVIT_TOKEN_REORG_ABI 1  // of this header; evit_token_reorg_abi() says the library's
+#define EVIT_TOKEN_REORG_ABI 2  // of this header; evit_token_reorg_abi() says the library's
 #define EVIT_MAX_CANDIDATES 4096
 #define EVIT_MAX_PREFIX 8
+#define EVIT_MAX_LANES 32
+#define EVIT_MAX_SLICES 64
 
 #if defined(_WIN32)
 #define EVIT_EXPORT __declspec(dllexport)
@@ -36,7 +38,7 @@ typedef struct EvitTokenReorgCall {
   const void* x;        // [batch, prefix + candidates, channels]
   const float* scores;  // [batch, candidates]
   void* y;              // [batch, prefix + keep + fuse, channels], in x's type
-  int32_t* idx;         // [batch, keep], numbers of candidates from 0
+  int32_t* idx;         // [batch, keep], numbers of candidates from 0; NULL if they are not wanted
   int32_t dtype;        // EvitDtype of x and y
   int32_t batch;        // 0 is allowed, and does nothing
   int32_t prefix;       // rows in front that always stay, 0 to EVIT_MAX_PREFIX
@@ -54,11 +56,22 @@ typedef struct EvitTokenReorgCall {
 // NUL-terminated.
 EVIT_EXPORT int32_t evit_token_reorg(const EvitTokenReorgCall* call, void* stream, char* message, size_t size);
 
+// How the work is shared out. No choice changes a bit of the result. 0 leaves a choice to the kernel.
+typedef struct EvitCut {
+  int32_t lanes;   // accesses side by side in a team, a power of two, 1 to EVIT_MAX_LANES
+  int32_t tiles;   // teams that share an image's columns
+  int32_t slices;  // teams that share a tile's rows, 1 to EVIT_MAX_SLICES; with a fused row the first only adds it up
+  int32_t early;   // 1: rows are loaded when it is known which stay; 2: the first are loaded before
+} EvitCut;
+
+// The same with the cut given, for benchmarks and tests.
+EVIT_EXPORT int32_t evit_token_reorg_cut(const EvitTokenReorgCall* call, const EvitCut* cut, void* stream,
+                                         char* message, size_t size);
+
 // The same on the CPU, by a team of `threads` threads in place of a block: the kernel's own code, to be tested without
-// a GPU. `lanes` and `tiles` set how the work is cut (0: as a GPU would) and change no bit of the result. Only the
-// host library has it.
-EVIT_EXPORT int32_t evit_token_reorg_on_host(const EvitTokenReorgCall* call, int32_t threads, int32_t lanes,
-                                             int32_t tiles, char* message, size_t size);
+// a GPU. Only the host library has it, and it has none of the others.
+EVIT_EXPORT int32_t evit_token_reorg_on_host(const EvitTokenReorgCall* call, const EvitCut* cut, int32_t threads,
+                                             char* message, size_t size);
 
 EVIT_EXPORT int32_t evit_token_reorg_abi(void);
 

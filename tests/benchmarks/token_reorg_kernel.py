@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from common import save
 
-from evit_deploy.engines.plugin.kernel import TokenReorgKernel
+from evit_deploy.tokens.kernel import TokenReorgKernel
 from evit_deploy.tokens.op import token_reorg
 
 KEEP_RATE = 0.7

@@ -17,6 +17,7 @@ import torch
 
 from evit_deploy.bundle.manifest import ENGINE
 from evit_deploy.files import sha256
+from evit_deploy.tokens.library import ABI
 from tests.support.cpp_example import (
     Result,
     build,
@@ -109,7 +110,7 @@ def test_a_plugin_that_is_not_given_is_not_looked_for(program, engine_bundle, ru
     call(program, engine_bundle).refused(2, "needs the plugin", "--plugin LIBRARY", "ab" * 32)
 
 
-def plugin(folder: Path, major: int, abi: int = 1, kind: str = "registers", refusal: str = "nullptr") -> Path:
+def plugin(folder: Path, major: int, abi: int = ABI, kind: str = "registers", refusal: str = "nullptr") -> Path:
     library = folder / "plugin.so"
     identity = f"kind={kind} version=0.1.0 abi={abi} architectures=80-real,120 tensorrt={major}.1.0"
     defined = [f'-DIDENTITY="{identity}"', f"-DREFUSAL={refusal}"]
@@ -138,11 +139,11 @@ def with_plugin(program: Path, bundle: Path, library: Path) -> Result:
 
 
 def test_plugins_that_do_not_fit(program, engine_bundle, tmp_path, runtime, major):
-    library = plugin(tmp_path, major, abi=2)
+    library = plugin(tmp_path, major, abi=ABI + 1)
     if runtime == RTX:
         with_plugin(program, engine_bundle, library).refused(2, str(library), "TensorRT-RTX takes no plugins")
         return
-    with_plugin(program, engine_bundle, library).refused(2, str(library), "got 2, expected 1")
+    with_plugin(program, engine_bundle, library).refused(2, str(library), f"got {ABI + 1}, expected {ABI}")
     library = plugin(tmp_path, 8)
     with_plugin(program, engine_bundle, library).refused(3, f"another TensorRT (got 8, expected {major})")
     library = plugin(tmp_path, major, kind="creators")

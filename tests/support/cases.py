@@ -118,8 +118,8 @@ def _table() -> Iterator[Case]:
     yield Case(1, 1, 576, 33, 575, True)
     yield Case(1, 1, 576, 33, 576, True)
     yield Case(8, 1, 45, 1, 9, True)
-    # Where the kernel changes from counting to sorting, and the most it takes.
-    for candidates in (511, 512, 513):
+    # Where the kernel changes from counting to merging, and the number of row groups; and the most it takes.
+    for candidates in (255, 256, 257, 319, 320, 511, 512, 513):
         yield Case(1, 1, candidates, 8, 40, True, "ties")
     yield Case(2, 1, 1025, 16, 64, True, "ties")
     yield Case(1, 1, 1024, 8, 64, True, "nan")

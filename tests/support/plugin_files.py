@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
-LINE = b"\x7fELF evit-deploy library: kind=%s version=0.1.0 abi=%d architectures=80-real,120 tensorrt=%s;\0"
+from evit_deploy.tokens.library import ABI
+
+LINE = b"\x7fELF evit-deploy library: kind=%s version=0.1.0 abi=%d architectures=%s tensorrt=%s;\0"
 
 
-def library(path: Path, kind: str = "registers", abi: int = 1, tensorrt: str = "11.1.0", more: bytes = b"") -> Path:
+def library(
+    path: Path, kind: str = "registers", *, abi: int = ABI, tensorrt: str = "11.1.0", more: bytes = b"",
+    architectures: str = "80-real,120",
+) -> Path:  # fmt: skip
     """A file that says of itself what a library says; it cannot be loaded."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(LINE % (kind.encode(), abi, tensorrt.encode()) + more)
+    path.write_bytes(LINE % (kind.encode(), abi, architectures.encode(), tensorrt.encode()) + more)
     return path

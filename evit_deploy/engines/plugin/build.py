@@ -14,8 +14,6 @@ import numpy as np
 import torch
 
 from evit_deploy.engines.plugin import library as plugin
-from evit_deploy.engines.plugin.kernel import DTYPES, TokenReorgKernel
-from evit_deploy.engines.plugin.library import ABI, Identity, read_identity
 from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.environment.nvidia import compute_capability
@@ -23,11 +21,13 @@ from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.progress import doing
 from evit_deploy.report.report import Check, Report
+from evit_deploy.tokens.kernel import DTYPES, TokenReorgKernel
+from evit_deploy.tokens.library import ABI, KERNEL, Identity, cache, read_identity
 from evit_deploy.tokens.op import token_reorg
 
 _LOG = logging.getLogger(__name__)
 
-LIBRARIES = (plugin.LIBRARY, plugin.CREATORS, plugin.KERNEL)
+LIBRARIES = (plugin.LIBRARY, plugin.CREATORS, KERNEL)
 HEADERS = {
     10: "9973b2f4ab5c0d0055e9d36cd94a5692f8f8da1f",  # 10.15
     11: "82d1dca801c8318a5605399d5240780d0679e4e1",  # 11.1
@@ -104,7 +104,7 @@ def build_plugin(
         doing(_LOG, "running its tests")
         _run(["ctest", "--test-dir", scratch, "--output-on-failure"], "the plugin's own tests fail")
         built = [folder / "token_reorg" / name for name in LIBRARIES]
-        return _install(built, out or plugin.cache() / _label(read_identity(built[0])))
+        return _install(built, out or cache() / _label(read_identity(built[0])))
 
 
 def _architecture(name: str) -> str:

@@ -8,12 +8,8 @@ the user's cache and whose SHA-256 the manifest has.
 
 import ctypes
 import importlib
-import os
-import re
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from evit_deploy.bundle.manifest import Engine
 from evit_deploy.environment.availability import TENSORRT
@@ -21,69 +17,17 @@ from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.files import sha256
 from evit_deploy.registry import RUNTIMES
+from evit_deploy.tokens.library import ABI, Identity, cache, read_identity
 
 LIBRARY = "libevit_plugin.so"
 """Registers itself when it is loaded."""
 CREATORS = "libevit_plugin_creators.so"
 """Is registered by TensorRT, which loads it."""
-KERNEL = "libevit_token_reorg.so"
-"""Has no TensorRT in it."""
 PLUGIN = ("evit", "TokenReorg")
 """Namespace and name in TensorRT's registry: the operator's domain and name in :mod:`evit_deploy.tokens.op`, which
 imports PyTorch, as the builder's process does not."""
 BUILD = "evit-deploy plugin build"
-ABI = 1
-"""Of ``token_reorg.h``."""
-_IDENTITY = re.compile(
-    rb"evit-deploy library: kind=(?P<kind>\w+) version=(?P<version>[\w.+-]+) abi=(?P<abi>\d+) "
-    rb"architectures=(?P<architectures>[\w,-]+) tensorrt=(?P<tensorrt>[\w.]+);"
-)
 _LOADED: dict[Path, ctypes.CDLL] = {}  # a plugin library stays: its creator is in TensorRT's registry for good
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """What a library says of itself.
-
-    Args:
-        kind: ``registers`` (the plugin, for Triton, trtexec ``--staticPlugins`` and polygraphy), ``creators`` (the
-            plugin, for trtexec ``--dynamicPlugins``), ``kernel`` (without TensorRT) or ``host`` (on the CPU).
-        version: Of evit-deploy.
-        abi: Of its C interface.
-        architectures: CUDA architectures it has code for, as CMake writes them: ``80-real``, or ``120`` with PTX.
-        tensorrt: Version of the headers it was built with; ``None`` where there is no TensorRT in it.
-    """
-
-    kind: str
-    version: str
-    abi: int
-    architectures: tuple[str, ...]
-    tensorrt: str | None
-
-
-def read_identity(library: Path) -> Identity:
-    """Reads from a library's file what it is; none of its code runs.
-
-    Raises:
-        InputError: There is no such file, or evit-deploy did not build it.
-    """
-    try:
-        found = _IDENTITY.search(library.read_bytes())
-    except OSError as error:
-        raise InputError(f"no library can be read there ({error.strerror})", where=library) from None
-    if found is None:
-        raise InputError(
-            "not a library that evit-deploy built", where=library, fix="Build one: evit-deploy plugin build."
-        )
-    told = {name: value.decode() for name, value in found.groupdict().items()}
-    architectures = () if told["architectures"] == "none" else tuple(told["architectures"].split(","))
-    tensorrt = None if told["tensorrt"] == "none" else told["tensorrt"]
-    return Identity(told["kind"], told["version"], int(told["abi"]), architectures, tensorrt)
-
-
-def cache() -> Path:
-    """Where ``plugin build`` puts libraries: ``$XDG_CACHE_HOME/evit-deploy/plugins``, a folder for each version."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache") / "evit-deploy" / "plugins"
 
 
 def choose_plugin(choice: str | Path | None, wanted: str | None = None) -> Path | None:

@@ -1,5 +1,5 @@
 // Answers calls of the op from standard input on standard output: numbers in, numbers out, checked by
-// tests/engines/plugin/test_kernel.py against the oracle. Every buffer is allocated in its exact size, so that a
+// tests/tokens/test_kernel.py against the oracle. Every buffer is allocated in its exact size, so that a
 // sanitizer (or compute-sanitizer, in the build for a GPU) sees every step outside.
 //
 // A call is a Header, x and scores; the answer a status and, if it is EVIT_OK, y and idx.
@@ -20,7 +20,8 @@ namespace {
 struct Header {
   EvitTokenReorgCall call;  // pointers ignored
   int32_t offset;           // elements by which x and y are off an address that is aligned to 16 bytes
-  int32_t threads, lanes, tiles;
+  int32_t threads;          // on the CPU
+  EvitCut cut;
 };
 
 bool read_all(void* to, size_t size) { return std::fread(to, 1, size, stdin) == size; }
@@ -111,11 +112,10 @@ int main() {
     call.idx = static_cast<int32_t*>(idx.data());
     char message[256] = "";
 #ifdef EVIT_ON_GPU
-    const int32_t status = evit_token_reorg(&call, nullptr, message, sizeof message);
+    const int32_t status = evit_token_reorg_cut(&call, &header.cut, nullptr, message, sizeof message);
     Buffer::check(cudaDeviceSynchronize());
 #else
-    const int32_t status =
-        evit_token_reorg_on_host(&call, header.threads, header.lanes, header.tiles, message, sizeof message);
+    const int32_t status = evit_token_reorg_on_host(&call, &header.cut, header.threads, message, sizeof message);
 #endif
     write_all(&status, sizeof status);
     if (status == EVIT_OK) {

@@ -13,9 +13,7 @@ from evit_deploy.engines.plugin import library as plugin
 from evit_deploy.engines.plugin.build import build_plugin, check_plugin
 from evit_deploy.engines.plugin.library import (
     CREATORS,
-    KERNEL,
     LIBRARY,
-    Identity,
     choose_plugin,
     load_plugin,
     misfit,
@@ -25,6 +23,7 @@ from evit_deploy.engines.plugin.library import (
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.files import sha256
 from evit_deploy.recipe.options import BatchProfile
+from evit_deploy.tokens.library import ABI, KERNEL, Identity, read_identity
 from evit_deploy.tokens.op import token_reorg
 from tests.support import plugin_builds
 from tests.support.plugin_files import LINE, library
@@ -71,7 +70,7 @@ def test_a_path_is_looked_at(tmp_path, installed):
         choose_plugin(tmp_path / "c.so")
     with pytest.raises(InputError, match=r"kind creators.*expected libevit_plugin\.so"):
         choose_plugin(library(tmp_path / "d.so", "creators"))
-    with pytest.raises(InputError, match=r"another interface \(got 7, expected 1\)"):
+    with pytest.raises(InputError, match=r"another interface \(got 7, expected 2\)"):
         choose_plugin(library(tmp_path / "e.so", abi=7))
     with pytest.raises(MissingRequirement, match=r"TensorRT 10, and TensorRT 11 is installed\..*plugin build"):
         choose_plugin(library(tmp_path / "f.so", tensorrt="10.15.1"))
@@ -85,7 +84,7 @@ def test_auto_is_the_newest_in_the_cache_that_fits(cache, installed):
         choose_plugin("auto")
     old, new = library(cache / "0" / LIBRARY), library(cache / "1" / LIBRARY, more=b"new")
     library(cache / "2" / LIBRARY, tensorrt="10.15.1")
-    library(cache / "3" / LIBRARY, abi=2)
+    library(cache / "3" / LIBRARY, abi=1)
     os.utime(old, (1, 1))
     assert choose_plugin("auto") == new
     assert choose_plugin("auto", sha256(old)) == old  # what a manifest names, not what is newest
@@ -152,13 +151,13 @@ def test_build_and_check(cache, cli, tmp_path, monkeypatch):
     assert done.out == f"{path}\n"
     assert path is not None
     assert sorted(file.name for file in path.parent.iterdir()) == sorted([LIBRARY, CREATORS, KERNEL])
-    assert plugin.read_identity(path).architectures == ("80", "90")
+    assert read_identity(path).architectures == ("80", "90")
     checked = cli("plugin", "check", "--json").document
     assert checked["passed"] is True
     assert any("for TensorRT" in note for note in checked["notes"])
     again = build_plugin(architectures=["80"])
     assert again == path.parent
-    assert plugin.read_identity(path).architectures == ("80",)
+    assert read_identity(path).architectures == ("80",)
 
 
 @pytest.mark.cpp
@@ -197,7 +196,9 @@ def test_a_damaged_library_fails_the_check(tmp_path, cli):
 def test_a_library_that_crashes_is_told(tmp_path):
     plugin_builds.need("g++")
     source, path = tmp_path / "crash.cpp", tmp_path / "crash.so"
-    text = (LINE % (b"registers", 1, b"11.1.0")).removeprefix(b"\x7fELF ").removesuffix(b"\0").decode()
+    text = (
+        (LINE % (b"registers", ABI, b"80-real,120", b"11.1.0")).removeprefix(b"\x7fELF ").removesuffix(b"\0").decode()
+    )
     source.write_text(
         f'#include <csignal>\nextern "C" const char identity[] = "{text}";\n'
         "[[gnu::constructor]] void start() { std::raise(SIGSEGV); }\n"

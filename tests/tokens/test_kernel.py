@@ -7,15 +7,16 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evit_deploy.engines.plugin.kernel import DTYPES, Cut, TokenReorgKernel, _Call
-from evit_deploy.engines.plugin.library import ABI, read_identity
 from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.tokens.kernel import DTYPES, Cut, TokenReorgKernel, _Call
+from evit_deploy.tokens.library import ABI, read_identity
 from evit_deploy.tokens.op import token_reorg
 from tests.support import plugin_builds
 from tests.support.cases import CASES, Case
@@ -23,7 +24,14 @@ from tests.support.op_checks import TORCH, check_answer, each_case, each_dtype, 
 from tests.support.paths import ROOT
 
 SANITIZERS = {"address,undefined": 1, "thread": 3}  # and by how many threads: races take several
-CUTS = ((1, 0, 0), (1, 4, 1), (3, 2, 3), (5, 16, 1), (2, 1, 7))  # threads, lanes, tiles
+CUTS = (
+    Cut(),
+    Cut(lanes=4, tiles=1, early=1),
+    Cut(lanes=2, tiles=3, slices=3, early=2, threads=3),
+    Cut(lanes=16, tiles=1, slices=2, early=1, threads=5),
+    Cut(lanes=1, tiles=7, slices=64, early=2, threads=2),
+    Cut(slices=5, early=2, threads=2),
+)
 
 
 @cache
@@ -58,17 +66,18 @@ def test_the_host_build_matches_the_oracle(case, dtype):
     check_answer(case, dtype, x, scores, to_numpy(y), to_numpy(idx))
 
 
-HEADER = np.dtype([("pointers", "u8", 4), ("call", "i4", 7), ("", "i4"), ("how", "i4", 4)])  # test/cases.cpp
+HEADER = np.dtype([("pointers", "u8", 4), ("call", "i4", 7), ("", "i4"), ("how", "i4", 6)])  # test/cases.cpp
 
 
-def answers_of(program: Path, calls: list[tuple[Case, str, tuple[int, int, int], int]], *runner: str) -> list:
+def answers_of(program: Path, calls: list[tuple[Case, str, Cut, int]], *runner: str) -> list:
     """What ``token_reorg_cases`` says to calls: y and idx of each."""
     sent, sizes = [], []
     for case, dtype, cut, offset in calls:
         x, scores = case.inputs(dtype)
         header = np.zeros((), HEADER)
         sizes_ = case.batch, case.prefix, case.candidates, case.width, case.keep, case.fuse
-        header["call"], header["how"] = (DTYPES[TORCH[dtype]], *sizes_), (offset, *cut)
+        header["call"] = DTYPES[TORCH[dtype]], *sizes_
+        header["how"] = offset, cut.threads, cut.lanes, cut.tiles, cut.slices, cut.early
         sent += [header.tobytes(), x.tobytes(), scores.tobytes()]
         sizes.append((x.dtype, (case.batch, case.prefix + case.keep + case.fuse, case.width), (case.batch, case.keep)))
     done = subprocess.run([*runner, str(program)], input=b"".join(sent), capture_output=True)
@@ -96,7 +105,7 @@ def test_the_whole_table_under_sanitizers_in_other_cuts(sanitizer):
     # Off the grid of 16 bytes on every third call. Large cases take minutes when every access is watched for races.
     cases = [case for case in CASES if threads == 1 or case.candidates * case.width <= 196 * 24]
     calls = [
-        (case, dtype, (threads, *CUTS[i % len(CUTS)][1:]), int(i % 3 == 2))
+        (case, dtype, msgspec.structs.replace(CUTS[i % len(CUTS)], threads=threads), int(i % 3 == 2))
         for i, (case, dtype) in enumerate((case, dtype) for case in cases for dtype in TORCH)
     ]
     found = answers_of(program, calls, "setarch", "-R")  # ThreadSanitizer wants its addresses where they always were
@@ -123,9 +132,9 @@ def test_the_sanitizers_would_find_something(sanitizer, tmp_path):
 
 @st.composite
 def calls(draw):
-    """Any call: sizes around the edges of accesses, lanes and row groups; scores with many ties."""
+    """Any call: sizes around the edges of accesses, lanes, runs and row groups; scores with many ties."""
     batch, prefix = draw(st.integers(1, 3)), draw(st.integers(0, 8))
-    candidates = draw(st.one_of(st.integers(1, 40), st.integers(500, 530)))
+    candidates = draw(st.one_of(st.integers(1, 40), st.integers(250, 270), st.integers(505, 530)))
     width = draw(st.sampled_from([1, 3, 4, 8, 12, 16, 40, 64, 136]))
     dtype = draw(st.sampled_from(list(TORCH.values())))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -138,7 +147,7 @@ def calls(draw):
 @given(calls(), st.sampled_from(CUTS))
 def test_any_call_in_any_cut_gives_the_same_bits(call, cut):
     y, idx = kernel()(*call)
-    assert_same_bits((y, idx), kernel()(*call, cut=Cut(*cut)))
+    assert_same_bits((y, idx), kernel()(*call, cut=cut))
     eager, eager_idx = token_reorg(*call)
     assert torch.equal(idx, eager_idx)
     x, scores, keep, fuse, prefix = call
@@ -230,8 +239,10 @@ def test_the_page_s_example_runs(tmp_path, monkeypatch):
         ({"x": torch.zeros(2, 5, 8, device="meta")}, "for tensors on cpu"),
         ({"cut": Cut(threads=0)}, "threads is 0"),
         ({"cut": Cut(lanes=3)}, "lanes is 3, expected a power of two"),
-        ({"cut": Cut(lanes=32)}, "lanes is 32"),
+        ({"cut": Cut(lanes=64)}, "lanes is 64"),
         ({"cut": Cut(tiles=-1)}, "tiles is -1"),
+        ({"cut": Cut(slices=65)}, "slices is 65, expected 0 to 64"),
+        ({"cut": Cut(early=3)}, "early is 3, expected 0 to 2"),
     ],
 )
 def test_a_wrong_call_is_refused(change, words):
@@ -243,20 +254,28 @@ def test_a_wrong_call_is_refused(change, words):
 @pytest.mark.cpp
 def test_addresses_are_looked_at():
     x, scores = torch.zeros(2, 5, 8), torch.zeros(2, 4)
-    y, idx = torch.zeros(2, 4, 8), torch.zeros(2, 2, dtype=torch.int32)
+    idx = torch.zeros(2, 2, dtype=torch.int32)
     off = torch.zeros(2 * 4 * 8 * 4 + 1, dtype=torch.uint8)[1:]
     with pytest.raises(InputError, match="y is not aligned to its elements of 4 bytes"):
         kernel()(x, scores, 2, out=(off, idx))
-    with pytest.raises(InputError, match="idx is a null pointer"):
-        kernel()(x, scores, 2, out=(y, torch.zeros(0)))
+    with pytest.raises(InputError, match="y is a null pointer"):
+        kernel()(x, scores, 2, out=(torch.zeros(0), idx))
+
+
+@pytest.mark.cpp
+def test_indices_that_are_not_wanted_are_not_written():
+    x, scores = torch.rand(2, 5, 8), torch.rand(2, 4)
+    y = torch.full((2, 4, 8), -1.0)
+    kernel()(x, scores, 2, out=(y, torch.zeros(0, dtype=torch.int32)))
+    assert torch.equal(y, kernel()(x, scores, 2)[0])
 
 
 @pytest.mark.cpp
 def test_a_call_that_is_none_is_refused_with_and_without_room_for_a_message():
     run, message = kernel()._library.evit_token_reorg_on_host, ctypes.create_string_buffer(20)
-    assert run(None, 1, 0, 0, message, ctypes.c_size_t(len(message))) == 1
+    assert run(None, None, 1, message, ctypes.c_size_t(len(message))) == 1
     assert message.value == b"TokenReorg: the cal"  # cut to the room there is
-    assert run(None, 1, 0, 0, None, ctypes.c_size_t(0)) == 1
+    assert run(None, None, 1, None, ctypes.c_size_t(0)) == 1
 
 
 @pytest.mark.cpp
@@ -273,8 +292,8 @@ def test_a_library_says_what_it_is_before_it_is_loaded(tmp_path):
     assert {match[1] for match in found if match} == {identity.version}
 
     other = tmp_path / "other.so"
-    other.write_bytes(library.read_bytes().replace(b" abi=1 ", b" abi=2 "))
-    with pytest.raises(InputError, match=r"another interface \(got 2, expected 1\)"):
+    other.write_bytes(library.read_bytes().replace(b" abi=2 ", b" abi=3 "))
+    with pytest.raises(InputError, match=r"another interface \(got 3, expected 2\)"):
         TokenReorgKernel(other)
     other.write_bytes(
         b"\x7fELF" + library.read_bytes()[-60_000:]
@@ -298,7 +317,16 @@ def test_a_library_says_what_it_is_before_it_is_loaded(tmp_path):
 def test_nvcc_compiles_every_architecture():
     identity = read_identity(plugin_builds.gpu_library())
     assert identity.kind == "kernel"
-    assert identity.architectures == ("80-real", "86-real", "89-real", "90-real", "100-real", "120")
+    assert identity.architectures == (
+        "80-real",
+        "86-real",
+        "87-real",
+        "89-real",
+        "90-real",
+        "100-real",
+        "110-real",
+        "120",
+    )
 
 
 @pytest.mark.nvcc
@@ -369,7 +397,7 @@ def test_compute_sanitizer_finds_nothing(tool):
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("compute-sanitizer is not installed")
     folder = plugin_builds.build("-DEVIT_TENSORRT=OFF", targets=("token_reorg_cases_gpu",))
-    calls = [(case, dtype, (1, 0, 0), i % 3 == 2) for i, case in enumerate(CASES) for dtype in TORCH]
+    calls = [(case, dtype, CUTS[i % len(CUTS)], i % 3 == 2) for i, case in enumerate(CASES) for dtype in TORCH]
     runner = "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--log-file", "/dev/stderr"
     for (case, dtype, *_), answer in zip(
         calls, answers_of(folder / "token_reorg_cases_gpu", calls, *runner), strict=True

@@ -11,8 +11,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from evit_deploy.engines.plugin.library import ABI, read_identity
 from evit_deploy.errors import InputError, MissingRequirement, StageError
+from evit_deploy.tokens.library import ABI, read_identity
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INVALID_CALL = 1
@@ -27,21 +27,31 @@ class _Call(ctypes.Structure):
     )
 
 
+class _Cut(ctypes.Structure):
+    """``EvitCut``."""
+
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("lanes", "tiles", "slices", "early"))
+
+
 class Cut(msgspec.Struct, frozen=True):
-    """How the host library shares out its work; see ``token_reorg.h``.
+    """How the work is shared out, which changes no bit of the result; see ``token_reorg.h``. 0 is the kernel's choice.
 
     Args:
-        threads: Members of a team.
-        lanes: Lanes in a row group, a power of two; 0 is the kernel's own choice.
-        tiles: Teams that share an image; 0 is the kernel's own choice.
+        lanes: Accesses side by side in a team, a power of two.
+        tiles: Teams that share an image's columns.
+        slices: Teams that share a tile's rows.
+        early: 1 to load rows when it is known which of them stay, 2 to load the first before.
+        threads: Members of a team; of the host library alone.
     """
 
-    threads: int = 1
     lanes: int = 0
     tiles: int = 0
+    slices: int = 0
+    early: int = 0
+    threads: int = 1
 
 
-WHOLE = Cut()
+OWN_CHOICE = Cut()
 
 
 class TokenReorgKernel:
@@ -78,7 +88,7 @@ class TokenReorgKernel:
         prefix: int = 1,
         *,
         out: tuple[Tensor, Tensor] | None = None,
-        cut: Cut = WHOLE,
+        cut: Cut = OWN_CHOICE,
     ) -> tuple[Tensor, Tensor]:
         """``y, idx = TokenReorg(x, scores)``; on a GPU on PyTorch's current stream, without waiting for it.
 
@@ -89,7 +99,7 @@ class TokenReorgKernel:
             fuse: Whether the rest becomes one more row.
             prefix: Tokens in front that are no candidates, 0 to 8.
             out: Where y and idx go; they are allocated when ``None``.
-            cut: Host library: how the work is shared out.
+            cut: How the work is shared out.
 
         Returns:
             y ``[B, prefix + K + fuse, C]`` in x's dtype and idx int32 ``[B, K]``.
@@ -107,14 +117,15 @@ class TokenReorgKernel:
         pointers = (tensor.data_ptr() for tensor in (x, scores, *out))
         sizes = batch, prefix, tokens - prefix, channels, keep, int(fuse)
         call, message = _Call(*pointers, DTYPES[x.dtype], *sizes), ctypes.create_string_buffer(256)
+        shares, room = ctypes.byref(_Cut(cut.lanes, cut.tiles, cut.slices, cut.early)), ctypes.c_size_t(len(message))
         if self.identity.kind == "host":
             run = self._library.evit_token_reorg_on_host
-            status = run(ctypes.byref(call), cut.threads, cut.lanes, cut.tiles, message, ctypes.c_size_t(len(message)))
+            status = run(ctypes.byref(call), shares, cut.threads, message, room)
         else:
             with torch.cuda.device(x.device):
                 stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-                run = self._library.evit_token_reorg
-                status = run(ctypes.byref(call), stream, message, ctypes.c_size_t(len(message)))
+                run = self._library.evit_token_reorg_cut
+                status = run(ctypes.byref(call), shares, stream, message, room)
         if status:
             raise (InputError if status == _INVALID_CALL else StageError)(message.value.decode())
         return out

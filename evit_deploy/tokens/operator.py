@@ -1,0 +1,184 @@
+"""``torch.ops.evit.token_reorg``: the compiled kernel as an operator of PyTorch.
+
+Eager PyTorch, ``torch.compile`` (one opaque node, no graph break) and training go through it where a kernel is in use:
+on CUDA the library that ``EVIT_DEPLOY_KERNEL`` names, or else the one that ``evit-deploy plugin build`` made for this
+GPU. Everywhere else :func:`evit_deploy.tokens.op.token_reorg` computes in PyTorch. The kernel's bits are its own, on
+every device and in every batch; PyTorch's sum of the fused row differs from them by rounding.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evit_deploy.errors import MissingRequirement
+from evit_deploy.tokens.kernel import DTYPES, TokenReorgKernel
+from evit_deploy.tokens.library import ABI, KERNEL, Identity, cache, read_identity
+
+ENVIRONMENT = "EVIT_DEPLOY_KERNEL"
+"""Path of the kernel's library; ``none`` for PyTorch's own operations."""
+MOST_CANDIDATES, MOST_PREFIX = 4096, 8
+"""As in ``token_reorg.h``."""
+_LOG = logging.getLogger(__name__)
+_IN_USE: dict[torch.device, TokenReorgKernel | None] = {}
+
+torch.library.define(
+    "evit::token_reorg", "(Tensor x, Tensor scores, int keep, bool fuse, int prefix) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl("evit::token_reorg", ("cpu", "cuda"))
+def _run(x: Tensor, scores: Tensor, keep: int, fuse: bool, prefix: int) -> tuple[Tensor, Tensor]:
+    kernel = kernel_on(x.device)
+    if kernel is None:
+        raise MissingRequirement(
+            f"no kernel is in use on {x.device}", where="torch.ops.evit.token_reorg",
+            fix=f"Run: evit-deploy plugin build. Or name a library: {ENVIRONMENT}=libevit_token_reorg.so.",
+        )  # fmt: skip
+    return kernel(x, scores, keep, fuse, prefix)
+
+
+@torch.library.register_fake("evit::token_reorg")
+def _shapes(x: Tensor, scores: Tensor, keep: int, fuse: bool, prefix: int) -> tuple[Tensor, Tensor]:
+    batch, _, channels = x.shape
+    return x.new_empty((batch, prefix + keep + int(fuse), channels)), x.new_empty((batch, keep), dtype=torch.int32)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool, int], output: tuple[Tensor, Tensor]) -> None:
+    x, scores, _, ctx.fuse, ctx.prefix = inputs
+    ctx.save_for_backward(x if ctx.fuse else None, scores if ctx.fuse else None, output[1])
+    ctx.shape = x.shape
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    """Of x and scores, from y = [prefix, kept rows, Σ score · row over the rest]."""
+    x, scores, idx = ctx.saved_tensors
+    (batch, tokens, channels), prefix = ctx.shape, ctx.prefix
+    kept, last = idx.long(), grad.shape[1] - int(ctx.fuse)
+    of_scores = None
+    if ctx.fuse:
+        weights = scores.scatter(1, kept, 0.0)
+        fused = grad[:, last:].float()
+        of_patches = (weights.unsqueeze(-1) * fused).to(grad.dtype)
+        # Rows that stay do not depend on their score.
+        of_scores = torch.bmm(x[:, prefix:].float(), fused.transpose(1, 2)).squeeze(-1).scatter(1, kept, 0.0)
+    else:
+        of_patches = grad.new_zeros((batch, tokens - prefix, channels))
+    rows = (kept + torch.arange(batch, device=kept.device).unsqueeze(1) * (tokens - prefix)).flatten()
+    of_patches = of_patches.flatten(0, 1).index_copy(0, rows, grad[:, prefix:last].flatten(0, 1))
+    return torch.cat([grad[:, :prefix], of_patches.unflatten(0, (batch, -1))], 1), of_scores, None, None, None
+
+
+torch.library.register_autograd("evit::token_reorg", _gradients, setup_context=_remember)
+# Autocast has nothing to do: x keeps its type, scores are FP32, and the sum is FP32 inside.
+
+
+def takes(x: Tensor, scores: Tensor, prefix: int) -> bool:
+    """Whether the kernel in use on this device computes such a call.
+
+    An export keeps PyTorch's operations: what reads its graph knows nothing of ours.
+
+    Args:
+        x: ``[B, prefix + N, C]``.
+        scores: ``[B, N]``.
+        prefix: Tokens in front that always stay.
+    """
+    fits = x.dtype in DTYPES and scores.dtype == torch.float32
+    return (
+        not torch.compiler.is_exporting()
+        and fits
+        and prefix <= MOST_PREFIX
+        and scores.shape[1] <= MOST_CANDIDATES
+        and in_use(x.device)
+    )
+
+
+@torch.compiler.assume_constant_result
+def in_use(device: torch.device) -> bool:
+    """Whether there is a kernel for tensors on a device; a compiled graph keeps the answer that it was made with."""
+    return kernel_on(device) is not None
+
+
+def kernel_on(device: torch.device) -> TokenReorgKernel | None:
+    """The kernel for tensors on a device; it is looked for, and loaded, at the first call.
+
+    Raises:
+        InputError: What ``EVIT_DEPLOY_KERNEL`` names is no kernel of ours.
+        MissingRequirement: It is for another GPU.
+    """
+    if device not in _IN_USE:
+        _IN_USE[device] = _find(device) if device.type == "cuda" else None
+        if _IN_USE[device] is not None:
+            _LOG.debug("evit::TokenReorg on %s: compiled kernel", device)
+    return _IN_USE[device]
+
+
+@contextmanager
+def using(kernel: TokenReorgKernel | None, device: torch.device | str) -> Iterator[None]:
+    """Inside, a kernel is used for tensors on a device, or with ``None`` PyTorch's own operations.
+
+    Graphs that were compiled before keep what they have.
+
+    Args:
+        kernel: The kernel.
+        device: Where its tensors are.
+    """
+    device = torch.device(device)
+    before = _IN_USE.get(device, ...)
+    _IN_USE[device] = kernel
+    try:
+        yield
+    finally:
+        if before is ...:
+            del _IN_USE[device]
+        else:
+            _IN_USE[device] = before
+
+
+def _find(device: torch.device) -> TokenReorgKernel | None:
+    capability = torch.cuda.get_device_capability(device)
+    named = os.environ.get(ENVIRONMENT)
+    if named == "none":
+        return None
+    if named:
+        identity = read_identity(Path(named))
+        if not runs_on(identity, capability):
+            raise MissingRequirement(
+                "the kernel was not built for this GPU", where=f"{ENVIRONMENT}={named}",
+                seen=", ".join(identity.architectures), wanted="{}{}".format(*capability),
+                fix="Build it here: evit-deploy plugin build.",
+            )  # fmt: skip
+        return TokenReorgKernel(Path(named))
+    found = sorted(cache().glob(f"*/{KERNEL}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found:
+        identity = read_identity(path)
+        if identity.abi == ABI and runs_on(identity, capability):
+            return TokenReorgKernel(path)
+    return None
+
+
+def runs_on(identity: Identity, capability: tuple[int, int]) -> bool:
+    """Whether a library has code for a GPU.
+
+    Machine code (``90-real``) runs on its own major version from its minor version on; Jetson's (87, 110) is for no
+    other GPU. Without ``-real`` there is PTX too, which the driver compiles for every newer GPU.
+
+    Args:
+        identity: Of the library.
+        capability: The GPU's compute capability.
+    """
+    gpu = capability[0] * 10 + capability[1]
+    for name in identity.architectures:
+        number = int(name.partition("-")[0])
+        jetson = gpu != number and (gpu in (87, 110) or number in (87, 110))
+        if not jetson and number // 10 == capability[0] and number <= gpu:
+            return True
+        if not name.endswith("-real") and number <= gpu:
+            return True
+    return False

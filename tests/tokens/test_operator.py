@@ -1,0 +1,261 @@
+"""``torch.ops.evit.token_reorg``: in tests over the host library, whose code is the GPU's."""
+
+import numpy as np
+import pytest
+import torch
+
+from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.tokens import operator
+from evit_deploy.tokens.kernel import TokenReorgKernel
+from evit_deploy.tokens.library import ABI, KERNEL, Identity
+from evit_deploy.tokens.op import reorganize, select, token_reorg
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.reduce import reduce_tokens_
+from tests.support import plugin_builds
+from tests.support.cases import CASES
+from tests.support.op_checks import TORCH, check_answer, each_case, each_dtype, to_numpy, to_torch
+from tests.support.plugin_files import library
+
+pytestmark = pytest.mark.cpp
+OP = torch.ops.evit.token_reorg.default
+
+
+class CountedKernel(TokenReorgKernel):
+    """Counts its calls."""
+
+    count = 0
+
+    def __call__(self, *arguments, **named):
+        self.count += 1
+        return super().__call__(*arguments, **named)
+
+
+@pytest.fixture
+def in_use():
+    kernel = CountedKernel(plugin_builds.host_library())
+    with operator.using(kernel, "cpu"):
+        yield kernel
+
+
+@each_dtype
+@each_case
+def test_it_matches_the_oracle_and_has_the_kernel_s_bits(case, dtype, in_use):
+    x, scores = case.inputs(dtype)
+    call = to_torch(x), to_torch(scores), case.keep, case.fuse, case.prefix
+    y, idx = token_reorg(*call)
+    assert in_use.count == 1
+    check_answer(case, dtype, x, scores, to_numpy(y), to_numpy(idx))
+    wanted, wanted_idx = in_use(*call)
+    assert torch.equal(idx, wanted_idx)
+    bits = {4: torch.int32, 2: torch.int16}[y.element_size()]
+    assert torch.equal(y.view(bits), wanted.view(bits))
+
+
+SMALL = [case for case in CASES if case.candidates in (7, 45) and case.scores == "random"]
+
+
+@pytest.mark.parametrize("dtype", TORCH.values(), ids=str)
+def test_it_keeps_the_rules_of_an_operator(dtype, in_use):
+    """Schema, fake implementation, autograd registration, and the same answers under AOTAutograd."""
+    for case in SMALL[::7]:
+        x, scores = (to_torch(array) for array in case.inputs("fp32"))
+        call = x.to(dtype).requires_grad_(), scores.requires_grad_(), case.keep, case.fuse, case.prefix
+        torch.library.opcheck(OP, call)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
+def test_gradients_are_those_of_the_operations_in_pytorch(case, in_use):
+    def gradients(function):
+        x, scores = (to_torch(array).requires_grad_() for array in case.inputs("fp32"))
+        y = function(x, scores)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+        return torch.autograd.grad((y * weights).sum(), (x, scores), allow_unused=True)
+
+    ours = gradients(lambda x, scores: token_reorg(x, scores, case.keep, case.fuse, case.prefix)[0])
+    wanted = gradients(lambda x, s: reorganize(x, s, select(s, case.keep), case.fuse, case.prefix))
+    torch.testing.assert_close(ours[0], wanted[0], rtol=1e-6, atol=1e-7)
+    if case.fuse:
+        torch.testing.assert_close(ours[1], wanted[1], rtol=1e-5, atol=1e-6)
+    else:
+        assert ours[1] is None
+
+
+def reduced(**options):
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=5)
+    return reduce_tokens_(model.eval(), TokenSpec(keep_rate=0.5, **options))
+
+
+def test_a_model_takes_it_in_eager_mode_and_under_autocast(in_use):
+    model, images = reduced(), torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        ours = model(images)
+        assert in_use.count == 3
+        with operator.using(None, "cpu"):
+            wanted = model(images)
+        assert in_use.count == 3
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(images)
+    assert in_use.count == 6
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), wanted, rtol=0.1, atol=0.1)
+
+
+def test_under_autocast_x_keeps_its_type_and_the_sum_is_fp32(in_use):
+    x = torch.tensor([[[0.0], [40000.0], [40000.0], [-40000.0], [-39999.0]]])
+    scores = torch.tensor([[2.0, 1.0, 1.0, 1.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = token_reorg(x, scores, 1, True, 1)
+    assert y.dtype == torch.float32
+    assert y[0, -1].item() == 40000 - 40000 - 39999
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_one_graph_with_it_in_inference_and_training(in_use):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, images = reduced(), torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    with torch.inference_mode():
+        assert torch.equal(compiled(images), model(images))
+    (graph,) = graphs
+    found = [node for node in graph.graph.nodes if "evit.token_reorg" in str(node.target)]
+    assert len(found) == 3
+
+    torch.compiler.reset()
+    inductor = torch.compile(model, fullgraph=True, dynamic=False)
+    before = in_use.count
+    with torch.inference_mode():
+        ours = inductor(images)
+        assert in_use.count == before + 3
+        wanted = model(images)
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    gradients = []
+    for run in (inductor, model):
+        model.zero_grad()
+        run(images).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_what_the_kernel_does_not_take_pytorch_computes(in_use):
+    for x, scores, prefix in (
+        (torch.rand(1, 5, 4, dtype=torch.float64), torch.rand(1, 4, dtype=torch.float64), 1),
+        (torch.rand(1, 13, 4), torch.rand(1, 4), 9),
+        (torch.rand(1, 4098, 1), torch.rand(1, 4097), 1),
+    ):
+        y, _ = token_reorg(x, scores, 2, True, prefix)
+        assert in_use.count == 0
+        assert y.shape == (1, prefix + 3, x.shape[2])
+
+
+def test_an_export_keeps_the_operations_of_pytorch(in_use):
+    exported = torch.export.export(reduced(), (torch.randn(2, 3, 64, 64),))
+    assert not [node for node in exported.graph.nodes if "evit" in str(node.target)]
+
+
+def test_rows_that_do_not_follow_one_another_are_copied_first(in_use):
+    x, scores = torch.rand(4, 2, 10).transpose(0, 1), torch.rand(4, 3)[:2].flip(1)
+    y, idx = token_reorg(x[:, :, ::2], scores, 2, True, 1)
+    wanted, wanted_idx = in_use(x[:, :, ::2].contiguous(), scores.contiguous(), 2, True, 1)
+    assert torch.equal(y, wanted)
+    assert torch.equal(idx, wanted_idx)
+
+
+def test_without_a_kernel_the_operator_says_so():
+    with pytest.raises(MissingRequirement, match=r"no kernel is in use on cpu.*evit-deploy plugin build"):
+        torch.ops.evit.token_reorg(torch.rand(1, 5, 4), torch.rand(1, 4), 2, True, 1)
+
+
+# ---- which library is taken
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (("80-real", "90-real"), (9, 0), True),
+        (("80-real",), (8, 6), True),
+        (("86-real",), (8, 0), False),
+        (("80-real",), (9, 0), False),
+        (("80-real",), (8, 7), False),
+        (("87-real",), (8, 9), False),
+        (("87-real",), (8, 7), True),
+        (("80-real", "120"), (12, 1), True),
+        (("80",), (9, 0), True),
+        (("100-real",), (11, 0), False),
+        ((), (9, 0), False),
+    ],
+)
+def test_a_library_is_for_some_gpus(architectures, capability, runs):
+    assert operator.runs_on(Identity("kernel", "0.1.0", 2, architectures, None), capability) == runs
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU as PyTorch would describe it; nothing runs on it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return torch.device("cuda", 0)
+
+
+def test_a_library_for_another_gpu_is_refused_when_named_and_passed_over_in_the_cache(gpu, monkeypatch, tmp_path):
+    folder = tmp_path / "evit-deploy" / "plugins" / "0.1.0"
+    folder.mkdir(parents=True)
+    other = library(folder / KERNEL, "kernel", abi=ABI, architectures="80-real")
+    assert operator._find(gpu) is None
+    monkeypatch.setenv(operator.ENVIRONMENT, "none")
+    assert operator._find(gpu) is None
+    monkeypatch.setenv(operator.ENVIRONMENT, str(other))
+    with pytest.raises(MissingRequirement, match=r"EVIT_DEPLOY_KERNEL=.*not built for this GPU \(got 80-real"):
+        operator._find(gpu)
+    monkeypatch.setenv(operator.ENVIRONMENT, str(tmp_path / "none.so"))
+    with pytest.raises(InputError, match="no library can be read there"):
+        operator._find(gpu)
+
+
+# ---- on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", TORCH.values(), ids=str)
+def test_on_a_gpu_it_keeps_the_rules_of_an_operator(dtype):
+    with operator.using(TokenReorgKernel(plugin_builds.gpu_library()), "cuda:0"):
+        x = torch.randn(2, 46, 16, device="cuda:0", dtype=dtype, requires_grad=True)
+        scores = torch.rand(2, 45, device="cuda:0", requires_grad=True)
+        torch.library.opcheck(OP, (x, scores, 30, True, 1))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_eager_compiled_and_trained_models_take_it():
+    kernel = CountedKernel(plugin_builds.gpu_library())
+    with operator.using(kernel, "cuda:0"):
+        model, images = reduced().cuda(), torch.randn(2, 3, 64, 64, device="cuda:0")
+        with torch.inference_mode():
+            ours = model(images)
+        assert kernel.count == 3
+        with torch.inference_mode(), operator.using(None, "cuda:0"):
+            wanted = model(images)
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        with torch.inference_mode():
+            for _ in range(3):
+                answer = compiled(images).clone()
+        torch.testing.assert_close(answer, ours, rtol=1e-3, atol=1e-3)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = torch.compile(model, fullgraph=True, dynamic=False)(images).float().square().sum()
+        loss.backward()
+        assert all(np.isfinite(p.grad.float().cpu().numpy()).all() for p in model.parameters() if p.grad is not None)
+    torch.compiler.reset()

@@ -56,7 +56,7 @@ _PUBLIC = {
         "tokens.backbone": "Backbone",
         "targets.target": "Target Exported Artifact",
         "environment.availability": "Needs",
-        "runtimes.runner": "Runner",
+        "runtimes.runner": "Runner Resident Mark",
     },
     "Errors": {
         "errors": "EvitDeployError InputError CheckpointError RecipeError UnsupportedModelError "

@@ -60,6 +60,8 @@ from evit_deploy.report.report import LoadRow as LoadRow
 from evit_deploy.report.report import ProfileRow as ProfileRow
 from evit_deploy.report.report import Report as Report
 from evit_deploy.report.report import Summary as Summary
+from evit_deploy.runtimes.runner import Mark as Mark
+from evit_deploy.runtimes.runner import Resident as Resident
 from evit_deploy.runtimes.runner import Runner as Runner
 from evit_deploy.serving.deployment import TritonRelease as TritonRelease
 from evit_deploy.serving.options import PackageOptions as PackageOptions

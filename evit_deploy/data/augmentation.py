@@ -1,10 +1,11 @@
-"""What is added to timm's augmentation: it says where everything went, so that token labels can follow."""
+"""What is added to timm's augmentation: it says what it did, so that token labels can follow and devices can finish."""
 
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateXRel", "TranslateY", "TranslateYRel")
@@ -121,3 +122,63 @@ class FollowedTransform:
         self.warp = Warp(crop.size)
         shown = self._final(self._varied(crop))
         return shown, box, torch.tensor(flipped), self.warp.places()
+
+
+class ErasedTransform:
+    """A training transform that also says which rectangle of the image is to be erased.
+
+    Erased is a normalised image, by noise, so it is done where images are normalised, on the device: :func:`erase_`.
+    timm draws the rectangle as it always does, last of all, and the seed of the noise is drawn after it.
+
+    Args:
+        transform: From a PIL image to a uint8 tensor ``[C, H, W]``, or to a tuple that begins with one.
+        probability: How often an image loses a rectangle.
+    """
+
+    def __init__(self, transform: Callable[[Any], Any], probability: float) -> None:
+        self._transform = transform
+        # Filled with one number, not noise: what it fills is not kept.
+        self._erasing = RandomErasing(probability, mode="const", device="cpu") if probability else None
+
+    def __call__(self, image: Any) -> tuple[Tensor, ...]:
+        """The tensor, int64 ``[5]`` as a row of :func:`erase_`'s, and what else the transform gave."""
+        made = self._transform(image)
+        shown, *rest = made if isinstance(made, tuple) else (made,)
+        noted = _Rectangle(shown)
+        if self._erasing is not None:
+            self._erasing(noted)
+        seed = int(torch.randint(2**62, ())) if noted.place[2] else 0
+        return shown, torch.tensor([seed, *noted.place]), *rest
+
+
+class _Rectangle:
+    """Stands in for an image in timm's random erasing, and notes where it would be erased."""
+
+    def __init__(self, image: Tensor) -> None:
+        self.size, self.dtype = image.size, torch.float32
+        self.place = (0, 0, 0, 0)
+
+    def __setitem__(self, where: tuple[slice, slice, slice], filling: Tensor) -> None:
+        rows, columns = where[1:]
+        self.place = (rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+
+
+def erase_(images: Tensor, rectangles: Tensor) -> Tensor:
+    """Replaces a rectangle of each image by noise from its own seed, in place.
+
+    The same seed gives other noise on another kind of device.
+
+    Args:
+        images: Normalised, ``[B, C, H, W]``.
+        rectangles: int64 ``[B, 5]`` on the CPU: seed, top, left, height and width in pixels; height 0 erases nothing.
+
+    Returns:
+        The images.
+    """
+    generator = torch.Generator(images.device)
+    for image, (seed, top, left, height, width) in zip(images, rectangles.tolist(), strict=True):
+        if height:
+            place = image[:, top : top + height, left : left + width]
+            noise = torch.empty(place.shape, dtype=images.dtype, device=images.device)
+            place.copy_(noise.normal_(generator=generator.manual_seed(seed)))
+    return images

@@ -11,7 +11,7 @@ import torch
 from timm.data import Mixup, create_transform
 from torch import Tensor
 
-from evit_deploy.data.augmentation import CropAndFlip, FollowedTransform, operations_of
+from evit_deploy.data.augmentation import CropAndFlip, ErasedTransform, FollowedTransform, erase_, operations_of
 from evit_deploy.data.cache import cached
 from evit_deploy.data.digits.curriculum import Curriculum
 from evit_deploy.data.preprocess import Preprocess
@@ -29,6 +29,7 @@ from evit_deploy.data.sampling import (
 )
 from evit_deploy.data.sources import Folder, Place, Source, open_source
 from evit_deploy.data.token_labels import TokenLabelMaps
+from evit_deploy.data.transfer import Transfer
 from evit_deploy.errors import InputError, RecipeError, first_few
 from evit_deploy.recipe.sections import DataSection
 
@@ -59,24 +60,23 @@ class FolderData:
             "train": Unreadable("data.train", len(self._train), section.max_corrupt),
             "validation": Unreadable("data.validation", len(self._validation), section.max_corrupt),
         }
-        self._transform: Any = create_transform(
+        transform: Any = create_transform(
             (3, *preprocess.size),
             is_training=True,
             scale=section.crop,
             color_jitter=section.color_jitter,
             auto_augment=section.auto_augment,
             interpolation=preprocess.interpolation,
-            mean=preprocess.mean,
-            std=preprocess.std,
-            re_prob=section.random_erasing,
-            re_mode="pixel",
+            mean=preprocess.mean,  # what geometric augmentations fill with
+            normalize=False,
             separate=self._maps is not None,
         )
-        keep_a_bit(self._transform if self._maps is None else self._transform[1])
+        keep_a_bit(transform if self._maps is None else transform[1])
         if self._maps is not None:
-            _, varied, final = self._transform
+            _, varied, final = transform
             crop = CropAndFlip(preprocess.size, section.crop, interpolation=preprocess.interpolation)
-            self._transform = FollowedTransform(crop, varied, final)
+            transform = FollowedTransform(crop, varied, final)
+        self._transform = ErasedTransform(transform, section.random_erasing)
 
     def _token_labels(self) -> TokenLabelMaps | None:
         root = self._section.token_labels
@@ -111,8 +111,12 @@ class FolderData:
         world: int = 1,
         start_step: int = 0,
         curriculum: Curriculum | None = None,
+        device: torch.device | str = "cpu",
     ) -> Iterator[tuple[Tensor, ...]]:
-        """See :class:`evit_deploy.data.training_data.TrainingData`. Mixup and CutMix mix the images of one process."""
+        """See :class:`evit_deploy.data.training_data.TrainingData`. Mixup and CutMix mix the images of one process.
+
+        Images are cropped, mirrored and varied where they are read, and normalised, erased and mixed on the device.
+        """
         section = self._section
         batches = Batches(
             len(self._train), batch_size, seed, rank=rank, world=world, start_step=start_step,
@@ -122,16 +126,15 @@ class FolderData:
         if mix is not None and batch_size // world % 2:
             raise InputError("mixup and CutMix need an even number of images in every process",
                              seen=f"{batch_size} images, {world} processes")  # fmt: skip
-        items = _Readable(self._train, self._transform, maps=self._maps)
-        loaded = loader(items, batches, section.workers, _with_unreadable, AHEAD)
+        items, transfer = _Readable(self._train, self._transform, maps=self._maps), Transfer(device, self.preprocess)
+        loaded = loader(items, batches, section.workers, _with_unreadable, AHEAD, pin=transfer.pins)
         for step, (batch, unreadable) in enumerate(loaded, start_step):
             self._unreadable["train"].add(unreadable)
             if batch is None or len(batch[0]) < batch_size // world:  # too many in a row to find a replacement
                 raise self._unreadable["train"].error()
-            if mix is not None:
-                with own_randomness(seed, step, batch_size, rank):  # not a row of the step: its images have those
-                    batch = _mixed(mix, *batch[:2])
-            yield batch
+            images, labels, erased, *rest = batch
+            place = seed, step, batch_size, rank  # not a row of the step: its images have those
+            yield transfer((images, labels, *rest), partial(_finished, erased, mix, place))
 
     def _mixup(self) -> Mixup | None:
         section = self._section
@@ -203,7 +206,8 @@ class Unreadable:
 
 
 Item = tuple[Any, ...]
-"""An image, its label and, with token labels, its map and what else ``crop_token_labels`` takes."""
+"""An image and its label. In training also what is erased and, with token labels, the image's map and what else
+``crop_token_labels`` takes."""
 
 
 class _Readable:
@@ -211,7 +215,8 @@ class _Readable:
 
     Args:
         source: Where images come from.
-        transform: From an RGB image to a tensor; with maps, a :class:`FollowedTransform`.
+        transform: From an RGB image to a tensor, or an :class:`ErasedTransform`; with maps, one of a
+            :class:`FollowedTransform`.
         tries: How many images to try; 1 replaces none.
         maps: Token labels; an image whose map cannot be read is unreadable.
     """
@@ -237,7 +242,10 @@ class _Readable:
                 continue
             with own_randomness(*place):
                 made = self._transform(image)
-            return ((made, label) if patches is None else (made[0], label, patches, *made[1:])), unreadable
+            shown, *rest = made if isinstance(made, tuple) else (made,)
+            if patches is not None:
+                rest.insert(1, patches)
+            return (shown, label, *rest), unreadable
         return None, unreadable
 
 
@@ -254,9 +262,16 @@ def _with_unreadable(
     return (*stacked([item[:2] for item in good]), *map(torch.stack, rest)), unreadable
 
 
-def _mixed(mix: Mixup, images: Tensor, labels: Tensor) -> Batch:
-    mixed: Any = mix(images, labels)  # typed for arrays as well
-    return mixed
+def _finished(
+    erased: Tensor, mix: Mixup | None, place: tuple[int, ...], images: Tensor, labels: Tensor, *rest: Tensor
+) -> tuple[Tensor, ...]:
+    """What is left to do with normalised images, on the device they are on; numbers are drawn on the CPU."""
+    erase_(images, erased)
+    if mix is not None:
+        with own_randomness(*place):
+            mixed: Any = mix(images, labels)  # typed for arrays as well
+        images, labels = mixed
+    return images, labels, *rest
 
 
 def keep_a_bit(transform: Any) -> None:

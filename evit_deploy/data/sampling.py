@@ -134,7 +134,12 @@ def own_randomness(*place: int) -> Iterator[None]:
 
 
 def loader(
-    data: Any, batches: Batches | Sequence[Sequence[int]], workers: int, collate: Callable[[list[Any]], Any], ahead: int
+    data: Any,
+    batches: Batches | Sequence[Sequence[int]],
+    workers: int,
+    collate: Callable[[list[Any]], Any],
+    ahead: int,
+    pin: bool = False,
 ) -> Iterator[Any]:
     """Batches from worker processes, or from this one.
 
@@ -144,6 +149,8 @@ def loader(
         workers: Processes; 0 is none.
         collate: Makes a batch of a list of items.
         ahead: At most so many batches are prepared before they are asked for.
+        pin: Whether batches are moved to pinned memory, which a GPU reads while the CPU goes on; beside worker
+            processes a thread does it.
 
     Raises:
         StageError: A worker died.
@@ -156,6 +163,7 @@ def loader(
         collate_fn=collate,
         prefetch_factor=max(1, ahead // workers) if workers else None,
         worker_init_fn=_start_worker if workers else None,
+        pin_memory=pin,
         generator=torch.Generator(),  # the global one is the model's
     )
     made_by = iter(made)

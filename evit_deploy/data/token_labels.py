@@ -131,7 +131,8 @@ def crop_token_labels(
     scores, indices = maps[:, 0].float(), maps[:, 1].long()
     batch, _, height, width = scores.shape
     logits = scores.new_zeros(batch, classes, height, width).scatter_(1, indices, scores)
-    boxes = boxes.to(scores) * scores.new_tensor([width, height, width, height])
+    sides = (width, height, width, height)  # by themselves: a tensor of them would have to be copied to the device
+    boxes = torch.stack([column * side for column, side in zip(boxes.to(scores).unbind(1), sides, strict=True)], dim=1)
     cells: Tensor = roi_align(logits, list(boxes.unsqueeze(1)), output_size=grid, aligned=True)
     cells = torch.where(flipped.to(cells.device)[:, None, None, None], cells.flip(3), cells)
     if warps is not None:

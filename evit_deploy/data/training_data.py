@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from evit_deploy.data.digits.curriculum import Curriculum
@@ -40,6 +41,7 @@ class TrainingData(Protocol):
         world: int = 1,
         start_step: int = 0,
         curriculum: Curriculum | None = None,
+        device: torch.device | str = "cpu",
     ) -> Iterator[tuple[Tensor, ...]]:
         """Endless: images float32 ``[B, 3, H, W]`` and targets, int64 ``[B]`` or probabilities ``[B, classes]``.
 
@@ -53,6 +55,7 @@ class TrainingData(Protocol):
             world: How many processes train.
             start_step: Step to begin at: exactly the batches come that would have followed in an unbroken run.
             curriculum: What :func:`curriculum_of` gave; without one, images are at full difficulty.
+            device: Where the batches are to be; see :class:`evit_deploy.data.transfer.Transfer`.
         """
         ...
 

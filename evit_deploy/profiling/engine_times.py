@@ -108,20 +108,6 @@ def launch_notes(rows: Sequence[LatencyRow]) -> list[str]:
     return notes
 
 
-def hidden_gains(report: Report) -> list[str]:
-    """Says where copies and the host hide what an engine gains: its own speed-up is well above the wall clock's."""
-    wall = {(row.runtime, row.batch): row.speedup for row in report.rows if row.variant == "model"}
-    notes = []
-    for row in report.latencies:
-        seen = wall.get((row.runtime, row.batch))
-        if row.variant == "model" and row.speedup is not None and seen is not None and row.speedup > 1.05 * seen:
-            notes.append(
-                f"{row.runtime}, batch {row.batch}: {seen:.2f}x with copies and the host's work, {row.speedup:.2f}x "
-                "for the engine alone."
-            )
-    return notes
-
-
 def optimum(profiles: Sequence[BatchProfile]) -> int:
     """The largest batch size that an engine was tuned for."""
     return max((profile.optimum for profile in profiles), default=1)

@@ -7,13 +7,14 @@ import msgspec
 import numpy as np
 
 from evit_deploy.profiling.candidates import Candidate
+from evit_deploy.profiling.turns import Times
 from evit_deploy.report.report import ProfileRow
 from evit_deploy.report.statistics import median_interval
 from evit_deploy.tokens.plan import TokenPlan
 
 
 def rows_of(
-    candidates: Sequence[Candidate], plan: TokenPlan | None, batch: int, wall: np.ndarray, clock: np.ndarray
+    candidates: Sequence[Candidate], plan: TokenPlan | None, batch: int, times: Sequence[Times]
 ) -> list[ProfileRow]:
     """One row for each candidate.
 
@@ -21,48 +22,52 @@ def rows_of(
         candidates: Who was timed.
         plan: Token plan of the reduced ones, if known.
         batch: Images a call.
-        wall: Seconds, ``[rounds, candidates]``.
-        clock: What ratios are made of, likewise.
+        times: What they took, in the same rounds.
     """
     rows = []
     for index, candidate in enumerate(candidates):
-        row = row_of(candidate.runtime, candidate.variant, batch, wall[:, index], on_gpu=candidate.on_gpu)
-        ratios = _ratios(candidates, plan, clock, index) if candidate.variant != "dense" else {}
+        row = row_of(candidate.runtime, candidate.variant, batch, times[index], on_gpu=candidate.on_gpu)
+        ratios = _ratios(candidates, plan, times, index) if candidate.variant != "dense" else {}
         rows.append(msgspec.structs.replace(row, **ratios))
     return rows
 
 
-def row_of(runtime: str, variant: str, batch: int, seconds: np.ndarray, *, on_gpu: bool) -> ProfileRow:
-    """What one candidate's own wall times say; no ratios yet.
+def row_of(runtime: str, variant: str, batch: int, times: Times, *, on_gpu: bool) -> ProfileRow:
+    """What one candidate's own times say; no ratios yet.
 
     Args:
         runtime: What the row calls its runtime.
         variant: What the row calls it.
         batch: Images a call.
-        seconds: Wall time of each round.
+        times: What it took.
         on_gpu: Where it ran.
     """
-    p50, p95, p99 = (1e3 * float(v) for v in np.percentile(seconds, (50, 95, 99)))
+    calls = times.seconds.reshape(-1)
+    p50, p95, p99 = (1e3 * float(v) for v in np.percentile(calls, (50, 95, 99)))
+    whole = 1e3 * float(np.median(times.end_to_end)) if times.end_to_end is not None else None
     return ProfileRow(
         runtime=runtime,
         variant=variant,
         batch=batch,
-        rounds=len(seconds),
+        rounds=len(times.seconds),
         images_per_second=1e3 * batch / p50,
         p50=p50,
         p95=p95,
         p99=p99,
-        variation=float(seconds.std() / seconds.mean()),
+        variation=float(calls.std() / calls.mean()),
         device="gpu" if on_gpu else "cpu",
+        clock=times.clock,
+        end_to_end_images_per_second=1e3 * batch / whole if whole else None,
+        end_to_end_p50=whole,
     )
 
 
-def ratios_to_dense(dense: np.ndarray | None, own: np.ndarray, mac_ratio: float | None) -> dict[str, float]:
+def ratios_to_dense(dense: Times | None, own: Times, mac_ratio: float | None) -> dict[str, float]:
     """How much faster one candidate is than its dense twin, and how much of the saved arithmetic that is.
 
     Args:
-        dense: Seconds of the twin in each round; ``None`` without one.
-        own: Its own, in the same rounds.
+        dense: What the twin took; ``None`` without one.
+        own: What it took itself, in the same rounds and by the same clock.
         mac_ratio: Dense multiply-adds over its own, if known.
 
     Returns:
@@ -70,21 +75,42 @@ def ratios_to_dense(dense: np.ndarray | None, own: np.ndarray, mac_ratio: float 
     """
     ratios = {} if mac_ratio is None else {"mac_ratio": float(mac_ratio)}
     if dense is not None:
-        paired = dense / own
+        paired = dense.rounds / own.rounds
         low, high = median_interval(paired)
         ratios |= {"speedup": statistics.median(paired.tolist()), "speedup_low": low, "speedup_high": high}
         if mac_ratio is not None:
             ratios["mac_efficiency"] = ratios["speedup"] / mac_ratio
+        if dense.end_to_end is not None and own.end_to_end is not None:
+            ratios["end_to_end_speedup"] = statistics.median((dense.end_to_end / own.end_to_end).tolist())
     return ratios
 
 
-def _ratios(candidates: Sequence[Candidate], plan: TokenPlan | None, clock: np.ndarray, index: int) -> dict[str, float]:
-    twins = {c.variant: i for i, c in enumerate(candidates) if c.runtime == candidates[index].runtime}
-    dense = clock[:, twins["dense"]] if "dense" in twins else None
-    ratios = ratios_to_dense(dense, clock[:, index], plan.mac_ratio() if plan is not None else None)
+def _ratios(
+    candidates: Sequence[Candidate], plan: TokenPlan | None, times: Sequence[Times], index: int
+) -> dict[str, float]:
+    twins = {
+        c.variant: time for c, time in zip(candidates, times, strict=True) if c.runtime == candidates[index].runtime
+    }
+    ratios = ratios_to_dense(twins.get("dense"), times[index], plan.mac_ratio() if plan is not None else None)
     if "slice" in twins and candidates[index].variant not in ("dense", "slice"):
-        ratios["overhead"] = float(statistics.median(clock[:, index] / clock[:, twins["slice"]])) - 1
+        paired = times[index].rounds / twins["slice"].rounds
+        ratios["overhead"] = float(statistics.median(paired.tolist())) - 1
     return ratios
+
+
+def hidden_gains(rows: Sequence[ProfileRow]) -> list[str]:
+    """Says where copies and the host hide what a model on a GPU gains: more in compute than end to end."""
+    notes = []
+    for row in rows:
+        whole = row.end_to_end_speedup
+        if (row.clock, row.variant) != ("compute", "model") or row.speedup is None or whole is None:
+            continue
+        if row.speedup > 1.05 * whole:
+            notes.append(
+                f"{row.runtime}, batch {row.batch}: {whole:.2f}x end to end, with copies and the host's work, "
+                f"{row.speedup:.2f}x in compute."
+            )
+    return notes
 
 
 def verdict(rows: Sequence[ProfileRow]) -> list[str]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import onnx
 import timm
 import torch
@@ -28,21 +27,25 @@ from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import DTYPES, set_precision
 from evit_deploy.models.identify import check_model_name
 from evit_deploy.profiling.candidates import Candidate
+from evit_deploy.profiling.gpu_times import measure_on_gpu
 from evit_deploy.profiling.speedup import ratios_to_dense, row_of
-from evit_deploy.profiling.timing import MINIMUM_ROUNDS, clock_and_settle, clock_of_both, measure
+from evit_deploy.profiling.timing import measure_on_cpu
+from evit_deploy.profiling.turns import MINIMUM_ROUNDS, Times, random_feeds
 from evit_deploy.progress import doing
 from evit_deploy.recipe.options import BuildOptions
 from evit_deploy.recipe.recipe import Sweep
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import ProfileRow, Report
+from evit_deploy.runtimes.fp32 import TF32, missing_tf32
 from evit_deploy.runtimes.runner import Runner
-from evit_deploy.runtimes.select import opened
+from evit_deploy.runtimes.select import check_tf32, opened
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
 _LOG = logging.getLogger(__name__)
 
 DENSE = "dense"
+_DTYPES = DTYPES | {TF32: torch.float32}  # what PyTorch keeps the numbers in
 
 
 class Variant(msgspec.Struct, frozen=True):
@@ -87,7 +90,7 @@ def sweep(recipe: Sweep) -> Report:
 
     Raises:
         InputError: An unknown runtime or precision, or a model that cannot be reduced.
-        MissingRequirement: A runtime is not here.
+        MissingRequirement: A runtime is not here, or no GPU that has TF32.
         StageError: An engine could not be built.
     """
     pairs = [_pair(text, recipe.batch_size) for text in recipe.runtimes]
@@ -102,7 +105,7 @@ def sweep(recipe: Sweep) -> Report:
                     doing(_LOG, f"{name}, {variant.name}: preparing {runtime} in {precision}")
                     place = Path(folder) / f"{len(entries)}"
                     artifact = _artifact(variant, name, runtime, precision, recipe.batch_size, place)
-                    runner = stack.enter_context(opened(runtime, artifact, recipe.threads))
+                    runner = stack.enter_context(opened(runtime, artifact, recipe.threads, tf32=precision == TF32))
                     on_gpu = Candidate(runtime, variant.name, artifact).on_gpu
                     entries.append(Entry(f"{runtime} {precision}", variant, runner, on_gpu))
             doing(_LOG, f"{name}: measuring {len(entries)} variants")
@@ -114,16 +117,24 @@ def sweep(recipe: Sweep) -> Report:
 def _pair(text: str, batch: int) -> tuple[str, str]:
     """A runtime and a precision, both looked at before any work."""
     runtime, _, precision = text.partition(":")
-    if precision not in DTYPES:
+    if precision not in _DTYPES:
         raise InputError(
-            "not a runtime with its precision", where="runtimes", seen=repr(text), wanted=f"RUNTIME:{'|'.join(DTYPES)}"
+            "not a runtime with its precision", where="runtimes", seen=repr(text), wanted=f"RUNTIME:{'|'.join(_DTYPES)}"
         )
+    check_tf32(runtime, tf32=precision == TF32)
     missing = RUNTIMES.get(runtime).missing()
+    if missing is None and precision == TF32:
+        missing = missing_tf32(_torch_device())
     if missing is not None:
         raise missing
     if runtime in BUILDERS:
         check_options(runtime, precision, _options(batch))
     return runtime, precision
+
+
+def _torch_device() -> torch.device:
+    """Where PyTorch's runtimes run: on the GPU if there is one."""
+    return torch.device("cuda" if compute_capability() else "cpu")
 
 
 def _options(batch: int) -> BuildOptions:
@@ -147,8 +158,7 @@ def _artifact(variant: Variant, name: str, runtime: str, precision: str, batch: 
     """What a runtime runs: the module itself, an ONNX file, or an engine for the one batch size."""
     files = RUNTIMES.get(runtime).files
     if not files:
-        device_name = "cuda" if compute_capability() else "cpu"
-        return copy.deepcopy(variant.model).to(device_name, DTYPES[precision])
+        return copy.deepcopy(variant.model).to(_torch_device(), _DTYPES[precision])
     proto = export_onnx(variant.model, name=name, preprocess=Preprocess.from_model(variant.model))
     path = place.with_suffix(".onnx")
     onnx.save(set_precision(proto, precision), path)
@@ -164,21 +174,21 @@ def _measured(name: str, entries: Sequence[Entry], recipe: Sweep) -> Report:
     report = Report()
     for on_gpu in (False, True):
         own = [entry for entry in entries if entry.on_gpu == on_gpu]
-        if own:
-            clock, settle = clock_and_settle(recipe.threads, on_gpu=on_gpu)
-            runners = [entry.runner for entry in own]
-            wall, cpu = measure(runners, recipe.batch_size, recipe.duration, MINIMUM_ROUNDS, settle)
-            rows = _rows(name, own, recipe.batch_size, wall, cpu if clock == "cpu" else wall)
-            report += Report(rows=tuple(rows), clock=clock)
-    return report + clock_of_both(report.rows, recipe.threads)
+        runners, batch = [entry.runner for entry in own], recipe.batch_size
+        if on_gpu and own:
+            times = measure_on_gpu(runners, random_feeds(runners, batch), recipe.duration, MINIMUM_ROUNDS)
+            report += Report(rows=tuple(_rows(name, own, batch, times)))
+        elif own:
+            times = measure_on_cpu(runners, batch, recipe.duration, MINIMUM_ROUNDS, recipe.threads)
+            report += Report(rows=tuple(_rows(name, own, batch, times)))
+    return report
 
 
-def _rows(name: str, entries: Sequence[Entry], batch: int, wall: np.ndarray, clock: np.ndarray) -> Iterator[ProfileRow]:
-    dense = {entry.runtime: index for index, entry in enumerate(entries) if entry.variant.name == DENSE}
-    for index, entry in enumerate(entries):
-        row = row_of(entry.runtime, f"{name}, {entry.variant.name}", batch, wall[:, index], on_gpu=entry.on_gpu)
-        twin = clock[:, dense[entry.runtime]]
-        ratios = ratios_to_dense(twin, clock[:, index], entry.variant.plan.mac_ratio())
+def _rows(name: str, entries: Sequence[Entry], batch: int, times: Sequence[Times]) -> Iterator[ProfileRow]:
+    dense = {entry.runtime: own for entry, own in zip(entries, times, strict=True) if entry.variant.name == DENSE}
+    for entry, own in zip(entries, times, strict=True):
+        row = row_of(entry.runtime, f"{name}, {entry.variant.name}", batch, own, on_gpu=entry.on_gpu)
+        ratios = ratios_to_dense(dense[entry.runtime], own, entry.variant.plan.mac_ratio())
         yield msgspec.structs.replace(row, **ratios)
 
 

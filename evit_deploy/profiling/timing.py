@@ -1,8 +1,8 @@
-"""The timing loop: candidates take turns, and ratios are made of what was measured in the same round.
+"""All that is measured of candidates: who takes turns with whom, by which clock, at which batch sizes.
 
-In every round each candidate runs once, in an order drawn anew, so that a machine whose speed drifts slows all of them
-alike and nobody always follows the same one; ratios are medians over rounds. On a CPU with one thread they are made of
-that thread's CPU time, which neighbours on the machine do not touch; with more threads, and on a GPU, of wall time.
+Ratios are made of what was measured in the same round, and are medians over rounds. A row's figures are all of one
+clock: on a GPU compute (:mod:`evit_deploy.profiling.gpu_times`); on a CPU with one thread that thread's CPU time, which
+neighbours on the machine do not touch; with more threads wall time. Whole calls by the wall clock stand beside it.
 
 What runs on the CPU and what runs on a GPU take turns among themselves: beside calls that take a hundred times as long
 there would be few rounds, and a GPU that is left idle in between lowers its clocks.
@@ -10,9 +10,8 @@ there would be few rounds, and a GPU that is left idle in between lowers its clo
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -21,27 +20,21 @@ from evit_deploy.environment.nvidia import current_device
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.profiling.batch_sizes import sizes_for
 from evit_deploy.profiling.candidates import Candidate
-from evit_deploy.profiling.engine_times import (
-    Timed,
-    block_report,
-    hidden_gains,
-    latency_report,
-    launch_notes,
-    time_parts,
-)
+from evit_deploy.profiling.engine_times import Timed, block_report, latency_report, launch_notes, time_parts
 from evit_deploy.profiling.gpu_clocks import Watch, summarize_states
+from evit_deploy.profiling.gpu_times import measure_on_gpu
 from evit_deploy.profiling.server_load import CLIENTS, measure_load
-from evit_deploy.profiling.speedup import rows_of, verdict
+from evit_deploy.profiling.speedup import hidden_gains, rows_of, verdict
+from evit_deploy.profiling.turns import MINIMUM_ROUNDS, Times, in_turns, random_feeds
 from evit_deploy.progress import doing, in_stages, stage
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.report.report import ProfileRow, Report
+from evit_deploy.report.report import Report
 from evit_deploy.runtimes.runner import EngineRunner, Runner
 from evit_deploy.runtimes.select import opened
 from evit_deploy.tokens.plan import TokenPlan
 
 _LOG = logging.getLogger(__name__)
 
-MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 5, 1000
 SETTLE = 0.02
 """Seconds between calls with several threads: PyTorch's threads spin on for milliseconds after their turn. Measured on
 two cores at batch 1, the model after eager took 10 % longer than its slice twin in rotation, 1 % with this pause."""
@@ -108,14 +101,7 @@ def measure_all(
         report = Report(notes=tuple(notes))
         for group, own in zip(groups, sizes, strict=True):
             report += _measure_group(group, plan, own, threads, duration, minimum_rounds)
-    return report + clock_of_both(report.rows, threads)
-
-
-def clock_of_both(rows: Sequence[ProfileRow], threads: int | None) -> Report:
-    """What to add to a report on both kinds of device, whose ratios are not of the same clock; else nothing."""
-    if threads != 1 or len({row.device for row in rows}) < 2:
-        return Report()
-    return Report(clock="cpu", notes=("Ratios are of CPU time, but for what ran on the GPU: of wall time.",))
+    return report
 
 
 def open_all(
@@ -179,19 +165,23 @@ def _measure_group(
     duration: float,
     minimum_rounds: int,
 ) -> Report:
-    clock, settle = clock_and_settle(threads if group.threads_tell else None, on_gpu=group.on_gpu)
-    report, engines = Report(clock=clock), group.engines
+    report, engines = Report(), group.engines
+    threads = threads if group.threads_tell else None
     with ExitStack() as stack:
         watch, notes = watched(stack) if group.on_gpu else (None, [])
         for batch in in_stages(sizes):
             stage(_LOG, f"profiling batch {batch}" + " on the GPU" * group.on_gpu)
             mark = len(watch.states) if watch else 0
-            wall, cpu = measure(group.runners, batch, duration, minimum_rounds, settle)
-            report += Report(rows=tuple(rows_of(group.candidates, plan, batch, wall, cpu if clock == "cpu" else wall)))
+            times = (
+                measure_on_gpu(group.runners, random_feeds(group.runners, batch), duration, minimum_rounds)
+                if group.on_gpu
+                else measure_on_cpu(group.runners, batch, duration, minimum_rounds, threads)
+            )
+            report += Report(rows=tuple(rows_of(group.candidates, plan, batch, times)))
             for candidate, runner in zip(group.candidates, group.runners, strict=True):
                 if RUNTIMES.get(candidate.runtime).served:
                     doing(_LOG, f"profiling batch {batch} with {CLIENTS} clients")
-                    (feeds,) = _feeds([runner], batch)
+                    (feeds,) = random_feeds([runner], batch)
                     report += Report(load=(measure_load(candidate.artifact, feeds, duration),))
             if engines:
                 report += latency_report(engines, time_parts(engines, batch, duration), batch)
@@ -203,7 +193,7 @@ def _measure_group(
             doing(_LOG, f"profiling the blocks of {engine.label}")
             dense = plan.dense() if plan is not None and engine.candidate.variant == "dense" else plan
             report += block_report(engine, dense)
-    notes += [*verdict(report.rows), *hidden_gains(report), *launch_notes(report.latencies)]
+    notes += [*verdict(report.rows), *hidden_gains(report.rows), *launch_notes(report.latencies)]
     notes += [f"{engine.label}: {note}" for engine in engines for note in engine.runner.notes]
     notes += watch.notes if watch else []
     first = watch.states[0] if watch else None
@@ -211,20 +201,6 @@ def _measure_group(
         {"gpu": first.name, "driver": first.driver, "compute_capability": first.compute_capability} if first else {}
     )
     return report + Report(notes=tuple(notes), device=device)
-
-
-def clock_and_settle(threads: int | None, *, on_gpu: bool) -> tuple[Literal["cpu", "wall"], float]:
-    """What ratios are to be made of, and the seconds to wait before each call.
-
-    A GPU's work is not in any thread's CPU time, and nobody's threads spin on beside it.
-
-    Args:
-        threads: CPU threads.
-        on_gpu: Whether the candidates compute on a GPU.
-    """
-    if on_gpu:
-        return "wall", 0.0
-    return ("cpu", 0.0) if threads == 1 else ("wall", SETTLE)
 
 
 def watched(stack: ExitStack) -> tuple[Watch | None, list[str]]:
@@ -235,13 +211,29 @@ def watched(stack: ExitStack) -> tuple[Watch | None, list[str]]:
         return None, [f"The GPU's clocks were not watched: {error}"]
 
 
+def measure_on_cpu(
+    runners: Sequence[Runner], batch: int, duration: float, minimum_rounds: int, threads: int | None
+) -> list[Times]:
+    """Times runners in turn: with one thread by its CPU time, with wall time beside it; with more by wall time alone.
+
+    Args:
+        runners: Opened runners.
+        batch: Images a call.
+        duration: Seconds.
+        minimum_rounds: Rounds to run even if that takes longer.
+        threads: CPU threads; ``None`` also where it is others' threads that compute, a server's.
+    """
+    alone = threads == 1
+    wall, cpu = measure(runners, batch, duration, minimum_rounds, 0.0 if alone else SETTLE)
+    if alone:
+        return [Times("cpu", own[:, None], whole) for own, whole in zip(cpu.T, wall.T, strict=True)]
+    return [Times("wall", whole[:, None]) for whole in wall.T]
+
+
 def measure(
     runners: Sequence[Runner], batch: int, duration: float, minimum_rounds: int, settle: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Times runners in turn.
-
-    What is timed is a whole call, from arrays in host memory to arrays in host memory: on a GPU it includes the copies
-    to the device and back, and what the runner does on the host around them.
+    """Times runners on a CPU in turn, a whole call each, from arrays to arrays.
 
     Args:
         runners: Opened runners.
@@ -253,36 +245,17 @@ def measure(
     Returns:
         Seconds of wall time and of this thread's CPU time, ``[rounds, runners]`` each.
     """
-    feeds = _feeds(runners, batch)
+    feeds = random_feeds(runners, batch)
     for runner, images in zip(runners, feeds, strict=True):
         runner.infer(images)  # the first call allocates, plans and compiles
         runner.synchronize()
-    wall: list[list[float]] = []
-    cpu: list[list[float]] = []
-    order = np.random.default_rng(0)
-    end = time.perf_counter() + duration
-    while len(wall) < minimum_rounds or (time.perf_counter() < end and len(wall) < MAXIMUM_ROUNDS):
-        wall.append([0.0] * len(runners))
-        cpu.append([0.0] * len(runners))
-        for index in order.permutation(len(runners)):
-            time.sleep(settle)
-            started, thread_started = time.perf_counter(), time.thread_time()
-            runners[index].infer(feeds[index])
-            runners[index].synchronize()
-            wall[-1][index], cpu[-1][index] = time.perf_counter() - started, time.thread_time() - thread_started
-    return np.array(wall), np.array(cpu)
 
+    def turn(index: int) -> tuple[float, float]:
+        time.sleep(settle)
+        started, thread_started = time.perf_counter(), time.thread_time()
+        runners[index].infer(feeds[index])
+        runners[index].synchronize()
+        return time.perf_counter() - started, time.thread_time() - thread_started
 
-def _feeds(runners: Sequence[Runner], batch: int) -> list[Mapping[str, np.ndarray]]:
-    """Random images for each runner, the same ones where they take the same; not every engine calls them ``input``."""
-    drawn: dict[tuple[int, ...], np.ndarray] = {}
-    feeds: list[Mapping[str, np.ndarray]] = []
-    for runner in runners:
-        own = {}
-        for spec in runner.inputs:
-            shape = (batch, *(int(size or 1) for size in spec.shape[1:]))
-            if shape not in drawn:
-                drawn[shape] = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-            own[spec.name] = drawn[shape]
-        feeds.append(own)
-    return feeds
+    both = np.array(in_turns(turn, len(runners), duration, minimum_rounds))
+    return both[..., 0], both[..., 1]

@@ -149,7 +149,8 @@ class Sweep(Section, frozen=True, kw_only=True):
     fuse: Annotated[tuple[bool, ...], Meta(min_length=1)] = (True,)
     """With fusion, without, or both."""
     runtimes: Annotated[tuple[str, ...], Meta(min_length=1)] = ("eager:fp32",)
-    """``runtime:precision`` each: ``eager:fp32``, ``torch.compile:fp16``, ``tensorrt:fp16``."""
+    """``runtime:precision`` each: ``eager:fp32``, ``torch.compile:fp16``, ``tensorrt:fp16``. PyTorch's runtimes have
+    ``tf32`` too, on a GPU: FP32 whose matrices are multiplied in TF32; ``fp32`` is FP32 everywhere."""
     batch_size: Count = 128
     """Images a call."""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 60.0

@@ -1,10 +1,14 @@
 """What was checked and what was measured: one structure for JSON and for the terminal."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from evit_deploy.errors import GateFailed
+
+Clock = Literal["compute", "cpu", "wall"]
+"""``compute``: the device's own time of the work alone, by CUDA events; ``cpu``: one thread's CPU time; ``wall``: whole
+calls by the wall clock."""
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -26,16 +30,16 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class ProfileRow(msgspec.Struct, frozen=True):
-    """How fast one candidate ran at one batch size.
+    """How fast one candidate ran at one batch size; all of it by :attr:`clock`, but for the fields named end to end.
 
     Args:
         runtime: Name in the registry of runtimes.
         variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
             :class:`evit_deploy.profiling.candidates.Candidate`.
         batch: Images a call.
-        rounds: Calls measured.
+        rounds: Turns measured: of one call on a CPU, of several on a GPU.
         images_per_second: Batch over the median latency.
-        p50: Median latency of a call, milliseconds of wall time; p95 and p99 likewise.
+        p50: Median latency of a call, milliseconds; p95 and p99 likewise.
         p95: See p50.
         p99: See p50.
         variation: Standard deviation over mean of the latencies.
@@ -46,6 +50,12 @@ class ProfileRow(msgspec.Struct, frozen=True):
         mac_efficiency: Speed-up over MAC ratio: 1 when time follows arithmetic.
         overhead: This one's time over the slice twin's, less 1: what the reorganisation itself costs.
         device: Where it ran, ``cpu`` or ``gpu``; what ran on different ones did not take turns.
+        clock: ``compute``, the work alone on a GPU by CUDA events, inputs lying there; ``cpu``, one thread's CPU time;
+            ``wall``, whole calls by the wall clock. Rows of different clocks cannot be compared.
+        end_to_end_images_per_second: Batch over the median wall time of a whole call, from images in host memory to
+            logits in host memory; ``None`` where the row is of such calls itself.
+        end_to_end_p50: That time, milliseconds.
+        end_to_end_speedup: Dense twin's over this one's, median of the paired rounds.
     """
 
     runtime: str
@@ -64,6 +74,10 @@ class ProfileRow(msgspec.Struct, frozen=True):
     mac_efficiency: float | None = None
     overhead: float | None = None
     device: str = "cpu"
+    clock: Clock = "wall"
+    end_to_end_images_per_second: float | None = None
+    end_to_end_p50: float | None = None
+    end_to_end_speedup: float | None = None
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -150,7 +164,7 @@ class BlockRow(msgspec.Struct, frozen=True):
 
 
 class LoadRow(msgspec.Struct, frozen=True):
-    """A served model with several clients at a time.
+    """A served model with several clients at a time, by the clients' wall clock.
 
     Args:
         model: Its name on the server.
@@ -274,7 +288,7 @@ class Report(msgspec.Struct, frozen=True):
 
     Args:
         checks: What had to hold.
-        rows: What was measured, by the host's clock.
+        rows: What was measured; each row says by which clock.
         latencies: Engines: where the time of a call goes.
         blocks: Engines: time by transformer block.
         load: Servers: many clients at a time.
@@ -282,7 +296,6 @@ class Report(msgspec.Struct, frozen=True):
         accuracy: What was right.
         agreement: Which runtimes agree.
         notes: Sentences for the reader.
-        clock: What ratios are made of: ``cpu`` (one thread's own time) or ``wall``.
         versions: Packages.
         device: Where it ran.
     """
@@ -296,7 +309,6 @@ class Report(msgspec.Struct, frozen=True):
     accuracy: tuple[AccuracyRow, ...] = ()
     agreement: tuple[AgreementRow, ...] = ()
     notes: tuple[str, ...] = ()
-    clock: str | None = None
     versions: dict[str, str] = {}
     device: dict[str, Any] = {}
 
@@ -356,7 +368,6 @@ class Report(msgspec.Struct, frozen=True):
             accuracy=self.accuracy + other.accuracy,
             agreement=self.agreement + other.agreement,
             notes=self.notes + tuple(note for note in other.notes if note not in self.notes),
-            clock=other.clock or self.clock,
             versions=self.versions | other.versions,
             device=self.device | other.device,
         )

@@ -59,23 +59,31 @@ def render(report: Report, console: Any) -> None:
             ],
         )
     if report.rows:
-        header = ("runtime", "variant", "on", "batch", "images/s", "p50 ms", "p95 ms", "p99 ms", "variation",
-                  "speed-up", "MAC ratio", "MAC eff.", "overhead")  # fmt: skip
+        _print(console, _clocks(report.rows))
+        whole = ("end to end\nimages/s", "end to end\nms", "end to end\nspeed-up")
+        header = ("runtime", "variant", "on", "batch", "clock", "images/s", "p50 ms", "p95 ms", "p99 ms", "variation",
+                  "speed-up", "MAC ratio", "MAC eff.", "overhead", *whole)  # fmt: skip
         several = {row.device for row in report.rows} != {"cpu"}
-        dispensable = ("variation", "p99 ms", "MAC ratio", "p95 ms", "on")
-        hidden = () if several else ("on",)
+        beside = any(row.end_to_end_p50 is not None for row in report.rows)
+        dispensable = ("variation", "p99 ms", "MAC ratio", "p95 ms", "on", *whole[:2], "MAC eff.", whole[2])
+        hidden = (*(() if several else ("on",)), *(() if beside else whole))
         _table(console, header, [_profile_cells(row) for row in report.rows], dispensable, hidden)
     if report.latencies:
         header = ("engine", "variant", "batch", "images/s", "latency ms", "enqueue ms", "H2D ms", "compute ms",
                   "D2H ms", "speed-up", "overhead")  # fmt: skip
         dispensable = ("D2H ms", "H2D ms", "enqueue ms", "latency ms")
-        said = "Parts of a call, p50/p95/p99 by CUDA events; images/s, speed-up and overhead of compute alone:"
+        said = (
+            "Parts of a call, p50/p95/p99 by CUDA events, enqueue by the host's clock; images/s, speed-up and overhead "
+            "of compute alone:"
+        )
         _print(console, said)
         _table(console, header, [_latency_cells(row) for row in report.latencies], dispensable)
     if report.blocks:
+        _print(console, "Time by block, by the library's own profiler, which slows the whole down a little:")
         header = ("engine", "variant", "batch", "block", "tokens in", "tokens out", "layers", "ms", "share")
         _table(console, header, [_block_cells(row) for row in report.blocks], ("layers",))
     if report.load:
+        _print(console, "Many clients at a time, by their wall clock:")
         header = ("server under load", "batch", "clients", "requests", "images/s", "p50 ms", "p99 ms", "images a run")
         _table(console, header, [_load_cells(row) for row in report.load], ("requests",))
     if report.gpu:
@@ -83,6 +91,21 @@ def render(report: Report, console: Any) -> None:
         _table(console, header, [_gpu_cells(row) for row in report.gpu], ("GPU", "°C", "W"))
     for note in report.notes:
         _print(console, note)
+
+
+_CLOCKS = {
+    "compute": "compute is the work alone on the GPU, images lying there, by CUDA events",
+    "cpu": "cpu is the CPU time of the one thread",
+    "wall": "wall is a whole call by the wall clock",
+}
+
+
+def _clocks(rows: Sequence[ProfileRow]) -> str:
+    """Says what the figures of a table are of."""
+    used = [text for clock, text in _CLOCKS.items() if any(row.clock == clock for row in rows)]
+    whole = any(row.end_to_end_p50 is not None for row in rows)
+    end = " End to end is a whole call, host memory to host memory, by the wall clock." * whole
+    return f"A row's figures are of its clock: {'; '.join(used)}.{end}"
 
 
 def _shown(value: float | None, form: str, unit: str = "") -> str:
@@ -95,6 +118,7 @@ def _profile_cells(row: ProfileRow) -> tuple[str, ...]:
         row.variant,
         row.device,
         str(row.batch),
+        row.clock,
         f"{row.images_per_second:.1f}",
         f"{row.p50:.2f}",
         f"{row.p95:.2f}",
@@ -104,6 +128,9 @@ def _profile_cells(row: ProfileRow) -> tuple[str, ...]:
         _shown(row.mac_ratio, ".2f", "x"),
         _shown(row.mac_efficiency, ".2f"),
         _shown(row.overhead, "+.1%"),
+        _shown(row.end_to_end_images_per_second, ".1f"),
+        _shown(row.end_to_end_p50, ".2f"),
+        _shown(row.end_to_end_speedup, ".2f", "x"),
     )
 
 

@@ -4,20 +4,18 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from evit_deploy.errors import MissingRequirement, StageError
-from evit_deploy.export.card import INPUT, LOGITS, kept_name
-from evit_deploy.runtimes.eager import EagerRunner, to_numpy
-from evit_deploy.tokens.reduce import TokenReducer, token_plan
+from evit_deploy.runtimes.eager import EagerRunner
+from evit_deploy.tokens.reduce import TokenReducer
 
 # Every pair of a model and a batch size is compiled on its own, and PyTorch counts them all together: at its own limit
 # of eight, a model and its dense twin could be run at four batch sizes and not at a fifth.
@@ -31,7 +29,8 @@ class CompiledRunner(EagerRunner):
     are static, as they are for an engine's kernels. The model is one graph (``fullgraph``): a part that fell back to
     Python would be a slow number that nobody can explain, and is an error instead. On a GPU the mode is
     ``reduce-overhead``, which replays CUDA graphs: launching a ViT's kernels one by one takes longer than small batches
-    run. Autotuned matrix multiplications (``max-autotune``) are left out: they take minutes a batch size.
+    run: the calls after the one that compiles warm up, then record, then replay. Autotuned matrix multiplications
+    (``max-autotune``) are left out: they take minutes a batch size.
 
     With indices, the kept candidates are outputs of the same compiled graph.
     """
@@ -70,31 +69,24 @@ class CompiledRunner(EagerRunner):
         del self._compiled
         super().__exit__(kind, error, trace)
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs one batch, and compiles first when the batch size is new.
+    def _forward(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """See :class:`EagerRunner`; compiles first when the batch size is new.
 
         Raises:
             StageError: It cannot be compiled.
         """
-        parameter = next(self.artifact.parameters())
-        images = torch.from_numpy(np.ascontiguousarray(feeds[INPUT])).to(parameter.device, parameter.dtype)
         try:
-            with torch.inference_mode():
-                if self._on_gpu:
-                    torch.compiler.cudagraph_mark_step_begin()  # the answers of the last call may be overwritten
-                logits, kept = self._compiled(images)
+            if self._on_gpu:
+                torch.compiler.cudagraph_mark_step_begin()  # the answers of the last call may be overwritten
+            return self._compiled(images)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # PyTorch's compiler raises whatever its many parts raise
             raise StageError(f"torch.compile fails: {_line(error)}", where=f"batch {len(images)}") from error
-        result = {LOGITS: to_numpy(logits)}
-        for row, numbers in zip(token_plan(self.artifact).locations, kept, strict=False):
-            result[kept_name(row.block)] = numbers.cpu().numpy()
-        return result
 
     @property
     def _on_gpu(self) -> bool:
-        return next(self.artifact.parameters()).is_cuda
+        return self._parameter.is_cuda
 
     def _with_kept(self) -> Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]:
         """The model and what its reducers keep; their hooks are compiled along with them."""

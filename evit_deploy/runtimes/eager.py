@@ -1,24 +1,43 @@
 """PyTorch as it is: the runtime every other one is compared with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.errors import UnsupportedModelError
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
-from evit_deploy.runtimes.runner import Runner
+from evit_deploy.runtimes.fp32 import fp32_products, missing_tf32
+from evit_deploy.runtimes.resident import TensorResident, as_told
+from evit_deploy.runtimes.runner import Resident, Runner
 from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.reduce import capture, token_plan
 
 
 class EagerRunner(Runner):
-    """Runs an ``nn.Module`` in the dtype of its parameters, on the device they are on."""
+    """Runs an ``nn.Module`` in the dtype of its parameters, on the device they are on.
+
+    FP32 is FP32, convolutions included, whatever the process's switches say.
+
+    Args:
+        artifact: The model.
+        threads: CPU threads, ``None`` for PyTorch's own choice.
+        with_indices: Whether to give out the kept candidates as ``kept_<block>`` too.
+        tf32: Whether FP32 tensors are multiplied in TF32, on a GPU that has it.
+    """
 
     name = "eager"
+    has_tf32 = True
+
+    def __init__(
+        self, artifact: Any, *, threads: int | None = None, with_indices: bool = False, tf32: bool = False
+    ) -> None:
+        super().__init__(artifact, threads=threads, with_indices=with_indices)
+        self.tf32 = tf32
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:
@@ -32,6 +51,9 @@ class EagerRunner(Runner):
         return []
 
     def __enter__(self) -> Self:
+        lacking = missing_tf32(self._parameter.device) if self.tf32 else None
+        if lacking is not None:
+            raise lacking
         self._threads_before = torch.get_num_threads()
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -64,23 +86,38 @@ class EagerRunner(Runner):
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs one batch; logits come back in float32 (float64 from a float64 model)."""
-        parameter = next(self.artifact.parameters())
-        images = torch.from_numpy(np.ascontiguousarray(feeds[INPUT])).to(parameter.device, parameter.dtype)
-        if not self.with_indices:
-            with torch.inference_mode():
-                return {LOGITS: to_numpy(self.artifact(images))}
-        with capture(self.artifact) as seen:
-            result = {LOGITS: to_numpy(self.artifact(images))}
-        for row, kept in zip(token_plan(self.artifact).locations, seen.kept, strict=True):
-            result[kept_name(row.block)] = kept.cpu().numpy()
-        return result
+        parameter, images = self._parameter, torch.from_numpy(np.ascontiguousarray(feeds[INPUT]))
+        if parameter.is_cuda:
+            images = images.pin_memory()
+        # One after the other: to(device, dtype) in one would convert on the host.
+        images = images.to(parameter.device, non_blocking=True).to(parameter.dtype)
+        answers = self._call({INPUT: images})
+        return {name: as_told(tensor).cpu().numpy() for name, tensor in answers.items()}
 
     def synchronize(self) -> None:
         """Waits for a GPU, if that is where the model is."""
-        if next(self.artifact.parameters()).is_cuda:
+        if self._parameter.is_cuda:
             torch.cuda.synchronize()
 
+    def resident(self, feeds: Mapping[str, np.ndarray]) -> Resident:
+        """The images on the model's device, in its dtype, on PyTorch's current stream."""
+        return TensorResident(self._call, feeds, self._parameter.device, self._parameter.dtype)
 
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """In float32, whatever half precision it was computed in; float64 stays what it is."""
-    return tensor.cpu().numpy() if tensor.dtype == torch.float64 else tensor.float().cpu().numpy()
+    def _call(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Answers on the device to images on the device."""
+        with fp32_products(tf32=self.tf32), torch.inference_mode():
+            logits, kept = self._forward(inputs[INPUT])
+        blocks = [row.block for row in token_plan(self.artifact).locations] if self.with_indices else []
+        return {LOGITS: logits} | {kept_name(block): row for block, row in zip(blocks, kept, strict=True)}
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Logits, and with indices what each location keeps."""
+        if not self.with_indices:
+            return self.artifact(images), ()
+        with capture(self.artifact) as seen:
+            logits = self.artifact(images)
+        return logits, seen.kept
+
+    @property
+    def _parameter(self) -> torch.nn.Parameter:
+        return next(self.artifact.parameters())

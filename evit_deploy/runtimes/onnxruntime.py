@@ -17,12 +17,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 
 from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.errors import MissingRequirement, StageError
 from evit_deploy.export.card import load_onnx, read_card
 from evit_deploy.export.variants import with_indices
-from evit_deploy.runtimes.runner import Runner
+from evit_deploy.runtimes.resident import TensorResident
+from evit_deploy.runtimes.runner import Resident, Runner
 
 _NUMPY_NAMES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int32)": "int32"}
 
@@ -96,6 +98,48 @@ class OnnxRuntimeRunner(Runner):
         except Exception as error:
             raise StageError(f"ONNX Runtime failed: {_first_line(error)}", where=_name(self.artifact)) from error
 
+    def _bound(self, feeds: Mapping[str, np.ndarray], device: torch.device, stream: Any = None) -> Resident:
+        """A batch in PyTorch's tensors on a device, which the session reads and writes where they lie."""
+        batch = len(next(iter(feeds.values())))
+        with torch.cuda.stream(stream):
+            outputs = {
+                spec.name: torch.empty(
+                    (batch, *(int(size or 1) for size in spec.shape[1:])),
+                    dtype=getattr(torch, spec.dtype),
+                    device=device,
+                )
+                for spec in self.outputs
+            }
+        return TensorResident(_Bound(self._session, outputs), feeds, device, stream=stream)
+
+
+class _Bound:
+    """Runs a session on tensors, and gives the tensors of its outputs, the same ones each time.
+
+    Args:
+        session: The session.
+        outputs: Where its answers go.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, outputs: dict[str, torch.Tensor]) -> None:
+        self._session, self._outputs = session, outputs
+        self._binding = session.io_binding()
+        self._taken: Mapping[str, torch.Tensor] | None = None
+        self._options = onnxruntime.RunOptions()
+        # Calls follow one another on the stream; whoever wants the answers waits for it.
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if inputs is not self._taken:
+            for bind, tensors in ((self._binding.bind_input, inputs), (self._binding.bind_output, self._outputs)):
+                for name, tensor in tensors.items():
+                    kind = np.dtype(str(tensor.dtype).removeprefix("torch."))
+                    where = tensor.device.type, tensor.device.index or 0
+                    bind(name, *where, kind, tuple(tensor.shape), tensor.data_ptr())
+            self._taken = inputs
+        self._session.run_with_iobinding(self._binding, self._options)
+        return self._outputs
+
 
 class _GpuRunner(OnnxRuntimeRunner):
     """What the GPU's providers have in common: a GPU, and that the work is done there or not at all."""
@@ -103,6 +147,7 @@ class _GpuRunner(OnnxRuntimeRunner):
     provider: ClassVar[str]
     has_bf16 = True
     on_gpu = True
+    _stream: torch.cuda.Stream | None = None
 
     @classmethod
     def missing(cls) -> MissingRequirement | None:
@@ -120,6 +165,8 @@ class _GpuRunner(OnnxRuntimeRunner):
         missing = self.missing()
         if missing is not None:
             raise missing
+        # Work that PyTorch is to time has to be on a stream that PyTorch knows.
+        self._stream = torch.cuda.Stream() if self.takes_stream and torch.cuda.is_available() else None
         super().__enter__()
         try:
             self._refuse_cpu()
@@ -128,12 +175,38 @@ class _GpuRunner(OnnxRuntimeRunner):
             raise
         return self
 
+    takes_stream: ClassVar[bool] = True
+    """Whether its providers put their work on a stream that they are given."""
+
+    def resident(self, feeds: Mapping[str, np.ndarray]) -> Resident | None:
+        """The batch on the GPU; ``None`` where the PyTorch here is for CPUs, or the provider takes no stream."""
+        if self._stream is None:
+            return None
+        return self._bound(feeds, self._stream.device, self._stream)
+
+    def synchronize(self) -> None:
+        """Waits for the stream that the work is put on."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
     def _open(self, source: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
         options.add_session_config_entry(_RECORD, "1")
-        return super()._open(source, options)
+        providers = with_stream(self.providers, self._stream.cuda_stream) if self._stream else list(self.providers)
+        return onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
 
     def _refuse_cpu(self) -> None:
         refuse_cpu(self._session, self.provider, _name(self.artifact))
+
+
+def with_stream(providers: tuple[Any, ...], stream: int) -> list[tuple[str, dict[str, str]]]:
+    """Providers that all put their work on one CUDA stream.
+
+    Args:
+        providers: Names, with options or without.
+        stream: CUDA's handle of it.
+    """
+    named = ((entry, {}) if isinstance(entry, str) else entry for entry in providers)
+    return [(name, options | {"user_compute_stream": str(stream)}) for name, options in named]
 
 
 class OnnxRuntimeCudaRunner(_GpuRunner):
@@ -158,6 +231,7 @@ class OnnxRuntimeTensorRTRTXRunner(_GpuRunner):
 
     name = "onnxruntime-tensorrt-rtx"
     provider = "NvTensorRTRTXExecutionProvider"
+    takes_stream = False
 
     @classmethod
     def missing(cls) -> MissingRequirement | None:

@@ -30,6 +30,8 @@ class Runner(ABC):
     """Whether it is used, where it can be, without being asked for."""
     on_gpu: ClassVar[bool] = False
     """Whether it computes on a GPU, whatever it is given; PyTorch does so where its model's parameters are."""
+    has_tf32: ClassVar[bool] = False
+    """Whether it takes ``tf32=True``, with which FP32 tensors are multiplied in TF32."""
     served: ClassVar[bool] = False
     """Whether a server computes: it is given a :class:`~evit_deploy.triton.connection.Server` instead of a file."""
 
@@ -83,6 +85,54 @@ class Runner(ABC):
     def synchronize(self) -> None:
         """Waits until the device is idle; nothing to do on a CPU."""
         return
+
+    def resident(self, feeds: Mapping[str, np.ndarray]) -> "Resident | None":
+        """One batch placed on the device, so that the device's own time can be told from the way there and back.
+
+        It holds until the runner is closed; :meth:`infer` at the same batch size may put other images in its place.
+
+        Args:
+            feeds: One float32 array for each input.
+
+        Returns:
+            ``None`` where the runner cannot tell them apart: only whole calls can be timed then.
+        """
+        return None
+
+
+class Mark(Protocol):
+    """A moment between two calls on a device; known only after the device has reached it."""
+
+    def seconds_since(self, earlier: Any) -> float:
+        """Seconds from an earlier mark of the same resident to this one."""
+        ...
+
+
+class Resident(ABC):
+    """One batch that lies on a device, in the type that the model computes in; made by :meth:`Runner.resident`.
+
+    All methods but :meth:`answers` only put work on the device's stream: the runner's ``synchronize`` waits for it.
+    """
+
+    @abstractmethod
+    def run(self) -> None:
+        """Computes the batch that lies there: nothing is copied or converted, and the answers stay on the device."""
+
+    @abstractmethod
+    def round_trip(self) -> None:
+        """The same, end to end.
+
+        Float32 images in pinned memory of the host, the copy to the device, the conversion there to the type that the
+        model computes in, the work itself, and the copy of the answers into pinned memory.
+        """
+
+    @abstractmethod
+    def answers(self) -> dict[str, np.ndarray]:
+        """What the last :meth:`round_trip` brought back, once the runner was waited for; one array for each output."""
+
+    @abstractmethod
+    def mark(self) -> Mark:
+        """Marks the end of what was put on the stream so far."""
 
 
 class Timings(msgspec.Struct, frozen=True):

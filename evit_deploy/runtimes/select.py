@@ -18,22 +18,37 @@ TRITON = "triton"
 
 
 @contextmanager
-def opened(name: str, artifact: Any, threads: int | None = None, *, with_indices: bool = False) -> Iterator[Runner]:
+def opened(
+    name: str, artifact: Any, threads: int | None = None, *, with_indices: bool = False, tf32: bool = False
+) -> Iterator[Runner]:
     """A runner by its runtime's name, opened.
 
     Raises:
-        InputError: No such runtime, or it cannot run this.
-        MissingRequirement: The runtime is not installed, or its device is not there.
+        InputError: No such runtime, or it cannot run this, or not in TF32.
+        MissingRequirement: The runtime is not installed, or its device is not there, or has no TF32.
     """
     runtime: type[Runner] = RUNTIMES.get(name)
+    check_tf32(name, tf32=tf32)
     reasons = runtime.accepts(artifact)  # asked first: what can be run nowhere is not this machine's fault
     if reasons:
         raise InputError(f"the runtime {name!r} cannot run this: {'; '.join(reasons)}", where="--runtime")
     missing = runtime.missing()
     if missing is not None:
         raise missing
-    with runtime(artifact, threads=threads, with_indices=with_indices) as runner:
+    more: dict[str, Any] = {"tf32": True} if tf32 else {}  # the others need not know of it
+    with runtime(artifact, threads=threads, with_indices=with_indices, **more) as runner:
         yield runner
+
+
+def check_tf32(name: str, *, tf32: bool = True) -> None:
+    """Refuses TF32 where a runtime has no such precision.
+
+    Raises:
+        InputError: It has not.
+    """
+    if tf32 and not RUNTIMES.get(name).has_tf32:
+        those = " or ".join(other for other in RUNTIMES.names() if RUNTIMES.get(other).has_tf32)
+        raise InputError(f"{name} has no tf32", wanted=those, fix="Use fp32 with it.")
 
 
 def usable(runtime: type[Runner], artifact: Any) -> bool:

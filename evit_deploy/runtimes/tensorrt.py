@@ -23,7 +23,8 @@ from evit_deploy.environment.nvidia import compute_capability, missing_gpu
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, StageError
 from evit_deploy.recipe.options import BatchProfile
-from evit_deploy.runtimes.runner import Runner, Timings
+from evit_deploy.runtimes.resident import CudaMark
+from evit_deploy.runtimes.runner import Mark, Resident, Runner, Timings
 from evit_deploy.runtimes.tensorrt_lane import Lane, torch_dtype
 
 LANES = 16
@@ -185,6 +186,10 @@ class TensorRTRunner(Runner):
         """Waits for the stream that everything runs on."""
         self._stream.synchronize()
 
+    def resident(self, feeds: Mapping[str, np.ndarray]) -> Resident:
+        """The batch in the buffers that :meth:`infer` uses too; what runs is the engine, or the graph of it."""
+        return _LaneResident(self._lane(_batch_of(feeds)), self._stream, feeds)
+
     def timings(self, batch: int, *, calls: int = 100, duration: float = 0.0, warm_up: float = 0.2) -> Timings:
         """Times calls one after the other, on random images: the host's enqueue by its clock, the rest by CUDA events.
 
@@ -289,6 +294,32 @@ class TensorRTRunner(Runner):
 
     _captures: ClassVar[bool] = True
     """Whether the runner captures CUDA graphs itself; TensorRT-RTX does it inside."""
+
+
+class _LaneResident(Resident):
+    """A batch in the buffers of a lane; an engine's first and last layers convert, and they are part of it."""
+
+    def __init__(self, lane: Lane, stream: torch.cuda.Stream, feeds: Mapping[str, np.ndarray]) -> None:
+        self._lane, self._stream = lane, stream
+        lane.fill(feeds)
+        with torch.cuda.stream(stream):
+            lane.copy_in()
+
+    def run(self) -> None:
+        with torch.cuda.stream(self._stream):
+            self._lane.launch()
+
+    def round_trip(self) -> None:
+        with torch.cuda.stream(self._stream):
+            self._lane.copy_in()
+            self._lane.launch()
+            self._lane.copy_out()
+
+    def answers(self) -> dict[str, np.ndarray]:
+        return self._lane.answers()
+
+    def mark(self) -> Mark:
+        return CudaMark(self._stream)
 
 
 class TensorRTRTXRunner(TensorRTRunner):

@@ -30,7 +30,7 @@ class _Call(ctypes.Structure):
 class _Cut(ctypes.Structure):
     """``EvitCut``."""
 
-    _fields_ = tuple((name, ctypes.c_int32) for name in ("lanes", "tiles", "slices", "early"))
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("lanes", "tiles", "slices", "early", "threads"))
 
 
 class Cut(msgspec.Struct, frozen=True):
@@ -41,14 +41,14 @@ class Cut(msgspec.Struct, frozen=True):
         tiles: Teams that share an image's columns.
         slices: Teams that share a tile's rows.
         early: 1 to load rows when it is known which of them stay, 2 to load the first before.
-        threads: Members of a team; of the host library alone.
+        threads: Of a team: 256 or 512 on a GPU, 1 to 64 on the CPU.
     """
 
     lanes: int = 0
     tiles: int = 0
     slices: int = 0
     early: int = 0
-    threads: int = 1
+    threads: int = 0
 
 
 OWN_CHOICE = Cut()
@@ -117,10 +117,10 @@ class TokenReorgKernel:
         pointers = (tensor.data_ptr() for tensor in (x, scores, *out))
         sizes = batch, prefix, tokens - prefix, channels, keep, int(fuse)
         call, message = _Call(*pointers, DTYPES[x.dtype], *sizes), ctypes.create_string_buffer(256)
-        shares, room = ctypes.byref(_Cut(cut.lanes, cut.tiles, cut.slices, cut.early)), ctypes.c_size_t(len(message))
+        shares, room = ctypes.byref(_Cut(*msgspec.structs.astuple(cut))), ctypes.c_size_t(len(message))
         if self.identity.kind == "host":
             run = self._library.evit_token_reorg_on_host
-            status = run(ctypes.byref(call), shares, cut.threads, message, room)
+            status = run(ctypes.byref(call), shares, message, room)
         else:
             with torch.cuda.device(x.device):
                 stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

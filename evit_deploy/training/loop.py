@@ -5,10 +5,11 @@ import logging
 import math
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -38,6 +39,11 @@ from evit_deploy.training.tasks import Teacher
 _LOG = logging.getLogger(__name__)
 
 DENSE, EVIT = "dense.safetensors", "evit.safetensors"
+LATE = 1
+"""Steps that are on their way when a result is read: the device is never idle because a number is looked at."""
+PROGRAMS = 256
+"""Programs of a compiled model. Two a run are made, but PyTorch counts those of all models of one class together, and
+refuses a ninth."""
 
 
 class TrainResult(msgspec.Struct, frozen=True):
@@ -266,50 +272,40 @@ def fit(
     if log is not None:
         log.begin(run.step)
     batches = data.training(
-        section.batch_size * world, seed, rank=rank, world=world, start_step=run.drawn, curriculum=curriculum
-    )
-    good, went_back = run.state(), False
-    images, seconds = 0, 0.0  # since the last line on how far it is
+        section.batch_size * world, seed, rank=rank, world=world, start_step=run.drawn, curriculum=curriculum,
+        device=run.device,
+    )  # fmt: skip
+    results = _Results(run, name, steps, log, curriculum)
     model.train(section.model_mode == "train")
     try:
-        with _threads(section.threads), interruptible() as stop:
+        with _threads(section.threads), _programs(section), interruptible() as stop:
             while run.step < steps:
                 step = run.step
                 if rank:  # stochastic depth of its own in every process, also after --resume: the state is the first's
                     torch.manual_seed(seed + 7919 * rank + 104729 * step)
                 plan, moving = _keep_rate_(model, section, step, per_epoch)
                 rate = learning_rate(section, step, steps, world)
-                done = run.advance(batches, rate, moving=moving)
-                if curriculum is not None:
-                    for share in done.correct:
-                        curriculum.update(share)
-                if run.step == step:  # it did not count
-                    _check_once(done, went_back, name, step, rate)
-                    went_back, drawn = True, run.drawn
-                    run.load(good)
-                    run.drawn = drawn  # other images than those that led here
-                    _LOG.warning(f"{name}: step {step + 1} was not finite; went back to step {run.step + 1}, once")
+                done = run.advance(batches, rate, moving=moving, asked=stop.asked)
+                results.add(_Sent(done, step, rate, plan))
+                stopped = stop.asked and world == 1  # several processes have to stop at the same step
+                evaluates = _falls_due(section.evaluate_every, run.step, per_epoch) and run.step < steps
+                saves = run.step % section.save_every == 0
+                # Nothing is evaluated or saved before it is known to be good.
+                if not results.read(0 if stopped or evaluates or saves or run.step == steps else LATE):
                     continue
-                if log is not None:
-                    log.add(done, run.losses, rate, plan)
-                images, seconds = images + done.images, seconds + done.seconds
-                if step % max(1, steps // 100) == 0 or run.step == steps:
-                    tokens = plan.blocks[-1].tokens_out
-                    progress.step(
-                        _LOG, f"{name}: step {run.step} of {steps}, {tokens} tokens at the end",
-                        run.step, steps, images_per_second=images / seconds, loss=done.loss,
-                    )  # fmt: skip
-                    images, seconds = 0, 0.0
-                if _falls_due(section.evaluate_every, run.step, per_epoch) and run.step < steps:
+                if results.asked:
+                    stopped = True
+                    if not results.read(0):
+                        continue
+                if evaluates:
                     row = evaluate(model, data, evaluation_batch_size)
                     _LOG.info(
                         f"{name}: after {run.step / per_epoch:.3g} epochs top-1 is {row.top1:.2%}, "
                         f"{plan.blocks[-1].tokens_out} tokens at the end"
                     )
-                stopped = run.any_process(stop.asked)
-                if stopped or run.step % section.save_every == 0:
-                    good = run.state()
-                    _write(state, log, good, curriculum)
+                if stopped or saves:
+                    results.good = run.state()
+                    _write(state, log, results.good, curriculum)
                 if stopped:
                     raise KeyboardInterrupt
         _write(state, log, run.state(), curriculum)
@@ -320,6 +316,87 @@ def fit(
         set_keep_rate_(model, 1.0)
         model.eval()
     return run.losses
+
+
+class _Sent(NamedTuple):
+    """A step that is on its way."""
+
+    done: StepResult
+    step: int
+    rate: float
+    plan: TokenPlan
+
+
+class _Results:
+    """What the steps of a run did, read in order: counted, logged and told.
+
+    Where a loss or a gradient is not finite the run goes back to the last good state, once.
+
+    Args:
+        run: It begins in a good state.
+        name: Of the stage, in messages.
+        steps: Length of the run.
+        log: Takes a row for some of the steps.
+        curriculum: Follows the share of right answers. The images to come depend on it, so that with one every step is
+            read at once.
+    """
+
+    def __init__(
+        self, run: TrainingRun, name: str, steps: int, log: TrainingLog | None, curriculum: Curriculum | None
+    ) -> None:
+        self._run, self._name, self._steps, self._log, self._curriculum = run, name, steps, log, curriculum
+        self.good, self.asked = run.state(), False
+        """The last good state, and whether a process was asked to stop."""
+        self._sent: deque[_Sent] = deque()
+        self._went_back = False
+        self._images, self._seconds = 0, 0.0  # since the last line on how far it is
+
+    def add(self, sent: _Sent) -> None:
+        """Takes a step that was just sent off."""
+        self._sent.append(sent)
+
+    def read(self, late: int) -> bool:
+        """Reads all results but those of the latest ``late`` steps.
+
+        Returns:
+            Whether they were finite; if not, the run has gone back, and what was sent after them is forgotten.
+
+        Raises:
+            StageError: A result was not finite for the second time.
+        """
+        while len(self._sent) > (late if self._curriculum is None else 0):
+            sent = self._sent.popleft()
+            self.asked |= sent.done.asked
+            if self._curriculum is not None:
+                for share in sent.done.correct:
+                    self._curriculum.update(share)
+            if not sent.done.finite:
+                self._go_back(sent)
+                return False
+            self._run.losses.append(sent.done.loss)
+            if self._log is not None:
+                self._log.add(sent.done, self._run.losses, sent.rate, sent.plan)
+            self._tell(sent)
+        return True
+
+    def _go_back(self, sent: _Sent) -> None:
+        _check_once(sent.done, self._went_back, self._name, sent.step, sent.rate)
+        self._went_back, drawn = True, self._run.drawn
+        self._sent.clear()
+        self._run.load(self.good)
+        self._run.drawn = drawn  # other images than those that led here
+        back = self._run.step + 1
+        _LOG.warning(f"{self._name}: step {sent.step + 1} was not finite; went back to step {back}, once")
+
+    def _tell(self, sent: _Sent) -> None:
+        self._images, self._seconds = self._images + sent.done.images, self._seconds + sent.done.seconds
+        number, tokens = sent.step + 1, sent.plan.blocks[-1].tokens_out
+        if sent.step % max(1, self._steps // 100) == 0 or number == self._steps:
+            progress.step(
+                _LOG, f"{self._name}: step {number} of {self._steps}, {tokens} tokens at the end",
+                number, self._steps, images_per_second=self._images / self._seconds, loss=sent.done.loss,
+            )  # fmt: skip
+            self._images, self._seconds = 0, 0.0
 
 
 def _keep_rate_(model: nn.Module, section: TrainSection, step: int, per_epoch: int) -> tuple[TokenPlan, bool]:
@@ -388,6 +465,15 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)  # timm's augmentations draw from here
     np.random.seed(seed % 2**32)  # and from here
+
+
+def _programs(section: TrainSection) -> AbstractContextManager[Any]:
+    """So many programs as :data:`PROGRAMS`; the option is PyTorch's, for the whole process."""
+    if not section.compile:
+        return nullcontext()
+    import torch._dynamo.config as config
+
+    return config.patch(recompile_limit=PROGRAMS, accumulated_recompile_limit=PROGRAMS)
 
 
 @contextmanager

@@ -1,12 +1,16 @@
-"""One training run from step to step: task, optimiser, loss scaler and average, on one process or several."""
+"""One training run from step to step: task, optimiser, loss scaler and average, on one process or several.
+
+Nothing in a step waits for the device. What it did is read from its :class:`StepResult`, at best when the next step is
+on its way.
+"""
 
 import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
-import msgspec
 import torch
 from accelerate import PartialState
 from timm.optim import param_groups_weight_decay
@@ -22,24 +26,73 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Batches = Iterator[tuple[Tensor, ...]]
 
 
-class StepResult(msgspec.Struct, frozen=True):
+class StepResult:
     """What one step did.
 
+    The device may still be at it. What it computes is on its way to the CPU; whoever asks for ``loss``, ``norm``,
+    ``correct``, ``asked``, ``finite`` or ``seconds`` first waits until it is there.
+
     Args:
-        loss: Mean over the step's images, over all processes.
-        norm: Of the gradient, before it was clipped; infinite or NaN where the loss scaler left the step out.
+        values: Of each of the step's batches its part of the loss; the norm; of each batch the share of its images that
+            were classified correctly. On the device, and of several processes the sum, with how many of them were
+            asked to stop at the end.
+        processes: How many.
+        scaled: Whether a loss scaler left the step out where gradients overflowed.
         images: Images of the step, over all processes.
-        seconds: Wall time.
+        seconds: Wall time until the step was on its way.
         waited: Of these, for data.
-        correct: For each batch of the step, the share of its images that were classified correctly.
     """
 
-    loss: float
-    norm: float
-    images: int
-    seconds: float
-    waited: float
-    correct: tuple[float, ...] = ()
+    def __init__(
+        self, values: Tensor, processes: int, scaled: bool, *, images: int, seconds: float, waited: float
+    ) -> None:
+        self.images, self.waited = images, waited
+        self._processes, self._scaled, self._seconds = processes, scaled, seconds
+        self._values = values.to("cpu", non_blocking=values.is_cuda)  # to pinned memory
+        self._there = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    @cached_property
+    def _read(self) -> list[float]:
+        started = time.perf_counter()
+        if self._there is not None:
+            self._there.synchronize()
+        self._seconds += time.perf_counter() - started
+        return [value / self._processes for value in self._values.tolist()]
+
+    @property
+    def _batches(self) -> int:
+        return (len(self._read) - 1) // 2
+
+    @property
+    def loss(self) -> float:
+        """Mean over the step's images, over all processes."""
+        return sum(self._read[: self._batches])
+
+    @property
+    def norm(self) -> float:
+        """Of the gradient, before it was clipped; infinite or NaN where the loss scaler left the step out."""
+        return self._read[self._batches]
+
+    @property
+    def correct(self) -> tuple[float, ...]:
+        """For each batch of the step, the share of its images that were classified correctly."""
+        return tuple(self._read[self._batches + 1 : 2 * self._batches + 1])
+
+    @property
+    def asked(self) -> bool:
+        """Whether one of several processes had been asked to stop when the step began: all of them know."""
+        return self._processes > 1 and self._read[-1] > 0
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient were finite; a gradient that a loss scaler watches over may overflow."""
+        return math.isfinite(self.loss) and (self._scaled or math.isfinite(self.norm))
+
+    @property
+    def seconds(self) -> float:
+        """Wall time that this process spent on the step: on sending it off, and on waiting for its end."""
+        _ = self._read  # which adds to it
+        return self._seconds
 
 
 class TrainingRun:
@@ -63,66 +116,81 @@ class TrainingRun:
         self._task = make_task(model, section, teacher)
         never = getattr(model, "no_weight_decay", set)()
         groups = param_groups_weight_decay(model, section.weight_decay, no_weight_decay_list=never)
-        fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=section.betas, fused=fused)
+        self.optimizer: Any = torch.optim.AdamW(groups, lr=0.0, betas=section.betas, fused=True)  # obeys found_inf
         self.average = ModelEmaV3(model, decay=section.ema) if section.ema is not None else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=section.autocast == "fp16")
         if self.processes.num_processes > 1:
             ids = [self.processes.local_process_index] if self.device.type == "cuda" else None
             self._task.prepare_distributed(device_ids=ids)
         self._eager = self._task.trainable_module
-        self._compiled = torch.compile(self._eager) if section.compile else self._eager
+        self._compiled = self._compile() if section.compile else self._eager
 
-    def advance(self, batches: Batches, rate: float, *, moving: bool) -> StepResult:
-        """Takes one optimiser step.
+    def _compile(self) -> Any:
+        """One graph a token plan: a part that fell back to Python would be slow and nobody would know why.
+
+        Several processes have breaks, where gradients are exchanged while others are computed. Shapes are static:
+        PyTorch would make one program for all plans at the second one, slower than each one's own.
+        """
+        return torch.compile(self._eager, fullgraph=self.processes.num_processes == 1, dynamic=False)
+
+    def advance(self, batches: Batches, rate: float, *, moving: bool, asked: bool = False) -> StepResult:
+        """Sends off one optimiser step; on a GPU it is not waited for.
+
+        Where the loss or a gradient is not finite, weights stay as they are; ``step`` counts on, and it is for whoever
+        reads the result to go back to a good state.
 
         Args:
             batches: Where images come from; as many as the step accumulates are drawn.
             rate: The learning rate.
             moving: Whether token counts change from step to step: then the model runs as it is, since compiling it for
                 each of them would take longer than training.
+            asked: Whether this process was asked to stop, which the others are to know.
 
         Raises:
             StageError: The batch does not fit into memory; the message says which would.
         """
-        section, started, waited, loss = self.section, time.perf_counter(), 0.0, 0.0
-        self._correct: list[float] = []
+        section, started, waited = self.section, time.perf_counter(), 0.0
+        losses: list[Tensor] = []
+        self._correct: list[Tensor] = []
         self.optimizer.zero_grad(set_to_none=True)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._task.trainable_module = self._eager if moving else self._compiled
         for part in range(section.accumulate):
-            asked = time.perf_counter()
+            drawing = time.perf_counter()
             batch = [tensor.to(self.device, non_blocking=True) for tensor in next(batches)]
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - drawing
             if section.channels_last:
                 batch[0] = batch[0].contiguous(memory_format=torch.channels_last)
             if section.token_labels is None:
                 del batch[2:]  # another stage's
             try:
-                loss += self._backward(*batch, last=part == section.accumulate - 1)
+                losses.append(self._backward(*batch, last=part == section.accumulate - 1))
             except RuntimeError as error:  # torch.OutOfMemoryError is one; CPU allocators have none of their own
                 if not _is_memory(error):
                     raise
                 raise self._too_large(batch) from None
         self.drawn += section.accumulate
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), section.clip or math.inf).item()
-        loss = self._mean(loss)
-        if math.isfinite(loss) and (self.scaler.is_enabled() or math.isfinite(norm)):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.step += 1
-            self.losses.append(loss)
-            if self.average is not None:
-                self.average.update(self.model, step=self.step)
-        else:
-            self.scaler.update()  # it has unscaled, and would refuse to do so again
-        images_of_step = section.images_per_step(self.processes.num_processes)
-        correct = tuple(map(self._mean, self._correct))
-        return StepResult(loss, norm, images_of_step, time.perf_counter() - started, waited, correct)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), section.clip or math.inf)
+        if not self.scaler.is_enabled():  # which tells the optimiser itself
+            self.optimizer.found_inf = (~torch.stack([*losses, norm]).isfinite().all()).float()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.model, step=self.step)
+        processes = self.processes.num_processes
+        values = torch.stack([*losses, norm, *self._correct])
+        if processes > 1:
+            values = torch.cat([values, values.new_full((1,), float(asked))]).double()
+            torch.distributed.all_reduce(values)
+        return StepResult(
+            values, processes, self.scaler.is_enabled(), images=section.images_per_step(processes),
+            seconds=time.perf_counter() - started, waited=waited,
+        )  # fmt: skip
 
-    def _backward(self, images: Tensor, targets: Tensor, *token_labels: Tensor, last: bool) -> float:
+    def _backward(self, images: Tensor, targets: Tensor, *token_labels: Tensor, last: bool) -> Tensor:
         autocast = torch.autocast(self.device.type, TYPES.get(self.section.autocast), self.section.autocast in TYPES)
         with nullcontext() if last else self._task.no_sync():
             with autocast:
@@ -131,23 +199,8 @@ class TrainingRun:
             self.scaler.scale(loss).backward()
         targets = done.get("target", targets)
         labels = targets if targets.ndim == 1 else targets.argmax(1)
-        self._correct.append((done["output"].detach().argmax(1) == labels).float().mean().item())
-        return loss.item()
-
-    def any_process(self, asked: bool) -> bool:
-        """Whether one of the processes was asked to stop: they have to do so at the same step."""
-        if self.processes.num_processes == 1:
-            return asked
-        found = torch.tensor(float(asked), device=self.device)
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-        return bool(found.item())
-
-    def _mean(self, loss: float) -> float:
-        if self.processes.num_processes == 1:
-            return loss
-        total = torch.tensor(loss, dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device)
-        torch.distributed.all_reduce(total)
-        return total.item() / self.processes.num_processes
+        self._correct.append((done["output"].detach().argmax(1) == labels).float().mean())
+        return loss.detach().float()
 
     def _too_large(self, batch: list[Tensor]) -> StageError:
         """Finds the largest half, quarter, ... of the batch that fits."""

@@ -49,9 +49,38 @@ def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) 
         "criterion": criterion, "task_loss_weight": 1 - how.weight, "distill_loss_weight": how.weight,
         "temperature": how.temperature, "device": device, "verbose": False,
     }  # fmt: skip
+    frozen = FrozenTeacher(teacher.model, model)
     if how.kind == "logits":
-        return LogitDistillationTask(model, teacher.model, **settings)
-    return TokenDistillationTask(model, teacher.model, distill_type="hard" if how.hard else "soft", **settings)
+        return LogitDistillationTask(model, frozen, **settings)
+    return TokenDistillationTask(model, frozen, distill_type="hard" if how.hard else "soft", **settings)
+
+
+class FrozenTeacher(DistillationTeacher):
+    """timm's teacher, which compares its normalisation to the student's once and not at every batch.
+
+    To compare what lies on a GPU is to wait for it.
+
+    Args:
+        model: The teacher, on the device to train on.
+        student: Whose images it is shown.
+    """
+
+    mean_kd: Tensor
+    std_kd: Tensor
+
+    def __init__(self, model: nn.Module, student: Any) -> None:
+        super().__init__(model, device=next(student.parameters()).device)
+        own = (self.mean_kd, self.std_kd)
+        theirs = (torch.tensor(student.pretrained_cfg[key]) for key in ("mean", "std"))
+        self._alike = all(torch.equal(a.flatten().cpu(), b) for a, b in zip(own, theirs, strict=True))
+
+    def normalize_input(
+        self, input: Tensor, student_mean: Tensor | None = None, student_std: Tensor | None = None
+    ) -> Tensor:
+        """Images ``[B, C, H, W]`` as the student takes them, as the teacher does."""
+        if self._alike or student_mean is None or student_std is None:
+            return input
+        return (input * student_std + student_mean - self.mean_kd) / self.std_kd
 
 
 class TokenLabelTask(ClassificationTask):
@@ -81,7 +110,7 @@ class TokenLabelTask(ClassificationTask):
         self._classes: int = student.num_classes
         self.teacher = None
         if teacher is not None:
-            self.teacher = DistillationTeacher(teacher, device=device)
+            self.teacher = FrozenTeacher(teacher, student)
             mean, std = (torch.tensor(student.pretrained_cfg[key], device=device) for key in ("mean", "std"))
             self._mean, self._std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.export.precision import DTYPES
+from evit_deploy.runtimes.fp32 import fp32_products
 from evit_deploy.tokens.op import reorganize
 from evit_deploy.tokens.plan import TokenPlan, original_patches
 from evit_deploy.tokens.reduce import TokenReducer, capture, token_plan
@@ -255,7 +256,7 @@ def _answers(model: torch.nn.Module, inputs: np.ndarray) -> tuple[np.ndarray, li
     dtype = next(model.parameters()).dtype
     was_training = model.training
     model.eval()
-    with capture(model) as seen:
+    with capture(model) as seen, fp32_products(tf32=False):
         logits = model(torch.from_numpy(inputs).to(dtype))
     model.train(was_training)
     logits = logits if dtype == torch.float64 else logits.float()

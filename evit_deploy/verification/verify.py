@@ -1,5 +1,6 @@
 """Proof that a lowered model answers like PyTorch: logits, kept patches, every batch size, every place in a batch."""
 
+import copy
 import logging
 from collections.abc import Sequence
 from itertools import combinations
@@ -66,6 +67,8 @@ def verify(
     server: Server | None = None,
 ) -> Report:
     """Verifies a bundle against its golden answers, and its runtimes against one another.
+
+    PyTorch's own runtimes run on the GPU if there is one, in FP32 without TF32.
 
     Args:
         path: The bundle.
@@ -174,7 +177,7 @@ def prove(
         golden: Its golden answers.
         runtimes: Names in the registry of runtimes.
         trial: How to try them.
-        model: The PyTorch model, for the runtimes that run it.
+        model: The PyTorch model, FP32, for the runtimes that run it: on the GPU if there is one, as in profiling.
         unable: Takes the runtimes that turn out not to run here, and why; without it that is an error.
         server: The served model, for the runtimes that ask a server.
 
@@ -184,6 +187,8 @@ def prove(
     """
     manifest, report, threads = bundle.manifest, Report(), trial.threads
     folder = folder_of(trial.data, manifest) if trial.data is not None else None
+    if model is not None and torch.cuda.is_available():
+        model = copy.deepcopy(model).to("cuda")
     answers = {} if folder else {"pytorch fp32": Answers(golden.logits, golden.kept)}
     for name in in_stages(runtimes):
         runtime = RUNTIMES.get(name)

@@ -60,7 +60,8 @@ inline int32_t check_call(const EvitTokenReorgCall* call, char* message, size_t 
   return EVIT_OK;
 }
 
-inline int32_t check_cut(const EvitCut* cut, char* message, size_t size) {
+// `on_gpu`: what a team is: a block, which the kernel is compiled for in two sizes, or threads.
+inline int32_t check_cut(const EvitCut* cut, bool on_gpu, char* message, size_t size) {
   if (cut == nullptr) return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: the cut is a null pointer");
   if (cut->lanes < 0 || cut->lanes > EVIT_MAX_LANES || (cut->lanes & (cut->lanes - 1)) != 0)
     return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: lanes is %d, expected a power of two up to %d",
@@ -74,6 +75,10 @@ inline int32_t check_cut(const EvitCut* cut, char* message, size_t size) {
                   EVIT_MAX_SLICES);
   if (cut->early < 0 || cut->early > 2)
     return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: early is %d, expected 0 to 2", cut->early);
+  if (on_gpu && cut->threads != 0 && cut->threads != 256 && cut->threads != 512)
+    return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: threads is %d, expected 0, 256 or 512", cut->threads);
+  if (!on_gpu && (cut->threads < 0 || cut->threads > 64))
+    return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: threads is %d, expected 0 to 64", cut->threads);
   return EVIT_OK;
 }
 

@@ -13,11 +13,10 @@ struct Block {
   __device__ void barrier() const { __syncthreads(); }
 };
 
-constexpr int kThreads = 256;
-constexpr int kBlocksToAMultiprocessor = 3;  // what choose_geometry() counts on: 80 registers
-
-template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads, kBlocksToAMultiprocessor)
+// Blocks of many images leave room for others, with 80 registers a thread; with few images, a block may have what it
+// can use.
+template <class T, int kWidth, int kThreads>
+__global__ void __launch_bounds__(kThreads, kThreads == kNarrowBlock ? 3 : 1)
     token_reorg_kernel(const __grid_constant__ EvitTokenReorgCall call, Geometry geometry, int fates) {
   extern __shared__ __align__(16) unsigned char shared[];
   // Teams of one image side by side: they read the same rows.
@@ -34,13 +33,16 @@ cudaError_t launch(const EvitTokenReorgCall& call, const EvitCut& cut, cudaStrea
   const size_t shared =
       static_cast<size_t>(scratch) + static_cast<size_t>(call.prefix + call.candidates) * sizeof(Fate);
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const auto kernel = geometry.threads == kNarrowBlock ? token_reorg_kernel<T, kWidth, kNarrowBlock>
+                                                       : token_reorg_kernel<T, kWidth, kWideBlock>;
   constexpr size_t kUnasked = 48 * 1024;  // more has to be asked for
   if (shared > kUnasked) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        token_reorg_kernel<T, kWidth>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
-  token_reorg_kernel<T, kWidth><<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(call, geometry, scratch);
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(geometry.threads), shared, stream>>>(call, geometry,
+                                                                                                     scratch);
   return cudaGetLastError();
 }
 
@@ -72,7 +74,7 @@ cudaError_t start(const EvitTokenReorgCall& call, const EvitCut& cut, cudaStream
 int32_t evit_token_reorg_cut(const EvitTokenReorgCall* call, const EvitCut* cut, void* stream, char* message,
                              size_t size) {
   int32_t status = evit::check_call(call, message, size);
-  if (status == EVIT_OK) status = evit::check_cut(cut, message, size);
+  if (status == EVIT_OK) status = evit::check_cut(cut, true, message, size);
   if (status != EVIT_OK || call->batch == 0) return status;
   const cudaError_t error = evit::start(*call, *cut, static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return EVIT_OK;

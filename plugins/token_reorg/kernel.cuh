@@ -22,19 +22,23 @@
 #include <cuda_fp16.h>
 #define EVIT_HOST_DEVICE __host__ __device__
 #define EVIT_UNROLL _Pragma("unroll")
+#define EVIT_UNROLL_BY(n) EVIT_PRAGMA(unroll n)
+#define EVIT_PRAGMA(text) _Pragma(#text)
 #define EVIT_ROLLED _Pragma("unroll 1")
 #else
 #define EVIT_HOST_DEVICE
 #define EVIT_UNROLL
+#define EVIT_UNROLL_BY(n)
 #define EVIT_ROLLED
 #endif
 
 namespace evit {
 
-constexpr int kRowsInFlight = 8;     // loads of x that a thread has under way
-constexpr int kScoresInFlight = 4;   // and of scores
-constexpr int kCountingLimit = 256;  // candidates up to which ranking by counting beats merging
-constexpr int kRun = 64;             // candidates that are ranked by counting before runs are merged
+constexpr int kRowsInFlight = 8;    // loads of x that a thread has under way
+constexpr int kScoresInFlight = 4;  // and of scores
+constexpr int kSumsInFlight = 16;   // and of partial sums; divides the number of row groups
+constexpr int kRun = 64;            // candidates that are ranked by counting, before runs are merged
+constexpr int kFan = 4;             // runs that are merged at a time
 
 // ---- types
 
@@ -137,10 +141,10 @@ EVIT_HOST_DEVICE inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // ---- ranking
 
-// Rises with the score. Equal scores have equal keys, +0 and -0 too; a NaN has a key like any other.
+// Rises with the score and is above 0. Equal scores have equal keys, +0 and -0 too; a NaN has a key like any other.
 EVIT_HOST_DEVICE inline uint32_t key_of(float score) {
-  const uint32_t bits = bits_of(score + 0.0f);
-  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+  const uint32_t bits = bits_of(score + 0.0f), key = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+  return key > 0 ? key : 1;
 }
 
 // The score that a key was made of; -0 has become +0.
@@ -150,114 +154,111 @@ struct alignas(16) Keys {
   uint32_t items[4];
 };
 
-EVIT_HOST_DEVICE inline bool ranked_by_counting(int candidates) { return candidates <= kCountingLimit; }
-
-// Keys, and for merging a second set and two of the candidates' numbers.
-EVIT_HOST_DEVICE inline int ranking_bytes(int candidates) {
-  const int keys = divide_up(candidates, 4) * static_cast<int>(sizeof(Keys));
-  return ranked_by_counting(candidates) ? keys : 3 * keys;
+// Keys, filled up with zeros to whole runs on every level.
+EVIT_HOST_DEVICE inline int key_slots(int candidates) {
+  int slots = kRun;
+  while (slots < candidates) slots *= kFan;
+  return slots;
 }
 
-// Adds one if a key is above another, or not below it. By hand: the compiler takes three dependent instructions.
-template <bool kOrEqual>
-EVIT_HOST_DEVICE inline void count(uint32_t other, uint32_t key, int& sum) {
+// Keys, and where runs are merged a second set of them and two of the candidates' numbers.
+EVIT_HOST_DEVICE inline int ranking_bytes(int candidates) {
+  return key_slots(candidates) * (candidates <= kRun ? 1 : 3) * static_cast<int>(sizeof(uint32_t));
+}
+
+// Adds one if a key is above a limit. By hand: the compiler makes three dependent instructions of it.
+EVIT_HOST_DEVICE inline void count_above(uint32_t key, uint32_t limit, int& sum) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (kOrEqual)
-    asm("{ .reg .pred p; setp.ge.u32 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(sum) : "r"(other), "r"(key));
-  else
-    asm("{ .reg .pred p; setp.gt.u32 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(sum) : "r"(other), "r"(key));
+  asm("{ .reg .pred p; setp.gt.u32 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(sum) : "r"(key), "r"(limit));
 #else
-  sum += kOrEqual ? other >= key : other > key;
+  sum += key > limit;
 #endif
 }
 
-// Candidates of quads [first, last) that are ahead of candidate i: a higher score, or an equal one and a lower number.
-EVIT_HOST_DEVICE inline int count_ahead(const Keys* keys, int first, int last, int i) {
+// How many of a run are ahead of its candidate i: a higher score, or an equal one and a lower number.
+EVIT_HOST_DEVICE inline int count_ahead(const Keys* run, int i, uint32_t key) {
   const int own = i / 4;
-  const uint32_t key = keys[own].items[i % 4];
   int ahead[4] = {};
-  for (int quad = first; quad < own; ++quad) {
-    const Keys other = keys[quad];
+  EVIT_UNROLL_BY(4)  // not wholly: code that runs once has to be fetched, which takes longer than the loop
+  for (int quad = 0; quad < kRun / 4; ++quad) {
+    const Keys other = run[quad];
+    const uint32_t limit = quad < own ? key - 1 : key;
     EVIT_UNROLL
-    for (int item = 0; item < 4; ++item) count<true>(other.items[item], key, ahead[item]);
+    for (int item = 0; item < 4; ++item) count_above(other.items[item], limit, ahead[item]);
   }
-  for (int item = 0; item < 4; ++item) {
-    const uint32_t other = keys[own].items[item];
-    ahead[item] += item < i % 4 ? other >= key : other > key;
-  }
-  for (int quad = own + 1; quad < last; ++quad) {
-    const Keys other = keys[quad];
-    EVIT_UNROLL
-    for (int item = 0; item < 4; ++item) count<false>(other.items[item], key, ahead[item]);
-  }
+  const Keys near = run[own];
+  EVIT_UNROLL
+  for (int item = 0; item < 3; ++item) ahead[item] += item < i % 4 && near.items[item] == key;
   return ahead[0] + ahead[1] + ahead[2] + ahead[3];
 }
 
-// How many of `length` falling keys are above a key, or not below it.
-EVIT_HOST_DEVICE inline int search(const uint32_t* keys, int length, uint32_t key, bool or_equal) {
-  int found = 0, step = 1;
-  while (step <= length) step *= 2;
-  for (step /= 2; step > 0; step /= 2) {
-    const int next = found + step;
-    if (next > length) continue;
-    const uint32_t other = keys[next - 1];
-    if (other > key || (or_equal && other == key)) found = next;
+// Where the key at place i of one of kFan sorted runs belongs among all of them: its place in its own run, and how many
+// are ahead in each of the others, which are searched side by side. Candidates of earlier runs have lower numbers.
+EVIT_HOST_DEVICE inline int merged_place(const uint32_t* keys, int length, int i) {
+  const int start = i & ~(kFan * length - 1), own = i & ((kFan - 1) * length), inside = i & (length - 1);
+  const uint32_t key = keys[i];
+  int first[kFan - 1], at[kFan - 1];
+  uint32_t limit[kFan - 1];
+  EVIT_UNROLL
+  for (int r = 0; r < kFan - 1; ++r) {
+    const int other = own ^ ((r + 1) * length);
+    first[r] = at[r] = start + other;
+    limit[r] = other < own ? key - 1 : key;
   }
-  return found;
+  for (int step = length / 2; step > 0; step /= 2) {
+    EVIT_UNROLL
+    for (int r = 0; r < kFan - 1; ++r)
+      if (keys[at[r] + step - 1] > limit[r]) at[r] += step;
+  }
+  int place = start + inside;
+  EVIT_UNROLL
+  for (int r = 0; r < kFan - 1; ++r) place += at[r] - first[r] + (keys[at[r]] > limit[r]);
+  return place;
 }
 
 // Calls place(candidate, rank, key) for every candidate. The first keys have been written, and waited for.
 //
-// A candidate's rank is the number of those ahead of it: up to kCountingLimit of them are simply counted. More are
-// counted in runs, and pairs of sorted runs are merged until one is left: every candidate looks for its place in the
-// other run. Runs follow one another in number, so a tie is decided by which run one is in.
+// A candidate's rank is the number of those ahead of it. In runs of kRun these are counted; sorted runs are merged,
+// kFan at a time, until one is left.
 template <class Team, class Place>
 EVIT_HOST_DEVICE void rank_candidates(const Team& team, int candidates, unsigned char* memory, Place place) {
-  const int quads = divide_up(candidates, 4);
-  const Keys* all = reinterpret_cast<const Keys*>(memory);
-  if (ranked_by_counting(candidates)) {
-    for (int i = team.rank(); i < candidates; i += team.size())
-      place(i, count_ahead(all, 0, quads, i), all[i / 4].items[i % 4]);
-    return;
-  }
+  const int slots = key_slots(candidates);
   uint32_t* keys = reinterpret_cast<uint32_t*>(memory);  // to read from, and to write to
-  uint32_t* next_keys = keys + quads * 4;
-  uint16_t* order = reinterpret_cast<uint16_t*>(next_keys + quads * 4);
-  uint16_t* next_order = order + quads * 4;
-  const auto turn = [&] {
+  uint32_t* next_keys = keys + slots;
+  uint16_t* order = reinterpret_cast<uint16_t*>(next_keys + slots);
+  uint16_t* next_order = order + slots;
+  EVIT_ROLLED
+  for (int i = team.rank(); i < candidates; i += team.size()) {
+    const int run = i & ~(kRun - 1);
+    const uint32_t key = keys[i];
+    const int ahead = count_ahead(reinterpret_cast<const Keys*>(keys + run), i - run, key);
+    if (candidates <= kRun) {
+      place(i, ahead, key);
+    } else {
+      next_keys[run + ahead] = key;
+      next_order[run + ahead] = static_cast<uint16_t>(i);
+    }
+  }
+  if (candidates <= kRun) return;
+  EVIT_ROLLED
+  for (int i = candidates + team.rank(); i < slots; i += team.size()) next_keys[i] = 0;
+  EVIT_ROLLED
+  for (int length = kRun; length < candidates; length *= kFan) {
     uint32_t* const swapped_keys = keys;
     uint16_t* const swapped_order = order;
     keys = next_keys, order = next_order;
     next_keys = swapped_keys, next_order = swapped_order;
     team.barrier();
-  };
-  for (int i = team.rank(); i < candidates; i += team.size()) {
-    const int first = i / kRun * (kRun / 4), last = first + kRun / 4;
-    const int to = first * 4 + count_ahead(all, first, last < quads ? last : quads, i);
-    next_keys[to] = keys[i];
-    next_order[to] = static_cast<uint16_t>(i);
-  }
-  turn();
-  for (int length = kRun; length < candidates; length *= 2) {
-    const bool done = 2 * length >= candidates;
+    EVIT_ROLLED
     for (int i = team.rank(); i < candidates; i += team.size()) {
-      const int start = i & ~(2 * length - 1), middle = start + length;
-      const uint32_t key = keys[i];
-      int to = i;
-      if (i >= middle) {
-        to += search(keys + start, length, key, true) - length;
-      } else if (middle < candidates) {
-        const int others = candidates - middle;
-        to += search(keys + middle, others < length ? others : length, key, false);
-      }
-      if (done) {
-        place(order[i], to, key);
+      const int to = merged_place(keys, length, i);
+      if (length * kFan >= candidates) {
+        place(order[i], to, keys[i]);
       } else {
-        next_keys[to] = key;
+        next_keys[to] = keys[i];
         next_order[to] = order[i];
       }
     }
-    if (!done) turn();
   }
 }
 
@@ -266,36 +267,37 @@ EVIT_HOST_DEVICE void rank_candidates(const Team& team, int candidates, unsigned
 // Rows whose numbers differ by this are added by the same members, whatever the cut.
 EVIT_HOST_DEVICE inline int row_groups(int candidates) { return candidates <= 512 ? 32 : 64; }
 
+constexpr int kNarrowBlock = 256, kWideBlock = 512;  // threads
+
 struct Geometry {
   int lane_bits;  // a team has 2^lane_bits accesses side by side, and row_groups times as many members
   int tiles;      // teams that share an image's columns
   int slices;     // teams that share a tile's rows: with a fused row the first adds it up, the others copy
   int early;      // whether the first rows are loaded before it is known which of them stay
+  int threads;    // of a block
 };
 
-// Few images: narrow teams, many to an image, to reach every multiprocessor; if they are still too few and have many
-// rows, the rows are cut so that each team has all of its loads under way at once. Many images: wide teams, for longer
-// accesses, and as few to an image as still fill the device, since each ranks the candidates anew.
+// Few images: narrow teams, many to an image, to reach every multiprocessor; if they are still too few, the rows are
+// cut so that each team has all of its loads under way at once. Many images: wide teams, for longer accesses, and
+// where ranking takes long as few to an image as still fill the device. The limits were measured on an H100.
 inline Geometry choose_geometry(const EvitTokenReorgCall& call, int width, int multiprocessors) {
-  constexpr int kTeamsToAMultiprocessor = 3;
   const int accesses = divide_up(call.channels, width);
   const auto chunks_of = [&](int lane_bits) { return divide_up(accesses, 1 << lane_bits); };
   const auto teams = [&](int lane_bits) { return static_cast<int64_t>(call.batch) * chunks_of(lane_bits); };
-  int lane_bits = width == 1 ? 5 : 3;  // 128 bytes of a row, or less of one that cannot be moved 16 bytes at a time
-  const int narrowest = lane_bits - 2;
-  while (lane_bits > narrowest && teams(lane_bits) < multiprocessors) --lane_bits;
-  const bool few = teams(lane_bits) < multiprocessors;
+  constexpr int kWidest = 4, kNarrowest = 2;  // 256 and 64 bytes of a row
+  int lane_bits = kWidest;
+  if (teams(lane_bits) < 2 * multiprocessors || chunks_of(kWidest) * 2 > chunks_of(kWidest - 1)) --lane_bits;
+  if (teams(lane_bits) < multiprocessors / 2) lane_bits = kNarrowest;
   const int chunks = chunks_of(lane_bits);
-  const int wanted = divide_up(kTeamsToAMultiprocessor * multiprocessors, call.batch);
-  const int chunks_each = wanted < chunks ? chunks / wanted : 1;
+  const bool few = teams(lane_bits)<multiprocessors, long_ranking = call.candidates> kRun * kFan * kFan;
+  const int64_t most = 2 * multiprocessors;
+  const int64_t each = long_ranking && teams(lane_bits) > most ? teams(lane_bits) / most : 1;
+  const int tiles = divide_up(chunks, each < chunks ? static_cast<int>(each) : chunks);
   const int loads = divide_up(call.prefix + call.candidates, row_groups(call.candidates) * kRowsInFlight);
-  int slices = 1;
-  if (few && loads > 1) {
-    const int room = static_cast<int>(multiprocessors / teams(lane_bits));
-    slices = loads + call.fuse < room ? loads + call.fuse : room;
-  }
-  // Rows that are dropped need not be read at all, which matters where bandwidth does.
-  return {lane_bits, divide_up(chunks, chunks_each), slices, call.fuse || few};
+  int slices = few ? static_cast<int>(multiprocessors / teams(lane_bits)) : 1;
+  if (slices > loads + call.fuse) slices = loads + call.fuse;
+  const bool wide = long_ranking || (few && call.candidates > kRun * kFan);
+  return {lane_bits, tiles, slices, 1, wide ? kWideBlock : kNarrowBlock};
 }
 
 // What a cut that was asked for says replaces what would be chosen.
@@ -305,6 +307,7 @@ inline Geometry apply_cut(Geometry geometry, const EvitCut& cut) {
   if (cut.tiles > 0) geometry.tiles = cut.tiles;
   if (cut.slices > 0) geometry.slices = cut.slices;
   if (cut.early > 0) geometry.early = cut.early - 1;
+  if (cut.threads > 0) geometry.threads = cut.threads;
   return geometry;
 }
 
@@ -364,7 +367,7 @@ EVIT_HOST_DEVICE void token_reorg(const Team& team, const EvitTokenReorgCall& ca
     const int candidate = team.rank() + i * team.size();
     early_scores[i] = candidate < call.candidates ? scores[candidate] : 0.0f;
   }
-  Access pack[kRowsInFlight];
+  Access pack[kRowsInFlight] = {};
   bool loaded = geometry.early && team.rank() < members && column_of(share.tile, team.rank()) < channels;
   if (loaded) {
     const T* from = x + column_of(share.tile, team.rank());
@@ -376,15 +379,15 @@ EVIT_HOST_DEVICE void token_reorg(const Team& team, const EvitTokenReorgCall& ca
   }
 
   uint32_t* keys = reinterpret_cast<uint32_t*>(scratch);
-  const int padded = divide_up(call.candidates, 4) * 4;
+  const int slots = key_slots(call.candidates);
   EVIT_UNROLL
   for (int i = 0; i < kScoresInFlight; ++i) {
     const int candidate = team.rank() + i * team.size();
-    // 0 is ahead of nothing in front of it.
-    if (candidate < padded) keys[candidate] = candidate < call.candidates ? key_of(early_scores[i]) : 0;
+    // 0 is ahead of nothing.
+    if (candidate < slots) keys[candidate] = candidate < call.candidates ? key_of(early_scores[i]) : 0;
   }
   EVIT_ROLLED
-  for (int candidate = team.rank() + kScoresInFlight * team.size(); candidate < padded; candidate += team.size())
+  for (int candidate = team.rank() + kScoresInFlight * team.size(); candidate < slots; candidate += team.size())
     keys[candidate] = candidate < call.candidates ? key_of(scores[candidate]) : 0;
   for (int row = team.rank(); row < call.prefix; row += team.size()) fates[row] = {row, 0.0f};
   team.barrier();
@@ -412,11 +415,13 @@ EVIT_HOST_DEVICE void token_reorg(const Team& team, const EvitTokenReorgCall& ca
             }
           }
           loaded = false;
+          Fate next = fates[first];
           EVIT_UNROLL
           for (int i = 0; i < kRowsInFlight; ++i) {
             const int row = first + i * row_step;
             if (row >= rows) break;
-            const Fate fate = fates[row];
+            const Fate fate = next;
+            if (i + 1 < kRowsInFlight && row + row_step < rows) next = fates[row + row_step];
             if (fate.to >= 0) {
               if (copies) *reinterpret_cast<Access*>(y + static_cast<int64_t>(fate.to) * channels + column) = pack[i];
             } else if (sums) {
@@ -435,7 +440,13 @@ EVIT_HOST_DEVICE void token_reorg(const Team& team, const EvitTokenReorgCall& ca
       const int column = chunk * lanes * kWidth + j;
       if (column >= channels) continue;
       float total = 0.0f;
-      for (int group = 0; group < groups; ++group) total += partial[group * lanes * kWidth + j];
+      for (int first = 0; first < groups; first += kSumsInFlight) {
+        float sum[kSumsInFlight];
+        EVIT_UNROLL
+        for (int i = 0; i < kSumsInFlight; ++i) sum[i] = partial[(first + i) * lanes * kWidth + j];
+        EVIT_UNROLL
+        for (int i = 0; i < kSumsInFlight; ++i) total += sum[i];
+      }
       from_float(total, y[static_cast<int64_t>(rows_out - 1) * channels + column]);
     }
     team.barrier();  // before the next chunk's sums

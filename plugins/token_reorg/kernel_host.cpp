@@ -24,9 +24,10 @@ class Threads {
 };
 
 template <class T, int kWidth>
-void run(const EvitTokenReorgCall& call, const EvitCut& cut, int threads) {
+void run(const EvitTokenReorgCall& call, const EvitCut& cut) {
   constexpr int kMultiprocessors = 108;  // an A100, where a GPU's own way of cutting the work is asked for
   const Geometry geometry = apply_cut(choose_geometry(call, kWidth, kMultiprocessors), cut);
+  const int threads = cut.threads > 0 ? cut.threads : 1;
   // Allocations of their exact size: a sanitizer sees every step outside.
   const auto bytes = static_cast<size_t>(scratch_bytes(call, geometry, kWidth));
   struct alignas(16) Chunk {
@@ -54,35 +55,30 @@ void run(const EvitTokenReorgCall& call, const EvitCut& cut, int threads) {
 }
 
 template <class T>
-void run(const EvitTokenReorgCall& call, const EvitCut& cut, int threads) {
+void run(const EvitTokenReorgCall& call, const EvitCut& cut) {
   constexpr int kWhole = 16 / static_cast<int>(sizeof(T));
   if (has_whole_accesses(call))
-    run<T, kWhole>(call, cut, threads);
+    run<T, kWhole>(call, cut);
   else
-    run<T, 1>(call, cut, threads);
+    run<T, 1>(call, cut);
 }
 
 }  // namespace
 }  // namespace evit
 
-int32_t evit_token_reorg_on_host(const EvitTokenReorgCall* call, const EvitCut* cut, int32_t threads, char* message,
-                                 size_t size) {
+int32_t evit_token_reorg_on_host(const EvitTokenReorgCall* call, const EvitCut* cut, char* message, size_t size) {
   int32_t status = evit::check_call(call, message, size);
-  if (status == EVIT_OK) status = evit::check_cut(cut, message, size);
+  if (status == EVIT_OK) status = evit::check_cut(cut, false, message, size);
   if (status != EVIT_OK || call->batch == 0) return status;
-  constexpr int kMostThreads = 64;
-  if (threads < 1 || threads > kMostThreads)
-    return evit::refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: threads is %d, expected 1 to %d", threads,
-                        kMostThreads);
   switch (call->dtype) {
     case EVIT_FP32:
-      evit::run<float>(*call, *cut, threads);
+      evit::run<float>(*call, *cut);
       break;
     case EVIT_FP16:
-      evit::run<evit::Half>(*call, *cut, threads);
+      evit::run<evit::Half>(*call, *cut);
       break;
     default:
-      evit::run<evit::Bfloat16>(*call, *cut, threads);
+      evit::run<evit::Bfloat16>(*call, *cut);
   }
   return EVIT_OK;
 }

@@ -58,20 +58,21 @@ EVIT_EXPORT int32_t evit_token_reorg(const EvitTokenReorgCall* call, void* strea
 
 // How the work is shared out. No choice changes a bit of the result. 0 leaves a choice to the kernel.
 typedef struct EvitCut {
-  int32_t lanes;   // accesses side by side in a team, a power of two, 1 to EVIT_MAX_LANES
-  int32_t tiles;   // teams that share an image's columns
-  int32_t slices;  // teams that share a tile's rows, 1 to EVIT_MAX_SLICES; with a fused row the first only adds it up
-  int32_t early;   // 1: rows are loaded when it is known which stay; 2: the first are loaded before
+  int32_t lanes;    // accesses side by side in a team, a power of two, 1 to EVIT_MAX_LANES
+  int32_t tiles;    // teams that share an image's columns
+  int32_t slices;   // teams that share a tile's rows, 1 to EVIT_MAX_SLICES; with a fused row the first only adds it up
+  int32_t early;    // 1: rows are loaded when it is known which stay; 2: the first are loaded before
+  int32_t threads;  // of a team: 256 or 512 on a GPU, 1 to 64 on the CPU
 } EvitCut;
 
 // The same with the cut given, for benchmarks and tests.
 EVIT_EXPORT int32_t evit_token_reorg_cut(const EvitTokenReorgCall* call, const EvitCut* cut, void* stream,
                                          char* message, size_t size);
 
-// The same on the CPU, by a team of `threads` threads in place of a block: the kernel's own code, to be tested without
-// a GPU. Only the host library has it, and it has none of the others.
-EVIT_EXPORT int32_t evit_token_reorg_on_host(const EvitTokenReorgCall* call, const EvitCut* cut, int32_t threads,
-                                             char* message, size_t size);
+// The same on the CPU, by a team of threads (by default one) in place of a block: the kernel's own code, to be tested
+// without a GPU. Only the host library has it, and it has none of the others.
+EVIT_EXPORT int32_t evit_token_reorg_on_host(const EvitTokenReorgCall* call, const EvitCut* cut, char* message,
+                                             size_t size);
 
 EVIT_EXPORT int32_t evit_token_reorg_abi(void);
 

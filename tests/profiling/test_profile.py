@@ -18,8 +18,9 @@ from evit_deploy.errors import InputError
 from evit_deploy.export.card import INPUT
 from evit_deploy.profiling.candidates import Candidate, candidates_of
 from evit_deploy.profiling.profile import profile, speed_gate
-from evit_deploy.profiling.speedup import rows_of, verdict
-from evit_deploy.profiling.timing import MINIMUM_ROUNDS, measure, measure_all
+from evit_deploy.profiling.speedup import hidden_gains, rows_of, verdict
+from evit_deploy.profiling.timing import measure, measure_all
+from evit_deploy.profiling.turns import MINIMUM_ROUNDS, Times
 from evit_deploy.recipe.options import ProfileOptions
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import ProfileRow, Report
@@ -77,7 +78,7 @@ def test_candidates_take_turns_and_do_not_always_follow_the_same_one():
 
 
 def test_a_duration_is_bounded_by_rounds(monkeypatch):
-    monkeypatch.setattr("evit_deploy.profiling.timing.MAXIMUM_ROUNDS", 7)
+    monkeypatch.setattr("evit_deploy.profiling.turns.MAXIMUM_ROUNDS", 7)
     runners = [Counting("a", [])]
     assert len(measure(runners, 1, duration=60.0, minimum_rounds=2)[0]) == 7
     assert len(measure(runners, 1, duration=1e-9, minimum_rounds=9)[0]) == 9
@@ -87,8 +88,8 @@ PLAN = token_plan(reduce_tokens_(of_kind("plain"), TokenSpec(keep_rate=0.6)))
 RUNTIME = [Candidate("onnxruntime", variant, None) for variant in ("model", "slice", "dense")]
 
 
-def rows_at_4(candidates: list[Candidate], wall: np.ndarray, clock: np.ndarray | None = None) -> list[ProfileRow]:
-    return rows_of(candidates, PLAN, 4, wall, wall if clock is None else clock)
+def rows_at_4(candidates: list[Candidate], wall: np.ndarray) -> list[ProfileRow]:
+    return rows_of(candidates, PLAN, 4, [Times("wall", own[:, None]) for own in wall.T])
 
 
 def test_ratios_are_medians_of_pairs():
@@ -108,19 +109,36 @@ def test_ratios_are_medians_of_pairs():
     assert (last.speedup, last.mac_ratio, last.mac_efficiency, last.overhead) == (None,) * 4
 
 
-def test_latencies_are_wall_time_and_ratios_are_of_the_chosen_clock():
-    wall = np.array([[0.010, 0.020], [0.012, 0.020], [0.020, 0.020]])
-    cpu = np.array([[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]])
-    own, dense = rows_at_4([RUNTIME[0], RUNTIME[2]], wall, cpu)
-    assert own.p50 == pytest.approx(12)
-    assert own.images_per_second == pytest.approx(4 / 0.012)
-    assert own.p95 == pytest.approx(1e3 * np.percentile(wall[:, 0], 95))
-    assert own.p99 == pytest.approx(1e3 * np.percentile(wall[:, 0], 99))
-    assert own.variation == pytest.approx(wall[:, 0].std() / wall[:, 0].mean())
+def test_all_figures_of_a_row_are_of_its_clock_but_for_those_end_to_end():
+    seconds = np.array([[0.010, 0.012], [0.012, 0.014], [0.020, 0.040]])  # three rounds of two calls
+    twice = np.full((3, 2), 0.026)
+    times = [Times("compute", seconds, np.array([1.0, 2.0, 4.0])), Times("compute", twice, np.array([3.0, 3.0, 3.0]))]
+    own, dense = rows_of([RUNTIME[0], RUNTIME[2]], PLAN, 4, times)
+    assert {own.clock, dense.clock} == {"compute"}
+    assert own.p50 == pytest.approx(13)
+    assert own.images_per_second == pytest.approx(4 / 0.013)
+    assert own.p95 == pytest.approx(1e3 * np.percentile(seconds, 95))
+    assert own.p99 == pytest.approx(1e3 * np.percentile(seconds, 99))
+    assert own.variation == pytest.approx(seconds.std() / seconds.mean())
     assert (own.batch, own.rounds) == (4, 3)
     assert dense.variation == 0
-    assert own.speedup == 3
+    assert own.speedup == pytest.approx(0.026 / 0.013)  # of the rounds' medians 0.011, 0.013 and 0.030
     assert own.overhead is None  # no slice twin took part
+    assert own.end_to_end_p50 == 2000
+    assert own.end_to_end_images_per_second == 2
+    assert own.end_to_end_speedup == 1.5  # median of 3, 1.5 and 0.75
+    assert dense.end_to_end_speedup is None
+    (plain,) = rows_at_4(RUNTIME[:1], np.ones((5, 1)))
+    assert plain.clock == "wall"
+    assert (plain.end_to_end_p50, plain.end_to_end_images_per_second, plain.end_to_end_speedup) == (None,) * 3
+
+
+def test_what_copies_hide_is_said_beside_what_the_gpu_did():
+    measured = row(1.4, clock="compute", end_to_end_speedup=1.1, device="gpu")
+    (note,) = hidden_gains([measured])
+    assert note == "onnxruntime, batch 8: 1.10x end to end, with copies and the host's work, 1.40x in compute."
+    assert hidden_gains([msgspec.structs.replace(measured, end_to_end_speedup=1.39)]) == []
+    assert hidden_gains([row(1.4), row(None, clock="compute"), row(1.4, clock="cpu", end_to_end_speedup=1.1)]) == []
 
 
 def test_a_runtime_is_compared_with_its_own_twins_only():
@@ -257,7 +275,6 @@ def test_targets_that_cannot_be_profiled(converted, checkpoint_file, tmp_path):
 def test_a_real_run(converted):
     told = progress_lines()
     report = profile(converted.path, measure=ProfileOptions(batch_sizes=(1, 3), threads=1, duration=1e-3))
-    assert report.clock == "cpu"
     assert told == ["reading the models", "profiling batch 1", "profiling batch 3"]
     assert [(r.runtime, r.variant, r.batch) for r in report.rows] == [
         (runtime, variant, batch)
@@ -268,8 +285,11 @@ def test_a_real_run(converted):
         assert found.rounds >= MINIMUM_ROUNDS
         assert 0 < found.p50 <= found.p95 <= found.p99
         assert found.images_per_second == pytest.approx(1e3 * found.batch / found.p50)
+        assert found.clock == "cpu"
+        assert found.end_to_end_images_per_second == pytest.approx(1e3 * found.batch / found.end_to_end_p50)
         if found.variant != "dense":
             assert found.speedup_low <= found.speedup <= found.speedup_high
+            assert found.end_to_end_speedup > 0
             assert found.mac_efficiency == pytest.approx(found.speedup / found.mac_ratio)
             assert found.mac_ratio == pytest.approx(converted.manifest.plan.mac_ratio())
     again = msgspec.json.decode(msgspec.json.encode(report), type=Report)
@@ -282,7 +302,7 @@ def test_more_threads_are_timed_by_the_wall(converted):
         report = measure_all(
             candidates, converted.manifest.plan, (1,), threads=threads, duration=1e-9, minimum_rounds=1
         )
-        assert report.clock == "wall"
+        assert {(row.clock, row.end_to_end_p50) for row in report.rows} == {("wall", None)}
 
 
 def test_the_bundles_own_report(converted: Any):
@@ -298,7 +318,10 @@ def test_the_bundles_own_report(converted: Any):
 
 @pytest.mark.parametrize(
     ("width", "present", "absent"),
-    [(160, ("variation", "p99 ms", "overhead"), ()), (80, ("overhead", "speed-up"), ("variation", "p99 ms"))],
+    [
+        (160, ("variation", "p99 ms", "overhead"), ("end to end",)),
+        (80, ("overhead", "speed-up", "clock"), ("variation", "p99 ms")),
+    ],
 )
 def test_a_narrow_terminal_gets_fewer_columns_and_no_cut_ones(width, present, absent):
     console = Console(width=width, record=True, file=io.StringIO())
@@ -308,3 +331,21 @@ def test_a_narrow_terminal_gets_fewer_columns_and_no_cut_ones(width, present, ab
     assert "…" not in text
     assert all(title in text for title in (*present, "1.49x"))
     assert not any(title in text for title in absent)
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+@pytest.mark.parametrize("clock", ["compute", "cpu", "wall"])
+def test_a_table_says_what_its_figures_are_of(clock, width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    both = {} if clock == "wall" else {"end_to_end_p50": 9.5, "end_to_end_images_per_second": 842.0}
+    measured = row(1.49, mac_ratio=1.52, mac_efficiency=0.98, overhead=0.004, clock=clock, **both)
+    render(Report(rows=(measured, msgspec.structs.replace(measured, variant="dense", speedup=None))), console)
+    text = console.export_text()
+    told = {"compute": "by CUDA events", "cpu": "CPU time of the one thread", "wall": "a whole call by the wall clock"}
+    sentence, table = text.split("\n", 1)
+    assert told.pop(clock) in sentence
+    assert not any(f"{other} is" in sentence for other in told)
+    assert table.count(f" {clock} ") == 2
+    assert ("End to end is" in sentence) == bool(both)
+    assert ("842.0" in table) == (bool(both) and width > 80)
+    assert "…" not in text

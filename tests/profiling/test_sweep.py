@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import InputError, MissingRequirement, RecipeError
 from evit_deploy.profiling.sweep import DENSE, Entry, Variant, _measured, sweep
-from evit_deploy.profiling.timing import SETTLE
+from evit_deploy.profiling.timing import SETTLE, measure_on_cpu
+from evit_deploy.profiling.turns import Times
 from evit_deploy.recipe.recipe import is_sweep, load_recipe, load_sweep
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
@@ -30,48 +32,84 @@ def test_every_variant_on_every_runtime_beside_its_dense_model():
     assert dropped.mac_ratio > fused.mac_ratio > 1.9
     assert fused.mac_efficiency == pytest.approx(fused.speedup / fused.mac_ratio)
     assert all(row.speedup_low <= row.speedup <= row.speedup_high for row in report.rows)
-    assert report.clock == "cpu"
+    assert {row.clock for row in report.rows} == {"cpu"}
     assert "Published for deit_tiny_patch16_224, 0.5: 180 images/s, 1.80x dense." in report.notes
 
 
-@pytest.mark.parametrize(
-    ("threads", "speedups", "settles", "clock"),
-    [
-        (1, {"cpu": 4, "gpu": 2}, [0, 0], "cpu"),
-        (2, {"cpu": 2, "gpu": 2}, [SETTLE, 0], "wall"),
-        (None, {"cpu": 2, "gpu": 2}, [SETTLE, 0], "wall"),
-    ],
-)
-def test_the_clock_and_the_pause_are_the_devices_own(monkeypatch, threads, speedups, settles, clock):
+@pytest.fixture
+def entries() -> list[Entry]:
+    """A dense and a reduced model, said to be on the GPU and on the CPU."""
     variants = [
         Variant(name, model, token_plan(model))
         for name, spec in ((DENSE, TokenSpec(keep_rate=1.0)), ("0.6", KEEP))
         for model in [reduce_tokens_(of_kind("plain"), spec)]
     ]
-    entries = [
+    return [
         Entry(f"{device} fp32", variant, IdleRunner(device), device == "gpu")
         for device in ("gpu", "cpu")
         for variant in variants
     ]
+
+
+def test_the_clock_is_the_device_s_own(monkeypatch, entries):
     asked = []
+    compute, wall, cpu = (np.array([[twin], [own]]) for twin, own in ((3.0, 1.0), (2.0, 1.0), (4.0, 1.0)))
 
-    def timed(runners, batch, duration, rounds, settle):
-        asked.append(({runner.artifact for runner in runners}, settle))
-        return np.tile([2.0, 1.0], (5, 1)), np.tile(
-            [4.0, 1.0], (5, 1)
-        )  # by the wall twice as fast, by the CPU's 4 times
+    def on_gpu(runners, feeds, duration, rounds):
+        asked.append(("gpu", {runner.artifact for runner in runners}, len(feeds)))
+        return [Times("compute", own[None], whole) for own, whole in zip(compute, wall, strict=True)]
 
-    monkeypatch.setattr("evit_deploy.profiling.sweep.measure", timed)
-    recipe = load_sweep("a100", [*SMALL, *CPU, f"threads={'null' if threads is None else threads}"])
-    report = _measured("tiny", entries, recipe)
-    assert asked == [({"cpu"}, settles[0]), ({"gpu"}, settles[1])]
-    assert {row.device: row.speedup for row in report.rows if row.variant == "tiny, 0.6"} == speedups
-    assert {row.speedup for row in report.rows if row.variant == "tiny, dense"} == {1}
-    assert all(row.p50 == (2000 if row.variant.endswith(DENSE) else 1000) for row in report.rows)
-    assert report.clock == clock
-    assert (len(report.notes) == 1 and "on the GPU: of wall time" in report.notes[0]) == (threads == 1)
-    only = _measured("tiny", entries[:2], recipe)
-    assert (only.clock, only.notes) == ("wall", ())  # nothing ran whose CPU time says anything
+    def on_cpu(runners, batch, duration, rounds, threads):
+        asked.append(("cpu", {runner.artifact for runner in runners}, threads))
+        return [Times("cpu", own[None], whole) for own, whole in zip(cpu, wall, strict=True)]
+
+    monkeypatch.setattr("evit_deploy.profiling.sweep.measure_on_gpu", on_gpu)
+    monkeypatch.setattr("evit_deploy.profiling.sweep.measure_on_cpu", on_cpu)
+    report = _measured("tiny", entries, load_sweep("a100", [*SMALL, *CPU]))
+    assert asked == [("cpu", {"cpu"}, 1), ("gpu", {"gpu"}, 2)]
+    assert [(row.device, row.clock, row.variant, row.speedup, row.end_to_end_speedup) for row in report.rows] == [
+        ("cpu", "cpu", "tiny, dense", 1, 1),
+        ("cpu", "cpu", "tiny, 0.6", 4, 2),
+        ("gpu", "compute", "tiny, dense", 1, 1),
+        ("gpu", "compute", "tiny, 0.6", 3, 2),
+    ]
+    assert [row.p50 for row in report.rows] == [4000, 1000, 3000, 1000]
+    monkeypatch.undo()
+    only = _measured("tiny", entries[:2], load_sweep("a100", [*SMALL, *CPU]))
+    assert {row.clock for row in only.rows} == {"wall"}  # runners that cannot tell compute from the rest
+
+
+@pytest.mark.parametrize(("threads", "settle", "clock"), [(1, 0, "cpu"), (2, SETTLE, "wall"), (None, SETTLE, "wall")])
+def test_on_a_cpu_threads_decide_on_clock_and_pause(monkeypatch, threads, settle, clock):
+    paused = []
+    monkeypatch.setattr("evit_deploy.profiling.timing.time.sleep", paused.append)
+    times = measure_on_cpu([IdleRunner("one"), IdleRunner("other")], 1, 1e-9, 3, threads)
+    assert [(own.clock, own.seconds.shape) for own in times] == [(clock, (3, 1))] * 2
+    assert paused == [settle] * 6
+    assert [own.end_to_end is None for own in times] == [clock == "wall"] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_tf32_is_refused_where_there_is_none():
+    with pytest.raises(MissingRequirement, match=r"tf32 is a precision of NVIDIA's GPUs.*a model on the CPU.*Use fp32"):
+        sweep(load_sweep("a100", [*SMALL, "runtimes=[eager:tf32]"]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_sweep_on_a_gpu_is_of_compute_with_end_to_end_beside_it():
+    overrides = [*SMALL, "runtimes=[eager:fp32, eager:tf32, eager:fp16]", "fuse=[true]", "batch_size=4"]
+    report = sweep(load_sweep("a100", overrides))
+    runtimes, names = ("eager fp32", "eager tf32", "eager fp16"), ("dense", "0.5")
+    assert [(row.runtime, row.variant) for row in report.rows] == [
+        (runtime, f"deit_tiny_patch16_224, {name}") for runtime in runtimes for name in names
+    ]
+    for row in report.rows:
+        assert (row.device, row.clock) == ("gpu", "compute")
+        assert row.speedup_low <= row.speedup <= row.speedup_high
+        assert row.images_per_second == pytest.approx(4e3 / row.p50)
+        assert row.end_to_end_images_per_second == pytest.approx(4e3 / row.end_to_end_p50)
+        assert row.end_to_end_speedup > 0
 
 
 @pytest.mark.parametrize(
@@ -79,6 +117,7 @@ def test_the_clock_and_the_pause_are_the_devices_own(monkeypatch, threads, speed
     [
         ("runtimes=[eager]", "RUNTIME:fp32"),
         ("runtimes=[eager:int8]", "RUNTIME:fp32"),
+        ("runtimes=[onnxruntime:tf32]", r"onnxruntime has no tf32 \(expected eager or torch.compile\)"),
         ("runtimes=[eagre:fp32]", "Did you mean 'eager'"),
         ("models=[resnet50]", "cannot be token-reduced"),
         ("models=[deit_smal]", "not a timm model"),

@@ -17,6 +17,7 @@ from evit_deploy.export.variants import with_indices
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes import onnxruntime as ort
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
+from evit_deploy.runtimes.resident import TensorResident
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.serving.repository import Serving, write_repository
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
@@ -244,3 +245,82 @@ def test_the_record_of_who_computes_what_is_what_we_take_it_for(artifacts):
     session = ort.OnnxRuntimeRunner(artifacts[1])._open(artifacts[1].SerializeToString(), options)
     with pytest.raises(StageError, match="Attention, Conv"):
         ort.refuse_cpu(session, "CPUExecutionProvider", "model.onnx")
+
+
+# A batch on a device; a CPU is one too.
+
+
+@pytest.mark.parametrize("indices", [False, True])
+@pytest.mark.parametrize("name", ["eager", "onnxruntime"])
+def test_a_resident_batch_is_answered_like_any_other(name, indices, model, artifacts):
+    runtime = RUNTIMES.get(name)
+    with runtime(_accepted(runtime, artifacts), threads=1, with_indices=indices) as runner:
+        feeds = {INPUT: images(model, 3)}
+        expected = runner.infer(feeds)
+        place = torch.device("cpu")
+        resident = runner.resident(feeds) if name == "eager" else runner._bound(feeds, place)
+        assert resident.answers() == {}
+        resident.run()
+        assert resident.answers() == {}  # nothing comes back
+        feeds[INPUT][:] = 0  # it has a copy
+        resident.round_trip()
+        first = resident.answers()
+        assert list(first) == [spec.name for spec in runner.outputs]
+        for spec in runner.outputs:
+            assert first[spec.name].dtype == spec.dtype
+            np.testing.assert_array_equal(first[spec.name], expected[spec.name])
+        before = resident.mark()
+        resident.run()
+        assert resident.mark().seconds_since(before) > 0
+        resident.round_trip()
+        np.testing.assert_array_equal(resident.answers()[LOGITS], first[LOGITS])
+        resident.answers()[LOGITS][:] = 0
+        np.testing.assert_array_equal(resident.answers()[LOGITS], first[LOGITS])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_resident_batch_is_converted_where_it_lies(dtype):
+    seen: list[torch.Tensor] = []
+
+    def call(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append(inputs[INPUT])
+        return {LOGITS: inputs[INPUT] + 1}
+
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    resident = TensorResident(call, {INPUT: values}, torch.device("cpu"), dtype)
+    resident.run()
+    seen[0].zero_()
+    resident.round_trip()  # brings them again, into the same place
+    assert seen[0] is seen[1]
+    assert seen[0].dtype == dtype
+    answer = resident.answers()[LOGITS]
+    assert answer.dtype == (np.float64 if dtype == torch.float64 else np.float32)
+    np.testing.assert_array_equal(answer, values + 1)
+
+
+def test_runners_without_a_device_of_their_own_have_no_resident_batch(artifacts):
+    with OnnxRuntimeRunner(artifacts[1], threads=1) as runner:
+        assert runner.resident({INPUT: np.zeros((1, 3, 96, 96), np.float32)}) is None
+
+
+def test_all_providers_put_their_work_on_one_stream():
+    assert ort.with_stream(("TensorrtExecutionProvider", ("CUDAExecutionProvider", {"use_tf32": "0"})), 77) == [
+        ("TensorrtExecutionProvider", {"user_compute_stream": "77"}),
+        ("CUDAExecutionProvider", {"use_tf32": "0", "user_compute_stream": "77"}),
+    ]
+    assert ort.OnnxRuntimeCudaRunner.providers == (("CUDAExecutionProvider", {"use_tf32": "0"}),)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
+def test_a_resident_batch_on_a_gpu_is_answered_like_any_other(name, model, usable):
+    runtime, artifact = usable(name)
+    with runtime(artifact) as runner:
+        feeds = {INPUT: images(model, 3)}
+        resident = runner.resident(feeds)
+        if resident is None:
+            pytest.skip("this PyTorch is for CPUs")
+        resident.run()
+        resident.round_trip()
+        runner.synchronize()
+        np.testing.assert_allclose(resident.answers()[LOGITS], runner.infer(feeds)[LOGITS], rtol=0, atol=1e-5)

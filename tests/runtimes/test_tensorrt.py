@@ -210,6 +210,23 @@ def test_answers_stay_when_the_next_call_runs(rtx):
 
 @pytest.mark.gpu
 @needs_gpu
+def test_a_resident_batch_is_answered_like_any_other(rtx):
+    feeds = images(4)
+    expected = rtx.infer(feeds)["logits"]
+    resident = rtx.resident(feeds)
+    resident.run()
+    resident.round_trip()
+    rtx.synchronize()
+    np.testing.assert_array_equal(resident.answers()["logits"], expected)
+    before = resident.mark()
+    resident.run()
+    after = resident.mark()
+    rtx.synchronize()
+    assert after.seconds_since(before) > 0
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_a_batch_outside_the_profile_is_an_input_error(rtx):
     assert rtx.profiles == (BatchProfile(1, 4, 8),)
     with pytest.raises(InputError, match=r"got 9, expected 1 to 8"):

@@ -64,13 +64,24 @@ def build(*arguments: str, targets: tuple[str, ...] = ()) -> Path:
     return made_once(f"plugins-{name}", make) / "token_reorg"
 
 
+def prebuilt(name: str) -> Path | None:
+    """A file beside the library that ``EVIT_DEPLOY_KERNEL`` names, for machines that take minutes to compile."""
+    told = os.environ.get("EVIT_DEPLOY_KERNEL", "none")
+    path = Path(told).with_name(name)
+    return path if told != "none" and path.is_file() else None
+
+
 def host_library() -> Path:
-    """The kernel for the CPU."""
+    """The kernel for the CPU: the one beside ``EVIT_DEPLOY_KERNEL``, or built here."""
+    if (found := prebuilt("libevit_token_reorg_host.so")) is not None:
+        return found
     need("cmake", "g++")
     return build("-DEVIT_CUDA=OFF", targets=("evit_token_reorg_host",)) / "libevit_token_reorg_host.so"
 
 
 def gpu_library() -> Path:
-    """The kernel for the GPU of this machine."""
+    """The kernel for the GPU of this machine: ``EVIT_DEPLOY_KERNEL``, or built here."""
+    if (found := prebuilt("libevit_token_reorg.so")) is not None:
+        return found
     need("cmake", "g++", "nvcc")
     return build("-DEVIT_TENSORRT=OFF", targets=("evit_token_reorg",)) / "libevit_token_reorg.so"

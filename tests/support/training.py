@@ -19,7 +19,7 @@ TINY = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio
 
 def tiny(**changes):
     torch.manual_seed(0)
-    return timm.create_model("deit_tiny_patch16_224", num_classes=4, **({"img_size": 16} | TINY | changes))
+    return timm.create_model("deit_tiny_patch16_224", **({"num_classes": 4, "img_size": 16} | TINY | changes))
 
 
 class FixedBatch:
@@ -37,10 +37,10 @@ class FixedBatch:
     def steps_per_epoch(self, batch_size):
         return 3
 
-    def training(self, batch_size, seed, *, rank=0, world=1, start_step=0, curriculum=None):
+    def training(self, batch_size, seed, *, rank=0, world=1, start_step=0, curriculum=None, device="cpu"):
         for step in itertools.count(start_step):
             bad = self.poison is not None and step >= self.poison
-            yield self.images * (math.nan if bad else 1.0), self.labels
+            yield (self.images * (math.nan if bad else 1.0)).to(device), self.labels.to(device)
 
     def validation(self, batch_size, *, rank=0, world=1):
         yield from zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True)

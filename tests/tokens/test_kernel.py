@@ -77,7 +77,7 @@ def answers_of(program: Path, calls: list[tuple[Case, str, Cut, int]], *runner: 
         header = np.zeros((), HEADER)
         sizes_ = case.batch, case.prefix, case.candidates, case.width, case.keep, case.fuse
         header["call"] = DTYPES[TORCH[dtype]], *sizes_
-        header["how"] = offset, cut.threads, cut.lanes, cut.tiles, cut.slices, cut.early
+        header["how"] = offset, *msgspec.structs.astuple(cut)
         sent += [header.tobytes(), x.tobytes(), scores.tobytes()]
         sizes.append((x.dtype, (case.batch, case.prefix + case.keep + case.fuse, case.width), (case.batch, case.keep)))
     done = subprocess.run([*runner, str(program)], input=b"".join(sent), capture_output=True)
@@ -237,7 +237,7 @@ def test_the_page_s_example_runs(tmp_path, monkeypatch):
         ({"x": torch.zeros(2, 5, 8, dtype=torch.float64)}, "no such types"),
         ({"scores": torch.zeros(2, 4, dtype=torch.float16)}, "no such types"),
         ({"x": torch.zeros(2, 5, 8, device="meta")}, "for tensors on cpu"),
-        ({"cut": Cut(threads=0)}, "threads is 0"),
+        ({"cut": Cut(threads=65)}, "threads is 65, expected 0 to 64"),
         ({"cut": Cut(lanes=3)}, "lanes is 3, expected a power of two"),
         ({"cut": Cut(lanes=64)}, "lanes is 64"),
         ({"cut": Cut(tiles=-1)}, "tiles is -1"),
@@ -273,9 +273,9 @@ def test_indices_that_are_not_wanted_are_not_written():
 @pytest.mark.cpp
 def test_a_call_that_is_none_is_refused_with_and_without_room_for_a_message():
     run, message = kernel()._library.evit_token_reorg_on_host, ctypes.create_string_buffer(20)
-    assert run(None, None, 1, message, ctypes.c_size_t(len(message))) == 1
+    assert run(None, None, message, ctypes.c_size_t(len(message))) == 1
     assert message.value == b"TokenReorg: the cal"  # cut to the room there is
-    assert run(None, None, 1, None, ctypes.c_size_t(0)) == 1
+    assert run(None, None, None, ctypes.c_size_t(0)) == 1
 
 
 @pytest.mark.cpp
@@ -397,7 +397,11 @@ def test_compute_sanitizer_finds_nothing(tool):
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("compute-sanitizer is not installed")
     folder = plugin_builds.build("-DEVIT_TENSORRT=OFF", targets=("token_reorg_cases_gpu",))
-    calls = [(case, dtype, CUTS[i % len(CUTS)], i % 3 == 2) for i, case in enumerate(CASES) for dtype in TORCH]
+    calls = [
+        (case, dtype, msgspec.structs.replace(CUTS[i % len(CUTS)], threads=0), i % 3 == 2)
+        for i, case in enumerate(CASES)
+        for dtype in TORCH
+    ]
     runner = "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--log-file", "/dev/stderr"
     for (case, dtype, *_), answer in zip(
         calls, answers_of(folder / "token_reorg_cases_gpu", calls, *runner), strict=True

@@ -135,6 +135,21 @@ def test_one_bad_batch_is_survived(tmp_path, autocast):
     assert all(torch.isfinite(torch.tensor(losses)))
 
 
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_what_was_saved_is_good_wherever_a_bad_batch_comes(step, tmp_path, monkeypatch):
+    """At a save, before it, and after it: results are read late, but before anything is written."""
+    written = []
+    monkeypatch.setattr(StateFile, "write", lambda self, state: written.append(state))
+    with pytest.raises(StageError, match=f"step {step // 3 * 3 + 1}: the loss is no longer finite"):
+        fit(tiny(), FixedBatch(poison=step), section(steps=9, save_every=3, ema=0.5),
+            stage=Stage("dense", StateFile(tmp_path / "s", recipe(), "dense")))  # fmt: skip
+    assert [state["step"] for state in written] == [3] * (step >= 3)
+    for state in written:
+        assert len(state["losses"]) == state["step"]
+        for part in ("model", "average"):
+            assert all(value.isfinite().all() for value in state[part].values())
+
+
 @pytest.mark.parametrize(
     ("changes", "where"),
     [

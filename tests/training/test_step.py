@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ from evit_deploy.training.step import TrainingRun
 from evit_deploy.training.tasks import Teacher, make_task
 from tests.support.logs import notices
 from tests.support.training import RUN, SPEC, FixedBatch, losses_of, recipe, section, tiny
+from tests.support.waiting import NothingWaits
 
 # ---- keep rate
 
@@ -97,6 +99,69 @@ def test_fp16_scales_the_loss_and_leaves_steps_out_that_overflow():
     assert run.step == 1
 
 
+KINDS = {
+    "plain": {},
+    "bf16, averaged": {"autocast": "bf16", "ema": 0.9, "clip": 1.0},
+    "fp16": {"autocast": "fp16"},
+    "less memory": {"channels_last": True, "checkpoint_activations": True, "accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("changes", KINDS.values(), ids=list(KINDS))
+@pytest.mark.parametrize("taught", ["", "logits", "token", "hard"])
+def test_nothing_in_a_step_waits_for_the_device(changes, taught):
+    """What a CPU can tell of it; on a GPU see ``test_gpu.py``."""
+    student, teacher = distilled() if taught in ("token", "hard") else tiny(), None
+    if taught:
+        kind = "logits" if taught == "logits" else "token"
+        teacher = Teacher(tiny(embed_dim=48).eval(), TeacherSection(name="x", kind=kind, hard=taught == "hard"))
+        teacher.model.pretrained_cfg = dict(teacher.model.pretrained_cfg) | {"mean": (0.1, 0.2, 0.3)}
+    run = TrainingRun(reduce_tokens_(student, SPEC).train(), section(**changes), teacher)
+    batches = FixedBatch().training(8, 0)
+    run.advance(batches, 1e-3, moving=False)
+    with NothingWaits():
+        done = run.advance(batches, 1e-3, moving=False)
+        with pytest.raises(AssertionError, match="waits for a GPU"):  # the guard does its work
+            run.optimizer.param_groups[0]["params"][0].sum().item()
+    assert math.isfinite(done.loss)
+    assert len(done.correct) == run.section.accumulate
+    assert done.seconds >= done.waited >= 0
+
+
+@pytest.mark.parametrize("autocast", ["none", "bf16", "fp16"])
+def test_a_step_that_is_not_finite_changes_nothing_before_it_is_read(autocast):
+    run = TrainingRun(tiny().train(), section(autocast=autocast, accumulate=2))
+    good, bad = FixedBatch().training(8, 0), FixedBatch(poison=0).training(8, 0)
+    assert run.advance(good, 1e-3, moving=False).finite
+    before = run.state()
+    done = run.advance(iter([next(good), next(bad)]), 1e-3, moving=False)
+    state = run.state()
+    for key, value in before["model"].items():
+        assert torch.equal(state["model"][key], value), key
+    for number, moments in before["optimizer"]["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(state["optimizer"]["state"][number][key], value), key
+    assert not done.finite
+    assert math.isnan(done.loss)
+    assert run.step == 2  # it is for the reader to go back
+    assert run.advance(good, 1e-3, moving=False).finite
+
+
+def test_a_teacher_takes_images_as_it_was_trained():
+    images, student, teacher = FixedBatch().images, tiny(), tiny(embed_dim=48)
+    student.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    for cfg, changed in (
+        ({"mean": (0.5,) * 3, "std": (0.5,) * 3}, False),
+        ({"mean": (0.4,) * 3, "std": (0.2,) * 3}, True),
+    ):
+        teacher.pretrained_cfg = cfg
+        how = TeacherSection(name="x", kind="logits", weight=1.0)
+        task = make_task(student, section(), Teacher(teacher, how))
+        shown = task.teacher.normalize_input(images, task.student_mean, task.student_std)
+        assert (shown is not images) is changed
+        torch.testing.assert_close(shown * cfg["std"][0] + cfg["mean"][0], images * 0.5 + 0.5)
+
+
 def test_out_of_memory_says_what_would_fit(monkeypatch):
     run = TrainingRun(tiny(), section(accumulate=2))
     backward = run._backward
@@ -131,12 +196,59 @@ def test_a_whole_run_compiles_at_most_four_times():
 
     original = torch.compile
     try:
-        module.torch.compile = lambda m: original(m, backend=backend, fullgraph=True)
+        module.torch.compile = lambda m, **how: original(m, **how, backend=backend)
         fit(model, Images(), section(steps=24, keep_rate_start=1, keep_rate_epochs=5, compile=True))
     finally:
         module.torch.compile = original
         torch._dynamo.reset()
     assert 1 <= len(compiled) <= 4
+
+
+def test_more_programs_than_pytorch_s_own_limit_are_made(monkeypatch):
+    """It counts those of all models of a class in the process; here the limit is one."""
+    compiling, programs = torch.compile, []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        programs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda m, **how: compiling(m, **how, backend=backend))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for rate in (0.5, 0.7):  # models of one plan share a program
+            model = reduce_tokens_(tiny(), TokenSpec(keep_rate=rate, locations=(1,)))
+            losses = fit(model, FixedBatch(), section(steps=1, compile=True))
+            assert math.isfinite(losses[0])
+    torch._dynamo.reset()
+    assert len(programs) == 2
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.timeout(600)
+def test_a_compiled_run_learns_what_an_eager_one_does():
+    """Inductor, with all that goes along: BF16, accumulated batches, an average, a teacher, a keep rate that moves."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    weights, losses = [], []
+    run = section(steps=8, accumulate=2, autocast="bf16", ema=0.5, clip=1.0, keep_rate_epochs=1)
+    for compiled in (False, True):
+        model = reduce_tokens_(tiny(depth=2), TokenSpec(keep_rate=0.5, locations=(1,)))
+        master = tiny(embed_dim=48).eval().requires_grad_(False)
+        teacher = Teacher(master, TeacherSection(name="x", temperature=2.0))
+        losses.append(fit(model, FixedBatch(), msgspec.structs.replace(run, compile=compiled), teacher=teacher))
+        weights.append(model.state_dict())
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    assert graphs == 1  # the keep rate stands still from the fourth step on
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-2)  # BF16 may be rounded elsewhere
+    assert losses[1][-1] < losses[1][0]
+    assert list(weights[0]) == list(weights[1])  # no key knows of the compiler
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=0, atol=3e-2)
 
 
 def test_gradients_reach_every_token_also_those_that_are_dropped():

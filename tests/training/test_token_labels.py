@@ -148,7 +148,7 @@ def test_a_whole_run_compiles_once_whatever_is_mixed(labelled, monkeypatch):
         return graph
 
     compiling = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module: compiling(module, backend=backend, fullgraph=True))
+    monkeypatch.setattr(torch, "compile", lambda module, **how: compiling(module, **how, backend=backend))
     run = section(steps=12, keep_rate_start=1, keep_rate_epochs=1, token_labels=TokenLabelSection())
     losses = []
     for compiled in (False, True):

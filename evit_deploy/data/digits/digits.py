@@ -12,6 +12,7 @@ from evit_deploy.data.digits.curriculum import Curriculum
 from evit_deploy.data.images import preprocess_image
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sampling import Batch, share, spaced, validation_rows, whole_batches
+from evit_deploy.data.transfer import Transfer
 from evit_deploy.recipe.sections import DataSection
 
 
@@ -38,9 +39,11 @@ class DigitsData:
         world: int = 1,
         start_step: int = 0,
         curriculum: Curriculum | None = None,
-    ) -> Iterator[Batch]:
+        device: torch.device | str = "cpu",
+    ) -> Iterator[tuple[Tensor, ...]]:
         """See :class:`TrainingData`."""
         images, labels = self._train
+        transfer = Transfer(device, self.preprocess)
         mine, steps = share(batch_size, rank, world), self.steps_per_epoch(batch_size)
         # One generator for order and variation, as long as the set is small enough to draw everything again.
         generator, step = torch.Generator().manual_seed(seed), 0
@@ -49,7 +52,7 @@ class DigitsData:
             for chosen in order.split(batch_size):
                 varied = augment(images[chosen], self._section, generator, self._background)
                 if step >= start_step:
-                    yield varied[mine], labels[chosen][mine]
+                    yield transfer((varied[mine], labels[chosen][mine]))
                 step += 1
 
     def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:

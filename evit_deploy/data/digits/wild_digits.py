@@ -12,7 +12,7 @@ import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
@@ -33,9 +33,14 @@ from evit_deploy.data.sampling import (
     validation_rows,
     whole_batches,
 )
+from evit_deploy.data.transfer import Transfer
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.recipe.sections import DataSection
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Split = Literal["train", "test"]
 
@@ -251,7 +256,8 @@ class WildDigitsData:
         world: int = 1,
         start_step: int = 0,
         curriculum: Curriculum | None = None,
-    ) -> Iterator[Batch]:
+        device: "torch.device | str" = "cpu",
+    ) -> "Iterator[tuple[Tensor, ...]]":
         """See :class:`TrainingData`."""
         if curriculum is not None and curriculum.delay < AHEAD and self._section.workers:
             raise InputError("the curriculum's delay is too short for worker processes", seen=curriculum.delay,
@@ -260,17 +266,23 @@ class WildDigitsData:
             len(self._train), batch_size, seed, rank=rank, world=world, start_step=start_step,
             level_at=None if curriculum is None else curriculum.at,
         )  # fmt: skip
-        yield from loader(_Drawn(self._train), batches, self._section.workers, _normalised, AHEAD)
+        transfer = Transfer(device, self.preprocess)
+        drawn = _Drawn(self._train)
+        for batch in loader(drawn, batches, self._section.workers, stacked, AHEAD, pin=transfer.pins):
+            yield transfer(batch)
 
     def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """See :class:`TrainingData`."""
         rows = validation_rows(len(self._test), batch_size, rank, world)
-        yield from loader(self._test, rows, self._section.workers, _normalised, AHEAD)
+        transfer = Transfer("cpu", self.preprocess)
+        for batch in loader(self._test, rows, self._section.workers, stacked, AHEAD):
+            images, labels = transfer(batch)
+            yield images, labels
 
     def calibration(self, count: int) -> np.ndarray:
         """See :class:`TrainingData`."""
-        images, _ = _normalised([self._train[int(i)] for i in spaced(len(self._train), count)])
-        return images.numpy()
+        chosen = stacked([self._train[int(i)] for i in spaced(len(self._train), count)])
+        return Transfer("cpu", self.preprocess)(chosen)[0].numpy()
 
 
 class _Drawn:
@@ -281,8 +293,3 @@ class _Drawn:
 
     def __getitem__(self, draw: Draw) -> tuple[np.ndarray, int]:
         return self._images.render(draw.number, draw.level)
-
-
-def _normalised(items: list[tuple[np.ndarray, int]]) -> Batch:
-    images, labels = stacked(items)
-    return images.float().div_(255).sub_(0.5).div_(0.5), labels

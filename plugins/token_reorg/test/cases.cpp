@@ -115,7 +115,7 @@ int main() {
     const int32_t status = evit_token_reorg_cut(&call, &header.cut, nullptr, message, sizeof message);
     Buffer::check(cudaDeviceSynchronize());
 #else
-    const int32_t status = evit_token_reorg_on_host(&call, &header.cut, header.threads, message, sizeof message);
+    const int32_t status = evit_token_reorg_on_host(&call, &header.cut, message, sizeof message);
 #endif
     write_all(&status, sizeof status);
     if (status == EVIT_OK) {

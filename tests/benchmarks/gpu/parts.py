@@ -1,0 +1,49 @@
+"""What the suite consists of, most important first; a part's module is imported in its own process only."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part.
+
+    Attributes:
+        number: Its place in the table; the background part has none.
+        name: What ``--only`` calls it.
+        seconds: What it may take; it leaves out rows that would take longer.
+        settles: What is known afterwards.
+        target: ``module:function`` in this package.
+        hidden: Whether only tests ask for it.
+    """
+
+    number: str
+    name: str
+    seconds: int
+    settles: str
+    target: str
+    hidden: bool = False
+
+
+PARTS = (
+    Part("0", "ceilings", 12, "versions, clocks; copy, GEMM, an empty node, host to device", "ceilings:measure"),
+    Part("1", "truth", 30, "the kernel against the oracle and the host library's bits", "truth:check_bits"),
+    Part("2", "capture", 10, "the same in a CUDA graph, on two streams", "truth:check_capture"),
+    Part("3", "sanitizers", 60, "memcheck on all cases, the other tools on a subset", "sanitizers:check"),
+    Part("4", "bandwidth", 75, "the kernel against copy, PyTorch and an empty node", "bandwidth:measure"),
+    Part("5", "inference", 110, "DeiT-S reduced against dense and slice, in CUDA graphs", "inference:measure_graphs"),
+    Part("6", "paper", 45, "the paper's protocol: TF32, eager, batch 128", "inference:measure_paper"),
+    Part("7", "larger", 35, "DeiT-B at 128, ViT-L at 384 pixels", "inference:measure_larger"),
+    Part("8", "training", 55, "a training step in BF16 at batch 256", "training:measure"),
+    Part("9", "tests", 50, "pytest -m gpu", "product:run_tests"),
+    Part("10", "commands", 75, "the command line as a user meets it", "product:run_commands"),
+    Part("-", "hang", 2, "a part that hangs", "faults:hang", hidden=True),
+    Part("-", "faulty", 5, "rows that run out of memory, fail, and go on", "faults:fail", hidden=True),
+    Part("-", "crash", 5, "a part whose process is ended", "faults:crash", hidden=True),
+)
+NAMES = {part.name: part for part in PARTS}
+
+PROBE = Part("-", "probe", 90, "whether there is a GPU, and which libraries run on it", "probe:look", hidden=True)
+"""Comes before all others."""
+WARM_UP = "warm_up:compile_ahead"
+"""Runs in the background beside these parts, whose times are not measured:"""
+BESIDE = ("truth", "capture", "sanitizers")

@@ -1,0 +1,31 @@
+"""Whether there is a GPU at all, and which of the kernel libraries run on it: asked in a process of its own."""
+
+import sys
+
+import torch
+
+from evit_deploy.environment.nvidia import compute_capability, missing_gpu
+from evit_deploy.errors import EvitDeployError
+from evit_deploy.tokens.kernel import TokenReorgKernel
+
+from .job import Job
+
+NO_GPU = 3
+"""Exit code, as the command line's for a machine that lacks something."""
+
+
+def look(job: Job) -> None:
+    """Writes down the GPU and, for each library, why it cannot run; ends the process where there is no GPU."""
+    lacking = missing_gpu() if job.device.name == "cuda" else None
+    if lacking is not None:
+        print(f"gpu_suite: {lacking}", file=sys.stderr)
+        sys.exit(NO_GPU)
+    refused = {}
+    for name, path in job.libraries.items():
+        try:
+            x, scores = torch.rand(2, 8, 16, device=job.device.name), torch.rand(2, 7, device=job.device.name)
+            TokenReorgKernel(path)(x, scores, 3)
+            job.device.synchronize()
+        except (EvitDeployError, RuntimeError) as error:
+            refused[name] = str(error)
+    job.rows.add(gpu=compute_capability(), refused=refused)

@@ -1,0 +1,16 @@
+"""Programs that are compiled ahead, by name; those that are needed first stand first."""
+
+RATES, BATCHES = 3, (128, 1)
+"""Models that the parts compile (dense, 0.7, 0.5; in training the official structure last), and batch sizes."""
+
+
+def programs(parts: set[str], *, toy: bool) -> list[str]:
+    """The programs of these parts; in a dry run one each."""
+    named = {
+        "bandwidth": ["bandwidth"],
+        "inference": ["inference 1 1"]
+        if toy
+        else [f"inference {i} {batch}" for batch in BATCHES for i in range(RATES)],
+        "training": [f"training {i}" for i in ((1,) if toy else range(RATES))],
+    }
+    return [program for part, those in named.items() if part in parts for program in those]

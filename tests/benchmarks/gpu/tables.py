@@ -1,0 +1,325 @@
+"""What a run found, as tables: each part's rows, what was predicted beforehand, and the goals with pass or miss."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .goals import goals
+
+Rows = list[dict[str, Any]]
+LONGEST = 11_500
+"""Characters of the table that is printed."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        title: What it shows.
+        header: Names of the columns.
+        lines: Cells.
+        notes: Sentences below it.
+    """
+
+    title: str
+    header: Sequence[str] = ()
+    lines: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+
+
+def table(document: dict[str, Any]) -> str:
+    """The whole run as text for a terminal, the goals last; short enough for the end of a log."""
+    parts = [line for part in document["parts"] for one in tables_of(part) for line in as_text(one)]
+    last = as_text(states(document)) + as_text(goal_table(document))
+    room = LONGEST - sum(len(line) + 1 for line in last)
+    while parts and sum(len(line) + 1 for line in parts) > room - 60:
+        parts.pop()
+        if sum(len(line) + 1 for line in parts) <= room - 60:
+            parts.append("(cut off here: table.txt of a shorter run, or gpu_suite.json, has all)")
+    return "\n".join([*parts, *last]) + "\n"
+
+
+def as_text(one: Table) -> list[str]:
+    """Aligned columns."""
+    cells = [list(one.header), *map(list, one.lines)] if one.lines else []
+    widths = [max(len(line[i]) for line in cells) for i in range(len(one.header))] if cells else []
+    aligned = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return [f"## {one.title}", *aligned, *one.notes]
+
+
+def as_markdown(one: Table) -> list[str]:
+    """A table of Markdown."""
+    lines = [f"**{one.title}**", ""]
+    if one.lines:
+        lines += [_bar(one.header), _bar(["---"] * len(one.header)), *map(_bar, one.lines), ""]
+    for note in one.notes:
+        lines += [note, ""]
+    return lines
+
+
+def _bar(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def states(document: dict[str, Any]) -> Table:
+    """How each part ended."""
+    lines = []
+    for part in document["parts"]:
+        failed = sum(1 for row in part["rows"] if "failed" in row or "skipped" in row or "left_out" in row)
+        seconds = "" if part.get("seconds") is None else f"{part['seconds']:.0f}"
+        lines.append((part["number"], part["name"], part["state"][:60], seconds, str(len(part["rows"])), str(failed)))
+    header = ("#", "part", "state", "s", "rows", "not measured")
+    kind = "a dry run on the CPU: no figure means anything" if document["dry run"] else "on a GPU"
+    notes = [f"library {name} does not run here: {reason[:200]}" for name, reason in document["refused"].items()]
+    return Table(f"parts, {kind}; begun {document['begun']}, {document['seconds']:.0f} s", header, lines, notes)
+
+
+def goal_table(document: dict[str, Any]) -> Table:
+    """Wanted, measured, pass or miss."""
+    lines = [(goal.name, goal.wanted, goal.measured, goal.verdict) for goal in goals(document)]
+    return Table("goals", ("goal", "wanted", "measured", ""), lines)
+
+
+def tables_of(part: dict[str, Any]) -> list[Table]:
+    """The tables of one part."""
+    rows = part["rows"]
+    found = _TABLES[part["name"]](rows) if rows and part["name"] in _TABLES else []
+    lost = [
+        f"{_key(row)}: {kind.replace('_', ' ')}: {str(row[kind])[:160]}"
+        for row in rows for kind in ("failed", "skipped", "left_out") if kind in row
+    ]  # fmt: skip
+    return [*found, *([Table(f"{part['name']}: not measured", notes=[*lost[:12]])] if lost else [])]
+
+
+def _key(row: dict[str, Any]) -> str:
+    names = ("library", "check", "model", "how", "tool", "what", "dtype", "candidates", "channels", "batch", "compiled")
+    return " ".join(str(row[name]) for name in names if name in row) or "part"
+
+
+# ---- numbers
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """A number, or a dash."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def interval(value: Sequence[float] | None, digits: int = 2) -> str:
+    """``1.45 [1.44, 1.46]``."""
+    if value is None:
+        return "–"
+    middle, low, high = value
+    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def percent(value: Sequence[float] | None) -> str:
+    """How much longer, of a ratio of times: ``+1.2 % [0.9, 1.5]``."""
+    if value is None:
+        return "–"
+    middle, low, high = (100 * (each - 1) for each in value)
+    return f"{middle:+.1f} % [{low:.1f}, {high:.1f}]"
+
+
+# ---- one function a part
+
+
+def _ceilings(rows: Rows) -> list[Table]:
+    by = {row["what"]: row for row in rows if "what" in row}
+    machine, lines = by.get("machine", {}), []
+    if "terabytes a second" in by.get("copy", {}):
+        lines.append(("copy on the device, TB/s", number(by["copy"]["terabytes a second"]), "3.0"))
+    for kind in ("bf16", "fp16"):
+        if f"{kind} teraflops" in by.get("gemm", {}):
+            lines.append((f"{kind} GEMM of 8192³, TFLOP/s", number(by["gemm"][f"{kind} teraflops"], 0), ""))
+    if "microseconds" in by.get("empty node", {}):
+        lines.append(("empty node of a graph, µs", number(by["empty node"]["microseconds"]), ""))
+    for name, value in by.get("bus", {}).items():
+        if name.endswith("ms"):
+            predicted = "14 to 23 with conversion" if name.startswith("fp32 page") else ""
+            lines.append((f"host to device, {by['bus'].get('batch')} images, {name}", number(value), predicted))
+    about = [f"{machine.get('gpu', 'CPU')}, driver {machine.get('driver')}, {machine.get('versions')}"]
+    about += machine.get("clocks", []) if isinstance(machine.get("clocks"), list) else []
+    return [Table("ceilings", ("what", "measured", "predicted"), lines, about)]
+
+
+def _truth(rows: Rows, title: str = "truth: the kernel against the oracle and the host's bits") -> list[Table]:
+    lines, notes = [], []
+    for row in rows:
+        if "wrong" in row:
+            wrong = row["wrong"]
+            bad = len(wrong) if isinstance(wrong, list) else int(wrong)
+            of = {"cases": f"{row.get('cases')} cases", "batches": "batches 1, 7, 256"}.get(row["check"])
+            of = of or f"{row.get('calls')} calls, {row.get('rounds')} times"
+            where = f"off by {row['offset']}" if "offset" in row else str(row.get("shape", ""))
+            lines.append((row["library"], row["check"], row["dtype"], where, of, str(bad)))
+            if bad and isinstance(wrong, list):
+                notes += [f"WRONG: {row['library']} {row['check']} {row['dtype']}: {'; '.join(wrong)}"]
+        elif "answer" in row:
+            notes.append(f"{row['library']}: null idx: {row['answer']}")
+        elif "equal" in row:
+            notes.append(f"{row['library']}: token_reorg() has the kernel's bits in {row['equal']} of {row['cases']}")
+    good = [line for line in lines if line[-1] == "0"]
+    if len(good) > 8:  # one line for all that is right
+        lines = [line for line in lines if line[-1] != "0"]
+        notes.insert(0, f"right: {len(good)} of {len(good) + len(lines)} checks")
+    return [Table(title, ("library", "check", "dtype", "where", "of", "wrong"), lines, notes)]
+
+
+def _capture(rows: Rows) -> list[Table]:
+    return _truth(rows, "capture: all cases in one graph, on two streams, on another stream")
+
+
+def _sanitizers(rows: Rows) -> list[Table]:
+    lines = [
+        (row["tool"], str(row["calls"]), str(row.get("exit")), str(len(row["wrong"])), number(row.get("seconds"), 0),
+         "; ".join([*row["summary"], *row["wrong"]])[:90])
+        for row in rows if "wrong" in row
+    ]  # fmt: skip
+    return [Table("compute-sanitizer", ("tool", "calls", "exit", "wrong answers", "s", "said"), lines)]
+
+
+def _bandwidth(rows: Rows) -> list[Table]:
+    measured = [row for row in rows if "microseconds" in row]
+    names = list(measured[0]["of copy"]) if measured else []
+    header = [
+        "dtype",
+        "N",
+        "C",
+        "batch",
+        "MB",
+        *(f"{name}, µs" for name in names),
+        *(f"{name} of copy" for name in names),
+    ]
+    lines = []
+    for row in measured:
+        times = row["microseconds"]
+        lines.append([
+            row["dtype"], str(row["candidates"]), str(row["channels"]), str(row["batch"]), number(row["megabytes"], 1),
+            *(number(times[name]) for name in names),
+            *(f"{100 * row['of copy'][name][0]:.0f} %" for name in names),
+            f"{row['eager over kernel'][0]:.1f}", number(row.get("torch.compile over kernel", [None])[0], 1),
+            number(times["empty node"]),
+        ])  # fmt: skip
+    header += ["eager /", "compile /", "empty, µs"]
+    return [Table("the kernel against a copy of the same bytes", header, lines, [_KERNEL_PREDICTED])]
+
+
+_KERNEL_PREDICTED = (
+    "predicted for the kernel that ranked first: 79 % of copy at batch 64 to 128, 91 % at 256 (C 384), 82 % at N 576, "
+    "5 to 6 µs at batch 1; with the first loads before the ranking 97 to 99 %"
+)
+
+
+def _graphs(rows: Rows) -> list[Table]:
+    title = "DeiT-S in CUDA graphs, resident images: how many times as fast as dense, and over the slice baseline"
+    return [Table(title, _GRAPH_HEADER, _graph_lines(rows), _graph_notes(rows))]
+
+
+_GRAPH_HEADER = (
+    "",
+    "batch",
+    "dense, ms",
+    "dense, img/s",
+    "0.9",
+    "0.7",
+    "0.5",
+    "0.7 / slice",
+    "0.5 / slice",
+    "body / 0.7",
+)
+
+
+def _graph_lines(rows: Rows) -> list[Sequence[str]]:
+    lines: list[Sequence[str]] = []
+    for row in rows:
+        if "speed-up" not in row:
+            continue
+        faster, over, body = row["speed-up"], row.get("over slice", {}), row.get("over body", {})
+        kernel = body.get("0.7")
+        kind = f"{row['dtype']} {row['how']}" if "how" in row else row["dtype"]
+        name = kind if row["model"].startswith("deit_small") else f"{row['model'].split('_patch')[0]} {kind}"
+        lines.append((
+            name, str(row["batch"]), number(row["ms"].get("dense"), 3),
+            number(row["images a second"].get("dense"), 0),
+            *(interval(faster.get(rate)) for rate in ("0.9", "0.7", "0.5")),
+            percent(over.get("0.7")), percent(over.get("0.5")), "–" if kernel is None else number(1 / kernel[0], 3),
+        ))  # fmt: skip
+    return lines
+
+
+def _graph_notes(rows: Rows) -> list[str]:
+    notes = [
+        "predicted: FP16 at 128 dense 5 ms, 0.7 3.4 ms (1.45 to 1.5), 0.5 2.7 ms; at 1 dense 0.5 to 0.6 ms, 0.7 gains "
+        "little. Published, A100, FP16, batch 1024: dense 5,039 img/s"
+    ]
+    calls = [row["kernel calls"] for row in rows if "kernel calls" in row]
+    if calls:
+        notes.append(f"calls of the kernel in a forward pass: {calls[0]}")
+    return notes
+
+
+def _paper(rows: Rows) -> list[Table]:
+    published = {"dense": 2923, "0.7": 4385, "0.5": 5408}
+    lines = []
+    for row in rows:
+        if "official over ours" not in row:
+            continue
+        for name in ("dense", "0.7", "0.5"):
+            own = row["over its own dense"].get(f"{name} official")
+            tf32 = row["dtype"] == "tf32"
+            lines.append((
+                row["dtype"], str(row["batch"]), name, number(row["images a second"][name], 0),
+                interval(row["speed-up"].get(name)), number(row["images a second"][f"{name} official"], 0),
+                interval(own),
+                interval(row["official over ours"][name]), number(published[name], 0) if tf32 else "",
+                number(published[name] / published["dense"]) if tf32 else "",
+            ))  # fmt: skip
+    header = ("", "batch", "rate", "img/s", "over dense", "official, img/s", "over its dense", "official / ours",
+              "paper, img/s", "paper")  # fmt: skip
+    return [Table("eager, a hundred calls and one synchronisation (the paper's protocol in TF32)", header, lines)]
+
+
+def _larger(rows: Rows) -> list[Table]:
+    notes = ["Paper, DeiT-B, A100: 0.7 1.59, 0.5 1.92"]
+    return [Table("larger models in CUDA graphs, FP16", _GRAPH_HEADER, _graph_lines(rows), notes)]
+
+
+def _training(rows: Rows) -> list[Table]:
+    lines, notes = [], []
+    for row in rows:
+        if "speed-up" in row:
+            lines += [
+                (row["how"], name, number(row["ms"][name], 1), number(row["images a second"][name], 0),
+                 interval(row["speed-up"].get(name)), number(row["megabytes of a step"][name], 0),
+                 number(row["ms the host takes to start one"][name], 1))
+                for name in row["ms"]
+            ]  # fmt: skip
+        elif "calls" in row:
+            notes.append(f"calls of the kernel in a forward pass: {row['calls']}")
+    header = ("", "model", "ms", "img/s", "over dense", "MB of a step", "host, ms")
+    return [Table("a training step, BF16 autocast, resident bytes", header, lines, notes)]
+
+
+def _tests(rows: Rows) -> list[Table]:
+    kinds = ("passed", "failure", "error", "skipped")
+    summary = [
+        f"exit {row['exit']}, {row['seconds']} s: {', '.join(f'{row[kind]} {kind}' for kind in kinds if kind in row)}"
+        for row in rows if "exit" in row
+    ]  # fmt: skip
+    bad = [row for row in rows if row.get("outcome") in ("failure", "error")]
+    notes = [f"{row['outcome']}: {row['test']}: {row['reason'][:100]}" for row in bad[:12]]
+    return [Table("pytest -m gpu", notes=[*summary, *notes])]
+
+
+def _commands(rows: Rows) -> list[Table]:
+    lines = [(row["name"], str(row["exit"]), number(row["seconds"], 1), " ".join(row["tail"].split())[-110:])
+             for row in rows if "command" in row]  # fmt: skip
+    return [Table("as a user", ("command", "exit", "s", "said last"), lines)]
+
+
+_TABLES: dict[str, Callable[[Rows], list[Table]]] = {
+    "ceilings": _ceilings, "truth": _truth, "capture": _capture, "sanitizers": _sanitizers, "bandwidth": _bandwidth,
+    "inference": _graphs, "paper": _paper, "larger": _larger, "training": _training, "tests": _tests,
+    "commands": _commands,
+}  # fmt: skip

@@ -1,0 +1,95 @@
+"""Writes what gpu_suite.py measured into the GPU section of docs/results.md, and its raw JSON into docs/results/.
+
+python tests/benchmarks/gpu_results.py DIR [DIR...]
+
+Of several runs, a part of a later one replaces the same part of an earlier one. A run that was killed is read from its
+rows.jsonl, which has every row that was measured.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from gpu.parts import PARTS
+from gpu.rows import read
+from gpu.tables import as_markdown, goal_table, states, tables_of
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- gpu_results.py: begin -->", "<!-- gpu_results.py: end -->"
+
+
+def document_of(folder: Path) -> dict[str, Any]:
+    """A run, as far as it came."""
+    rows, whole = read(folder / "rows.jsonl"), folder / "gpu_suite.json"
+    if whole.is_file():
+        document = json.loads(whole.read_text(encoding="utf-8"))
+    else:
+        first = next((row for row in rows if row["part"] == "probe"), {})
+        document = {
+            "command": "", "begun": "at an unknown time", "seconds": 0.0, "budget": 0.0, "refused": {}, "libraries": {},
+            "dry run": first.get("gpu") is None,
+            "parts": [{"number": part.number, "name": part.name, "settles": part.settles, "state": "interrupted"}
+                      for part in PARTS if not part.hidden],
+        }  # fmt: skip
+    for part in document["parts"]:
+        part["rows"] = [{k: v for k, v in row.items() if k != "part"} for row in rows if row["part"] == part["name"]]
+        part["begun"] = document["begun"]
+    return document
+
+
+def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last run, with the parts of earlier ones that it did not measure."""
+    parts = {part["name"]: part for document in documents for part in document["parts"] if part["rows"]}
+    order = [part.name for part in PARTS]
+    return documents[-1] | {
+        "commands": [document["command"] for document in documents],
+        "seconds": sum(document["seconds"] for document in documents),
+        "parts": sorted(parts.values(), key=lambda part: order.index(part["name"])),
+    }
+
+
+def section(document: dict[str, Any]) -> str:
+    """The section's text."""
+    ceilings = next((part["rows"] for part in document["parts"] if part["name"] == "ceilings"), [])
+    machine = next((row for row in ceilings if row.get("what") == "machine" and "versions" in row), {})
+    about = f"{machine.get('gpu', 'a CPU')}, driver {machine.get('driver')}, CUDA {machine.get('cuda')}, PyTorch "
+    about += (
+        f"{machine.get('versions', {}).get('torch')}; {document['begun'][:10]}. Raw data: `results/gpu_suite.json`."
+    )
+    lines = [*dict.fromkeys(f"`{command}`" for command in document["commands"] if command), "", about, ""]
+    lines += as_markdown(goal_table(document)) + as_markdown(states(document))
+    for part in document["parts"]:
+        for table in tables_of(part):
+            lines += as_markdown(table)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="what gpu_suite.py wrote")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder with results.md")
+    parser.add_argument("--dry-run", action="store_true", help="take dry runs, whose figures mean nothing")
+    options = parser.parse_args()
+    documents = [document_of(folder) for folder in options.folders]
+    for folder, document in zip(options.folders, documents, strict=True):
+        if not any(part["rows"] for part in document["parts"]):
+            parser.error(f"{folder}: nothing was measured there (no rows in rows.jsonl)")
+        if document["dry run"] and not options.dry_run:
+            parser.error(f"{folder}: a dry run, whose figures mean nothing")
+    page = options.docs / "results.md"
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        parser.error(f"{page}: the section's place is not marked: {BEGIN} ... {END}")
+    whole = merged(documents)
+    raw = options.docs / "results" / "gpu_suite.json"
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    raw.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n{section(whole)}{END}{after}", encoding="utf-8")
+    print(f"{page} and {raw} are written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,380 @@
+"""Everything that one run on a GPU has to settle, most important first, each part a process with a deadline.
+
+python tests/benchmarks/gpu_suite.py --budget 520 --out DIR
+
+The kernel library is the one that EVIT_DEPLOY_KERNEL names, or several are compared: --library new=PATH --library
+old=PATH; the first is what PyTorch's models use. Beside it lie libevit_token_reorg_host.so and token_reorg_cases_gpu;
+gpu_bundle.sh prepares all of that. DIR gets rows.jsonl (every row as soon as it is known, so that a run that is killed
+keeps them), gpu_suite.json (all of them with their parts), log.txt and table.txt. gpu_results.py writes them into
+docs/results.md. --dry-run runs every part at toy size on the CPU.
+
+Exit codes: 0 when all that was asked for ran, 1 when a part was cut short or not run, 2 usage, 3 no GPU, 130
+interrupted.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gpu.parts import BESIDE, NAMES, PARTS, PROBE, WARM_UP, Part
+from gpu.programs import programs
+from gpu.rows import append, read
+from gpu.tables import table
+
+ROOT = Path(__file__).parents[2]
+CLOSING = 4.0
+"""Seconds kept for the table."""
+MOST_PROGRAMS = 6
+"""Programs that are compiled ahead at the same time."""
+
+
+class Interrupted(BaseException):
+    """A signal asks the suite to end."""
+
+
+class Process:
+    """A process in a group of its own, which waits for a word before it begins.
+
+    It ends itself when its standard input is closed, so that nothing outlives the suite, however that ends.
+
+    Args:
+        suite: Whose it is.
+        name: What it runs.
+        target: ``module:function`` in ``gpu``.
+        argument: Given to the function; "" for none.
+    """
+
+    def __init__(self, suite: "Suite", name: str, target: str, argument: str = "") -> None:
+        options = suite.options
+        command = [sys.executable, __file__, "--child", name, "--target", target, "--out", str(options.out)]
+        command += ["--argument", argument, *(["--dry-run"] if options.dry_run else [])]
+        command += [part for name, path in suite.libraries.items() for part in ("--library", f"{name}={path}")]
+        first = next(iter(suite.libraries.values()), None)
+        environment = os.environ | {"EVIT_DEPLOY_KERNEL": str(first) if first else "none", "PYTHONUNBUFFERED": "1"}
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        self.scratch = Path(tempfile.mkdtemp(prefix="gpu-suite-"))
+        command += ["--scratch", str(self.scratch)]
+        with (options.out / "log.txt").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, process_group=0
+            )
+
+    def begin(self, seconds: float) -> None:
+        """Says the word, with what it may take."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended; its exit code says how
+            self.process.stdin.write(f"{seconds}\n".encode())
+            self.process.stdin.flush()
+
+    def wait(self, seconds: float) -> int | None:
+        """Its exit code; ``None`` if it is still running after so long."""
+        try:
+            return self.process.wait(max(seconds, 0.1))
+        except subprocess.TimeoutExpired:
+            return None
+
+    def end(self) -> None:
+        """Ends what is left of its group, and removes its folder."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+class Suite:
+    """A run: its parts, its files, and what is running.
+
+    Args:
+        options: Of the command line.
+        parts: What to run, in order.
+        libraries: Kernel libraries by name.
+    """
+
+    def __init__(self, options: argparse.Namespace, parts: list[Part], libraries: dict[str, Path]) -> None:
+        self.options, self.parts, self.libraries = options, parts, libraries
+        self.started, self.begun = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+        self.rows_path, self.log_path = options.out / "rows.jsonl", options.out / "log.txt"
+        self.states: dict[str, dict[str, Any]] = {part.name: {"state": "not run"} for part in parts}
+        self.running: list[Process] = []
+        self.ahead: list[Process] = []
+        self.programs: list[str] | None = None
+        self.refused: dict[str, str] = {}
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that are left for parts."""
+        return self.options.budget - CLOSING - (time.monotonic() - self.started)
+
+    def start(self, part: Part) -> Process:
+        """Starts a part's process, which imports what it needs and waits."""
+        process = Process(self, part.name, part.target)
+        self.running.append(process)
+        return process
+
+    def finish(self, process: Process) -> None:
+        """Ends a process that was started."""
+        process.end()
+        for group in (self.running, self.ahead):
+            if process in group:
+                group.remove(process)
+
+    def probe(self) -> int:
+        """Asks whether there is a GPU and which libraries run on it; an exit code, 0 to go on."""
+        process = self.start(PROBE)
+        process.begin(PROBE.seconds)
+        code = process.wait(PROBE.seconds)
+        self.finish(process)
+        if code:
+            print(_tail(self.log_path), file=sys.stderr)
+            return code
+        rows = [row for row in read(self.rows_path) if row["part"] == PROBE.name]
+        if code is None or not rows:
+            print(f"gpu_suite: the GPU does not answer\n{_tail(self.log_path)}", file=sys.stderr)
+            return 3
+        self.refused = rows[-1]["refused"]
+        for name, reason in self.refused.items():
+            print(f"the library {name} does not run here: {reason}", flush=True)
+            del self.libraries[name]
+        return 0
+
+    def run(self) -> None:
+        """All parts, as far as the budget goes."""
+        scale = max(1.0, 0.95 * self.left / max(sum(part.seconds for part in self.parts), 1))
+        waiting = self.start(self.parts[0]) if self.parts else None
+        for index, part in enumerate(self.parts):
+            process, waiting = waiting or self.start(part), None
+            if self.left < min(part.seconds, 5):
+                self.finish(process)
+                break
+            self._background(part)
+            following = self.parts[index + 1 : index + 2]
+            waiting = self.start(following[0]) if following else None
+            self._run_part(part, process, part.seconds * scale)
+            self.write()
+            print(f"{part.number:>2} {part.name}: {_words(self.states[part.name])}; {self.left:.0f} s left", flush=True)
+        if waiting is not None:
+            self.finish(waiting)
+        self._stop_background()
+
+    def _run_part(self, part: Part, process: Process, seconds: float) -> None:
+        seconds = min(seconds, self.left)
+        state = self.states[part.name]
+        begun = time.monotonic()
+        end = begun + min(seconds + self.options.grace, max(self.left, 1))
+        state |= {"state": "interrupted", "seconds": None}
+        append(self.log_path, f"==== {part.name}")
+        process.begin(seconds)
+        code = None
+        while code is None and time.monotonic() < end:
+            code = process.wait(min(0.5, end - time.monotonic()))
+            self._refill()
+        self.finish(process)
+        state["seconds"] = round(time.monotonic() - begun, 1)
+        if code is None:
+            state["state"] = f"ended at its deadline of {end - begun:.0f} s"
+        elif code:
+            state["state"] = f"failed: {_tail(self.log_path, 300)}" if code > 0 else f"ended by signal {-code}"
+        else:
+            state["state"] = "done"
+
+    def _background(self, part: Part) -> None:
+        """Compiles ahead beside parts whose times are not measured; nothing runs beside the others."""
+        if not self.options.warm_up:
+            return
+        if part.name not in BESIDE:
+            self._stop_background()
+        elif self.programs is None:
+            self.programs = programs({part.name for part in self.parts}, toy=self.options.dry_run)
+
+    def _refill(self) -> None:
+        for process in [one for one in self.ahead if one.process.poll() is not None]:
+            self.finish(process)
+        while self.programs and len(self.ahead) < MOST_PROGRAMS:
+            process = Process(self, "warm-up", WARM_UP, self.programs.pop(0))
+            process.begin(300)
+            self.ahead.append(process)
+
+    def _stop_background(self) -> None:
+        for process in list(self.ahead):
+            self.finish(process)
+        self.programs = []
+
+    def end_all(self) -> None:
+        """Ends everything that runs."""
+        self._stop_background()
+        for process in list(self.running):
+            self.finish(process)
+
+    def write(self) -> dict[str, Any]:
+        """All that is known, as one document in a file that is always whole."""
+        rows = read(self.rows_path)
+        document = {
+            "command": " ".join(["python", *sys.argv]), "begun": self.begun, "budget": self.options.budget,
+            "seconds": round(time.monotonic() - self.started, 1), "dry run": self.options.dry_run,
+            "libraries": {name: path.name for name, path in self.libraries.items()}, "refused": self.refused,
+            "parts": [
+                {"number": part.number, "name": part.name, "settles": part.settles, **self.states[part.name],
+                 "rows": [{k: v for k, v in row.items() if k != "part"} for row in rows if row["part"] == part.name]}
+                for part in self.parts
+            ],
+        }  # fmt: skip
+        partial = self.options.out / "gpu_suite.json.part"
+        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.options.out / "gpu_suite.json")
+        return document
+
+    def close(self) -> int:
+        """Writes everything, prints the table; gives the exit code."""
+        document = self.write()
+        text = table(document)
+        (self.options.out / "table.txt").write_text(text, encoding="utf-8")
+        print(text, flush=True)
+        return 0 if all(state["state"] == "done" for state in self.states.values()) else 1
+
+
+def _tail(path: Path, characters: int = 2000) -> str:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return " / ".join(line.strip() for line in text[-characters:].splitlines()[-12:] if line.strip())
+
+
+def _words(state: dict[str, Any]) -> str:
+    return f"{state['state']} ({state['seconds']} s)" if state.get("seconds") is not None else state["state"]
+
+
+# ---- a part's own process
+
+
+def child(options: argparse.Namespace, libraries: dict[str, Path]) -> None:
+    """Imports the part, waits for the word, runs it; ends when the suite does."""
+    import importlib
+    import threading
+
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    module, _, function = options.target.partition(":")
+    run = getattr(importlib.import_module(f"gpu.{module}"), function)
+    from gpu.device import DEVICES
+    from gpu.job import Job
+    from gpu.rows import Rows
+
+    word = sys.stdin.readline()
+    if not word:
+        return
+    threading.Thread(target=_end_with_the_suite, daemon=True).start()
+    rows = Rows(options.out / "rows.jsonl", options.child, float(word))
+    if options.dry_run:
+        torch.set_num_threads(1)
+    device = DEVICES["cpu" if options.dry_run else "cuda"]()
+    job = Job(rows, device, options.dry_run, libraries, options.scratch)
+    run(job, *([options.argument] if options.argument else []))
+
+
+def _end_with_the_suite() -> None:
+    os.read(0, 1)  # not through sys.stdin, whose lock a thread may not hold when the process ends
+    os.killpg(0, signal.SIGKILL)
+
+
+# ---- the command line
+
+
+def _library(text: str) -> tuple[str, Path]:
+    name, _, path = text.rpartition("=")
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(
+            f"{path}: no such library; gpu_bundle.sh or evit-deploy plugin build makes one"
+        )
+    return name or "kernel", Path(path).resolve()
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in NAMES:
+            known = ", ".join(part.name for part in PARTS if not part.hidden)
+            raise argparse.ArgumentTypeError(f"no part is called {name!r}; there are {known}")
+    return names
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, default=520, help="seconds for everything [default: 520]")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--only", type=_names, metavar="PART,...")
+    parser.add_argument("--skip", type=_names, metavar="PART,...", default=[])
+    parser.add_argument("--list", action="store_true", help="the parts, what they settle and take")
+    parser.add_argument("--dry-run", action="store_true", help="every part at toy size on the CPU")
+    parser.add_argument("--library", type=_library, action="append", metavar="NAME=PATH", help="kernel library")
+    parser.add_argument(
+        "--grace", type=float, default=12, help="seconds a part gets beyond its own, to finish a row [default: 12]"
+    )
+    parser.add_argument("--no-warm-up", dest="warm_up", action="store_false", help="compile nothing ahead")
+    for name in ("--child", "--target", "--argument"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.list and options.out is None:
+        parser.error("--out DIR is needed")
+    told = os.environ.get("EVIT_DEPLOY_KERNEL", "none")
+    if options.library is None and told != "none":
+        try:
+            options.library = [_library(told)]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"EVIT_DEPLOY_KERNEL: {error}")
+    return options
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(signal.Signals(number).name)
+
+
+def main() -> int:
+    options = _options()
+    libraries = dict(options.library or [])
+    if options.child:
+        child(options, libraries)
+        return 0
+    parts = [NAMES[name] for name in options.only] if options.only else [part for part in PARTS if not part.hidden]
+    parts = [part for part in parts if part.name not in options.skip]
+    if options.list:
+        for part in parts:
+            print(f"{part.number:>2} {part.name:10} {part.seconds:4} s  {part.settles}")
+        print(f"{sum(part.seconds for part in parts):18} s")
+        return 0
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in ("rows.jsonl", "log.txt", "table.txt", "gpu_suite.json"):
+        (options.out / name).unlink(missing_ok=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    suite = Suite(options, parts, libraries)
+    try:
+        if code := suite.probe():
+            return code
+        suite.run()
+        return suite.close()
+    except Interrupted as error:
+        print(f"interrupted by {error}", flush=True)
+        suite.end_all()
+        suite.close()
+        return 130
+    finally:
+        suite.end_all()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Calls of ``evit::TokenReorg`` for the programs ``token_reorg_cases`` and ``token_reorg_cases_gpu``, as bytes.
+
+``plugins/token_reorg/test/cases.cpp`` reads and answers them; which calls it gets is all that selects its cases.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from evit_deploy.engines.plugin.kernel import DTYPES
+
+from tests.support.cases import Case
+from tests.support.op_checks import TORCH
+
+_HEADER = np.dtype([("pointers", "u8", 4), ("call", "i4", 7), ("", "i4"), ("how", "i4", 4)])
+
+
+@dataclass(frozen=True)
+class ProgramCall:
+    """One call.
+
+    Attributes:
+        case: What is called.
+        dtype: Type of x.
+        offset: Elements by which x and y are off an address that is aligned to 16 bytes.
+        cut: Threads, lanes and tiles of the host's program.
+    """
+
+    case: Case
+    dtype: str
+    offset: int = 0
+    cut: tuple[int, int, int] = (1, 0, 0)
+
+
+def sent(calls: Iterable[ProgramCall]) -> bytes:
+    """What the program reads."""
+    parts = []
+    for one in calls:
+        case = one.case
+        x, scores = case.inputs(one.dtype)
+        header = np.zeros((), _HEADER)
+        sizes = case.batch, case.prefix, case.candidates, case.width, case.keep, case.fuse
+        header["call"], header["how"] = (DTYPES[TORCH[one.dtype]], *sizes), (one.offset, *one.cut)
+        parts += [header.tobytes(), x.tobytes(), scores.tobytes()]
+    return b"".join(parts)
+
+
+def answered(calls: Iterable[ProgramCall], said: bytes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """y and idx of each call, from what the program wrote.
+
+    Raises:
+        ValueError: It refused a call, or wrote more or less than it should.
+    """
+    at = 0
+    for one in calls:
+        case, dtype = one.case, one.case.inputs(one.dtype)[0].dtype
+        y_shape = case.batch, case.prefix + case.keep + case.fuse, case.width
+        y_size, idx_size = int(np.prod(y_shape)), case.batch * case.keep
+        end = at + 4 + y_size * dtype.itemsize + 4 * idx_size
+        if len(said) < at + 4 or said[at : at + 4] != bytes(4) or len(said) < end:
+            raise ValueError(f"no answer to {case.id} in {one.dtype}")
+        y = np.frombuffer(said, dtype, y_size, at + 4).reshape(y_shape)
+        yield y, np.frombuffer(said, np.int32, idx_size, end - 4 * idx_size).reshape(case.batch, case.keep)
+        at = end
+    if at != len(said):
+        raise ValueError(f"{len(said) - at} bytes more than the answers")

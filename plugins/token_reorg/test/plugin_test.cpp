@@ -14,7 +14,7 @@
 // plugin.cpp calls this: here it is the kernel's own code on the CPU.
 int32_t evit_token_reorg(const EvitTokenReorgCall* call, void*, char* message, size_t size) {
   const EvitCut cut{};
-  return evit_token_reorg_on_host(call, &cut, 1, message, size);
+  return evit_token_reorg_on_host(call, &cut, message, size);
 }
 
 namespace {

@@ -17,7 +17,9 @@ _MODEL = {"cls": Option, "group": "Model"}
 @click.option("--model", metavar="NAME", help="timm name, where the tensors leave it open.", **_MODEL)
 @click.option("--image-size", type=int, metavar="N", help="Pixels; the position embedding is resampled.", **_MODEL)
 @tokens_options
-@struct_options("ConvertOptions", "Target", "targets", "precision", "calibration", "indices", "target_options")
+@struct_options(
+    "ConvertOptions", "Target", "targets", "precision", "linear", "calibration", "indices", "target_options"
+)
 @struct_options("BuildOptions", "Engine")
 @struct_options("ConvertOptions", "Checks", "data", "min_speedup")
 @struct_options("ProfileOptions", "Checks", "threads")

@@ -23,11 +23,11 @@ from typing import Any
 import msgspec
 
 from evit_deploy.bundle.manifest import Engine
-from evit_deploy.engines.options import BUILDERS, check_options, gpus_of
-from evit_deploy.engines.plugin.library import choose_plugin, load_plugin
+from evit_deploy.engines.options import BUILDERS, TENSORRT_RTX, check_options, gpus_of
+from evit_deploy.engines.plugin.library import CREATORS, PLUGIN, choose_plugin, load_plugin
 from evit_deploy.environment import nvidia as gpu
 from evit_deploy.environment.nvidia import nvidia
-from evit_deploy.errors import InputError, StageError
+from evit_deploy.errors import EvitDeployError, InputError, StageError
 from evit_deploy.recipe.options import BuildOptions
 
 TIME_LIMIT = 3600.0
@@ -105,6 +105,7 @@ def build_engine(
             "workspace": options.workspace,
             "optimization_level": options.optimization_level,
             "version_compatible": options.version_compatible,
+            "lean_runtime": False,
             "hardware_compatible": options.hardware_compatible,
         },
         seconds=round(time.perf_counter() - started, 2),
@@ -179,7 +180,10 @@ def _main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     request = json.loads(sys.stdin.buffer.read())
-    answers.write(json.dumps(_build(request)))
+    try:
+        answers.write(json.dumps(_build(request)))
+    except EvitDeployError as error:
+        sys.exit(f"[E] {error}")
     answers.close()
 
 
@@ -196,6 +200,8 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     from polygraphy.logger import G_LOGGER
 
     trt = importlib.import_module(request["module"])
+    if request["module"] == BUILDERS[TENSORRT_RTX].module:
+        _refuse_registered_plugin(trt)
     G_LOGGER.module_severity = G_LOGGER.ERROR
     options = request["options"]
     path = request["model"]
@@ -205,16 +211,8 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     if request["precision"] == "fp32":  # no kernel fuses FP32 attention: it may be taken apart
         builder, network, parser = SetDecomposableAttentions((builder, network, parser))()
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
-    settings: dict[str, Any] = {
-        "profiles": [_profile(network, Profile(), profile) for profile in options["profiles"]],
-        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
-        "builder_optimization_level": options["optimization_level"],
-        "version_compatible": options["version_compatible"] or None,
-    }
-    if options["workspace"]:
-        settings["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options["workspace"] << 20}
-    if options["hardware_compatible"]:
-        settings["hardware_compatibility_level"] = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    settings = _settings(trt, options)
+    settings["profiles"] = [_profile(network, Profile(), profile) for profile in options["profiles"]]
     if request["module"] == "tensorrt_rtx":
         capabilities = [(int(name[2:-1]), int(name[-1])) for name in options["gpus"]]
         config: Any = CreateConfigRTX(**settings, compute_capabilities=capabilities)
@@ -228,6 +226,32 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
         "plugins": sum(kind == trt.LayerType.PLUGIN_V3 for kind in kinds),
         "layers": _layers(trt, plan),
     }
+
+
+def _settings(trt: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What polygraphy's configuration of either builder is told."""
+    settings: dict[str, Any] = {
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+        "builder_optimization_level": options["optimization_level"],
+    }
+    if options["version_compatible"]:
+        # The lean runtime would be host code in the plan, which whoever loads the plan would have to allow.
+        settings |= {"version_compatible": True, "exclude_lean_runtime": True}
+    if options["workspace"]:
+        settings["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options["workspace"] << 20}
+    if options["hardware_compatible"]:
+        settings["hardware_compatibility_level"] = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    return settings
+
+
+def _refuse_registered_plugin(trt: Any) -> None:
+    """TensorRT-RTX has plugins, but no layers for them: its parser would take ours and then end the process."""
+    known = trt.get_plugin_registry().all_creators
+    if any((creator.plugin_namespace, creator.name) == PLUGIN for creator in known):
+        raise InputError(
+            f"TensorRT-RTX takes no plugins, and {'::'.join(PLUGIN)} is registered in the builder's process",
+            fix=f"Load {CREATORS} nowhere that TensorRT-RTX builds: it builds in the operator's body.",
+        )
 
 
 def _profile(network: Any, profile: Any, batches: dict[str, int]) -> Any:

@@ -126,8 +126,8 @@ def _is_text(start: bytes) -> bool:
 def misfit(path: Path, header: PlanHeader, *, version: str, gpu: str | None) -> EvitDeployError | None:
     """Why a plan does not fit this machine, as far as its header tells; ``None`` when it does.
 
-    A version-compatible plan runs on a newer TensorRT all the same, and its header does not say that it is one: ask
-    this only after the library has refused the plan.
+    A version-compatible plan with its lean runtime inside runs on a newer TensorRT all the same, and its header does
+    not say that it is one: ask this only after the library has refused the plan.
 
     Args:
         path: The plan, for the message.

@@ -161,6 +161,7 @@ def build_torch_tensorrt(
             "optimization_level": options.optimization_level,
             "hardware_compatible": options.hardware_compatible,
             "version_compatible": options.version_compatible,
+            "lean_runtime": False,  # Torch-TensorRT leaves it out
             "workspace": workspace,
         },
         seconds=round(time.monotonic() - start, 3),

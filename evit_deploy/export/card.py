@@ -29,6 +29,8 @@ class ModelCard(msgspec.Struct, frozen=True):
         preprocess: From image file to input tensor.
         precision: Of weights and matrix products: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``.
         versions: Packages that made the file.
+        linear: Form of the linear layers that see tokens: ``gemm``, 2-D with the bias inside, or ``matmul``, 3-D and an
+            ``Add``. Files of earlier versions do not say; they have the first.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     preprocess: Preprocess
     precision: str
     versions: dict[str, str]
+    linear: str = "gemm"
 
 
 def kept_name(block: int) -> str:
@@ -66,9 +69,10 @@ def card_fields(card: ModelCard) -> dict[str, str]:
 
 def parse_card(found: Mapping[str, str]) -> ModelCard | None:
     """A card from its fields as text; ``None`` if some are missing or are something else."""
-    types = {field.name: field.type for field in msgspec.structs.fields(ModelCard)}
-    if not types.keys() <= found.keys():
+    fields = msgspec.structs.fields(ModelCard)
+    if any(field.required and field.name not in found for field in fields):
         return None
+    types = {field.name: field.type for field in fields if field.name in found}
     try:
         values: dict[str, Any] = {
             field: found[field] if kind is str else msgspec.json.decode(found[field], type=kind)

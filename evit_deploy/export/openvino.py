@@ -120,9 +120,7 @@ def read_openvino(xml: Path) -> "openvino.Model":
 
 def openvino_card(model: "openvino.Model") -> ModelCard | None:
     """What a model says about itself; ``None`` if evit-deploy did not make it."""
-    fields = [field.name for field in msgspec.structs.fields(ModelCard)]
-    if not all(model.has_rt_info([_SECTION, field]) for field in fields):
-        return None
+    fields = [field.name for field in msgspec.structs.fields(ModelCard) if model.has_rt_info([_SECTION, field.name])]
     return parse_card({field: model.get_rt_info([_SECTION, field]).astype(str) for field in fields})
 
 

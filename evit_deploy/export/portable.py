@@ -20,6 +20,7 @@ from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.environment.machine import versions
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.export.card import INPUT, LOGITS, ModelCard, kept_name, write_card
+from evit_deploy.recipe.options import Linear
 from evit_deploy.tokens import op
 from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.reduce import TokenReducer, token_plan, token_spec
@@ -28,7 +29,7 @@ OPSET = 23  # the first with Attention; Gelu came with 20
 _ONE_FILE_LIMIT = 2**31 - 1  # a protobuf message cannot be larger
 
 
-def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess) -> ModelProto:
+def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess, linear: Linear = "gemm") -> ModelProto:
     """Exports a model, reduced or dense, into the portable form.
 
     Input ``input`` is float32 NCHW, normalised, with a dynamic batch; output ``logits`` is float32 (features, when the
@@ -38,13 +39,16 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess) ->
         model: A model of a registered backbone.
         name: Its timm name, for the record.
         preprocess: Its preprocessing, for the record; its size must be the model's.
+        linear: Form of the linear layers that see tokens: ``gemm`` on ``[B·N, C]``, the bias inside, or ``matmul`` on
+            ``[B, N, C]``, and an ``Add``.
 
     Returns:
         The checked model, in one piece.
 
     Raises:
         UnsupportedModelError: No backbone knows the model.
-        InputError: The file would exceed what one protobuf can hold, or the preprocessing has another size.
+        InputError: The file would exceed what one protobuf can hold, the preprocessing has another size, or the family
+            has no such form of linear layers.
         StageError: The exporter failed.
     """
     backbone = backbone_of(model)
@@ -58,16 +62,24 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess) ->
     if not all(module.exports for module in model.modules() if isinstance(module, TokenReducer)):
         raise InputError(f"the method {spec.method!r} has no exported form", fix="Use --method evit.")
     lowered = backbone.lower(model)
+    for module in lowered.modules():
+        if isinstance(getattr(module, "flat", None), bool):
+            module.flat = linear == "gemm"
     example = torch.zeros(2, backbone.channels(model), *size)  # batch 2: a 1 would be baked in as a constant
     proto = _run_exporter(lowered, example)
     _name_nodes(proto)
+    form = _linear_form(proto)
+    if linear == "matmul" and form != linear:
+        raise InputError(
+            "models of this family have one form of linear layers", where="--linear", seen=linear, wanted=form
+        )
     nodes = [node for node in proto.graph.node if node.domain == op.DOMAIN]
     for node, row in zip(nodes, plan.locations, strict=True):
         _rename_outputs(proto, node, row.block)
     if nodes:
         _attach_function(proto)
     kind = "reduced" if plan.locations else "dense"
-    write_card(proto, ModelCard(kind, name, spec, plan, preprocess, "fp32", versions()))
+    write_card(proto, ModelCard(kind, name, spec, plan, preprocess, "fp32", versions(), form))
     onnx.checker.check_model(proto)
     return proto
 
@@ -125,6 +137,18 @@ def _name_nodes(proto: ModelProto) -> None:
     for holder in (*proto.graph.value_info, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
         del holder.metadata_props[:]
     del proto.graph.metadata_props[:]
+
+
+def _linear_form(proto: ModelProto) -> str:
+    """The form of the linear layers in the blocks; names the weights that the exporter transposed for it."""
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+    uses = Counter(value for node in proto.graph.node for value in node.input)
+    products = [node for node in proto.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    for node in products:  # the exporter calls what it folds val_13
+        name = f"{node.name.rpartition('/')[0]}.weight"
+        if name not in weights and uses[node.input[1]] == 1:
+            weights[node.input[1]].name = node.input[1] = name
+    return "matmul" if products else "gemm"
 
 
 def _rename_outputs(proto: ModelProto, node: onnx.NodeProto, block: int) -> None:

@@ -105,7 +105,7 @@ def _as_fp8(quantized: ModelProto, original: ModelProto) -> ModelProto:
             continue
         if name in zeros:
             array = np.zeros(array_of(value).shape, np.float32)
-        else:  # a weight [out, in] with a scale for each row
+        else:  # a weight with a scale for each output: [out, in] of a Gemm, [in, out] of a MatMul
             array = onnx.numpy_helper.to_array(weights[name.removesuffix("_quantized")])
             scale = next(array_of(use.node.inputs[1]) for use in value.uses())  # type: ignore[arg-type]
             axis = next(use.node.attributes["axis"].as_int() for use in value.uses())

@@ -109,10 +109,12 @@ def attend(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class LoweredAttention(nn.Module):
     """Attention in the form that exports best: three projections into the 3-D ONNX ``Attention`` operator.
 
-    Against the plain export this saves a Split, three Squeezes and four Transposes a block. Linear layers see 2-D
-    tokens ``[B·N, C]``, so that each becomes one ``Gemm`` with its bias folded in.
+    Against the plain export this saves a Split, three Squeezes and four Transposes a block.
     """
 
+    flat: bool = True
+    """Whether linear layers see 2-D tokens ``[B·N, C]``, so that each becomes one ``Gemm`` with its bias folded in; on
+    ``[B, N, C]`` it becomes ``MatMul`` and ``Add``. The exporter sets it, on every module that has it."""
     q: nn.Linear
     k: nn.Linear
     v: nn.Linear
@@ -127,23 +129,32 @@ class LoweredAttention(nn.Module):
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`attend`."""
-        tokens, heads = x.shape[1], (self.num_heads, self.head_dim)
-        flat = x.flatten(0, 1)
-        q = self.q_norm(self.q(flat).unflatten(-1, heads)).unflatten(0, (-1, tokens))
-        k = self.k_norm(self.k(flat).unflatten(-1, heads)).unflatten(0, (-1, tokens))
-        v = self.v(flat).unflatten(0, (-1, tokens))
+        seen = x.flatten(0, 1) if self.flat else x
+        q, queries = self._heads(self.q(seen), self.q_norm, x)
+        k, keys = self._heads(self.k(seen), self.k_norm, x)
         y, *_ = torch.onnx.ops.attention(
-            q.flatten(2),
-            k.flatten(2),
-            v,
+            queries,
+            keys,
+            self._tokens(self.v(seen), x),
             q_num_heads=self.num_heads,
             kv_num_heads=self.num_heads,
             scale=self.scale,
         )
-        y = self.norm(y.flatten(0, 1))
+        y = self.norm(y.flatten(0, 1) if self.flat else y)
         if self.gate is not None:
-            y = y * self.gate(flat).sigmoid()
-        return self.proj(y).unflatten(0, (-1, tokens)), q, k
+            y = y * self.gate(seen).sigmoid()
+        return self._tokens(self.proj(y), x), q, k
+
+    def _heads(self, rows: Tensor, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries or keys ``[B, N, H, d]``, and as the operator takes them, ``[B, N, H·d]``."""
+        heads = rows.unflatten(-1, (self.num_heads, self.head_dim))
+        if not self.flat and isinstance(norm, nn.Identity):
+            return heads, rows  # there and back would stay in the file as a Reshape that changes nothing
+        heads = self._tokens(norm(heads), x)
+        return heads, heads.flatten(2)
+
+    def _tokens(self, rows: Tensor, x: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, x.shape[1])) if self.flat else rows
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Like timm's ``Attention.forward``, without masks."""
@@ -153,13 +164,15 @@ class LoweredAttention(nn.Module):
 class LoweredMlp(nn.Module):
     """An MLP on 2-D tokens; see :class:`LoweredAttention`."""
 
+    flat: bool = True
+
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
         self.inner = mlp
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, C]`` to ``[B, N, C]``."""
-        return self.inner(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1]))
+        return self.inner(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1])) if self.flat else self.inner(x)
 
 
 def _slice_linear(linear: nn.Linear, start: int, end: int) -> nn.Linear:

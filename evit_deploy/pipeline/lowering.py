@@ -18,7 +18,7 @@ from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import PRECISIONS, QUANTIZED, set_precision
 from evit_deploy.export.variants import with_indices
 from evit_deploy.progress import doing, stage
-from evit_deploy.recipe.options import BuildOptions, ConvertOptions
+from evit_deploy.recipe.options import BuildOptions, ConvertOptions, Linear
 from evit_deploy.registry import RUNTIMES, TARGETS
 from evit_deploy.report.report import Report
 from evit_deploy.targets.target import PORTABLE, Exported, Target, all_targets
@@ -48,6 +48,11 @@ class Lowering(msgspec.Struct, frozen=True):
     def base(self) -> str:
         """Precision of what is not quantised: no FP32 attention is fused on a GPU, no FP16 is fast on a CPU."""
         return "fp16" if self.engine_target else "fp32"
+
+    @property
+    def linear(self) -> Linear:
+        """Form of the linear layers: of one file all targets are made, so an engine, where there is one, decides."""
+        return self.options.linear or TARGETS.get(self.engine_target or PORTABLE).linear
 
     @property
     def runtimes(self) -> tuple[str, ...]:
@@ -207,7 +212,7 @@ def export(
     (folder / DENSE).parent.mkdir()
     for model, file, label in zip(models, (MODEL, DENSE), ("to ONNX", "the dense twin"), strict=True):
         doing(_LOG, f"exporting {label}")
-        proto = export_onnx(model, name=name, preprocess=preprocess)
+        proto = export_onnx(model, name=name, preprocess=preprocess, linear=made.linear)
         if made.precision != "fp32":
             doing(_LOG, f"setting {made.precision}")
             proto = set_precision(proto, made.precision, base=made.base, calibration=calibration)

@@ -13,6 +13,7 @@ from msgspec import Meta
 from evit_deploy.recipe.sections import Count, Section
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+Linear = Literal["gemm", "matmul"]
 
 
 class BatchProfile(msgspec.Struct, frozen=True):
@@ -44,7 +45,7 @@ class BuildOptions(Section, frozen=True, kw_only=True):
     optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
     """How long to search for kernels, from 0 (quick) to 5 (thorough). [default: the builder's own]"""
     version_compatible: bool = False
-    """TensorRT: build an engine that later versions can run too."""
+    """TensorRT: build an engine that later versions can run too, with this version's lean runtime."""
     hardware_compatible: bool = False
     """TensorRT: build an engine that other GPUs from Ampere on can run too, at some cost in speed."""
     timing_cache: str | None = None
@@ -77,6 +78,9 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     it is usable, else onnx]"""
     precision: Precision | None = None
     """Precision of the files. [default: fp16 for an engine, else fp32]"""
+    linear: Linear | None = None
+    """Form of the linear layers: ``gemm``, on two dimensions with the bias inside, or ``matmul``, on three, with an
+    ``Add``. [default: the target's, gemm]"""
     calibration: str | None = None
     """Folder of real images, for ``int8`` and ``fp8``: the range of every activation is learned from them."""
     indices: bool = False

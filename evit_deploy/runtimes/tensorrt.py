@@ -329,6 +329,11 @@ class TensorRTRTXRunner(TensorRTRunner):
     module = "tensorrt_rtx"
     _captures = False
 
+    def __enter__(self) -> Self:
+        if self.plugin is not None:
+            raise InputError("TensorRT-RTX takes no plugins", where="plugin", seen=self.plugin, fix="Leave it out.")
+        return super().__enter__()
+
     def _before_loading(self, content: bytes) -> None:
         error = misfit(
             Path(self.artifact),

@@ -269,8 +269,12 @@ def _serves(engine: Engine, gpu: str) -> bool:
 
 
 def version_compatible(found: Sequence[Bundle]) -> bool:
-    """Whether all plans run on later versions of TensorRT too."""
-    return all(engine_of(bundle).options.get("version_compatible") for bundle in found)
+    """Whether a later TensorRT runs all plans by itself, because each has the lean runtime of its own version inside.
+
+    Earlier versions of evit-deploy left it inside, and did not record that.
+    """
+    options = [engine_of(bundle).options for bundle in found]
+    return all(each.get("version_compatible") and each.get("lean_runtime", True) for each in options)
 
 
 def server_for(found: Sequence[Bundle], platform: str, release: str | None, tensorrt: str | None) -> TritonRelease:

@@ -21,7 +21,7 @@ namespace {
 
 constexpr char kTarget[] = EVIT_TARGET, kPlan[] = "engine.plan";
 constexpr bool kCaptures = std::string_view(kTarget) == "tensorrt";  // TensorRT-RTX compiles kernels while it runs
-constexpr int kPluginAbi = 1;
+constexpr int kPluginAbi = 2;
 constexpr std::size_t kLanes = 8;          // batch sizes kept ready at a time
 constexpr std::size_t kLargestNumber = 8;  // bytes; outputs may be of types that are of no concern here
 
@@ -333,6 +333,9 @@ std::unique_ptr<Runner> MakeRunner(const Bundle& bundle, const std::string& plug
   if (bundle.engine->plugin && plugin.empty()) {  // a library that lies beside the plan is never loaded by itself
     throw Error(Exit::kInput, where, "the plan needs the plugin that it was built with",
                 "Give it with --plugin LIBRARY; its SHA-256 is " + *bundle.engine->plugin + ".");
+  }
+  if (!plugin.empty() && std::string_view(kTarget) == "tensorrt-rtx") {
+    throw Error(Exit::kInput, plugin, "TensorRT-RTX takes no plugins", "Leave --plugin out.");
   }
   if (!plugin.empty()) LoadPlugin(plugin, bundle);  // TensorRT, which it enters itself in, is linked and so is there
   const std::string gpu = GpuHere();

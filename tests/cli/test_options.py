@@ -40,6 +40,7 @@ VALUES = {  # as they are given on the command line, and what comes of it
     "plugin": (["auto"], "auto"),
     "targets": (["onnx", "openvino"], ("onnx", "openvino")),
     "precision": (["bf16"], "bf16"),
+    "linear": (["matmul"], "matmul"),
     "calibration": (["images"], "images"),
     "indices": (None, True),
     "data": (["labelled"], "labelled"),

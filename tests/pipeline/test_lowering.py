@@ -64,6 +64,17 @@ def test_targets_are_made_once_each_in_the_order_given():
     assert made.engine_target == RTX
 
 
+@needs_rtx
+def test_the_form_of_linear_layers_is_the_target_s_unless_one_is_asked_for(monkeypatch):
+    pytest.importorskip("tensorrt_rtx")
+    assert lower(["onnx"]).linear == lower([RTX], None, SM80).linear == "gemm"
+    monkeypatch.setattr(TARGETS.get(RTX), "linear", "matmul")
+    assert lower(["onnx"]).linear == "gemm"
+    assert lower(["onnx", RTX], None, SM80).linear == "matmul"  # one file for both: the engine decides
+    for linear in ("gemm", "matmul"):
+        assert lowering(asked(SM80, targets=(RTX,), linear=linear)).linear == linear
+
+
 @needs_openvino
 def test_files_for_a_cpu_are_in_fp32():
     pytest.importorskip("openvino")

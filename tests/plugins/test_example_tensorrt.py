@@ -1,7 +1,8 @@
 """The C++ example with TensorRT behind it: it compiles, and as far as it gets where there is no GPU.
 
-``TENSORRT_ROOT`` says where TensorRT or TensorRT-RTX is. Its headers will do to compile; what is refused before a GPU
-is needed is tried where the library is there too. An engine itself is run by nothing here.
+``TENSORRT_ROOT`` says where TensorRT or TensorRT-RTX is; without it, they are TensorRT's lean runtime and the package
+of TensorRT-RTX. Headers will do to compile; what is refused before a GPU is needed is tried where the library is there
+too. An engine itself is run by nothing here.
 """
 
 import os
@@ -16,6 +17,7 @@ import torch
 
 from evit_deploy.bundle.manifest import ENGINE
 from evit_deploy.files import sha256
+from evit_deploy.tokens.library import ABI
 from tests.support.cpp_example import (
     Result,
     build,
@@ -27,7 +29,8 @@ from tests.support.cpp_example import (
 )
 
 pytestmark = pytest.mark.slow  # each runtime is compiled
-RUNTIMES = ("tensorrt", "tensorrt-rtx")
+RTX = "tensorrt-rtx"
+RUNTIMES = ("tensorrt", RTX)
 RECORD = {"version": "9.9.9.9", "gpus": ["sm80"], "driver": None, "precision": "fp32", "plugin": None, "options": {},
           "profiles": [{"minimum": 1, "optimum": 4, "maximum": 8}], "seconds": 1.0}  # fmt: skip
 PLUGIN = """
@@ -107,7 +110,7 @@ def test_a_plugin_that_is_not_given_is_not_looked_for(program, engine_bundle, ru
     call(program, engine_bundle).refused(2, "needs the plugin", "--plugin LIBRARY", "ab" * 32)
 
 
-def plugin(folder: Path, major: int, abi: int = 1, kind: str = "registers", refusal: str = "nullptr") -> Path:
+def plugin(folder: Path, major: int, abi: int = ABI, kind: str = "registers", refusal: str = "nullptr") -> Path:
     library = folder / "plugin.so"
     identity = f"kind={kind} version=0.1.0 abi={abi} architectures=80-real,120 tensorrt={major}.1.0"
     defined = [f'-DIDENTITY="{identity}"', f"-DREFUSAL={refusal}"]
@@ -136,8 +139,11 @@ def with_plugin(program: Path, bundle: Path, library: Path) -> Result:
 
 
 def test_plugins_that_do_not_fit(program, engine_bundle, tmp_path, runtime, major):
-    library = plugin(tmp_path, major, abi=2)
-    with_plugin(program, engine_bundle, library).refused(2, str(library), "got 2, expected 1")
+    library = plugin(tmp_path, major, abi=ABI + 1)
+    if runtime == RTX:
+        with_plugin(program, engine_bundle, library).refused(2, str(library), "TensorRT-RTX takes no plugins")
+        return
+    with_plugin(program, engine_bundle, library).refused(2, str(library), f"got {ABI + 1}, expected {ABI}")
     library = plugin(tmp_path, 8)
     with_plugin(program, engine_bundle, library).refused(3, f"another TensorRT (got 8, expected {major})")
     library = plugin(tmp_path, major, kind="creators")
@@ -157,6 +163,9 @@ def test_plugins_that_do_not_fit(program, engine_bundle, tmp_path, runtime, majo
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_a_plugin_that_fits(program, engine_bundle, tmp_path, runtime, major):
     library = plugin(tmp_path, major)
+    if runtime == RTX:
+        with_plugin(program, engine_bundle, library).refused(2, "TensorRT-RTX takes no plugins")
+        return
     with_plugin(program, engine_bundle, library).refused(3, "no CUDA device")  # what comes next
     engine(engine_bundle, runtime, plugin=sha256(library))
     with_plugin(program, engine_bundle, library).refused(3, "no CUDA device")

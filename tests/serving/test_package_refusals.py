@@ -243,6 +243,11 @@ def test_an_older_server_for_a_version_compatible_plan(planned, refused):
     refused(lasting, match="another TensorRT than the server's", triton=TritonOptions(server="26.01"))
 
 
+def test_a_later_server_for_a_version_compatible_plan_without_its_lean_runtime(planned, refused):
+    lasting = planned(version="10.15.1.29", options={"version_compatible": True, "lean_runtime": False})
+    refused(lasting, match="another TensorRT than the server's", triton=TritonOptions(server="26.07"))
+
+
 def test_a_plan_of_an_unknown_tensorrt(planned, refused):
     refused(planned(version="12.3.0.1"), match=r"no release of Triton with TensorRT 12\.3\.0\.1.*--server-tensorrt")
 

@@ -22,6 +22,7 @@ from evit_deploy.data.images import sample_photographs
 from evit_deploy.files import sha256
 from evit_deploy.pipeline.convert import convert
 from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
+from tests.support import tensorrt_lean
 from tests.support.models import quantized_bundle, write_checkpoint
 from tests.support.paths import PLUGINS
 from tests.support.shared import made_once
@@ -48,9 +49,7 @@ def need_toolchain() -> None:
 
 def tensorrt_options(runtime: str) -> tuple[str, str, str]:
     """CMake's options for the example with ``tensorrt`` or ``tensorrt-rtx``; skips where headers are missing."""
-    root = os.environ.get("TENSORRT_ROOT")
-    if not root:
-        pytest.skip("TENSORRT_ROOT does not say where TensorRT is")
+    root = os.environ.get("TENSORRT_ROOT") or tensorrt_lean.root(runtime)
     toolkit = Path(os.environ.get("CUDATOOLKIT_ROOT", "/usr/local/cuda"))
     if not compiles("cuda_runtime_api.h", include=toolkit / "include"):
         pytest.skip(f"CUDA's headers are not in {toolkit} (CUDATOOLKIT_ROOT)")

@@ -1,16 +1,22 @@
 """CMake builds of ``plugins/``, once each for all tests."""
 
 import hashlib
+import lzma
 import os
 import shutil
 import subprocess
+import tarfile
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.support.paths import PLUGINS
+from evit_deploy.environment.requirements import version_of
+from tests.support.paths import DATA, PLUGINS
 from tests.support.shared import made_once
+
+HEADERS = {10: "tensorrt-10.15-headers.tar.xz", 11: "tensorrt-11.1-headers.tar.xz"}
+"""TensorRT's headers by major version, in the tests' data."""
 
 
 def need(*tools: str) -> None:
@@ -21,11 +27,22 @@ def need(*tools: str) -> None:
 
 
 def tensorrt_headers() -> Path:
-    """The folder with TensorRT's headers, as ``TENSORRT_ROOT`` or the system says; skips where there are none."""
+    """The folder with TensorRT's headers: of ``TENSORRT_ROOT``, of the system, else those of the tests' data."""
     for root in (os.environ.get("TENSORRT_ROOT"), "/usr", "/usr/local/tensorrt", "/usr/local"):
         if root and (Path(root) / "include" / "NvInferRuntime.h").is_file():
             return Path(root)
-    pytest.skip("needs TensorRT's headers: TENSORRT_ROOT=FOLDER, the one with include/NvInferRuntime.h")
+    installed = version_of("tensorrt")
+    return headers(int(installed.split(".")[0]) if installed else max(HEADERS))
+
+
+def headers(major: int) -> Path:
+    """The folder with the ``include/`` of a release of this major version, from the tests' data."""
+
+    def make(folder: Path) -> None:
+        with lzma.open(DATA / HEADERS[major]) as content, tarfile.open(fileobj=content) as archive:
+            archive.extractall(folder, filter="data")
+
+    return made_once(f"tensorrt-headers-{major}", make)
 
 
 def run(*command: str) -> str:

@@ -21,6 +21,7 @@ import pytest
 
 from evit_deploy.errors import EvitDeployError
 from evit_deploy.triton.connection import Connection
+from tests.support.environments import cached_environment
 from tests.support.shared import made_once
 
 PACKAGES = ("nvidia-pytriton==0.7.0", "numpy<2", "onnxruntime>=1.23", "pillow>=10")
@@ -29,47 +30,21 @@ SERVER = Path("pytriton") / "tritonserver"
 BACKENDS = ("onnxruntime", "tensorrt", "openvino")
 
 
-def cache_folder() -> Path:
-    """Where the environment lies: ``EVIT_TRITON_ENVIRONMENT``, else a folder in the user's cache."""
-    chosen = os.environ.get("EVIT_TRITON_ENVIRONMENT")
-    home = os.environ.get("XDG_CACHE_HOME")
-    base = Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return Path(chosen) if chosen else base / "evit-deploy" / f"triton-python{version}"
-
-
 @cache
 def site_packages() -> Path:
     """The packages of the server's environment, which is made if it is not there; skips where it cannot be made."""
-    folder = cache_folder()
-    if not folder.is_dir():
-        _make(folder)
+    folder = cached_environment(
+        "triton",
+        "EVIT_TRITON_ENVIRONMENT",
+        lambda making: (
+            [sys.executable, "-m", "venv", str(making)],
+            [str(making / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries", "1", *PACKAGES],
+        ),
+    )
     found = next(iter(sorted(folder.glob("lib/python3.*/site-packages"))), None)
     if found is None or not (found / SERVER / "bin" / "tritonserver").is_file():
         pytest.skip(f"{folder} has no Triton server; delete it to have it made again")
     return found
-
-
-def _make(folder: Path) -> None:
-    """Makes it beside its place and moves it there whole: test runs may be side by side, and be interrupted."""
-    making = folder.with_name(f"{folder.name}.{os.getpid()}")
-    commands = (
-        [sys.executable, "-m", "venv", str(making)],
-        [str(making / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries", "1", *PACKAGES],
-    )
-    try:
-        making.parent.mkdir(parents=True, exist_ok=True)
-        for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-            if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
-                pytest.skip("no environment for a Triton server: " + " ".join(lines[-2:]))
-        with suppress(OSError):  # somebody else was faster
-            making.rename(folder)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"no environment for a Triton server: {error}")
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
 
 
 def backends() -> Path:

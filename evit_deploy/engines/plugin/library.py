@@ -23,6 +23,9 @@ LIBRARY = "libevit_plugin.so"
 """Registers itself when it is loaded."""
 CREATORS = "libevit_plugin_creators.so"
 """Is registered by TensorRT, which loads it."""
+PLUGIN = ("evit", "TokenReorg")
+"""Namespace and name in TensorRT's registry: the operator's domain and name in :mod:`evit_deploy.tokens.op`, which
+imports PyTorch, as the builder's process does not."""
 BUILD = "evit-deploy plugin build"
 _LOADED: dict[Path, ctypes.CDLL] = {}  # a plugin library stays: its creator is in TensorRT's registry for good
 

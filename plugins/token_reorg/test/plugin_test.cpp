@@ -13,7 +13,8 @@
 
 // plugin.cpp calls this: here it is the kernel's own code on the CPU.
 int32_t evit_token_reorg(const EvitTokenReorgCall* call, void*, char* message, size_t size) {
-  return evit_token_reorg_on_host(call, 1, 0, 0, message, size);
+  const EvitCut cut{};
+  return evit_token_reorg_on_host(call, &cut, message, size);
 }
 
 namespace {

@@ -1,0 +1,48 @@
+"""Packages that cannot lie beside ours: environments of their own in the user's cache, made when first needed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+TIME_LIMIT = 240
+
+
+def cached_environment(name: str, variable: str, commands: Callable[[Path], Sequence[Sequence[str]]]) -> Path:
+    """The folder of an environment, which is made if it is not there; skips, with the reason, where it cannot be made.
+
+    Args:
+        name: Of the folder, without the version of Python.
+        variable: Environment variable with another folder.
+        commands: What makes it in a folder.
+    """
+    chosen, home = os.environ.get(variable), os.environ.get("XDG_CACHE_HOME")
+    base = Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    folder = Path(chosen) if chosen else base / "evit-deploy" / f"{name}-python{version}"
+    if not folder.is_dir():
+        _make(folder, commands)
+    return folder
+
+
+def _make(folder: Path, commands: Callable[[Path], Sequence[Sequence[str]]]) -> None:
+    """Makes it beside its place and moves it there whole: test runs may be side by side, and be interrupted."""
+    making = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        making.parent.mkdir(parents=True, exist_ok=True)
+        for command in commands(making):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+                pytest.skip(f"no environment {folder.name}: " + " ".join(lines[-2:]))
+        with suppress(OSError):  # somebody else was faster
+            making.rename(folder)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"no environment {folder.name}: {error}")
+    finally:
+        shutil.rmtree(making, ignore_errors=True)

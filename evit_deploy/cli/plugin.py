@@ -22,24 +22,32 @@ def command() -> None:
 @command.command("build", short_help="Compile it and keep it for --plugin auto.")
 @click.option("--tensorrt-root", type=PATH, metavar="DIR",
               help="Folder with TensorRT's include/.  [default: $TENSORRT_ROOT, the system's, or fetched]")  # fmt: skip
-@click.option("--architectures", metavar="80,90,...", help="CUDA architectures.  [default: 80,86,89,90,100,120]")
+@click.option("--architectures", metavar="80,90,...", help="CUDA architectures.  [default: 80,86,87,89,90,100,110,120]")
+@click.option("--kernel-only", is_flag=True, help="The kernel without TensorRT, which PyTorch uses on a GPU.")
 @click.option("--out", type=PATH, metavar="DIR", help="Where the libraries go.  [default: the user's cache]")
 @output_options
-def build(tensorrt_root: Path | None, architectures: str | None, out: Path | None, output: Output) -> None:
+def build(
+    tensorrt_root: Path | None, architectures: str | None, kernel_only: bool, out: Path | None, output: Output
+) -> None:
     """Compile the plugin with CMake and nvcc, run its tests, and keep it for --plugin auto.
 
     \b
     evit-deploy plugin build
     evit-deploy plugin build --tensorrt-root /opt/TensorRT-11.1 --architectures 90
+    evit-deploy plugin build --kernel-only --architectures 90
     """
     from evit_deploy.engines.plugin.build import build_plugin
     from evit_deploy.engines.plugin.library import LIBRARY
     from evit_deploy.files import sha256
+    from evit_deploy.tokens.library import KERNEL
 
     names = architectures.split(",") if architectures is not None else ()
-    folder = build_plugin(out, tensorrt_root=tensorrt_root, architectures=names)
+    folder = build_plugin(out, tensorrt_root=tensorrt_root, architectures=names, kernel_only=kernel_only)
     hashes = {path.name: sha256(path) for path in sorted(folder.glob("*.so"))}
-    output.result({"folder": str(folder), "files": hashes} if output.as_json else None, str(folder / LIBRARY))
+    output.result(
+        {"folder": str(folder), "files": hashes} if output.as_json else None,
+        str(folder / (KERNEL if kernel_only else LIBRARY)),
+    )
 
 
 @command.command("check", short_help="Say what a library is and whether it works here.")

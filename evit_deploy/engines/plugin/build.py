@@ -24,6 +24,7 @@ from evit_deploy.report.report import Check, Report
 from evit_deploy.tokens.kernel import DTYPES, TokenReorgKernel
 from evit_deploy.tokens.library import ABI, KERNEL, Identity, cache, read_identity
 from evit_deploy.tokens.op import token_reorg
+from evit_deploy.tokens.operator import runs_on, using
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def build_plugin(
     *,
     tensorrt_root: Path | None = None,
     architectures: Sequence[str] = (),
+    kernel_only: bool = False,
 ) -> Path:
     """Compiles the plugin, runs its C++ tests, and puts the libraries in their place.
 
@@ -60,6 +62,7 @@ def build_plugin(
         tensorrt_root: Folder with TensorRT's ``include/``; by default ``$TENSORRT_ROOT``, the system's, or the headers
             that NVIDIA publishes, which are fetched.
         architectures: CUDA architectures, as ``90`` or ``sm90``; all that the plugin supports by default.
+        kernel_only: Whether to leave TensorRT out: the kernel's library is all that PyTorch needs.
 
     Returns:
         The folder with the libraries.
@@ -74,8 +77,10 @@ def build_plugin(
     for tool, fix in _TOOLS.items():
         if shutil.which(tool) is None:
             raise MissingRequirement(f"{tool} was not found", where="plugin build", fix=fix)
+    if kernel_only and tensorrt_root is not None:
+        raise InputError("TensorRT is left out", where="--kernel-only", seen="--tensorrt-root", fix="Give one of them.")
     root, told_by = tensorrt_root, "--tensorrt-root "
-    if root is None and os.environ.get("TENSORRT_ROOT"):
+    if not kernel_only and root is None and os.environ.get("TENSORRT_ROOT"):
         root, told_by = Path(os.environ["TENSORRT_ROOT"]), "TENSORRT_ROOT="
     if root is not None and not (root / "include" / "NvInferRuntime.h").is_file():
         raise InputError(
@@ -86,13 +91,15 @@ def build_plugin(
     major = int(installed.split(".")[0]) if installed else max(HEADERS)
     arguments = ["-DCMAKE_BUILD_TYPE=Release", f"-DTENSORRT_ROOT={root.resolve() if root else ''}"]
     arguments += [f"-DEVIT_TENSORRT_COMMIT={HEADERS.get(major, HEADERS[max(HEADERS)])}"]
+    if kernel_only:
+        arguments.append("-DEVIT_TENSORRT=OFF")
     if architectures:
         arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(map(_architecture, architectures))}")
     with tempfile.TemporaryDirectory(prefix="evit-deploy-plugin-") as scratch:
         folder = Path(scratch)
         doing(_LOG, "looking for compilers and headers")
         said = _run(["cmake", "-S", str(sources()), "-B", scratch, *arguments], "the plugin cannot be configured")
-        if "evit: the plugin is not built" in said:
+        if not kernel_only and "evit: the plugin is not built" in said:
             raise MissingRequirement(
                 "TensorRT's headers are not on this machine and could not be fetched", where="plugin build",
                 fix="Give the folder with include/NvInferRuntime.h (a TensorRT archive, or NVIDIA/TensorRT checked "
@@ -103,7 +110,7 @@ def build_plugin(
         _run(["cmake", "--build", scratch, "--parallel", jobs], "the plugin does not compile")
         doing(_LOG, "running its tests")
         _run(["ctest", "--test-dir", scratch, "--output-on-failure"], "the plugin's own tests fail")
-        built = [folder / "token_reorg" / name for name in LIBRARIES]
+        built = [folder / "token_reorg" / name for name in ((KERNEL,) if kernel_only else LIBRARIES)]
         return _install(built, out or cache() / _label(read_identity(built[0])))
 
 
@@ -115,7 +122,7 @@ def _architecture(name: str) -> str:
 
 
 def _label(identity: Identity) -> str:
-    return f"{identity.version}-tensorrt{identity.tensorrt}"
+    return f"{identity.version}-" + (f"tensorrt{identity.tensorrt}" if identity.tensorrt else "kernel")
 
 
 def _install(built: Sequence[Path], out: Path) -> Path:
@@ -197,12 +204,9 @@ def _fits(identity: Identity) -> tuple[list[Check], list[str]]:
         notes.append("There is no GPU here: the kernel was not run.")
     elif identity.architectures and capability is not None:
         number = int(capability.removeprefix("sm"))
-        real = {int(name.split("-")[0]) for name in identity.architectures}
-        # Machine code runs on later GPUs of the same generation, PTX on all later ones.
-        same = [one for one in real if one // 10 == number // 10 and one <= number]
-        ptx = [int(name) for name in identity.architectures if name.isdecimal() and int(name) <= number]
-        reason = f"it has code for sm{', sm'.join(map(str, sorted(real)))}"
-        checks.append(Check("GPU", capability, " ".join(identity.architectures), bool(same or ptx), reason))
+        fits = runs_on(identity, (number // 10, number % 10))
+        reason = f"it has code for {', '.join(identity.architectures)}"
+        checks.append(Check("GPU", capability, " ".join(identity.architectures), fits, reason))
     return checks, notes
 
 
@@ -233,7 +237,8 @@ def _answers(path: Path, identity: Identity) -> tuple[list[Check], list[str]]:
             x = torch.from_numpy(random.standard_normal((batch, candidates + 1, channels))).to(where, dtype)
             scores = torch.from_numpy(random.dirichlet(np.ones(candidates), batch)).to(where, torch.float32)
             y, idx = kernel(x, scores, keep)
-            wanted, wanted_idx = token_reorg(x, scores, keep, True, 1)
+            with using(None, x.device):  # or a GPU would compare the kernel with itself
+                wanted, wanted_idx = token_reorg(x, scores, keep, True, 1)
             same = same and torch.equal(idx, wanted_idx) and torch.equal(y[:, :-1], wanted[:, :-1])
             scale = (scores.unsqueeze(-1) * x[:, 1:].float().abs()).sum(1)  # what is added up, without its signs
             worst = max(worst, float(((y[:, -1].float() - wanted[:, -1].float()).abs() / scale).max()))

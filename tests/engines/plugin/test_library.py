@@ -258,6 +258,19 @@ def test_a_full_disk_leaves_nothing(small_disk, tmp_path):
     assert not list((small_disk / "plugins").glob("*"))
 
 
+@pytest.mark.nvcc
+@pytest.mark.slow
+def test_the_kernel_alone_needs_no_tensorrt(cache, monkeypatch):
+    plugin_builds.need("cmake", "g++", "nvcc")
+    monkeypatch.setenv("TENSORRT_ROOT", "/nowhere")
+    folder = build_plugin(architectures=["80"], kernel_only=True)
+    assert [path.name for path in folder.iterdir()] == [KERNEL]
+    assert folder.parent == cache
+    assert check_plugin(folder / KERNEL).passed
+    with pytest.raises(InputError, match="--kernel-only: TensorRT is left out"):
+        build_plugin(kernel_only=True, tensorrt_root=Path("/nowhere"))
+
+
 @pytest.mark.gpu
 @pytest.mark.tensorrt
 def test_tensorrt_takes_the_plugin(tmp_path):

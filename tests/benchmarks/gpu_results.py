@@ -29,8 +29,9 @@ def document_of(folder: Path) -> dict[str, Any]:
         document = json.loads(whole.read_text(encoding="utf-8"))
     else:
         first = next((row for row in rows if row["part"] == "probe"), {})
+        begun = first.get("begun", f"an unknown time, in {folder.name}")
         document = {
-            "command": "", "begun": "at an unknown time", "seconds": 0.0, "budget": 0.0, "refused": {}, "libraries": {},
+            "command": "", "begun": begun, "seconds": 0.0, "budget": 0.0, "refused": {}, "libraries": {},
             "dry run": first.get("gpu") is None,
             "parts": [{"number": part.number, "name": part.name, "settles": part.settles, "state": "interrupted"}
                       for part in PARTS if not part.hidden],
@@ -109,7 +110,9 @@ def section(document: dict[str, Any]) -> str:
     for run in document["runs"]:
         names = ", ".join(part["name"] for part in document["parts"] if run["begun"] in _runs(part))
         lines.append(f"- Run of {_told(run['begun'])}, {run['seconds']:.0f} s: {names}. `{run['command']}`")
-    lines += ["", *as_markdown(goal_table(document)), *as_markdown(states(document))]
+    found = states(document)
+    found = replace(found, title=f"{found.title.partition(';')[0]}; each of the latest run that has it")
+    lines += ["", *as_markdown(goal_table(document)), *as_markdown(found)]
     for part in document["parts"]:
         runs = _runs(part)
         for begun in runs:

@@ -223,9 +223,10 @@ class Suite:
 
     def _refill(self) -> None:
         for process, name in list(self.ahead.items()):
-            if process.process.poll() is not None:
+            if (code := process.process.poll()) is not None:
                 self.compiled.add(name)
-                print(f"   compiled ahead: {name}, {time.monotonic() - self.started:.0f} s after the start", flush=True)
+                how = "compiled ahead" if code == 0 else f"not compiled ahead (exit {code})"
+                print(f"   {how}: {name}, {time.monotonic() - self.started:.0f} s after the start", flush=True)
                 self.finish(process)
         while self.programs and len(self.ahead) < MOST_PROGRAMS:
             name = self.programs.pop(0)

@@ -35,7 +35,7 @@ PARTS = (
     Part("7", "larger", 12, "DeiT-B at 128, ViT-L at 384 pixels", "inference:measure_larger"),
     Part("8", "training", 60, "a training step in BF16 at batch 256", "training:measure"),
     Part("9", "tests", 50, "pytest -m gpu", "product:run_tests"),
-    Part("10", "commands", 75, "the command line as a user meets it", "product:run_commands"),
+    Part("10", "commands", 65, "the command line as a user meets it", "product:run_commands"),
     Part("11", "profile", 20, "where the time of a forward pass goes, kernel by kernel", "profiling:measure"),
     Part("-", "hang", 2, "a part that hangs", "faults:hang", hidden=True),
     Part("-", "faulty", 5, "rows that run out of memory, fail, and go on", "faults:fail", hidden=True),

@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree
 from collections import Counter
@@ -57,15 +58,16 @@ def _run(job: Job, command: list[str], reserve: float) -> tuple[int | None, str,
     """Exit code (``None``: it did not end in time), both outputs together, seconds."""
     started = time.monotonic()
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, timeout=max(job.rows.left - reserve, 1),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        code, said = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        code, said = None, error.stdout or b""
-    return code, said.decode(errors="replace"), round(time.monotonic() - started, 1)
+    with tempfile.TemporaryFile(dir=job.scratch) as said:  # not a pipe, which children of an ended command keep open
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=environment, timeout=max(job.rows.left - reserve, 1),
+                stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = None
+        said.seek(0)
+        return code, said.read().decode(errors="replace"), round(time.monotonic() - started, 1)
 
 
 def commands(job: Job) -> list[dict[str, list[str]]]:

@@ -38,7 +38,7 @@ def run_tests(job: Job) -> None:
     command += ["--import-mode=importlib", "--show-capture=no", "--tb=short", "--durations=8", f"--junit-xml={told}"]
     # A file that needs a package which is not there says so, and the others run.
     command += ["--continue-on-collection-errors", *(f"--deselect={name}" for name in ELSEWHERE)]
-    exit_, said, seconds = _run(job, [*command, *chosen], reserve=1)
+    exit_, said, seconds = _run(job, [*command, *chosen], reserve=3)
     print(said[-12_000:], flush=True)
     if not told.is_file():
         job.rows.add(failed=f"pytest ended with {exit_}: {said[-TAIL:]}")
@@ -96,7 +96,7 @@ def run_commands(job: Job) -> None:
     torch.save({"model": seeded(model, "cpu").state_dict()}, job.scratch / "deit_s.pth")
 
     def one(name: str, arguments: list[str]) -> None:
-        code, said, seconds = _run(job, [sys.executable, "-m", "evit_deploy", *arguments], reserve=1)
+        code, said, seconds = _run(job, [sys.executable, "-m", "evit_deploy", *arguments], reserve=3)
         print(f"== evit-deploy {shlex.join(arguments)}\n{said[-6000:]}", flush=True)
         line = shlex.join(arguments).replace(str(job.scratch), ".").replace(f"{ROOT}/", "")
         job.rows.add(command=f"evit-deploy {line}", name=name, exit=code, seconds=seconds, tail=said[-TAIL:])

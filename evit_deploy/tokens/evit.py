@@ -4,8 +4,10 @@ Scores (equation 2): softmax of q_cls · Kᵀ · d^-½ over all tokens, prefix c
 attention is never read out: scores have their own row of the attention map, so that fused attention kernels stay fused.
 """
 
+import torch
 from torch import Tensor
 
+from evit_deploy.tokens import operator
 from evit_deploy.tokens.op import precise
 from evit_deploy.tokens.reduce import TokenReducer
 
@@ -30,6 +32,8 @@ def class_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
     Returns:
         FP32 ``[B, N - prefix]`` (FP64 from FP64 inputs); a row sums to less than 1.
     """
+    if operator.takes_scores(q, k):
+        return torch.ops.evit.class_scores(q[:, :1], k, scale, prefix)[0]
     # A product and a sum, not a matmul: K keeps the layout in which the projection left it, nothing is transposed.
     logits = (precise(q[:, :1]) * precise(k)).sum(-1) * scale
     return logits.softmax(dim=1)[:, prefix:].mean(-1)

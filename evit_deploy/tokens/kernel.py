@@ -6,6 +6,7 @@ library is the same kernel run by threads of the CPU, to be tested without one.
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -33,6 +34,17 @@ class _Cut(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int32) for name in ("lanes", "tiles", "slices", "early", "threads"))
 
 
+class _ScoresCall(ctypes.Structure):
+    """``EvitClassScoresCall``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "probabilities", "scores")),
+        *((name, ctypes.c_int64) for name in ("q_image", "q_head", "k_image", "k_token", "k_head")),
+        *((name, ctypes.c_int32) for name in ("dtype", "batch", "heads", "tokens", "width", "prefix")),
+        ("scale", ctypes.c_float),
+    )
+
+
 class Cut(msgspec.Struct, frozen=True):
     """How the work is shared out, which changes no bit of the result; see ``token_reorg.h``. 0 is the kernel's choice.
 
@@ -55,7 +67,7 @@ OWN_CHOICE = Cut()
 
 
 class TokenReorgKernel:
-    """The kernel in a library.
+    """The kernels in a library: the reorganisation, and the score row that EViT ranks by.
 
     Loading a library runs its code: load only what you built.
 
@@ -116,19 +128,58 @@ class TokenReorgKernel:
             out = y, x.new_empty((batch, max(keep, 0)), dtype=torch.int32)
         pointers = (tensor.data_ptr() for tensor in (x, scores, *out))
         sizes = batch, prefix, tokens - prefix, channels, keep, int(fuse)
-        call, message = _Call(*pointers, DTYPES[x.dtype], *sizes), ctypes.create_string_buffer(256)
-        shares, room = ctypes.byref(_Cut(*msgspec.structs.astuple(cut))), ctypes.c_size_t(len(message))
+        call = _Call(*pointers, DTYPES[x.dtype], *sizes)
+        shares = ctypes.byref(_Cut(*msgspec.structs.astuple(cut)))
         if self.identity.kind == "host":
-            run = self._library.evit_token_reorg_on_host
-            status = run(ctypes.byref(call), shares, message, room)
+            self._run("evit_token_reorg_on_host", ctypes.byref(call), shares)
         else:
             with torch.cuda.device(x.device):
-                stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-                run = self._library.evit_token_reorg_cut
-                status = run(ctypes.byref(call), shares, stream, message, room)
+                self._run("evit_token_reorg_cut", ctypes.byref(call), shares, _stream())
+        return out
+
+    def class_scores(
+        self, q: Tensor, k: Tensor, scale: float, prefix: int, *, threads: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Softmax of q_cls · Kᵀ · scale over all tokens, and its mean over heads at the candidates.
+
+        Args:
+            q: FP32, FP16 or BF16 ``[B, 1 or more, H, d]``, of which token 0 is read. A head's d elements lie side by
+                side; heads, tokens and images may lie anywhere on a grid of 16 bytes.
+            k: ``[B, N, H, d]``, in q's dtype.
+            scale: Factor on the logits.
+            prefix: Tokens in front that are no candidates.
+            threads: Host library: members of a team, 1 to 64; 0 is one.
+
+        Returns:
+            Scores FP32 ``[B, N - prefix]`` and probabilities FP32 ``[B, H, N]``.
+
+        Raises:
+            InputError: The kernel does not take these.
+            StageError: CUDA refused.
+        """
+        batch, tokens, heads, width = k.shape
+        if q.dtype not in DTYPES or k.dtype != q.dtype or q.stride(-1) != 1 or k.stride(-1) != 1:
+            raise InputError(
+                "no such types, or elements of a head that are not side by side", where="ClassScores",
+                seen=f"q {q.dtype}, k {k.dtype}", wanted="both in FP32, FP16 or BF16",
+            )  # fmt: skip
+        probabilities = k.new_empty((batch, heads, tokens), dtype=torch.float32)
+        scores = k.new_empty((batch, tokens - prefix), dtype=torch.float32)
+        pointers = (tensor.data_ptr() for tensor in (q, k, probabilities, scores))
+        strides = q.stride(0), q.stride(2), k.stride(0), k.stride(1), k.stride(2)
+        call = _ScoresCall(*pointers, *strides, DTYPES[q.dtype], batch, heads, tokens, width, prefix, scale)
+        if self.identity.kind == "host":
+            self._run("evit_class_scores_on_host", ctypes.byref(call), threads)
+        else:
+            with torch.cuda.device(k.device):
+                self._run("evit_class_scores", ctypes.byref(call), _stream())
+        return scores, probabilities
+
+    def _run(self, name: str, *arguments: Any) -> None:
+        message = ctypes.create_string_buffer(256)
+        status = getattr(self._library, name)(*arguments, message, ctypes.c_size_t(len(message)))
         if status:
             raise (InputError if status == _INVALID_CALL else StageError)(message.value.decode())
-        return out
 
     def _check(self, x: Tensor, scores: Tensor, prefix: int) -> None:
         device = "cpu" if self.identity.kind == "host" else "cuda"
@@ -147,3 +198,7 @@ class TokenReorgKernel:
                 "x and scores do not go together", where="TokenReorg", seen=f"{list(x.shape)}, {list(scores.shape)}",
                 wanted="[batch, prefix + candidates, channels] and [batch, candidates]",
             )  # fmt: skip
+
+
+def _stream() -> ctypes.c_void_p:
+    return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

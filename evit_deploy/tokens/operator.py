@@ -1,8 +1,9 @@
-"""``torch.ops.evit.token_reorg``: the compiled kernel as an operator of PyTorch.
+"""``torch.ops.evit.token_reorg`` and ``class_scores``: the compiled kernels as operators of PyTorch.
 
 Eager PyTorch, ``torch.compile`` (one opaque node, no graph break) and training go through it where a kernel is in use:
 on CUDA the library that ``EVIT_DEPLOY_KERNEL`` names, or else the one that ``evit-deploy plugin build`` made for this
-GPU. Everywhere else :func:`evit_deploy.tokens.op.token_reorg` computes in PyTorch. The kernel's bits are its own, on
+GPU. Everywhere else
+:mod:`evit_deploy.tokens.op` and :mod:`evit_deploy.tokens.evit` compute in PyTorch. The kernel's bits are its own, on
 every device and in every batch; PyTorch's sum of the fused row differs from them by rounding.
 """
 
@@ -22,7 +23,7 @@ from evit_deploy.tokens.library import ABI, KERNEL, Identity, cache, read_identi
 
 ENVIRONMENT = "EVIT_DEPLOY_KERNEL"
 """Path of the kernel's library; ``none`` for PyTorch's own operations."""
-MOST_CANDIDATES, MOST_PREFIX = 4096, 8
+MOST_CANDIDATES, MOST_PREFIX, MOST_HEAD_WIDTH = 4096, 8, 256
 """As in ``token_reorg.h``."""
 _LOG = logging.getLogger(__name__)
 _IN_USE: dict[torch.device, TokenReorgKernel | None] = {}
@@ -32,15 +33,25 @@ torch.library.define(
 )
 
 
-@torch.library.impl("evit::token_reorg", ("cpu", "cuda"))
-def _run(x: Tensor, scores: Tensor, keep: int, fuse: bool, prefix: int) -> tuple[Tensor, Tensor]:
-    kernel = kernel_on(x.device)
+torch.library.define("evit::class_scores", "(Tensor q, Tensor k, float scale, int prefix) -> (Tensor, Tensor)")
+
+
+def _kernel_for(tensor: Tensor) -> TokenReorgKernel:
+    kernel = kernel_on(tensor.device)
     if kernel is None:
         raise MissingRequirement(
-            f"no kernel is in use on {x.device}", where="torch.ops.evit.token_reorg",
+            f"no kernel is in use on {tensor.device}", where="torch.ops.evit",
             fix=f"Run: evit-deploy plugin build. Or name a library: {ENVIRONMENT}=libevit_token_reorg.so.",
         )  # fmt: skip
-    return kernel(x, scores, keep, fuse, prefix)
+    return kernel
+
+
+# ---- the reorganisation
+
+
+@torch.library.impl("evit::token_reorg", ("cpu", "cuda"))
+def _run(x: Tensor, scores: Tensor, keep: int, fuse: bool, prefix: int) -> tuple[Tensor, Tensor]:
+    return _kernel_for(x)(x, scores, keep, fuse, prefix)
 
 
 @torch.library.register_fake("evit::token_reorg")
@@ -77,6 +88,61 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None
 
 torch.library.register_autograd("evit::token_reorg", _gradients, setup_context=_remember)
 # Autocast has nothing to do: x keeps its type, scores are FP32, and the sum is FP32 inside.
+
+
+# ---- the score row
+
+
+@torch.library.impl("evit::class_scores", ("cpu", "cuda"))
+def _run_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor]:
+    return _kernel_for(k).class_scores(q, k, scale, prefix)
+
+
+@torch.library.register_fake("evit::class_scores")
+def _shapes_of_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = k.shape
+    scores = k.new_empty((batch, tokens - prefix), dtype=torch.float32)
+    return scores, k.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+def _remember_scores(ctx: Any, inputs: tuple[Tensor, Tensor, float, int], output: tuple[Tensor, Tensor]) -> None:
+    q, k, ctx.scale, ctx.prefix = inputs
+    ctx.save_for_backward(q, k, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients_of_scores(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    """Of q and k, from the mean over heads of softmax(q · Kᵀ · scale)."""
+    q, k, probabilities = ctx.saved_tensors
+    heads = probabilities.shape[1]
+    grad = torch.nn.functional.pad(grad, (ctx.prefix, 0)).unsqueeze(1) / heads  # [B, 1, N], the same for every head
+    inner = probabilities * (grad - (grad * probabilities).sum(-1, keepdim=True)) * ctx.scale  # of q · k: [B, H, N]
+    of_k = inner.transpose(1, 2).unsqueeze(-1).to(k.dtype) * q[:, :1]
+    of_q = torch.matmul(inner.unsqueeze(2).to(k.dtype), k.transpose(1, 2)).transpose(1, 2)
+    rest = q.shape[1] - 1
+    of_q = torch.nn.functional.pad(of_q, (0, 0, 0, 0, 0, rest)) if rest else of_q
+    return of_q, of_k, None, None
+
+
+torch.library.register_autograd("evit::class_scores", _gradients_of_scores, setup_context=_remember_scores)
+
+
+# ---- which kernel
+
+
+def takes_scores(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernel in use on this device computes the score row of such queries and keys.
+
+    Args:
+        q: ``[B, N, H, d]``.
+        k: ``[B, N, H, d]``.
+    """
+    if torch.compiler.is_exporting() or k.dtype not in DTYPES or q.dtype != k.dtype or k.shape[1] > MOST_CANDIDATES:
+        return False
+    grid = 16 // k.element_size()
+    side_by_side = q.stride(-1) == 1 and k.stride(-1) == 1 and k.shape[-1] <= MOST_HEAD_WIDTH
+    on_grid = all(size % grid == 0 for t in (q, k) for size in (*t.stride()[:-1], t.shape[-1], t.storage_offset()))
+    return side_by_side and on_grid and in_use(k.device)
 
 
 def takes(x: Tensor, scores: Tensor, prefix: int) -> bool:

@@ -60,6 +60,30 @@ inline int32_t check_call(const EvitTokenReorgCall* call, char* message, size_t 
   return EVIT_OK;
 }
 
+inline int32_t check_scores(const EvitClassScoresCall* call, char* message, size_t size) {
+  const auto no = [&](const char* what, int value, int low, int high) {
+    return refuse(EVIT_INVALID_CALL, message, size, "ClassScores: %s is %d, expected %d to %d", what, value, low, high);
+  };
+  if (call == nullptr) return refuse(EVIT_INVALID_CALL, message, size, "ClassScores: the call is a null pointer");
+  constexpr int32_t kMost = 1 << 30, kMostHeads = 1 << 12, kMostTokens = EVIT_MAX_CANDIDATES + EVIT_MAX_PREFIX;
+  if (call->dtype < EVIT_FP32 || call->dtype > EVIT_BF16) return no("dtype", call->dtype, EVIT_FP32, EVIT_BF16);
+  if (call->batch < 0) return no("batch", call->batch, 0, kMost);
+  if (call->heads < 1 || call->heads > kMostHeads) return no("heads", call->heads, 1, kMostHeads);
+  if (call->tokens < 1 || call->tokens > kMostTokens) return no("tokens", call->tokens, 1, kMostTokens);
+  if (call->prefix < 0 || call->prefix >= call->tokens) return no("prefix", call->prefix, 0, call->tokens - 1);
+  const int bytes = call->dtype == EVIT_FP32 ? 4 : 2;
+  if (call->width < 1 || call->width > EVIT_MAX_HEAD_WIDTH) return no("width", call->width, 1, EVIT_MAX_HEAD_WIDTH);
+  if (call->batch == 0) return EVIT_OK;
+  if (call->q == nullptr || call->k == nullptr || call->probabilities == nullptr || call->scores == nullptr)
+    return refuse(EVIT_INVALID_CALL, message, size, "ClassScores: q, k, probabilities or scores is a null pointer");
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(call->q) | reinterpret_cast<uintptr_t>(call->k);
+  const int64_t strides = call->q_image | call->q_head | call->k_image | call->k_token | call->k_head | call->width;
+  if (addresses % 16 != 0 || strides * bytes % 16 != 0)
+    return refuse(EVIT_INVALID_CALL, message, size,
+                  "ClassScores: q, k, a stride or the width is off the grid of 16 bytes");
+  return EVIT_OK;
+}
+
 // `on_gpu`: what a team is: a block, which the kernel is compiled for in two sizes, or threads.
 inline int32_t check_cut(const EvitCut* cut, bool on_gpu, char* message, size_t size) {
   if (cut == nullptr) return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: the cut is a null pointer");

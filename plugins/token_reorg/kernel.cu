@@ -3,6 +3,7 @@
 
 #include "call.h"
 #include "kernel.cuh"
+#include "scores.cuh"
 
 namespace evit {
 namespace {
@@ -68,8 +69,55 @@ cudaError_t start(const EvitTokenReorgCall& call, const EvitCut& cut, cudaStream
   }
 }
 
+constexpr int kScoreThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kScoreThreads)
+    class_probabilities_kernel(const __grid_constant__ EvitClassScoresCall call) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int block = static_cast<int>(blockIdx.x);
+  class_probabilities<T, 16 / sizeof(T)>(Block{}, call, block / call.heads, block % call.heads,
+                                         reinterpret_cast<float*>(shared));
+}
+
+__global__ void class_scores_kernel(const __grid_constant__ EvitClassScoresCall call, int64_t count) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index < count) class_score(call, index);
+}
+
+template <class T>
+cudaError_t launch_scores(const EvitClassScoresCall& call, cudaStream_t stream) {
+  const int64_t blocks = static_cast<int64_t>(call.batch) * call.heads;
+  const int64_t count = static_cast<int64_t>(call.batch) * (call.tokens - call.prefix);
+  if (blocks > INT32_MAX || count > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const size_t shared = static_cast<size_t>(score_floats(call, kScoreThreads)) * sizeof(float);
+  static_assert(
+      (EVIT_MAX_HEAD_WIDTH + kLoadsInFlight * kScoreThreads + EVIT_MAX_CANDIDATES + EVIT_MAX_PREFIX + kGroups) *
+              sizeof(float) <=
+          48 * 1024,
+      "more has to be asked for");
+  class_probabilities_kernel<T><<<static_cast<unsigned>(blocks), kScoreThreads, shared, stream>>>(call);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  const unsigned last = static_cast<unsigned>((count + kScoreThreads - 1) / kScoreThreads);
+  class_scores_kernel<<<last, kScoreThreads, 0, stream>>>(call, count);
+  return cudaGetLastError();
+}
+
 }  // namespace
 }  // namespace evit
+
+int32_t evit_class_scores(const EvitClassScoresCall* call, void* stream, char* message, size_t size) {
+  const int32_t status = evit::check_scores(call, message, size);
+  if (status != EVIT_OK || call->batch == 0) return status;
+  const auto on = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = call->dtype == EVIT_FP32   ? evit::launch_scores<float>(*call, on)
+                            : call->dtype == EVIT_FP16 ? evit::launch_scores<evit::Half>(*call, on)
+                                                       : evit::launch_scores<evit::Bfloat16>(*call, on);
+  if (error == cudaSuccess) return EVIT_OK;
+  return evit::refuse(EVIT_CUDA_ERROR, message, size, "ClassScores: %s (%s)", cudaGetErrorString(error),
+                      cudaGetErrorName(error));
+}
 
 int32_t evit_token_reorg_cut(const EvitTokenReorgCall* call, const EvitCut* cut, void* stream, char* message,
                              size_t size) {

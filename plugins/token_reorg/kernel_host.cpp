@@ -7,6 +7,7 @@
 
 #include "call.h"
 #include "kernel.cuh"
+#include "scores.cuh"
 
 namespace evit {
 namespace {
@@ -23,6 +24,18 @@ class Threads {
   std::barrier<>& barrier_;
 };
 
+// Does something with each member of a team.
+template <class Body>
+void in_team(int threads, Body body) {
+  std::barrier<> barrier(threads);
+  const auto member = [&](int rank) { body(Threads(rank, threads, barrier)); };
+  std::vector<std::thread> others;
+  others.reserve(static_cast<size_t>(threads - 1));
+  for (int rank = 1; rank < threads; ++rank) others.emplace_back(member, rank);
+  member(0);
+  for (std::thread& other : others) other.join();
+}
+
 template <class T, int kWidth>
 void run(const EvitTokenReorgCall& call, const EvitCut& cut) {
   constexpr int kMultiprocessors = 108;  // an A100, where a GPU's own way of cutting the work is asked for
@@ -35,9 +48,7 @@ void run(const EvitTokenReorgCall& call, const EvitCut& cut) {
   };
   const std::unique_ptr<Chunk[]> scratch(new Chunk[bytes / sizeof(Chunk)]);
   const std::unique_ptr<Fate[]> fates(new Fate[static_cast<size_t>(call.prefix + call.candidates)]);
-  std::barrier<> barrier(threads);
-  const auto member = [&](int rank) {
-    const Threads team(rank, threads, barrier);
+  in_team(threads, [&](const Threads& team) {
     for (int image = 0; image < call.batch; ++image) {
       for (int tile = 0; tile < geometry.tiles; ++tile) {
         for (int slice = 0; slice < geometry.slices; ++slice) {
@@ -46,12 +57,7 @@ void run(const EvitTokenReorgCall& call, const EvitCut& cut) {
         }
       }
     }
-  };
-  std::vector<std::thread> others;
-  others.reserve(static_cast<size_t>(threads - 1));
-  for (int rank = 1; rank < threads; ++rank) others.emplace_back(member, rank);
-  member(0);
-  for (std::thread& other : others) other.join();
+  });
 }
 
 template <class T>
@@ -61,6 +67,24 @@ void run(const EvitTokenReorgCall& call, const EvitCut& cut) {
     run<T, kWhole>(call, cut);
   else
     run<T, 1>(call, cut);
+}
+
+template <class T>
+void run_scores(const EvitClassScoresCall& call, int threads) {
+  // A team has a whole row of K under way.
+  const int least = divide_up(call.width * static_cast<int>(sizeof(T)), 16 * kLoadsInFlight);
+  threads = threads > least ? threads : least;
+  const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(score_floats(call, threads))]);
+  in_team(threads, [&](const Threads& team) {
+    for (int image = 0; image < call.batch; ++image) {
+      for (int head = 0; head < call.heads; ++head) {
+        class_probabilities<T, 16 / sizeof(T)>(team, call, image, head, scratch.get());
+        team.barrier();  // the next team of the grid has the same memory
+      }
+    }
+    const int64_t count = static_cast<int64_t>(call.batch) * (call.tokens - call.prefix);
+    for (int64_t index = team.rank(); index < count; index += team.size()) class_score(call, index);
+  });
 }
 
 }  // namespace
@@ -79,6 +103,25 @@ int32_t evit_token_reorg_on_host(const EvitTokenReorgCall* call, const EvitCut* 
       break;
     default:
       evit::run<evit::Bfloat16>(*call, *cut);
+  }
+  return EVIT_OK;
+}
+
+int32_t evit_class_scores_on_host(const EvitClassScoresCall* call, int32_t threads, char* message, size_t size) {
+  const int32_t status = evit::check_scores(call, message, size);
+  if (status != EVIT_OK || call->batch == 0) return status;
+  if (threads < 0 || threads > 64)
+    return evit::refuse(EVIT_INVALID_CALL, message, size, "ClassScores: threads is %d, expected 0 to 64", threads);
+  const int team = threads > 0 ? threads : 1;
+  switch (call->dtype) {
+    case EVIT_FP32:
+      evit::run_scores<float>(*call, team);
+      break;
+    case EVIT_FP16:
+      evit::run_scores<evit::Half>(*call, team);
+      break;
+    default:
+      evit::run_scores<evit::Bfloat16>(*call, team);
   }
   return EVIT_OK;
 }

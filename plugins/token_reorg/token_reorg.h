@@ -13,6 +13,7 @@
 #define EVIT_MAX_CANDIDATES 4096
 #define EVIT_MAX_PREFIX 8
 #define EVIT_MAX_LANES 32
+#define EVIT_MAX_HEAD_WIDTH 256
 #define EVIT_MAX_SLICES 64
 
 #if defined(_WIN32)
@@ -73,6 +74,30 @@ EVIT_EXPORT int32_t evit_token_reorg_cut(const EvitTokenReorgCall* call, const E
 // without a GPU. Only the host library has it, and it has none of the others.
 EVIT_EXPORT int32_t evit_token_reorg_on_host(const EvitTokenReorgCall* call, const EvitCut* cut, char* message,
                                              size_t size);
+
+// The scores that EViT ranks by (equation 2): softmax of q · Kᵀ · scale over all tokens, the mean over heads of the
+// candidates' columns. Strides are in elements; a head's d elements lie side by side, on a grid of 16 bytes.
+typedef struct EvitClassScoresCall {
+  const void* q;         // of the class token: [batch, heads, width]
+  const void* k;         // [batch, tokens, heads, width], in q's type
+  float* probabilities;  // [batch, heads, tokens], dense: the softmax, which is written too
+  float* scores;         // [batch, tokens - prefix], dense
+  int64_t q_image, q_head, k_image, k_token, k_head;  // strides
+  int32_t dtype;                                      // EvitDtype of q and k
+  int32_t batch;                                      // 0 is allowed, and does nothing
+  int32_t heads;
+  int32_t tokens;  // 1 to EVIT_MAX_CANDIDATES + EVIT_MAX_PREFIX
+  int32_t width;   // d, up to EVIT_MAX_HEAD_WIDTH, of a multiple of 16 bytes
+  int32_t prefix;  // columns in front that are no candidates, fewer than tokens
+  float scale;
+} EvitClassScoresCall;
+
+// Starts two kernels on a stream, and does not wait. They allocate nothing and may be captured in a CUDA graph.
+EVIT_EXPORT int32_t evit_class_scores(const EvitClassScoresCall* call, void* stream, char* message, size_t size);
+
+// The same on the CPU, by a team of threads (0: as few as will do).
+EVIT_EXPORT int32_t evit_class_scores_on_host(const EvitClassScoresCall* call, int32_t threads, char* message,
+                                              size_t size);
 
 EVIT_EXPORT int32_t evit_token_reorg_abi(void);
 

@@ -6,13 +6,14 @@ import torch
 
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.tokens import operator
+from evit_deploy.tokens.evit import class_scores
 from evit_deploy.tokens.kernel import TokenReorgKernel
 from evit_deploy.tokens.library import ABI, KERNEL, Identity
 from evit_deploy.tokens.op import reorganize, select, token_reorg
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_
-from tests.support import plugin_builds
-from tests.support.cases import CASES
+from tests.support import oracle, plugin_builds
+from tests.support.cases import CASES, DTYPES
 from tests.support.op_checks import TORCH, check_answer, each_case, each_dtype, to_numpy, to_torch
 from tests.support.plugin_files import library
 
@@ -78,6 +79,83 @@ def test_gradients_are_those_of_the_operations_in_pytorch(case, in_use):
         torch.testing.assert_close(ours[1], wanted[1], rtol=1e-5, atol=1e-6)
     else:
         assert ours[1] is None
+
+
+# ---- the score row
+
+SHAPES = [  # batch, tokens, heads, width, prefix, spread of q and k
+    (2, 197, 6, 64, 1, 1.0),
+    (1, 198, 3, 64, 2, 1.0),
+    (1, 581, 6, 64, 5, 1.0),
+    (3, 5, 1, 8, 1, 1.0),
+    (2, 50, 3, 32, 1, 6.0),
+    (1, 12, 2, 80, 0, 1.0),
+    (1, 4096, 1, 16, 8, 1.0),
+]
+
+
+def queries_and_keys(batch, tokens, heads, width, spread, dtype):
+    """As a projection leaves them: side by side with the values."""
+    random = np.random.default_rng(tokens)
+    qkv = (spread * random.standard_normal((batch, tokens, 3, heads, width))).astype(np.float32)
+    return to_torch(qkv.astype(DTYPES[dtype])).unbind(2)[:2]
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_score_row_matches_the_oracle_by_teams_of_any_size(shape, dtype, in_use):
+    *sizes, prefix, spread = shape
+    q, k = queries_and_keys(*sizes, spread, dtype)
+    scale = sizes[3] ** -0.5
+    scores, probabilities = in_use.class_scores(q, k, scale, prefix)
+    arrays = [to_numpy(tensor.contiguous()) for tensor in (q, k)]
+    reference = oracle.class_scores(*arrays, scale, prefix)
+    error = np.abs(scores.double().numpy() - reference) / reference.max(axis=1, keepdims=True)
+    assert error.max() <= oracle.class_scores_error(*arrays, scale)
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(sizes[0], sizes[2]))
+    assert torch.equal(class_scores(q, k, scale, prefix), scores)
+    one = q[:1], k[:1]
+    for other in (in_use.class_scores(q, k, scale, prefix, threads=5), in_use.class_scores(*one, scale, prefix)):
+        assert torch.equal(other[0], scores[: len(other[0])])
+        assert torch.equal(other[1], probabilities[: len(other[1])])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_score_row_keeps_the_rules_of_an_operator(dtype, in_use):
+    for length in (1, 12):
+        q, k = (t.detach().requires_grad_() for t in queries_and_keys(2, 12, 3, 16, 1.0, dtype))
+        torch.library.opcheck(torch.ops.evit.class_scores.default, (q[:, :length], k, 0.25, 1))
+
+
+def test_the_score_row_has_the_gradients_of_the_operations_in_pytorch(in_use):
+    weights = torch.randn(2, 11, generator=torch.Generator().manual_seed(0))
+
+    def gradients():
+        q, k = (t.detach().requires_grad_() for t in queries_and_keys(2, 12, 3, 16, 1.0, "fp32"))
+        return torch.autograd.grad((class_scores(q, k, 0.25, 1) * weights).sum(), (q, k))
+
+    ours = gradients()
+    with operator.using(None, "cpu"):
+        wanted = gradients()
+    for one, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_queries_and_keys_off_the_grid_are_left_to_pytorch(in_use):
+    q, k = queries_and_keys(1, 6, 2, 12, 1.0, "fp16")  # 24 bytes a head
+    assert not operator.takes_scores(q, k)
+    assert class_scores(q, k, 0.3, 1).shape == (1, 5)
+    wide = torch.rand(1, 6, 2, 16).transpose(2, 3)
+    assert not operator.takes_scores(wide, wide)
+    with pytest.raises(InputError, match="off the grid of 16 bytes"):
+        in_use.class_scores(q, k, 0.3, 1)
+    with pytest.raises(InputError, match="side by side"):
+        in_use.class_scores(wide, wide, 0.3, 1)
+    with pytest.raises(InputError, match="prefix is 6, expected 0 to 5"):
+        in_use.class_scores(*queries_and_keys(1, 6, 2, 16, 1.0, "fp16"), 0.3, 6)
+
+
+# ---- models
 
 
 def reduced(**options):
@@ -235,6 +313,22 @@ def test_on_a_gpu_it_keeps_the_rules_of_an_operator(dtype):
         x = torch.randn(2, 46, 16, device="cuda:0", dtype=dtype, requires_grad=True)
         scores = torch.rand(2, 45, device="cuda:0", requires_grad=True)
         torch.library.opcheck(OP, (x, scores, 30, True, 1))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@each_dtype
+def test_on_a_gpu_the_score_row_matches_the_oracle(dtype):
+    kernel = TokenReorgKernel(plugin_builds.gpu_library())
+    for *sizes, prefix, spread in SHAPES:
+        q, k = queries_and_keys(*sizes, spread, dtype)
+        scale = sizes[3] ** -0.5
+        qkv = torch.stack([q, k, k], 2).cuda()
+        scores, _ = kernel.class_scores(qkv[:, :, 0], qkv[:, :, 1], scale, prefix)
+        arrays = [to_numpy(tensor.contiguous()) for tensor in (q, k)]
+        reference = oracle.class_scores(*arrays, scale, prefix)
+        error = np.abs(scores.cpu().double().numpy() - reference) / reference.max(axis=1, keepdims=True)
+        assert error.max() <= oracle.class_scores_error(*arrays, scale)
 
 
 @pytest.mark.gpu

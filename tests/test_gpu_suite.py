@@ -66,6 +66,9 @@ def test_every_part_runs_dry_and_becomes_a_section_of_the_results(tmp_path):
     wrong = [row for part in parts.values() for row in part["rows"] if row.get("wrong") or row.get("exit")]
     assert wrong == []
     assert sum(row.get("wrong") in ([], 0) for name in PARTS[1:4] for row in parts[name]["rows"]) >= 15 + 9 + 5
+    reduced, both = {"0.9", "0.7", "0.5"}, {"token_reorg": 3, "class_scores": 3}
+    for row in parts["inference"]["rows"]:  # compiled rows too
+        assert row["kernel calls"] == {name: both if name in reduced else {} for name in row["ms"]}
     for row in parts["profile"]["rows"]:  # four blocks, of which three reduce
         assert {name: row["calls"][name] > 0 for name in ("GEMM", "attention", "layer norm", "GELU")} == dict.fromkeys(
             ("GEMM", "attention", "layer norm", "GELU"), True

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -311,7 +311,17 @@ def child(options: argparse.Namespace, libraries: dict[str, Path]) -> None:
         torch.set_num_threads(1)
     device = DEVICES["cpu" if options.dry_run else "cuda"]()
     job = Job(rows, device, options.dry_run, libraries, options.scratch)
-    run(job, *([options.argument] if options.argument else []))
+    with _on_the_cpu(libraries) if options.dry_run and options.child != PROBE.name else nullcontext():
+        run(job, *([options.argument] if options.argument else []))
+
+
+def _on_the_cpu(libraries: dict[str, Path]) -> AbstractContextManager[None]:
+    """In a dry run the kernels run too, of the host library if there is one, as they would on a GPU."""
+    from evit_deploy.tokens import operator
+    from evit_deploy.tokens.kernel import TokenReorgKernel
+
+    path = next(iter(libraries.values()), None)
+    return nullcontext() if path is None else operator.using(TokenReorgKernel(path), "cpu")
 
 
 def _end_with_the_suite() -> None:

@@ -278,7 +278,7 @@ def fit(
     results = _Results(run, name, steps, log, curriculum)
     model.train(section.model_mode == "train")
     try:
-        with _threads(section.threads), _programs(section), interruptible() as stop:
+        with _threads(section.threads), _programs(section), _convolutions_tried(), interruptible() as stop:
             while run.step < steps:
                 step = run.step
                 if rank:  # stochastic depth of its own in every process, also after --resume: the state is the first's
@@ -474,6 +474,17 @@ def _programs(section: TrainSection) -> AbstractContextManager[Any]:
     import torch._dynamo.config as config
 
     return config.patch(recompile_limit=PROGRAMS, accumulated_recompile_limit=PROGRAMS)
+
+
+@contextmanager
+def _convolutions_tried() -> Iterator[None]:
+    """Lets cuDNN try out its convolutions, for batches of one size; unasked, it may leave the tensor cores idle."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager

@@ -63,7 +63,7 @@ EVIT_HOST_DEVICE inline void count_above(uint32_t key, uint32_t limit, int& sum)
 EVIT_HOST_DEVICE inline int count_ahead(const Keys* run, int i, uint32_t key) {
   const int own = i / 4;
   int ahead[4] = {};
-  EVIT_UNROLL_BY(4)  // not wholly: code that runs once has to be fetched, which takes longer than the loop
+  EVIT_UNROLL
   for (int quad = 0; quad < kRun / 4; ++quad) {
     const Keys other = run[quad];
     const uint32_t limit = quad < own ? key - 1 : key;

@@ -9,13 +9,10 @@
 #include <cuda_fp16.h>
 #define EVIT_HOST_DEVICE __host__ __device__
 #define EVIT_UNROLL _Pragma("unroll")
-#define EVIT_UNROLL_BY(n) EVIT_PRAGMA(unroll n)
-#define EVIT_PRAGMA(text) _Pragma(#text)
 #define EVIT_ROLLED _Pragma("unroll 1")
 #else
 #define EVIT_HOST_DEVICE
 #define EVIT_UNROLL
-#define EVIT_UNROLL_BY(n)
 #define EVIT_ROLLED
 #endif
 

@@ -309,6 +309,7 @@ def child(options: argparse.Namespace, libraries: dict[str, Path]) -> None:
     rows = Rows(options.out / "rows.jsonl", options.child, float(word))
     if options.dry_run:
         torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = True  # as in the product's runtimes and training, and in the official code
     device = DEVICES["cpu" if options.dry_run else "cuda"]()
     job = Job(rows, device, options.dry_run, libraries, options.scratch)
     with _on_the_cpu(libraries) if options.dry_run and options.child != PROBE.name else nullcontext():

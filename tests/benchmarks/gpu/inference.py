@@ -99,6 +99,7 @@ def times_row(job: Job, runs: dict[str, Run], batch: int, started: float) -> dic
     times = in_turns(job.device, runs, 3 if job.toy else 101, until=until)
     dense = times["dense"]
     row: dict[str, Any] = {"rounds": len(dense), "ms": {name: round(median(v), 4) for name, v in times.items()}}
+    row["convolutions tried out"] = torch.backends.cudnn.benchmark
     row["images a second"] = {name: round(1e3 * batch / median(v), 1) for name, v in times.items()}
     row["speed-up"] = {name: ratio(dense, v) for name, v in times.items() if name != "dense"}
     for other in ("slice", "body", "official"):
@@ -162,7 +163,8 @@ def _eager_row(job: Job, models: dict[str, Any], batch: int, calls: int, rounds:
             times[name].append(1e3 * (time.perf_counter() - started) / calls)
     dense = times["dense"]
     return {
-        "calls": calls, "rounds": rounds, "ms": {name: round(median(v), 4) for name, v in times.items()},
+        "calls": calls, "rounds": rounds, "convolutions tried out": torch.backends.cudnn.benchmark,
+        "ms": {name: round(median(v), 4) for name, v in times.items()},
         "images a second": {name: round(1e3 * batch / median(v), 1) for name, v in times.items()},
         "speed-up": {name: ratio(dense, v) for name, v in times.items() if name != "dense"},
         "over its own dense": {

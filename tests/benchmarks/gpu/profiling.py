@@ -106,7 +106,8 @@ def _row(job: Job, model: Any, batch: int, replay: Run, graph: float) -> dict[st
     busy = sum(kernel.duration for kernel in kernels) / FORWARDS / 1e3
     return {
         "ms in a graph": round(graph, 4), "ms of kernels": round(busy, 4), "ms between them": round(graph - busy, 4),
-        "durations of": source, **sums(kernels), "operators": kernel_calls(model, images),
+        "convolutions tried out": torch.backends.cudnn.benchmark, "durations of": source,
+        **sums(kernels), "operators": kernel_calls(model, images),
     }  # fmt: skip
 
 

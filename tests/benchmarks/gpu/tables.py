@@ -273,7 +273,19 @@ def _graph_notes(rows: Rows) -> list[str]:
         "predicted: FP16 at 128 dense 5 ms, 0.7 3.4 ms (1.45 to 1.5), 0.5 2.7 ms; at 1 dense 0.5 to 0.6 ms, 0.7 gains "
         "little. Published, A100, FP16, batch 1024: dense 5,039 img/s"
     ]
-    return notes + _calls(rows)
+    return notes + _tried(rows) + _calls(rows)
+
+
+def _tried(rows: Rows) -> list[str]:
+    """Whether cuDNN tried out its convolutions; earlier runs did not let it."""
+    known = {row.get("convolutions tried out", False) for row in rows if not LOST & set(row)}
+    return [_CONVOLUTIONS[known.pop()]] if len(known) == 1 else []
+
+
+_CONVOLUTIONS = {
+    True: "cuDNN tried out its convolutions (torch.backends.cudnn.benchmark), as in the product's runtimes",
+    False: "cuDNN took its first choice of convolution (torch.backends.cudnn.benchmark was off)",
+}
 
 
 def _calls(rows: Rows) -> list[str]:
@@ -308,11 +320,15 @@ def _paper(rows: Rows) -> list[Table]:
             ))  # fmt: skip
     header = ("", "batch", "rate", "img/s", "over dense", "official, img/s", "over its dense", "official / ours",
               "paper, img/s", "paper")  # fmt: skip
-    return [Table("eager, a hundred calls and one synchronisation (the paper's protocol in TF32)", header, lines)]
+    return [
+        Table(
+            "eager, a hundred calls and one synchronisation (the paper's protocol in TF32)", header, lines, _tried(rows)
+        )
+    ]
 
 
 def _larger(rows: Rows) -> list[Table]:
-    notes = ["Paper, DeiT-B, A100: 0.7 1.59, 0.5 1.92"]
+    notes = ["Paper, DeiT-B, A100: 0.7 1.59, 0.5 1.92", *_tried(rows)]
     return [Table("larger models in CUDA graphs, FP16", _GRAPH_HEADER, _graph_lines(rows), notes)]
 
 
@@ -328,7 +344,7 @@ def _training(rows: Rows) -> list[Table]:
             ]  # fmt: skip
         elif isinstance(row.get("calls"), dict):
             notes.append(f"calls of the kernel in a forward pass: {row['calls']}")
-    notes += _calls(rows)
+    notes += _tried([row for row in rows if "speed-up" in row]) + _calls(rows)
     header = ("", "model", "ms", "img/s", "over dense", "MB of a step", "host, ms")
     return [Table("a training step, BF16 autocast, resident bytes", header, lines, notes)]
 
@@ -362,7 +378,7 @@ def _profile(rows: Rows) -> list[Table]:
         lines.append((row["variant"], str(row["batch"]), *times, *each))
     header = ("", "batch", "graph, ms", "kernels, ms", "between, ms", *kinds)
     sources = sorted({row["durations of"] for row in measured})
-    notes = [f"microseconds (calls) of one forward pass; durations of: {', '.join(sources)}"]
+    notes = [f"microseconds (calls) of one forward pass; durations of: {', '.join(sources)}", *_tried(measured)]
     large = [row for row in measured if row["batch"] == max(row["batch"] for row in measured)]
     found = [Table("where the time of a forward pass goes, DeiT-S, FP16", header, lines, notes), _layers(large)]
     for row in large:

@@ -119,6 +119,7 @@ def _row(job: Job, steps: dict[str, Any]) -> dict[str, Any]:
         job.device.synchronize()
     times = in_turns(job.device, steps, 3 if job.toy else 7, calls=2)
     row: dict[str, Any] = {"ms": {name: round(median(v), 3) for name, v in times.items()}}
+    row["convolutions tried out"] = torch.backends.cudnn.benchmark
     row["images a second"] = {name: round(1e3 * batch / median(v), 1) for name, v in times.items()}
     row["speed-up"] = {name: ratio(times["dense"], v) for name, v in times.items() if name != "dense"}
     row["megabytes of a step"], row["ms the host takes to start one"] = memory, host

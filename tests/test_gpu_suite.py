@@ -17,7 +17,7 @@ from tests.support.paths import ROOT
 
 SUITE, RESULTS = (ROOT / "tests" / "benchmarks" / name for name in ("gpu_suite.py", "gpu_results.py"))
 PARTS = ["ceilings", "truth", "capture", "sanitizers", "bandwidth", "inference", "paper", "larger", "training", "tests",
-         "commands"]  # fmt: skip
+         "commands", "profile"]  # fmt: skip
 
 
 def command(*arguments: object) -> list[str]:
@@ -66,6 +66,16 @@ def test_every_part_runs_dry_and_becomes_a_section_of_the_results(tmp_path):
     wrong = [row for part in parts.values() for row in part["rows"] if row.get("wrong") or row.get("exit")]
     assert wrong == []
     assert sum(row.get("wrong") in ([], 0) for name in PARTS[1:4] for row in parts[name]["rows"]) >= 15 + 9 + 5
+    reduced, both = {"0.9", "0.7", "0.5"}, {"token_reorg": 3, "class_scores": 3}
+    for row in parts["inference"]["rows"]:  # compiled rows too
+        assert row["kernel calls"] == {name: both if name in reduced else {} for name in row["ms"]}
+    for row in parts["profile"]["rows"]:  # four blocks, of which three reduce
+        assert {name: row["calls"][name] > 0 for name in ("GEMM", "attention", "layer norm", "GELU")} == dict.fromkeys(
+            ("GEMM", "attention", "layer norm", "GELU"), True
+        )
+        assert (row["calls"]["score row"] > 0) == (row["variant"] in ("0.7", "0.5"))
+        assert (row["calls"]["reorganisation"] > 0) == (row["variant"] != "dense")
+        assert sum(layer["calls"] for name, layer in row["linear"].items() if name.startswith("fc1")) == 4
     assert {row["name"] for row in parts["commands"]["rows"]} == {"doctor", "convert", "run", "verify", "profile"}
     assert "cases and batches right" in done.stdout
 
@@ -172,6 +182,58 @@ def test_the_table_fits_the_end_of_a_log(monkeypatch, count):
     assert "kernel at batch 1, N 196, less two empty nodes" in text
 
 
+def test_parts_run_in_the_order_asked_for_and_two_of_them_at_once(monkeypatch):
+    monkeypatch.syspath_prepend(SUITE.parent)
+    from gpu.parts import BESIDE, NAMES, groups
+
+    def names(text: str) -> list[list[str]]:
+        return [[part.name for part in group] for group in groups([NAMES[name] for name in text.split()])]
+
+    together = names("commands tests training profile inference")
+    assert together == [["commands", "tests"], ["training"], ["profile"], ["inference"]]
+    assert names("tests paper commands") == [["tests"], ["paper"], ["commands"]]
+    assert set(together[0]) <= set(BESIDE)
+
+
+TRACE = [
+    {"ph": "X", "cat": "user_annotation", "name": "evit|block|3 197", "ts": 10.0, "dur": 80.0, "args": {}},
+    {"ph": "X", "cat": "user_annotation", "name": "evit|reorganisation|", "ts": 20.0, "dur": 40.0, "args": {}},
+    {"ph": "X", "cat": "user_annotation", "name": "evit|score row|", "ts": 30.0, "dur": 9.0, "args": {}},
+    {"ph": "X", "cat": "user_annotation", "name": "evit|GEMM|fc1 139 800", "ts": 70.0, "dur": 9.0, "args": {}},
+    {"ph": "X", "cat": "gpu_user_annotation", "name": "evit|GEMM|fc1 139 800", "ts": 0.0, "dur": 900.0, "args": {}},
+    {"ph": "X", "cat": "cpu_op", "name": "aten::mul", "ts": 30.0, "dur": 5.0, "args": {"External id": 1}},
+    {"ph": "M", "name": "process_name", "args": {"name": "python"}},
+    *(
+        {"ph": "X", "cat": kind, "name": "cudaLaunchKernel", "ts": at, "dur": 1.0, "args": {"correlation": number}}
+        for number, at, kind in ((1, 31.0, "cuda_runtime"), (2, 50.0, "cuda_driver"), (3, 71.0, "cuda_runtime"),
+                                 (4, 85.0, "cuda_runtime"), (5, 95.0, "cuda_runtime"))
+    ),
+    {"ph": "X", "cat": "gpu_memset", "name": "Memset", "ts": 190.0, "dur": 2.0, "args": {"correlation": 5}},
+    *(
+        {"ph": "X", "cat": "kernel", "name": name, "ts": at, "dur": 7.0, "args": {"correlation": number}}
+        for number, at, name in ((4, 130.0, "flash_fwd_kernel"), (3, 120.0, "nvjet_hsh"), (2, 110.0, "copy_gemm"),
+                                 (1, 100.0, "vectorized_elementwise"), (9, 140.0, "sm90_xmma_gemm_f16"))
+    ),
+]  # fmt: skip
+
+
+def test_a_kernel_is_what_the_innermost_range_around_its_launch_says_or_else_its_name(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SUITE.parent)
+    from gpu.profiling import FORWARDS, kernels_of, sums
+
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": TRACE}))
+    kernels = kernels_of(tmp_path / "trace.json", on_cpu=False)
+    assert [(kernel.kind, kernel.label, kernel.place) for kernel in kernels] == [
+        ("score row", "", "3 197"), ("reorganisation", "", "3 197"), ("GEMM", "fc1 139 800", "3 197"),
+        ("attention", "", "3 197"), ("GEMM", "", ""), ("other", "", ""),
+    ]  # fmt: skip
+    found = sums(kernels * FORWARDS)
+    assert found["microseconds"]["GEMM"] == 14.0
+    assert found["calls"] | {"GEMM": 2, "other": 1} == found["calls"]
+    assert found["linear"] == {"fc1 at 139": {"calls": 1, "microseconds": 7.0, "teraflops": 0.0}}
+    assert found["attention"] == [{"block": 3, "tokens": 197, "microseconds": 7.0}]
+
+
 def test_the_list_names_every_part():
     done = run("--list")
     assert done.returncode == 0
@@ -201,10 +263,14 @@ def test_the_variable_with_a_library_that_is_not_there_is_refused(tmp_path):
 def test_a_run_that_was_killed_becomes_results_too_and_a_later_run_replaces_its_parts(tmp_path):
     def ceilings(folder: str, copy: float) -> Path:
         (tmp_path / folder).mkdir()
-        rows = [{"part": "probe", "gpu": "sm90", "refused": {}},
+        begun = f"2026-11-2{int(folder == 'second')}T10:30:15+00:00"
+        rows = [{"part": "probe", "gpu": "sm90", "refused": {}, "begun": begun},
                 {"part": "ceilings", "what": "copy", "milliseconds": 1.0, "terabytes a second": copy}]  # fmt: skip
         if folder == "first":
             rows.append({"part": "tests", "exit": 0, "seconds": 1.0, "passed": 3})
+            rows.append({"part": "ceilings", "what": "empty node", "microseconds": 0.75})
+        else:
+            rows.append({"part": "ceilings", "what": "empty node", "failed": "RuntimeError: no"})
         lines = "".join(f"{json.dumps(row)}\n" for row in rows)
         (tmp_path / folder / "rows.jsonl").write_text(f'{lines}{{"part": "cei')  # the last line was cut off
         return tmp_path / folder
@@ -219,6 +285,13 @@ def test_a_run_that_was_killed_becomes_results_too_and_a_later_run_replaces_its_
     assert "| copy on the device, TB/s | 2.75 | 3.0 |" in page
     assert "1.25" not in page.partition("## On a GPU")[2].partition("## Not run")[0]
     assert "3 passed" in page
+    before, second, first = page.partition("## On a GPU")[2].partition("## Not run")[0].split("**ceilings (run of ")
+    assert "| copy on the device, TB/s | 2.75 | 3.0 |" in second
+    assert second.startswith("2026-11-21 10:30 UTC)")
+    assert "empty node: failed: RuntimeError: no" in second
+    assert "| empty node of a graph, µs | 0.75 |" in first  # what the later run did not measure
+    assert first.startswith("2026-11-20 10:30 UTC, rows that the later run does not have)")
+    assert "- Run of 2026-11-20 10:30 UTC, 0 s: ceilings, tests. " in before
 
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -2,19 +2,21 @@
 
 python tests/benchmarks/gpu_results.py DIR [DIR...]
 
-Of several runs, a part of a later one replaces the same part of an earlier one. A run that was killed is read from its
-rows.jsonl, which has every row that was measured.
+Of several runs, given in the order in which they ran, a later one's rows replace the same rows of earlier ones; rows
+that only an earlier run has stay, and the text says which run each table is from. A run that was killed is read from
+its rows.jsonl, which has every row that was measured.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gpu.parts import PARTS
 from gpu.rows import read
-from gpu.tables import as_markdown, goal_table, states, tables_of
+from gpu.tables import LOST, as_markdown, goal_table, identity, states, tables_of
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- gpu_results.py: begin -->", "<!-- gpu_results.py: end -->"
@@ -27,8 +29,9 @@ def document_of(folder: Path) -> dict[str, Any]:
         document = json.loads(whole.read_text(encoding="utf-8"))
     else:
         first = next((row for row in rows if row["part"] == "probe"), {})
+        begun = first.get("begun", f"an unknown time, in {folder.name}")
         document = {
-            "command": "", "begun": "at an unknown time", "seconds": 0.0, "budget": 0.0, "refused": {}, "libraries": {},
+            "command": "", "begun": begun, "seconds": 0.0, "budget": 0.0, "refused": {}, "libraries": {},
             "dry run": first.get("gpu") is None,
             "parts": [{"number": part.number, "name": part.name, "settles": part.settles, "state": "interrupted"}
                       for part in PARTS if not part.hidden],
@@ -36,18 +39,65 @@ def document_of(folder: Path) -> dict[str, Any]:
     for part in document["parts"]:
         part["rows"] = [{k: v for k, v in row.items() if k != "part"} for row in rows if row["part"] == part["name"]]
         part["begun"] = document["begun"]
+        for row in part["rows"]:
+            row["run"] = document["begun"]
     return document
 
 
+WHOLE = ("tests",)
+"""Parts that a later run replaces as they are: a test that failed once, and is not mentioned any more, passes."""
+
+
 def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last run, with the parts of earlier ones that it did not measure."""
-    parts = {part["name"]: part for document in documents for part in document["parts"] if part["rows"]}
+    """The last run, with the parts and rows of earlier ones that it did not measure."""
+    parts: dict[str, dict[str, Any]] = {}
+    for document in documents:
+        for part in document["parts"]:
+            if part["rows"]:
+                earlier = parts.get(part["name"], {"rows": []})["rows"]
+                parts[part["name"]] = part | {"rows": part["rows"] + _only_in(earlier, part)}
     order = [part.name for part in PARTS]
     return documents[-1] | {
-        "commands": [document["command"] for document in documents],
+        "runs": [
+            {"begun": document["begun"], "command": document["command"], "seconds": document["seconds"]}
+            for document in documents
+        ],
         "seconds": sum(document["seconds"] for document in documents),
         "parts": sorted(parts.values(), key=lambda part: order.index(part["name"])),
     }
+
+
+def _only_in(earlier: list[dict[str, Any]], part: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measured rows of earlier runs that a later one has not measured again."""
+    if part["name"] in WHOLE:
+        return []
+    measured = [row for row in part["rows"] if not LOST & set(row)]
+    again = {identity(row) for row in measured}
+    left = []
+    for row in earlier:
+        if LOST & set(row):
+            continue
+        if identity(row) not in again:
+            left.append(row)
+        elif part["name"] == "training":  # a row is about several models, and a later run may have split them
+            now = {name for other in measured if other.get("how") == row.get("how") for name in other.get("ms", {})}
+            if names := set(row.get("ms", {})) - now:
+                left.append({key: _of(names, value) for key, value in row.items()})
+    return left
+
+
+def _of(names: set[str], value: Any) -> Any:
+    return {name: each for name, each in value.items() if name in names} if isinstance(value, dict) else value
+
+
+def _told(begun: str) -> str:
+    """A run's time, as it is written: ``2026-11-26 15:45 UTC``."""
+    return begun[:16].replace("T", " ") + " UTC" if begun[:1].isdigit() else begun
+
+
+def _runs(part: dict[str, Any]) -> list[str]:
+    """When the runs began that a part's rows are from, the latest first."""
+    return list(dict.fromkeys(row["run"] for row in part["rows"]))
 
 
 def section(document: dict[str, Any]) -> str:
@@ -55,14 +105,23 @@ def section(document: dict[str, Any]) -> str:
     ceilings = next((part["rows"] for part in document["parts"] if part["name"] == "ceilings"), [])
     machine = next((row for row in ceilings if row.get("what") == "machine" and "versions" in row), {})
     about = f"{machine.get('gpu', 'a CPU')}, driver {machine.get('driver')}, CUDA {machine.get('cuda')}, PyTorch "
-    about += (
-        f"{machine.get('versions', {}).get('torch')}; {document['begun'][:10]}. Raw data: `results/gpu_suite.json`."
-    )
-    lines = [*dict.fromkeys(f"`{command}`" for command in document["commands"] if command), "", about, ""]
-    lines += as_markdown(goal_table(document)) + as_markdown(states(document))
+    about += f"{machine.get('versions', {}).get('torch')}. Raw data: `results/gpu_suite.json`."
+    lines = [about, ""]
+    for run in document["runs"]:
+        names = ", ".join(part["name"] for part in document["parts"] if run["begun"] in _runs(part))
+        lines.append(f"- Run of {_told(run['begun'])}, {run['seconds']:.0f} s: {names}. `{run['command']}`")
+    found = states(document)
+    found = replace(found, title=f"{found.title.partition(';')[0]}; each of the latest run that has it")
+    lines += ["", *as_markdown(goal_table(document)), *as_markdown(found)]
     for part in document["parts"]:
-        for table in tables_of(part):
-            lines += as_markdown(table)
+        runs = _runs(part)
+        for begun in runs:
+            rows = [row for row in part["rows"] if row["run"] == begun]
+            for table in tables_of(part | {"rows": rows}):
+                where = f"run of {_told(begun)}"
+                if begun != runs[0]:
+                    where += ", rows that the later run does not have"
+                lines += as_markdown(replace(table, title=f"{table.title} ({where})"))
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -21,13 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gpu.parts import BESIDE, NAMES, PARTS, PROBE, WARM_UP, Part
+from gpu.parts import BESIDE, NAMES, PARTS, PROBE, WARM_UP, Part, groups
 from gpu.programs import programs
 from gpu.rows import append, read
 from gpu.tables import table
@@ -35,8 +35,10 @@ from gpu.tables import table
 ROOT = Path(__file__).parents[2]
 CLOSING = 4.0
 """Seconds kept for the table."""
-MOST_PROGRAMS = 6
+MOST_PROGRAMS = 8
 """Programs that are compiled ahead at the same time."""
+COMPILE_THREADS = "4"
+"""Of each of them: Inductor would start as many as there are cores. What it caches does not depend on that."""
 
 
 class Interrupted(BaseException):
@@ -64,6 +66,8 @@ class Process:
         environment = os.environ | {"EVIT_DEPLOY_KERNEL": str(first) if first else "none", "PYTHONUNBUFFERED": "1"}
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
+        if target == WARM_UP:
+            environment["TORCHINDUCTOR_COMPILE_THREADS"] = COMPILE_THREADS
         self.scratch = Path(tempfile.mkdtemp(prefix="gpu-suite-"))
         command += ["--scratch", str(self.scratch)]
         with (options.out / "log.txt").open("ab") as log:
@@ -111,8 +115,9 @@ class Suite:
         self.rows_path, self.log_path = options.out / "rows.jsonl", options.out / "log.txt"
         self.states: dict[str, dict[str, Any]] = {part.name: {"state": "not run"} for part in parts}
         self.running: list[Process] = []
-        self.ahead: list[Process] = []
-        self.programs: list[str] | None = None
+        self.ahead: dict[Process, str] = {}
+        self.programs: list[str] = []
+        self.compiled: set[str] = set()
         self.refused: dict[str, str] = {}
 
     @property
@@ -129,9 +134,9 @@ class Suite:
     def finish(self, process: Process) -> None:
         """Ends a process that was started."""
         process.end()
-        for group in (self.running, self.ahead):
-            if process in group:
-                group.remove(process)
+        self.ahead.pop(process, None)
+        if process in self.running:
+            self.running.remove(process)
 
     def probe(self) -> int:
         """Asks whether there is a GPU and which libraries run on it; an exit code, 0 to go on."""
@@ -153,37 +158,47 @@ class Suite:
         return 0
 
     def run(self) -> None:
-        """All parts, as far as the budget goes."""
-        scale = max(1.0, 0.95 * self.left / max(sum(part.seconds for part in self.parts), 1))
-        waiting = self.start(self.parts[0]) if self.parts else None
-        for index, part in enumerate(self.parts):
-            process, waiting = waiting or self.start(part), None
-            if self.left < min(part.seconds, 5):
-                self.finish(process)
+        """All parts, as far as the budget goes; what one leaves over is shared out among those that follow."""
+        waiting: list[Process] = []
+        rest = groups(self.parts)
+        while rest:
+            group, *rest = rest
+            processes, waiting = waiting or [self.start(part) for part in group], []
+            if self.left < min(5, *(part.seconds for part in group)):
+                waiting = processes
                 break
-            self._background(part)
-            following = self.parts[index + 1 : index + 2]
-            waiting = self.start(following[0]) if following else None
-            self._run_part(part, process, part.seconds * scale)
+            self._background(group, rest)
+            wanted = sum(max(part.seconds for part in parts) for parts in (group, *rest))
+            scale = max(1.0, 0.95 * self.left / wanted)
+            waiting = [self.start(part) for part in rest[0]] if rest else []
+            self._run_group(dict(zip(group, processes, strict=True)), scale)
             self.write()
-            print(f"{part.number:>2} {part.name}: {_words(self.states[part.name])}; {self.left:.0f} s left", flush=True)
-        if waiting is not None:
-            self.finish(waiting)
+            for part in group:
+                words = _words(self.states[part.name])
+                print(f"{part.number:>2} {part.name}: {words}; {self.left:.0f} s left", flush=True)
+        for process in waiting:
+            self.finish(process)
         self._stop_background()
 
-    def _run_part(self, part: Part, process: Process, seconds: float) -> None:
-        seconds = min(seconds, self.left)
-        state = self.states[part.name]
-        begun = time.monotonic()
-        end = begun + min(seconds + self.options.grace, max(self.left, 1))
-        state |= {"state": "interrupted", "seconds": None}
-        append(self.log_path, f"==== {part.name}")
-        process.begin(seconds)
-        code = None
-        while code is None and time.monotonic() < end:
-            code = process.wait(min(0.5, end - time.monotonic()))
+    def _run_group(self, group: dict[Part, Process], scale: float) -> None:
+        """Runs parts at the same time, each until its deadline."""
+        begun, ends = time.monotonic(), {}
+        for part, process in group.items():
+            append(self.log_path, f"==== {part.name}")
+            seconds = min(part.seconds * scale, self.left)
+            ends[part] = begun + min(seconds + self.options.grace, max(self.left, 1))
+            self.states[part.name] |= {"state": "interrupted", "seconds": None}
+            process.begin(seconds)
+        while ends:
             self._refill()
-        self.finish(process)
+            for part, end in list(ends.items()):
+                code = group[part].wait(min(0.3, end - time.monotonic()))
+                if code is not None or time.monotonic() >= end:
+                    self.finish(group[part])
+                    self._note(part, code, begun, ends.pop(part))
+
+    def _note(self, part: Part, code: int | None, begun: float, end: float) -> None:
+        state = self.states[part.name]
         state["seconds"] = round(time.monotonic() - begun, 1)
         if code is None:
             state["state"] = f"ended at its deadline of {end - begun:.0f} s"
@@ -192,25 +207,36 @@ class Suite:
         else:
             state["state"] = "done"
 
-    def _background(self, part: Part) -> None:
+    def _background(self, group: list[Part], rest: list[list[Part]]) -> None:
         """Compiles ahead beside parts whose times are not measured; nothing runs beside the others."""
-        if not self.options.warm_up:
+        if all(part.name in BESIDE for part in group):
+            following = {part.name for parts in rest for part in parts} if self.options.warm_up else set()
+            known = self.compiled | set(self.ahead.values())
+            self.programs = [name for name in programs(following, toy=self.options.dry_run) if name not in known]
             return
-        if part.name not in BESIDE:
-            self._stop_background()
-        elif self.programs is None:
-            self.programs = programs({part.name for part in self.parts}, toy=self.options.dry_run)
+        # Those that are nearly ready are waited for: in the part itself they would be compiled one by one.
+        end = time.monotonic() + min(self.options.warm_up_wait, self.left / 10)
+        while (self.ahead or self.programs) and time.monotonic() < end:
+            self._refill()
+            time.sleep(0.2)
+        self._stop_background()
 
     def _refill(self) -> None:
-        for process in [one for one in self.ahead if one.process.poll() is not None]:
-            self.finish(process)
+        for process, name in list(self.ahead.items()):
+            if (code := process.process.poll()) is not None:
+                self.compiled.add(name)
+                how = "compiled ahead" if code == 0 else f"not compiled ahead (exit {code})"
+                print(f"   {how}: {name}, {time.monotonic() - self.started:.0f} s after the start", flush=True)
+                self.finish(process)
         while self.programs and len(self.ahead) < MOST_PROGRAMS:
-            process = Process(self, "warm-up", WARM_UP, self.programs.pop(0))
+            name = self.programs.pop(0)
+            process = Process(self, "warm-up", WARM_UP, name)
             process.begin(300)
-            self.ahead.append(process)
+            self.ahead[process] = name
 
     def _stop_background(self) -> None:
-        for process in list(self.ahead):
+        for process, name in list(self.ahead.items()):
+            print(f"   not compiled ahead: {name}", flush=True)
             self.finish(process)
         self.programs = []
 
@@ -261,6 +287,7 @@ def _words(state: dict[str, Any]) -> str:
 
 def child(options: argparse.Namespace, libraries: dict[str, Path]) -> None:
     """Imports the part, waits for the word, runs it; ends when the suite does."""
+    import gc
     import importlib
     import threading
 
@@ -277,12 +304,25 @@ def child(options: argparse.Namespace, libraries: dict[str, Path]) -> None:
     if not word:
         return
     threading.Thread(target=_end_with_the_suite, daemon=True).start()
+    gc.collect()
+    gc.freeze()  # what was imported stays: a collection before each CUDA graph would go through it again
     rows = Rows(options.out / "rows.jsonl", options.child, float(word))
     if options.dry_run:
         torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = True  # as in the product's runtimes and training, and in the official code
     device = DEVICES["cpu" if options.dry_run else "cuda"]()
     job = Job(rows, device, options.dry_run, libraries, options.scratch)
-    run(job, *([options.argument] if options.argument else []))
+    with _on_the_cpu(libraries) if options.dry_run and options.child != PROBE.name else nullcontext():
+        run(job, *([options.argument] if options.argument else []))
+
+
+def _on_the_cpu(libraries: dict[str, Path]) -> AbstractContextManager[None]:
+    """In a dry run the kernels run too, of the host library if there is one, as they would on a GPU."""
+    from evit_deploy.tokens import operator
+    from evit_deploy.tokens.kernel import TokenReorgKernel
+
+    path = next(iter(libraries.values()), None)
+    return nullcontext() if path is None else operator.using(TokenReorgKernel(path), "cpu")
 
 
 def _end_with_the_suite() -> None:
@@ -315,7 +355,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=520, help="seconds for everything [default: 520]")
     parser.add_argument("--out", type=Path, help="folder for the results")
-    parser.add_argument("--only", type=_names, metavar="PART,...")
+    parser.add_argument("--only", type=_names, metavar="PART,...", help="these parts, in this order")
     parser.add_argument("--skip", type=_names, metavar="PART,...", default=[])
     parser.add_argument("--list", action="store_true", help="the parts, what they settle and take")
     parser.add_argument("--dry-run", action="store_true", help="every part at toy size on the CPU")
@@ -324,6 +364,10 @@ def _options() -> argparse.Namespace:
         "--grace", type=float, default=12, help="seconds a part gets beyond its own, to finish a row [default: 12]"
     )
     parser.add_argument("--no-warm-up", dest="warm_up", action="store_false", help="compile nothing ahead")
+    parser.add_argument(
+        "--warm-up-wait", type=float, default=20, metavar="SECONDS",
+        help="how long to wait for what is being compiled ahead before a part that is timed [default: 20]",
+    )  # fmt: skip
     for name in ("--child", "--target", "--argument"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)

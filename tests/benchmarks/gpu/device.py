@@ -1,6 +1,7 @@
 """Where the parts run: a CUDA device with its events and graphs, or the CPU in a dry run, which has neither."""
 
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 WARM_UP_CALLS = 3
+FEWEST = 11
+"""Rounds of which a median and its interval are made."""
 Run = Callable[[], Any]
 
 
@@ -136,8 +139,12 @@ class Replay:
         return self.run()
 
 
-def in_turns(device: Device, runs: Mapping[str, Run], rounds: int, calls: int = 1) -> dict[str, list[float]]:
+def in_turns(
+    device: Device, runs: Mapping[str, Run], rounds: int, calls: int = 1, until: float = math.inf
+) -> dict[str, list[float]]:
     """Milliseconds of each run in every round, in an order drawn anew each round, so that a drift slows all alike.
+
+    At the time ``until`` (of ``time.monotonic``) no further round begins, but there are at least :data:`FEWEST`.
 
     The first rounds warm up until 0.3 seconds have passed and the times of two rounds in a row differ by less than
     2 % (at most twice as long), because clocks rise under load.
@@ -151,7 +158,9 @@ def in_turns(device: Device, runs: Mapping[str, Run], rounds: int, calls: int = 
             break
         last = total
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for index in range(rounds):
+        if index >= FEWEST and time.monotonic() > until:
+            break
         for name in shuffled.sample(list(runs), len(runs)):
             times[name].append(device.milliseconds(runs[name], calls))
     return times

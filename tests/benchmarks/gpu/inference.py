@@ -11,7 +11,7 @@ from .compiling import compiled
 from .device import Run, in_turns
 from .job import Job, median, ratio
 from .programs import BATCHES
-from .variants import Variant, kernel_calls, made, seeded
+from .variants import Variant, compiled_calls, kernel_calls, made, seeded
 
 SMALL, BASE, LARGE = "deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_384"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -21,6 +21,8 @@ ALL = (*RATES, Variant(0.7, "body"), Variant(0.5, "body"), Variant(0.7, "slice")
 COMPILED = (DENSE, Variant(0.7), Variant(0.5))
 PAPER = tuple(Variant(rate, how) for how in ("evit", "official") for rate in (1, 0.7, 0.5))
 CALLS = 100
+SECONDS, FEW = 4.0, 1.5
+"""What a row may take from batch 128 on, and below; it has :data:`gpu.device.FEWEST` rounds in any case."""
 
 
 def images_for(model: Any, batch: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -43,18 +45,25 @@ def call(model: Any, images: torch.Tensor) -> Run:
 
 def compiled_call(job: Job, model: Any, images: torch.Tensor) -> Run:
     """The same through ``torch.compile`` with CUDA graphs, as the compiled runtime does."""
-    return call(compiled(model, toy=job.toy, graphs=True), images)
+    run = call(compiled(model, toy=job.toy, graphs=True), images)
+
+    def step() -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # nothing of the last call is used any more
+        return run()
+
+    return step
 
 
 # ---- CUDA graphs
 
 
 def measure_graphs(job: Job) -> None:
-    """DeiT-S in FP16 and BF16, at five batch sizes; then through ``torch.compile``, at two."""
+    """DeiT-S in FP16, through ``torch.compile`` and in BF16; what is most wanted first."""
     models = {"fp16": variants_of(SMALL, ALL, "fp16", job)}
-    keys = [("fp16", batch) for batch in ((2,) if job.toy else (128, 256, 1, 8, 64))]
-    keys += [("bf16", batch) for batch in ((1,) if job.toy else (128, 256, 1, 8, 64))]
-    keys += [("compiled", batch) for batch in ((1,) if job.toy else BATCHES)]  # last: it may take longer than there is
+    keys: list[tuple[str, int]] = [("fp16", 2), ("compiled", 1), ("bf16", 1)]
+    if not job.toy:
+        keys = [("fp16", 128), ("fp16", 256), *(("compiled", batch) for batch in BATCHES)]
+        keys += [*(("fp16", batch) for batch in (1, 8, 64)), *(("bf16", batch) for batch in (128, 256, 1, 8, 64))]
     for dtype, batch in job.rows.in_time(keys, reserve=3):
         with job.rows.attempt(model=SMALL, dtype=dtype, batch=batch):
             if dtype == "compiled":
@@ -68,13 +77,15 @@ def measure_graphs(job: Job) -> None:
 
 def graph_row(job: Job, models: dict[str, Any], batch: int) -> dict[str, Any]:
     """All models in CUDA graphs on the same resident images, in turns."""
-    parameter = next(models["dense"].parameters())
+    started, parameter = time.monotonic(), next(models["dense"].parameters())
     images = images_for(models["dense"], batch, parameter.dtype, job.device.name)
     runs, logits = {}, {}
     for name, model in models.items():
         runs[name] = job.device.capture([call(model, images)])
         logits[name] = runs[name].kept[0].float().clone()
-    row = times_row(job, runs, batch)
+    captured = time.monotonic() - started
+    row = times_row(job, runs, batch, started)
+    row["seconds"] = [round(captured, 1), round(time.monotonic() - started - captured, 1)]  # captures, times
     row["kernel calls"] = {name: kernel_calls(model, images) for name, model in models.items()}
     row["logit difference from body"] = {
         name: float((logits[name] - logits[f"{name} body"]).abs().max()) for name in logits if f"{name} body" in logits
@@ -82,13 +93,13 @@ def graph_row(job: Job, models: dict[str, Any], batch: int) -> dict[str, Any]:
     return row
 
 
-def times_row(job: Job, runs: dict[str, Run], batch: int) -> dict[str, Any]:
+def times_row(job: Job, runs: dict[str, Run], batch: int, started: float) -> dict[str, Any]:
     """Times in turns, and what follows from them: speed-up over dense, overhead over slice and over PyTorch's body."""
-    first = sum(job.device.milliseconds(run) for run in runs.values())
-    rounds = 3 if job.toy else int(min(max(2000 / first, 11), 101))
-    times = in_turns(job.device, runs, rounds)
+    until = started + (SECONDS if batch >= 128 else FEW)
+    times = in_turns(job.device, runs, 3 if job.toy else 101, until=until)
     dense = times["dense"]
-    row: dict[str, Any] = {"rounds": rounds, "ms": {name: round(median(v), 4) for name, v in times.items()}}
+    row: dict[str, Any] = {"rounds": len(dense), "ms": {name: round(median(v), 4) for name, v in times.items()}}
+    row["convolutions tried out"] = torch.backends.cudnn.benchmark
     row["images a second"] = {name: round(1e3 * batch / median(v), 1) for name, v in times.items()}
     row["speed-up"] = {name: ratio(dense, v) for name, v in times.items() if name != "dense"}
     for other in ("slice", "body", "official"):
@@ -101,17 +112,21 @@ def times_row(job: Job, runs: dict[str, Run], batch: int) -> dict[str, Any]:
 def _compiled_row(job: Job, models: dict[str, Any], batch: int) -> None:
     images = images_for(models["dense"], batch, torch.float16, job.device.name)
     runs: dict[str, Run] = {}
-    for variant in job.rows.in_time(COMPILED, reserve=3):
+    calls: dict[str, dict[str, int]] = {}
+    for variant in job.rows.in_time(COMPILED, reserve=0 if job.toy else 8):
         started = time.monotonic()
         with job.rows.attempt(model=SMALL, dtype="fp16", batch=batch, compiled=variant.name):
             run = compiled_call(job, models[variant.name], images)
-            for _ in range(4):  # compiles, records, replays
+            run()  # compiles
+            counted = compiled_calls(run)  # records
+            for _ in range(2):  # replays
                 run()
             job.device.synchronize()
-            runs[variant.name] = run
+            runs[variant.name], calls[variant.name] = run, counted
             print(f"compiled {variant.name} at {batch} in {time.monotonic() - started:.1f} s", flush=True)
     if "dense" in runs:
-        job.rows.add(model=SMALL, dtype="fp16", batch=batch, how="torch.compile", **times_row(job, runs, batch))
+        row = times_row(job, runs, batch, time.monotonic())
+        job.rows.add(model=SMALL, dtype="fp16", batch=batch, how="torch.compile", **row, **{"kernel calls": calls})
 
 
 # ---- the paper's protocol
@@ -126,7 +141,7 @@ def measure_paper(job: Job) -> None:
         job.rows.add(model=SMALL, dtype="tf32", batch=batch, **_eager_row(job, models, batch, calls, rounds))
     torch.set_float32_matmul_precision("highest")
     halves = variants_of(SMALL, PAPER, "fp16", job)
-    for size in job.rows.in_time((1, batch), reserve=6):
+    for size in job.rows.in_time((batch, 1), reserve=6):
         with job.rows.attempt(model=SMALL, dtype="fp16", batch=size):
             job.rows.add(model=SMALL, dtype="fp16", batch=size, **_eager_row(job, halves, size, calls, rounds))
 
@@ -148,7 +163,8 @@ def _eager_row(job: Job, models: dict[str, Any], batch: int, calls: int, rounds:
             times[name].append(1e3 * (time.perf_counter() - started) / calls)
     dense = times["dense"]
     return {
-        "calls": calls, "rounds": rounds, "ms": {name: round(median(v), 4) for name, v in times.items()},
+        "calls": calls, "rounds": rounds, "convolutions tried out": torch.backends.cudnn.benchmark,
+        "ms": {name: round(median(v), 4) for name, v in times.items()},
         "images a second": {name: round(1e3 * batch / median(v), 1) for name, v in times.items()},
         "speed-up": {name: ratio(dense, v) for name, v in times.items() if name != "dense"},
         "over its own dense": {

@@ -30,12 +30,13 @@ PARTS = (
     Part("2", "capture", 10, "the same in a CUDA graph, on two streams", "truth:check_capture"),
     Part("3", "sanitizers", 60, "memcheck on all cases, the other tools on a subset", "sanitizers:check"),
     Part("4", "bandwidth", 75, "the kernel against copy, PyTorch and an empty node", "bandwidth:measure"),
-    Part("5", "inference", 110, "DeiT-S reduced against dense and slice, in CUDA graphs", "inference:measure_graphs"),
-    Part("6", "paper", 45, "the paper's protocol: TF32, eager, batch 128", "inference:measure_paper"),
-    Part("7", "larger", 35, "DeiT-B at 128, ViT-L at 384 pixels", "inference:measure_larger"),
-    Part("8", "training", 55, "a training step in BF16 at batch 256", "training:measure"),
+    Part("5", "inference", 95, "DeiT-S reduced against dense and slice, in CUDA graphs", "inference:measure_graphs"),
+    Part("6", "paper", 42, "the paper's protocol: TF32, eager, batch 128", "inference:measure_paper"),
+    Part("7", "larger", 12, "DeiT-B at 128, ViT-L at 384 pixels", "inference:measure_larger"),
+    Part("8", "training", 60, "a training step in BF16 at batch 256", "training:measure"),
     Part("9", "tests", 50, "pytest -m gpu", "product:run_tests"),
-    Part("10", "commands", 75, "the command line as a user meets it", "product:run_commands"),
+    Part("10", "commands", 65, "the command line as a user meets it", "product:run_commands"),
+    Part("11", "profile", 20, "where the time of a forward pass goes, kernel by kernel", "profiling:measure"),
     Part("-", "hang", 2, "a part that hangs", "faults:hang", hidden=True),
     Part("-", "faulty", 5, "rows that run out of memory, fail, and go on", "faults:fail", hidden=True),
     Part("-", "missing", 5, "a part that cannot be imported", "nowhere:run", hidden=True),
@@ -47,4 +48,17 @@ PROBE = Part("-", "probe", 90, "whether there is a GPU, and which libraries run 
 """Comes before all others."""
 WARM_UP = "warm_up:compile_ahead"
 """Runs in the background beside these parts, whose times are not measured:"""
-BESIDE = ("truth", "capture", "sanitizers")
+BESIDE = ("truth", "capture", "sanitizers", "tests", "commands")
+TOGETHER = ("tests", "commands")
+"""Run at the same time where one comes right after the other."""
+
+
+def groups(parts: list[Part]) -> list[list[Part]]:
+    """The parts in their order, those that run at the same time together."""
+    found: list[list[Part]] = []
+    for part in parts:
+        if found and part.name in TOGETHER and found[-1][-1].name in TOGETHER:
+            found[-1].append(part)
+        else:
+            found.append([part])
+    return found

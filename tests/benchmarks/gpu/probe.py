@@ -1,6 +1,7 @@
 """Whether there is a GPU at all, and which of the kernel libraries run on it: asked in a process of its own."""
 
 import sys
+from datetime import UTC, datetime
 
 import torch
 
@@ -28,4 +29,5 @@ def look(job: Job) -> None:
             job.device.synchronize()
         except (EvitDeployError, RuntimeError) as error:
             refused[name] = str(error)
-    job.rows.add(gpu=compute_capability(), refused=refused)
+    begun = datetime.now(UTC).isoformat(timespec="seconds")
+    job.rows.add(gpu=compute_capability(), refused=refused, begun=begun)

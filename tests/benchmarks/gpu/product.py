@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree
 from collections import Counter
@@ -37,7 +38,7 @@ def run_tests(job: Job) -> None:
     command += ["--import-mode=importlib", "--show-capture=no", "--tb=short", "--durations=8", f"--junit-xml={told}"]
     # A file that needs a package which is not there says so, and the others run.
     command += ["--continue-on-collection-errors", *(f"--deselect={name}" for name in ELSEWHERE)]
-    exit_, said, seconds = _run(job, [*command, *chosen], reserve=1)
+    exit_, said, seconds = _run(job, [*command, *chosen], reserve=3)
     print(said[-12_000:], flush=True)
     if not told.is_file():
         job.rows.add(failed=f"pytest ended with {exit_}: {said[-TAIL:]}")
@@ -57,15 +58,16 @@ def _run(job: Job, command: list[str], reserve: float) -> tuple[int | None, str,
     """Exit code (``None``: it did not end in time), both outputs together, seconds."""
     started = time.monotonic()
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, timeout=max(job.rows.left - reserve, 1),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        code, said = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        code, said = None, error.stdout or b""
-    return code, said.decode(errors="replace"), round(time.monotonic() - started, 1)
+    with tempfile.TemporaryFile(dir=job.scratch) as said:  # not a pipe, which children of an ended command keep open
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=environment, timeout=max(job.rows.left - reserve, 1),
+                stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = None
+        said.seek(0)
+        return code, said.read().decode(errors="replace"), round(time.monotonic() - started, 1)
 
 
 def commands(job: Job) -> list[dict[str, list[str]]]:
@@ -94,7 +96,7 @@ def run_commands(job: Job) -> None:
     torch.save({"model": seeded(model, "cpu").state_dict()}, job.scratch / "deit_s.pth")
 
     def one(name: str, arguments: list[str]) -> None:
-        code, said, seconds = _run(job, [sys.executable, "-m", "evit_deploy", *arguments], reserve=1)
+        code, said, seconds = _run(job, [sys.executable, "-m", "evit_deploy", *arguments], reserve=3)
         print(f"== evit-deploy {shlex.join(arguments)}\n{said[-6000:]}", flush=True)
         line = shlex.join(arguments).replace(str(job.scratch), ".").replace(f"{ROOT}/", "")
         job.rows.add(command=f"evit-deploy {line}", name=name, exit=code, seconds=seconds, tail=said[-TAIL:])

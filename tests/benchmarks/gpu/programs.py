@@ -1,4 +1,4 @@
-"""Programs that are compiled ahead, by name; those that are needed first stand first."""
+"""Programs that are compiled ahead, by name; those that take longest stand first."""
 
 RATES, BATCHES = 3, (128, 1)
 """Models that the parts compile (dense, 0.7, 0.5; in training the official structure last), and batch sizes."""
@@ -7,10 +7,10 @@ RATES, BATCHES = 3, (128, 1)
 def programs(parts: set[str], *, toy: bool) -> list[str]:
     """The programs of these parts; in a dry run one each."""
     named = {
-        "bandwidth": ["bandwidth"],
+        "training": [f"training {i}" for i in ((1,) if toy else range(RATES))],
         "inference": ["inference 1 1"]
         if toy
         else [f"inference {i} {batch}" for batch in BATCHES for i in range(RATES)],
-        "training": [f"training {i}" for i in ((1,) if toy else range(RATES))],
+        "bandwidth": ["bandwidth"],
     }
     return [program for part, those in named.items() if part in parts for program in those]

@@ -26,13 +26,13 @@ class Rows:
     """
 
     def __init__(self, path: Path, part: str, seconds: float) -> None:
-        self._path, self._part, self._end = path, part, time.monotonic() + seconds
+        self._path, self._part, self._begun, self._end = path, part, time.monotonic(), time.monotonic() + seconds
 
     def add(self, **row: Any) -> None:
-        """Writes a row down, and shows it in the log."""
+        """Writes a row down, and shows it in the log with the seconds since the part began."""
         line = json.dumps({"part": self._part, **row}, default=str)
         append(self._path, line)
-        print(line, flush=True)
+        print(f"{time.monotonic() - self._begun:.1f} s: {line}", flush=True)
 
     @property
     def left(self) -> float:

@@ -73,7 +73,7 @@ def states(document: dict[str, Any]) -> Table:
     """How each part ended."""
     lines = []
     for part in document["parts"]:
-        failed = sum(1 for row in part["rows"] if "failed" in row or "skipped" in row or "left_out" in row)
+        failed = sum(1 for row in part["rows"] if LOST & set(row))
         seconds = "" if part.get("seconds") is None else f"{part['seconds']:.0f}"
         lines.append((part["number"], part["name"], part["state"][:60], seconds, str(len(part["rows"])), str(failed)))
     header = ("#", "part", "state", "s", "rows", "not measured")
@@ -99,9 +99,22 @@ def tables_of(part: dict[str, Any]) -> list[Table]:
     return [*found, *([Table(f"{part['name']}: not measured", notes=[*lost[:12]])] if lost else [])]
 
 
+LOST = {"failed", "skipped", "left_out"}
+"""What a row has that was not measured."""
+NAMES = (
+    "library", "check", "name", "model", "how", "tool", "what", "dtype", "candidates", "channels", "batch", "again",
+    "shape", "offset", "compiled", "variant",
+)  # fmt: skip
+"""What tells a row from others of its part; the rest is what was measured."""
+
+
+def identity(row: dict[str, Any]) -> tuple[str, ...]:
+    """Which row it is, whatever was measured."""
+    return tuple(str(row.get(name)) for name in NAMES)
+
+
 def _key(row: dict[str, Any]) -> str:
-    names = ("library", "check", "model", "how", "tool", "what", "dtype", "candidates", "channels", "batch", "compiled")
-    return " ".join(str(row[name]) for name in names if name in row) or "part"
+    return " ".join(str(row[name]) for name in NAMES if name in row and name != "again") or "part"
 
 
 # ---- numbers
@@ -147,7 +160,7 @@ def _ceilings(rows: Rows) -> list[Table]:
             lines.append((f"host to device, {by['bus'].get('batch')} images, {name}", number(value), predicted))
     about = [f"{machine.get('gpu', 'CPU')}, driver {machine.get('driver')}, {machine.get('versions')}"]
     about += machine.get("clocks", []) if isinstance(machine.get("clocks"), list) else []
-    return [Table("ceilings", ("what", "measured", "predicted"), lines, about)]
+    return [Table("ceilings", ("what", "measured", "predicted"), lines, about if machine else [])]
 
 
 def _truth(rows: Rows, title: str = "truth: the kernel against the oracle and the host's bits") -> list[Table]:
@@ -260,10 +273,33 @@ def _graph_notes(rows: Rows) -> list[str]:
         "predicted: FP16 at 128 dense 5 ms, 0.7 3.4 ms (1.45 to 1.5), 0.5 2.7 ms; at 1 dense 0.5 to 0.6 ms, 0.7 gains "
         "little. Published, A100, FP16, batch 1024: dense 5,039 img/s"
     ]
-    calls = [row["kernel calls"] for row in rows if "kernel calls" in row]
-    if calls:
-        notes.append(f"calls of the kernel in a forward pass: {calls[0]}")
-    return notes
+    return notes + _tried(rows) + _calls(rows)
+
+
+def _tried(rows: Rows) -> list[str]:
+    """Whether cuDNN tried out its convolutions; earlier runs did not let it."""
+    known = {row.get("convolutions tried out", False) for row in rows if not LOST & set(row)}
+    return [_CONVOLUTIONS[known.pop()]] if len(known) == 1 else []
+
+
+_CONVOLUTIONS = {
+    True: "cuDNN tried out its convolutions (torch.backends.cudnn.benchmark), as in the product's runtimes",
+    False: "cuDNN took its first choice of convolution (torch.backends.cudnn.benchmark was off)",
+}
+
+
+def _calls(rows: Rows) -> list[str]:
+    """Calls of our operators: each answer once, with where it was seen first."""
+    notes: dict[str, str] = {}
+    for row in rows:
+        if "kernel calls" in row:
+            told = "; ".join(
+                f"{name} {', '.join(f'{count} {op}' for op, count in calls.items()) or 'none'}"
+                if isinstance(calls, dict) else f"{name} {calls}"  # only the kernel's were counted once
+                for name, calls in row["kernel calls"].items()
+            )  # fmt: skip
+            notes.setdefault(told, f"calls of our operators in a forward pass ({_key(row)}): {told}")
+    return list(notes.values())
 
 
 def _paper(rows: Rows) -> list[Table]:
@@ -284,11 +320,15 @@ def _paper(rows: Rows) -> list[Table]:
             ))  # fmt: skip
     header = ("", "batch", "rate", "img/s", "over dense", "official, img/s", "over its dense", "official / ours",
               "paper, img/s", "paper")  # fmt: skip
-    return [Table("eager, a hundred calls and one synchronisation (the paper's protocol in TF32)", header, lines)]
+    return [
+        Table(
+            "eager, a hundred calls and one synchronisation (the paper's protocol in TF32)", header, lines, _tried(rows)
+        )
+    ]
 
 
 def _larger(rows: Rows) -> list[Table]:
-    notes = ["Paper, DeiT-B, A100: 0.7 1.59, 0.5 1.92"]
+    notes = ["Paper, DeiT-B, A100: 0.7 1.59, 0.5 1.92", *_tried(rows)]
     return [Table("larger models in CUDA graphs, FP16", _GRAPH_HEADER, _graph_lines(rows), notes)]
 
 
@@ -302,8 +342,9 @@ def _training(rows: Rows) -> list[Table]:
                  number(row["ms the host takes to start one"][name], 1))
                 for name in row["ms"]
             ]  # fmt: skip
-        elif "calls" in row:
+        elif isinstance(row.get("calls"), dict):
             notes.append(f"calls of the kernel in a forward pass: {row['calls']}")
+    notes += _tried([row for row in rows if "speed-up" in row]) + _calls(rows)
     header = ("", "model", "ms", "img/s", "over dense", "MB of a step", "host, ms")
     return [Table("a training step, BF16 autocast, resident bytes", header, lines, notes)]
 
@@ -325,8 +366,50 @@ def _commands(rows: Rows) -> list[Table]:
     return [Table("as a user", ("command", "exit", "s", "said last"), lines)]
 
 
+def _profile(rows: Rows) -> list[Table]:
+    measured = [row for row in rows if "ms of kernels" in row]
+    if not measured:
+        return []
+    kinds = list(measured[0]["microseconds"])
+    lines = []
+    for row in measured:
+        times = (number(row[name], 3) for name in ("ms in a graph", "ms of kernels", "ms between them"))
+        each = (f"{row['microseconds'][kind]:,.0f} ({row['calls'][kind]:.0f})" for kind in kinds)
+        lines.append((row["variant"], str(row["batch"]), *times, *each))
+    header = ("", "batch", "graph, ms", "kernels, ms", "between, ms", *kinds)
+    sources = sorted({row["durations of"] for row in measured})
+    notes = [f"microseconds (calls) of one forward pass; durations of: {', '.join(sources)}", *_tried(measured)]
+    large = [row for row in measured if row["batch"] == max(row["batch"] for row in measured)]
+    found = [Table("where the time of a forward pass goes, DeiT-S, FP16", header, lines, notes), _layers(large)]
+    for row in large:
+        if row["variant"] == "0.7":
+            longest = [(number(one["microseconds"], 0), number(one["calls"], 0), one["kind"], one["name"])
+                       for one in row["longest"]]  # fmt: skip
+            title = f"the longest kernels, 0.7 at batch {row['batch']}"
+            found.append(Table(title, ("µs", "calls", "kind", "name"), longest))
+    return found
+
+
+def _layers(rows: Rows) -> Table:
+    """Microseconds of one block's attention and linear layers by how many tokens they see."""
+    lines, seen = [], set()
+    for row in rows:
+        for tokens in dict.fromkeys(key.rpartition(" ")[2] for key in row["linear"] if not key.startswith("head")):
+            if tokens in seen:
+                continue
+            seen.add(tokens)
+            each = [one["microseconds"] for one in row["attention"] if str(one["tokens"]) == tokens]
+            layers = [row["linear"].get(f"{name} at {tokens}") for name in ("qkv", "proj", "fc1", "fc2")]
+            lines.append((
+                row["variant"], tokens, number(sum(each) / len(each) if each else None, 1),
+                *("–" if one is None else f"{one['microseconds']:,.1f} ({one['teraflops']:,.0f})" for one in layers),
+            ))  # fmt: skip
+    title = f"attention and linear layers of one block by tokens, batch {rows[0]['batch']}: µs (TFLOP/s)"
+    return Table(title, ("seen in", "tokens", "attention", "qkv", "proj", "fc1", "fc2"), lines)
+
+
 _TABLES: dict[str, Callable[[Rows], list[Table]]] = {
     "ceilings": _ceilings, "truth": _truth, "capture": _capture, "sanitizers": _sanitizers, "bandwidth": _bandwidth,
     "inference": _graphs, "paper": _paper, "larger": _larger, "training": _training, "tests": _tests,
-    "commands": _commands,
+    "commands": _commands, "profile": _profile,
 }  # fmt: skip

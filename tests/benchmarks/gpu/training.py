@@ -11,10 +11,11 @@ from .compiling import compiled
 from .device import Run, in_turns
 from .inference import SMALL
 from .job import Job, median, ratio
-from .variants import Variant, kernel_calls, made, seeded
+from .variants import Variant, compiled_calls, kernel_calls, made, seeded
 
-MODELS = (Variant(1), Variant(0.7), Variant(0.7, "body"), Variant(0.7, "official"), Variant(1, "official"))
-COMPILED = (Variant(1), Variant(0.7), Variant(0.7, "official"))
+DENSE, REDUCED = Variant(1), Variant(0.7)
+OTHERS = (Variant(0.7, "body"), Variant(0.7, "official"), Variant(1, "official"))
+COMPILED = (DENSE, REDUCED, Variant(0.7, "official"))
 BATCH = 256
 
 
@@ -62,30 +63,44 @@ def data(job: Job, model: Any) -> tuple[Tensor, Tensor]:
 
 
 def measure(job: Job) -> None:
-    """Eager, then compiled: times in turns, memory one by one."""
+    """Dense and 0.7: eager, then compiled; then the others against dense, and the official structure compiled."""
     dense = seeded(SMALL, job.device.name, toy=job.toy).train()
     images, labels = data(job, dense)
-    eager = {v.name: Step(made(dense, v, share=False), images, labels) for v in MODELS}
-    with job.rows.attempt(how="eager", batch=len(images)):
-        job.rows.add(how="eager", batch=len(images), **_row(job, eager))
-    with job.rows.attempt(how="kernel calls"):
+    _eager(job, dense, (DENSE, REDUCED), images, labels)
+    steps = _compile(job, dense, COMPILED[:2], images, labels)
+    if "dense" in steps:
+        with job.rows.attempt(how="compiled", batch=len(images)):
+            job.rows.add(how="compiled", batch=len(images), **_row(job, steps))
+    for others in job.rows.in_time((OTHERS,), reserve=0 if job.toy else 8):
+        _eager(job, dense, (DENSE, *others), images, labels, what="others")
+    if "dense" in steps and (more := _compile(job, dense, COMPILED[2:], images, labels)):
+        with job.rows.attempt(how="compiled", what="others", batch=len(images)):
+            row = _row(job, {"dense": steps["dense"], **more})
+            job.rows.add(how="compiled", what="others", batch=len(images), **row)
+
+
+def _eager(job: Job, dense: Any, variants: tuple[Variant, ...], images: Tensor, labels: Tensor, **key: str) -> None:
+    with job.rows.attempt(how="eager", **key, batch=len(images)):
+        steps = {v.name: Step(made(dense, v, share=False), images, labels) for v in variants}
         half = (images[:2].float() - 128) / 64
-        calls = {name: kernel_calls(step.forward, half) for name, step in eager.items()}
-        job.rows.add(how="kernel calls", calls=calls)
-    del eager
+        calls = {name: kernel_calls(step.forward, half) for name, step in steps.items()}
+        job.rows.add(how="eager", **key, batch=len(images), **_row(job, steps), **{"kernel calls": calls})
+    steps = {}
     job.device.release()
+
+
+def _compile(job: Job, dense: Any, variants: tuple[Variant, ...], images: Tensor, labels: Tensor) -> dict[str, Run]:
     steps: dict[str, Run] = {}
-    for variant in job.rows.in_time(COMPILED, reserve=0 if job.toy else 5):
+    for variant in job.rows.in_time(variants, reserve=0 if job.toy else 8):
         started = time.monotonic()
         with job.rows.attempt(how="compiled", model=variant.name):
             step = compiled_step(job, dense, variant, images, labels)
             step()
+            counted = compiled_calls(step)
             job.device.synchronize()
             steps[variant.name] = step
-            print(f"compiled {variant.name} in {time.monotonic() - started:.1f} s", flush=True)
-    if "dense" in steps:
-        with job.rows.attempt(how="compiled", batch=len(images)):
-            job.rows.add(how="compiled", batch=len(images), **_row(job, steps))
+            print(f"compiled {variant.name}, which calls {counted}, in {time.monotonic() - started:.1f} s", flush=True)
+    return steps
 
 
 def _row(job: Job, steps: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +119,7 @@ def _row(job: Job, steps: dict[str, Any]) -> dict[str, Any]:
         job.device.synchronize()
     times = in_turns(job.device, steps, 3 if job.toy else 7, calls=2)
     row: dict[str, Any] = {"ms": {name: round(median(v), 3) for name, v in times.items()}}
+    row["convolutions tried out"] = torch.backends.cudnn.benchmark
     row["images a second"] = {name: round(1e3 * batch / median(v), 1) for name, v in times.items()}
     row["speed-up"] = {name: ratio(times["dense"], v) for name, v in times.items() if name != "dense"}
     row["megabytes of a step"], row["ms the host takes to start one"] = memory, host

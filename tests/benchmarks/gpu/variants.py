@@ -1,18 +1,21 @@
 """The models that are compared: one set of seeded weights, and who reorganises the tokens and how."""
 
 import copy
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evit_deploy import TokenSpec, reduce_tokens_
+from evit_deploy.tokens import operator
 from evit_deploy.tokens.backbone import copy_sharing_weights
 from evit_deploy.tokens.evit import EViT
-from evit_deploy.tokens.op import reorganize, select
 from evit_deploy.tokens.reduce import TokenReducer
 
 TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
@@ -25,7 +28,7 @@ class Variant:
 
     Attributes:
         rate: Keep rate; 1 is dense.
-        how: ``evit`` (as the product does it), ``body`` (the same, reorganised by PyTorch's own operators), ``slice``
+        how: ``evit`` (as the product does it), ``body`` (the same by PyTorch's own operators), ``slice``
             (the first tokens stay, nothing is scored) or ``official`` (the structure of the released EViT code).
     """
 
@@ -40,14 +43,12 @@ class Variant:
 
 
 class BodyReducer(EViT):
-    """EViT whose tokens are reorganised by PyTorch's operators, whatever kernel there is."""
+    """EViT that scores and reorganises tokens by PyTorch's operators, whatever kernel there is; for eager calls."""
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`TokenReducer.forward`."""
-        assert self.plan.keep is not None
-        scores = self.scores(x, q, k)
-        kept = select(scores, self.plan.keep)
-        return reorganize(x, scores, kept, self.plan.fused, self.prefix), kept.to(torch.int32)
+        with operator.using(None, x.device):
+            return super().forward(x, q, k)
 
 
 class OfficialBlock(nn.Module):
@@ -124,19 +125,32 @@ def made(dense: Any, variant: Variant, *, share: bool = True) -> Any:
 
 
 class _Calls(TorchDispatchMode):
-    """Counts calls of our operators."""
+    """Counts calls of our operators by name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += str(getattr(func, "namespace", "")) == "evit"
+        namespace, _, name = str(func).partition(".")
+        if namespace == "evit":
+            self.counts[name.partition(".")[0]] += 1
         return func(*args, **(kwargs or {}))
 
 
-def kernel_calls(model: Any, images: Tensor) -> int:
-    """How often a forward pass calls the kernel through PyTorch's operator."""
+def kernel_calls(model: Any, images: Tensor) -> dict[str, int]:
+    """How often a forward pass calls the kernels, by name of PyTorch's operator; none is an empty dictionary."""
     with torch.no_grad(), _Calls() as calls:
         model(images)
-    return calls.count
+    return dict(calls.counts)
+
+
+def compiled_calls(run: Callable[[], Any]) -> dict[str, int]:
+    """The same of a compiled function, which no dispatch mode may enter: those that the profiler sees in a call.
+
+    A call that only replays a CUDA graph shows none.
+    """
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        run()
+    names = (event.name for event in seen.events() or ())
+    return dict(Counter(name.removeprefix("evit::") for name in names if name.startswith("evit::")))

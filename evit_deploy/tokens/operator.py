@@ -95,6 +95,8 @@ torch.library.register_autograd("evit::token_reorg", _gradients, setup_context=_
 
 @torch.library.impl("evit::class_scores", ("cpu", "cuda"))
 def _run_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor]:
+    # An address off the grid, which a compiled graph cannot be asked about, costs a copy.
+    q, k = (t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format) for t in (q, k))
     return _kernel_for(k).class_scores(q, k, scale, prefix)
 
 
@@ -141,7 +143,7 @@ def takes_scores(q: Tensor, k: Tensor) -> bool:
         return False
     grid = 16 // k.element_size()
     side_by_side = q.stride(-1) == 1 and k.stride(-1) == 1 and k.shape[-1] <= MOST_HEAD_WIDTH
-    on_grid = all(size % grid == 0 for t in (q, k) for size in (*t.stride()[:-1], t.shape[-1], t.storage_offset()))
+    on_grid = all(size % grid == 0 for t in (q, k) for size in (*t.stride()[:-1], t.shape[-1]))
     return side_by_side and on_grid and in_use(k.device)
 
 

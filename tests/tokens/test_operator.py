@@ -141,6 +141,13 @@ def test_the_score_row_has_the_gradients_of_the_operations_in_pytorch(in_use):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
+def test_keys_at_an_address_off_the_grid_are_copied_first(in_use):
+    q, k = queries_and_keys(1, 6, 2, 16, 1.0, "fp16")
+    room = torch.zeros(k.numel() + 1, dtype=k.dtype)
+    off = room[1:].view(k.shape).copy_(k)
+    assert torch.equal(class_scores(q, off, 0.3, 1), class_scores(q, k, 0.3, 1))
+
+
 def test_queries_and_keys_off_the_grid_are_left_to_pytorch(in_use):
     q, k = queries_and_keys(1, 6, 2, 12, 1.0, "fp16")  # 24 bytes a head
     assert not operator.takes_scores(q, k)

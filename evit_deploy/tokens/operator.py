@@ -139,7 +139,7 @@ def takes_scores(q: Tensor, k: Tensor) -> bool:
         q: ``[B, N, H, d]``.
         k: ``[B, N, H, d]``.
     """
-    if torch.compiler.is_exporting() or k.dtype not in DTYPES or q.dtype != k.dtype or k.shape[1] > MOST_CANDIDATES:
+    if k.dtype not in DTYPES or q.dtype != k.dtype or k.shape[1] > MOST_CANDIDATES:
         return False
     grid = 16 // k.element_size()
     side_by_side = q.stride(-1) == 1 and k.stride(-1) == 1 and k.shape[-1] <= MOST_HEAD_WIDTH
@@ -150,27 +150,23 @@ def takes_scores(q: Tensor, k: Tensor) -> bool:
 def takes(x: Tensor, scores: Tensor, prefix: int) -> bool:
     """Whether the kernel in use on this device computes such a call.
 
-    An export keeps PyTorch's operations: what reads its graph knows nothing of ours.
-
     Args:
         x: ``[B, prefix + N, C]``.
         scores: ``[B, N]``.
         prefix: Tokens in front that always stay.
     """
     fits = x.dtype in DTYPES and scores.dtype == torch.float32
-    return (
-        not torch.compiler.is_exporting()
-        and fits
-        and prefix <= MOST_PREFIX
-        and scores.shape[1] <= MOST_CANDIDATES
-        and in_use(x.device)
-    )
+    return fits and prefix <= MOST_PREFIX and scores.shape[1] <= MOST_CANDIDATES and in_use(x.device)
 
 
 @torch.compiler.assume_constant_result
 def in_use(device: torch.device) -> bool:
-    """Whether there is a kernel for tensors on a device; a compiled graph keeps the answer that it was made with."""
-    return kernel_on(device) is not None
+    """Whether there is a kernel for tensors on a device; a compiled graph keeps the answer that it was made with.
+
+    An export keeps PyTorch's operations: what reads its graph knows nothing of ours. That is asked in here, where
+    Dynamo does not look: that of PyTorch 2.11 takes ``is_exporting()`` for true while it compiles.
+    """
+    return not torch.compiler.is_exporting() and kernel_on(device) is not None
 
 
 def kernel_on(device: torch.device) -> TokenReorgKernel | None:

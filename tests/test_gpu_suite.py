@@ -192,7 +192,7 @@ def test_parts_run_in_the_order_asked_for_and_two_of_them_at_once(monkeypatch):
     together = names("commands tests training profile inference")
     assert together == [["commands", "tests"], ["training"], ["profile"], ["inference"]]
     assert names("tests paper commands") == [["tests"], ["paper"], ["commands"]]
-    assert set(together[0]) <= set(BESIDE)
+    assert not set(together[0]) & set(BESIDE)  # they compile programs of their own, and have no time to spare
 
 
 TRACE = [

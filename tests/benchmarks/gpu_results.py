@@ -9,6 +9,7 @@ its rows.jsonl, which has every row that was measured.
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,17 @@ def section(document: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def placeless(value: Any) -> Any:
+    """Without the folders of the machine that measured: ``--out DIR``, and scratch folders as ``.``."""
+    if isinstance(value, dict):
+        return {key: placeless(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [placeless(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"/\S*/gpu-suite-\w+", ".", re.sub(r"--out /\S+", "--out DIR", value))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="what gpu_suite.py wrote")
@@ -142,7 +154,7 @@ def main() -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         parser.error(f"{page}: the section's place is not marked: {BEGIN} ... {END}")
-    whole = merged(documents)
+    whole = placeless(merged(documents))
     raw = options.docs / "results" / "gpu_suite.json"
     raw.parent.mkdir(parents=True, exist_ok=True)
     raw.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

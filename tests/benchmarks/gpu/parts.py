@@ -34,8 +34,8 @@ PARTS = (
     Part("6", "paper", 42, "the paper's protocol: TF32, eager, batch 128", "inference:measure_paper"),
     Part("7", "larger", 12, "DeiT-B at 128, ViT-L at 384 pixels", "inference:measure_larger"),
     Part("8", "training", 60, "a training step in BF16 at batch 256", "training:measure"),
-    Part("9", "tests", 50, "pytest -m gpu", "product:run_tests"),
-    Part("10", "commands", 65, "the command line as a user meets it", "product:run_commands"),
+    Part("9", "tests", 150, "pytest -m gpu", "product:run_tests"),
+    Part("10", "commands", 150, "the command line as a user meets it", "product:run_commands"),
     Part("11", "profile", 20, "where the time of a forward pass goes, kernel by kernel", "profiling:measure"),
     Part("-", "hang", 2, "a part that hangs", "faults:hang", hidden=True),
     Part("-", "faulty", 5, "rows that run out of memory, fail, and go on", "faults:fail", hidden=True),
@@ -48,7 +48,7 @@ PROBE = Part("-", "probe", 90, "whether there is a GPU, and which libraries run 
 """Comes before all others."""
 WARM_UP = "warm_up:compile_ahead"
 """Runs in the background beside these parts, whose times are not measured:"""
-BESIDE = ("truth", "capture", "sanitizers", "tests", "commands")
+BESIDE = ("truth", "capture", "sanitizers")
 TOGETHER = ("tests", "commands")
 """Run at the same time where one comes right after the other."""
 

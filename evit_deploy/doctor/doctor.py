@@ -24,7 +24,7 @@ from evit_deploy.environment.requirements import (
     needed,
     version_of,
 )
-from evit_deploy.errors import MissingRequirement
+from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.progress import doing
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.targets.target import available
@@ -244,9 +244,28 @@ def _plugin() -> list[Finding]:
         found = Finding(PLUGIN, "library", None, False, fix="evit-deploy plugin build", note=note)
     return [
         found,
+        *_kernel(),
         _tool("nvcc", "nvcc", "Install NVIDIA's CUDA toolkit; it compiles the plugin."),
         _tool("CMake", "cmake", "pip install cmake"),
     ]
+
+
+def _kernel() -> list[Finding]:
+    """The kernel that PyTorch takes on this machine's GPU; nothing where there is none."""
+    import torch
+
+    from evit_deploy.tokens.operator import kernel_on
+
+    if not torch.cuda.is_available():
+        return []
+    fix = "evit-deploy plugin build --kernel-only"
+    try:
+        kernel = kernel_on(torch.device("cuda", torch.cuda.current_device()))
+    except (InputError, MissingRequirement) as error:
+        return [Finding(PLUGIN, "kernel", None, False, fix=fix, note=str(error))]
+    if kernel is None:
+        return [Finding(PLUGIN, "kernel", None, False, fix=fix, note="PyTorch uses operations of its own")]
+    return [Finding(PLUGIN, "kernel", f"{kernel.path}, in use by PyTorch", True)]
 
 
 def _tool(name: str, command: str, fix: str) -> Finding:

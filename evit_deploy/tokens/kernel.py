@@ -80,7 +80,7 @@ class TokenReorgKernel:
     """
 
     def __init__(self, library: Path) -> None:
-        self.identity = read_identity(library)
+        self.path, self.identity = library, read_identity(library)
         if self.identity.abi != ABI:
             raise InputError(
                 "the library has another interface", where=library, seen=self.identity.abi, wanted=ABI,

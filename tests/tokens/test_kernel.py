@@ -285,6 +285,28 @@ def test_a_library_says_what_it_is_before_it_is_loaded(tmp_path):
 # ---- with CUDA
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["g++-11", "g++-12", "g++-14", "clang++"])
+def test_other_compilers_build_a_kernel_with_the_same_bits(compiler):
+    plugin_builds.need("cmake", compiler)
+    arguments = "-DEVIT_CUDA=OFF", f"-DCMAKE_CXX_COMPILER={compiler}"
+    folder = plugin_builds.build(*arguments, targets=("evit_token_reorg_host",))
+    other = TokenReorgKernel(folder / "libevit_token_reorg_host.so")
+    for case in CASES[::5]:
+        for dtype in TORCH:
+            assert_same_bits(other(*call_of(case, dtype)), kernel()(*call_of(case, dtype)))
+
+
+@pytest.mark.nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["g++-11", "g++-12", "g++-14", "clang++"])
+def test_nvcc_takes_these_compilers(compiler, tmp_path):
+    plugin_builds.need("nvcc", compiler)
+    source = plugin_builds.PLUGINS / "token_reorg" / "kernel.cu"
+    arguments = "-ccbin", compiler, "-std=c++17", "-arch=sm_80", "-cubin", "-o", str(tmp_path / "kernel.cubin")
+    plugin_builds.run("nvcc", *arguments, str(source))
+
+
 @pytest.mark.nvcc
 @pytest.mark.slow
 def test_nvcc_compiles_every_architecture():

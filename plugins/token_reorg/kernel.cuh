@@ -173,7 +173,8 @@ inline Geometry choose_geometry(const EvitTokenReorgCall& call, int width, int m
   if (teams(lane_bits) < 2 * multiprocessors || chunks_of(kWidest) * 2 > chunks_of(kWidest - 1)) --lane_bits;
   if (teams(lane_bits) < multiprocessors / 2) lane_bits = kNarrowest;
   const int chunks = chunks_of(lane_bits);
-  const bool few = teams(lane_bits)<multiprocessors, long_ranking = call.candidates> kRun * kFan * kFan;
+  const bool few = teams(lane_bits) < multiprocessors;
+  const bool long_ranking = call.candidates > kRun * kFan * kFan;
   const int64_t most = 2 * multiprocessors;
   const int64_t each = long_ranking && teams(lane_bits) > most ? teams(lane_bits) / most : 1;
   const int tiles = divide_up(chunks, each < chunks ? static_cast<int>(each) : chunks);

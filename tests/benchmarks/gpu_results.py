@@ -127,14 +127,15 @@ def section(document: dict[str, Any]) -> str:
 
 
 def placeless(value: Any) -> Any:
-    """Without the folders of the machine that measured: ``--out DIR``, and scratch folders as ``.``."""
+    """Without the folders of the machine that measured: ``--out DIR``, scratch folders as ``.``, files by name."""
     if isinstance(value, dict):
         return {key: placeless(item) for key, item in value.items()}
     if isinstance(value, list):
         return [placeless(item) for item in value]
     if not isinstance(value, str):
         return value
-    return re.sub(r"/\S*/gpu-suite-\w+", ".", re.sub(r"--out /\S+", "--out DIR", value))
+    value = re.sub(r"/\S*/gpu-suite-\w+", ".", re.sub(r"--out /\S+", "--out DIR", value))
+    return re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+", "", value)
 
 
 def main() -> None:

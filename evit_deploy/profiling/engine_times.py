@@ -16,7 +16,7 @@ from evit_deploy.engines.layers import Layer
 from evit_deploy.engines.rtx_listing import plan_layers
 from evit_deploy.errors import InputError
 from evit_deploy.profiling.candidates import Candidate
-from evit_deploy.profiling.latency import joined, launch_bound, summaries, warnings_of
+from evit_deploy.profiling.clocks.latency import joined, launch_bound, summaries, warnings_of
 from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.report.report import BlockRow, LatencyRow, Report
 from evit_deploy.runtimes.runner import EngineRunner, Timings

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from evit_deploy.profiling.candidates import Candidate
-from evit_deploy.profiling.turns import Times
+from evit_deploy.profiling.clocks.turns import Times
 from evit_deploy.report.report import ProfileRow
 from evit_deploy.report.statistics import median_interval
 from evit_deploy.tokens.plan import TokenPlan

@@ -27,10 +27,10 @@ from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import DTYPES, set_precision
 from evit_deploy.models.identify import check_model_name
 from evit_deploy.profiling.candidates import Candidate
-from evit_deploy.profiling.gpu_times import measure_on_gpu
+from evit_deploy.profiling.clocks.gpu_times import measure_on_gpu
+from evit_deploy.profiling.clocks.turns import MINIMUM_ROUNDS, Times, random_feeds
 from evit_deploy.profiling.speedup import ratios_to_dense, row_of
 from evit_deploy.profiling.timing import measure_on_cpu
-from evit_deploy.profiling.turns import MINIMUM_ROUNDS, Times, random_feeds
 from evit_deploy.progress import doing
 from evit_deploy.recipe.options import BuildOptions
 from evit_deploy.recipe.recipe import Sweep

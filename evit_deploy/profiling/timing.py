@@ -1,8 +1,9 @@
 """All that is measured of candidates: who takes turns with whom, by which clock, at which batch sizes.
 
 Ratios are made of what was measured in the same round, and are medians over rounds. A row's figures are all of one
-clock: on a GPU compute (:mod:`evit_deploy.profiling.gpu_times`); on a CPU with one thread that thread's CPU time, which
-neighbours on the machine do not touch; with more threads wall time. Whole calls by the wall clock stand beside it.
+clock: on a GPU compute (:mod:`evit_deploy.profiling.clocks.gpu_times`); on a CPU with one thread that thread's CPU
+time, which neighbours on the machine do not touch; with more threads wall time. Whole calls by the wall clock stand
+beside it.
 
 What runs on the CPU and what runs on a GPU take turns among themselves: beside calls that take a hundred times as long
 there would be few rounds, and a GPU that is left idle in between lowers its clocks.
@@ -20,12 +21,12 @@ from evit_deploy.environment.nvidia import current_device
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.profiling.batch_sizes import sizes_for
 from evit_deploy.profiling.candidates import Candidate
+from evit_deploy.profiling.clocks.gpu_clocks import Watch, summarize_states
+from evit_deploy.profiling.clocks.gpu_times import measure_on_gpu
+from evit_deploy.profiling.clocks.turns import MINIMUM_ROUNDS, Times, in_turns, random_feeds
 from evit_deploy.profiling.engine_times import Timed, block_report, latency_report, launch_notes, time_parts
-from evit_deploy.profiling.gpu_clocks import Watch, summarize_states
-from evit_deploy.profiling.gpu_times import measure_on_gpu
 from evit_deploy.profiling.server_load import CLIENTS, measure_load
 from evit_deploy.profiling.speedup import hidden_gains, rows_of, verdict
-from evit_deploy.profiling.turns import MINIMUM_ROUNDS, Times, in_turns, random_feeds
 from evit_deploy.progress import doing, in_stages, stage
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import Report

@@ -20,6 +20,8 @@ from evit_deploy.environment.nvidia import GpuState
 from evit_deploy.errors import InputError
 from evit_deploy.profiling.batch_sizes import sizes_for
 from evit_deploy.profiling.candidates import Candidate, candidates_of
+from evit_deploy.profiling.clocks.gpu_clocks import summarize_states
+from evit_deploy.profiling.clocks.latency import summarize
 from evit_deploy.profiling.engine_times import (
     Timed,
     block_rows,
@@ -27,8 +29,6 @@ from evit_deploy.profiling.engine_times import (
     launch_notes,
     named_layers,
 )
-from evit_deploy.profiling.gpu_clocks import summarize_states
-from evit_deploy.profiling.latency import summarize
 from evit_deploy.profiling.profile import speed_gate
 from evit_deploy.profiling.speedup import verdict
 from evit_deploy.profiling.timing import measure_all

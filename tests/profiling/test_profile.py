@@ -17,10 +17,10 @@ from evit_deploy.bundle.manifest import DENSE, MODEL
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import INPUT
 from evit_deploy.profiling.candidates import Candidate, candidates_of
+from evit_deploy.profiling.clocks.turns import MINIMUM_ROUNDS, Times
 from evit_deploy.profiling.profile import profile, speed_gate
 from evit_deploy.profiling.speedup import hidden_gains, rows_of, verdict
 from evit_deploy.profiling.timing import measure, measure_all
-from evit_deploy.profiling.turns import MINIMUM_ROUNDS, Times
 from evit_deploy.recipe.options import ProfileOptions
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import ProfileRow, Report
@@ -78,7 +78,7 @@ def test_candidates_take_turns_and_do_not_always_follow_the_same_one():
 
 
 def test_a_duration_is_bounded_by_rounds(monkeypatch):
-    monkeypatch.setattr("evit_deploy.profiling.turns.MAXIMUM_ROUNDS", 7)
+    monkeypatch.setattr("evit_deploy.profiling.clocks.turns.MAXIMUM_ROUNDS", 7)
     runners = [Counting("a", [])]
     assert len(measure(runners, 1, duration=60.0, minimum_rounds=2)[0]) == 7
     assert len(measure(runners, 1, duration=1e-9, minimum_rounds=9)[0]) == 9

@@ -6,9 +6,9 @@ import torch
 
 from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import InputError, MissingRequirement, RecipeError
+from evit_deploy.profiling.clocks.turns import Times
 from evit_deploy.profiling.sweep import DENSE, Entry, Variant, _measured, sweep
 from evit_deploy.profiling.timing import SETTLE, measure_on_cpu
-from evit_deploy.profiling.turns import Times
 from evit_deploy.recipe.recipe import is_sweep, load_recipe, load_sweep
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan

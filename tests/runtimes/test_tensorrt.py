@@ -11,7 +11,7 @@ import torch
 from evit_deploy.engines.plan_file import misfit, read_header
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.profiling.latency import summaries
+from evit_deploy.profiling.clocks.latency import summaries
 from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes import tensorrt

@@ -5,7 +5,7 @@ import torch
 
 from evit_deploy.environment.nvidia import REASONS, GpuState, compute_capability, reasons_in_words, snapshot
 from evit_deploy.errors import MissingRequirement
-from evit_deploy.profiling.gpu_clocks import Watch, notes_on
+from evit_deploy.profiling.clocks.gpu_clocks import Watch, notes_on
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

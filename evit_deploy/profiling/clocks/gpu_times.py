@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from evit_deploy.profiling.turns import Times, in_turns
+from evit_deploy.profiling.clocks.turns import Times, in_turns
 from evit_deploy.runtimes.runner import Resident, Runner
 
 CALLS = 4

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from evit_deploy.export.card import LOGITS
-from evit_deploy.profiling.gpu_times import CALLS, WINDOW, compute_times, measure_on_gpu, warm_up
+from evit_deploy.profiling.clocks.gpu_times import CALLS, WINDOW, compute_times, measure_on_gpu, warm_up
+from evit_deploy.profiling.clocks.turns import random_feeds
 from evit_deploy.profiling.profile import profile
-from evit_deploy.profiling.turns import random_feeds
 from evit_deploy.recipe.options import ProfileOptions
 from evit_deploy.runtimes.eager import EagerRunner
 from evit_deploy.runtimes.resident import HostMark
@@ -63,7 +63,7 @@ def test_a_turn_is_read_after_one_wait_and_its_first_call_is_not_timed():
 
 
 def test_turns_are_drawn_anew_and_hold_compute_and_a_whole_call(monkeypatch):
-    monkeypatch.setattr("evit_deploy.profiling.gpu_times.LEAST", 0.0)
+    monkeypatch.setattr("evit_deploy.profiling.clocks.gpu_times.LEAST", 0.0)
     calls: list[str] = []
     runners = [Written("a", calls), Written("b", calls, tells=False), Written("c", calls)]
     times = measure_on_gpu(runners, random_feeds(runners, 2), duration=1e-9, minimum_rounds=30)
@@ -91,7 +91,7 @@ def falling(seconds: list[float], monkeypatch) -> int:
     def call() -> None:
         now[0] += left.pop(0) if len(left) > 1 else left[0]
 
-    monkeypatch.setattr("evit_deploy.profiling.gpu_times.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("evit_deploy.profiling.clocks.gpu_times.time.perf_counter", lambda: now[0])
     return warm_up(IdleRunner("a"), call)
 
 

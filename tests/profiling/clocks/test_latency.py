@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evit_deploy.errors import InputError
-from evit_deploy.profiling.latency import launch_bound, summaries, summarize, warnings_of
+from evit_deploy.profiling.clocks.latency import launch_bound, summaries, summarize, warnings_of
 from evit_deploy.runtimes.runner import Timings
 
 FINITE = st.floats(0, 1e6, allow_nan=False)

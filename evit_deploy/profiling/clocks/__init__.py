@@ -1,0 +1,1 @@
+"""What time is: calls in turns on each kind of device, a GPU's own time and clock rates, and latencies condensed."""

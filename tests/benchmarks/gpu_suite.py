@@ -225,8 +225,8 @@ class Suite:
         for process, name in list(self.ahead.items()):
             if (code := process.process.poll()) is not None:
                 self.compiled.add(name)
-                how = "compiled ahead" if code == 0 else f"not compiled ahead (exit {code})"
-                print(f"   {how}: {name}, {time.monotonic() - self.started:.0f} s after the start", flush=True)
+                if code != 0:
+                    print(f"   not compiled ahead (exit {code}): {name}", flush=True)
                 self.finish(process)
         while self.programs and len(self.ahead) < MOST_PROGRAMS:
             name = self.programs.pop(0)

@@ -7,28 +7,16 @@ import torch
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.tokens import operator
 from evit_deploy.tokens.evit import class_scores
-from evit_deploy.tokens.kernel import TokenReorgKernel
 from evit_deploy.tokens.library import ABI, KERNEL, Identity
 from evit_deploy.tokens.op import reorganize, select, token_reorg
-from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.tokens.reduce import reduce_tokens_
 from tests.support import oracle, plugin_builds
-from tests.support.cases import CASES, DTYPES
+from tests.support.cases import CASES
 from tests.support.op_checks import TORCH, check_answer, each_case, each_dtype, to_numpy, to_torch
+from tests.support.operators import SHAPES, CountedKernel, queries_and_keys, reduced
 from tests.support.plugin_files import library
 
 pytestmark = pytest.mark.cpp
 OP = torch.ops.evit.token_reorg.default
-
-
-class CountedKernel(TokenReorgKernel):
-    """Counts its calls."""
-
-    count = 0
-
-    def __call__(self, *arguments, **named):
-        self.count += 1
-        return super().__call__(*arguments, **named)
 
 
 @pytest.fixture
@@ -82,23 +70,6 @@ def test_gradients_are_those_of_the_operations_in_pytorch(case, in_use):
 
 
 # ---- the score row
-
-SHAPES = [  # batch, tokens, heads, width, prefix, spread of q and k
-    (2, 197, 6, 64, 1, 1.0),
-    (1, 198, 3, 64, 2, 1.0),
-    (1, 581, 6, 64, 5, 1.0),
-    (3, 5, 1, 8, 1, 1.0),
-    (2, 50, 3, 32, 1, 6.0),
-    (1, 12, 2, 80, 0, 1.0),
-    (1, 4096, 1, 16, 8, 1.0),
-]
-
-
-def queries_and_keys(batch, tokens, heads, width, spread, dtype):
-    """As a projection leaves them: side by side with the values."""
-    random = np.random.default_rng(tokens)
-    qkv = (spread * random.standard_normal((batch, tokens, 3, heads, width))).astype(np.float32)
-    return to_torch(qkv.astype(DTYPES[dtype])).unbind(2)[:2]
 
 
 @each_dtype
@@ -163,14 +134,6 @@ def test_queries_and_keys_off_the_grid_are_left_to_pytorch(in_use):
 
 
 # ---- models
-
-
-def reduced(**options):
-    import timm
-
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=5)
-    return reduce_tokens_(model.eval(), TokenSpec(keep_rate=0.5, **options))
 
 
 def test_a_model_takes_it_in_eager_mode_and_under_autocast(in_use):
@@ -305,58 +268,3 @@ def test_a_library_for_another_gpu_is_refused_when_named_and_passed_over_in_the_
     monkeypatch.setenv(operator.ENVIRONMENT, str(tmp_path / "none.so"))
     with pytest.raises(InputError, match="no library can be read there"):
         operator._find(gpu)
-
-
-# ---- on a GPU
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("dtype", TORCH.values(), ids=str)
-def test_on_a_gpu_it_keeps_the_rules_of_an_operator(dtype):
-    with operator.using(TokenReorgKernel(plugin_builds.gpu_library()), "cuda:0"):
-        x = torch.randn(2, 46, 16, device="cuda:0", dtype=dtype, requires_grad=True)
-        scores = torch.rand(2, 45, device="cuda:0", requires_grad=True)
-        torch.library.opcheck(OP, (x, scores, 30, True, 1))
-
-
-@pytest.mark.gpu
-@needs_gpu
-@each_dtype
-def test_on_a_gpu_the_score_row_matches_the_oracle(dtype):
-    kernel = TokenReorgKernel(plugin_builds.gpu_library())
-    for *sizes, prefix, spread in SHAPES:
-        q, k = queries_and_keys(*sizes, spread, dtype)
-        scale = sizes[3] ** -0.5
-        qkv = torch.stack([q, k, k], 2).cuda()
-        scores, _ = kernel.class_scores(qkv[:, :, 0], qkv[:, :, 1], scale, prefix)
-        arrays = [to_numpy(tensor.contiguous()) for tensor in (q, k)]
-        reference = oracle.class_scores(*arrays, scale, prefix)
-        error = np.abs(scores.cpu().double().numpy() - reference) / reference.max(axis=1, keepdims=True)
-        assert error.max() <= oracle.class_scores_error(*arrays, scale)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_on_a_gpu_eager_compiled_and_trained_models_take_it():
-    kernel = CountedKernel(plugin_builds.gpu_library())
-    with operator.using(kernel, "cuda:0"):
-        model, images = reduced().cuda(), torch.randn(2, 3, 64, 64, device="cuda:0")
-        with torch.inference_mode():
-            ours = model(images)
-        assert kernel.count == 3
-        with torch.inference_mode(), operator.using(None, "cuda:0"):
-            wanted = model(images)
-        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
-        compiled = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
-        with torch.inference_mode():
-            for _ in range(3):
-                answer = compiled(images).clone()
-        torch.testing.assert_close(answer, ours, rtol=1e-3, atol=1e-3)
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = torch.compile(model, fullgraph=True, dynamic=False)(images).float().square().sum()
-        loss.backward()
-        assert all(np.isfinite(p.grad.float().cpu().numpy()).all() for p in model.parameters() if p.grad is not None)
-    torch.compiler.reset()

@@ -98,6 +98,8 @@ class ImagePreprocess:
         """Height and width after resizing, with timm's and torchvision's own rounding."""
         if self.crop_mode == "squash":
             return self.scaled[0], self.scaled[1]
+        if min(self.scaled) < 1:  # one pixel, and a crop of more than the image
+            return 0, 0
         if self.crop_mode != "border" and self.scaled[0] == self.scaled[1]:
             side = self.scaled[0]
             if width <= height:

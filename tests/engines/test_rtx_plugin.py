@@ -21,7 +21,7 @@ from evit_deploy.tokens.reduce import reduce_tokens_
 from tests.support import tensorrt_lean
 from tests.support.models import preprocess_for, seeded
 
-pytestmark = pytest.mark.tensorrt_rtx
+rtx = pytest.mark.tensorrt_rtx
 
 RTX = "tensorrt-rtx"
 OPTIONS = BuildOptions(batches=((1, 2, 4),), gpus=("sm80",))
@@ -45,11 +45,12 @@ def model(tmp_path) -> Path:
     return tmp_path / "model.onnx"
 
 
+@rtx
 def test_the_plugin_is_the_operator_s():
     assert PLUGIN == (op.DOMAIN, op.NAME)
 
 
-@pytest.mark.cpp
+@pytest.mark.tensorrt_headers
 def test_a_plugin_in_the_builder_s_process_is_refused(model, tmp_path, monkeypatch):
     library = tensorrt_lean.plugin(11) / CREATORS
     (tmp_path / "start").mkdir()
@@ -62,6 +63,7 @@ def test_a_plugin_in_the_builder_s_process_is_refused(model, tmp_path, monkeypat
     assert build_engine(model, tmp_path / "engine.plan", RTX, "fp16", OPTIONS).engine.target == RTX
 
 
+@rtx
 @pytest.mark.parametrize("library", ["auto", "libevit_plugin.so", CREATORS])
 def test_a_plugin_that_is_asked_for_is_refused(library, model, tmp_path):
     options = BuildOptions(batches=((1, 2, 4),), gpus=("sm80",), plugin=library)
@@ -69,6 +71,7 @@ def test_a_plugin_that_is_asked_for_is_refused(library, model, tmp_path):
         build_engine(model, tmp_path / "engine.plan", RTX, "fp16", options)
 
 
+@rtx
 def test_the_runner_refuses_one_too(tmp_path):
     runner = TensorRTRTXRunner(tmp_path / "engine.plan", plugin=tmp_path / CREATORS)
     with pytest.raises(InputError, match="TensorRT-RTX takes no plugins"), runner:

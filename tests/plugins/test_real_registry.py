@@ -9,7 +9,7 @@ from evit_deploy.engines.plugin.library import CREATORS, LIBRARY
 from tests.support import tensorrt_lean
 from tests.support.tensorrt_lean import RELEASES
 
-pytestmark = [pytest.mark.tensorrt_lean, pytest.mark.cpp]
+pytestmark = pytest.mark.tensorrt_headers
 
 START = """
 import json, sys

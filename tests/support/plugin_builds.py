@@ -1,22 +1,22 @@
 """CMake builds of ``plugins/``, once each for all tests."""
 
 import hashlib
-import lzma
 import os
 import shutil
 import subprocess
-import tarfile
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from evit_deploy.engines.plugin.build import HEADERS as COMMITS
 from evit_deploy.environment.requirements import version_of
-from tests.support.paths import DATA, PLUGINS
+from tests.support.environments import cached_environment
+from tests.support.paths import PLUGINS
 from tests.support.shared import made_once
 
-HEADERS = {10: "tensorrt-10.15-headers.tar.xz", 11: "tensorrt-11.1-headers.tar.xz"}
-"""TensorRT's headers by major version, in the tests' data."""
+HEADERS = {10: "10.15", 11: "11.1"}
+"""Releases of TensorRT whose headers are compiled against, by major version."""
 
 
 def need(*tools: str) -> None:
@@ -27,7 +27,7 @@ def need(*tools: str) -> None:
 
 
 def tensorrt_headers() -> Path:
-    """The folder with TensorRT's headers: of ``TENSORRT_ROOT``, of the system, else those of the tests' data."""
+    """The folder with TensorRT's headers: of ``TENSORRT_ROOT``, of the system, else :func:`headers`."""
     for root in (os.environ.get("TENSORRT_ROOT"), "/usr", "/usr/local/tensorrt", "/usr/local"):
         if root and (Path(root) / "include" / "NvInferRuntime.h").is_file():
             return Path(root)
@@ -36,13 +36,27 @@ def tensorrt_headers() -> Path:
 
 
 def headers(major: int) -> Path:
-    """The folder with the ``include/`` of a release of this major version, from the tests' data."""
+    """The folder with the ``include/`` of a release of this major version; skips where it cannot be had.
 
-    def make(folder: Path) -> None:
-        with lzma.open(DATA / HEADERS[major]) as content, tarfile.open(fileobj=content) as archive:
-            archive.extractall(folder, filter="data")
+    The folders of both lie in the user's cache, or in ``EVIT_TENSORRT_HEADERS``; they are fetched from NVIDIA/TensorRT.
+    """
+    folder = cached_environment("tensorrt-headers", "EVIT_TENSORRT_HEADERS", _fetch_headers) / HEADERS[major]
+    if not (folder / "include" / "NvInferRuntime.h").is_file():
+        pytest.skip(f"needs TensorRT's headers: {folder}/include/NvInferRuntime.h")
+    return folder
 
-    return made_once(f"tensorrt-headers-{major}", make)
+
+def _fetch_headers(making: Path) -> list[list[str]]:
+    """What fetches them: commits, as ``plugin build`` fetches."""
+    commands = []
+    for major, release in HEADERS.items():
+        git = ["git", "-C", str(making / release)]
+        commands += [
+            ["git", "init", "--quiet", str(making / release)],
+            [*git, "fetch", "--quiet", "--depth", "1", "https://github.com/NVIDIA/TensorRT.git", COMMITS[major]],
+            [*git, "checkout", "--quiet", "FETCH_HEAD", "--", "include"],
+        ]
+    return commands
 
 
 def run(*command: str) -> str:

@@ -111,7 +111,7 @@ def _build_without_kernel(folder: Path, major: int) -> None:
     folder.mkdir()
     (folder / "kernel.cpp").write_text(KERNEL)
     sources, include = PLUGINS / "token_reorg", plugin_builds.headers(major) / "include"
-    release = plugin_builds.HEADERS[major].split("-")[1].split(".")
+    release = plugin_builds.HEADERS[major].split(".")
     numbers = dict(zip(("MAJOR", "MINOR", "PATCH"), (*release, "0"), strict=True))
     defined = [f"-DEVIT_TENSORRT_{part}={number}" for part, number in numbers.items()]
     texts = {"VERSION": "0.1.0", "ARCHITECTURES": "none", "TENSORRT_VERSION": ".".join((*release, "0"))}

@@ -251,7 +251,7 @@ def _plugin() -> list[Finding]:
 
 
 def _kernel() -> list[Finding]:
-    """The kernel that PyTorch takes on this machine's GPU; nothing where there is none."""
+    """The kernel that PyTorch uses on this machine's GPU; empty without a GPU."""
     import torch
 
     from evit_deploy.tokens.operator import kernel_on

@@ -87,7 +87,7 @@ class Runner(ABC):
         return
 
     def resident(self, feeds: Mapping[str, np.ndarray]) -> "Resident | None":
-        """One batch placed on the device, so that the device's own time can be told from the way there and back.
+        """One batch placed on the device, to time the device's work apart from the copies.
 
         It holds until the runner is closed; :meth:`infer` at the same batch size may put other images in its place.
 

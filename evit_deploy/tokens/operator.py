@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evit_deploy.errors import MissingRequirement
+from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.tokens.kernel import DTYPES, TokenReorgKernel
 from evit_deploy.tokens.library import ABI, KERNEL, Identity, cache, read_identity
 
@@ -194,6 +194,8 @@ def using(kernel: TokenReorgKernel | None, device: torch.device | str) -> Iterat
         device: Where its tensors are.
     """
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:  # tensors name their GPU by number
+        device = torch.device("cuda", torch.cuda.current_device())
     before = _IN_USE.get(device, ...)
     _IN_USE[device] = kernel
     try:
@@ -221,9 +223,12 @@ def _find(device: torch.device) -> TokenReorgKernel | None:
         return TokenReorgKernel(Path(named))
     found = sorted(cache().glob(f"*/{KERNEL}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
-        identity = read_identity(path)
-        if identity.abi == ABI and runs_on(identity, capability):
-            return TokenReorgKernel(path)
+        try:
+            identity = read_identity(path)
+            if identity.abi == ABI and runs_on(identity, capability):
+                return TokenReorgKernel(path)
+        except (InputError, MissingRequirement) as error:  # it was not asked for, so it stops nothing
+            _LOG.warning("a kernel in the cache is passed over: %s", error)
     return None
 
 

@@ -11,6 +11,7 @@ from evit_deploy.tokens.library import ABI, KERNEL, Identity
 from evit_deploy.tokens.op import reorganize, select, token_reorg
 from tests.support import oracle, plugin_builds
 from tests.support.cases import CASES
+from tests.support.logs import notices
 from tests.support.op_checks import TORCH, check_answer, each_case, each_dtype, to_numpy, to_torch
 from tests.support.operators import SHAPES, CountedKernel, queries_and_keys, reduced
 from tests.support.plugin_files import library
@@ -227,6 +228,14 @@ def test_without_a_kernel_the_operator_says_so():
 # ---- which library is taken
 
 
+def test_a_gpu_without_a_number_is_the_current_one(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    numbered = torch.device("cuda", 3)
+    with operator.using(None, "cuda"):
+        assert operator._IN_USE[numbered] is None
+    assert numbered not in operator._IN_USE
+
+
 @pytest.mark.parametrize(
     ("architectures", "capability", "runs"),
     [
@@ -260,6 +269,12 @@ def test_a_library_for_another_gpu_is_refused_when_named_and_passed_over_in_the_
     folder.mkdir(parents=True)
     other = library(folder / KERNEL, "kernel", abi=ABI, architectures="80-real")
     assert operator._find(gpu) is None
+    library(folder.with_name("0.2.0") / KERNEL, "kernel", architectures="90-real")  # says so, and cannot be loaded
+    (folder.with_name("0.3.0")).mkdir()
+    (folder.with_name("0.3.0") / KERNEL).write_bytes(b"")
+    told = notices()
+    assert operator._find(gpu) is None
+    assert [line.partition(":")[0] for line in told] == ["a kernel in the cache is passed over"] * 2
     monkeypatch.setenv(operator.ENVIRONMENT, "none")
     assert operator._find(gpu) is None
     monkeypatch.setenv(operator.ENVIRONMENT, str(other))

@@ -246,6 +246,8 @@ def test_the_list_names_every_part():
         ((), "--out DIR is needed"),
         (("--only", "speed", "--out", "x"), "no part is called 'speed'; there are ceilings, truth"),
         (("--library", "new=/nowhere.so", "--out", "x"), "/nowhere.so: no such library; gpu_bundle.sh"),
+        (("--budget", "0", "--out", "x"), "--budget: 0 seconds, expected more than 0"),
+        (("--out", "/dev/null/x"), "nothing can be written to --out /dev/null/x"),
     ],
 )
 def test_a_wrong_command_is_refused(arguments, words):

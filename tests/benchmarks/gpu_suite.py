@@ -372,6 +372,8 @@ def _options() -> argparse.Namespace:
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.budget <= 0:
+        parser.error(f"argument --budget: {options.budget:g} seconds, expected more than 0")
     if not options.list and options.out is None:
         parser.error("--out DIR is needed")
     told = os.environ.get("EVIT_DEPLOY_KERNEL", "none")
@@ -401,9 +403,13 @@ def main() -> int:
         print(f"{sum(part.seconds for part in parts):18} s")
         return 0
     options.out = options.out.resolve()
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name in ("rows.jsonl", "log.txt", "table.txt", "gpu_suite.json"):
-        (options.out / name).unlink(missing_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for name in ("rows.jsonl", "log.txt", "table.txt", "gpu_suite.json"):
+            (options.out / name).unlink(missing_ok=True)
+    except OSError as error:
+        print(f"gpu_suite: nothing can be written to --out {options.out} ({error.strerror})", file=sys.stderr)
+        return 2
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     suite = Suite(options, parts, libraries)

@@ -10,6 +10,7 @@ method can carry it. Parameters bear the names of the released checkpoints. Impo
 ``evo_levit_128s`` … ``evo_levit_384`` known to ``timm.create_model``.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,8 +19,11 @@ from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from evit_deploy.errors import InputError
+from evit_deploy.models.timm_vit import LoweredMlp
+from evit_deploy.tokens.backbone import copy_sharing_weights
 from evit_deploy.tokens.evit import class_scores
 from evit_deploy.tokens.op import precise, token_reorg
 
@@ -51,7 +55,7 @@ class LinearNorm(nn.Sequential):
         self.add_module("bn", nn.BatchNorm1d(outputs))
         nn.init.constant_(self.bn.weight, gain)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``[B, N, inputs]`` to ``[B, N, outputs]``."""
         return self.bn(self.c(x).flatten(0, 1)).unflatten(0, (-1, x.shape[1]))
 
@@ -460,7 +464,7 @@ class EvoLeViT(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """The first classifier."""
-        return self.head
+        return self.get_submodule("head")
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Begins all classifiers anew."""
@@ -566,6 +570,139 @@ def default_locations(model: EvoLeViT) -> tuple[int, ...]:
     """The paper's places: once a stage, at its beginning; in the first stage after two blocks, if it has more."""
     first, *others = stages(model)
     return tuple(stage[0] for stage in (first[DENSE_BLOCKS:], *others) if stage)
+
+
+# ---- the form that exports best
+
+
+class LoweredAttention(_Attention):
+    """Attention of either kind with its norms folded: a projection each for queries, keys and values.
+
+    Not the ONNX operator ``Attention``: its values are as wide as its keys in some runtimes, and here they are wider.
+
+    Args:
+        attention: What to lower.
+        q: Its projection of queries.
+        k: Of keys.
+        v: Of values.
+    """
+
+    flat: bool = True
+    """See :class:`evit_deploy.models.timm_vit.LoweredAttention`."""
+
+    def __init__(self, attention: Any, q: nn.Linear, k: nn.Linear, v: nn.Linear) -> None:
+        super().__init__()
+        self.q, self.k, self.v = q, k, v
+        self.act, self.proj = attention.proj[0], folded(attention.proj[1])
+        self.num_heads, self.scale = attention.num_heads, attention.scale
+        self.learn_tradeoff, self.learns_alpha = attention.learn_tradeoff, attention.learns_alpha
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`_Attention.attend`."""
+        asking, x = self._seen(x)
+        q, k, v = self._heads(self.q, asking), self._heads(self.k, x), self._heads(self.v, x)
+        share = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * self.scale).softmax(-1)
+        y = self.act((share @ v.transpose(1, 2)).transpose(1, 2).flatten(2))
+        return self._linear(self.proj, y), q, k
+
+    def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens that ask, and tokens that are asked."""
+        return x, x
+
+    def _linear(self, linear: nn.Module, x: Tensor) -> Tensor:
+        return linear(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1])) if self.flat else linear(x)
+
+    def _heads(self, linear: nn.Module, x: Tensor) -> Tensor:
+        heads = (self.num_heads, -1)
+        if self.flat:  # straight to four dimensions: by way of three would be a Reshape more
+            return linear(x.flatten(0, 1)).unflatten(1, heads).unflatten(0, (-1, x.shape[1]))
+        return linear(x).unflatten(-1, heads)
+
+
+class LoweredDownsample(LoweredAttention, _Downsampling):
+    """Downsampling with its norms folded; see :class:`LoweredAttention`."""
+
+    def __init__(self, attention: Downsample, q: nn.Linear, k: nn.Linear, v: nn.Linear) -> None:
+        super().__init__(attention, q, k, v)
+        self.poss = attention.poss
+        self.register_buffer("asking", attention.asking, persistent=False)
+
+    def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.poss
+        return x.index_select(1, self.asking), x
+
+
+def folded(pair: Any) -> Any:
+    """The layer of a ``ConvNorm`` or ``LinearNorm`` with its norm in it.
+
+    Computed in FP64, so that a folded weight is off by the one rounding back.
+    """
+    layer, norm = copy.deepcopy(pair.c).double().eval(), copy.deepcopy(pair.bn).double().eval()
+    wide = fuse_conv_bn_eval(layer, norm) if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval(layer, norm)
+    return wide.to(pair.c.weight.dtype).requires_grad_(False)
+
+
+def _parts(linear: nn.Linear, heads: int, *widths: int) -> Iterator[nn.Linear]:
+    """Cuts a projection whose rows lie head by head: one for each width, its rows head by head again."""
+    weights = linear.weight.unflatten(0, (heads, -1)).split(list(widths), dim=1)
+    biases = linear.bias.unflatten(0, (heads, -1)).split(list(widths), dim=1)
+    for weight, bias in zip(weights, biases, strict=True):
+        yield _linear(weight.flatten(0, 1), bias.flatten())
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    made.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+    made.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+    return made
+
+
+def _lowered_attention(attention: Attention | Downsample) -> LoweredAttention:
+    d, heads = attention.key_dim, attention.num_heads
+    if isinstance(attention, Attention):
+        return LoweredAttention(attention, *_parts(folded(attention.qkv), heads, d, d, BLOCK_RATIO * d))
+    k, v = _parts(folded(attention.kv), heads, d, DOWNSAMPLE_RATIO * d)
+    return LoweredDownsample(attention, folded(attention.q[1]), k, v)
+
+
+def _lowered_mlp(mlp: Mlp) -> LoweredMlp:
+    return LoweredMlp(nn.Sequential(folded(mlp[0]), mlp[1], folded(mlp[2])))
+
+
+def _one_classifier(model: EvoLeViT) -> nn.Linear:
+    """The mean of the classifiers that see the patches, as one layer, computed in FP64."""
+    weights, biases = [], []
+    for classifier in (model.get_submodule(name) for name in model.heads if name in HEADS[:2]):
+        assert isinstance(classifier, Classifier)
+        norm, layer = copy.deepcopy(classifier.bn).double(), copy.deepcopy(classifier.l).double()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        weights.append(layer.weight * scale)
+        biases.append(layer.bias + layer.weight @ (norm.bias - norm.running_mean * scale))
+    weight, bias = torch.stack(weights).mean(0), torch.stack(biases).mean(0)
+    return _linear(weight.to(model.poss.dtype), bias.to(model.poss.dtype))
+
+
+def lower(model: EvoLeViT) -> Any:
+    """A copy in export form: batch norms folded, the classifiers of the mean as one, tokens in 2-D."""
+    lowered: Any = copy_sharing_weights(model)
+    for index, part in enumerate(lowered.patch_embed):
+        if isinstance(part, ConvNorm):
+            lowered.patch_embed[index] = folded(part)
+    for index, block in enumerate(lowered.blocks):
+        if isinstance(block, Block):
+            block.m1.m, block.m2.m = _lowered_attention(block.m1.m), _lowered_mlp(block.m2.m)
+        elif isinstance(block, Downsample):
+            lowered.blocks[index] = _lowered_attention(block)
+        else:
+            block.m = _lowered_mlp(block.m)
+    if model.num_classes > 0:
+        lowered.head = _one_classifier(model)
+    for name in lowered.heads[1:]:
+        delattr(lowered, name)
+    lowered.heads = HEADS[:1]
+    return lowered.eval()
 
 
 # ---- names for timm

@@ -430,7 +430,7 @@ class EvoLeViT(nn.Module):
     ) -> None:
         super().__init__()
         assert len(embed_dim) == len(num_heads) == len(depth)
-        assert heads[:1] == HEADS[:1]
+        assert tuple(heads[:1]) == HEADS[:1]
         assert set(heads) <= set(HEADS)
         assert global_pool == "avg"
         size = _pair(img_size)

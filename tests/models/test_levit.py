@@ -1,0 +1,471 @@
+"""Evo-LeViT: published sizes, the released layouts, the arithmetic by hand and the official code's own answers."""
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from evit_deploy.errors import CheckpointError, InputError
+from evit_deploy.models import levit
+from evit_deploy.models.layouts import levit as layouts
+from evit_deploy.models.levit import HEADS, SIZES, Downsample, EvoLeViT
+from tests.support import levit_oracle as oracle
+from tests.support.levit_golden import CLASSES_KEPT, GOLDEN, TINY_SEED
+from tests.support.models import hollow
+
+# What the README of LeViT says: millions of parameters, millions of multiply-adds (our figure where it rounds).
+PUBLISHED = {
+    "levit_128s": (7.8, 305),
+    "levit_128": (9.2, 406),
+    "levit_192": (11, 658),
+    "levit_256": (19, 1120),
+    "levit_384": (39, 2353),
+}
+LAST = {2: 24, 5: 8, 9: 2}
+"""The tiny model's choices: half of 49, 16 and 4 candidates, from each stage's first block that is not dense."""
+each_size = pytest.mark.parametrize("name", SIZES)
+
+
+def filled(name: str = "evo_levit_128s", seed: int = 0, **args: Any) -> EvoLeViT:
+    """A model with the oracle's weights; the tiny one, unless arguments are given."""
+    model: Any = timm.create_model(name, **(args or oracle.TINY_ARGS))
+    drawn = oracle.weights({key: value.shape for key, value in model.state_dict().items()}, seed)
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in drawn.items()})
+    return model.eval()
+
+
+def weights_of(model: EvoLeViT) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def sizes_of(name: str) -> oracle.Sizes:
+    return oracle.Sizes(SIZES[name]["num_heads"], SIZES[name]["key_dim"], SIZES[name]["depth"])
+
+
+def halves(model: EvoLeViT) -> dict[int, int]:
+    """Block -> half of its candidates, rounded down, as the released models have it."""
+    grids = [model.patch_embed.grid_size]
+    grids += [levit.halved(block.grid) for block in model.blocks if isinstance(block, Downsample)]
+    counts = {
+        block: math.prod(grid) // 2 for blocks, grid in zip(levit.stages(model), grids, strict=True) for block in blocks
+    }
+    return {block: counts[block] for block in levit.default_locations(model)}
+
+
+# ---- sizes
+
+
+@each_size
+def test_parameters_and_multiply_adds_are_those_of_levit(name):
+    plain: Any = timm.create_model(name.removeprefix("evo_")).eval()
+    millions, macs = PUBLISHED[name.removeprefix("evo_")]
+    count = sum(parameter.numel() for parameter in plain.parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=0.01)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        plain(torch.zeros(1, 3, 224, 224))
+    assert counter.get_total_flops() / 2e6 == pytest.approx(macs, rel=0.007)  # 256's own counter says 1128
+    # The Evo form: less the attention biases; a class token, position embeddings, an α an attention, two more heads.
+    model: Any = timm.create_model(name)
+    biases = sum(value.numel() for key, value in plain.named_parameters() if "attention_biases" in key)
+    widths = SIZES[name]["embed_dim"]
+    positions = 197 * 2 * widths[0] + 50 * widths[1] + widths[0]
+    alphas = sum(SIZES[name]["depth"]) + 2
+    heads = 2 * (1000 * (widths[-1] + 1) + 2 * widths[-1])
+    assert sum(p.numel() for p in model.parameters()) == count - biases + positions + alphas + heads
+
+
+def test_tensors_are_those_of_the_release():
+    def normed(name: str, *shape: int) -> dict[str, list[int]]:
+        norm = {f"{name}.bn.{key}": [shape[0]] for key in ("weight", "bias", "running_mean", "running_var")}
+        return norm | {f"{name}.bn.num_batches_tracked": [], f"{name}.c.weight": list(shape)}
+
+    wanted = {"cls_token": [1, 1, 128], "poss": [1, 197, 128]}
+    for i, (into, out) in enumerate([(3, 16), (16, 32), (32, 64), (64, 128)]):
+        wanted |= normed(f"patch_embed.{2 * i}", out, into, 3, 3)
+    kinds = "BBDMBBBDMBBBB"
+    widths, heads, stage = (128, 256, 384), (4, 6, 8), 0
+    for i, kind in enumerate(kinds):
+        width, key = widths[stage], 16 * heads[stage]
+        if kind == "B":
+            wanted |= normed(f"blocks.{i}.m1.m.qkv", 4 * key, width) | normed(f"blocks.{i}.m1.m.proj.1", width, 2 * key)
+            wanted |= normed(f"blocks.{i}.m2.m.0", 2 * width, width) | normed(f"blocks.{i}.m2.m.2", width, 2 * width)
+            wanted |= {f"blocks.{i}.m1.m.learn_tradeoff": [1]}
+        elif kind == "D":
+            wanted |= normed(f"blocks.{i}.kv", 5 * width, width) | normed(f"blocks.{i}.q.1", width, width)
+            wanted |= normed(f"blocks.{i}.proj.1", widths[stage + 1], 4 * width)
+            wanted |= {f"blocks.{i}.learn_tradeoff": [1], f"blocks.{i}.poss": [1, (197, 50)[stage], width]}
+            stage += 1
+        else:
+            wanted |= normed(f"blocks.{i}.m.0", 2 * width, width) | normed(f"blocks.{i}.m.2", width, 2 * width)
+    for head in HEADS:
+        wanted |= {f"{head}.bn.{key}": [384] for key in ("weight", "bias", "running_mean", "running_var")}
+        wanted |= {f"{head}.bn.num_batches_tracked": [], f"{head}.l.weight": [1000, 384], f"{head}.l.bias": [1000]}
+    assert {key: list(value.shape) for key, value in hollow("evo_levit_128s").items()} == wanted
+
+
+# ---- the arithmetic
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5], ids=["α learned", "α fixed"])
+@pytest.mark.parametrize(
+    "keep",
+    [{}, LAST, {2: 10, 5: 3, 9: 1}, {1: 24, 2: 10, 5: 8, 6: 3, 9: 2}, {2: 24}, {9: 3}],
+    ids=["dense", "halves", "fewer", "twice a stage", "first stage alone", "last stage alone"],
+)
+@torch.inference_mode()
+def test_the_model_is_what_the_papers_say(keep, alpha):
+    model, x = filled(), oracle.pictures(3, 112, TINY_SEED)
+    wanted = oracle.evo_levit(weights_of(model), x, oracle.TINY, keep, alpha)
+    model.keep = keep
+    model.learn_alpha_(alpha is None)
+    features, orders = model.with_orders(torch.from_numpy(x))
+    heads = model.head_logits(features)
+    assert np.abs(model(torch.from_numpy(x)).numpy() - wanted.logits).max() < 5e-5
+    for name in HEADS:
+        assert np.abs(heads[name].numpy() - wanted.heads[name]).max() < 5e-5
+    assert len(orders) == len(wanted.choices) == len(keep)
+    stages = [next(s for s, blocks in enumerate(levit.stages(model)) if block in blocks) for block in keep]
+    for place, (order, choice) in enumerate(zip(orders, wanted.choices, strict=True)):
+        if stages[place] not in stages[:place]:  # later ones number the candidates as they stand by then
+            assert np.array_equal(order.numpy(), choice)
+
+
+@torch.inference_mode()
+def test_the_smallest_real_size_is_what_the_papers_say():
+    model, x = filled("evo_levit_128s", num_classes=1000), oracle.pictures(2, 224)
+    model.keep = halves(model)
+    assert model.keep == {4: 24, 9: 8}
+    wanted = oracle.evo_levit(weights_of(model), x, sizes_of("evo_levit_128s"), model.keep)
+    features, orders = model.with_orders(torch.from_numpy(x))
+    assert np.abs(model.forward_head(features).numpy() - wanted.logits).max() < 5e-5
+    for order, choice in zip(orders, wanted.choices, strict=True):
+        assert np.array_equal(order.numpy(), choice)
+
+
+@torch.inference_mode()
+def test_every_part_of_it_matters():
+    model, x = filled(), torch.from_numpy(oracle.pictures(3, 112, TINY_SEED))
+    dense = model(x)
+    model.keep = LAST
+    halved = model(x)
+    assert (halved - dense).abs().max() > 0.1
+    for change in ({2: 12, 5: 8, 9: 2}, {2: 24, 5: 4, 9: 2}, {2: 24, 5: 8, 9: 1}, {5: 8, 9: 2}):
+        model.keep = change
+        assert (model(x) - halved).abs().max() > 1e-3
+    model.keep = LAST
+    model.learn_alpha_(False)
+    assert (model(x) - halved).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize(
+    ("name", "keep", "learned"),
+    [
+        ("tiny", LAST, True),
+        ("tiny, alpha fixed", LAST, False),
+        ("tiny, sorted in every block", {2: 24, 5: 8, 6: 8, 9: 2, 10: 2}, True),
+    ],
+)
+@torch.inference_mode()
+def test_the_tiny_model_answers_as_the_official_code(name, keep, learned, precision):
+    golden, model = np.load(GOLDEN)[name], filled()
+    model.keep = keep
+    model.learn_alpha_(learned)
+    x = torch.from_numpy(oracle.pictures(3, 112, TINY_SEED))
+    answer = model.double()(x.double()) if precision == "fp64" else model(x)
+    assert np.abs(answer.numpy() - golden).max() < (1e-10 if precision == "fp64" else 1e-4)
+
+
+def test_the_golden_answers_differ():
+    golden = np.load(GOLDEN)
+    for other in ("tiny, alpha fixed", "tiny, sorted in every block"):
+        assert np.abs(golden["tiny"] - golden[other]).max() > 0.1
+
+
+@each_size
+@torch.inference_mode()
+def test_every_size_answers_as_the_official_code(name):
+    model = filled(name, num_classes=1000)
+    model.keep = halves(model)
+    x = torch.from_numpy(oracle.pictures(1, 224))
+    assert np.abs(model(x).numpy()[:, :CLASSES_KEPT] - np.load(GOLDEN)[name]).max() < 1e-4
+
+
+@torch.inference_mode()
+def test_another_image_size_is_resampled():
+    model = filled()
+    wanted = resample_abs_pos_embed(model.poss.detach(), [5, 9], [7, 7], num_prefix_tokens=1)
+    inner = [block for block in model.blocks if isinstance(block, Downsample)]
+    wanted_inner = resample_abs_pos_embed(inner[1].poss.detach(), [3, 5], [4, 4], num_prefix_tokens=1)
+    model.set_input_size(img_size=(80, 144))
+    assert torch.equal(model.poss, wanted)
+    assert torch.equal(inner[1].poss, wanted_inner)
+    x = np.random.RandomState(3).standard_normal((2, 3, 80, 144)).astype(np.float32)
+    for keep in ({}, {2: 22, 5: 7, 9: 3}):
+        model.keep = keep
+        answer = model(torch.from_numpy(x)).numpy()
+        assert np.abs(answer - oracle.evo_levit(weights_of(model), x, oracle.TINY, keep).logits).max() < 5e-5
+    with pytest.raises(AssertionError, match=r"built for \(80, 144\)"):
+        model(torch.zeros(1, 3, 112, 112))
+    with pytest.raises(InputError, match="multiples of 16"):
+        timm.create_model("evo_levit_128s", img_size=100)
+
+
+# ---- training
+
+
+def test_gradients_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    model = filled().double()
+    model.keep = LAST
+    x = torch.from_numpy(oracle.pictures(2, 112, TINY_SEED)).double()
+    target = torch.randn(2, 10, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        heads = model.head_logits(model.forward_features(x))
+        return sum(((logits - target) * (1 + i)).square().sum() for i, logits in enumerate(heads.values()))  # type: ignore[return-value]
+
+    loss().backward()
+    checked = 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None or ".learn_tradeoff" in name, name
+        if name in ("cls_token", "poss", "blocks.3.poss") or name.endswith(("learn_tradeoff", "qkv.c.weight")):
+            direction = torch.randn_like(parameter)
+            direction = direction / direction.norm()
+            step = 1e-6
+            with torch.no_grad():
+                parameter += step * direction
+                above = loss()
+                parameter -= 2 * step * direction
+                below = loss()
+                parameter += step * direction
+            slope = 0.0 if parameter.grad is None else float((parameter.grad * direction).sum())
+            assert float(above - below) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-4), name
+            checked += slope != 0.0
+    assert checked > 12
+
+
+def test_training_mode_reaches_every_part():
+    model = filled(**oracle.TINY_ARGS, drop_path_rate=0.2).train()
+    model.keep = LAST
+    running = model.patch_embed[0].bn.running_mean.clone()
+    torch.manual_seed(0)
+    x = torch.from_numpy(oracle.pictures(8, 112))
+    sum(logits.square().sum() for logits in model.head_logits(model.forward_features(x)).values()).backward()  # type: ignore[union-attr]
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    # The first block has nothing to mix with, and nothing is chosen after the last choice.
+    assert without <= {f"blocks.{i}.m1.m.learn_tradeoff" for i in (0, 9, 10)}
+    assert not torch.equal(model.patch_embed[0].bn.running_mean, running)
+    assert model.no_weight_decay() == {"poss", "blocks.3.poss", "blocks.7.poss"}
+
+
+def test_classifiers_begin_anew():
+    model = filled().train()
+    with pytest.raises(InputError, match="mean over patches"):
+        model.reset_classifier(3, "token")
+    model.reset_classifier(3)
+    assert {getattr(model, name).l.out_features for name in HEADS} == {3}
+    assert all(getattr(model, name).training for name in HEADS)
+    x = torch.zeros(2, 3, 112, 112)
+    assert model.eval()(x).shape == (2, 3)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 64)
+    one: Any = timm.create_model("evo_levit_128s", **oracle.TINY_ARGS, heads=("head",)).eval()
+    assert [name for name, _ in one.named_children() if name.startswith("head")] == ["head"]
+    assert torch.equal(one(x), one.head_logits(one.forward_features(x))["head"])
+
+
+# ---- released layouts
+
+
+def official(name: str) -> dict[str, Tensor]:
+    """A released Evo-LeViT's tensors, every block twice: written out by hand for 128S, from its stage-wise pass."""
+    own = dict(filled(name, num_classes=1000).state_dict())
+    return own | {second: own[first] for first, second in twice_of(own)}
+
+
+SECOND = {  # of 128S
+    "blocks.0.m1": "stage_blocks.0", "blocks.0.m2": "stage_blocks.1",
+    "blocks.1.m1": "stage_blocks.2", "blocks.1.m2": "stage_blocks.3",
+    "blocks.2": "stage_blocks.4", "blocks.3": "stage_blocks.5",
+    "blocks.4.m1": "stage_blocks.6.m.0", "blocks.4.m2": "stage_blocks.6.m.1",
+    "blocks.5.m1": "stage_blocks.6.m.2", "blocks.5.m2": "stage_blocks.6.m.3",
+    "blocks.6.m1": "stage_blocks.6.m.4", "blocks.6.m2": "stage_blocks.6.m.5",
+    "blocks.7": "stage_blocks.7", "blocks.8": "stage_blocks.8",
+    "blocks.9.m1": "stage_blocks.9.m.0", "blocks.9.m2": "stage_blocks.9.m.1",
+    "blocks.10.m1": "stage_blocks.9.m.2", "blocks.10.m2": "stage_blocks.9.m.3",
+    "blocks.11.m1": "stage_blocks.9.m.4", "blocks.11.m2": "stage_blocks.9.m.5",
+    "blocks.12.m1": "stage_blocks.9.m.6", "blocks.12.m2": "stage_blocks.9.m.7",
+}  # fmt: skip
+
+
+def twice_of(own: dict[str, Tensor]) -> list[tuple[str, str]]:
+    pairs = []
+    for name in own:
+        for first, second in SECOND.items():
+            if name.startswith(f"{first}."):
+                pairs.append((name, second + name.removeprefix(first)))
+    return pairs
+
+
+def test_what_a_released_file_has_twice_is_dropped_and_put_back():
+    released = official("evo_levit_128s")
+    found = layouts.find_evo_levit("file", released)
+    assert (found.model, found.model_args) == ("evo_levit_128s", {"num_classes": 1000, "img_size": 224})
+    assert not [name for name in found.weights if name.startswith("stage_blocks")]
+    assert set(found.weights) == set(hollow("evo_levit_128s"))
+    back = layouts.with_duplicates(found.weights)
+    assert back.keys() == released.keys()
+    assert all(torch.equal(back[name], value) for name, value in released.items())
+
+
+def test_two_copies_that_differ_are_refused():
+    released = official("evo_levit_128s")
+    for name, value in (
+        ("stage_blocks.6.m.3.m.0.c.weight", released["blocks.5.m2.m.0.c.weight"] + 1e-3),
+        ("stage_blocks.6.m.3.m.0.c.weight", torch.zeros(2, 2)),
+        ("stage_blocks.99.m.0.c.weight", torch.zeros(2, 2)),
+    ):
+        with pytest.raises(CheckpointError, match="holds twice") as caught:
+            layouts.find_evo_levit("file", released | {name: value})
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("pixels", [224, 384])
+@each_size
+def test_sizes_are_told_from_tensors(name, pixels):
+    own = hollow(name, num_classes=100, img_size=pixels)
+    found = layouts.find_evo_levit("file", layouts.with_duplicates(own))
+    assert (found.model, found.model_args) == (name, {"num_classes": 100, "img_size": pixels})
+    assert found.weights.keys() == own.keys()
+
+
+def test_what_is_no_size_is_refused():
+    own = hollow("evo_levit_128s")
+    for weights, seen in (
+        ({k: v for k, v in own.items() if not k.startswith("blocks.12.")}, "blocks (2, 3, 3)"),
+        (own | {"poss": torch.zeros(1, 190, 128)}, "189 patches"),
+        (hollow("evo_levit_128s", embed_dim=(32, 48, 64)), "widths (32, 48, 64)"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            layouts.find_evo_levit("file", weights)
+        assert seen in str(caught.value)
+
+
+def test_classifiers_that_a_file_lacks_are_not_made_up():
+    own = {k: v for k, v in hollow("evo_levit_128s").items() if not k.startswith(("head_cls", "head_dist"))}
+    found = layouts.find_evo_levit("file", own)
+    assert found.model_args["heads"] == ["head"]
+    with torch.device("meta"):
+        model: Any = timm.create_model(found.model, **found.model_args)
+    assert model.state_dict().keys() == own.keys()
+
+
+def facebook(name: str) -> dict[str, Tensor]:
+    """Names and shapes of a LeViT of Facebook's, with weights from the seed of the golden answers."""
+    size = SIZES[f"evo_{name}"]
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def normed(key: str, *shape: int) -> None:
+        shapes.update({f"{key}.bn.{part}": shape[:1] for part in ("weight", "bias", "running_mean", "running_var")})
+        shapes.update({f"{key}.bn.num_batches_tracked": (), f"{key}.c.weight": shape})
+
+    tables, number, grid, d = {}, 0, 14, size["key_dim"]
+    channels = [3, *(size["embed_dim"][0] // part for part in (8, 4, 2, 1))]
+    for i in range(4):
+        normed(f"patch_embed.{2 * i}", channels[i + 1], channels[i], 3, 3)
+
+    def mlp(width: int) -> None:
+        normed(f"blocks.{number}.m.0", 2 * width, width)
+        normed(f"blocks.{number}.m.2", width, 2 * width)
+
+    for stage, (width, heads, count) in enumerate(
+        zip(size["embed_dim"], size["num_heads"], size["depth"], strict=True)
+    ):
+        if stage:
+            before = size["embed_dim"][stage - 1]
+            normed(f"blocks.{number}.kv", 5 * before, before)
+            normed(f"blocks.{number}.q.1", before, before)
+            normed(f"blocks.{number}.proj.1", width, 4 * before)
+            shapes[f"blocks.{number}.attention_biases"] = (before // d, grid * grid)
+            tables[f"blocks.{number}.attention_bias_idxs"] = distances(grid, 2)
+            grid, number = (grid + 1) // 2, number + 1
+            mlp(width)
+            number += 1
+        for _ in range(count):
+            normed(f"blocks.{number}.m.qkv", 4 * d * heads, width)
+            normed(f"blocks.{number}.m.proj.1", width, 2 * d * heads)
+            shapes[f"blocks.{number}.m.attention_biases"] = (heads, grid * grid)
+            tables[f"blocks.{number}.m.attention_bias_idxs"] = distances(grid, 1)
+            number += 1
+            mlp(width)
+            number += 1
+    for head in ("head", "head_dist"):
+        shapes |= {f"{head}.bn.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")}
+        shapes |= {f"{head}.bn.num_batches_tracked": (), f"{head}.l.weight": (1000, width), f"{head}.l.bias": (1000,)}
+    return {key: torch.from_numpy(value) for key, value in oracle.weights(shapes).items()} | tables
+
+
+def distances(side: int, stride: int) -> Tensor:
+    """Numbers of the offsets between places of a grid, in the order in which they are first met."""
+    points = [(row, column) for row in range(side) for column in range(side)]
+    numbers: dict[tuple[int, int], int] = {}
+    rows = []
+    for row, column in points:
+        if row % stride == 0 and column % stride == 0:
+            offsets = [(abs(row - r), abs(column - c)) for r, c in points]
+            rows.append([numbers.setdefault(offset, len(numbers)) for offset in offsets])
+    return torch.tensor(rows)
+
+
+@each_size
+@torch.inference_mode()
+def test_a_levit_of_facebooks_is_timms(name):
+    released = facebook(name.removeprefix("evo_"))
+    assert layouts.is_levit(released)
+    assert not layouts.is_evo_levit(released)
+    found = layouts.find_levit("file", released)
+    assert (found.model, found.model_args) == (name.removeprefix("evo_"), {"num_classes": 1000, "img_size": 224})
+    model: Any = timm.create_model(found.model, **found.model_args)
+    model.load_state_dict(found.weights)
+    answer = model.eval()(torch.from_numpy(oracle.pictures(1, 224))).numpy()[:, :CLASSES_KEPT]
+    assert np.abs(answer - np.load(GOLDEN)[found.model]).max() < 1e-4
+    back = layouts.to_facebook(dict(model.state_dict()), released)
+    assert back.keys() == released.keys()
+    assert all(torch.equal(back[key], value) for key, value in released.items())
+
+
+def test_a_levit_of_another_grid_is_refused():
+    released = facebook("levit_128s")
+    key = "blocks.0.m.attention_bias_idxs"
+    with pytest.raises(CheckpointError, match="another grid"):
+        layouts.find_levit("file", released | {key: released[key].flip(0)})
+
+
+# ---- the form that is exported
+
+
+@pytest.mark.parametrize("keep", [{}, LAST], ids=["dense", "halves"])
+def test_the_lowered_model_is_the_model(keep):
+    model = filled()
+    model.keep = keep
+    before = copy.deepcopy(model.state_dict())
+    lowered, x = levit.lower(model), torch.from_numpy(oracle.pictures(2, 112))
+    with torch.inference_mode():
+        for flat in (True, False):
+            for module in lowered.modules():
+                if isinstance(getattr(module, "flat", None), bool):
+                    module.flat = flat
+            torch.testing.assert_close(lowered(x), model(x), rtol=1e-4, atol=5e-5)
+        wide = levit.lower(model.double())
+        torch.testing.assert_close(wide(x.double()), model(x.double()), rtol=1e-10, atol=1e-10)
+    kinds = {type(module).__name__ for module in lowered.modules()}
+    assert not [kind for kind in kinds if "Norm" in kind]
+    assert all(torch.equal(value, before[name]) for name, value in model.float().state_dict().items())

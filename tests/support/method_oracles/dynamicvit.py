@@ -4,7 +4,7 @@ A predictor before some blocks says of each patch how likely it is to be kept. T
 removing them; inference keeps a fixed count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -89,7 +89,10 @@ class Trained(NamedTuple):
     scores: Array
 
 
-def train(model: Model, images: Array, locations: Sequence[int], decisions: Array) -> Trained:
+Decide = Callable[[int, int, Array], Array]  # stage, image, log probabilities [N, 2] -> decisions [N]
+
+
+def train(model: Model, images: Array, locations: Sequence[int], decisions: Array | Decide) -> Trained:
     """The training pass with given decisions instead of drawn ones.
 
     Every block uses the masked attention, with a mask of ones before the first location. On LV-ViT the logits are the
@@ -99,22 +102,24 @@ def train(model: Model, images: Array, locations: Sequence[int], decisions: Arra
         model: The model.
         images: ``[B, 3, height, width]``.
         locations: Blocks with a predictor.
-        decisions: ``[stages, B, patches]``, 1 for keep; each is multiplied by those before it. Numbers between are
-            allowed, for derivatives.
+        decisions: ``[stages, B, patches]``, 1 for keep, or a function that makes them from the scores; each is
+            multiplied by those before it. Numbers between 0 and 1 are allowed, for derivatives.
     """
-    decisions = np.asarray(decisions, np.float64)
-    rows = [_train_one(model, image, locations, decisions[:, number]) for number, image in enumerate(images)]
+    if isinstance(decisions, np.ndarray):
+        given = decisions.astype(np.float64)
+        return train(model, images, locations, lambda stage, image, scores: given[stage, image])
+    rows = [_train_one(model, image, locations, decisions, number) for number, image in enumerate(images)]
     logits, tokens, masks, scores = zip(*rows, strict=True)
     return Trained(np.stack(logits), np.stack(tokens), np.stack(masks, axis=1), np.stack(scores, axis=1))
 
 
-def _train_one(model: Model, image: Array, locations: Sequence[int], decisions: Array) -> Trained:
+def _train_one(model: Model, image: Array, locations: Sequence[int], decide: Decide, number: int) -> Trained:
     x = embed(model, image)
     mask, masks, scores = np.ones(len(x) - 1), [], []
     for block in range(model.depth):
         if block in locations:
             scores.append(predict(model, len(masks), x[1:], mask))
-            mask = mask * decisions[len(masks)]
+            mask = mask * decide(len(masks), number, scores[-1])
             masks.append(mask)
         x = x + attend(model, block, x, mask=np.concatenate([[1.0], mask])).update
         x = x + mlp(model, block, x)
@@ -133,13 +138,12 @@ def teach(model: Model, images: Array) -> tuple[Array, Array]:
     return np.stack([logits for logits, _ in outputs]), np.stack([tokens for _, tokens in outputs])
 
 
-def draw(scores: Array, noise: Array) -> Array:
-    """Decisions (1 keep, 0 drop) of Gumbel softmax at temperature 1 with given Gumbel noise ``[..., 2]``.
+def soft(scores: Array, noise: Array) -> Array:
+    """The soft decision of Gumbel softmax at temperature 1 with given Gumbel noise: of scores ``[..., 2]``, the first.
 
-    Its gradient is that of the soft decision, ``softmax(scores + noise)[..., 0]``.
+    The hard one is 1 where this is at least one half; it has this one's derivative ("straight through").
     """
-    noisy = np.asarray(scores, np.float64) + noise
-    return (noisy[..., 0] >= noisy[..., 1]).astype(np.float64)
+    return np.exp(log_softmax(np.asarray(scores, np.float64) + noise))[..., 0]
 
 
 def ratio_loss(masks: Array, ratios: Sequence[float]) -> float:

@@ -7,12 +7,16 @@ import numpy as np
 
 Array = np.ndarray
 
+WIDTHS = {"qk.weight": 2.4, "c.weight": 0.9}
+
 
 def draw(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Array]:
     """float32 weights for names in sorted order; counters of batches are int64 zeros.
 
     They are wide enough that every one matters and that scores are well apart: matrices and filters have a deviation
-    of 1.2 / √inputs, norms are 1 ± 0.2, variances exp(± 0.3), everything else ± 0.4.
+    of 1.2 / √inputs, norms are 1 ± 0.2, variances exp(± 0.3), everything else ± 0.4. Two layouts need their own width:
+    Evo-ViT's attention 2.4 (else the patches chosen first are chosen for good), LeViT's trunk without norms 0.9 (else
+    its logits grow to thousands).
     """
     generator = np.random.default_rng(seed)
     weights = {}
@@ -25,7 +29,8 @@ def draw(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Array]:
         if name.endswith("running_var"):
             value = np.exp(0.3 * noise)
         elif name.endswith("weight") and len(shape) > 1:
-            value = 1.2 / math.sqrt(math.prod(shape[1:])) * noise
+            width = WIDTHS.get(".".join(name.split(".")[-2:]), 1.2)
+            value = width / math.sqrt(math.prod(shape[1:])) * noise
         elif name.endswith("weight"):
             value = 1 + 0.2 * noise
         else:

@@ -212,7 +212,7 @@ def mlp(model: Model, block: int, x: Array) -> Array:
 
 
 def classify(model: Model, x: Array, sizes: Array | None = None) -> Array:
-    """The logits of tokens ``[N, C]``; a mean over patches weights them by ``sizes [N - prefix]`` if these are given."""
+    """The logits of tokens ``[N, C]``; a mean over patches weights them by ``sizes [N - prefix]`` if given."""
     patches = x[model.prefix :]
     weights = np.ones(len(patches)) if sizes is None else np.asarray(sizes, np.float64)
     share = (weights / weights.sum())[:, None]

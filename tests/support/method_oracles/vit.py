@@ -116,7 +116,8 @@ def layer_norm(model: Model, name: str, x: Array, eps: float | None = None) -> A
 
 def gelu(x: Array) -> Array:
     """The exact one, by the error function."""
-    return 0.5 * x * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
+    error = np.fromiter(map(math.erf, (x / math.sqrt(2)).ravel().tolist()), np.float64, x.size)
+    return 0.5 * x * (1 + error.reshape(x.shape))
 
 
 def softmax(x: Array) -> Array:

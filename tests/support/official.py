@@ -42,7 +42,7 @@ class Official(NamedTuple):
 
 
 def read_official(name: str) -> Official:
-    """``evo_deit_tiny``, ``evo_levit_128s``, ``dynamicvit_deit_tiny`` or ``dynamicvit_lvvit_s``."""
+    """``evo_deit_tiny``, ``evo_levit_128s``, ``levit_128s``, ``dynamicvit_deit_tiny`` or ``dynamicvit_lvvit_s``."""
     recipe = json.loads((FOLDER / f"{name}.json").read_text())
     weights = synthetic.draw(recipe["shapes"], recipe["seed"])
     weights |= {second: weights[first] for second, first in recipe.get("same", {}).items()}

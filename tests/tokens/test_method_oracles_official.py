@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from tests.support.method_oracles import dynamicvit, evo_vit
+from tests.support.method_oracles import dynamicvit, evo_vit, levit
 from tests.support.method_oracles.vit import Model
 from tests.support.official import Official, read_official
 
@@ -19,7 +19,8 @@ STEP = 1e-5
 official = functools.cache(read_official)
 
 
-def close(result: np.ndarray | float, wanted: np.ndarray, atol: float = 1e-9) -> None:
+def close(result: np.ndarray | float | None, wanted: np.ndarray, atol: float = 1e-9) -> None:
+    assert result is not None
     np.testing.assert_allclose(result, wanted, rtol=0, atol=atol)
 
 
@@ -60,7 +61,6 @@ def of_evo_vit(weights: dict[str, np.ndarray]) -> Model:
 def test_evo_vit_is_the_official_one(kind):
     file = official("evo_deit_tiny")
     result = evo_vit.forward(of_evo_vit(file.weights), file.images, SCHEDULES[kind])
-    assert result.class_logits is not None
     close(result.logits, file.arrays[f"{kind}:logits"])
     close(result.logits, file.arrays[f"{kind}:train:logits"])
     close(result.class_logits, file.arrays[f"{kind}:train:class_logits"])
@@ -81,6 +81,28 @@ def test_the_gradients_of_evo_vit_are_the_official_ones():
         for by in (-STEP, STEP)
     ]
     close((losses[1] - losses[0]) / (2 * STEP), np.array(slope(steps, file.arrays, prefix)), 1e-7)
+
+
+# ---- LeViT
+
+
+def test_levit_is_the_official_one():
+    file = official("levit_128s")
+    close(levit.dense(levit.Model(file.weights, 16, (4, 6, 8), (2, 3, 4)), file.images).logits, file.arrays["logits"])
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_evo_levit_is_the_official_one(kind):
+    file = official("evo_levit_128s")
+    schedule = levit.Schedule(kind == "stage", learned=kind == "stage")
+    result = levit.forward(levit.Model(file.weights, 16, (4, 6, 8), (2, 3, 4)), file.images, schedule)
+    close(result.logits, file.arrays[f"{kind}:logits"])
+    close(result.class_logits, file.arrays[f"{kind}:class_logits"])
+    orders = [file.arrays[f"{kind}:order:{number}"] for number in range(2 + len(result.chosen))]
+    restored = [0, len(orders) - (2 if kind == "stage" else 5)]  # the two downsamplings put patches back in order
+    sorts = [order for number, order in enumerate(orders) if number not in restored]
+    for chosen, order in zip(result.chosen, sorts, strict=True):
+        np.testing.assert_array_equal(chosen, order)
 
 
 # ---- DynamicViT
@@ -123,7 +145,7 @@ def total(parts: list[float]) -> float:
     return parts[0] + 2.0 * parts[1] / 3 + 0.5 * parts[2] + 0.5 * parts[3]
 
 
-@pytest.mark.parametrize("name", ["dynamicvit_deit_tiny", "dynamicvit_lvvit_s"])
+@pytest.mark.parametrize("name", ["dynamicvit_deit_tiny", pytest.param("dynamicvit_lvvit_s", marks=pytest.mark.slow)])
 def test_dynamicvit_trains_like_the_official_one(name):
     file = official(name)
     noise, decisions = file.noise(), file.decisions()
@@ -138,6 +160,7 @@ def test_dynamicvit_trains_like_the_official_one(name):
     close(total(found), file.arrays["train:loss"], FLOAT32)
 
 
+@pytest.mark.slow
 def test_the_gradients_of_dynamicvit_are_the_official_ones():
     """By central differences, with decisions that are hard but move like the soft ones: the straight-through rule."""
     file, prefix = official("dynamicvit_deit_tiny"), "train:gradient:"

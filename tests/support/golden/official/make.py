@@ -1,7 +1,8 @@
-"""Runs the official code of Evo-ViT or DynamicViT on drawn weights and writes what it answers as golden files.
+"""Runs the official code of Evo-ViT, DynamicViT or LeViT on drawn weights and writes what it answers as golden files.
 
     python -m tests.support.golden.official.make evo-vit FOLDER
     python -m tests.support.golden.official.make dynamicvit FOLDER
+    python -m tests.support.golden.official.make levit FOLDER
 
 FOLDER is a checkout of the repository at the commit below. Everything runs in float64 on the CPU.
 """
@@ -24,20 +25,32 @@ from tests.support.method_oracles import synthetic
 HERE = Path(__file__).parent
 EVO_VIT = {"source": "github.com/YifanXu74/Evo-ViT", "commit": "4c5d9b30b0a3c9b1e7b8687a9490555bd9d714ca"}
 DYNAMICVIT = {"source": "github.com/raoyongming/DynamicViT", "commit": "1322e626d1e9eca18cc150569908fb4af29e15f7"}
+LEVIT = {"source": "github.com/facebookresearch/LeViT", "commit": "3772b8e7517b900330ee1f46e11b0ae917dae323"}
 WEIGHTS, IMAGES, TEACHER, NOISE = 0, 1, 2, 3  # seeds
 CLASSES = 100
 
 
 def load(model: torch.nn.Module, seed: int) -> dict[str, list[int]]:
-    """Draws a model's weights; gives the shapes they were drawn for. A tensor of two names is drawn for the first."""
-    state = model.state_dict()
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(value.data_ptr(), name) for name, value in state.items() if value.ndim}
-    shapes = {name: list(state[name].shape) for name in state if names.get(name, name) == name}
+    """Draws a model's weights; gives the shapes they were drawn for.
+
+    A tensor of two names is drawn for the first; what is no number to learn (LeViT's indices) stays as it is.
+    """
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("attention_bias_idxs")}
+    same = second_names(state)
+    shapes = {name: list(value.shape) for name, value in state.items() if name not in same}
     drawn = synthetic.draw(shapes, seed)
-    model.load_state_dict({name: torch.from_numpy(drawn[names.get(name, name)]) for name in state if name in names}
-                          | {name: value for name, value in state.items() if name not in names})  # fmt: skip
+    values = {name: torch.from_numpy(drawn[same.get(name, name)]) for name in state}
+    missing, unexpected = model.load_state_dict(values, strict=False)
+    assert not unexpected
+    assert all(name.endswith("attention_bias_idxs") for name in missing)
     return shapes
+
+
+def second_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Names of tensors that come under an earlier name too, and that name."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(value.data_ptr(), name) for name, value in state.items()}
+    return {name: earlier for name, earlier in names.items() if earlier != name}
 
 
 def inputs() -> torch.Tensor:
@@ -57,7 +70,7 @@ def check_float32(model: torch.nn.Module, logits: torch.Tensor) -> None:
 def write(name: str, recipe: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
     """One golden file and its recipe."""
     values = {key: value.detach().numpy() if torch.is_tensor(value) else value for key, value in arrays.items()}
-    np.savez_compressed(HERE / f"{name}.npz", **values)
+    np.savez_compressed(HERE / f"{name}.npz", **values)  # pyright: ignore[reportArgumentType]
     head = {**recipe, "seed": WEIGHTS, "images": {"count": 2, "size": 224, "seed": IMAGES}}
     text = json.dumps(head, indent=1)
     for name_of, shape in recipe["shapes"].items():  # a line each
@@ -151,21 +164,40 @@ def levit() -> None:
 
     model = levit.EvoLeViT_128S(num_classes=CLASSES)
     recipe = {**EVO_VIT, "model": "EvoLeViT_128S", "shapes": load(model, WEIGHTS)}
-    state = model.state_dict()
-    first = {value.data_ptr(): name for name, value in reversed(list(state.items())) if value.ndim}
-    recipe["same"] = {name: first[value.data_ptr()] for name, value in state.items()
-                      if value.ndim and first[value.data_ptr()] != name}  # fmt: skip
+    recipe["same"] = second_names(model.state_dict())
     model.double().eval()
+    ends: list[torch.Tensor] = []
+    for blocks in (model.stage_blocks, model.blocks):
+        blocks.register_forward_hook(lambda module, inputs, output: ends.append(output[:, 0]))
     arrays: dict[str, Any] = {}
     for kind in ("stage", "layer"):
         model.stage_wise_prune = kind == "stage"
         model.set_learn_tradeoff(kind == "stage")
         with recorded(levit, "easy_gather", last_channel) as calls, torch.no_grad():
             arrays[f"{kind}:logits"] = model(inputs())
+            arrays[f"{kind}:class_logits"] = (model.head_cls(ends[-1]) + model.head_cls_dist(ends[-1])) / 2
         check_float32(model, arrays[f"{kind}:logits"])
         for number, call in enumerate(calls):
             arrays[f"{kind}:order:{number}"] = call.numpy().astype(np.int16)
     write("evo_levit_128s", recipe, arrays)
+
+
+# ---- LeViT
+
+
+def plain_levit() -> None:
+    """LeViT-128S."""
+    import levit  # pyright: ignore[reportMissingImports]
+
+    model = levit.LeViT_128S(num_classes=CLASSES)
+    recipe = {**LEVIT, "model": "LeViT_128S", "shapes": load(model, WEIGHTS)}
+    model.double().eval()  # which looks the biases up
+    with torch.no_grad():
+        arrays = {"logits": model(inputs())}
+    model.float().eval()
+    model.train().eval()
+    check_float32(model, arrays["logits"])
+    write("levit_128s", recipe, arrays)
 
 
 # ---- DynamicViT
@@ -236,7 +268,8 @@ def run(module: Any, name: str, student: Any, teacher: Any, small: list[str], ms
     assert load(teacher, TEACHER) == {
         key: shape for key, shape in recipe["shapes"].items() if not key.startswith("score_predictor.")
     }
-    student.double().eval(), teacher.double().eval()
+    for model in (student, teacher):
+        model.double().eval()
     arrays: dict[str, Any] = {}
     with recorded(module, "batch_index_select", lambda x, index: index) as calls, torch.no_grad():
         arrays["logits"] = student(inputs())
@@ -263,4 +296,4 @@ def run(module: Any, name: str, student: Any, teacher: Any, small: list[str], ms
 if __name__ == "__main__":
     warnings.simplefilter("ignore", FutureWarning)
     sys.path.insert(0, sys.argv[2])
-    {"evo-vit": evo_vit, "dynamicvit": dynamicvit}[sys.argv[1]]()
+    {"evo-vit": evo_vit, "dynamicvit": dynamicvit, "levit": plain_levit}[sys.argv[1]]()

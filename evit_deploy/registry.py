@@ -76,6 +76,7 @@ METHODS = Registry(
     "method",
     {
         "evit": "evit_deploy.tokens.methods.evit:EViT",
+        "evo-vit": "evit_deploy.tokens.methods.evo_vit:EvoViT",
         "slice": "evit_deploy.tokens.methods.baselines:Slice",
         "random": "evit_deploy.tokens.methods.baselines:RandomDrop",
         "inverse": "evit_deploy.tokens.methods.baselines:InverseDrop",
@@ -86,6 +87,7 @@ BACKBONES = Registry(
     {
         "timm_vit": "evit_deploy.models.timm_vit:TimmViT",
         "lvvit": "evit_deploy.models.lvvit:LVViTBackbone",
+        "evo_levit": "evit_deploy.models.levit:EvoLeViTBackbone",
     },
 )
 TARGETS = Registry(

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, InputError, did_you_mean, first_few
+from evit_deploy.models.layouts import levit
 from evit_deploy.tokens.backbone import load_backbones
+from evit_deploy.tokens.plan import TokenSpec
 
 # (width, depth) -> the size's name in timm.
 _SIZES = {
@@ -57,12 +59,14 @@ class Identity(msgspec.Struct):
         model_args: What ``timm.create_model`` needs besides.
         weights: The tensors under timm's names.
         notes: What was assumed.
+        tokens: The reduction such weights were trained with, where their names tell.
     """
 
     model: str
     model_args: dict[str, Any]
     weights: dict[str, Tensor]
     notes: list[str]
+    tokens: TokenSpec | None = None
 
 
 def identify(path: Path, weights: dict[str, Tensor], model: str | None = None) -> Identity:
@@ -79,6 +83,8 @@ def identify(path: Path, weights: dict[str, Tensor], model: str | None = None) -
     """
 
     load_backbones()
+    if levit.is_evo_levit(weights) or levit.is_levit(weights):
+        return _released(path, levit.find(path, weights), model)
     dimensions = {"pos_embed": 3, "patch_embed.proj.weight": 4, "cls_token": 3}
     if any(name not in weights or weights[name].dim() != count for name, count in dimensions.items()):
         _refuse(path, weights)
@@ -103,6 +109,24 @@ def identify(path: Path, weights: dict[str, Tensor], model: str | None = None) -
             f"activation); {first.model} is assumed (--model decides)"
         )
     return msgspec.structs.replace(first, notes=first.notes + notes)
+
+
+def _released(path: Path, found: levit.Found, model: str | None) -> Identity:
+    """What a file in a released layout of its own holds; its names tell the architecture."""
+    if model is not None and model != found.model:
+        check_model_name(model, where="--model")
+        raise CheckpointError(
+            f"the weights are not those of {model}", where=path, seen=f"the tensors of {found.model}",
+            fix="Leave out --model to have the architecture read from the tensors.",
+        )  # fmt: skip
+    with torch.device("meta"):
+        import timm
+
+        wanted = timm.create_model(found.model, **found.model_args).state_dict()
+    differences = differences_of(wanted, found.weights)
+    if differences:
+        raise CheckpointError(f"not the tensors of {found.model}, which it is most like", where=path, seen=differences)
+    return Identity(found.model, found.model_args, found.weights, [], found.tokens)
 
 
 def _describe(weights: dict[str, Tensor]) -> tuple[int, int, int]:
@@ -208,7 +232,7 @@ def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None) -> NoRetu
             "no known architecture has these tensors",
             where=path,
             seen=seen,
-            wanted="a ViT, DeiT, DeiT III or DINOv2 of timm, or an LV-ViT",
+            wanted="a ViT, DeiT, DeiT III or DINOv2 of timm, an LV-ViT, a LeViT or an Evo-LeViT",
             fix="Name the architecture with --model.",
         )
     with torch.device("meta"):

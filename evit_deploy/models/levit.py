@@ -11,9 +11,12 @@ method can carry it. Parameters bear the names of the released checkpoints. Impo
 """
 
 import copy
+import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from fractions import Fraction
+from typing import Any
 
+import msgspec
 import torch
 from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -21,11 +24,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from evit_deploy.errors import InputError
+from evit_deploy.errors import InputError, UnsupportedModelError
 from evit_deploy.models.timm_vit import LoweredMlp
+from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import copy_sharing_weights
-from evit_deploy.tokens.evit import class_scores
-from evit_deploy.tokens.op import precise, token_reorg
+from evit_deploy.tokens.methods.evit import class_scores
+from evit_deploy.tokens.op import precise
+from evit_deploy.tokens.plan import BlockCost, BlockPlan, ModelCost, ModelShape, TokenPlan, TokenSpec, scheduled_rate
+from evit_deploy.tokens.reducer import TokenReducer
+from evit_deploy.tokens.state import TokenState
 
 STRIDE = 16
 MLP_RATIO = 2
@@ -134,21 +141,6 @@ class Stem(nn.Sequential):
         return super().forward(x).flatten(2).transpose(1, 2)
 
 
-class Evolution(NamedTuple):
-    """What travels beside the tokens of one forward pass.
-
-    Args:
-        attention: Global class attention ``[B, P]``, FP32, in the order in which the candidates stand (those that wait
-            behind the others).
-        aside: Waiting candidates less their representative as it was when they began to wait, ``[B, M, C]``.
-        rows: int64 ``[B, P]``: where each place of the grid has its token; ``None`` while all are in order.
-    """
-
-    attention: Tensor | None = None
-    aside: Tensor | None = None
-    rows: Tensor | None = None
-
-
 def take(x: Tensor, rows: Tensor) -> Tensor:
     """Rows by number: ``[B, N, C]`` and int64 ``[B, M]`` to ``[B, M, C]``."""
     # Whole rows: gather would go by element, which takes five times as long on a CPU.
@@ -156,51 +148,24 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (rows + first.unsqueeze(1)).flatten()).unflatten(0, (-1, rows.shape[1]))
 
 
-def set_apart(x: Tensor, state: Evolution, keep: int) -> tuple[Tensor, Evolution, Tensor]:
-    """Sorts the candidates by global attention; the first ``keep`` go on, with one token for those that now wait.
-
-    The representative is Σ (g / Σg) · x over the waiting ones (the paper's equation 6).
-
-    Args:
-        x: Class token and all candidates ``[B, 1 + P, C]``.
-        state: Its attention is needed; nothing waits.
-        keep: Informative candidates, 1 to P - 1.
-
-    Returns:
-        Tokens ``[B, 1 + keep + 1, C]``, the new state, and the order: candidates as they now stand, int32 ``[B, P]``.
-    """
-    assert state.attention is not None
-    assert state.aside is None
-    x, order = token_reorg(x, state.attention, x.shape[1] - 1, fuse=False, prefix=1)
-    numbers = order.long()
-    attention = state.attention.gather(1, numbers)
-    waiting, share = x[:, 1 + keep :], attention[:, keep:]
-    share = share / share.sum(1, keepdim=True)
-    exact = precise(waiting)
-    with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training sums in half precision
-        representative = torch.bmm(share.unsqueeze(1).to(exact.dtype), exact).to(x.dtype)
-    places = torch.arange(numbers.shape[1], device=x.device).expand_as(numbers)
-    where = torch.zeros_like(numbers).scatter(1, numbers, places)
-    rows = where if state.rows is None else where.gather(1, state.rows)
-    # Its updates are what the representative gains: added up at the end by a difference, not block by block.
-    aside = waiting - representative
-    return torch.cat([x[:, : 1 + keep], representative], 1), Evolution(attention, aside, rows), order
-
-
-def join(x: Tensor, state: Evolution) -> tuple[Tensor, Evolution]:
+def join(x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
     """Gives those that wait all updates of their representative and puts them behind the others; the order stays."""
-    if state.aside is None:
+    if state.aside is None or state.representative is None:
         return x, state
-    return torch.cat([x[:, :-1], state.aside + x[:, -1:]], 1), state._replace(aside=None)
+    # What the representative has gained is the sum of its updates: no block has to add them up.
+    gained = x[:, -1:] - state.representative
+    return torch.cat([x[:, :-1], state.aside + gained], 1), state._replace(aside=None, representative=None)
 
 
-def in_order(x: Tensor, state: Evolution) -> tuple[Tensor, Evolution]:
+def in_order(x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
     """Class token and candidates, none waiting, with every candidate in its place on the grid; the attention too."""
     if state.rows is None:
         return x, state
-    attention = state.attention
-    attention = None if attention is None else attention.gather(1, state.rows)
-    return torch.cat([x[:, :1], take(x[:, 1:], state.rows)], 1), Evolution(attention)
+    assert state.attention is not None
+    return (
+        torch.cat([x[:, :1], take(x[:, 1:], state.rows)], 1),
+        TokenState(attention=state.attention.gather(1, state.rows)),
+    )
 
 
 def mixed(attention: Tensor | None, own: Tensor, alpha: Tensor | float) -> Tensor:
@@ -233,9 +198,10 @@ class _Attention(nn.Module):
         """Tokens ``[B, N, C]`` to the attention's output ``[B, n, C']``, q ``[B, n, H, d]`` and k ``[B, N, H, d]``."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The output alone."""
-        return self.attend(x)[0]
+    def forward(self, x: Tensor, state: TokenState | None = None) -> Any:
+        """The output alone; with a state, also the attention that the class token pays to each candidate."""
+        y, q, k = self.attend(x)
+        return y if state is None else (y, class_scores(q, k, self.scale, prefix=1))
 
 
 class Attention(_Attention):
@@ -297,7 +263,24 @@ class Residual(nn.Module):
         return x + self.drop_path(self.m(x))
 
 
-class Block(nn.Module):
+class Reducible(nn.Module):
+    """What an entry of ``blocks`` is: run on tokens alone, or, with a reducer, on the state too.
+
+    The state goes through ``forward`` as well, so that the nodes of an exported file bear the block's name.
+    """
+
+    reducer: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module("reducer", None)
+
+    def carry(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """See :class:`~evit_deploy.tokens.state.TokenBlocks`."""
+        return self(x, state)
+
+
+class Block(Reducible):
     """Attention and MLP: ``m1``, ``m2``.
 
     Args:
@@ -312,47 +295,55 @@ class Block(nn.Module):
         self.m1 = Residual(Attention(width, key_dim, num_heads), drop_path)
         self.m2 = Residual(Mlp(width), drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, state: TokenState | None = None) -> Any:
         """``[B, N, C]`` to the same."""
-        return self.m2(self.m1(x))
-
-    def evolve(self, x: Tensor, state: Evolution, keep: int | None) -> tuple[Tensor, Evolution, Tensor | None]:
-        """The block, and the global attention with it.
-
-        Args:
-            x: The tokens that take part.
-            state: What travels beside them.
-            keep: Informative candidates, where this block sets the others apart.
-
-        Returns:
-            Tokens, state, and the order (see :func:`set_apart`) where there is a choice.
-        """
-        order = None
-        if keep is not None:
-            x, state = join(x, state)
-            x, state, order = set_apart(x, state, keep)
-        attention = self.m1.m
-        y, q, k = attention.attend(x)
-        own = class_scores(q, k, attention.scale, prefix=1)
+        if state is None:
+            return self.m2(self.m1(x))
+        found: tuple[Tensor, TokenState] = self.reducer.before(x, state)
+        x, state = found
+        self.reducer.check(x)
+        y, own = self.m1.m(x, state)
         own = own if state.aside is None else own[:, :-1]
-        state = state._replace(attention=mixed(state.attention, own, attention.alpha()))
-        return self.m2(x + self.m1.drop_path(y)), state, order
+        state = state._replace(attention=mixed(state.attention, own, self.m1.m.alpha()))
+        return self.m2(x + self.m1.drop_path(y)), state
 
 
-class _Downsampling(_Attention):
-    """Downsampling and the global attention with it."""
+class DownsampleMlp(Reducible):
+    """The MLP behind a downsampling: ``m``.
+
+    Args:
+        width: Of the tokens.
+        drop_path: See :class:`Residual`.
+    """
+
+    def __init__(self, width: int, drop_path: float) -> None:
+        super().__init__()
+        self.m: Any = Mlp(width)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, state: TokenState | None = None) -> Any:
+        """``[B, N, C]`` to the same."""
+        y = x + self.drop_path(self.m(x))
+        return y if state is None else (y, state)
+
+
+class _Downsampling(_Attention, Reducible):
+    """Downsampling and the global attention with it, which goes to the smaller grid and keeps its sum."""
 
     asking: Tensor
 
-    def evolve(self, x: Tensor, state: Evolution) -> tuple[Tensor, Evolution]:
-        """The downsampling; the global attention goes to the smaller grid and keeps its sum."""
+    def forward(self, x: Tensor, state: TokenState | None = None) -> Any:
+        """Class token and candidates ``[B, 1 + N, C]`` to ``[B, 1 + n, C']``."""
+        if state is None:
+            return super().forward(x)
         x, state = in_order(*join(x, state))
-        assert state.attention is not None
-        y, q, k = self.attend(x)
+        self.reducer.check(x)
+        before = state.attention
+        assert before is not None
+        y, own = super().forward(x, state)
         places = self.asking[1:] - 1
-        own = class_scores(q, k, self.scale, prefix=1).index_select(1, places)
-        attention = mixed(state.attention.index_select(1, places), own, self.alpha())
-        return y, Evolution(attention * (state.attention.sum(1, keepdim=True) / attention.sum(1, keepdim=True)))
+        after = mixed(before.index_select(1, places), own.index_select(1, places), self.alpha())
+        return y, TokenState(attention=after * (before.sum(1, keepdim=True) / after.sum(1, keepdim=True)))
 
 
 class Downsample(_Downsampling):
@@ -400,7 +391,7 @@ def _asking(grid: tuple[int, int]) -> Tensor:
 class EvoLeViT(nn.Module):
     """Evo-LeViT. Its logits come from the mean over all patches, averaged over the two classifiers that see it.
 
-    As built it is dense: every block sees every token. ``keep`` says at which blocks candidates are set apart.
+    As built it is dense: every block sees every token.
 
     Args:
         img_size: Height and width of the image, or its side; multiples of 16.
@@ -440,8 +431,6 @@ class EvoLeViT(nn.Module):
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self.embed_dim, self.depth = tuple(embed_dim), tuple(depth)
         self.num_prefix_tokens = 1
-        self.keep: dict[int, int] = {}
-        """Block -> informative candidates, for the blocks that set the others apart."""
         self.patch_embed = Stem(size, in_chans, embed_dim[0])
         grid = self.patch_embed.grid_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim[0]))
@@ -451,7 +440,7 @@ class EvoLeViT(nn.Module):
         for stage, (width, heads_here, count) in enumerate(zip(embed_dim, num_heads, depth, strict=True)):
             if stage:
                 blocks.append(Downsample(embed_dim[stage - 1], width, key_dim, grid))
-                blocks.append(Residual(Mlp(width), drop_path_rate))
+                blocks.append(DownsampleMlp(width, drop_path_rate))
                 grid = halved(grid)
             blocks += [Block(width, key_dim, heads_here, drop_path_rate) for _ in range(count)]
         self.blocks = nn.Sequential(*blocks)
@@ -462,9 +451,10 @@ class EvoLeViT(nn.Module):
             made = Classifier(self.num_features, self.num_classes) if self.num_classes > 0 else nn.Identity()
             self.add_module(name, made.to(self.poss.device, self.poss.dtype).train(self.training))
 
-    def get_classifier(self) -> nn.Module:
-        """The first classifier."""
-        return self.get_submodule("head")
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """The linear layers of the classifiers that see the patches."""
+        heads = [self.get_submodule(name) for name in self.heads if name in HEADS[:2]]
+        return tuple(head.l if isinstance(head, Classifier) else head for head in heads)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Begins all classifiers anew."""
@@ -480,13 +470,16 @@ class EvoLeViT(nn.Module):
         return {name for name, _ in self.named_parameters() if "poss" in name}
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: Any = None) -> None:
-        """Takes another image size: all position embeddings are resampled as timm does. The model becomes dense."""
+        """Takes another image size: all position embeddings are resampled as timm does.
+
+        A model that was reduced has to be reduced anew.
+        """
         assert patch_size in (None, STRIDE, (STRIDE, STRIDE))
         if img_size is None:
             return
         size = _pair(img_size)
         grid = size[0] // STRIDE, size[1] // STRIDE
-        old, self.patch_embed.img_size, self.keep = self.patch_embed.grid_size, size, {}
+        old, self.patch_embed.img_size = self.patch_embed.grid_size, size
         self.poss = nn.Parameter(_resampled(self.poss.detach(), old, grid))
         for block in self.blocks:
             if isinstance(block, Downsample):
@@ -502,24 +495,8 @@ class EvoLeViT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` to the last stage's class token and patches, ``[B, 1 + P, D]``, in any order."""
-        return self.with_orders(x)[0]
-
-    def with_orders(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The same, and the order (see :func:`set_apart`) of each block that sets candidates apart."""
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.poss
-        if not self.keep:
-            return self.blocks(x), []
-        state, orders, last = Evolution(), [], max(self.keep)
-        for index, block in enumerate(self.blocks):
-            if isinstance(block, Block) and (index <= last):
-                x, state, order = block.evolve(x, state, self.keep.get(index))
-                orders += [] if order is None else [order]
-            elif isinstance(block, _Downsampling):
-                x, state = block.evolve(x, state)
-            else:
-                x = block(x)
-        return join(x, state)[0], orders
+        return self.blocks(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.poss)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens ``[B, 1 + P, D]`` to logits; to the mean over patches with ``pre_logits``."""
@@ -562,14 +539,326 @@ def stages(model: EvoLeViT) -> Iterator[list[int]]:
         start += count
 
 
+# ---- token reduction
+
+METHOD = "evo-vit"
+"""The method's name in the registry."""
 DENSE_BLOCKS = 2
 """Blocks of the first stage that see every token: global attention has to settle first."""
 
 
-def default_locations(model: EvoLeViT) -> tuple[int, ...]:
-    """The paper's places: once a stage, at its beginning; in the first stage after two blocks, if it has more."""
-    first, *others = stages(model)
-    return tuple(stage[0] for stage in (first[DENSE_BLOCKS:], *others) if stage)
+class LeViTShape(ModelShape, frozen=True):
+    """What a plan has to know of an Evo-LeViT.
+
+    Args:
+        stages: Numbers of each stage's blocks.
+        grid: Rows and columns of patches.
+    """
+
+    stages: tuple[tuple[int, ...], ...]
+    grid: tuple[int, int]
+
+    def locations(self) -> tuple[int, ...]:
+        """The paper's places: once a stage, at its beginning; in the first after two blocks, if it has more."""
+        first, *others = self.stages
+        return tuple(stage[0] for stage in (first[DENSE_BLOCKS:], *others) if stage)
+
+    def places(self, stage: int) -> tuple[int, ...]:
+        """Patches that the candidates of a stage stand for: those in every second, fourth, … row and column."""
+        rows, columns = self.grid
+        return tuple(
+            row * columns + column for row in range(0, rows, 2**stage) for column in range(0, columns, 2**stage)
+        )
+
+
+class EvoLeViTReducer(TokenReducer):
+    """Evo-ViT in an Evo-LeViT: candidates are set apart once a stage, until its end.
+
+    Global attention is a mean over heads with an α of each attention's own. Before a downsampling every candidate goes
+    back to its place on the grid. A location is the first of the blocks that run on the informative candidates.
+    """
+
+    @classmethod
+    def plan_for(cls, spec: TokenSpec, options: msgspec.Struct, shape: ModelShape, progress: float) -> TokenPlan:
+        """Decides every token count; K = ⌊rate · N⌋, as released."""
+        assert isinstance(shape, LeViTShape)
+        rates = dict(_rates(spec, shape))
+        keeps = {block: cls._kept(rates[block], block, shape) for block in rates}
+        if progress < 1:  # one that sets none apart at the end sets none apart on the way either
+            on_the_way = {block: scheduled_rate(rates[block], progress) for block in rates if keeps[block]}
+            keeps = {block: cls._kept(rate, block, shape) for block, rate in on_the_way.items()}
+        rows = []
+        for stage, blocks in enumerate(shape.stages):
+            rows += [_dense_row(shape, len(rows) + i) for i in range(blocks[0] - len(rows))]
+            keep, candidates, places = None, shape.cost.blocks[blocks[0]].tokens_in - shape.prefix, shape.places(stage)
+            for block in blocks:
+                here = keeps.get(block)
+                keep = here or keep
+                if keep is None:
+                    rows.append(_dense_row(shape, block))
+                    continue
+                tokens = shape.prefix + keep + 1
+                row = BlockPlan(block, tokens, here, here is not None, tokens, aside=candidates - keep)
+                if here is not None:
+                    first, places = places if stage else (), ()
+                    row = msgspec.structs.replace(row, choice_indices=candidates, places=first)
+                rows.append(row)
+        return TokenPlan(shape.prefix, shape.patches, tuple(rows), shape.cost)
+
+    @staticmethod
+    def _kept(rate: float, block: int, shape: LeViTShape) -> int | None:
+        """Informative candidates of a block; ``None`` where that is all of them."""
+        candidates = shape.cost.blocks[block].tokens_in - shape.prefix
+        keep = math.floor(Fraction(repr(float(rate))) * candidates)
+        if keep == 0:
+            raise InputError(
+                "a keep rate leaves no informative token", where=f"block {block}",
+                seen=f"{rate:g} of {candidates}", wanted=f"{1 / candidates:.3g} or more",
+            )  # fmt: skip
+        return keep if keep < candidates else None
+
+    @classmethod
+    def carries_state(cls, options: msgspec.Struct, pools: bool) -> bool:
+        """Always."""
+        return True
+
+    @classmethod
+    def serves_pooling(cls, options: msgspec.Struct) -> bool:
+        """Every patch keeps its place."""
+        return True
+
+    def scores(self, x: Tensor, q: Any, k: Any, state: TokenState) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The global attention, FP32 ``[B, P]``."""
+        assert state.attention is not None
+        return state.attention
+
+    def forward(self, x: Tensor, q: Any, k: Any, state: TokenState) -> tuple[Tensor, Tensor, TokenState]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Sorts the candidates; the first K go on, with one token for those that now wait.
+
+        The representative is Σ (g / Σg) · x over the waiting ones (the paper's equation 6).
+
+        Args:
+            x: Class token and all candidates ``[B, 1 + P, C]``.
+            q: Not used: there is no attention yet.
+            k: Not used.
+            state: Its attention is needed; nothing waits.
+
+        Returns:
+            Tokens ``[B, 1 + K + 1, C]``, the order (candidates as they now stand, int32 ``[B, P]``) and the new state.
+        """
+        keep = self.plan.keep
+        assert keep is not None
+        x, order = self.reorganized(x, self.scores(x, q, k, state), x.shape[1] - 1, fuse=False)
+        numbers = order.long()
+        assert state.attention is not None
+        attention = state.attention.gather(1, numbers)
+        waiting, share = x[:, 1 + keep :], attention[:, keep:]
+        share = share / share.sum(1, keepdim=True)
+        exact = precise(waiting)
+        with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training sums in half precision
+            representative = torch.bmm(share.unsqueeze(1).to(exact.dtype), exact).to(x.dtype)
+        places = torch.arange(numbers.shape[1], device=x.device).expand_as(numbers)
+        where = torch.zeros_like(numbers).scatter(1, numbers, places)
+        rows = where if state.rows is None else where.gather(1, state.rows)
+        x = torch.cat([x[:, : 1 + keep], representative], 1)
+        return x, order, TokenState(attention=attention, aside=waiting, representative=representative, rows=rows)
+
+    def before(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """At a location those that wait come back, and candidates are set apart anew."""
+        if self.plan.keep is None:
+            return x, state
+        x, state = join(x, state)
+        x, _, state = self(x, None, None, state)
+        return x, state
+
+    def finish(self, x: Tensor, state: TokenState) -> Tensor:
+        """Class token and all candidates, in the order in which they stand."""
+        return join(x, state)[0]
+
+    def check(self, x: Tensor) -> None:
+        """Refuses tokens that the plan does not have.
+
+        Raises:
+            UnsupportedModelError: The image has another size than the plan was made for.
+        """
+        wanted = self.plan.tokens_in
+        if x.shape[1] != wanted:
+            reason = (
+                f"{x.shape[1]} tokens arrived, the plan has {wanted}: another image size needs reduce_tokens_ again"
+            )
+            raise UnsupportedModelError(f"block {self.plan.block}", [reason])
+
+
+class NotCarried(EvoLeViTReducer):
+    """Any other method: on an Evo-LeViT there is only its dense form."""
+
+    @classmethod
+    def plan_for(cls, spec: TokenSpec, options: msgspec.Struct, shape: ModelShape, progress: float) -> TokenPlan:
+        """The dense plan.
+
+        Raises:
+            UnsupportedModelError: The spec reduces tokens.
+        """
+        if not spec.dense:
+            reason = "its downsampling needs every patch in its place, and this method gives some up"
+            raise UnsupportedModelError(f"EvoLeViT with the method {spec.method!r}", [reason], fix=_FIX)
+        return super().plan_for(TokenSpec(keep_rate=1.0), options, shape, progress)
+
+
+_FIX = "Use --method evo-vit."
+
+
+def _rates(spec: TokenSpec, shape: LeViTShape) -> tuple[tuple[int, float], ...]:
+    """Pairs of location and keep rate.
+
+    Raises:
+        InputError: A location is none of the model's, or there are more or fewer rates than locations.
+    """
+    chosen = spec if spec.locations is not None else msgspec.structs.replace(spec, locations=shape.locations())
+    found = chosen.resolve(shape.depth)
+    possible = [block for stage in shape.stages for block in stage if block > 0]
+    wrong = next((block for block, _ in found if block not in possible), None)
+    if wrong is not None:
+        what = (
+            "the first block has no attention before it to sort by" if wrong == 0 else "a downsampling is no location"
+        )
+        wanted = ", ".join(map(str, possible))
+        raise InputError(what, where="--locations", seen=wrong, wanted=f"some of the blocks {wanted}")
+    return found
+
+
+def _dense_row(shape: LeViTShape, block: int) -> BlockPlan:
+    cost = shape.cost.blocks[block]
+    return BlockPlan(block, cost.tokens_in, None, False, cost.tokens_out)
+
+
+class EvoLeViTBackbone:
+    """The backbone's entry in the registry; see :class:`evit_deploy.tokens.backbone.Backbone`.
+
+    Blocks bear the numbers that they have in a checkpoint: a downsampling counts as two, attention and MLP.
+    """
+
+    @staticmethod
+    def unsupported(model: Any) -> list[str]:
+        """Why this model cannot be reduced exactly; empty when it can."""
+        if not isinstance(model, EvoLeViT):
+            return ["it is not an Evo-LeViT"]
+        return [
+            f"block {index} is a {type(block).__name__}, not one of Evo-LeViT's"
+            for index, block in enumerate(model.blocks)
+            if not isinstance(block, Reducible)
+        ]
+
+    @staticmethod
+    def prefix_tokens(model: EvoLeViT) -> int:
+        """The class token."""
+        return model.num_prefix_tokens
+
+    @staticmethod
+    def patches(model: EvoLeViT) -> int:
+        """Patch tokens of the first stage."""
+        return model.patch_embed.num_patches
+
+    @staticmethod
+    def image_size(model: EvoLeViT) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return model.patch_embed.img_size
+
+    @staticmethod
+    def channels(model: Any) -> int:
+        """Channels of the input image."""
+        return model.patch_embed[0].c.in_channels
+
+    @staticmethod
+    def shape(model: EvoLeViT) -> LeViTShape:
+        """What a token plan has to know of the model."""
+        return LeViTShape(
+            prefix=model.num_prefix_tokens,
+            patches=model.patch_embed.num_patches,
+            depth=len(model.blocks),
+            width=model.embed_dim[0],
+            cost=EvoLeViTBackbone.cost(model),
+            stages=tuple(map(tuple, stages(model))),
+            grid=model.patch_embed.grid_size,
+        )
+
+    @staticmethod
+    def pools(model: EvoLeViT) -> bool:
+        """Its answer comes from the patches."""
+        return True
+
+    @staticmethod
+    def method(name: str) -> type[TokenReducer]:
+        """The method of a name: Evo-ViT in LeViT's own form, and of all others only the dense model."""
+        general = METHODS.get(name)
+        form = EvoLeViTReducer if name == METHOD else NotCarried
+        return type(general.__name__, (form,), {"Options": general.Options})
+
+    @staticmethod
+    def blocks(model: EvoLeViT) -> nn.Sequential:
+        """Blocks and downsampling, as they are numbered in a checkpoint."""
+        return model.blocks
+
+    @staticmethod
+    def set_blocks(model: EvoLeViT, blocks: nn.Sequential) -> None:
+        """Puts another container of blocks into the model."""
+        model.blocks = blocks
+
+    @staticmethod
+    def scale(block: Any) -> float:
+        """Factor on the attention logits of a block."""
+        return block.m1.m.scale if isinstance(block, Block) else getattr(block, "scale", 1.0)
+
+    @staticmethod
+    def cost(model: Any) -> ModelCost:
+        """Multiply-adds of the parts, block by block."""
+        (height, width), convolutions = model.patch_embed.img_size, 0
+        for part in model.patch_embed:
+            if isinstance(part, ConvNorm):
+                height, width = (height + 1) // 2, (width + 1) // 2
+                convolutions += height * width * part.c.weight.numel()
+        heads = [head.weight.numel() for head in model.get_classifier() if isinstance(head, nn.Linear)]
+        tokens, blocks = 1 + model.patch_embed.num_patches, []
+        for block in model.blocks:
+            found = _cost(block, tokens)
+            blocks.append(found)
+            tokens = found.tokens_out
+        return ModelCost(convolutions, 0, 0, 0, sum(heads), blocks=tuple(blocks))
+
+    @staticmethod
+    def reduced(block: Any, reducer: Any) -> Any:
+        """The block itself, with the reducer."""
+        block.reducer = reducer
+        return block
+
+    @staticmethod
+    def original(block: Any) -> Any:
+        """The block without a reducer."""
+        block.reducer = None
+        return block
+
+    @staticmethod
+    def lower(model: EvoLeViT) -> Any:
+        """A copy in export form; see :func:`lower`."""
+        return lower(model)
+
+
+def _cost(block: Any, tokens: int) -> BlockCost:
+    """Multiply-adds of a block of which every token takes part."""
+    if isinstance(block, Block):
+        attention = block.m1.m
+        pair = (1 + BLOCK_RATIO) * attention.key_dim * attention.num_heads
+        return BlockCost(tokens, tokens, _linear_weights(block.m1), _linear_weights(block.m2), pair)
+    if isinstance(block, Downsample):
+        after = len(block.asking)
+        pair = (1 + DOWNSAMPLE_RATIO) * block.key_dim * block.num_heads
+        asked, asking = _linear_weights(block.kv), _linear_weights(block.q) + _linear_weights(block.proj)
+        return BlockCost(tokens, after, fixed=tokens * asked + after * asking + tokens * after * pair)
+    return BlockCost(tokens, tokens, fixed=tokens * _linear_weights(block.m))
+
+
+def _linear_weights(part: nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in part.modules() if isinstance(layer, nn.Linear))
 
 
 # ---- the form that exports best
@@ -624,7 +913,7 @@ class LoweredDownsample(LoweredAttention, _Downsampling):
 
     def __init__(self, attention: Downsample, q: nn.Linear, k: nn.Linear, v: nn.Linear) -> None:
         super().__init__(attention, q, k, v)
-        self.poss = attention.poss
+        self.poss, self.reducer = attention.poss, attention.reducer
         self.register_buffer("asking", attention.asking, persistent=False)
 
     def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evit_deploy.errors import UnsupportedModelError
+from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights, shape_of
 from evit_deploy.tokens.plan import ModelCost, ModelShape
 from evit_deploy.tokens.state import TokenBlocks, TokenState
@@ -249,6 +250,11 @@ class TimmViT:
     def pools(model: VisionTransformer) -> bool:
         """Whether the head sees all patch tokens."""
         return model.global_pool != "token"
+
+    @staticmethod
+    def method(name: str) -> Any:
+        """The method of a name: one form fits all of them."""
+        return METHODS.get(name)
 
     @staticmethod
     def prefix_tokens(model: VisionTransformer) -> int:

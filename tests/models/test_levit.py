@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,20 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from evit_deploy.errors import CheckpointError, InputError
+from evit_deploy.errors import CheckpointError, InputError, UnsupportedModelError
 from evit_deploy.models import levit
+from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, resolve_tokens
+from evit_deploy.models.identify import identify
 from evit_deploy.models.layouts import levit as layouts
 from evit_deploy.models.levit import HEADS, SIZES, Downsample, EvoLeViT
+from evit_deploy.tokens.choices import original_patches, patch_margins, patch_rows
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.reduce import capture, dense_twin, reduce_tokens_, set_keep_rate_, token_plan
 from tests.support import levit_oracle as oracle
+from tests.support.checkpoints import saved
 from tests.support.levit_golden import CLASSES_KEPT, GOLDEN, TINY_SEED
 from tests.support.models import hollow
+from tests.support.official import read_official
 
 # What the README of LeViT says: millions of parameters, millions of multiply-adds (our figure where it rounds).
 PUBLISHED = {
@@ -49,14 +57,26 @@ def sizes_of(name: str) -> oracle.Sizes:
     return oracle.Sizes(SIZES[name]["num_heads"], SIZES[name]["key_dim"], SIZES[name]["depth"])
 
 
-def halves(model: EvoLeViT) -> dict[int, int]:
-    """Block -> half of its candidates, rounded down, as the released models have it."""
+def counts(model: EvoLeViT) -> dict[int, int]:
+    """Block -> candidates."""
     grids = [model.patch_embed.grid_size]
     grids += [levit.halved(block.grid) for block in model.blocks if isinstance(block, Downsample)]
-    counts = {
-        block: math.prod(grid) // 2 for blocks, grid in zip(levit.stages(model), grids, strict=True) for block in blocks
-    }
-    return {block: counts[block] for block in levit.default_locations(model)}
+    pairs = zip(levit.stages(model), grids, strict=True)
+    return {block: math.prod(grid) for blocks, grid in pairs for block in blocks}
+
+
+def reduce_(model: EvoLeViT, keep: dict[int, int]) -> EvoLeViT:
+    """Reduces a model to so many informative candidates at these blocks."""
+    of = counts(model)
+    rates = tuple((keep[block] + 0.5) / of[block] for block in keep)
+    spec = TokenSpec(keep_rate=rates or 1.0, locations=tuple(keep) or None, method="evo-vit")
+    reduce_tokens_(model, spec)
+    assert {row.block: row.keep for row in token_plan(model).locations} == keep
+    return model
+
+
+HALF = TokenSpec(keep_rate=0.5, method="evo-vit")
+"""As released: the method's own locations."""
 
 
 # ---- sizes
@@ -123,11 +143,12 @@ def test_tensors_are_those_of_the_release():
 def test_the_model_is_what_the_papers_say(keep, alpha):
     model, x = filled(), oracle.pictures(3, 112, TINY_SEED)
     wanted = oracle.evo_levit(weights_of(model), x, oracle.TINY, keep, alpha)
-    model.keep = keep
+    reduce_(model, keep)
     model.learn_alpha_(alpha is None)
-    features, orders = model.with_orders(torch.from_numpy(x))
-    heads = model.head_logits(features)
-    assert np.abs(model(torch.from_numpy(x)).numpy() - wanted.logits).max() < 5e-5
+    with capture(model) as seen:
+        logits = model(torch.from_numpy(x))
+    heads, orders = model.head_logits(model.forward_features(torch.from_numpy(x))), seen.kept
+    assert np.abs(logits.numpy() - wanted.logits).max() < 5e-5
     for name in HEADS:
         assert np.abs(heads[name].numpy() - wanted.heads[name]).max() < 5e-5
     assert len(orders) == len(wanted.choices) == len(keep)
@@ -140,12 +161,14 @@ def test_the_model_is_what_the_papers_say(keep, alpha):
 @torch.inference_mode()
 def test_the_smallest_real_size_is_what_the_papers_say():
     model, x = filled("evo_levit_128s", num_classes=1000), oracle.pictures(2, 224)
-    model.keep = halves(model)
-    assert model.keep == {4: 24, 9: 8}
-    wanted = oracle.evo_levit(weights_of(model), x, sizes_of("evo_levit_128s"), model.keep)
-    features, orders = model.with_orders(torch.from_numpy(x))
-    assert np.abs(model.forward_head(features).numpy() - wanted.logits).max() < 5e-5
-    for order, choice in zip(orders, wanted.choices, strict=True):
+    reduce_tokens_(model, HALF)
+    keep = {row.block: row.keep for row in token_plan(model).locations}
+    assert keep == {4: 24, 9: 8}
+    wanted = oracle.evo_levit(weights_of(model), x, sizes_of("evo_levit_128s"), keep)
+    with capture(model) as seen:
+        logits = model(torch.from_numpy(x))
+    assert np.abs(logits.numpy() - wanted.logits).max() < 5e-5
+    for order, choice in zip(seen.kept, wanted.choices, strict=True):
         assert np.array_equal(order.numpy(), choice)
 
 
@@ -153,13 +176,12 @@ def test_the_smallest_real_size_is_what_the_papers_say():
 def test_every_part_of_it_matters():
     model, x = filled(), torch.from_numpy(oracle.pictures(3, 112, TINY_SEED))
     dense = model(x)
-    model.keep = LAST
-    halved = model(x)
+    halved = reduce_tokens_(model, HALF)(x)
     assert (halved - dense).abs().max() > 0.1
     for change in ({2: 12, 5: 8, 9: 2}, {2: 24, 5: 4, 9: 2}, {2: 24, 5: 8, 9: 1}, {5: 8, 9: 2}):
-        model.keep = change
-        assert (model(x) - halved).abs().max() > 1e-3
-    model.keep = LAST
+        assert (reduce_(model, change)(x) - halved).abs().max() > 1e-3
+    reduce_tokens_(model, HALF)
+    assert torch.equal(model(x), halved)
     model.learn_alpha_(False)
     assert (model(x) - halved).abs().max() > 0.01
 
@@ -175,8 +197,7 @@ def test_every_part_of_it_matters():
 )
 @torch.inference_mode()
 def test_the_tiny_model_answers_as_the_official_code(name, keep, learned, precision):
-    golden, model = np.load(GOLDEN)[name], filled()
-    model.keep = keep
+    golden, model = np.load(GOLDEN)[name], reduce_(filled(), keep)
     model.learn_alpha_(learned)
     x = torch.from_numpy(oracle.pictures(3, 112, TINY_SEED))
     answer = model.double()(x.double()) if precision == "fp64" else model(x)
@@ -192,8 +213,7 @@ def test_the_golden_answers_differ():
 @each_size
 @torch.inference_mode()
 def test_every_size_answers_as_the_official_code(name):
-    model = filled(name, num_classes=1000)
-    model.keep = halves(model)
+    model = reduce_tokens_(filled(name, num_classes=1000), HALF)
     x = torch.from_numpy(oracle.pictures(1, 224))
     assert np.abs(model(x).numpy()[:, :CLASSES_KEPT] - np.load(GOLDEN)[name]).max() < 1e-4
 
@@ -209,13 +229,130 @@ def test_another_image_size_is_resampled():
     assert torch.equal(inner[1].poss, wanted_inner)
     x = np.random.RandomState(3).standard_normal((2, 3, 80, 144)).astype(np.float32)
     for keep in ({}, {2: 22, 5: 7, 9: 3}):
-        model.keep = keep
-        answer = model(torch.from_numpy(x)).numpy()
+        answer = reduce_(model, keep)(torch.from_numpy(x)).numpy()
         assert np.abs(answer - oracle.evo_levit(weights_of(model), x, oracle.TINY, keep).logits).max() < 5e-5
     with pytest.raises(AssertionError, match=r"built for \(80, 144\)"):
         model(torch.zeros(1, 3, 112, 112))
+    model.set_input_size(img_size=112)
+    with pytest.raises(UnsupportedModelError, match="another image size needs reduce_tokens_ again"):
+        model(torch.zeros(1, 3, 112, 112))
     with pytest.raises(InputError, match="multiples of 16"):
         timm.create_model("evo_levit_128s", img_size=100)
+
+
+# ---- plan and choices
+
+
+@each_size
+def test_plan_has_the_true_counts(name):
+    model: Any = timm.create_model(name).eval()
+    seen: list[int] = []
+    for block in model.blocks:
+        block.register_forward_hook(
+            lambda _, inputs, output: seen.append((output[0] if isinstance(output, tuple) else output).shape[1])
+        )
+    for spec in (TokenSpec(keep_rate=1.0), HALF, TokenSpec(keep_rate=1.0)):
+        plan = token_plan(reduce_tokens_(model, spec))
+        seen.clear()
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            model(torch.zeros(1, 3, 224, 224))
+        assert [row.tokens_out for row in plan.blocks] == seen
+        # What stands for those that wait is a sum over them, which the plan leaves out as published figures do.
+        widths = dict(
+            zip((row.block for row in plan.locations), SIZES[name]["embed_dim"][-len(plan.locations) :], strict=False)
+        )
+        sums = sum(row.aside * widths[row.block] for row in plan.locations)
+        assert plan.macs() == counter.get_total_flops() / 2 - sums
+        assert plan.dense().macs() == token_plan(dense_twin(model)).macs()
+        assert plan.dense().blocks == token_plan(dense_twin(model)).blocks
+        for row, dense in zip(plan.blocks, plan.dense().blocks, strict=True):
+            assert row.tokens_in + row.aside == dense.tokens_in + (row.aside > 0)
+
+
+def test_locations_and_rates_are_those_that_were_asked_for():
+    model: Any = timm.create_model("evo_levit_128")
+    halved = {row.block: (row.keep, row.aside, row.tokens_in, row.choice_length) for row in reduced_rows(model, HALF)}
+    assert halved == {2: (98, 98, 100, 196), 6: (24, 25, 26, 49), 12: (8, 8, 10, 16)}
+    spec = TokenSpec(keep_rate=(1.0, 0.3, 0.99), method="evo-vit")
+    assert [(row.block, row.keep) for row in reduced_rows(model, spec)] == [(6, 14), (12, 15)]
+    spec = TokenSpec(keep_rate=(0.29, 0.7), locations=(3, 8), method="evo-vit")
+    assert [(row.block, row.keep) for row in reduced_rows(model, spec)] == [(3, 56), (8, 34)]
+    middle = set_keep_rate_(model, 0.5)
+    assert [(row.block, row.keep) for row in middle.locations] == [(3, 126), (8, 41)]
+    assert not set_keep_rate_(model, 0.0).locations
+
+
+def reduced_rows(model: EvoLeViT, spec: TokenSpec) -> tuple[Any, ...]:
+    return token_plan(reduce_tokens_(model, spec)).locations
+
+
+@torch.inference_mode()
+def test_the_schedule_runs_from_dense_to_the_spec():
+    model, x = filled(), torch.from_numpy(oracle.pictures(2, 112))
+    dense = model(x)
+    halved = reduce_tokens_(model, HALF)(x)
+    set_keep_rate_(model, 0.0)
+    assert (model(x) - dense).abs().max() < 1e-5
+    set_keep_rate_(model, 1.0)
+    assert torch.equal(model(x), halved)
+    assert torch.equal(reduce_tokens_(model, TokenSpec(keep_rate=1.0))(x), dense)
+    assert model.state_dict().keys() == filled().state_dict().keys()
+
+
+@torch.inference_mode()
+def test_choices_are_told_in_patches_of_the_image():
+    model, x = reduce_(filled(), {2: 24, 5: 8, 6: 3, 9: 2}), oracle.pictures(3, 112, TINY_SEED)
+    with capture(model) as seen:
+        model(torch.from_numpy(x))
+    plan, choices = token_plan(model), [choice.numpy() for choice in seen.kept]
+    by_hand = oracle.evo_levit(weights_of(model), x, oracle.TINY, {2: 24, 5: 8, 6: 3, 9: 2}).choices
+    grids = [np.arange(49), *[np.arange(49).reshape(7, 7)[::2, ::2].ravel()] * 2, np.array([0, 4, 28, 32])]
+    told, rows = original_patches(choices, plan), patch_rows(choices, plan)
+    margins = patch_margins([score.numpy() for score in seen.scores], choices, plan)
+    for grid, patches, where, keep, order, margin in zip(
+        grids, told, rows, (24, 8, 3, 2), by_hand, margins, strict=True
+    ):
+        assert np.array_equal(patches, grid[order[:, :keep]])
+        for image in range(3):
+            assert np.array_equal(where[image, grid[order[image]]], np.arange(len(grid)))
+        assert (np.delete(where, grid, axis=1) == -1).all()
+        assert np.isfinite(margin[:, grid]).all()
+        assert np.isinf(np.delete(margin, grid, axis=1)).all()
+    # The scores that are given are g itself: in the oracle's order they fall.
+    for margin, order, grid in zip(margins, by_hand, grids, strict=True):
+        assert (np.diff(np.take_along_axis(margin, grid[order], axis=1), axis=1) <= 0).all()
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (TokenSpec(keep_rate=0.7), "this method gives some up. Use --method evo-vit"),
+        (TokenSpec(keep_rate=0.7, method="slice"), "EvoLeViT with the method 'slice'"),
+        (TokenSpec(keep_rate=(0.5, 0.5), method="evo-vit"), "got 2 rates for 3 locations (2,5,9)"),
+        (TokenSpec(keep_rate=0.5, locations=(3,), method="evo-vit"), "a downsampling is no location"),
+        (TokenSpec(keep_rate=0.5, locations=(0,), method="evo-vit"), "no attention before it to sort by"),
+        (TokenSpec(keep_rate=0.5, locations=(11,), method="evo-vit"), "outside the model"),
+        (TokenSpec(keep_rate=0.2, method="evo-vit"), "0.2 of 4, expected 0.25 or more"),
+        (TokenSpec(method="evo-vit"), "needs a keep rate"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(spec, words):
+    model = filled()
+    with pytest.raises(InputError) as caught:
+        reduce_tokens_(model, spec)
+    assert words in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert not token_plan(model).locations
+
+
+def test_blocks_that_somebody_replaced_are_refused():
+    model = filled()
+    model.blocks[2] = torch.nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="block 2 is a Identity"):
+        reduce_tokens_(model, HALF)
 
 
 # ---- training
@@ -223,8 +360,7 @@ def test_another_image_size_is_resampled():
 
 def test_gradients_are_those_of_finite_differences():
     torch.manual_seed(0)
-    model = filled().double()
-    model.keep = LAST
+    model = reduce_(filled().double(), LAST)
     x = torch.from_numpy(oracle.pictures(2, 112, TINY_SEED)).double()
     target = torch.randn(2, 10, dtype=torch.float64)
 
@@ -253,8 +389,7 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def test_training_mode_reaches_every_part():
-    model = filled(**oracle.TINY_ARGS, drop_path_rate=0.2).train()
-    model.keep = LAST
+    model = reduce_(filled(**oracle.TINY_ARGS, drop_path_rate=0.2).train(), LAST)
     running = model.patch_embed[0].bn.running_mean.clone()
     torch.manual_seed(0)
     x = torch.from_numpy(oracle.pictures(8, 112))
@@ -283,6 +418,38 @@ def test_classifiers_begin_anew():
 
 
 # ---- released layouts
+
+
+@pytest.mark.parametrize("wrap", [lambda weights: {"model": weights, "epoch": 299}, lambda weights: weights])
+def test_a_released_evo_levit_opens_as_it_is(tmp_path, wrap):
+    file = read_official("evo_levit_128s")
+    weights = {name: torch.from_numpy(value) for name, value in file.weights.items()}
+    assert [name for name in weights if name.startswith("stage_blocks")]
+    checkpoint = read_checkpoint(saved(tmp_path, wrap(weights)))
+    assert (checkpoint.model, checkpoint.model_args) == ("evo_levit_128s", {"num_classes": 100, "img_size": 224})
+    assert (checkpoint.tokens, checkpoint.notes) == (HALF, [])
+    spec, notes = resolve_tokens(checkpoint)
+    assert (spec, notes) == (HALF, [])
+    model: Any = reduce_tokens_(build_model(checkpoint), spec)
+    with capture(model) as seen:
+        logits = model(torch.from_numpy(file.images))
+    assert np.abs(logits.numpy() - file.arrays["stage:logits"]).max() < 1e-4
+    told = original_patches([choice.numpy() for choice in seen.kept], token_plan(model))
+    for patches, number in zip(told, (1, 3), strict=True):
+        assert np.array_equal(patches, file.arrays[f"stage:order:{number}"][:, : patches.shape[1]])
+
+
+def test_a_released_evo_levit_is_refused_as_another():
+    with pytest.raises(CheckpointError, match="not those of evo_levit_128") as caught:
+        identify(Path("file"), hollow("evo_levit_128s"), "evo_levit_128")
+    assert "evo_levit_128s" in str(caught.value)
+    own = hollow("evo_levit_128s")
+    with pytest.raises(CheckpointError, match=r"missing head\.l\.bias"):
+        identify(Path("file"), {name: value for name, value in own.items() if name != "head.l.bias"})
+    with pytest.raises(InputError, match="trained with the method 'evo-vit'"):
+        resolve_tokens(
+            Checkpoint("file", None, {}, "evo_levit_128s", {}, tokens=layouts.TRAINED), method="evit", keep_rate=0.7
+        )
 
 
 def official(name: str) -> dict[str, Tensor]:
@@ -454,8 +621,7 @@ def test_a_levit_of_another_grid_is_refused():
 
 @pytest.mark.parametrize("keep", [{}, LAST], ids=["dense", "halves"])
 def test_the_lowered_model_is_the_model(keep):
-    model = filled()
-    model.keep = keep
+    model = reduce_(filled(), keep)
     before = copy.deepcopy(model.state_dict())
     lowered, x = levit.lower(model), torch.from_numpy(oracle.pictures(2, 112))
     with torch.inference_mode():

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, first_few
-from evit_deploy.models.levit import DENSE_BLOCKS, HEADS, SIZES
+from evit_deploy.models.levit import DENSE_BLOCKS, HEADS, METHOD, SIZES
+from evit_deploy.tokens.plan import TokenSpec
 
 _DUPLICATES = "stage_blocks."
 _TABLE = "attention_bias_idxs"
@@ -28,11 +29,13 @@ class Found(msgspec.Struct, frozen=True):
         model: timm name.
         model_args: What ``timm.create_model`` needs besides.
         weights: The tensors under our names.
+        tokens: The reduction they were trained with.
     """
 
     model: str
     model_args: dict[str, Any]
     weights: dict[str, Tensor]
+    tokens: TokenSpec | None = None
 
 
 def is_evo_levit(weights: dict[str, Tensor]) -> bool:
@@ -45,7 +48,15 @@ def is_levit(weights: dict[str, Tensor]) -> bool:
     return {"patch_embed.0.c.weight", "blocks.0.m.attention_biases"} <= weights.keys()
 
 
+def find(where: object, weights: dict[str, Tensor]) -> Found:
+    """Which of the two a file is, and its size; see :func:`find_evo_levit` and :func:`find_levit`."""
+    return find_evo_levit(where, weights) if is_evo_levit(weights) else find_levit(where, weights)
+
+
 # ---- Evo-LeViT
+
+TRAINED = TokenSpec(keep_rate=0.5, method=METHOD)
+"""All released Evo-LeViTs were trained with it; at the method's own locations."""
 
 
 def find_evo_levit(where: object, weights: dict[str, Tensor]) -> Found:
@@ -71,7 +82,7 @@ def find_evo_levit(where: object, weights: dict[str, Tensor]) -> Found:
     heads = tuple(head for head in HEADS if any(name.startswith(f"{head}.") for name in own))
     if heads != HEADS and args["num_classes"]:
         args["heads"] = list(heads)
-    return Found(model, args, own)
+    return Found(model, args, own, TRAINED)
 
 
 def _key_widths(size: dict[str, Any]) -> tuple[int, ...]:

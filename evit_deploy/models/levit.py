@@ -10,28 +10,17 @@ method can carry it. Parameters bear the names of the released checkpoints. Impo
 ``evo_levit_128s`` … ``evo_levit_384`` known to ``timm.create_model``.
 """
 
-import copy
-import math
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any
 
-import msgspec
 import torch
 from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from evit_deploy.errors import InputError, UnsupportedModelError
-from evit_deploy.models.timm_vit import LoweredMlp
-from evit_deploy.registry import METHODS
-from evit_deploy.tokens.backbone import copy_sharing_weights
+from evit_deploy.errors import InputError
 from evit_deploy.tokens.methods.evit import class_scores
-from evit_deploy.tokens.op import precise
-from evit_deploy.tokens.plan import BlockCost, BlockPlan, ModelCost, ModelShape, TokenPlan, TokenSpec, scheduled_rate
-from evit_deploy.tokens.reducer import TokenReducer
 from evit_deploy.tokens.state import TokenState
 
 STRIDE = 16
@@ -183,7 +172,7 @@ def mixed(attention: Tensor | None, own: Tensor, alpha: Tensor | float) -> Tenso
     return new if seen == attention.shape[1] else torch.cat([new, attention[:, seen:]], 1)
 
 
-class _Attention(nn.Module):
+class LeViTAttention(nn.Module):
     """What attention in blocks and in downsampling share, and their export forms."""
 
     learn_tradeoff: nn.Parameter
@@ -204,7 +193,7 @@ class _Attention(nn.Module):
         return y if state is None else (y, class_scores(q, k, self.scale, prefix=1))
 
 
-class Attention(_Attention):
+class Attention(LeViTAttention):
     """Attention of a block; see :class:`LinearNorm` for its layers.
 
     Args:
@@ -327,7 +316,7 @@ class DownsampleMlp(Reducible):
         return y if state is None else (y, state)
 
 
-class _Downsampling(_Attention, Reducible):
+class Downsampling(LeViTAttention, Reducible):
     """Downsampling and the global attention with it, which goes to the smaller grid and keeps its sum."""
 
     asking: Tensor
@@ -346,7 +335,7 @@ class _Downsampling(_Attention, Reducible):
         return y, TokenState(attention=after * (before.sum(1, keepdim=True) / after.sum(1, keepdim=True)))
 
 
-class Downsample(_Downsampling):
+class Downsample(Downsampling):
     """Attention whose queries are every second row and column of the grid, and the class token; no residual.
 
     Args:
@@ -490,7 +479,7 @@ class EvoLeViT(nn.Module):
     def learn_alpha_(self, learned: bool) -> None:
         """Whether the moving average of class attention uses the learned α (from epoch 200 on) or ½ (before)."""
         for module in self.modules():
-            if isinstance(module, _Attention):
+            if isinstance(module, LeViTAttention):
                 module.learns_alpha = learned
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -537,461 +526,6 @@ def stages(model: EvoLeViT) -> Iterator[list[int]]:
         start += 2 if stage else 0
         yield list(range(start, start + count))
         start += count
-
-
-# ---- token reduction
-
-METHOD = "evo-vit"
-"""The method's name in the registry."""
-DENSE_BLOCKS = 2
-"""Blocks of the first stage that see every token: global attention has to settle first."""
-
-
-class LeViTShape(ModelShape, frozen=True):
-    """What a plan has to know of an Evo-LeViT.
-
-    Args:
-        stages: Numbers of each stage's blocks.
-        grid: Rows and columns of patches.
-    """
-
-    stages: tuple[tuple[int, ...], ...]
-    grid: tuple[int, int]
-
-    def locations(self) -> tuple[int, ...]:
-        """The paper's places: once a stage, at its beginning; in the first after two blocks, if it has more."""
-        first, *others = self.stages
-        return tuple(stage[0] for stage in (first[DENSE_BLOCKS:], *others) if stage)
-
-    def places(self, stage: int) -> tuple[int, ...]:
-        """Patches that the candidates of a stage stand for: those in every second, fourth, … row and column."""
-        rows, columns = self.grid
-        return tuple(
-            row * columns + column for row in range(0, rows, 2**stage) for column in range(0, columns, 2**stage)
-        )
-
-
-class EvoLeViTReducer(TokenReducer):
-    """Evo-ViT in an Evo-LeViT: candidates are set apart once a stage, until its end.
-
-    Global attention is a mean over heads with an α of each attention's own. Before a downsampling every candidate goes
-    back to its place on the grid. A location is the first of the blocks that run on the informative candidates.
-    """
-
-    @classmethod
-    def plan_for(cls, spec: TokenSpec, options: msgspec.Struct, shape: ModelShape, progress: float) -> TokenPlan:
-        """Decides every token count; K = ⌊rate · N⌋, as released."""
-        assert isinstance(shape, LeViTShape)
-        rates = dict(_rates(spec, shape))
-        keeps = {block: cls._kept(rates[block], block, shape) for block in rates}
-        if progress < 1:  # one that sets none apart at the end sets none apart on the way either
-            on_the_way = {block: scheduled_rate(rates[block], progress) for block in rates if keeps[block]}
-            keeps = {block: cls._kept(rate, block, shape) for block, rate in on_the_way.items()}
-        rows = []
-        for stage, blocks in enumerate(shape.stages):
-            rows += [_dense_row(shape, len(rows) + i) for i in range(blocks[0] - len(rows))]
-            keep, candidates, places = None, shape.cost.blocks[blocks[0]].tokens_in - shape.prefix, shape.places(stage)
-            for block in blocks:
-                here = keeps.get(block)
-                keep = here or keep
-                if keep is None:
-                    rows.append(_dense_row(shape, block))
-                    continue
-                tokens = shape.prefix + keep + 1
-                row = BlockPlan(block, tokens, here, here is not None, tokens, aside=candidates - keep)
-                if here is not None:
-                    first, places = places if stage else (), ()
-                    row = msgspec.structs.replace(row, choice_indices=candidates, places=first)
-                rows.append(row)
-        return TokenPlan(shape.prefix, shape.patches, tuple(rows), shape.cost)
-
-    @staticmethod
-    def _kept(rate: float, block: int, shape: LeViTShape) -> int | None:
-        """Informative candidates of a block; ``None`` where that is all of them."""
-        candidates = shape.cost.blocks[block].tokens_in - shape.prefix
-        keep = math.floor(Fraction(repr(float(rate))) * candidates)
-        if keep == 0:
-            raise InputError(
-                "a keep rate leaves no informative token", where=f"block {block}",
-                seen=f"{rate:g} of {candidates}", wanted=f"{1 / candidates:.3g} or more",
-            )  # fmt: skip
-        return keep if keep < candidates else None
-
-    @classmethod
-    def carries_state(cls, options: msgspec.Struct, pools: bool) -> bool:
-        """Always."""
-        return True
-
-    @classmethod
-    def serves_pooling(cls, options: msgspec.Struct) -> bool:
-        """Every patch keeps its place."""
-        return True
-
-    def scores(self, x: Tensor, q: Any, k: Any, state: TokenState) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The global attention, FP32 ``[B, P]``."""
-        assert state.attention is not None
-        return state.attention
-
-    def forward(self, x: Tensor, q: Any, k: Any, state: TokenState) -> tuple[Tensor, Tensor, TokenState]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Sorts the candidates; the first K go on, with one token for those that now wait.
-
-        The representative is Σ (g / Σg) · x over the waiting ones (the paper's equation 6).
-
-        Args:
-            x: Class token and all candidates ``[B, 1 + P, C]``.
-            q: Not used: there is no attention yet.
-            k: Not used.
-            state: Its attention is needed; nothing waits.
-
-        Returns:
-            Tokens ``[B, 1 + K + 1, C]``, the order (candidates as they now stand, int32 ``[B, P]``) and the new state.
-        """
-        keep = self.plan.keep
-        assert keep is not None
-        x, order = self.reorganized(x, self.scores(x, q, k, state), x.shape[1] - 1, fuse=False)
-        numbers = order.long()
-        assert state.attention is not None
-        attention = state.attention.gather(1, numbers)
-        waiting, share = x[:, 1 + keep :], attention[:, keep:]
-        share = share / share.sum(1, keepdim=True)
-        exact = precise(waiting)
-        with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training sums in half precision
-            representative = torch.bmm(share.unsqueeze(1).to(exact.dtype), exact).to(x.dtype)
-        places = torch.arange(numbers.shape[1], device=x.device).expand_as(numbers)
-        where = torch.zeros_like(numbers).scatter(1, numbers, places)
-        rows = where if state.rows is None else where.gather(1, state.rows)
-        x = torch.cat([x[:, : 1 + keep], representative], 1)
-        return x, order, TokenState(attention=attention, aside=waiting, representative=representative, rows=rows)
-
-    def before(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """At a location those that wait come back, and candidates are set apart anew."""
-        if self.plan.keep is None:
-            return x, state
-        x, state = join(x, state)
-        x, _, state = self(x, None, None, state)
-        return x, state
-
-    def finish(self, x: Tensor, state: TokenState) -> Tensor:
-        """Class token and all candidates, in the order in which they stand."""
-        return join(x, state)[0]
-
-    def check(self, x: Tensor) -> None:
-        """Refuses tokens that the plan does not have.
-
-        Raises:
-            UnsupportedModelError: The image has another size than the plan was made for.
-        """
-        wanted = self.plan.tokens_in
-        if x.shape[1] != wanted:
-            reason = (
-                f"{x.shape[1]} tokens arrived, the plan has {wanted}: another image size needs reduce_tokens_ again"
-            )
-            raise UnsupportedModelError(f"block {self.plan.block}", [reason])
-
-
-class NotCarried(EvoLeViTReducer):
-    """Any other method: on an Evo-LeViT there is only its dense form."""
-
-    @classmethod
-    def plan_for(cls, spec: TokenSpec, options: msgspec.Struct, shape: ModelShape, progress: float) -> TokenPlan:
-        """The dense plan.
-
-        Raises:
-            UnsupportedModelError: The spec reduces tokens.
-        """
-        if not spec.dense:
-            reason = "its downsampling needs every patch in its place, and this method gives some up"
-            raise UnsupportedModelError(f"EvoLeViT with the method {spec.method!r}", [reason], fix=_FIX)
-        return super().plan_for(TokenSpec(keep_rate=1.0), options, shape, progress)
-
-
-_FIX = "Use --method evo-vit."
-
-
-def _rates(spec: TokenSpec, shape: LeViTShape) -> tuple[tuple[int, float], ...]:
-    """Pairs of location and keep rate.
-
-    Raises:
-        InputError: A location is none of the model's, or there are more or fewer rates than locations.
-    """
-    chosen = spec if spec.locations is not None else msgspec.structs.replace(spec, locations=shape.locations())
-    found = chosen.resolve(shape.depth)
-    possible = [block for stage in shape.stages for block in stage if block > 0]
-    wrong = next((block for block, _ in found if block not in possible), None)
-    if wrong is not None:
-        what = (
-            "the first block has no attention before it to sort by" if wrong == 0 else "a downsampling is no location"
-        )
-        wanted = ", ".join(map(str, possible))
-        raise InputError(what, where="--locations", seen=wrong, wanted=f"some of the blocks {wanted}")
-    return found
-
-
-def _dense_row(shape: LeViTShape, block: int) -> BlockPlan:
-    cost = shape.cost.blocks[block]
-    return BlockPlan(block, cost.tokens_in, None, False, cost.tokens_out)
-
-
-class EvoLeViTBackbone:
-    """The backbone's entry in the registry; see :class:`evit_deploy.tokens.backbone.Backbone`.
-
-    Blocks bear the numbers that they have in a checkpoint: a downsampling counts as two, attention and MLP.
-    """
-
-    @staticmethod
-    def unsupported(model: Any) -> list[str]:
-        """Why this model cannot be reduced exactly; empty when it can."""
-        if not isinstance(model, EvoLeViT):
-            return ["it is not an Evo-LeViT"]
-        return [
-            f"block {index} is a {type(block).__name__}, not one of Evo-LeViT's"
-            for index, block in enumerate(model.blocks)
-            if not isinstance(block, Reducible)
-        ]
-
-    @staticmethod
-    def prefix_tokens(model: EvoLeViT) -> int:
-        """The class token."""
-        return model.num_prefix_tokens
-
-    @staticmethod
-    def patches(model: EvoLeViT) -> int:
-        """Patch tokens of the first stage."""
-        return model.patch_embed.num_patches
-
-    @staticmethod
-    def image_size(model: EvoLeViT) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return model.patch_embed.img_size
-
-    @staticmethod
-    def channels(model: Any) -> int:
-        """Channels of the input image."""
-        return model.patch_embed[0].c.in_channels
-
-    @staticmethod
-    def shape(model: EvoLeViT) -> LeViTShape:
-        """What a token plan has to know of the model."""
-        return LeViTShape(
-            prefix=model.num_prefix_tokens,
-            patches=model.patch_embed.num_patches,
-            depth=len(model.blocks),
-            width=model.embed_dim[0],
-            cost=EvoLeViTBackbone.cost(model),
-            stages=tuple(map(tuple, stages(model))),
-            grid=model.patch_embed.grid_size,
-        )
-
-    @staticmethod
-    def pools(model: EvoLeViT) -> bool:
-        """Its answer comes from the patches."""
-        return True
-
-    @staticmethod
-    def method(name: str) -> type[TokenReducer]:
-        """The method of a name: Evo-ViT in LeViT's own form, and of all others only the dense model."""
-        general = METHODS.get(name)
-        form = EvoLeViTReducer if name == METHOD else NotCarried
-        return type(general.__name__, (form,), {"Options": general.Options})
-
-    @staticmethod
-    def blocks(model: EvoLeViT) -> nn.Sequential:
-        """Blocks and downsampling, as they are numbered in a checkpoint."""
-        return model.blocks
-
-    @staticmethod
-    def set_blocks(model: EvoLeViT, blocks: nn.Sequential) -> None:
-        """Puts another container of blocks into the model."""
-        model.blocks = blocks
-
-    @staticmethod
-    def scale(block: Any) -> float:
-        """Factor on the attention logits of a block."""
-        return block.m1.m.scale if isinstance(block, Block) else getattr(block, "scale", 1.0)
-
-    @staticmethod
-    def cost(model: Any) -> ModelCost:
-        """Multiply-adds of the parts, block by block."""
-        (height, width), convolutions = model.patch_embed.img_size, 0
-        for part in model.patch_embed:
-            if isinstance(part, ConvNorm):
-                height, width = (height + 1) // 2, (width + 1) // 2
-                convolutions += height * width * part.c.weight.numel()
-        heads = [head.weight.numel() for head in model.get_classifier() if isinstance(head, nn.Linear)]
-        tokens, blocks = 1 + model.patch_embed.num_patches, []
-        for block in model.blocks:
-            found = _cost(block, tokens)
-            blocks.append(found)
-            tokens = found.tokens_out
-        return ModelCost(convolutions, 0, 0, 0, sum(heads), blocks=tuple(blocks))
-
-    @staticmethod
-    def reduced(block: Any, reducer: Any) -> Any:
-        """The block itself, with the reducer."""
-        block.reducer = reducer
-        return block
-
-    @staticmethod
-    def original(block: Any) -> Any:
-        """The block without a reducer."""
-        block.reducer = None
-        return block
-
-    @staticmethod
-    def lower(model: EvoLeViT) -> Any:
-        """A copy in export form; see :func:`lower`."""
-        return lower(model)
-
-
-def _cost(block: Any, tokens: int) -> BlockCost:
-    """Multiply-adds of a block of which every token takes part."""
-    if isinstance(block, Block):
-        attention = block.m1.m
-        pair = (1 + BLOCK_RATIO) * attention.key_dim * attention.num_heads
-        return BlockCost(tokens, tokens, _linear_weights(block.m1), _linear_weights(block.m2), pair)
-    if isinstance(block, Downsample):
-        after = len(block.asking)
-        pair = (1 + DOWNSAMPLE_RATIO) * block.key_dim * block.num_heads
-        asked, asking = _linear_weights(block.kv), _linear_weights(block.q) + _linear_weights(block.proj)
-        return BlockCost(tokens, after, fixed=tokens * asked + after * asking + tokens * after * pair)
-    return BlockCost(tokens, tokens, fixed=tokens * _linear_weights(block.m))
-
-
-def _linear_weights(part: nn.Module) -> int:
-    return sum(layer.weight.numel() for layer in part.modules() if isinstance(layer, nn.Linear))
-
-
-# ---- the form that exports best
-
-
-class LoweredAttention(_Attention):
-    """Attention of either kind with its norms folded: a projection each for queries, keys and values.
-
-    Not the ONNX operator ``Attention``: its values are as wide as its keys in some runtimes, and here they are wider.
-
-    Args:
-        attention: What to lower.
-        q: Its projection of queries.
-        k: Of keys.
-        v: Of values.
-    """
-
-    flat: bool = True
-    """See :class:`evit_deploy.models.timm_vit.LoweredAttention`."""
-
-    def __init__(self, attention: Any, q: nn.Linear, k: nn.Linear, v: nn.Linear) -> None:
-        super().__init__()
-        self.q, self.k, self.v = q, k, v
-        self.act, self.proj = attention.proj[0], folded(attention.proj[1])
-        self.num_heads, self.scale = attention.num_heads, attention.scale
-        self.learn_tradeoff, self.learns_alpha = attention.learn_tradeoff, attention.learns_alpha
-
-    def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`_Attention.attend`."""
-        asking, x = self._seen(x)
-        q, k, v = self._heads(self.q, asking), self._heads(self.k, x), self._heads(self.v, x)
-        share = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * self.scale).softmax(-1)
-        y = self.act((share @ v.transpose(1, 2)).transpose(1, 2).flatten(2))
-        return self._linear(self.proj, y), q, k
-
-    def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens that ask, and tokens that are asked."""
-        return x, x
-
-    def _linear(self, linear: nn.Module, x: Tensor) -> Tensor:
-        return linear(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1])) if self.flat else linear(x)
-
-    def _heads(self, linear: nn.Module, x: Tensor) -> Tensor:
-        heads = (self.num_heads, -1)
-        if self.flat:  # straight to four dimensions: by way of three would be a Reshape more
-            return linear(x.flatten(0, 1)).unflatten(1, heads).unflatten(0, (-1, x.shape[1]))
-        return linear(x).unflatten(-1, heads)
-
-
-class LoweredDownsample(LoweredAttention, _Downsampling):
-    """Downsampling with its norms folded; see :class:`LoweredAttention`."""
-
-    def __init__(self, attention: Downsample, q: nn.Linear, k: nn.Linear, v: nn.Linear) -> None:
-        super().__init__(attention, q, k, v)
-        self.poss, self.reducer = attention.poss, attention.reducer
-        self.register_buffer("asking", attention.asking, persistent=False)
-
-    def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + self.poss
-        return x.index_select(1, self.asking), x
-
-
-def folded(pair: Any) -> Any:
-    """The layer of a ``ConvNorm`` or ``LinearNorm`` with its norm in it.
-
-    Computed in FP64, so that a folded weight is off by the one rounding back.
-    """
-    layer, norm = copy.deepcopy(pair.c).double().eval(), copy.deepcopy(pair.bn).double().eval()
-    wide = fuse_conv_bn_eval(layer, norm) if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval(layer, norm)
-    return wide.to(pair.c.weight.dtype).requires_grad_(False)
-
-
-def _parts(linear: nn.Linear, heads: int, *widths: int) -> Iterator[nn.Linear]:
-    """Cuts a projection whose rows lie head by head: one for each width, its rows head by head again."""
-    weights = linear.weight.unflatten(0, (heads, -1)).split(list(widths), dim=1)
-    biases = linear.bias.unflatten(0, (heads, -1)).split(list(widths), dim=1)
-    for weight, bias in zip(weights, biases, strict=True):
-        yield _linear(weight.flatten(0, 1), bias.flatten())
-
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    made.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
-    made.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
-    return made
-
-
-def _lowered_attention(attention: Attention | Downsample) -> LoweredAttention:
-    d, heads = attention.key_dim, attention.num_heads
-    if isinstance(attention, Attention):
-        return LoweredAttention(attention, *_parts(folded(attention.qkv), heads, d, d, BLOCK_RATIO * d))
-    k, v = _parts(folded(attention.kv), heads, d, DOWNSAMPLE_RATIO * d)
-    return LoweredDownsample(attention, folded(attention.q[1]), k, v)
-
-
-def _lowered_mlp(mlp: Mlp) -> LoweredMlp:
-    return LoweredMlp(nn.Sequential(folded(mlp[0]), mlp[1], folded(mlp[2])))
-
-
-def _one_classifier(model: EvoLeViT) -> nn.Linear:
-    """The mean of the classifiers that see the patches, as one layer, computed in FP64."""
-    weights, biases = [], []
-    for classifier in (model.get_submodule(name) for name in model.heads if name in HEADS[:2]):
-        assert isinstance(classifier, Classifier)
-        norm, layer = copy.deepcopy(classifier.bn).double(), copy.deepcopy(classifier.l).double()
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        weights.append(layer.weight * scale)
-        biases.append(layer.bias + layer.weight @ (norm.bias - norm.running_mean * scale))
-    weight, bias = torch.stack(weights).mean(0), torch.stack(biases).mean(0)
-    return _linear(weight.to(model.poss.dtype), bias.to(model.poss.dtype))
-
-
-def lower(model: EvoLeViT) -> Any:
-    """A copy in export form: batch norms folded, the classifiers of the mean as one, tokens in 2-D."""
-    lowered: Any = copy_sharing_weights(model)
-    for index, part in enumerate(lowered.patch_embed):
-        if isinstance(part, ConvNorm):
-            lowered.patch_embed[index] = folded(part)
-    for index, block in enumerate(lowered.blocks):
-        if isinstance(block, Block):
-            block.m1.m, block.m2.m = _lowered_attention(block.m1.m), _lowered_mlp(block.m2.m)
-        elif isinstance(block, Downsample):
-            lowered.blocks[index] = _lowered_attention(block)
-        else:
-            block.m = _lowered_mlp(block.m)
-    if model.num_classes > 0:
-        lowered.head = _one_classifier(model)
-    for name in lowered.heads[1:]:
-        delattr(lowered, name)
-    lowered.heads = HEADS[:1]
-    return lowered.eval()
 
 
 # ---- names for timm

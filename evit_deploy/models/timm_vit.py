@@ -24,8 +24,6 @@ _KNOWN_REASONS = (
     ("Eva", "its position embedding is rotary: each attention needs every patch's place"),
     ("RelPos", "its relative position bias needs every patch in its place"),
     ("Beit", "its relative position bias needs every patch in its place"),
-    ("LevitD", "its stages shrink a grid of patches"),
-    ("Levit", "its stages shrink a grid of patches"),
     ("Naflex", "its patch count changes from image to image"),
 )
 

@@ -19,6 +19,7 @@ from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoi
 from evit_deploy.models.identify import identify
 from evit_deploy.models.layouts import levit as layouts
 from evit_deploy.models.levit import HEADS, SIZES, Downsample, EvoLeViT
+from evit_deploy.models.levit_lowered import lower
 from evit_deploy.tokens.choices import original_patches, patch_margins, patch_rows
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, dense_twin, reduce_tokens_, set_keep_rate_, token_plan
@@ -330,7 +331,7 @@ def test_choices_are_told_in_patches_of_the_image():
     ("spec", "words"),
     [
         (TokenSpec(keep_rate=0.7), "this method gives some up. Use --method evo-vit"),
-        (TokenSpec(keep_rate=0.7, method="slice"), "EvoLeViT with the method 'slice'"),
+        (TokenSpec(keep_rate=0.7, method="slice"), "an Evo-LeViT with the method 'slice'"),
         (TokenSpec(keep_rate=(0.5, 0.5), method="evo-vit"), "got 2 rates for 3 locations (2,5,9)"),
         (TokenSpec(keep_rate=0.5, locations=(3,), method="evo-vit"), "a downsampling is no location"),
         (TokenSpec(keep_rate=0.5, locations=(0,), method="evo-vit"), "no attention before it to sort by"),
@@ -623,14 +624,14 @@ def test_a_levit_of_another_grid_is_refused():
 def test_the_lowered_model_is_the_model(keep):
     model = reduce_(filled(), keep)
     before = copy.deepcopy(model.state_dict())
-    lowered, x = levit.lower(model), torch.from_numpy(oracle.pictures(2, 112))
+    lowered, x = lower(model), torch.from_numpy(oracle.pictures(2, 112))
     with torch.inference_mode():
         for flat in (True, False):
             for module in lowered.modules():
                 if isinstance(getattr(module, "flat", None), bool):
                     module.flat = flat
             torch.testing.assert_close(lowered(x), model(x), rtol=1e-4, atol=5e-5)
-        wide = levit.lower(model.double())
+        wide = lower(model.double())
         torch.testing.assert_close(wide(x.double()), model(x.double()), rtol=1e-10, atol=1e-10)
     kinds = {type(module).__name__ for module in lowered.modules()}
     assert not [kind for kind in kinds if "Norm" in kind]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, first_few
-from evit_deploy.models.levit import DENSE_BLOCKS, HEADS, METHOD, SIZES
+from evit_deploy.models.levit import HEADS, SIZES
+from evit_deploy.models.levit_reduction import DENSE_BLOCKS, METHOD
 from evit_deploy.tokens.plan import TokenSpec
 
 _DUPLICATES = "stage_blocks."

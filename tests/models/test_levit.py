@@ -25,8 +25,9 @@ from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, dense_twin, reduce_tokens_, set_keep_rate_, token_plan
 from tests.support import levit_oracle as oracle
 from tests.support.checkpoints import saved
+from tests.support.exports import answers, assert_close, export_onnx, nodes, operators
 from tests.support.levit_golden import CLASSES_KEPT, GOLDEN, TINY_SEED
-from tests.support.models import hollow
+from tests.support.models import hollow, preprocess_for
 from tests.support.official import read_official
 
 # What the README of LeViT says: millions of parameters, millions of multiply-adds (our figure where it rounds).
@@ -636,3 +637,60 @@ def test_the_lowered_model_is_the_model(keep):
     kinds = {type(module).__name__ for module in lowered.modules()}
     assert not [kind for kind in kinds if "Norm" in kind]
     assert all(torch.equal(value, before[name]) for name, value in model.float().state_dict().items())
+
+
+# ---- the exported file
+
+
+@pytest.mark.parametrize("spec", [TokenSpec(keep_rate=1.0), HALF], ids=["dense", "halves"])
+def test_the_exported_file_answers_like_the_model(spec):
+    model = reduce_tokens_(filled(), spec)
+    proto = export_onnx(model, name="evo_levit_128s", preprocess=preprocess_for(model))
+    assert proto.opset_import[0].version == 23
+    assert "BatchNormalization" not in operators(proto)
+    assert len(nodes(proto, "TokenReorg")) == (3 if spec is HALF else 0)
+    names = [node.name for node in proto.graph.node if node.op_type in ("Softmax", "HardSwish", "MatMul")]
+    assert all(name.startswith(("blocks.", "patch_embed.")) for name in names)
+    x = oracle.pictures(8, 112, TINY_SEED)
+    for batch in (1, 3, 8):
+        found = answers(proto, x[:batch], indices=True)
+        assert_close(found["logits"], model, x[:batch])
+        with capture(model) as seen:
+            model(torch.from_numpy(x[:batch]))
+        for row, order in zip(token_plan(model).locations, seen.kept, strict=True):
+            told = found[f"kept_{row.block}"]
+            assert np.array_equal(np.sort(told[:, : row.keep]), np.sort(order.numpy()[:, : row.keep]))
+            assert np.array_equal(np.sort(told), np.sort(order.numpy()))
+
+
+@pytest.mark.slow
+def test_the_whole_way_from_a_released_file(tmp_path, cli):
+    model = filled("evo_levit_128s", num_classes=10, img_size=112)
+    content = {"model": layouts.with_duplicates(dict(model.state_dict()))}
+    path = saved(tmp_path, content, "EvoLeViT_128S.pth")
+    result = cli("convert", path, "--threads", "1", "--target", "openvino", "--precision", "fp16")
+    assert result.code == 0, result.err
+    out = tmp_path / "EvoLeViT_128S-evo-vit-k0.5"
+    assert "never trained with token reduction" not in result.err
+    assert cli("verify", out).code == 0
+    result = cli("profile", out, "--batch-sizes", "1", "--threads", "1", "--duration", "0.05", "--json")
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--method", "evit", "--keep-rate", "0.7"), "trained with the method 'evo-vit'"),
+        (("--keep-rate", "0.5,0.5,0.5"), "got 3 rates for 2 locations (4,9)"),
+        (("--locations", "2"), "a downsampling is no location"),
+        (("--image-size", "100"), "--image-size"),
+        (("--model", "evo_levit_128"), "the weights are not those of evo_levit_128"),
+    ],
+)
+def test_bad_input_on_the_command_line(tmp_path, cli, arguments, words):
+    model = filled("evo_levit_128s", num_classes=10, img_size=64)
+    path = saved(tmp_path, {"model": layouts.with_duplicates(dict(model.state_dict()))})
+    result = cli("convert", path, *arguments)
+    assert result.code == 2
+    assert words in result.err
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name]

@@ -167,7 +167,7 @@ def _finetuning(bench: Bench, method: str, teacher: Any) -> tuple[Any, dict[str,
 
 
 def _from_scratch(bench: Bench, method: str) -> Any:
-    """The published schedules: EViT's rate falls from epoch 10 to 110 of 300; Evo-ViT sorts in every block up to 200."""
+    """The published schedules: EViT's rate falls from epoch 10 to 110 of 300; Evo-ViT sorts everywhere up to 200."""
     if method == "evit":
         times = {"keep_rate_start": bench.epochs / 30, "keep_rate_epochs": bench.epochs / 3}
     else:

@@ -7,6 +7,8 @@ patches by; LayerNorm keeps its statistics in FP32 (``stash_type``).
 How INT8 and FP8 are laid on top: :mod:`evit_deploy.export.quantization`.
 """
 
+import re
+
 import ml_dtypes
 import msgspec
 import numpy as np
@@ -26,6 +28,7 @@ QUANTIZED = ("int8", "fp8")
 _TYPES = {"fp16": DataType.FLOAT16, "bf16": DataType.BFLOAT16}
 _LARGEST = {"fp16": 65504.0, "bf16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
 
+_EXACT = re.compile(r"blocks\.\d+\.reducer\.exact/")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -94,6 +97,7 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
             for index, value in enumerate(node.inputs):
                 if value is not None and value.producer() not in exact and _is_float(value):
                     node.replace_input_with(index, _widen(graph, value, node, widened))
+            _narrow_uses(graph, node, exact, low)
             continue
         if node.op_type == "Cast" and node.attributes["to"].as_int() == DataType.FLOAT:
             node.attributes["to"] = onnx_ir.AttrInt64("to", low)
@@ -110,11 +114,15 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
 
 
 def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
-    """The nodes that serve the choice alone: what leads to a location's inputs but its tokens, and nowhere else."""
-    found: set[onnx_ir.Node] = set()
+    """The nodes that serve the choice alone: what leads to a location's inputs but its tokens, and nowhere else.
+
+    And what a reducer wants exact, by its name, with what leads there alone.
+    """
+    found = {node for node in graph if _EXACT.match(node.name or "")}
     locations = {node for node in graph if node.domain == DOMAIN}
     # A merge's sizes, choice and evidence are as exact as a reorganisation's scores.
     pending = [value for node in locations for value in node.inputs[1:]]
+    pending += [value for node in found for value in node.inputs]
     while pending:
         value = pending.pop()
         node = value.producer() if value is not None else None
@@ -173,6 +181,19 @@ def _widen(
         graph.insert_before(before, cast)
         widened[value] = cast.outputs[0]
     return widened[value]
+
+
+def _narrow_uses(graph: onnx_ir.Graph, node: onnx_ir.Node, exact: set[onnx_ir.Node], low: DataType) -> None:
+    """What an exact node gives to others than exact ones and scores, in the type of the others."""
+    for value in node.outputs:
+        uses = [use for use in value.uses() if use.node not in exact and (use.node.domain != DOMAIN or use.idx == 0)]
+        if not uses or value.dtype != DataType.FLOAT:
+            continue
+        cast = onnx_ir.node("Cast", [value], {"to": low}, name=f"{value.name}.cast")
+        cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = cast.name, low, value.shape
+        for use in uses:
+            use.node.replace_input_with(use.idx, cast.outputs[0])
+        graph.insert_after(node, cast)
 
 
 def _narrow_input(graph: onnx_ir.Graph, value: onnx_ir.Value, low: DataType) -> None:

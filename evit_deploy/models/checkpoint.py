@@ -78,6 +78,8 @@ def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tup
             wanted=own.method, fix="Leave --method out, or take dense weights.",
         )  # fmt: skip
     if method.takes_keep_rate and "keep_rate" not in values and own is None:
+        values |= {"keep_rate": method.default_keep_rate} if method.default_keep_rate is not None else {}
+    if method.takes_keep_rate and "keep_rate" not in values and own is None:
         raise InputError(
             "a keep rate is needed: the checkpoint does not give one", where="--keep-rate",
             wanted="a number in (0, 1]", fix="Say for example --keep-rate 0.7.",

@@ -137,24 +137,18 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (rows + first.unsqueeze(1)).flatten()).unflatten(0, (-1, rows.shape[1]))
 
 
-def join(x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-    """Gives those that wait all updates of their representative and puts them behind the others; the order stays."""
-    if state.aside is None or state.representative is None:
-        return x, state
-    # What the representative has gained is the sum of its updates: no block has to add them up.
-    gained = x[:, -1:] - state.representative
-    return torch.cat([x[:, :-1], state.aside + gained], 1), state._replace(aside=None, representative=None)
-
-
 def in_order(x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-    """Class token and candidates, none waiting, with every candidate in its place on the grid; the attention too."""
+    """Class token and candidates with every candidate in its place on the grid; the global attention too.
+
+    Args:
+        x: Class token and all candidates ``[B, 1 + P, C]``; none waits.
+        state: Where they are.
+    """
     if state.rows is None:
         return x, state
-    assert state.attention is not None
-    return (
-        torch.cat([x[:, :1], take(x[:, 1:], state.rows)], 1),
-        TokenState(attention=state.attention.gather(1, state.rows)),
-    )
+    x = torch.cat([x[:, :1], take(x[:, 1:], state.rows)], 1)
+    attention = None if state.attention is None else state.attention.gather(1, state.rows)
+    return x, TokenState(attention=attention)
 
 
 def mixed(attention: Tensor | None, own: Tensor, alpha: Tensor | float) -> Tensor:
@@ -187,10 +181,10 @@ class LeViTAttention(nn.Module):
         """Tokens ``[B, N, C]`` to the attention's output ``[B, n, C']``, q ``[B, n, H, d]`` and k ``[B, N, H, d]``."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, state: TokenState | None = None) -> Any:
-        """The output alone; with a state, also the attention that the class token pays to each candidate."""
+    def forward(self, x: Tensor, ranks: bool = False) -> Any:
+        """The output; if it ranks, also the attention that the class token pays to each candidate."""
         y, q, k = self.attend(x)
-        return y if state is None else (y, class_scores(q, k, self.scale, prefix=1))
+        return (y, class_scores(q, k, self.scale, prefix=1)) if ranks else y
 
 
 class Attention(LeViTAttention):
@@ -253,20 +247,13 @@ class Residual(nn.Module):
 
 
 class Reducible(nn.Module):
-    """What an entry of ``blocks`` is: run on tokens alone, or, with a reducer, on the state too.
-
-    The state goes through ``forward`` as well, so that the nodes of an exported file bear the block's name.
-    """
+    """What an entry of ``blocks`` is: run on tokens alone or, with a reducer, on a state too."""
 
     reducer: Any
 
     def __init__(self) -> None:
         super().__init__()
         self.register_module("reducer", None)
-
-    def carry(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """See :class:`~evit_deploy.tokens.state.TokenBlocks`."""
-        return self(x, state)
 
 
 class Block(Reducible):
@@ -291,8 +278,10 @@ class Block(Reducible):
         found: tuple[Tensor, TokenState] = self.reducer.before(x, state)
         x, state = found
         self.reducer.check(x)
-        y, own = self.m1.m(x, state)
-        own = own if state.aside is None else own[:, :-1]
+        if not self.reducer.plan.ranks:
+            return self.m2(self.m1(x)), state
+        y, own = self.m1.m(x, ranks=True)
+        own = own if state.representative is None else own[:, :-1]
         state = state._replace(attention=mixed(state.attention, own, self.m1.m.alpha()))
         return self.m2(x + self.m1.drop_path(y)), state
 
@@ -321,16 +310,16 @@ class Downsampling(LeViTAttention, Reducible):
 
     asking: Tensor
 
-    def forward(self, x: Tensor, state: TokenState | None = None) -> Any:
+    def forward(self, x: Tensor, state: TokenState | None = None) -> Any:  # type: ignore[override]
         """Class token and candidates ``[B, 1 + N, C]`` to ``[B, 1 + n, C']``."""
         if state is None:
             return super().forward(x)
-        x, state = in_order(*join(x, state))
+        x, state = in_order(*self.reducer.before(x, state))
         self.reducer.check(x)
-        before = state.attention
-        assert before is not None
-        y, own = super().forward(x, state)
-        places = self.asking[1:] - 1
+        before, places = state.attention, self.asking[1:] - 1
+        if before is None or not self.reducer.plan.ranks:
+            return super().forward(x), TokenState()
+        y, own = super().forward(x, ranks=True)
         after = mixed(before.index_select(1, places), own.index_select(1, places), self.alpha())
         return y, TokenState(attention=after * (before.sum(1, keepdim=True) / after.sum(1, keepdim=True)))
 

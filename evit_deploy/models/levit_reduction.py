@@ -17,12 +17,11 @@ from evit_deploy.models.levit import (
     Downsample,
     EvoLeViT,
     Reducible,
-    join,
     stages,
 )
 from evit_deploy.models.levit_lowered import lower
 from evit_deploy.registry import METHODS
-from evit_deploy.tokens.op import precise
+from evit_deploy.tokens.methods.evo_vit import EvoViT
 from evit_deploy.tokens.plan import BlockCost, BlockPlan, ModelCost, ModelShape, TokenPlan, TokenSpec, scheduled_rate
 from evit_deploy.tokens.reducer import TokenReducer
 from evit_deploy.tokens.state import TokenState
@@ -49,6 +48,10 @@ class LeViTShape(ModelShape, frozen=True):
         first, *others = self.stages
         return tuple(stage[0] for stage in (first[DENSE_BLOCKS:], *others) if stage)
 
+    def candidates(self, block: int) -> int:
+        """Tokens of a block behind the prefix."""
+        return self.cost.blocks[block].tokens_in - self.prefix
+
     def places(self, stage: int) -> tuple[int, ...]:
         """Patches that the candidates of a stage stand for: those in every second, fourth, … row and column."""
         rows, columns = self.grid
@@ -57,109 +60,62 @@ class LeViTShape(ModelShape, frozen=True):
         )
 
 
-class EvoLeViTReducer(TokenReducer):
+class EvoLeViTReducer(EvoViT):
     """Evo-ViT in an Evo-LeViT: candidates are set apart once a stage, until its end.
 
-    Global attention is a mean over heads with an α of each attention's own. Before a downsampling every candidate goes
-    back to its place on the grid. A location is the first of the blocks that run on the informative candidates.
+    Global attention is a mean over heads with an α of each attention's own, from the first block on. Before a
+    downsampling every candidate goes back to its place on the grid. Those that wait always have a representative.
     """
+
+    class Options(EvoViT.Options, frozen=True, forbid_unknown_fields=True):
+        """Evo-ViT's own, but that there is always a representative."""
+
+        representative: bool = True
 
     @classmethod
     def plan_for(cls, spec: TokenSpec, options: msgspec.Struct, shape: ModelShape, progress: float) -> TokenPlan:
-        """Decides every token count; K = ⌊rate · N⌋, as released."""
+        """Decides every token count; K = ⌊rate · N⌋ of the N candidates of a stage, as released.
+
+        Raises:
+            InputError: The spec does not fit the model.
+        """
         assert isinstance(shape, LeViTShape)
-        rates = dict(_rates(spec, shape))
-        keeps = {block: cls._kept(rates[block], block, shape) for block in rates}
-        if progress < 1:  # one that sets none apart at the end sets none apart on the way either
-            on_the_way = {block: scheduled_rate(rates[block], progress) for block in rates if keeps[block]}
-            keeps = {block: cls._kept(rate, block, shape) for block, rate in on_the_way.items()}
-        rows = []
+        assert isinstance(options, EvoLeViTReducer.Options)
+        if not options.representative:
+            raise InputError("in an Evo-LeViT those that wait always have a representative", where="representative",
+                             seen=False, wanted=True)  # fmt: skip
+        keeps = _informative(spec, shape, progress)
+        sorting = {block for block in keeps if keeps[block] is not None}
+        if options.layer_wise:
+            firsts = [(stage, min(sorting & {*stage})) for stage in shape.stages if sorting & {*stage}]
+            sorting |= {block for stage, first in firsts for block in stage if block > first}
+        last, rows = max(sorting, default=0), []
         for stage, blocks in enumerate(shape.stages):
-            rows += [_dense_row(shape, len(rows) + i) for i in range(blocks[0] - len(rows))]
-            keep, candidates, places = None, shape.cost.blocks[blocks[0]].tokens_in - shape.prefix, shape.places(stage)
+            rows += [_dense_row(shape, block, block < last) for block in range(len(rows), blocks[0])]
+            candidates, keep, places = shape.candidates(blocks[0]), None, shape.places(stage) if stage else ()
             for block in blocks:
-                here = keeps.get(block)
-                keep = here or keep
+                keep = keeps.get(block) or keep
                 if keep is None:
-                    rows.append(_dense_row(shape, block))
+                    rows.append(_dense_row(shape, block, block < last))
                     continue
-                tokens = shape.prefix + keep + 1
-                row = BlockPlan(block, tokens, here, here is not None, tokens, aside=candidates - keep)
-                if here is not None:
-                    first, places = places if stage else (), ()
-                    row = msgspec.structs.replace(row, choice_indices=candidates, places=first)
-                rows.append(row)
+                tokens, sorts = shape.prefix + keep + 1, block in sorting
+                rows.append(
+                    BlockPlan(
+                        block, tokens, keep if sorts else None, sorts, tokens, aside=candidates - keep,
+                        choice_indices=candidates if sorts else None, places=places if sorts else (),
+                        ranks=block < last,
+                    )
+                )  # fmt: skip
+                places = () if sorts else places  # from now on they are told by the order before
         return TokenPlan(shape.prefix, shape.patches, tuple(rows), shape.cost)
 
-    @staticmethod
-    def _kept(rate: float, block: int, shape: LeViTShape) -> int | None:
-        """Informative candidates of a block; ``None`` where that is all of them."""
-        candidates = shape.cost.blocks[block].tokens_in - shape.prefix
-        keep = math.floor(Fraction(repr(float(rate))) * candidates)
-        if keep == 0:
-            raise InputError(
-                "a keep rate leaves no informative token", where=f"block {block}",
-                seen=f"{rate:g} of {candidates}", wanted=f"{1 / candidates:.3g} or more",
-            )  # fmt: skip
-        return keep if keep < candidates else None
-
-    @classmethod
-    def carries_state(cls, options: msgspec.Struct, pools: bool) -> bool:
-        """Always."""
-        return True
-
-    @classmethod
-    def serves_pooling(cls, options: msgspec.Struct) -> bool:
-        """Every patch keeps its place."""
-        return True
-
-    def scores(self, x: Tensor, q: Any, k: Any, state: TokenState) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The global attention, FP32 ``[B, P]``."""
-        assert state.attention is not None
-        return state.attention
-
-    def forward(self, x: Tensor, q: Any, k: Any, state: TokenState) -> tuple[Tensor, Tensor, TokenState]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Sorts the candidates; the first K go on, with one token for those that now wait.
-
-        The representative is Σ (g / Σg) · x over the waiting ones (the paper's equation 6).
-
-        Args:
-            x: Class token and all candidates ``[B, 1 + P, C]``.
-            q: Not used: there is no attention yet.
-            k: Not used.
-            state: Its attention is needed; nothing waits.
-
-        Returns:
-            Tokens ``[B, 1 + K + 1, C]``, the order (candidates as they now stand, int32 ``[B, P]``) and the new state.
-        """
-        keep = self.plan.keep
-        assert keep is not None
-        x, order = self.reorganized(x, self.scores(x, q, k, state), x.shape[1] - 1, fuse=False)
+    def forward(self, x: Tensor, q: Any, k: Any, state: TokenState) -> tuple[Tensor, Tensor, TokenState]:
+        """Sorts, and remembers where each place of the grid has its token; see :meth:`EvoViT.forward`."""
+        x, order, state = super().forward(x, q, k, state)
         numbers = order.long()
-        assert state.attention is not None
-        attention = state.attention.gather(1, numbers)
-        waiting, share = x[:, 1 + keep :], attention[:, keep:]
-        share = share / share.sum(1, keepdim=True)
-        exact = precise(waiting)
-        with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training sums in half precision
-            representative = torch.bmm(share.unsqueeze(1).to(exact.dtype), exact).to(x.dtype)
         places = torch.arange(numbers.shape[1], device=x.device).expand_as(numbers)
         where = torch.zeros_like(numbers).scatter(1, numbers, places)
-        rows = where if state.rows is None else where.gather(1, state.rows)
-        x = torch.cat([x[:, : 1 + keep], representative], 1)
-        return x, order, TokenState(attention=attention, aside=waiting, representative=representative, rows=rows)
-
-    def before(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """At a location those that wait come back, and candidates are set apart anew."""
-        if self.plan.keep is None:
-            return x, state
-        x, state = join(x, state)
-        x, _, state = self(x, None, None, state)
-        return x, state
-
-    def finish(self, x: Tensor, state: TokenState) -> Tensor:
-        """Class token and all candidates, in the order in which they stand."""
-        return join(x, state)[0]
+        return x, order, state._replace(rows=where if state.rows is None else where.gather(1, state.rows))
 
     def check(self, x: Tensor) -> None:
         """Refuses tokens that the plan does not have.
@@ -173,6 +129,33 @@ class EvoLeViTReducer(TokenReducer):
                 f"{x.shape[1]} tokens arrived, the plan has {wanted}: another image size needs reduce_tokens_ again"
             )
             raise UnsupportedModelError(f"block {self.plan.block}", [reason])
+
+
+def _informative(spec: TokenSpec, shape: LeViTShape, progress: float) -> dict[int, int | None]:
+    """For each location how many candidates are informative; ``None`` where that is all of them.
+
+    Raises:
+        InputError: A location is none of the model's, there are more or fewer rates than locations, or a rate leaves
+            nothing.
+    """
+    found = dict(_rates(spec, shape))
+    keeps = {block: _count(rate, block, shape) for block, rate in found.items()}
+    if progress == 1:
+        return keeps
+    # One that sets none apart at the end sets none apart on the way either.
+    on_the_way = {block: scheduled_rate(found[block], progress) for block in found if keeps[block] is not None}
+    return {block: _count(rate, block, shape) for block, rate in on_the_way.items()}
+
+
+def _count(rate: float, block: int, shape: LeViTShape) -> int | None:
+    candidates = shape.candidates(block)
+    keep = math.floor(Fraction(repr(float(rate))) * candidates)
+    if keep == 0:
+        raise InputError(
+            "a keep rate leaves no informative token", where=f"block {block}", seen=f"{rate:g} of {candidates}",
+            wanted=f"{1 / candidates:.3g} or more",
+        )  # fmt: skip
+    return keep if keep < candidates else None
 
 
 class DenseOnly(TokenReducer):
@@ -197,13 +180,23 @@ class DenseOnly(TokenReducer):
         return TokenPlan(shape.prefix, shape.patches, rows, shape.cost)
 
 
+def dense_only(form: type[DenseOnly], name: str) -> type[DenseOnly]:
+    """The method of a name where it cannot be carried: it takes its options all the same."""
+    general = METHODS.get(name)
+    return type(general.__name__, (form,), {"Options": general.Options})
+
+
 def _rates(spec: TokenSpec, shape: LeViTShape) -> tuple[tuple[int, float], ...]:
     """Pairs of location and keep rate.
 
     Raises:
         InputError: A location is none of the model's, or there are more or fewer rates than locations.
     """
-    chosen = spec if spec.locations is not None else msgspec.structs.replace(spec, locations=shape.locations())
+    chosen = msgspec.structs.replace(
+        spec,
+        keep_rate=EvoViT.default_keep_rate if spec.keep_rate is None else spec.keep_rate,
+        locations=shape.locations() if spec.locations is None else spec.locations,
+    )
     found = chosen.resolve(shape.depth)
     possible = [block for stage in shape.stages for block in stage if block > 0]
     wrong = next((block for block, _ in found if block not in possible), None)
@@ -216,9 +209,9 @@ def _rates(spec: TokenSpec, shape: LeViTShape) -> tuple[tuple[int, float], ...]:
     return found
 
 
-def _dense_row(shape: LeViTShape, block: int) -> BlockPlan:
+def _dense_row(shape: LeViTShape, block: int, ranks: bool) -> BlockPlan:
     cost = shape.cost.blocks[block]
-    return BlockPlan(block, cost.tokens_in, None, False, cost.tokens_out)
+    return BlockPlan(block, cost.tokens_in, None, False, cost.tokens_out, ranks=ranks)
 
 
 class EvoLeViTBackbone:
@@ -279,9 +272,7 @@ class EvoLeViTBackbone:
     @staticmethod
     def method(name: str) -> type[TokenReducer]:
         """The method of a name: Evo-ViT in LeViT's own form, and of all others only the dense model."""
-        general = METHODS.get(name)
-        form = EvoLeViTReducer if name == METHOD else DenseOnly
-        return type(general.__name__, (form,), {"Options": general.Options})
+        return EvoLeViTReducer if name == METHOD else dense_only(DenseOnly, name)
 
     @staticmethod
     def blocks(model: EvoLeViT) -> nn.Sequential:

@@ -11,9 +11,8 @@ from timm.models.levit import Levit, LevitDistilled
 from torch import Tensor, nn
 
 from evit_deploy.models.levit_lowered import FoldedAttention, folded, one_classifier, parts
-from evit_deploy.models.levit_reduction import DenseOnly
+from evit_deploy.models.levit_reduction import DenseOnly, dense_only
 from evit_deploy.models.timm_vit import LoweredMlp
-from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import copy_sharing_weights, shape_of
 from evit_deploy.tokens.plan import BlockCost, ModelCost, ModelShape
 from evit_deploy.tokens.reducer import TokenReducer
@@ -128,8 +127,7 @@ class TimmLeViT:
     @staticmethod
     def method(name: str) -> type[TokenReducer]:
         """The method of a name: of all of them only the dense model."""
-        general = METHODS.get(name)
-        return type(general.__name__, (BiasedOnly,), {"Options": general.Options})
+        return dense_only(BiasedOnly, name)
 
     @staticmethod
     def blocks(model: Any) -> list[nn.Module]:

@@ -190,16 +190,17 @@ def test_every_part_of_it_matters():
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize(
-    ("name", "keep", "learned"),
+    ("name", "options", "learned"),
     [
-        ("tiny", LAST, True),
-        ("tiny, alpha fixed", LAST, False),
-        ("tiny, sorted in every block", {2: 24, 5: 8, 6: 8, 9: 2, 10: 2}, True),
+        ("tiny", {}, True),
+        ("tiny, alpha fixed", {}, False),
+        ("tiny, sorted in every block", {"layer_wise": True}, True),
     ],
 )
 @torch.inference_mode()
-def test_the_tiny_model_answers_as_the_official_code(name, keep, learned, precision):
-    golden, model = np.load(GOLDEN)[name], reduce_(filled(), keep)
+def test_the_tiny_model_answers_as_the_official_code(name, options, learned, precision):
+    spec = TokenSpec(keep_rate=0.5, method="evo-vit", options=options)
+    golden, model = np.load(GOLDEN)[name], reduce_tokens_(filled(), spec)
     model.learn_alpha_(learned)
     x = torch.from_numpy(oracle.pictures(3, 112, TINY_SEED))
     answer = model.double()(x.double()) if precision == "fp64" else model(x)
@@ -279,6 +280,11 @@ def test_locations_and_rates_are_those_that_were_asked_for():
     assert [(row.block, row.keep) for row in reduced_rows(model, spec)] == [(6, 14), (12, 15)]
     spec = TokenSpec(keep_rate=(0.29, 0.7), locations=(3, 8), method="evo-vit")
     assert [(row.block, row.keep) for row in reduced_rows(model, spec)] == [(3, 56), (8, 34)]
+    spec = TokenSpec(method="evo-vit", options={"layer_wise": True, "representative": True}, locations=(7, 13))
+    sorted_in = [(row.block, row.keep, bool(row.places)) for row in reduced_rows(model, spec)]
+    assert sorted_in == [(7, 24, True), (8, 24, False), (9, 24, False), *((i, 8, i == 13) for i in (13, 14, 15))]
+    spec = TokenSpec(keep_rate=(0.29, 0.7), locations=(3, 8), method="evo-vit")
+    reduce_tokens_(model, spec)
     middle = set_keep_rate_(model, 0.5)
     assert [(row.block, row.keep) for row in middle.locations] == [(3, 126), (8, 41)]
     assert not set_keep_rate_(model, 0.0).locations
@@ -338,7 +344,8 @@ def test_choices_are_told_in_patches_of_the_image():
         (TokenSpec(keep_rate=0.5, locations=(0,), method="evo-vit"), "no attention before it to sort by"),
         (TokenSpec(keep_rate=0.5, locations=(11,), method="evo-vit"), "outside the model"),
         (TokenSpec(keep_rate=0.2, method="evo-vit"), "0.2 of 4, expected 0.25 or more"),
-        (TokenSpec(method="evo-vit"), "needs a keep rate"),
+        (TokenSpec(method="evo-vit", options={"representative": False}), "always have a representative"),
+        (TokenSpec(method="evo-vit", options={"alpha": 0.5}), "does not take these options"),
     ],
 )
 def test_what_it_cannot_do_is_refused(spec, words):

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx.inliner
+import onnx.shape_inference
 import pytest
 import timm
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from evit_deploy.errors import CheckpointError, InputError, UnsupportedModelError
+from evit_deploy.export.precision import set_precision
 from evit_deploy.models import levit
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, resolve_tokens
 from evit_deploy.models.identify import identify
@@ -670,12 +673,26 @@ def test_the_exported_file_answers_like_the_model(spec):
             assert np.array_equal(np.sort(told), np.sort(order.numpy()))
 
 
+def test_half_precision_ranks_in_fp32():
+    model = reduce_tokens_(filled(), HALF)
+    proto = set_precision(export_onnx(model, name="evo_levit_128s", preprocess=preprocess_for(model)), "fp16")
+    inferred = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(proto), data_prop=True)
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    softmax = [node for node in inferred.graph.node if node.op_type == "Softmax"]
+    # Seven blocks and two downsamplings; of those, five and two come before the last choice and rank as well.
+    ranking = [node for node in softmax if types[node.output[0]] == onnx.TensorProto.FLOAT]
+    assert (len(softmax), len(ranking)) == (16, 7)
+    ranked = [node.input[1] for node in proto.graph.node if node.op_type == "TokenReorg"]
+    assert len(ranked) == 3
+    assert {types[name] for name in ranked} == {onnx.TensorProto.FLOAT}
+
+
 @pytest.mark.slow
 def test_the_whole_way_from_a_released_file(tmp_path, cli):
     model = filled("evo_levit_128s", num_classes=10, img_size=112)
     content = {"model": layouts.with_duplicates(dict(model.state_dict()))}
     path = saved(tmp_path, content, "EvoLeViT_128S.pth")
-    result = cli("convert", path, "--threads", "1", "--target", "openvino", "--precision", "fp16")
+    result = cli("convert", path, "--threads", "1", "--precision", "fp16")
     assert result.code == 0, result.err
     out = tmp_path / "EvoLeViT_128S-evo-vit-k0.5"
     assert "never trained with token reduction" not in result.err

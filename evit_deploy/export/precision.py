@@ -116,7 +116,8 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
 def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
     """The nodes that serve the choice alone: what leads to a location's inputs but its tokens, and nowhere else.
 
-    And what a reducer wants exact, by its name, with what leads there alone.
+    And what a reducer wants exact, by its name, with what leads there alone. A linear layer is none of them, nor what is
+    before it: layers of a method's own compute as those of the model do.
     """
     found = {node for node in graph if _EXACT.match(node.name or "")}
     locations = {node for node in graph if node.domain == DOMAIN}
@@ -126,13 +127,18 @@ def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
     while pending:
         value = pending.pop()
         node = value.producer() if value is not None else None
-        if node is None or node in found:
+        if node is None or node in found or _is_linear(node):
             continue
-        users = [use.node for output in node.outputs for use in output.uses()]
-        if all(user in found or user in locations for user in users):
+        uses = [use for output in node.outputs for use in output.uses()]
+        if all(use.node in found or (use.node in locations and use.idx > 0) for use in uses):
             found.add(node)
             pending.extend(node.inputs)
     return found
+
+
+def _is_linear(node: onnx_ir.Node) -> bool:
+    weight = node.inputs[1] if node.op_type in ("Gemm", "MatMul") else None
+    return weight is not None and weight.is_initializer()
 
 
 def _is_float(value: onnx_ir.Value) -> bool:

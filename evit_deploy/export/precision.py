@@ -65,7 +65,8 @@ def set_precision(
                 f"{precision} needs real images, from which it learns the range of every activation",
                 fix="Give a folder of them with --calibration; 128 or more, like those it will see.",
             )
-        proto = quantize(proto, precision, base, calibration)
+        exact = [str(node.name) for node in _score_rows(onnx_ir.from_proto(proto).graph)]
+        proto = quantize(proto, precision, base, calibration, exact)
         precision_of_rest = base
     else:
         precision_of_rest = precision
@@ -97,7 +98,7 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
             continue
         if node.op_type == "Cast" and node.attributes["to"].as_int() == DataType.FLOAT:
             node.attributes["to"] = onnx_ir.AttrInt64("to", low)
-        for value in node.outputs:
+        for value in node.outputs[:1] if node.domain == DOMAIN else node.outputs:  # a merge's sizes are FP32
             if value.dtype == DataType.FLOAT:
                 value.dtype = low
     for value in graph.inputs:
@@ -114,14 +115,14 @@ def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
     found: set[onnx_ir.Node] = set()
     locations = {node for node in graph if node.domain == DOMAIN}
     # A merge's sizes, choice and evidence are as exact as a reorganisation's scores.
-    pending = [value for node in locations for value in node.inputs[1:]]
+    pending = [value for node in locations for value in node.inputs[1:] if value is not node.inputs[0]]
     while pending:
         value = pending.pop()
         node = value.producer() if value is not None else None
         if node is None or node in found:
             continue
-        users = [use.node for output in node.outputs for use in output.uses()]
-        if all(user in found or user in locations for user in users):
+        uses = [use for output in node.outputs if _is_float(output) for use in output.uses()]
+        if all(use.node in found or (use.node in locations and use.idx > 0) for use in uses):
             found.add(node)
             pending.extend(node.inputs)
     return found

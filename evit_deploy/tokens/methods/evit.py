@@ -107,7 +107,7 @@ class EViT(TokenReducer):
         With ``squeeze`` the tokens as well, whose similarity is the other half of the choice.
         """
         scores = class_scores(q, k, self.scale, self.prefix)
-        return (scores, x) if self.options.squeeze else scores
+        return (scores, precise(x)) if self.options.squeeze else scores
 
     def start(self, x: Tensor) -> TokenState:
         """Every patch is a token of its own."""

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evit_deploy.errors import InputError
 from evit_deploy.tokens import operator
@@ -58,6 +58,10 @@ class EViT(TokenReducer):
                 )
 
     options: Options
+
+    def __init__(self, plan: BlockPlan, prefix: int, scale: float, options: Any) -> None:
+        super().__init__(plan, prefix, scale, options)
+        self.exact = _Mean()
 
     @classmethod
     def plan_for(cls, spec: TokenSpec, options: Any, shape: ModelShape, progress: float) -> TokenPlan:
@@ -127,8 +131,7 @@ class EViT(TokenReducer):
         scores = class_scores(q, k, self.scale, self.prefix)
         y, kept = self.reorganized(x, scores, self.plan.keep, self.plan.fused)
         if self.options.normalize:
-            rest = scores.scatter(1, kept.long(), 0.0).sum(dim=1).clamp_min(_TINY)[:, None, None]
-            y = torch.cat([y[:, :-1], (y[:, -1:] / rest).to(y.dtype)], dim=1)
+            y = torch.cat([y[:, :-1], self.exact(y[:, -1:], scores, kept)], dim=1)
         if state is None:
             return y, kept
         assert state.rows is not None
@@ -190,6 +193,16 @@ class EViT(TokenReducer):
                 joined[closest] = best[closest, 1]
             swapped[image, candidates:] = joined
         return swapped
+
+
+class _Mean(nn.Module):
+    """A fused token divided by the attention of those in it: a module, so that exports of all precisions divide in FP32."""
+
+    def forward(self, fused: Tensor, scores: Tensor, kept: Tensor) -> Tensor:
+        """``[B, 1, C]``; scores ``[B, N]``, kept int ``[B, K]``."""
+        # The kept ones are overwritten, not subtracted from the total, which cancels.
+        rest = scores.scatter(1, kept.long(), 0.0).sum(dim=1).clamp_min(_TINY)
+        return (fused / rest[:, None, None]).to(fused.dtype)
 
 
 def class_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:

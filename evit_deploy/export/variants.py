@@ -98,8 +98,10 @@ def slice_twin(proto: ModelProto) -> ModelProto:
             other.replace_all_uses_with(_for_each_image(graph, node, numbers, "numbers", constant))
         scores = node.inputs[1]
         if node.op_type == op.NAME and scores is not None and len(scores.uses()) > 1:  # what else is weighed by them
-            assert scores.shape is not None and isinstance(scores.shape[1], int)
-            even = np.full(scores.shape[1], 1 / scores.shape[1], np.float32)
+            assert scores.shape is not None
+            candidates = scores.shape[1]
+            assert isinstance(candidates, int)
+            even = np.full(candidates, 1 / candidates, np.float32)
             scores.replace_all_uses_with(_for_each_image(graph, node, even, "even", constant))
     for remove in (RemoveUnusedNodesPass(), RemoveUnusedFunctionsPass(), RemoveUnusedOpsetsPass()):
         remove(model)

@@ -139,7 +139,8 @@ class EViT(TokenReducer):
 
     def _squeezed(self, x: Tensor, scores: Tensor, state: TokenState) -> tuple[Tensor, Tensor, TokenState]:
         keep, sizes, rows = self.plan.keep, state.sizes, state.rows
-        assert keep is not None and sizes is not None
+        assert keep is not None
+        assert sizes is not None
         choice = self.given if self.given is not None else nearest_kept(x, scores, keep, self.prefix)
         y, sizes = token_merge(x, sizes, choice, (scores, x), keep, self.prefix)
         if rows is not None:
@@ -196,7 +197,7 @@ class EViT(TokenReducer):
 
 
 class _Mean(nn.Module):
-    """A fused token divided by the attention of those in it: a module, so that exports of all precisions divide in FP32."""
+    """A fused token divided by the attention to those in it; a module, so that exported files divide in FP32."""
 
     def forward(self, fused: Tensor, scores: Tensor, kept: Tensor) -> Tensor:
         """``[B, 1, C]``; scores ``[B, N]``, kept int ``[B, K]``."""

@@ -107,6 +107,36 @@ class Recipe(Section, frozen=True, kw_only=True):
                         "mixup and CutMix need an even batch size", where=f"{key}.batch_size", seen=section.batch_size
                     )
         self._check_token_labels()
+        self._check_dynamicvit()
+
+    def _check_dynamicvit(self) -> None:
+        chosen = self.tokens.method == "dynamicvit"
+        for key, run in {"dense": self.dense, "finetune": self.finetune}.items():
+            if run is not None and run.dynamicvit is not None and not (chosen and key == "finetune"):
+                raise RecipeError(
+                    "this is the loss of the method dynamicvit", where=f"{key}.dynamicvit", seen=self.tokens.method,
+                    fix="Leave it out." if key == "dense" else "Leave it out, or set tokens.method=dynamicvit.",
+                )  # fmt: skip
+        kind = None if self.teacher is None else self.teacher.kind
+        if kind is not None and (kind == "dense") != chosen:
+            raise RecipeError(
+                "a teacher of kind dense and the method dynamicvit go together", where="teacher.kind", seen=kind,
+                wanted="dense" if chosen else "logits, token or token_labels",
+                fix="Leave the teacher out: the dense weights that fine-tuning starts from take its place."
+                if chosen else None,
+            )  # fmt: skip
+        if not chosen:
+            return
+        if self.finetune.token_labels is not None:
+            raise RecipeError(
+                "the loss of dynamicvit has no part for token labels", where="finetune.token_labels",
+                fix="Leave it out: what the dense teacher says of each token takes its place.",
+            )  # fmt: skip
+        if self.finetune.model_mode == "eval":
+            raise RecipeError(
+                "in evaluation mode tokens are removed, and nothing tells the predictors which",
+                where="finetune.model_mode", fix="Set finetune.model_mode=train.",
+            )  # fmt: skip
 
     def _check_token_labels(self) -> None:
         data, teacher = self.data, self.teacher

@@ -89,9 +89,10 @@ class Parents(msgspec.Struct):
     known: dict[Path, tuple[torch.nn.Module | None, str]] = {}
 
     def of(self, bundle: Bundle) -> tuple[torch.nn.Module | None, str]:
-        """See :func:`evit_deploy.models.parent.parent_model`."""
+        """See :func:`evit_deploy.models.parent.parent_model`; a comparison cannot be given another checkpoint."""
         if bundle.path not in self.known:
-            self.known[bundle.path] = parent_model(bundle)
+            model, why_not = parent_model(bundle)
+            self.known[bundle.path] = model, why_not.removesuffix("; --against says where it is")
         return self.known[bundle.path]
 
 
@@ -134,7 +135,8 @@ def choose_runtimes(
         parents: PyTorch models.
 
     Returns:
-        Their names, and a note on each that runs some of the bundles and not all.
+        Their names, and a note on each that was left out because it runs some of the bundles and not all, or because
+        the PyTorch models cannot be had.
 
     Raises:
         InputError: A runtime that was asked for, or every one, cannot run one of the bundles, or its engine does not
@@ -142,7 +144,7 @@ def choose_runtimes(
         MissingRequirement: A runtime that was asked for is not here.
     """
     for name in asked:
-        RUNTIMES.get(name)  # an unknown one is refused whatever the others can run
+        check_runtime(name)  # whatever the bundles are
     chosen, notes, refusals = [], [], []
     files_first = sorted(RUNTIMES.names(), key=lambda name: not RUNTIMES.get(name).files)
     for name in dict.fromkeys(asked or files_first):
@@ -158,11 +160,24 @@ def choose_runtimes(
             chosen.append(name)
         elif first is not None and RUNTIMES.get(name).default and RUNTIMES.get(name).missing() is None:
             refusals.append(f"{name} cannot run {first[0]} ({first[1]})")
-            if len(unable) < len(contenders):
+            if len(unable) < len(contenders) or not RUNTIMES.get(name).files:
                 notes.append(f"{name} was left out: it cannot run {first[0]} ({first[1]}).")
     if not chosen:
         raise InputError("no runtime here can run all of these bundles", seen="; ".join(refusals) or None)
     return chosen, notes
+
+
+def check_runtime(name: str) -> None:
+    """Makes sure, before there are bundles, that they could be compared on a runtime.
+
+    Raises:
+        InputError: There is none of this name, or it is a server.
+    """
+    if RUNTIMES.get(name).served:
+        raise InputError(
+            "a comparison runs in this process, and not on a server", where="--runtime", seen=name,
+            fix="Measure one bundle there with evit-deploy profile --url.",
+        )  # fmt: skip
 
 
 def _artifact(contender: Contender, runtime: str, parents: Parents) -> Any:
@@ -175,7 +190,7 @@ def _why_not(contender: Contender, runtime: str, batch_sizes: Sequence[int] | No
     """Why a runtime cannot run a bundle, whatever this machine has; empty when it can."""
     kind: type[Runner] = RUNTIMES.get(runtime)
     if kind.served:
-        return "it runs on a server, and a comparison in this process"
+        return "it runs on a server"
     artifact = _artifact(contender, runtime, parents)
     if artifact is None:
         return f"it has no {' or '.join(kind.files)}" if kind.files else parents.of(contender.bundle)[1]

@@ -154,3 +154,7 @@ class CompareOptions(ProfileOptions, frozen=True, kw_only=True):
                 msgspec.structs.force_setattr(self, field, str(value))
         if self.data is not None and self.images is not None:
             raise InputError("images both with labels and without", seen="data and images", wanted="one of the two")
+        idle = next((field for field in ("reference", "own_preprocessing") if getattr(self, field)), None)
+        if self.data is None and idle is not None:
+            what = f"{idle} is about top-1, for which there are no labelled images"
+            raise InputError(what, fix=f"Give data too, or leave {idle} out.")

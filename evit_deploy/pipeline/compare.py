@@ -128,18 +128,19 @@ def write_files(report: Report, place: Path) -> None:
 
 
 def _check_place(place: Path, *, force: bool) -> None:
-    if place.exists() and not place.is_dir():
-        raise InputError("this is a file", where=place, wanted="a folder", fix="Give another --out.")
-    there = [name for name in (CSV, MARKDOWN, JSON) if (place / name).exists()]
-    if there and not force:
-        fix = "Give --force to replace them, or another --out."
-        raise InputError(f"there are results already ({', '.join(there)})", where=place, fix=fix)
-    folder = next(folder for folder in (place, *place.parents) if folder.exists())
+    """Makes sure, before any work, that results may be written to a folder."""
     try:
+        if place.exists() and not place.is_dir():
+            raise InputError("this is a file", where=place, wanted="a folder", fix="Give another --out.")
+        there = [name for name in (CSV, MARKDOWN, JSON) if (place / name).exists()]
+        if there and not force:
+            fix = "Give --force to replace them, or another --out."
+            raise InputError(f"there are results already ({', '.join(there)})", where=place, fix=fix)
+        folder = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
         with tempfile.TemporaryDirectory(dir=folder, prefix=".evit-deploy-"):
             pass
-    except OSError as error:
-        raise InputError(f"cannot write there ({error.strerror})", where=folder, fix="Give another --out.") from None
+    except OSError as error:  # a name too long for any file, a folder that may not be written to
+        raise InputError(f"cannot write there ({error.strerror})", where=place, fix="Give another --out.") from None
 
 
 def _short_names(bundles: Sequence[tuple[str, Bundle]]) -> list[tuple[str, Bundle]]:

@@ -312,6 +312,7 @@ def _verdicts(rows: Sequence[ProfileRow]) -> list[str]:
     """In words, for each bundle, where token reduction does not pay, and where copies hide what it gains."""
     notes = []
     for name in dict.fromkeys(row.variant for row in rows):
-        own = [msgspec.structs.replace(row, variant="model") for row in rows if row.variant == name]
+        own = [row for row in rows if row.variant == name and row.mac_ratio != 1]  # at 1 nothing was reduced
+        own = [msgspec.structs.replace(row, variant="model") for row in own]
         notes += [f"{name}: {note}" for note in (*verdict(own), *hidden_gains(own))]
     return notes

@@ -77,7 +77,7 @@ def render(report: Report, console: Any) -> None:
                   "speed-up", "MAC ratio", "MAC eff.", "overhead", *whole)  # fmt: skip
         several = {row.device for row in report.rows} != {"cpu"}
         beside = any(row.end_to_end_p50 is not None for row in report.rows)
-        dispensable = ("variation", "p99 ms", "MAC ratio", "p95 ms", "on", *whole[:2], "MAC eff.", whole[2])
+        dispensable = ("variation", "p99 ms", "MAC ratio", "p95 ms", "on", *whole[:2], "MAC eff.", whole[2], "p50 ms")
         hidden = (*(() if several else ("on",)), *(() if beside else whole))
         _table(console, header, [_profile_cells(row) for row in report.rows], dispensable, hidden)
     if report.latencies:
@@ -113,15 +113,25 @@ def _compared(console: Any, rows: Sequence[ComparedRow]) -> None:
         if answered.top1 is not None:
             said += f"; differences of top-1 in points, with their 95 % intervals; the reference is {reference}"
         _print(console, f"{said}:")
-    header = ("bundle", "method", "settings", "precision", "GMACs", "MAC ratio", "tokens", "agreement %", "top-1 %",
-              "95 % interval", "top-5 %", "to dense", "to the reference")  # fmt: skip
-    unsaid = {"agreement %": "agreement", "top-1 %": "top1", "95 % interval": "top1", "top-5 %": "top5",
-              "to dense": "to_dense", "to the reference": "to_reference"}  # fmt: skip
+    header = ("bundle", "method", "settings", "precision", "GMACs", "MAC ratio", "tokens", "agreement\n%", "top-1 %",
+              "95 % interval", "top-5 %", "to dense", "to the\nreference")  # fmt: skip
+    unsaid = {"agreement\n%": "agreement", "top-1 %": "top1", "95 % interval": "top1", "top-5 %": "top5",
+              "to dense": "to_dense", "to the\nreference": "to_reference"}  # fmt: skip
     _table(
         console,
         header,
         [_compared_cells(row) for row in rows],
-        dispensable=("95 % interval", "top-5 %", "MAC ratio", "precision", "tokens", "method"),
+        dispensable=(
+            "95 % interval",
+            "top-5 %",
+            "MAC ratio",
+            "precision",
+            "tokens",
+            "method",
+            "GMACs",
+            "to the\nreference",
+            "settings",
+        ),
         unsaid=[title for title, field in unsaid.items() if all(getattr(row, field) is None for row in rows)],
     )
 

@@ -15,7 +15,7 @@ def test_tables_on_stdout_and_files_where_asked(cli, converted, fewer, pictures,
     out = tmp_path / "out"
     result = cli("compare", converted.path, fewer.path, *QUICK, "--data", pictures, "--out", out)
     assert (result.code, result.err) == (0, "")
-    for text in ("40 images, answered by onnxruntime", "to the reference", "keep_rate=0.4, fuse=no", "fewer", "dense",
+    for text in ("40 images, answered by onnxruntime", "to dense", "keep_rate=0.4, fuse=no", "fewer", "dense",
                  "speed-up", "overhead", str(out)):  # fmt: skip
         assert text in result.out
     assert sorted(path.name for path in out.iterdir()) == ["compare.csv", "compare.json", "compare.md"]

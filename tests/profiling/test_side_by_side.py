@@ -129,16 +129,17 @@ def test_all_take_turns_in_one_loop_and_losing_rows_stay(monkeypatch):
 
     def on_cpu(runners, batch, duration, rounds, threads):
         asked.append((len(runners), batch, duration, rounds, threads))
-        return [Times("cpu", np.full((5, 1), seconds)) for seconds in (1.0, 2.0, 0.5)]
+        return [Times("cpu", np.full((5, 1), seconds)) for seconds in (1.0, 2.0, 0.5, 1.0)]
 
     monkeypatch.setattr("evit_deploy.profiling.side_by_side.measure_on_cpu", on_cpu)
-    three = lane(Entry("dense", NOBODY), Entry("slow", NOBODY, 1.5, 0), Entry("fast", NOBODY, 1.9, 0))
+    slow, fast, whole = Entry("slow", NOBODY, 1.5, 0), Entry("fast", NOBODY, 1.9, 0), Entry("whole", NOBODY, 1.0, 0)
+    all_four = lane(Entry("dense", NOBODY), slow, fast, whole)
     measure = ProfileOptions(batch_sizes=(1, 4), duration=3.0, threads=1)
-    report = measure_lane(three, [IdleRunner(name) for name in "abc"], measure)
-    assert asked == [(3, 1, 3.0, MINIMUM_ROUNDS, 1), (3, 4, 3.0, MINIMUM_ROUNDS, 1)]
+    report = measure_lane(all_four, [IdleRunner(name) for name in "abcd"], measure)
+    assert asked == [(4, 1, 3.0, MINIMUM_ROUNDS, 1), (4, 4, 3.0, MINIMUM_ROUNDS, 1)]
     assert [(row.variant, row.batch, row.speedup) for row in report.rows] == [
-        ("dense", 1, None), ("slow", 1, 0.5), ("fast", 1, 2.0),
-        ("dense", 4, None), ("slow", 4, 0.5), ("fast", 4, 2.0),
+        ("dense", 1, None), ("slow", 1, 0.5), ("fast", 1, 2.0), ("whole", 1, 1.0),
+        ("dense", 4, None), ("slow", 4, 0.5), ("fast", 4, 2.0), ("whole", 4, 1.0),
     ]  # fmt: skip
     assert report.notes == ("slow: Token reduction does not pay on onnxruntime at batch 1 (0.50x), batch 4 (0.50x).",)
 

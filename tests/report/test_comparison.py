@@ -126,6 +126,15 @@ def test_the_terminal_has_differences_in_points_with_their_intervals():
     assert "96.67" in text
 
 
+def test_a_narrow_terminal_loses_columns_and_no_letters():
+    console = Console(file=io.StringIO(), width=80)
+    render(report(), console)
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert "-3.33 (-13.0 to +6.1)" in text
+    assert "95 % interval" not in text
+
+
 @pytest.mark.parametrize(
     ("only_one", "only_other", "count", "ends"),
     [  # by hand: ((b+1)-(c+1))/(n+2) ± 1.96 sqrt(((b+1+c+1)/(n+2) - difference²)/(n+2))

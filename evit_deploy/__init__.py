@@ -12,7 +12,7 @@ _PUBLIC = {
     },
     "Token reduction": {
         "tokens.reduce": "reduce_tokens_ set_keep_rate_ token_plan dense_twin",
-        "tokens.plan": "make_plan TokenSpec TokenOptions TokenPlan BlockPlan ModelCost",
+        "tokens.plan": "make_plan TokenSpec TokenOptions TokenPlan BlockPlan ModelCost ModelShape",
     },
     "Recipes and training": {
         "recipe.recipe": "load_recipe Recipe CompareSection ExpectSection",
@@ -53,7 +53,8 @@ _PUBLIC = {
     },
     "Extension": {
         "registry": "METHODS BACKBONES TARGETS RUNTIMES Registry",
-        "tokens.reduce": "TokenReducer",
+        "tokens.reducer": "TokenReducer",
+        "tokens.state": "TokenState",
         "tokens.backbone": "Backbone",
         "targets.target": "Target Exported Artifact",
         "environment.availability": "Needs",

@@ -75,10 +75,10 @@ class Registry:
 METHODS = Registry(
     "method",
     {
-        "evit": "evit_deploy.tokens.evit:EViT",
-        "slice": "evit_deploy.tokens.baselines:Slice",
-        "random": "evit_deploy.tokens.baselines:RandomDrop",
-        "inverse": "evit_deploy.tokens.baselines:InverseDrop",
+        "evit": "evit_deploy.tokens.methods.evit:EViT",
+        "slice": "evit_deploy.tokens.methods.baselines:Slice",
+        "random": "evit_deploy.tokens.methods.baselines:RandomDrop",
+        "inverse": "evit_deploy.tokens.methods.baselines:InverseDrop",
     },
 )
 BACKBONES = Registry(

@@ -32,7 +32,7 @@ def registry() -> Registry:
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_every_method_can_be_had(name):
-    from evit_deploy.tokens.reduce import TokenReducer
+    from evit_deploy.tokens.reducer import TokenReducer
 
     assert issubclass(METHODS.get(name), TokenReducer)
 

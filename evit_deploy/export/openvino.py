@@ -180,7 +180,7 @@ def _name_choice(model: "openvino.Model", result: "openvino.Node", asked_for: se
         return
     model.remove_result(result)
     choice = result.input_value(0)
-    while choice.get_node().get_type_name() != "TopK":  # a conversion to int32 lies between
+    while choice.get_node().get_type_name() == "Convert":  # to int32
         choice = choice.get_node().input_value(0)
     choice.add_names({name})
 

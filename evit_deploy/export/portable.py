@@ -11,6 +11,7 @@ import ast
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 
 import onnx
 import torch
@@ -21,9 +22,10 @@ from evit_deploy.environment.machine import versions
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.export.card import INPUT, LOGITS, ModelCard, kept_name, write_card
 from evit_deploy.recipe.options import Linear
-from evit_deploy.tokens import op
+from evit_deploy.tokens import merge, op
 from evit_deploy.tokens.backbone import backbone_of
-from evit_deploy.tokens.reduce import TokenReducer, token_plan, token_spec
+from evit_deploy.tokens.reduce import token_plan, token_spec
+from evit_deploy.tokens.reducer import TokenReducer
 
 OPSET = 23  # the first with Attention; Gelu came with 20
 _ONE_FILE_LIMIT = 2**31 - 1  # a protobuf message cannot be larger
@@ -75,9 +77,9 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess, li
         )
     nodes = [node for node in proto.graph.node if node.domain == op.DOMAIN]
     for node, row in zip(nodes, plan.locations, strict=True):
-        _rename_outputs(proto, node, row.block)
+        _name_location(proto, node, row.block)
     if nodes:
-        _attach_function(proto)
+        _attach_functions(proto, nodes)
     kind = "reduced" if plan.locations else "dense"
     write_card(proto, ModelCard(kind, name, spec, plan, preprocess, "fp32", versions(), form))
     onnx.checker.check_model(proto)
@@ -151,17 +153,24 @@ def _linear_form(proto: ModelProto) -> str:
     return "matmul" if products else "gemm"
 
 
-def _rename_outputs(proto: ModelProto, node: onnx.NodeProto, block: int) -> None:
-    renamed = {node.output[0]: f"blocks.{block}.tokens", node.output[1]: kept_name(block)}
-    node.name = f"blocks.{block}.token_reorg"
-    node.output[:] = [renamed[output] for output in node.output]
+def _name_location(proto: ModelProto, node: onnx.NodeProto, block: int) -> None:
+    """Names a location's node, its tokens and its choice, which a merge takes in and a reorganisation gives out."""
+    merges = node.op_type == merge.NAME
+    choice = node.input[2] if merges else node.output[1]
+    renamed = {node.output[0]: f"blocks.{block}.tokens", choice: kept_name(block)}
+    node.name = f"blocks.{block}.{'token_merge' if merges else 'token_reorg'}"
     for other in proto.graph.node:
         other.input[:] = [renamed.get(value, value) for value in other.input]
+        other.output[:] = [renamed.get(value, value) for value in other.output]
     for info in proto.graph.value_info:
         info.name = renamed.get(info.name, info.name)
 
 
-def _attach_function(proto: ModelProto) -> None:
-    proto.functions.append(op.onnx_function(OPSET))
+def _attach_functions(proto: ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    if any(node.op_type == op.NAME for node in nodes):
+        proto.functions.append(op.onnx_function(OPSET))
+    merging = next((node for node in nodes if node.op_type == merge.NAME), None)
+    if merging is not None:
+        proto.functions.append(merge.onnx_function(OPSET, len(merging.input) - 3))
     if not any(entry.domain == op.DOMAIN for entry in proto.opset_import):
         proto.opset_import.append(helper.make_opsetid(op.DOMAIN, op.DOMAIN_VERSION))

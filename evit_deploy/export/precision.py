@@ -19,7 +19,7 @@ from onnx_ir import DataType
 from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import read_card, write_card
 from evit_deploy.export.quantization import array_of, quantize
-from evit_deploy.tokens.op import DOMAIN, NAME
+from evit_deploy.tokens.op import DOMAIN
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 QUANTIZED = ("int8", "fp8")
@@ -110,16 +110,18 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
 
 
 def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
-    """The nodes that serve the scores alone: what leads to a ``TokenReorg``'s second input and nowhere else."""
+    """The nodes that serve the choice alone: what leads to a location's inputs but its tokens, and nowhere else."""
     found: set[onnx_ir.Node] = set()
-    pending = [node.inputs[1] for node in graph if node.domain == DOMAIN and node.op_type == NAME]
+    locations = {node for node in graph if node.domain == DOMAIN}
+    # A merge's sizes, choice and evidence are as exact as a reorganisation's scores.
+    pending = [value for node in locations for value in node.inputs[1:]]
     while pending:
         value = pending.pop()
         node = value.producer() if value is not None else None
         if node is None or node in found:
             continue
         users = [use.node for output in node.outputs for use in output.uses()]
-        if all(user in found or (user.op_type == NAME and user.domain == DOMAIN) for user in users):
+        if all(user in found or user in locations for user in users):
             found.add(node)
             pending.extend(node.inputs)
     return found

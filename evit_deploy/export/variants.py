@@ -1,45 +1,61 @@
 """Variants of an exported file, made from the file alone: with indices, with the choice given, and the slice twin."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import msgspec
 import numpy as np
 import onnx
 from onnx import ModelProto, helper
 
 from evit_deploy.errors import InputError
-from evit_deploy.export.card import read_card, write_card
-from evit_deploy.tokens import op
+from evit_deploy.export.card import kept_name, read_card, write_card
+from evit_deploy.tokens import merge, op
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 
 def reorganizations(proto: ModelProto) -> list[onnx.NodeProto]:
-    """The file's ``TokenReorg`` nodes, in order."""
-    return [node for node in proto.graph.node if node.domain == op.DOMAIN and node.op_type == op.NAME]
+    """The file's ``TokenReorg`` and ``TokenMerge`` nodes, in order: one a location."""
+    return [node for node in proto.graph.node if node.domain == op.DOMAIN and node.op_type in (op.NAME, merge.NAME)]
 
 
 def block_of(node: onnx.NodeProto) -> int:
-    """The block that a ``TokenReorg`` node stands in."""
-    return int(node.output[1].rpartition("_")[2])
+    """The block of a location's node."""
+    return int(_choice(node).rpartition("_")[2])
+
+
+def _choice(node: onnx.NodeProto) -> str:
+    """Name of what a location chooses: a merge takes it in, a reorganisation gives it out."""
+    return node.input[2] if node.op_type == merge.NAME else node.output[1]
+
+
+def _choice_length(node: onnx.NodeProto) -> int:
+    counts = {attribute.name: attribute.i for attribute in node.attribute}
+    return 2 * counts["candidates"] - counts["keep"] if node.op_type == merge.NAME else counts["keep"]
 
 
 def with_indices(proto: ModelProto) -> ModelProto:
-    """A copy whose kept candidates are outputs too: ``kept_<block>``, int32 ``[batch, K]``."""
+    """A copy whose choices are outputs too: ``kept_<block>``, int32; see :mod:`evit_deploy.tokens.choices`."""
     copy = ModelProto()
     copy.CopyFrom(proto)
     present = {output.name for output in copy.graph.output}
     for node in reorganizations(copy):
-        if node.output[1] not in present:
-            keep = next(a.i for a in node.attribute if a.name == "keep")
-            info = helper.make_tensor_value_info(node.output[1], onnx.TensorProto.INT32, ["batch", keep])
+        if _choice(node) not in present:
+            shape = ["batch", _choice_length(node)]
+            info = helper.make_tensor_value_info(_choice(node), onnx.TensorProto.INT32, shape)
             copy.graph.output.append(info)
     return copy
 
 
 def slice_twin(proto: ModelProto) -> ModelProto:
-    """The same file with each reorganisation replaced by a plain slice to the same token count.
+    """The same file with each location's node replaced by a plain slice to the same token count.
 
-    What is left of its time under the original's is what scoring, selecting, gathering and fusing cost.
+    What is left of its time under the original's is what scoring, selecting, gathering, fusing and merging cost.
 
     Raises:
-        InputError: The file has no ``TokenReorg`` node.
+        InputError: The file has no location.
     """
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
@@ -49,19 +65,31 @@ def slice_twin(proto: ModelProto) -> ModelProto:
     nodes = [node for node in graph if node.domain == op.DOMAIN]
     if not nodes:
         raise InputError("this file has no TokenReorg node, so there is nothing to slice", seen=proto.graph.name)
+
+    def constant(name: str, number: int) -> onnx_ir.Value:
+        tensor = onnx_ir.tensor(np.array([number], np.int64), name=name)
+        value = onnx_ir.Value(name=name, const_value=tensor)
+        graph.register_initializer(value)
+        return value
+
+    def sliced(node: onnx_ir.Node, value: onnx_ir.Value | None, end: int, label: str) -> onnx_ir.Value:
+        bounds = [constant(f"{node.name}.{label}.{name}", i) for name, i in (("start", 0), ("end", end), ("axis", 1))]
+        made = onnx_ir.Node("", "Slice", [value, *bounds], name=f"{node.name}.{label}")
+        graph.insert_before(node, made)
+        return made.outputs[0]
+
+    for output in [value for value in graph.outputs if (value.name or "").startswith(kept_name(0)[:-1])]:
+        graph.outputs.remove(output)
     for node in nodes:
-        counts = [node.attributes[name].as_int() for name in ("prefix", "keep", "fuse")]
-        bounds = []
-        for label, number in (("start", 0), ("end", sum(counts)), ("axis", 1)):
-            tensor = onnx_ir.tensor(np.array([number], np.int64), name=f"{node.name}.{label}")
-            bounds.append(onnx_ir.Value(name=tensor.name, const_value=tensor))
-            graph.register_initializer(bounds[-1])
-        slice_node = onnx_ir.Node("", "Slice", [node.inputs[0], *bounds], name=f"{node.name}.slice")
-        graph.insert_before(node, slice_node)
-        tokens, kept = node.outputs
-        tokens.replace_all_uses_with(slice_node.outputs[0])
-        if kept in graph.outputs:
-            graph.outputs.remove(kept)
+        names = [name for name in ("prefix", "keep", "fuse") if name in node.attributes]
+        counts = {name: node.attributes[name].as_int() for name in names}
+        tokens, other = node.outputs
+        end = counts["prefix"] + counts["keep"] + counts.get("fuse", 0)
+        tokens.replace_all_uses_with(sliced(node, node.inputs[0], end, "slice"))
+        if node.op_type == merge.NAME:
+            other.replace_all_uses_with(sliced(node, node.inputs[1], counts["keep"], "sizes"))
+        elif other.uses():  # what else is put in order by the choice stays in the order that it has
+            other.replace_all_uses_with(_as_it_stands(graph, node, counts["keep"], constant))
     for remove in (RemoveUnusedNodesPass(), RemoveUnusedFunctionsPass(), RemoveUnusedOpsetsPass()):
         remove(model)
     twin = onnx_ir.to_proto(model)
@@ -72,11 +100,28 @@ def slice_twin(proto: ModelProto) -> ModelProto:
     return twin
 
 
-def with_choice(proto: ModelProto) -> ModelProto:
-    """A copy that is told which candidates to keep, and tells their scores; for a look at the arithmetic alone.
+def _as_it_stands(
+    graph: "onnx_ir.Graph", node: "onnx_ir.Node", keep: int, constant: "Callable[[str, int], onnx_ir.Value]"
+) -> "onnx_ir.Value":
+    """The numbers 0 to K − 1 for every image, int32 ``[batch, K]``."""
+    import onnx_ir
 
-    For every location it has an input ``choice_<block>`` (int32 ``[batch, K]``) in place of the selection, and an
-    output ``scores_<block>`` (float32 ``[batch, N]``).
+    numbers = onnx_ir.tensor(np.arange(keep, dtype=np.int32)[None], name=f"{node.name}.numbers")
+    row = onnx_ir.Value(name=numbers.name, const_value=numbers)
+    graph.register_initializer(row)
+    shape = onnx_ir.node("Shape", [node.inputs[0]], {"start": 0, "end": 1}, name=f"{node.name}.batch")
+    whole = onnx_ir.node("Concat", [shape.outputs[0], constant(f"{node.name}.one", 1)], {"axis": 0})
+    expanded = onnx_ir.node("Expand", [row, whole.outputs[0]], name=f"{node.name}.order")
+    for made in (shape, whole, expanded):
+        graph.insert_before(node, made)
+    return expanded.outputs[0]
+
+
+def with_choice(proto: ModelProto) -> ModelProto:
+    """A copy that takes its choices as inputs and gives out what it would have made them by.
+
+    For a look at the arithmetic alone. For every location it has an input ``choice_<block>`` (int32) in place of the
+    choice, and outputs ``scores_<block>``, ``scores_<block>_1``, … (float32).
 
     Raises:
         InputError: The file has no ``TokenReorg`` node.
@@ -86,17 +131,24 @@ def with_choice(proto: ModelProto) -> ModelProto:
     nodes = reorganizations(copy)
     if not nodes:
         raise InputError("this file has no TokenReorg node, so there is nothing to choose", seen=proto.graph.name)
-    function = next(f for f in copy.functions if f.name == op.NAME)
-    function.input.append("choice")
-    top = next(node for node in function.node if node.op_type == "TopK")
-    top.CopyFrom(helper.make_node("Cast", ["choice"], [top.output[1]], to=onnx.TensorProto.INT64))
+    ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in copy.graph.value_info}
+    for function in copy.functions:
+        if function.name == op.NAME:
+            function.input.append("choice")
+            top = next(node for node in function.node if node.op_type == "TopK")
+            top.CopyFrom(helper.make_node("Cast", ["choice"], [top.output[1]], to=onnx.TensorProto.INT64))
     for node in nodes:
-        block = block_of(node)
-        keep = next(a.i for a in node.attribute if a.name == "keep")
-        node.input.append(f"choice_{block}")
-        choice = helper.make_tensor_value_info(node.input[2], onnx.TensorProto.INT32, ["batch", keep])
+        block, length = block_of(node), _choice_length(node)
+        evidence = list(node.input[3:]) if node.op_type == merge.NAME else [node.input[1]]
+        if node.op_type == merge.NAME:
+            node.input[2] = f"choice_{block}"
+        else:
+            node.input.append(f"choice_{block}")
+        choice = helper.make_tensor_value_info(f"choice_{block}", onnx.TensorProto.INT32, ["batch", length])
         copy.graph.input.append(choice)
-        copy.graph.node.append(helper.make_node("Identity", [node.input[1]], [f"scores_{block}"]))
-        scores = helper.make_tensor_value_info(f"scores_{block}", onnx.TensorProto.FLOAT, ["batch", None])
-        copy.graph.output.append(scores)
+        for index, value in enumerate(evidence):
+            name = f"scores_{block}" + (f"_{index}" if index else "")
+            shape = ["batch"] + [None] * (ranks.get(value, 2) - 1)
+            copy.graph.node.append(helper.make_node("Identity", [value], [name]))
+            copy.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
     return copy

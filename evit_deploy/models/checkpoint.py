@@ -17,6 +17,7 @@ from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
 from evit_deploy.files import sha256, write_atomically
 from evit_deploy.models.identify import Identity, check_model_name, differences_of, identify
 from evit_deploy.models.safe_weights import read_weights
+from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenOptions, TokenSpec
 
@@ -67,17 +68,27 @@ def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tup
     if unknown is not None:
         raise TypeError(f"unexpected keyword argument {unknown!r}")
     own = checkpoint.tokens
-    if "keep_rate" not in asked and own is None:
+    values: dict[str, Any] = dict(asked)
+    if "method_options" in values:
+        values["options"] = values.pop("method_options")
+    method = METHODS.get(values.get("method", own.method if own else "evit"))
+    if own is not None and values.get("method", own.method) != own.method and not method.comparison_only:
+        raise InputError(
+            f"this checkpoint was trained with the method {own.method!r}", where="--method", seen=values["method"],
+            wanted=own.method, fix="Leave --method out, or take dense weights.",
+        )  # fmt: skip
+    if method.takes_keep_rate and "keep_rate" not in values and own is None:
         raise InputError(
             "a keep rate is needed: the checkpoint does not give one", where="--keep-rate",
             wanted="a number in (0, 1]", fix="Say for example --keep-rate 0.7.",
         )  # fmt: skip
     base: dict[str, Any] = msgspec.structs.asdict(own) if own else {}
-    values: dict[str, Any] = dict(asked)
+    if own is not None and values.get("method", own.method) != own.method:
+        base["options"] = {}  # options stay with the method they belong to
     notes = [
         f"--{name.replace('_', '-')}: {value} replaces the checkpoint's own {base[name]}"
         for name, value in values.items()
-        if base.get(name) not in (None, value)
+        if base.get(name) not in (None, value, {})
     ]
     return TokenSpec(**(base | values)), notes
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evit_deploy.errors import UnsupportedModelError
-from evit_deploy.tokens.backbone import copy_sharing_weights
-from evit_deploy.tokens.plan import ModelCost
+from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights, shape_of
+from evit_deploy.tokens.plan import ModelCost, ModelShape
+from evit_deploy.tokens.state import TokenBlocks, TokenState
 
 # Classes that are known not to fit, and why, so that the refusal teaches something.
 _KNOWN_REASONS = (
@@ -61,7 +62,17 @@ class ReducedBlock(nn.Module):
         """Like ``Block.forward``; masks are refused, because a mask has no meaning for tokens that moved."""
         if attn_mask is not None or is_causal:
             raise UnsupportedModelError("a reduced block", ["an attention mask was given"])
+        if self.reducer.stateful:
+            raise UnsupportedModelError("a reduced block", ["it takes the state of the block before it: run them all"])
         return self.with_kept(x)[0]
+
+    def carry(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """The block of a method that carries state; see :class:`~evit_deploy.tokens.state.TokenBlocks`."""
+        x, state = self.reducer.before(x, state)
+        _check_tokens(x, self.reducer)
+        attended, q, k = attend(self.attn, self.norm1(x), self.reducer.key_bias(state))
+        x, state = self.reducer.between(x + self.drop_path1(self.ls1(attended)), q, k, state)
+        return self.reducer.after(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), state)
 
     def with_kept(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The block's tokens, and the candidates that it kept, int32 ``[B, K]``; ``None`` where nothing is dropped."""
@@ -82,24 +93,26 @@ def _check_tokens(x: Tensor, reducer: Any) -> None:
         )
 
 
-def attend(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def attend(attn: nn.Module, x: Tensor, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Runs an attention module and also gives its queries and keys.
 
     Args:
         attn: timm's ``Attention`` or its lowered form.
         x: Normalised tokens ``[B, N, C]``.
+        key_bias: Added to the attention logits of each key, ``[B, 1, 1, N]``.
 
     Returns:
         The attention's output ``[B, N, C]``, q and k ``[B, N, H, d]`` after their norms.
     """
     if isinstance(attn, LoweredAttention):
-        return attn.attend(x)
+        return attn.attend(x, key_bias)
     assert isinstance(attn, Attention)
     qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(2)
     q, k = attn.q_norm(q), attn.k_norm(k)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout)
+    bias = None if key_bias is None else key_bias.to(q.dtype)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, dropout)
     y = attn.norm(y.transpose(1, 2).flatten(2))
     if attn.gate is not None:
         y = y * attn.gate(x).sigmoid()
@@ -127,7 +140,7 @@ class LoweredAttention(nn.Module):
         self.gate, self.proj = attn.gate, attn.proj
         self.num_heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
 
-    def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(self, x: Tensor, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`attend`."""
         seen = x.flatten(0, 1) if self.flat else x
         q, queries = self._heads(self.q(seen), self.q_norm, x)
@@ -136,6 +149,7 @@ class LoweredAttention(nn.Module):
             queries,
             keys,
             self._tokens(self.v(seen), x),
+            attn_mask=key_bias,
             q_num_heads=self.num_heads,
             kv_num_heads=self.num_heads,
             scale=self.scale,
@@ -175,6 +189,20 @@ class LoweredMlp(nn.Module):
         return self.inner(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1])) if self.flat else self.inner(x)
 
 
+def run_blocks(model: Any, images: Tensor) -> tuple[Tensor, TokenState]:
+    """A model up to its last block, with what its method carried there; for losses that look into it.
+
+    Args:
+        model: A ``VisionTransformer`` whose method carries state.
+        images: ``[B, C, H, W]``.
+
+    Returns:
+        Tokens before the model's last norm ``[B, N, C]``, and the state.
+    """
+    assert isinstance(model.blocks, TokenBlocks)
+    return model.blocks.carry(model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))))
+
+
 def _slice_linear(linear: nn.Linear, start: int, end: int) -> nn.Linear:
     part = nn.Linear(linear.in_features, end - start, bias=linear.bias is not None, device="meta")
     part.weight = nn.Parameter(linear.weight[start:end], requires_grad=False)
@@ -204,15 +232,23 @@ class TimmViT:
             known = next((reason for part, reason in _KNOWN_REASONS if part in name), None)
             return [known or "it is not a timm VisionTransformer"]
         reasons = []
-        if not model.has_class_token:
-            reasons.append("it has no class token, whose attention is the score")
         if model.attn_pool is not None:
             reasons.append("its head pools all patch tokens by attention")
-        elif model.global_pool != "token":
-            reasons.append(f"its head pools the patch tokens (global_pool={model.global_pool!r}, needed 'token')")
+        elif not model.global_pool:
+            reasons.append("it gives out every token (global_pool=''), and most of them would be gone")
         if isinstance(model.patch_drop, PatchDropout):
             reasons.append("it drops patches at random while training (patch_drop_rate > 0), so counts are not fixed")
         return reasons + unusual_blocks(model)
+
+    @staticmethod
+    def shape(model: Any) -> ModelShape:
+        """What a token plan has to know of the model."""
+        return shape_of(backbone_of(model), model, model.embed_dim)
+
+    @staticmethod
+    def pools(model: VisionTransformer) -> bool:
+        """Whether the head sees all patch tokens."""
+        return model.global_pool != "token"
 
     @staticmethod
     def prefix_tokens(model: VisionTransformer) -> int:
@@ -239,6 +275,16 @@ class TimmViT:
     def blocks(model: VisionTransformer) -> nn.Sequential:
         """The transformer blocks."""
         return model.blocks
+
+    @staticmethod
+    def set_blocks(model: VisionTransformer, blocks: nn.Sequential) -> None:
+        """Puts another container of blocks into the model."""
+        model.blocks = blocks
+
+    @staticmethod
+    def scale(block: Any) -> float:
+        """Factor on the attention logits of a block."""
+        return block.attn.scale
 
     @staticmethod
     def cost(model: Any) -> ModelCost:

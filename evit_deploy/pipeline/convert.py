@@ -1,5 +1,6 @@
 """The one-shot: checkpoint in, verified and measured bundle out."""
 
+import json
 import logging
 import os
 from collections.abc import Collection, Sequence
@@ -32,7 +33,7 @@ from evit_deploy.report.report import Report
 from evit_deploy.targets.target import Exported
 from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.plan import TokenOptions, TokenPlan, TokenSpec
-from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
+from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_label, token_plan
 from evit_deploy.verification.golden import Golden, make_golden
 from evit_deploy.verification.verify import Trial, prove, verify_precision
 
@@ -207,7 +208,8 @@ def _manifest(reduced: Reduced, job: Job, out: Path) -> Manifest:
     classes = getattr(model, "num_classes", 0) or getattr(model, "num_features", 0)
     outputs = (TensorSpec(LOGITS, "float32", (None, int(classes))),)
     if job.made.options.indices:
-        outputs += tuple(TensorSpec(kept_name(row.block), "int32", (None, row.keep)) for row in reduced.plan.locations)
+        lengths = {kept_name(row.block): row.choice_length for row in reduced.plan.locations}
+        outputs += tuple(TensorSpec(name, "int32", (None, length)) for name, length in lengths.items())
     return Manifest(
         kind=reduced.spec.method,
         model=checkpoint.model,
@@ -281,12 +283,11 @@ def _reject(staging: Staging, report: Report) -> None:
 
 def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
     """``<stem>-<method>-k<rate>`` beside the checkpoint; in the current directory for a timm name."""
-    rates = spec.keep_rate if isinstance(spec.keep_rate, tuple) else (spec.keep_rate,)
     path = Path(checkpoint.source)
     stem = path.name
     while checkpoint.sha256 and Path(stem).suffix in FILE_SUFFIXES:
         stem = Path(stem).stem
-    name = f"{stem}-{spec.method}-k{'-'.join(f'{rate:g}' for rate in rates)}"
+    name = f"{stem}-{token_label(spec)}"
     return path.with_name(name) if checkpoint.sha256 else Path(name)
 
 
@@ -319,8 +320,8 @@ def check_folders(options: ConvertOptions) -> list[str]:
 
 
 def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:
-    rates = set(spec.keep_rate) if isinstance(spec.keep_rate, tuple) else {spec.keep_rate}
-    if rates == {1.0}:
+    rates = set(spec.rates)
+    if spec.dense:
         return []
     trained = checkpoint.tokens
     if trained is not None:
@@ -330,10 +331,16 @@ def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:
     source = checkpoint.source if checkpoint.sha256 else "CHECKPOINT"
     if Path(source).is_absolute():  # this goes into the bundle, which is not to name folders of this machine
         source = Path(source).name
-    keep = f"[{','.join(map(str, spec.keep_rate))}]" if isinstance(spec.keep_rate, tuple) else f"{spec.keep_rate:g}"
+    settings = {} if spec.method == "evit" else {"method": spec.method}
+    if spec.rates:
+        texts = [f"{rate:g}" for rate in spec.rates]
+        settings["keep_rate"] = f"[{','.join(texts)}]" if isinstance(spec.keep_rate, tuple) else ",".join(texts)
+    settings |= {f"options.{name}": json.dumps(value) for name, value in spec.options.items()}
+    tokens = " ".join(f"--set tokens.{name}={value}" for name, value in settings.items())
+    cost = _published_cost(checkpoint, rates) if spec.method == "evit" else ""
     return [
-        f"These weights were never trained with token reduction. {_published_cost(checkpoint, rates)}To fine-tune: "
-        f"evit-deploy train recipes/finetune.yaml --set model.checkpoint={source} --set tokens.keep_rate={keep} "
+        f"These weights were never trained with token reduction. {cost}To fine-tune: "
+        f"evit-deploy train recipes/finetune.yaml --set model.checkpoint={source} {tokens} "
         f"--set data.train=DIR --set data.validation=DIR"
     ]
 

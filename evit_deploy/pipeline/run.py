@@ -193,7 +193,7 @@ def _gained(recipe: Recipe, report: Report) -> list[Check]:
 
     rows = {row.name: row for row in report.accuracy}
     after = rows.get(finetuned_name(recipe.tokens))
-    before = rows.get(untrained_name(recipe.tokens.method, recipe.tokens.keep_rate))
+    before = rows.get(untrained_name(recipe.tokens))
     if after is None or before is None:
         return []
     # Two standard errors of the difference, as if the images were not the same: too wide rather than too narrow.
@@ -209,7 +209,7 @@ def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
     Raises:
         GateFailed: One does not hold; the checkpoints are kept.
     """
-    from evit_deploy.training.compare import DENSE_NAME, finetuned_name, untrained_name
+    from evit_deploy.training.compare import DENSE_NAME, finetuned_name, untrained_name, with_method
 
     expect, tokens = recipe.expect, recipe.tokens
     wanted = {DENSE_NAME: expect.dense, finetuned_name(tokens): expect.finetuned}
@@ -218,8 +218,8 @@ def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
         for row in report.accuracy
         if (limit := wanted.get(row.name)) is not None
     ]
-    own = untrained_name(tokens.method, tokens.keep_rate)
-    baselines = {untrained_name(method, tokens.keep_rate): limit for method, limit in expect.over.items()}
+    own = untrained_name(tokens)
+    baselines = {untrained_name(with_method(tokens, method)): limit for method, limit in expect.over.items()}
     for row in report.accuracy:
         if row.against is not None and row.name in baselines:
             checks.append(_gap(f"{row.against.other} over {row.name}", -1, row.against, baselines[row.name]))

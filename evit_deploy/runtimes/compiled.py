@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evit_deploy.errors import MissingRequirement, StageError
 from evit_deploy.runtimes.eager import EagerRunner
-from evit_deploy.tokens.reduce import TokenReducer
+from evit_deploy.tokens.reducer import TokenReducer
 
 # Every pair of a model and a batch size is compiled on its own, and PyTorch counts them all together: at its own limit
 # of eight, a model and its dense twin could be run at four batch sizes and not at a fifth.
@@ -92,7 +92,7 @@ class CompiledRunner(EagerRunner):
         """The model and what its reducers keep; their hooks are compiled along with them."""
         model, kept = self.artifact, []
 
-        def remember(reducer: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        def remember(reducer: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
             kept.append(output[1])
 
         for module in model.modules():

@@ -86,7 +86,7 @@ class EagerRunner(Runner):
         specs = [TensorSpec(LOGITS, "float32", (None, classes))]
         if self.with_indices:
             plan = token_plan(self.artifact)
-            specs += [TensorSpec(kept_name(row.block), "int32", (None, row.keep)) for row in plan.locations]
+            specs += [TensorSpec(kept_name(row.block), "int32", (None, row.choice_length)) for row in plan.locations]
         return tuple(specs)
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from evit_deploy.errors import UnsupportedModelError
 from evit_deploy.registry import BACKBONES
-from evit_deploy.tokens.plan import ModelCost
+from evit_deploy.tokens.plan import ModelCost, ModelShape
 
 
 class Backbone(Protocol):
@@ -37,8 +37,28 @@ class Backbone(Protocol):
         ...
 
     @staticmethod
+    def shape(model: Any) -> ModelShape:
+        """What a token plan has to know of the model; :func:`shape_of` asks the other methods."""
+        ...
+
+    @staticmethod
+    def pools(model: Any) -> bool:
+        """Whether the head sees all patch tokens, and not the class token alone."""
+        ...
+
+    @staticmethod
     def blocks(model: Any) -> Any:
         """The transformer blocks, as the indexable container that holds them."""
+        ...
+
+    @staticmethod
+    def set_blocks(model: Any, blocks: Any) -> None:
+        """Puts another container of blocks into the model."""
+        ...
+
+    @staticmethod
+    def scale(block: Any) -> float:
+        """Factor on the attention logits of a block."""
         ...
 
     @staticmethod
@@ -77,6 +97,23 @@ def backbone_of(model: Any) -> type[Backbone]:
         refusals.append(reasons)
     closest = max(refusals, key=lambda reasons: (not reasons[0].startswith("it is not"), len(reasons)))
     raise UnsupportedModelError(type(model).__name__, closest)
+
+
+def shape_of(backbone: type[Backbone], model: Any, width: int) -> ModelShape:
+    """A model's shape, from what its family says of it.
+
+    Args:
+        backbone: The family.
+        model: The model.
+        width: Channels of a token.
+    """
+    return ModelShape(
+        prefix=backbone.prefix_tokens(model),
+        patches=backbone.patches(model),
+        depth=len(backbone.blocks(model)),
+        width=width,
+        cost=backbone.cost(model),
+    )
 
 
 def load_backbones() -> None:

@@ -3,8 +3,8 @@
 Eager PyTorch, ``torch.compile`` (one opaque node, no graph break) and training go through it where a kernel is in use:
 on CUDA the library that ``EVIT_DEPLOY_KERNEL`` names, or else the one that ``evit-deploy plugin build`` made for this
 GPU. Everywhere else
-:mod:`evit_deploy.tokens.op` and :mod:`evit_deploy.tokens.evit` compute in PyTorch. The kernel's bits are its own, on
-every device and in every batch; PyTorch's sum of the fused row differs from them by rounding.
+:mod:`evit_deploy.tokens.op` and :mod:`evit_deploy.tokens.methods.evit` compute in PyTorch. The kernel's bits are its
+own, on every device and in every batch; PyTorch's sum of the fused row differs from them by rounding.
 """
 
 import logging

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import msgspec
 
@@ -28,13 +28,15 @@ class TokenOptions(TypedDict, total=False):
     locations: tuple[int, ...]
     fuse: bool
     method: str
+    method_options: dict[str, Any]
 
 
 class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What token reduction was asked for; :func:`make_plan` turns it into counts.
 
     Args:
-        keep_rate: Share of the candidates to keep, in (0, 1]; one for all locations or one for each.
+        keep_rate: Share of the candidates to keep, in (0, 1]; one for all locations or one for each. ``None`` for a
+            method whose options say how many.
         locations: 0-based blocks that reorganise their tokens, strictly rising; ``None`` means depth·i//4, i = 1, 2, 3.
         fuse: Whether each location adds one token with the weighted sum of what it removed (equation 3).
         method: Name in the registry of methods.
@@ -44,7 +46,7 @@ class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         InputError: A value is out of its range, or the numbers of rates and locations differ.
     """
 
-    keep_rate: float | tuple[float, ...]
+    keep_rate: float | tuple[float, ...] | None = None
     locations: tuple[int, ...] | None = None
     fuse: bool = True
     method: str = "evit"
@@ -54,22 +56,39 @@ class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in ("keep_rate", "locations"):  # a list is as good as a tuple to a caller
             if isinstance(getattr(self, name), list):
                 msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
-        rates = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,)
-        for rate in rates:
+        for rate in self.rates:
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
                 raise InputError("a keep rate is out of range", seen=repr(rate), wanted="a number in (0, 1]")
-        if not rates:
+        if self.keep_rate == ():
             raise InputError("no keep rate given", seen="an empty list", wanted="one, or one for each location")
         if self.locations is not None:
             _check_locations(self.locations)
-            _check_rate_count(rates, self.locations)
+            if self.rates:
+                _check_rate_count(self.rates, self.locations)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The keep rates as they were given, one or several; none for a method that takes none."""
+        if self.keep_rate is None:
+            return ()
+        return self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,)
+
+    @property
+    def dense(self) -> bool:
+        """Whether everything is kept everywhere."""
+        return set(self.rates) == {1.0}
 
     def resolve(self, depth: int) -> tuple[tuple[int, float], ...]:
         """Pairs of (block, keep rate) for a model of ``depth`` blocks.
 
         Raises:
-            InputError: A location lies outside the model, or the numbers of rates and locations differ.
+            InputError: A location lies outside the model, the numbers of rates and locations differ, or there is no
+                rate.
         """
+        if self.keep_rate is None:
+            raise InputError(
+                f"the method {self.method!r} needs a keep rate", wanted="a number in (0, 1]", fix="Say keep_rate=0.7."
+            )
         locations = self.locations if self.locations is not None else default_locations(depth)
         if locations and locations[-1] >= depth:
             raise InputError(
@@ -150,15 +169,37 @@ class ModelCost(msgspec.Struct, frozen=True):
     token_head: int = 0
 
 
-class BlockPlan(msgspec.Struct, frozen=True):
+class ModelShape(msgspec.Struct, frozen=True):
+    """What a plan has to know of a model.
+
+    Args:
+        prefix: Tokens in front of the patches (class, distillation, registers).
+        patches: Patch tokens.
+        depth: Blocks.
+        width: Channels of a token.
+        cost: Multiply-adds of the parts.
+    """
+
+    prefix: int
+    patches: int
+    depth: int
+    width: int
+    cost: ModelCost
+
+
+class BlockPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one block does with its tokens; counts include the prefix.
 
     Args:
         block: 0-based index.
         tokens_in: Tokens that its attention sees.
         keep: K, or ``None`` where the block leaves its tokens alone.
-        fused: Whether a fused token is added.
-        tokens_out: Tokens that its MLP and the next block see.
+        fused: Whether a token is added that stands for those that are not kept.
+        tokens_out: Tokens that its MLP sees, and the next block, unless tokens wait or come back in between.
+        aside: Tokens that wait while this block runs.
+        choice: What a location chooses: candidates that are kept, or what is merged into what.
+        choice_indices: How many numbers that takes, where it is not K.
+        method_macs: Multiply-adds of the method's own layers.
     """
 
     block: int
@@ -166,6 +207,15 @@ class BlockPlan(msgspec.Struct, frozen=True):
     keep: int | None
     fused: bool
     tokens_out: int
+    aside: int = 0
+    choice: Literal["kept", "merge"] = "kept"
+    choice_indices: int | None = None
+    method_macs: int = 0
+
+    @property
+    def choice_length(self) -> int:
+        """Numbers a location chooses for an image; see :mod:`evit_deploy.tokens.choices`."""
+        return self.choice_indices if self.choice_indices is not None else self.keep or 0
 
 
 class TokenPlan(msgspec.Struct, frozen=True):
@@ -188,6 +238,11 @@ class TokenPlan(msgspec.Struct, frozen=True):
         """The blocks that change their token count."""
         return tuple(block for block in self.blocks if block.keep is not None)
 
+    @property
+    def merging(self) -> frozenset[int]:
+        """The blocks whose choice is what is merged into what."""
+        return frozenset(row.block for row in self.locations if row.choice == "merge")
+
     def dense(self) -> "TokenPlan":
         """The same model without token reduction."""
         n = self.prefix + self.patches
@@ -206,7 +261,7 @@ class TokenPlan(msgspec.Struct, frozen=True):
             raise InputError("this plan has no costs", fix="Make it from a model: token_plan(model).")
         row = self.blocks[block]
         attention = row.tokens_in * self.cost.token_attention + 2 * row.tokens_in**2 * self.cost.width
-        return attention + row.tokens_out * self.cost.token_mlp
+        return attention + row.tokens_out * self.cost.token_mlp + row.method_macs
 
     def macs(self) -> int:
         """Multiply-adds of the whole model for one image."""
@@ -272,29 +327,3 @@ def make_plan(
         blocks.append(BlockPlan(block, tokens, keep if reduces else None, reduces and spec.fuse, after))
         tokens = after
     return TokenPlan(prefix, patches, tuple(blocks), cost)
-
-
-def original_patches(kept: Sequence[Any], plan: TokenPlan) -> list[Any]:
-    """Translates each location's kept indices into patch numbers of the image; the fused token is −1.
-
-    Raw indices count the candidates of their own location, so they cannot be compared after the first one.
-
-    Args:
-        kept: One integer array ``[B, K]`` for each of the plan's locations.
-        plan: The plan they come from.
-
-    Returns:
-        One NumPy int32 array ``[B, K]`` (with fusion ``[B, K + 1]``, its last column −1) for each location.
-    """
-    import numpy as np
-
-    result, numbers = [], None
-    for indices, row in zip(kept, plan.locations, strict=True):
-        indices = np.asarray(indices)
-        if numbers is None:
-            numbers = np.broadcast_to(np.arange(plan.patches, dtype=np.int32), (len(indices), plan.patches))
-        numbers = np.take_along_axis(numbers, indices.astype(np.int64), axis=1)
-        if row.fused:
-            numbers = np.concatenate([numbers, np.full((len(numbers), 1), FUSED, np.int32)], axis=1)
-        result.append(numbers)
-    return result

@@ -16,7 +16,7 @@ from evit_deploy.registry import METHODS
 from evit_deploy.report.report import AccuracyRow
 from evit_deploy.report.statistics import difference, hits_of, row_of_hits
 from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.tokens.reduce import reduce_tokens_, token_plan, token_spec
+from evit_deploy.tokens.reduce import reduce_tokens_, token_label, token_plan, token_spec
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,14 +52,18 @@ def evaluate_each(model: nn.Module, data: TrainingData, batch_size: int, name: s
     return row_of_hits(name, together), together[:, 0]
 
 
-def untrained_name(method: str, rate: float | tuple[float, ...]) -> str:
-    """Name of the row of the dense weights whose tokens are reduced by a method."""
-    return f"{method} {rate_text(rate)}, not fine-tuned"
+def untrained_name(spec: TokenSpec) -> str:
+    """Name of the row of the dense weights whose tokens are reduced."""
+    return f"{_settings(spec)}, not fine-tuned"
 
 
 def finetuned_name(spec: TokenSpec) -> str:
     """Name of the fine-tuned model's row."""
-    return f"{spec.method} {rate_text(spec.keep_rate)}, fine-tuned"
+    return f"{_settings(spec)}, fine-tuned"
+
+
+def _settings(spec: TokenSpec) -> str:
+    return token_label(spec) if spec.keep_rate is None else f"{spec.method} {rate_text(spec.keep_rate)}"
 
 
 def compare(
@@ -88,10 +92,10 @@ def compare(
     specs: list[tuple[TokenSpec, str, str | None]] = [(TokenSpec(keep_rate=1.0), DENSE_NAME, None)]
     for rate in rates:
         for method in methods:
-            reduced = with_method(msgspec.structs.replace(spec, keep_rate=rate), method)
+            own = msgspec.structs.replace(spec, keep_rate=rate)
+            reduced = with_method(own, method)
             baseline = section.untrained and method != spec.method
-            other = untrained_name(spec.method, rate) if baseline else DENSE_NAME
-            specs.append((reduced, untrained_name(method, rate), other))
+            specs.append((reduced, untrained_name(reduced), untrained_name(own) if baseline else DENSE_NAME))
     rows, right = [], {}
 
     def add(name: str, model: nn.Module, other: str | None) -> None:

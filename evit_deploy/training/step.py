@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from evit_deploy.errors import StageError
 from evit_deploy.recipe.sections import TrainSection
+from evit_deploy.tokens.state import TokenBlocks
 from evit_deploy.training.state import random_state, set_random_state
 from evit_deploy.training.tasks import Teacher, make_task
 
@@ -112,7 +113,7 @@ class TrainingRun:
         if section.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if section.checkpoint_activations:
-            model.set_grad_checkpointing(True)  # type: ignore[operator]
+            set_checkpointing_(model, True)
         self._task = make_task(model, section, teacher)
         never = getattr(model, "no_weight_decay", set)()
         groups = param_groups_weight_decay(model, section.weight_decay, no_weight_decay_list=never)
@@ -251,7 +252,15 @@ class TrainingRun:
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
         if self.section.checkpoint_activations:
-            self.model.set_grad_checkpointing(False)  # type: ignore[operator]
+            set_checkpointing_(self.model, False)
+
+
+def set_checkpointing_(model: Any, on: bool) -> None:
+    """Whether the blocks' activations are computed again on the way back, in place."""
+    if isinstance(getattr(model, "blocks", None), TokenBlocks):  # timm would run its blocks one by one
+        model.blocks.checkpointing = on
+    else:
+        model.set_grad_checkpointing(on)
 
 
 def _is_memory(error: RuntimeError) -> bool:

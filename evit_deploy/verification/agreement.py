@@ -1,6 +1,6 @@
 """How far answers agree: a runtime's with the golden ones, and two runtimes' with one another."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -8,7 +8,8 @@ import numpy as np
 
 from evit_deploy.export.card import LOGITS, kept_name
 from evit_deploy.report.report import AgreementRow
-from evit_deploy.tokens.plan import TokenPlan, original_patches
+from evit_deploy.tokens.choices import original_patches
+from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.verification.golden import Golden
 from evit_deploy.verification.tolerances import distance
 
@@ -72,8 +73,8 @@ def agreement(golden: Golden, which: np.ndarray, outputs: Mapping[str, np.ndarra
     """
     kept = named_patches(outputs, plan)
     told = bool(kept) or not plan.locations
-    same, tie = same_choice(golden, which, kept, {b: golden.kept[b][which] for b in kept})
-    overlaps = [overlap(numbers, golden.kept[block][which]) for block, numbers in kept.items()]
+    same, tie = same_choice(golden, which, kept, {b: golden.kept[b][which] for b in kept}, plan.merging)
+    overlaps = [overlap(numbers, golden.kept[block][which], block in plan.merging) for block, numbers in kept.items()]
     if not told:  # it may have kept others within rounding
         same, tie = ~same, same
     tie_error, tie_limit = _closest_to_limit(golden, which[tie], outputs[LOGITS][tie])
@@ -102,15 +103,20 @@ def _closest_to_limit(golden: Golden, which: np.ndarray, answers: np.ndarray) ->
 
 
 def same_choice(
-    golden: Golden, which: np.ndarray, kept: Mapping[int, np.ndarray], others: Mapping[int, np.ndarray]
+    golden: Golden,
+    which: np.ndarray,
+    kept: Mapping[int, np.ndarray],
+    others: Mapping[int, np.ndarray],
+    merging: Collection[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compares two choices of patches image by image, location by location.
 
     Args:
         golden: Has the margins.
         which: Golden image of every row.
-        kept: By block, original patch numbers ``[rows, K(+1)]``.
+        kept: By block, what :func:`~evit_deploy.tokens.choices.original_patches` gives.
         others: The same of the other.
+        merging: Blocks that merge, see :attr:`~evit_deploy.tokens.plan.TokenPlan.merging`.
 
     Returns:
         Which rows have the same patches everywhere, and of the rest, whose first difference lies within rounding.
@@ -118,8 +124,12 @@ def same_choice(
     same, tie = np.ones(len(which), bool), np.zeros(len(which), bool)
     for block, numbers in kept.items():
         patches = golden.margin[block].shape[1] - 1
-        exchanged = _members(numbers, patches) != _members(others[block], patches)
-        clear = (exchanged & (golden.margin[block][which] >= 1)).any(axis=1)
+        if block in merging:
+            exchanged, margin = numbers != others[block], golden.margin[block][which, :-1]
+        else:
+            exchanged = _members(numbers, patches) != _members(others[block], patches)
+            margin = golden.margin[block][which]
+        clear = (exchanged & (margin >= 1)).any(axis=1)
         tie |= same & exchanged.any(axis=1) & ~clear
         same &= ~exchanged.any(axis=1)
     return same, tie
@@ -135,8 +145,13 @@ def _members(numbers: np.ndarray, patches: int) -> np.ndarray:
     return members
 
 
-def overlap(kept: np.ndarray, others: np.ndarray) -> float:
-    """Mean over images of patches in common over patches of either (Jaccard); the fused token is none."""
+def overlap(kept: np.ndarray, others: np.ndarray, merging: bool = False) -> float:
+    """Mean over images of patches in common over patches of either (Jaccard); the fused token is none.
+
+    Where tokens are merged: the share of patches that joined the same token.
+    """
+    if merging:
+        return float((kept == others).mean())
     patches = int(max(kept.max(), others.max())) + 1
     one, other = (_members(numbers, patches)[:, :-1] for numbers in (kept, others))
     either = np.maximum(one, other).sum(axis=1)
@@ -154,9 +169,9 @@ def logit_error(golden: Golden, which: np.ndarray, answers: np.ndarray) -> float
     return distance(answers, golden.reference[which]) if len(which) else float("nan")
 
 
-def agreement_row(first: str, one: Answers, second: str, other: Answers) -> AgreementRow:
-    """Compares what two runtimes said to the same images."""
-    kept = {str(b): overlap(one.kept[b], other.kept[b]) for b in one.kept if b in other.kept}
+def agreement_row(first: str, one: Answers, second: str, other: Answers, merging: Collection[int] = ()) -> AgreementRow:
+    """Compares what two runtimes said to the same images; ``merging`` has the blocks that merge tokens."""
+    kept = {str(b): overlap(one.kept[b], other.kept[b], b in merging) for b in one.kept if b in other.kept}
     return AgreementRow(
         first=first,
         second=second,

@@ -6,7 +6,6 @@ patch numbers.
 """
 
 import copy
-import functools
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +20,13 @@ from torch import Tensor
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.export.precision import DTYPES
+from evit_deploy.registry import METHODS
 from evit_deploy.runtimes.fp32 import fp32_products
-from evit_deploy.tokens.op import reorganize
-from evit_deploy.tokens.plan import TokenPlan, original_patches
-from evit_deploy.tokens.reduce import TokenReducer, capture, token_plan
-from evit_deploy.verification.tolerances import error_limit, margin, noise, tie_limits
+from evit_deploy.tokens.choices import original_patches, patch_margins
+from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.tokens.reduce import capture, token_plan, token_spec
+from evit_deploy.tokens.reducer import TokenReducer
+from evit_deploy.verification.tolerances import error_limit, noise, tie_limits
 
 
 class Golden(msgspec.Struct):
@@ -39,7 +40,7 @@ class Golden(msgspec.Struct):
         inputs: float32 ``[n, C, H, W]``.
         logits: PyTorch FP32 ``[n, classes]``.
         reference: PyTorch FP64 ``[n, classes]``, keeping the tokens that the FP32 model kept.
-        swapped: The same with the last kept and the first dropped token exchanged at every location.
+        swapped: The same with the next best choice at every location.
         expected: ``[n, classes]`` in the bundle's precision, keeping the tokens that the FP32 model kept.
         expected_free: The same with a choice of its own.
         terms: float64 ``[n]``: the largest sum of absolute terms that a logit of the image is added up from. Terms may
@@ -48,7 +49,8 @@ class Golden(msgspec.Struct):
         dense_reference: The same in FP64.
         dense_expected: The same in the bundle's precision.
         dense_terms: ``terms`` of the dense model.
-        kept: Per location, original patch numbers ``[n, K(+1)]``, fused = −1, of the FP32 model.
+        kept: Per location, what the FP32 model chose, in original patch numbers: ``[n, K(+1)]``, fused = −1, or of a
+            merge ``[n, patches]``; see :func:`~evit_deploy.tokens.choices.original_patches`.
         margin: Per location ``[n, patches + 1]``, by original patch number, fused tokens last: distance of the
             patch's score from the boundary between kept and dropped, over what the scores differ by for rounding,
             both in logarithms. Below 1 the patch may be kept or not; infinite where it is no candidate.
@@ -84,7 +86,15 @@ class Golden(msgspec.Struct):
 
     def tie_limits(self) -> np.ndarray:
         """The same for each image ``[n]`` where another choice within rounding may have been made."""
-        return tie_limits(self.limit(), self.expected_free, self.swapped, self.reference, self.margin.values())
+        margins: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+        for block, margin in self.margin.items():
+            margins[self._merges(block)].append(margin)
+        return tie_limits(self.limit(), self.expected_free, self.swapped, self.reference, *margins)
+
+    def _merges(self, block: int) -> bool:
+        """Whether a location merges: then it has a number for every patch, none of them a fused token's."""
+        kept = self.kept[block]
+        return kept.shape[1] == self.margin[block].shape[1] - 1 and bool((kept >= 0).all())
 
     def dense_limit(self) -> float:
         """The same for the dense twin."""
@@ -139,7 +149,7 @@ class Expected(msgspec.Struct, frozen=True):
     """
 
     logits: np.ndarray
-    scores: list[np.ndarray]
+    scores: list[Any]
     free: np.ndarray
     dense: np.ndarray
 
@@ -175,19 +185,18 @@ def make_golden(
     exact = copy.deepcopy(model).double()
     with _classifier_terms(exact) as terms:
         reference, exact_scores = _replayed(exact, inputs, kept)
-    swapped, _ = _replayed(exact, inputs, [_swap(k, s) for k, s in zip(kept, exact_scores, strict=True)])
+    method: type[TokenReducer] = METHODS.get(token_spec(model).method)
+    decided = list(zip(kept, exact_scores, plan.locations, strict=True))
+    swapped, _ = _replayed(exact, inputs, [method.nearest_choice(*decision) for decision in decided])
     exact_dense = copy.deepcopy(dense).double()
     with _classifier_terms(exact_dense) as dense_terms:
         dense_reference = _answers(exact_dense, inputs)[0]
-    numbers = original_patches(kept, plan)
-    margins, candidates = {}, np.broadcast_to(np.arange(plan.patches), (len(inputs), plan.patches))
-    for row, low, true, patches in zip(plan.locations, expected.scores, exact_scores, numbers, strict=True):
-        assert row.keep is not None
-        margins[row.block] = np.full((len(inputs), plan.patches + 1), np.inf)
-        place = np.arange(len(inputs))[:, None], candidates % (plan.patches + 1)
-        np.minimum.at(margins[row.block], place, margin(low, true, row.keep))  # fused tokens share one place
-        candidates = patches
-    kept_patches = dict(zip((row.block for row in plan.locations), numbers, strict=True))
+    clear = [
+        method.margin(low, true, choice, row) for low, (choice, true, row) in zip(expected.scores, decided, strict=True)
+    ]
+    blocks = [row.block for row in plan.locations]
+    margins = dict(zip(blocks, patch_margins(clear, kept, plan), strict=True))
+    kept_patches = dict(zip(blocks, original_patches(kept, plan), strict=True))
     return Golden(
         precision, inputs, logits, reference, swapped, expected.logits, expected.free, _largest(terms, reference),
         dense_logits, dense_reference, expected.dense, _largest(dense_terms, dense_reference), kept_patches, margins,
@@ -218,41 +227,20 @@ def _largest(terms: list[np.ndarray], reference: np.ndarray) -> np.ndarray:
     return np.max([np.abs(logits).max(axis=-1) for logits in terms or [reference]], axis=0)
 
 
-def _swap(kept: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """The choice with its last candidate replaced by the first that was dropped."""
-    order = np.argsort(-scores, axis=1, kind="stable")
-    chosen = np.zeros(scores.shape, bool)
-    np.put_along_axis(chosen, kept.astype(np.int64), True, axis=1)
-    swapped = kept.copy()
-    for image, row in enumerate(order):
-        dropped = row[~chosen[image, row]]
-        if len(dropped):
-            swapped[image, -1] = dropped[0]
-    return swapped
-
-
-def _replayed(
-    model: torch.nn.Module, inputs: np.ndarray, kept: list[np.ndarray]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Logits and scores of a model that is told which tokens to keep."""
-    reducers = [module for module in model.modules() if isinstance(module, TokenReducer)]
+def _replayed(model: torch.nn.Module, inputs: np.ndarray, kept: list[np.ndarray]) -> tuple[np.ndarray, list[Any]]:
+    """Logits and scores of a model whose choices are given."""
+    reducers = [m for m in model.modules() if isinstance(m, TokenReducer) and m.plan.keep is not None]
     for reducer, choice in zip(reducers, kept, strict=True):
-        reducer.forward = functools.partial(_replay, reducer, torch.from_numpy(choice))
+        reducer.given = torch.from_numpy(choice)
     try:
         logits, _, scores = _answers(model, inputs)
     finally:
         for reducer in reducers:
-            del reducer.forward
+            reducer.given = None
     return logits, scores
 
 
-def _replay(reducer: TokenReducer, kept: Tensor, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """A reducer's forward pass with the choice already made."""
-    y = reorganize(x, reducer.scores(x, q, k), kept.long(), reducer.plan.fused, reducer.prefix)
-    return y, kept
-
-
-def _answers(model: torch.nn.Module, inputs: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+def _answers(model: torch.nn.Module, inputs: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[Any]]:
     dtype = next(model.parameters()).dtype
     was_training = model.training
     model.eval()
@@ -260,7 +248,11 @@ def _answers(model: torch.nn.Module, inputs: np.ndarray) -> tuple[np.ndarray, li
         logits = model(torch.from_numpy(inputs).to(dtype))
     model.train(was_training)
     logits = logits if dtype == torch.float64 else logits.float()
-    return logits.numpy(), [k.numpy() for k in seen.kept], [s.numpy() for s in seen.scores]
+    return logits.numpy(), [k.numpy() for k in seen.kept], [_as_numpy(s) for s in seen.scores]
+
+
+def _as_numpy(scores: Any) -> Any:
+    return tuple(map(_as_numpy, scores)) if isinstance(scores, tuple) else scores.numpy()
 
 
 def _quantized_answers(model: Any, dense: Any, inputs: np.ndarray, kept: list[np.ndarray], plan: TokenPlan) -> Expected:
@@ -281,6 +273,11 @@ def _quantized_answers(model: Any, dense: Any, inputs: np.ndarray, kept: list[np
     blocks = [row.block for row in plan.locations]
     choices = {f"choice_{block}": choice for block, choice in zip(blocks, kept, strict=True)}
     replayed = run(with_choice(model) if blocks else model, feeds(inputs) | choices)
-    scores = [replayed[f"scores_{block}"] for block in blocks]
+    scores = []
+    for block in blocks:
+        found = [
+            replayed[name] for name in replayed if name.startswith(f"scores_{block}_") or name == f"scores_{block}"
+        ]
+        scores.append(found[0] if len(found) == 1 else tuple(found))
     free, dense_logits = run(model, feeds(inputs))[LOGITS], run(dense, feeds(inputs))[LOGITS]
     return Expected(replayed[LOGITS], scores, free, dense_logits)

@@ -1,18 +1,20 @@
 """How far two right answers may lie apart: what the precision itself costs decides, no number is picked by hand.
 
 The reference is the model in FP64. How far PyTorch lies from it, computing in the bundle's precision, sets the limit
-for every other runtime: twice that, and never less than :data:`FLOOR` roundings of the largest sum of terms of a logit.
+for every other runtime: twice that, and never less than :data:`~evit_deploy.tokens.choices.FLOOR` roundings of the
+largest sum of terms of a logit.
 
 Where scores lie closer together than rounding, either choice of patches is right: such an image counts as a tie. Its
-logits answer another question, and have more room: as much as it moves the FP64 answer when the last kept and the first
-dropped patch change places at every location.
+logits answer another question, and have more room: as much as it moves the FP64 answer to make the next best choice at
+every location, such as to keep the first dropped patch in place of the last kept one.
 """
 
 from collections.abc import Iterable
 
 import numpy as np
 
-FLOOR = 4  # times eps · the largest Σ|terms| of a logit: no tolerance is tighter than this
+from evit_deploy.tokens.choices import FLOOR
+
 NOISE_LIMIT = 0.5
 """A precision whose error is half of what tells one class from another has broken the model."""
 
@@ -36,44 +38,29 @@ def error_limit(expected: np.ndarray, reference: np.ndarray, terms: np.ndarray) 
 
 
 def tie_limits(
-    limit: float, free: np.ndarray, swapped: np.ndarray, reference: np.ndarray, margins: Iterable[np.ndarray]
+    limit: float,
+    free: np.ndarray,
+    swapped: np.ndarray,
+    reference: np.ndarray,
+    margins: Iterable[np.ndarray],
+    merges: Iterable[np.ndarray] = (),
 ) -> np.ndarray:
     """The same for each image ``[n]``, more where another choice within rounding may have been made.
 
     Args:
         limit: Of answers that keep the golden patches, see :func:`error_limit`.
         free: ``[n, classes]`` in the bundle's precision, with a choice of its own.
-        swapped: FP64, with the last kept and the first dropped token exchanged at every location.
+        swapped: FP64, with the next best choice at every location.
         reference: FP64 ``[n, classes]``.
-        margins: Of every location, see :func:`margin`.
+        margins: Of every location that keeps some, see :meth:`evit_deploy.tokens.reducer.TokenReducer.margin`.
+        merges: Of every location that merges.
     """
     room = max(limit, 2 * distance(free, reference))
     room = room + np.abs(swapped - reference).max(axis=1)
     # It takes two patches within rounding to change places; elsewhere there is no other choice.
     possible = [(~(margin >= 1)).sum(axis=1) > 1 for margin in margins]
+    possible += [(~(margin >= 1)).any(axis=1) for margin in merges]  # one alone may join another token
     return np.where(np.any([np.zeros(len(room), bool), *possible], axis=0), room, limit)
-
-
-def margin(scores: np.ndarray, exact: np.ndarray, keep: int) -> np.ndarray:
-    """How far each score lies from the boundary between kept and dropped, over what rounding moves scores by.
-
-    Below 1 the candidate may be kept or not.
-
-    Args:
-        scores: ``[n, N]`` in the bundle's precision.
-        exact: The same in FP64.
-        keep: How many candidates are kept.
-    """
-    # In logarithms: scores are exponentials, so that rounding moves each by a share of itself.
-    ranked, exact, scores = -np.sort(-_logarithm(exact), axis=1), _logarithm(exact), _logarithm(scores)
-    boundary = ranked[:, keep - 1 : keep + 1].mean(axis=1, keepdims=True)
-    rounding = 2 * np.abs(scores - exact).max() + FLOOR * np.finfo(np.float32).eps
-    return np.abs(exact - boundary) / rounding
-
-
-def _logarithm(scores: np.ndarray) -> np.ndarray:
-    """What FP32 cannot hold counts as its smallest number."""
-    return np.log(np.maximum(scores.astype(np.float64), np.finfo(np.float32).tiny))
 
 
 def noise(expected: np.ndarray, reference: np.ndarray) -> float:

@@ -214,7 +214,8 @@ def prove(
             doing(_LOG, f"accuracy on {name}")
             found, answers[name] = accuracy(name, artifact, manifest, folder, threads)
             report += found
-    rows = (agreement_row(one, answers[one], other, answers[other]) for one, other in combinations(answers, 2))
+    merging = manifest.plan.merging
+    rows = (agreement_row(one, answers[one], other, answers[other], merging) for one, other in combinations(answers, 2))
     return report + Report(agreement=tuple(rows))
 
 
@@ -307,7 +308,7 @@ def _place_check(label: str, runner: Runner, golden: Golden, batch: int, plan: T
         outputs = runner.infer(feeds(np.repeat(golden.inputs[image : image + 1], batch, axis=0)))
         kept = named_patches(outputs, plan)
         first = {block: np.broadcast_to(numbers[:1], numbers.shape) for block, numbers in kept.items()}
-        same, tie = same_choice(golden, np.full(batch, image), kept, first)
+        same, tie = same_choice(golden, np.full(batch, image), kept, first, plan.merging)
         moved += int((~same & ~tie).sum())
         if tie.any() or not kept:
             limit = max(limit, float(golden.tie_limits()[image]))

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from evit_deploy.data.augmentation import CropAndFlip
 from evit_deploy.data.token_labels import crop_token_labels, read_token_labels, token_label_file
 from evit_deploy.errors import InputError, UnsupportedModelError
-from evit_deploy.tokens.plan import FUSED, TokenSpec, original_patches
+from evit_deploy.tokens.choices import original_patches
+from evit_deploy.tokens.plan import FUSED, TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
 from evit_deploy.training.token_labels import MixToken, TokenLogits, WithTokenLogits, token_label_loss, token_logits
 from tests.support.models import TINY, images, of_kind, seeded

@@ -15,11 +15,11 @@ from evit_deploy.export.card import INPUT, LOGITS, kept_name, read_card
 from evit_deploy.export.portable import OPSET
 from evit_deploy.export.variants import slice_twin, with_choice, with_indices
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
+from evit_deploy.tokens.choices import FLOOR
 from evit_deploy.tokens.op import NAME
 from evit_deploy.tokens.plan import BlockPlan, TokenPlan
 from evit_deploy.tokens.reduce import capture, token_plan
 from evit_deploy.verification.golden import _replayed
-from evit_deploy.verification.tolerances import FLOOR
 from tests.support.exports import (
     DROP,
     answers,

@@ -15,9 +15,9 @@ from evit_deploy.export.card import INPUT, read_card, write_card
 from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import QUANTIZED, set_precision
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
+from evit_deploy.tokens.choices import FLOOR
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_
-from evit_deploy.verification.tolerances import FLOOR
 from tests.support.models import KEEP, KINDS, images, of_kind, preprocess_for
 
 DROP = TokenSpec(keep_rate=(0.8, 0.5), locations=(0, 2), fuse=False)

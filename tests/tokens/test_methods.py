@@ -7,7 +7,8 @@ import torch
 from evit_deploy.errors import InputError
 from evit_deploy.models.timm_vit import ReducedBlock
 from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.tokens.reduce import TokenReducer, capture, reduce_tokens_, token_plan
+from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
+from evit_deploy.tokens.reducer import TokenReducer
 from tests.support import oracle
 from tests.support.families import create, each_method, images
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evit_deploy.errors import InputError
-from evit_deploy.tokens.evit import class_scores
+from evit_deploy.tokens.methods.evit import class_scores
 from evit_deploy.tokens.op import DOMAIN, DOMAIN_VERSION, NAME, onnx_function, select, token_reorg
 from tests.support import oracle
 from tests.support.cases import CASES, DTYPES, EPS, Case

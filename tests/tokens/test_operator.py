@@ -6,8 +6,8 @@ import torch
 
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.tokens import operator
-from evit_deploy.tokens.evit import class_scores
 from evit_deploy.tokens.library import ABI, KERNEL, Identity
+from evit_deploy.tokens.methods.evit import class_scores
 from evit_deploy.tokens.op import reorganize, select, token_reorg
 from tests.support import oracle, plugin_builds
 from tests.support.cases import CASES

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from evit_deploy.errors import InputError
 from evit_deploy.tokens import plan as plan_module
+from evit_deploy.tokens.choices import original_patches
 from evit_deploy.tokens.plan import (
     BlockPlan,
     ModelCost,
@@ -20,7 +21,6 @@ from evit_deploy.tokens.plan import (
     default_locations,
     keep_count,
     make_plan,
-    original_patches,
     scheduled_rate,
 )
 
@@ -280,12 +280,17 @@ def test_unknown_fields_are_refused():
 
 @pytest.mark.parametrize(
     "keep_rate",
-    [0, 0.0, -0.0, 1.5, -1, -0.5, math.nan, math.inf, True, False, "abc", "0.7", None, (0.7, 0), [0.7, 1.1], (), []],
+    [0, 0.0, -0.0, 1.5, -1, -0.5, math.nan, math.inf, True, False, "abc", "0.7", (0.7, 0), [0.7, 1.1], (), []],
     ids=repr,
 )
 def test_bad_keep_rates_are_refused(keep_rate):
     with pytest.raises(InputError, match="keep rate"):
         TokenSpec(keep_rate=keep_rate)
+
+
+def test_a_method_that_needs_a_keep_rate_says_so():
+    with pytest.raises(InputError, match="the method 'evit' needs a keep rate"):
+        TokenSpec().resolve(12)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,12 @@ def with_option(name: str, **options):
         (
             with_option("vit_tiny_patch16_224", depth=2, global_pool="avg"),
             "VisionTransformer",
-            r"its head pools the patch tokens \(global_pool='avg', needed 'token'\)",
+            "its head pools the patch tokens, and the method 'evit' neither keeps them all nor carries their sizes",
+        ),
+        (
+            with_option("vit_tiny_patch16_224", depth=2, global_pool=""),
+            "VisionTransformer",
+            "it gives out every token",
         ),
         (
             with_option("vit_tiny_patch16_224", depth=2, global_pool="map"),
@@ -62,10 +67,15 @@ def test_models_that_do_not_fit_are_refused_with_the_reason(make, model, reason)
 
 def test_every_reason_is_named_at_once():
     model = timm.create_model("vit_tiny_patch16_224", depth=2, class_token=False, global_pool="avg", device="meta")
-    model.patch_drop = PatchDropout(0.5)
-    reasons = TimmViT.unsupported(model)
-    assert [reason.split(",")[0] for reason in reasons] == [
+    with pytest.raises(UnsupportedModelError) as error:
+        reduce_tokens_(model, SPEC)
+    assert [reason.split(",")[0] for reason in error.value.reasons] == [
         "it has no class token",
-        "its head pools the patch tokens (global_pool='avg'",
+        "its head pools the patch tokens",
+    ]
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, global_pool="map", device="meta")
+    model.patch_drop = PatchDropout(0.5)
+    assert [reason.split(",")[0] for reason in TimmViT.unsupported(model)] == [
+        "its head pools all patch tokens by attention",
         "it drops patches at random while training (patch_drop_rate > 0)",
     ]

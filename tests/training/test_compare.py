@@ -49,7 +49,7 @@ def test_every_row_is_held_against_the_row_it_belongs_to():
     )
     rows = {row.name: row for row in compare(dense, evit, Few(), CompareSection(keep_rates=(0.3,)), 4)}
     others = {name: row.against and row.against.other for name, row in rows.items()}
-    own = {rate: untrained_name("evit", rate) for rate in (0.5, 0.3)}
+    own = {rate: untrained_name(TokenSpec(keep_rate=rate)) for rate in (0.5, 0.3)}
     assert others == {
         "dense": None,
         own[0.5]: "dense",

@@ -9,11 +9,12 @@ import torch
 
 from evit_deploy.export.card import LOGITS, kept_name
 from evit_deploy.report.report import Report
-from evit_deploy.tokens.plan import TokenSpec, make_plan, original_patches
+from evit_deploy.tokens.choices import FLOOR, original_patches
+from evit_deploy.tokens.plan import TokenSpec, make_plan
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
 from evit_deploy.verification.agreement import agreement, logit_error, overlap, same_choice
 from evit_deploy.verification.golden import Golden, make_golden
-from evit_deploy.verification.tolerances import FLOOR, NOISE_LIMIT
+from evit_deploy.verification.tolerances import NOISE_LIMIT
 from evit_deploy.verification.verify import verify_precision
 from tests.support.exports import lowered, reduced
 from tests.support.models import images, of_kind

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evit_deploy.verification.tolerances import FLOOR, error_limit, margin, noise, tie_limits
+from evit_deploy.tokens.choices import FLOOR, share_margin
+from evit_deploy.verification.tolerances import error_limit, noise, tie_limits
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -24,6 +25,8 @@ def test_only_images_in_which_two_patches_may_change_places_have_more_room():
     assert tie_limits(0.25, reference + 0.5, swapped, reference, margins).tolist() == [0.25, 4.0, 5.0]
     assert tie_limits(2.0, reference + 0.5, swapped, reference, margins).tolist() == [2.0, 5.0, 6.0]
     assert tie_limits(0.25, reference, swapped, reference, []).tolist() == [0.25] * 3  # nothing is reduced
+    # a token may join another one without a second token's doing anything
+    assert tie_limits(0.25, reference + 0.5, swapped, reference, [], [np.stack([two, one, two])]).tolist() == [2, 4, 5]
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 11), st.floats(1e-6, 1.0))
@@ -32,12 +35,12 @@ def test_a_patch_that_rounding_moves_over_the_boundary_has_a_margin_below_1(seed
     exact = np.exp(rng.normal(size=(4, 12)))
     scores = exact * np.exp(rng.uniform(-size, size, exact.shape))
     ours, theirs = (np.argsort(np.argsort(-values, axis=1), axis=1) < keep for values in (exact, scores))
-    assert (margin(scores, exact, keep)[ours != theirs] < 1).all()
+    assert (share_margin(scores, exact, keep)[ours != theirs] < 1).all()
 
 
 def test_margins_tell_clear_choices_from_close_ones():
     exact = np.array([[0.4, 0.3, 0.2999, 0.0001]])
-    found = margin(exact * np.array([1.001, 1.0, 1.0, 1.0]), exact, keep=2)
+    found = share_margin(exact * np.array([1.001, 1.0, 1.0, 1.0]), exact, keep=2)
     assert found[0, 1] < 1
     assert found[0, 2] < 1
     assert found[0, 0] > 100

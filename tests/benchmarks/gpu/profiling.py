@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from evit_deploy.tokens import evit
+from evit_deploy.tokens.methods import evit
 
 from .device import Run, in_turns
 from .inference import DENSE, SMALL, call, images_for, variants_of

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evit_deploy import TokenSpec, reduce_tokens_
 from evit_deploy.tokens import operator
 from evit_deploy.tokens.backbone import copy_sharing_weights
-from evit_deploy.tokens.evit import EViT
-from evit_deploy.tokens.reduce import TokenReducer
+from evit_deploy.tokens.methods.evit import EViT
+from evit_deploy.tokens.reducer import TokenReducer
 
 TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
 """What a dry run makes of any architecture."""

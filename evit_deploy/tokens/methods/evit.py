@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evit_deploy.tokens import operator
 from evit_deploy.tokens.op import precise
-from evit_deploy.tokens.reduce import TokenReducer
+from evit_deploy.tokens.reducer import TokenReducer
 
 
 class EViT(TokenReducer):

@@ -4,15 +4,16 @@ import msgspec
 import torch
 from torch import Tensor
 
-from evit_deploy.tokens.evit import EViT
+from evit_deploy.tokens.methods.evit import EViT
 from evit_deploy.tokens.op import reorganize, select
-from evit_deploy.tokens.reduce import TokenReducer
+from evit_deploy.tokens.reducer import TokenReducer
 
 
 class Slice(TokenReducer):
     """The first tokens stay, nothing is scored or gathered: what the reorganisation itself costs is the rest."""
 
     exports = False
+    comparison_only = True
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`TokenReducer.forward`."""
@@ -25,6 +26,7 @@ class RandomDrop(EViT):
     """Keeps tokens at random, another choice for every image and call; fuses the rest by their scores, as EViT does."""
 
     exports = False
+    comparison_only = True
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """``seed``: where the random numbers start."""
@@ -46,6 +48,7 @@ class InverseDrop(EViT):
     """Keeps the tokens with the lowest scores of EViT: the sharpest check that the score means something."""
 
     exports = False
+    comparison_only = True
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`TokenReducer.forward`."""

@@ -1,0 +1,1 @@
+"""Reduction methods, one a file; :data:`evit_deploy.registry.METHODS` finds them."""

@@ -1,0 +1,72 @@
+"""What a method carries from block to block beside the tokens.
+
+The state travels as a value: a block takes it and gives a new one. Nothing is written to a module in a forward pass, so
+that an export, a compiled graph and recomputed activations see plain tensors of static shapes.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class TokenState(NamedTuple):
+    """State of one forward pass; ``None`` where the method does not use a field.
+
+    Args:
+        sizes: FP32 ``[B, N]``: how many patches each token behind the prefix stands for.
+        rows: int64 ``[B, patches]``: the token behind the prefix that each patch is in; of methods that lose no patch.
+        attention: FP32 ``[B, N + M]``: global class attention of the tokens, then of those that wait.
+        aside: ``[B, M, C]``: tokens that wait while others are updated.
+        representative: ``[B, 1, C]``: the token that stands for those that wait, as it entered the block.
+        mask: ``[B, N]``: 1 for tokens that are kept, 0 for those that are only masked while training.
+        decisions: Of each location so far, what the method's loss has to know.
+    """
+
+    sizes: Tensor | None = None
+    rows: Tensor | None = None
+    attention: Tensor | None = None
+    aside: Tensor | None = None
+    representative: Tensor | None = None
+    mask: Tensor | None = None
+    decisions: tuple[Tensor, ...] = ()
+
+
+class TokenBlocks(nn.Sequential):
+    """The blocks of a model whose method has state: every one is reduced, and hands the state on to the next.
+
+    Parameter names are those of the container that it replaces.
+
+    Args:
+        blocks: Reduced blocks, each with ``carry(x, state)``.
+        replaced: The container; kept, so that it can be put back.
+    """
+
+    def __init__(self, blocks: list[nn.Module], replaced: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.replaced = (replaced,)  # in a tuple, where nn.Module does not look for children
+        self.checkpointing = False
+        """Whether a block's activations are computed again on the way back instead of being kept."""
+        self.train(replaced.training)
+
+    def carry(self, x: Tensor) -> tuple[Tensor, TokenState]:
+        """Runs all blocks.
+
+        Args:
+            x: ``[B, prefix + patches, C]``.
+
+        Returns:
+            What the model's last norm sees, and the state behind the last block.
+        """
+        blocks: list[Any] = list(self)
+        state = blocks[0].reducer.start(x)
+        again = self.checkpointing and torch.is_grad_enabled()
+        for block in blocks:
+            found: Any = checkpoint(block.carry, x, state, use_reentrant=False) if again else block.carry(x, state)
+            x, state = found
+        return blocks[-1].reducer.finish(x, state), state
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See :meth:`carry`; gives the tokens alone."""
+        return self.carry(input)[0]

@@ -132,7 +132,7 @@ def test_a_narrow_terminal_loses_columns_and_no_letters():
     text = console.file.getvalue()
     assert "…" not in text
     assert "-3.33 (-13.0 to +6.1)" in text
-    assert "95 % interval" not in text
+    assert "top-5" not in text
 
 
 @pytest.mark.parametrize(

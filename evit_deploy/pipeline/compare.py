@@ -14,7 +14,7 @@ from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.data.images import image_batches, image_files, with_channels
 from evit_deploy.data.sources import Folder, labelled_batches
 from evit_deploy.environment.machine import device, versions
-from evit_deploy.errors import InputError, did_you_mean
+from evit_deploy.errors import InputError, MissingRequirement, did_you_mean
 from evit_deploy.files import write_atomically
 from evit_deploy.profiling.side_by_side import Contender, Lane, Parents, choose_runtimes, lane_of, measure_lane, named
 from evit_deploy.progress import doing, step
@@ -100,18 +100,28 @@ def compare_named(bundles: Sequence[tuple[str, Bundle]], options: CompareOptions
     parents = Parents()
     runtimes, notes = choose_runtimes(contenders, options.runtimes, options.batch_sizes, parents)
     report, answers = Report(notes=tuple(notes), versions=versions(), device=device()), None
+    failed: list[InputError | MissingRequirement] = []
     with tempfile.TemporaryDirectory(prefix="evit-deploy-") as scratch:
         for runtime in runtimes:
             doing(_LOG, f"preparing the models for {runtime}")
             lane = lane_of(runtime, contenders, parents, Path(scratch))
             with ExitStack() as stack:
-                runners = [
-                    stack.enter_context(opened(runtime, entry.candidate.artifact, options.threads))
-                    for entry in lane.entries
-                ]
+                try:
+                    runners = [
+                        stack.enter_context(opened(runtime, entry.candidate.artifact, options.threads))
+                        for entry in lane.entries
+                    ]
+                except (InputError, MissingRequirement) as error:  # it turns out only now that it does not run here
+                    if options.runtimes:
+                        raise
+                    failed.append(error)
+                    report += Report(notes=(f"{runtime} was left out: {error}",))
+                    continue
                 if answers is None and (options.data or options.images):
                     answers = _answers(lane, runners, contenders, options)
                 report += measure_lane(lane, runners, options)
+    if failed and not report.rows:
+        raise failed[0]
     rows = tuple(map(rounded, report.rows))
     return msgspec.structs.replace(report, rows=rows, compared=tuple(_compared(contenders, reference, answers)))
 

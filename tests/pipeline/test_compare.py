@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import msgspec
@@ -11,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit_deploy import CompareOptions, InputError, compare, read_bundle
+from evit_deploy import RUNTIMES, CompareOptions, InputError, MissingRequirement, compare, read_bundle
 from evit_deploy.bundle.bundle import Bundle
 from evit_deploy.bundle.manifest import DENSE, MANIFEST, MODEL
 from evit_deploy.data.sources import Folder, labelled_batches
 from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.pipeline.compare import CSV, JSON, MARKDOWN, reference_of, settings_of
 from evit_deploy.report.report import Report
+from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.runtimes.select import opened
 from evit_deploy.tokens.plan import TokenSpec
 from tests.support.models import tree
@@ -154,6 +157,29 @@ def test_without_a_wish_on_every_runtime_that_runs_all(converted, fewer):
     eager = [row for row in report.rows if row.runtime == "eager"]
     assert all(row.overhead is None for row in eager)
     assert all(row.speedup is not None for row in eager[1:])
+
+
+class Broken(OnnxRuntimeRunner):
+    """Takes every file, and turns out not to run here when it is opened."""
+
+    def __enter__(self):
+        raise MissingRequirement("its driver is too old")
+
+
+def test_a_runtime_that_turns_out_not_to_run_is_left_out_unless_it_was_asked_for(converted, fewer, monkeypatch):
+    known = {"broken": f"{__name__}:Broken", "onnxruntime": RUNTIMES._targets["onnxruntime"]}
+    monkeypatch.setattr(RUNTIMES, "_targets", known)
+    monkeypatch.setattr(RUNTIMES, "_scanned", True)
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or types.SimpleNamespace(Broken=Broken))
+    bundles = [converted.path, fewer.path]
+    report = compare(bundles, options=options(runtimes=(), batch_sizes=(1,)))
+    assert {row.runtime for row in report.rows} == {"onnxruntime"}
+    assert "broken was left out: its driver is too old." in report.notes
+    with pytest.raises(MissingRequirement, match="too old"):
+        compare(bundles, options=options(runtimes=("broken", "onnxruntime")))
+    monkeypatch.setattr(RUNTIMES, "_targets", {"broken": known["broken"]})
+    with pytest.raises(MissingRequirement, match="too old"):
+        compare(bundles, options=options(runtimes=()))
 
 
 def changed(bundle: Bundle, path: Path, **changes) -> Path:

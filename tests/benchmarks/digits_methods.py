@@ -92,8 +92,8 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         changes = [*options.overrides, f"seed={seed}"]
         if pooled:
-            changes += ["model.args.global_pool=avg", "tokens.method=evo-vit", "tokens.fuse=true", "tokens.locations=null",
-                        "compare.baselines=[]"]  # fmt: skip
+            changes += ["model.args.global_pool=avg", "tokens.method=evo-vit"]
+            changes += ["tokens.locations=null", "compare.baselines=[]"]
         self.recipe: Recipe = load_recipe(options.recipe, tuple(changes))
         torch.manual_seed(seed)
         self.model, _, self.data = setup(self.recipe)
@@ -167,7 +167,7 @@ def _finetuning(bench: Bench, method: str, teacher: Any) -> tuple[Any, dict[str,
 
 
 def _from_scratch(bench: Bench, method: str) -> Any:
-    """The published schedules: EViT's rate falls from epoch 10 to 110 of 300; Evo-ViT sorts in every block up to 200."""
+    """The published schedules: EViT's rate falls from epoch 10 to 110 of 300; Evo-ViT sorts everywhere up to 200."""
     if method == "evit":
         times = {"keep_rate_start": bench.epochs / 30, "keep_rate_epochs": bench.epochs / 3}
     else:

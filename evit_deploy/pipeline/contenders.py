@@ -22,7 +22,14 @@ from evit_deploy.files import sha256
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, resolve_tokens, save_checkpoint
 from evit_deploy.models.identify import check_model_name
 from evit_deploy.pipeline.compare import compare_named, reference_of, write_files
-from evit_deploy.pipeline.convert import FIRST_BATCHES, Job, check_folders, convert_checkpoint, default_out
+from evit_deploy.pipeline.convert import (
+    FIRST_BATCHES,
+    Job,
+    check_folders,
+    check_own_weights,
+    convert_checkpoint,
+    default_out,
+)
 from evit_deploy.pipeline.lowering import Lowering, lowering
 from evit_deploy.profiling.side_by_side import check_runtime
 from evit_deploy.progress import doing
@@ -31,6 +38,7 @@ from evit_deploy.recipe.recipe import CompareEntry, CompareRecipe
 from evit_deploy.registry import METHODS
 from evit_deploy.report.report import Report
 from evit_deploy.tokens.backbone import load_backbones
+from evit_deploy.tokens.plan import TokenOptions, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_
 
 _LOG = logging.getLogger(__name__)
@@ -148,13 +156,33 @@ def _check_reducible(recipe: CompareRecipe, wanted: Sequence[Wanted]) -> None:
             module = timm.create_model(model or "") if checkpoint is None else build_model(checkpoint)
             built[source, model] = module, checkpoint
         module, checkpoint = built[source, model]
-        spec = one.entry.tokens
-        if spec is None:
-            assert checkpoint is not None  # _wanted has refused
-            spec, _ = resolve_tokens(checkpoint)
+        spec, _ = _tokens(checkpoint or _about(model or ""), one.entry)
         if not METHODS.get(spec.method).exports:
             raise InputError(f"the method {spec.method!r} has no exported form", where="compare", fix="Name another.")
+        if checkpoint is not None:
+            check_own_weights(checkpoint, spec)
         reduce_tokens_(module, spec)
+
+
+def _tokens(checkpoint: Checkpoint, entry: CompareEntry) -> tuple[TokenSpec, list[str]]:
+    """What an entry says of tokens, with what it leaves out from the checkpoint; see :func:`resolve_tokens`."""
+    asked: TokenOptions = {}
+    spec = entry.tokens
+    if spec is not None:
+        asked["method"] = spec.method
+        if METHODS.get(spec.method).fuses:
+            asked["fuse"] = spec.fuse
+        if spec.keep_rate is not None:
+            asked["keep_rate"] = spec.keep_rate
+        if spec.locations is not None:
+            asked["locations"] = spec.locations
+        if spec.options:
+            asked["method_options"] = spec.options
+    return resolve_tokens(checkpoint, **asked)
+
+
+def _about(model: str) -> Checkpoint:
+    return Checkpoint(model, None, {}, model, {})
 
 
 def _architecture(source: str, model: str | None) -> str | None:
@@ -188,7 +216,7 @@ def _bundle(recipe: CompareRecipe, one: Wanted, out: Path, *, force: bool) -> Bu
     model = _model(recipe, one.entry)
     if source is None:
         assert model is not None  # _wanted has refused
-        source, model = str(seeded_checkpoint(model, recipe.seed, out)), None
+        source, model = str(_seeded(recipe, one, model, out)), None
     record = {
         "name": recipe.name,
         "entry": msgspec.to_builtins(one.entry),
@@ -201,23 +229,30 @@ def _bundle(recipe: CompareRecipe, one: Wanted, out: Path, *, force: bool) -> Bu
         return found
     ours = force or _is_ours(one.path, recipe.name)
     checkpoint = read_checkpoint(source, _architecture(source, model))
-    notes: list[str] = []
-    spec = one.entry.tokens
-    if spec is None:
-        spec, notes = resolve_tokens(checkpoint)
+    spec, notes = _tokens(checkpoint, one.entry)
     measure = ProfileOptions(batch_sizes=FIRST_BATCHES, duration=GLANCE, threads=recipe.threads)
     assert one.made is not None
     job = Job(one.made, measure=measure, out=one.path, force=ours, model=_architecture(source, model), recipe=record)
     return convert_checkpoint(checkpoint, spec, job, notes)[0]
 
 
-def seeded_checkpoint(model: str, seed: int, folder: Path) -> Path:
-    """A checkpoint of a model whose weights come from a seed, the same file at each call.
+def _seeded(recipe: CompareRecipe, one: Wanted, model: str, out: Path) -> Path:
+    """A checkpoint from the seed: one for all entries of a model, but for methods with layers of their own."""
+    spec, _ = _tokens(_about(model), one.entry)
+    own = METHODS.get(spec.method).needs_own_weights
+    path = out / f"{model}-seed{recipe.seed}{f'-{one.name}' if own else ''}.safetensors"
+    seeded_checkpoint(model, recipe.seed, path, spec if own else None)
+    return path
+
+
+def seeded_checkpoint(model: str, seed: int, path: Path, spec: TokenSpec | None = None) -> None:
+    """Writes a checkpoint of a model whose weights come from a seed, the same file at each call.
 
     Args:
         model: timm name.
         seed: Where its weights come from.
-        folder: Where to write it, as ``<model>-seed<seed>.safetensors``.
+        path: The file.
+        spec: Of a method that decides by layers of its own: their weights come from the seed too, after the model's.
 
     Raises:
         StageError: It could not be written.
@@ -226,10 +261,10 @@ def seeded_checkpoint(model: str, seed: int, folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = timm.create_model(model).eval()
-    path = folder / f"{model}-seed{seed}.safetensors"
+        if spec is not None:
+            reduce_tokens_(made, spec)
     about = Checkpoint(str(path), None, {}, model, {}, preprocess=Preprocess.from_model(made))
     save_checkpoint(path, made, about)
-    return path
 
 
 def _read(path: Path) -> Bundle | None:

@@ -79,17 +79,31 @@ def test_an_entry_may_have_its_own_precision(recipe, tmp_path):
 
 
 def test_seeded_weights_are_the_same_file_each_time(tmp_path):
-    state = torch.get_rng_state()
-    first = seeded_checkpoint("test_vit", 3, tmp_path)
-    content = first.read_bytes()
-    assert first.name == "test_vit-seed3.safetensors"
-    assert seeded_checkpoint("test_vit", 3, tmp_path).read_bytes() == content
-    assert seeded_checkpoint("test_vit", 4, tmp_path).read_bytes() != content
+    state, path, other = torch.get_rng_state(), tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    seeded_checkpoint("test_vit", 3, path)
+    seeded_checkpoint("test_vit", 3, other)
+    assert path.read_bytes() == other.read_bytes()
     assert torch.equal(torch.get_rng_state(), state)  # the caller's own numbers are left alone
     torch.manual_seed(3)
     wanted = timm.create_model("test_vit").state_dict()
-    found = build_model(read_checkpoint(first)).state_dict()
+    found = build_model(read_checkpoint(path)).state_dict()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    seeded_checkpoint("test_vit", 4, other)
+    assert path.read_bytes() != other.read_bytes()
+
+
+def test_a_method_with_layers_of_its_own_has_them_from_the_seed_and_the_same_dense_model(tmp_path):
+    entries = "[{name: a, tokens: {keep_rate: 0.6}}, {name: d, tokens: {method: dynamicvit, keep_rate: 0.6}}]"
+    report = compare_recipe(quick("model=test_vit", f"compare={entries}", "convert={}"), tmp_path)
+    assert [(row.name, row.method, row.dense) for row in report.compared] == [
+        ("dense", "dense", None), ("a", "evit", "dense"), ("d", "dynamicvit", "dense"),
+    ]  # fmt: skip
+    assert report.compared[2].settings == "keep_rate=0.6, fuse=no"
+    manifest = read_bundle(tmp_path / "d").manifest
+    assert report.compared[2].tokens == manifest.plan.blocks[-1].tokens_out
+    assert {row.variant: row.overhead is None for row in report.rows} == {"dense": True, "a": False, "d": False}
+    assert read_checkpoint(tmp_path / "test_vit-seed0-d.safetensors").method_weights
+    assert not read_checkpoint(tmp_path / "test_vit-seed0.safetensors").method_weights
 
 
 def test_models_by_name_have_weights_from_the_seed_and_share_a_baseline(tmp_path):
@@ -133,6 +147,10 @@ def test_recipes_that_say_nothing_sensible(overrides, message):
         (["compare=[{tokens: {keep_rate: 0.6}}, {name: x, tokens: {keep_rate: 0.6, method: slice}}]"], "no exported"),
         (["compare=[{tokens: {keep_rate: 0.6}}, {name: x, tokens: {keep_rate: 0.6, locations: [9]}}]"], "outside the"),
         (["compare=[{tokens: {keep_rate: 0.6}}, {name: x, tokens: {keep_rate: 0.6, options: {a: 1}}}]"], "options"),
+        (
+            ["compare=[{tokens: {keep_rate: 0.6}}, {tokens: {keep_rate: 0.6, method: dynamicvit}}]"],
+            "these weights have none",
+        ),
         (["runtimes=[onxruntime]"], "Did you mean 'onnxruntime'"),
         (["runtimes=[triton]"], "not on a server"),
         (["data=absent"], "absent: no such folder"),

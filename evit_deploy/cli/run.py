@@ -16,6 +16,8 @@ from evit_deploy.cli.types import PATH
 def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: bool, output: Output) -> None:
     """Train, export, verify and profile as RECIPE says; stages that are up to date are skipped.
 
+    A sweep (recipes/a100.yaml) and a comparison (recipes/compare.yaml) train nothing.
+
     \b
     evit-deploy run recipes/digits.yaml
     """

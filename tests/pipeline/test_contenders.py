@@ -92,6 +92,7 @@ def test_seeded_weights_are_the_same_file_each_time(tmp_path):
     assert path.read_bytes() != other.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_method_with_layers_of_its_own_has_them_from_the_seed_and_the_same_dense_model(tmp_path):
     entries = "[{name: a, tokens: {keep_rate: 0.6}}, {name: d, tokens: {method: dynamicvit, keep_rate: 0.6}}]"
     report = compare_recipe(quick("model=test_vit", f"compare={entries}", "convert={}"), tmp_path)
@@ -106,6 +107,7 @@ def test_a_method_with_layers_of_its_own_has_them_from_the_seed_and_the_same_den
     assert not read_checkpoint(tmp_path / "test_vit-seed0.safetensors").method_weights
 
 
+@pytest.mark.slow
 def test_models_by_name_have_weights_from_the_seed_and_share_a_baseline(tmp_path):
     entries = "[{tokens: {keep_rate: 0.6}}, {tokens: {keep_rate: 0.5, locations: [2, 4]}}]"
     report = compare_recipe(quick("model=test_vit", f"compare={entries}", "convert={}"), tmp_path)

@@ -68,7 +68,7 @@ class UnsupportedModelError(InputError):
     Args:
         model: Name of the model or of its class.
         reasons: Why, one clause each.
-        fix: What to do about it.
+        fix: What helps; by default another model.
     """
 
     def __init__(self, model: str, reasons: list[str], fix: str | None = None) -> None:

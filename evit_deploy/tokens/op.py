@@ -39,7 +39,24 @@ def select(scores: Tensor, keep: int) -> Tensor:
     Returns:
         int64 ``[B, K]``; valid and unique even where scores are NaN.
     """
+    if torch.onnx.is_in_onnx_export():  # there is no stable sort in ONNX; its TopK has the lowest index first on ties
+        return scores.topk(keep, dim=1).indices
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
+
+
+def rows_of(x: Tensor, numbers: Tensor, prefix: int = 0) -> Tensor:
+    """Whole rows by number: ``gather`` would go by element, which takes five times as long on a CPU.
+
+    Args:
+        x: ``[B, prefix + N, C]``.
+        numbers: int64 ``[B, K]``, counted behind the prefix.
+        prefix: Tokens in front.
+
+    Returns:
+        ``[B, K, C]``.
+    """
+    first = torch.arange(x.shape[0], device=x.device) * x.shape[1] + prefix
+    return x.flatten(0, 1).index_select(0, (numbers + first.unsqueeze(1)).flatten()).unflatten(0, numbers.shape)
 
 
 def reorganize(x: Tensor, scores: Tensor, kept: Tensor, fuse: bool, prefix: int) -> Tensor:
@@ -56,10 +73,7 @@ def reorganize(x: Tensor, scores: Tensor, kept: Tensor, fuse: bool, prefix: int)
         ``[B, prefix + K + fuse, C]`` in x's dtype.
     """
     patches = x[:, prefix:]
-    # Whole rows by number: gather would go by element, which takes five times as long on a CPU.
-    first = torch.arange(x.shape[0], device=x.device) * x.shape[1] + prefix
-    rows = x.flatten(0, 1).index_select(0, (kept + first.unsqueeze(1)).flatten()).unflatten(0, kept.shape)
-    parts = [x[:, :prefix], rows]
+    parts = [x[:, :prefix], rows_of(x, kept, prefix)]
     if fuse:
         rest, exact = scores.scatter(1, kept, 0.0), precise(patches)
         with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training sums in half precision

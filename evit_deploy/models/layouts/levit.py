@@ -56,7 +56,7 @@ def find(where: object, weights: dict[str, Tensor]) -> Found:
 
 # ---- Evo-LeViT
 
-TRAINED = TokenSpec(keep_rate=0.5, method=METHOD)
+TRAINED = TokenSpec(keep_rate=0.5, fuse=False, method=METHOD)
 """All released Evo-LeViTs were trained with it; at the method's own locations."""
 
 

@@ -16,7 +16,7 @@ from msgspec import Meta
 from evit_deploy.errors import RecipeError
 from evit_deploy.recipe.fields import field_docs, structs_in
 from evit_deploy.recipe.file import load, read_document
-from evit_deploy.recipe.options import ConvertSection, ProfileSection
+from evit_deploy.recipe.options import CompareOptions, ConvertOptions, ConvertSection, Precision, ProfileSection
 from evit_deploy.recipe.sections import Count, Section, Share
 from evit_deploy.recipe.sections import DataSection as DataSection
 from evit_deploy.recipe.sections import ModelSection as ModelSection
@@ -189,6 +189,65 @@ class Sweep(Section, frozen=True, kw_only=True):
     """CPU threads; ``null`` leaves the runtime's own choice."""
     published: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
     """Images a second that a paper gives, by model and variant (``dense``, ``0.7``, ``0.7 without fusion``)."""
+
+
+class CompareEntry(Section, frozen=True, kw_only=True):
+    """One bundle of a comparison: one that there is, or a model, a method and its settings to make one of."""
+
+    bundle: str | None = None
+    """A bundle that there is; nothing else but a name goes with it."""
+    checkpoint: str | None = None
+    """Checkpoint file, or timm name whose weights are fetched, to make a bundle of. [default: the recipe's]"""
+    model: str | None = None
+    """timm name. With a checkpoint it decides the architecture, without one the weights come from the seed.
+    [default: the recipe's]"""
+    tokens: TokenSpec | None = None
+    """How tokens are reduced: method, keep_rate, locations, fuse, options. [default: the checkpoint's own]"""
+    precision: Precision | None = None
+    """Precision of this bundle's files. [default: that of ``convert``]"""
+    name: str | None = None
+    """What the tables call it, and the folder it is made in. [default: model, method and keep rate]"""
+
+    def __post_init__(self) -> None:
+        others = (self.checkpoint, self.model, self.tokens, self.precision)
+        if self.bundle is not None and any(other is not None for other in others):
+            raise RecipeError("a bundle that there is takes nothing but a name", where="compare", seen=self.bundle)
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
+            raise RecipeError("not a name for a folder", where="compare", seen=repr(self.name))
+
+
+class CompareRecipe(CompareOptions, frozen=True, kw_only=True):
+    """A recipe of its own kind: bundles side by side in one interleaved run, made first where they are not there.
+
+    Where neither an entry nor the recipe names a checkpoint, weights come from the seed: speed does not depend on what
+    was learned.
+    """
+
+    name: str
+    """Name of the recipe; reports carry it."""
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    """Where weights come from that no checkpoint gives."""
+    checkpoint: str | None = None
+    """Checkpoint of the entries that name none."""
+    model: str | None = None
+    """timm name of the entries that name neither a model nor a checkpoint."""
+    convert: ConvertOptions = ConvertOptions(targets=("onnx",))
+    """What bundles are made into: targets, precision, options of the builder."""
+    compare: Annotated[tuple[CompareEntry, ...], Meta(min_length=2)]
+    """The bundles, at least two."""
+
+
+def is_comparison(path: str | Path) -> bool:
+    """Whether a recipe file is a :class:`CompareRecipe`: ``compare`` is a list in it. An unreadable one is not."""
+    try:
+        return isinstance(read_document(Path(path)).get("compare"), list)
+    except RecipeError:
+        return False
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> CompareRecipe:
+    """Reads and checks a comparison; see :func:`load_recipe`."""
+    return load(path, overrides, CompareRecipe)
 
 
 def is_sweep(path: str | Path) -> bool:

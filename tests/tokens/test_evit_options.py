@@ -93,7 +93,8 @@ def test_a_sized_token_is_the_oracle(pool):
 
 
 def test_none_and_sum_are_the_oracle():
-    for fuse, fusion in ((False, "none"), (True, "sum")):
+    cases: list[tuple[bool, evit.Fusion]] = [(False, "none"), (True, "sum")]
+    for fuse, fusion in cases:
         model, weights = made({}, fuse)
         close(run(model)[0], evit.forward(vit.Model(weights, 3), IMAGES, RATES, fusion).logits)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from evit_deploy.tokens.op import rows_of
+
 
 class TokenState(NamedTuple):
     """State of one forward pass; ``None`` where the method does not use a field.
@@ -70,3 +72,35 @@ class TokenBlocks(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """See :meth:`carry`; gives the tokens alone."""
         return self.carry(input)[0]
+
+
+def rows_after(rows: Tensor, choice: Tensor, keep: int) -> Tensor:
+    """Which token each patch is in once tokens have merged.
+
+    Args:
+        rows: int64 ``[B, patches]``: the token that each was in.
+        choice: Of kind ``merge``, see :mod:`evit_deploy.tokens.choices`.
+        keep: How many tokens stay.
+
+    Returns:
+        int64 ``[B, patches]``.
+    """
+    candidates = (choice.shape[1] + keep) // 2
+    choice = choice.long()
+    staying = torch.arange(keep, device=rows.device).expand(rows.shape[0], -1)
+    places = torch.cat([staying, choice[:, candidates:]], 1)
+    return torch.empty_like(places).scatter(1, choice[:, :candidates], places).gather(1, rows)
+
+
+def patches_back(x: Tensor, rows: Tensor, prefix: int) -> Tensor:
+    """Gives every patch a copy of the token that it is in, so that a head that pools sees as many as there were.
+
+    Args:
+        x: ``[B, prefix + N, C]``.
+        rows: int64 ``[B, patches]``.
+        prefix: Tokens in front.
+
+    Returns:
+        ``[B, prefix + patches, C]``.
+    """
+    return torch.cat([x[:, :prefix], rows_of(x, rows, prefix)], 1)

@@ -37,6 +37,7 @@ PARTS = (
     Part("9", "tests", 150, "pytest -m gpu", "product:run_tests"),
     Part("10", "commands", 150, "the command line as a user meets it", "product:run_commands"),
     Part("11", "profile", 20, "where the time of a forward pass goes, kernel by kernel", "profiling:measure"),
+    Part("12", "methods", 60, "every method on DeiT-S against dense and slices, in CUDA graphs", "methods:measure"),
     Part("-", "hang", 2, "a part that hangs", "faults:hang", hidden=True),
     Part("-", "faulty", 5, "rows that run out of memory, fail, and go on", "faults:fail", hidden=True),
     Part("-", "missing", 5, "a part that cannot be imported", "nowhere:run", hidden=True),

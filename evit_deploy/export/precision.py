@@ -19,6 +19,7 @@ from onnx_ir import DataType
 from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import read_card, write_card
 from evit_deploy.export.quantization import array_of, quantize
+from evit_deploy.tokens import merge
 from evit_deploy.tokens.op import DOMAIN
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -82,7 +83,7 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
     """The graph in FP16 or BF16, but for the score rows; ``TokenReorg`` itself takes tokens of either type."""
     model = onnx_ir.from_proto(proto)
     graph, low = model.graph, _TYPES[precision]
-    exact = _score_rows(graph)
+    exact = _score_rows(graph) | _readers_of_sizes(graph)
     widened: dict[onnx_ir.Value, onnx_ir.Value] = {}
     _refuse_too_large(graph, exact, precision)
     for value in list(graph.initializers.values()):
@@ -98,8 +99,12 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
         if node.op_type == "Cast" and node.attributes["to"].as_int() == DataType.FLOAT:
             node.attributes["to"] = onnx_ir.AttrInt64("to", low)
         for value in node.outputs:
-            if value.dtype == DataType.FLOAT:
+            if value.dtype == DataType.FLOAT and not _is_size(value):
                 value.dtype = low
+        if node.domain != DOMAIN:
+            for index, value in enumerate(node.inputs):
+                if value is not None and value.producer() in exact and value.dtype == DataType.FLOAT:
+                    node.replace_input_with(index, _narrow(graph, value, node, low))
     for value in graph.inputs:
         if value.dtype == DataType.FLOAT:
             _narrow_input(graph, value, low)
@@ -125,6 +130,17 @@ def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
             found.add(node)
             pending.extend(node.inputs)
     return found
+
+
+def _readers_of_sizes(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
+    """What is made of the sizes of merged tokens, their logarithms: a size of several hundred is more than BF16 holds."""
+    sizes = [node.outputs[1] for node in graph if (node.domain, node.op_type) == (DOMAIN, merge.NAME)]
+    return {use.node for value in sizes for use in value.uses() if use.node.domain != DOMAIN}
+
+
+def _is_size(value: onnx_ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and (node.domain, node.op_type) == (DOMAIN, merge.NAME) and value.index() == 1
 
 
 def _is_float(value: onnx_ir.Value) -> bool:
@@ -164,7 +180,7 @@ def _widen(
     graph: onnx_ir.Graph, value: onnx_ir.Value, before: onnx_ir.Node, widened: dict[onnx_ir.Value, onnx_ir.Value]
 ) -> onnx_ir.Value:
     """The same value in FP32, by one ``Cast`` however often it is asked for; the score row's own weights are FP32."""
-    if value.is_initializer() and value.dtype == DataType.FLOAT:
+    if value.dtype == DataType.FLOAT and (value.is_initializer() or _is_size(value)):
         return value
     if value not in widened:
         cast = onnx_ir.node("Cast", [value], {"to": DataType.FLOAT}, name=f"{value.name}.fp32")
@@ -173,6 +189,15 @@ def _widen(
         graph.insert_before(before, cast)
         widened[value] = cast.outputs[0]
     return widened[value]
+
+
+def _narrow(graph: onnx_ir.Graph, value: onnx_ir.Value, before: onnx_ir.Node, low: DataType) -> onnx_ir.Value:
+    """A value of FP32 in the type of the rest."""
+    cast = onnx_ir.node("Cast", [value], {"to": low}, name=f"{value.name}.cast")
+    cast.outputs[0].name, cast.outputs[0].dtype = cast.name, low
+    cast.outputs[0].shape = value.shape
+    graph.insert_before(before, cast)
+    return cast.outputs[0]
 
 
 def _narrow_input(graph: onnx_ir.Graph, value: onnx_ir.Value, low: DataType) -> None:

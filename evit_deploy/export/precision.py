@@ -115,7 +115,10 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
 
 
 def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
-    """The nodes that serve the choice alone: what leads to a location's inputs but its tokens, and nowhere else."""
+    """The nodes that serve the choice alone: what leads to a location's inputs but its tokens, and nowhere else.
+
+    A linear layer is none of them, nor what is before it: layers of a method's own compute as those of the model do.
+    """
     found: set[onnx_ir.Node] = set()
     locations = {node for node in graph if node.domain == DOMAIN}
     # A merge's sizes, choice and evidence are as exact as a reorganisation's scores.
@@ -123,17 +126,17 @@ def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
     while pending:
         value = pending.pop()
         node = value.producer() if value is not None else None
-        if node is None or node in found:
+        if node is None or node in found or _is_linear(node):
             continue
-        users = [use.node for output in node.outputs for use in output.uses()]
-        if all(user in found or user in locations for user in users):
+        uses = [use for output in node.outputs for use in output.uses()]
+        if all(use.node in found or (use.node in locations and use.idx > 0) for use in uses):
             found.add(node)
             pending.extend(node.inputs)
     return found
 
 
 def _readers_of_sizes(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
-    """What is made of the sizes of merged tokens, their logarithms: a size of several hundred is more than BF16 holds."""
+    """What is made of the sizes of merged tokens, their logarithms: BF16 does not hold a size of several hundred."""
     sizes = [node.outputs[1] for node in graph if (node.domain, node.op_type) == (DOMAIN, merge.NAME)]
     return {use.node for value in sizes for use in value.uses() if use.node.domain != DOMAIN}
 
@@ -141,6 +144,11 @@ def _readers_of_sizes(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
 def _is_size(value: onnx_ir.Value) -> bool:
     node = value.producer()
     return node is not None and (node.domain, node.op_type) == (DOMAIN, merge.NAME) and value.index() == 1
+
+
+def _is_linear(node: onnx_ir.Node) -> bool:
+    weight = node.inputs[1] if node.op_type in ("Gemm", "MatMul") else None
+    return weight is not None and weight.is_initializer()
 
 
 def _is_float(value: onnx_ir.Value) -> bool:

@@ -38,6 +38,7 @@ class Checkpoint(msgspec.Struct):
         preprocess: The preprocessing the file asks for; ``None`` for the architecture's own.
         labels: Class names, if the file has them.
         notes: What was assumed or chosen; the user is warned of it.
+        method_weights: Tensors of the reduction method's own layers, under their names.
     """
 
     source: str
@@ -49,6 +50,7 @@ class Checkpoint(msgspec.Struct):
     preprocess: Preprocess | None = None
     labels: list[str] | None = None
     notes: list[str] = []
+    method_weights: dict[str, Tensor] = {}
 
 
 def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tuple[TokenSpec, list[str]]:
@@ -77,11 +79,18 @@ def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tup
             f"this checkpoint was trained with the method {own.method!r}", where="--method", seen=values["method"],
             wanted=own.method, fix="Leave --method out, or take dense weights.",
         )  # fmt: skip
-    if method.takes_keep_rate and "keep_rate" not in values and own is None:
+    if values.get("fuse") and not method.fuses:
+        raise InputError(
+            f"the method {values.get('method', own.method if own else '')!r} has no fused token", where="--fuse",
+            fix="Leave --fuse out.",
+        )  # fmt: skip
+    if method.takes_keep_rate and "keep_rate" not in values and (own is None or own.keep_rate is None):
         raise InputError(
             "a keep rate is needed: the checkpoint does not give one", where="--keep-rate",
             wanted="a number in (0, 1]", fix="Say for example --keep-rate 0.7.",
         )  # fmt: skip
+    if not method.fuses:
+        values["fuse"] = False
     base: dict[str, Any] = msgspec.structs.asdict(own) if own else {}
     if own is not None and values.get("method", own.method) != own.method:
         base["options"] = {}  # options stay with the method they belong to
@@ -109,26 +118,35 @@ def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
     if not _looks_like_path(str(source)) and not _exists(path):
         return _from_timm(str(source), model)
     weights = read_weights(path)
+    tensors, method_weights = _split(weights.tensors)
     own = _own_metadata(path, weights.metadata[METADATA_KEY]) if METADATA_KEY in weights.metadata else None
     if own is not None and model is None:
-        identity = Identity(own.model, own.model_args, weights.tensors, [])
+        identity = Identity(own.model, own.model_args, tensors, [])
     else:
-        identity = identify(path, weights.tensors, model)
+        identity = identify(path, tensors, model, method_weights)
     return Checkpoint(
         source=str(source),
         sha256=sha256(path),
         weights=identity.weights,
         model=identity.model,
         model_args=identity.model_args,
-        tokens=own.tokens if own else _tokens_of_args(path, weights.args),
+        tokens=own.tokens if own else identity.tokens or _tokens_of_args(path, weights.args, method_weights),
         preprocess=own.preprocess if own else None,
         labels=own.labels if own else None,
         notes=weights.notes + identity.notes,
+        method_weights=method_weights,
     )
 
 
+def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A model's tensors, and those of the methods' own layers."""
+    prefixes = tuple(prefix for name in METHODS.own_names() for prefix in METHODS.get(name).own_parameters)
+    own = {name: value for name, value in tensors.items() if name.startswith(prefixes)}
+    return {name: value for name, value in tensors.items() if name not in own}, own
+
+
 def build_model(checkpoint: Checkpoint, image_size: int | None = None) -> torch.nn.Module:
-    """Builds the dense model and loads the weights, strictly.
+    """Builds the dense model and loads the weights, strictly; those of a method's own layers wait in the model.
 
     Args:
         checkpoint: What to build.
@@ -160,6 +178,8 @@ def build_model(checkpoint: Checkpoint, image_size: int | None = None) -> torch.
             fix="Name the right architecture with --model.",
         )
     model.load_state_dict(checkpoint.weights)
+    if checkpoint.method_weights:
+        model.method_weights = checkpoint.method_weights  # type: ignore[assignment]  # a plain attribute
     if image_size is not None:
         set_image_size_(model, image_size)
     return model.eval()
@@ -281,9 +301,17 @@ def save_checkpoint(path: Path, model: torch.nn.Module, checkpoint: Checkpoint) 
     write_atomically(path, save(weights, metadata={METADATA_KEY: msgspec.json.encode(own).decode()}))
 
 
-def _tokens_of_args(path: Path, args: Any) -> TokenSpec | None:
-    """The official EViT's arguments: base_keep_rate, drop_loc (text such as ``(3, 6, 9)``), fuse_token."""
+def _tokens_of_args(path: Path, args: Any, method_weights: dict[str, Tensor]) -> TokenSpec | None:
+    """What a training script of others left: EViT's ``base_keep_rate``, ``drop_loc`` (text such as ``(3, 6, 9)``) and
+    ``fuse_token``, or DynamicViT's ``base_rate``, which may be missing."""
     values = args if isinstance(args, dict) else getattr(args, "__dict__", {})
+    if any(name.startswith("score_predictor.") for name in method_weights):
+        try:
+            rate = values.get("base_rate")
+            rate = None if rate is None else float(rate)
+            return TokenSpec(keep_rate=rate, fuse=False, method="dynamicvit")
+        except (ValueError, TypeError) as error:
+            raise _senseless(path, "DynamicViT", {"base_rate": values.get("base_rate")}, error) from None
     if "base_keep_rate" not in values:
         return None
     try:
@@ -298,5 +326,9 @@ def _tokens_of_args(path: Path, args: Any) -> TokenSpec | None:
         return TokenSpec(keep_rate=rate, locations=locations, fuse=bool(values.get("fuse_token", False)))
     except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         seen = {name: values.get(name) for name in ("base_keep_rate", "drop_loc", "fuse_token")}
-        what = f"its EViT arguments make no sense: {str(error)[:200]}"
-        raise CheckpointError(what, where=path, seen=reprlib.repr(seen)) from None
+        raise _senseless(path, "EViT", seen, error) from None
+
+
+def _senseless(path: Path, method: str, seen: dict[str, Any], error: Exception) -> CheckpointError:
+    what = f"its {method} arguments make no sense: {str(error)[:200]}"
+    return CheckpointError(what, where=path, seen=reprlib.repr(seen))

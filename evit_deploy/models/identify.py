@@ -1,6 +1,7 @@
 """Which timm architecture a set of tensors belongs to, told from names and shapes alone."""
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, InputError, did_you_mean, first_few
 from evit_deploy.tokens.backbone import load_backbones
+from evit_deploy.tokens.plan import TokenSpec
 
 # (width, depth) -> the size's name in timm.
 _SIZES = {
@@ -35,10 +37,11 @@ _FAMILIES = (
 _IMAGES = (224, 384)
 # LV-ViT is told by its stem; its names say nothing but the size, and heads and λ come with them.
 _LVVIT = {(240, 12): "lvvit_t", (384, 16): "lvvit_s", (512, 20): "lvvit_m", (768, 24): "lvvit_l"}
+# A DeiT that only DynamicViT's authors have released: tensors do not show how many heads it has.
+_DEIT_256 = ("deit_small_patch16_224", {"embed_dim": 256, "num_heads": 4})
 _LVVIT_STEM = "patch_embed.conv1.weight"
 # Other families by a tensor only they have.
 _FOREIGN = (
-    ("score_predictor.", "DynamicViT"),
     ("qks.0.", "Evo-ViT"),
     ("layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
     ("layer1.0.conv1.", "ResNet"),
@@ -57,21 +60,26 @@ class Identity(msgspec.Struct):
         model_args: What ``timm.create_model`` needs besides.
         weights: The tensors under timm's names.
         notes: What was assumed.
+        tokens: The reduction such weights were trained with, where their names tell.
     """
 
     model: str
     model_args: dict[str, Any]
     weights: dict[str, Tensor]
     notes: list[str]
+    tokens: TokenSpec | None = None
 
 
-def identify(path: Path, weights: dict[str, Tensor], model: str | None = None) -> Identity:
+def identify(
+    path: Path, weights: dict[str, Tensor], model: str | None = None, method_weights: Collection[str] = ()
+) -> Identity:
     """Finds the architecture, image size and class count.
 
     Args:
         path: Where the tensors come from, for messages.
         weights: Tensors under the names the file has.
         model: timm name that decides, if the user gave one.
+        method_weights: Names of the tensors that were set aside as a reduction method's own.
 
     Raises:
         CheckpointError: The tensors are of no architecture known here.
@@ -89,8 +97,12 @@ def identify(path: Path, weights: dict[str, Tensor], model: str | None = None) -
         check_model_name(model, where="--model")
     names = [model] if model is not None else _candidates(weights)
     fitting = []
+    args: dict[str, Any] = {}
+    if model is None and _describe(weights)[:2] == (256, 12) and any("score_predictor." in n for n in method_weights):
+        (name, args) = _DEIT_256
+        names = [name]
     for name in names:
-        found = _fit(path, name, weights)
+        found = _fit(path, name, weights, args)
         if found is not None:
             fitting.append(found)
     if not fitting:
@@ -134,12 +146,12 @@ def _candidates(weights: dict[str, Tensor]) -> list[str]:
     return list(found.values())
 
 
-def _fit(path: Path, name: str, weights: dict[str, Tensor]) -> Identity | None:
+def _fit(path: Path, name: str, weights: dict[str, Tensor], more: dict[str, Any]) -> Identity | None:
     """Builds the architecture without memory and compares names and shapes."""
     import timm
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-    args: dict[str, Any] = {"num_classes": _classes(weights)}
+    args: dict[str, Any] = {"num_classes": _classes(weights)} | more
     with torch.device("meta"):
         try:
             model: Any = timm.create_model(name, pretrained=False, **args)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from evit_deploy.errors import UnsupportedModelError
 from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights, shape_of
+from evit_deploy.tokens.op import precise
 from evit_deploy.tokens.plan import ModelCost, ModelShape
 from evit_deploy.tokens.state import TokenBlocks, TokenState
 
@@ -69,8 +70,12 @@ class ReducedBlock(nn.Module):
     def carry(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """The block of a method that carries state; see :class:`~evit_deploy.tokens.state.TokenBlocks`."""
         x, state = self.reducer.before(x, state)
-        _check_tokens(x, self.reducer)
-        attended, q, k = attend(self.attn, self.norm1(x), self.reducer.key_bias(state))
+        mask = self.reducer.keep_mask(state)
+        if mask is None:  # masked tokens are still there
+            _check_tokens(x, self.reducer)
+            attended, q, k = attend(self.attn, self.norm1(x), self.reducer.key_bias(state))
+        else:
+            attended, q, k = attend_masked(self.attn, self.norm1(x), mask)
         x, state = self.reducer.between(x + self.drop_path1(self.ls1(attended)), q, k, state)
         return self.reducer.after(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), state)
 
@@ -117,6 +122,43 @@ def attend(attn: nn.Module, x: Tensor, key_bias: Tensor | None = None) -> tuple[
     if attn.gate is not None:
         y = y * attn.gate(x).sigmoid()
     return attn.proj_drop(attn.proj(y)), q, k
+
+
+def attend_masked(attn: Any, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attend` for training, with tokens that others do not look at; the gradient reaches the mask.
+
+    Args:
+        attn: timm's ``Attention``.
+        x: Normalised tokens ``[B, N, C]``.
+        mask: ``[B, N]``: 1 for tokens that are looked at, else 0.
+    """
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    logits = (q.transpose(1, 2) * attn.scale) @ k.permute(0, 2, 3, 1)
+    y = attn.attn_drop(masked_softmax(logits, mask).to(v.dtype)) @ v.transpose(1, 2)
+    y = attn.norm(y.transpose(1, 2).flatten(2))
+    if attn.gate is not None:
+        y = y * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(y)), q, k
+
+
+def masked_softmax(logits: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:
+    """DynamicViT's softmax: masked columns have next to no share, but a token's own.
+
+    ``eps`` is shared out evenly, also where nothing is masked.
+
+    Args:
+        logits: ``[B, H, N, N]``.
+        mask: ``[B, N]``.
+        eps: Added to the sum.
+
+    Returns:
+        At least FP32 ``[B, H, N, N]``.
+    """
+    logits, columns = precise(logits), mask[:, None, None]
+    own = torch.eye(mask.shape[1], dtype=mask.dtype, device=mask.device)
+    shares = (logits - logits.amax(dim=-1, keepdim=True)).exp() * (columns + (1 - columns) * own)
+    return (shares + eps / mask.shape[1]) / (shares.sum(dim=-1, keepdim=True) + eps)
 
 
 class LoweredAttention(nn.Module):

@@ -29,6 +29,7 @@ from evit_deploy.profiling.profile import speed_gate
 from evit_deploy.profiling.timing import measure_all
 from evit_deploy.progress import doing, stage, stages
 from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
+from evit_deploy.registry import METHODS
 from evit_deploy.report.report import Report
 from evit_deploy.targets.target import Exported
 from evit_deploy.tokens.backbone import backbone_of
@@ -162,6 +163,7 @@ def convert_checkpoint(
         GateFailed: See :func:`convert`.
         StageError: See :func:`convert`.
     """
+    _check_own_weights(checkpoint, spec)
     out = job.out or default_out(checkpoint, spec)
     bundles.check_out(out, force=job.force)
     reduced = _reduce(checkpoint, spec, job.image_size, notes)
@@ -188,6 +190,17 @@ def convert_checkpoint(
         else:
             _reject(staging, report)
     return bundles.read_bundle(out), report
+
+
+def _check_own_weights(checkpoint: Checkpoint, spec: TokenSpec) -> None:
+    method = METHODS.get(spec.method)
+    present = any(name.startswith(method.own_parameters) for name in checkpoint.method_weights)
+    if method.needs_own_weights and not spec.dense and not present:
+        raise InputError(
+            f"the method {spec.method!r} decides by layers of its own, and these weights have none",
+            where=checkpoint.source, wanted=f"a checkpoint with {', '.join(method.own_parameters)}*",
+            fix=f"Train them first: {_training_command(checkpoint, spec)}",
+        )  # fmt: skip
 
 
 def stages_of(made: Lowering) -> int:
@@ -325,9 +338,15 @@ def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:
         return []
     trained = checkpoint.tokens
     if trained is not None:
-        if trained.keep_rate != spec.keep_rate:
+        if trained.keep_rate not in (None, spec.keep_rate):
             return [f"These weights were trained at keep rate {trained.keep_rate} and run at {spec.keep_rate}."]
         return []
+    cost = _published_cost(checkpoint, rates) if spec.method == "evit" else ""
+    command = _training_command(checkpoint, spec)
+    return [f"These weights were never trained with token reduction. {cost}To fine-tune: {command}"]
+
+
+def _training_command(checkpoint: Checkpoint, spec: TokenSpec) -> str:
     source = checkpoint.source if checkpoint.sha256 else "CHECKPOINT"
     if Path(source).is_absolute():  # this goes into the bundle, which is not to name folders of this machine
         source = Path(source).name
@@ -337,12 +356,10 @@ def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:
         settings["keep_rate"] = f"[{','.join(texts)}]" if isinstance(spec.keep_rate, tuple) else ",".join(texts)
     settings |= {f"options.{name}": json.dumps(value) for name, value in spec.options.items()}
     tokens = " ".join(f"--set tokens.{name}={value}" for name, value in settings.items())
-    cost = _published_cost(checkpoint, rates) if spec.method == "evit" else ""
-    return [
-        f"These weights were never trained with token reduction. {cost}To fine-tune: "
+    return (
         f"evit-deploy train recipes/finetune.yaml --set model.checkpoint={source} {tokens} "
         f"--set data.train=DIR --set data.validation=DIR"
-    ]
+    )
 
 
 def _published_cost(checkpoint: Checkpoint, rates: Collection[float]) -> str:

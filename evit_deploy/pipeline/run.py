@@ -184,7 +184,8 @@ def _published(recipe: Recipe) -> tuple[str, ...]:
     if not recipe.published:
         return ()
     told = ", ".join(f"{key} {value:g}" for key, value in recipe.published.items() if key != "table")
-    return (f"Published (EViT, table {recipe.published.get('table', 0):g}): {told}.",)
+    source = f" (EViT, table {recipe.published['table']:g})" if "table" in recipe.published else ""
+    return (f"Published{source}: {told}.",)
 
 
 def _gained(recipe: Recipe, report: Report) -> list[Check]:

@@ -72,8 +72,8 @@ class Recipe(Section, frozen=True, kw_only=True):
     teacher: TeacherSection | None = None
     """Teacher used for distillation during fine-tuning, in addition to the labels."""
     published: dict[str, float] | None = None
-    """What the paper reports for this recipe: ``table``, ``top1``, ``top5`` (percent) and others; printed beside the
-    result."""
+    """What the method's paper reports for this recipe: ``top1``, ``top5`` (percent) and others, of EViT's also the
+    ``table``; printed beside the result."""
     compare: CompareSection = CompareSection()
     """What the result is compared with."""
     expect: ExpectSection = ExpectSection()

@@ -47,6 +47,10 @@ class TokenReducer(nn.Module):
     """Whether it ranks by what the class token attends to."""
     own_parameters: ClassVar[tuple[str, ...]] = ()
     """How the names of the layers begin that :meth:`attach` adds."""
+    needs_own_weights: ClassVar[bool] = False
+    """Whether these layers decide, so that a model without trained ones is nothing that a user would deploy."""
+    fuses: ClassVar[bool] = True
+    """Whether a location can add a token that stands for those that it removes."""
 
     def __init__(self, plan: BlockPlan, prefix: int, scale: float, options: msgspec.Struct) -> None:
         super().__init__()
@@ -195,6 +199,13 @@ class TokenReducer(nn.Module):
         """What is added to the attention logits of each key, ``[B, 1, 1, N]``, prefix included."""
         return None
 
+    def keep_mask(self, state: TokenState) -> Tensor | None:
+        """1 for each token that the block's attention may look at, ``[B, N]``, else 0; ``None`` where it sees them all.
+
+        For training alone. A token always sees itself.
+        """
+        return None
+
     def between(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """What happens between attention and MLP; by default :meth:`forward`, where the plan has a location."""
         if self.plan.keep is not None:
@@ -213,6 +224,19 @@ class TokenReducer(nn.Module):
         """Shown when the model is printed."""
         row = self.plan
         return f"block={row.block}, tokens {row.tokens_in} -> {row.tokens_out}, keep={row.keep}, fused={row.fused}"
+
+
+def own_weights(model: Any, method: type[TokenReducer]) -> dict[str, Tensor]:
+    """The weights of a method's own layers that came with a model's, by name; empty where none did.
+
+    They lie in ``model.method_weights`` while the model does not use the method.
+
+    Args:
+        model: Any model.
+        method: Whose.
+    """
+    kept: dict[str, Tensor] = getattr(model, "method_weights", {})
+    return {name: value for name, value in kept.items() if name.startswith(method.own_parameters)}
 
 
 def options_of(method: type[TokenReducer], spec: TokenSpec) -> Any:

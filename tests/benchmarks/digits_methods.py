@@ -92,8 +92,8 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         changes = [*options.overrides, f"seed={seed}"]
         if pooled:
-            changes += ["model.args.global_pool=avg", "tokens.method=evo-vit", "tokens.fuse=true", "tokens.locations=null",
-                        "compare.baselines=[]"]  # fmt: skip
+            changes += ["model.args.global_pool=avg", "tokens.method=evo-vit"]
+            changes += ["tokens.locations=null", "compare.baselines=[]"]
         self.recipe: Recipe = load_recipe(options.recipe, tuple(changes))
         torch.manual_seed(seed)
         self.model, _, self.data = setup(self.recipe)

@@ -25,7 +25,6 @@ FOREIGN = {
     "ResNet": names("conv1.weight", "layer1.0.conv1.weight", "fc.weight"),
     "Swin": names("patch_embed.proj.weight", "layers.0.blocks.0.attn.relative_position_bias_table"),
     "ConvNeXt": names("stem.0.weight", "stages.0.blocks.0.conv_dw.weight"),
-    "DynamicViT": foreign("score_predictor.0.in_conv.0.weight"),
     "Evo-ViT": foreign("qks.0.qk.weight"),
     "LV-ViT": foreign("patch_embed.conv1.weight") | names("aux_head.weight"),
     "Hugging Face": names("vit.embeddings.cls_token", "vit.encoder.layer.0.attention.attention.query.weight"),

@@ -6,43 +6,49 @@ import torch
 
 from evit_deploy.errors import InputError
 from evit_deploy.models.timm_vit import ReducedBlock
+from evit_deploy.registry import METHODS
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
 from evit_deploy.tokens.reducer import TokenReducer
 from tests.support import oracle
-from tests.support.families import create, each_method, images
+from tests.support.families import create, each_method, images, spec_of
 
 
 @each_method
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("name", ["deit", "dinov2_registers"])
 def test_methods_keep_the_contract(name, fuse, method):
-    model = create(name)
+    model, own = create(name), METHODS.get(method).own_parameters
     keys = list(model.state_dict())
-    spec = TokenSpec(keep_rate=0.6, fuse=fuse, method=method)
+    spec = spec_of(method, fuse=fuse)
     reduce_tokens_(model, spec)
-    assert list(model.state_dict()) == keys
+    assert [key for key in model.state_dict() if not key.startswith(own)] == keys
     plan = token_plan(model)
     blocks = [module for module in model.modules() if isinstance(module, ReducedBlock)]
-    assert len(blocks) == len(plan.locations) == 3
+    assert len(plan.locations) == (4 if plan.merging else 3)
+    assert len(blocks) == len(plan.blocks if blocks[0].reducer.stateful else plan.locations)
     reached = []
     for block in blocks:
         reducer = block.reducer
         assert isinstance(reducer, TokenReducer)
         assert not list(reducer.parameters())
-        reducer.register_forward_hook(lambda _, inputs, output: reached.append((inputs[0], *output)))
+        reducer.register_forward_hook(lambda _, inputs, output: reached.append((inputs[0], *output[:2])))
     pixels = images(model).requires_grad_()
     result = model(pixels)
     assert result.shape == (3, model.num_classes)
     assert result.isfinite().all()
     for row, (x, y, kept) in zip(plan.locations, reached, strict=True):
-        candidates = row.tokens_in - plan.prefix
+        candidates = x.shape[1] - plan.prefix
         assert y.shape == (3, row.tokens_out, x.shape[2])
         assert y.dtype == x.dtype
-        assert kept.shape == (3, row.keep)
+        assert kept.shape == (3, row.choice_length)
         assert kept.dtype == torch.int32
-        assert oracle.is_valid_choice(kept.numpy(), candidates)
         assert torch.equal(y[:, : plan.prefix], x[:, : plan.prefix])
+        if row.choice == "merge":  # every candidate stays or moves, and those that move join one that stays
+            assert oracle.is_valid_choice(kept[:, :candidates].numpy(), candidates)
+            assert ((kept[:, candidates:] >= 0) & (kept[:, candidates:] < row.keep)).all()
+            continue
+        assert oracle.is_valid_choice(kept.numpy(), candidates)
         for image in range(3):
             rows = x[image, plan.prefix :][kept[image].long()]
             assert torch.equal(y[image, plan.prefix : plan.prefix + row.keep], rows)
@@ -50,13 +56,24 @@ def test_methods_keep_the_contract(name, fuse, method):
     assert pixels.grad.isfinite().all()
     assert pixels.grad.abs().sum() > 0
     for key, parameter in model.named_parameters():
+        assert parameter.grad is not None or key.startswith(own), key
+
+
+@each_method
+def test_methods_learn(method):
+    """In training mode a gradient reaches every parameter, the method's own included."""
+    model = create("deit").train()
+    reduce_tokens_(model, spec_of(method))
+    model(images(model)).sum().backward()
+    for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
 
 
 @each_method
 def test_methods_work_in_half_precision(method):
     model = create("deit").bfloat16()
-    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method=method))
+    reduce_tokens_(model, spec_of(method))
     with torch.inference_mode():
         result = model(images(model).bfloat16())
     assert result.dtype == torch.bfloat16
@@ -66,7 +83,7 @@ def test_methods_work_in_half_precision(method):
 @each_method
 def test_methods_refuse_options_they_do_not_have(method):
     with pytest.raises(InputError, match=f"the method '{method}' does not take these options.*no_such_option"):
-        reduce_tokens_(create("deit"), TokenSpec(keep_rate=0.6, method=method, options={"no_such_option": 1}))
+        reduce_tokens_(create("deit"), spec_of(method, options={"no_such_option": 1}))
 
 
 def kept_by(method: str, **options) -> list[torch.Tensor]:

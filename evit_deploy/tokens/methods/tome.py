@@ -38,6 +38,7 @@ class ToMe(TokenReducer):
 
     takes_keep_rate = False
     needs_class_token = False
+    fuses = False
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What ToMe takes.
@@ -232,9 +233,6 @@ def _refuse_fields(spec: TokenSpec) -> None:
             "the method 'tome' takes no locations: it merges in every block", where="locations",
             seen=",".join(map(str, spec.locations)), fix="A list says what each block merges: --merge 0,0,0,16,16.",
         )  # fmt: skip
-    if not spec.fuse:
-        raise InputError("the method 'tome' fuses nothing: every token is in another or stays", where="fuse",
-                         seen=spec.fuse, fix="Leave it out.")  # fmt: skip
 
 
 def _row(block: int, tokens: int, candidates: int, gone: int) -> BlockPlan:
@@ -259,10 +257,8 @@ def choose(similarity: Tensor, merge: int, first: int) -> Tensor:
     images, evens, odds = similarity.shape
     best = similarity.amax(2)
     # All numbers in one affine step at the end: on a CPU each of these small steps takes longer to begin than to do.
-    if torch.onnx.is_in_onnx_export():  # ONNX's TopK takes the lowest place on ties, PyTorch's takes any
-        order = best.topk(evens).indices
-    else:
-        order = select(best, evens)
+    # ONNX's TopK takes the lowest place on ties, PyTorch's takes any.
+    order = best.topk(evens).indices if torch.onnx.is_in_onnx_export() else select(best, evens)
     moved, others = order[:, :merge], order[:, merge:]
     if merge < evens:
         # Sorted, not counted: OpenVINO 2026.4 counts wrongly from the second image on.
@@ -310,7 +306,7 @@ class _Matched:
         return np.abs(self.best - ranked[:, self.merge - 1 : self.merge + 1].mean(axis=1, keepdims=True))
 
     def to_second(self) -> tuple[np.ndarray, np.ndarray]:
-        """By how much each token that moves prefers what it joined to all else in B, and the best of that: ``[n, r]``."""
+        """How much each token that moves prefers what it joined to the rest of B, and the best of that, ``[n, r]``."""
         similar = self.of(self.exact).copy()
         taken = self.joined[..., None]
         own = np.take_along_axis(similar, taken, axis=2)[..., 0]

@@ -68,13 +68,14 @@ class UnsupportedModelError(InputError):
     Args:
         model: Name of the model or of its class.
         reasons: Why, one clause each.
+        fix: What helps; by default another model.
     """
 
-    def __init__(self, model: str, reasons: list[str]) -> None:
+    def __init__(self, model: str, reasons: list[str], fix: str | None = None) -> None:
         self.reasons = reasons
         super().__init__(
             f"{model} cannot be token-reduced exactly: " + "; ".join(reasons),
-            fix="Use a timm VisionTransformer that classifies from its class token (deit, deit3, vit, dinov2).",
+            fix=fix or "Use a timm VisionTransformer that classifies from its class token (deit, deit3, vit, dinov2).",
         )
 
 

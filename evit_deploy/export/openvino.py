@@ -194,20 +194,30 @@ def _mark_scores(root: Element) -> None:
         after[edge.get("from-layer")].append(edge.get("to-layer"))
     kinds = {number: str(layer.get("type")) for number, layer in layers.items()}
 
+    def constant(number: str | None) -> bool:
+        return kinds[number] == "Const" or any(constant(o) for o in before[number] if kinds[number] == "Convert")
+
+    def compares(number: str | None) -> bool:  # tokens with one another: no weights
+        return kinds[number] == "MatMul" and not any(map(constant, before[number]))
+
     def scoring(number: str | None) -> Iterator[str | None]:
         yield number
         for other in before[number]:
-            if kinds[other] not in _BEFORE_SCORES:
+            if kinds[other] not in _BEFORE_SCORES or compares(other):
                 yield from scoring(other)
 
     def summing(number: str | None) -> Iterator[str | None]:
         yield number
-        for other in after[number] if kinds[number] != "MatMul" else ():
+        for other in after[number] if kinds[number] not in ("MatMul", "Divide") else ():
             yield from summing(other)
+
+    def floats(number: str | None) -> bool:
+        port = layers[number].find("output/port")
+        return port is not None and str(port.get("precision")).startswith(("FP", "BF"))
 
     choices = [number for number, kind in kinds.items() if kind == "TopK"]
     marked = {number for choice in choices for number in scoring(choice)}
-    rests = [number for number, kind in kinds.items() if kind == "ScatterElementsUpdate"]
+    rests = [number for number, kind in kinds.items() if kind == "ScatterElementsUpdate" and floats(number)]
     marked |= {number for rest in rests for number in summing(rest)} if choices else set()
     for number, layer in layers.items():
         if number in marked:

@@ -7,6 +7,8 @@ patches by; LayerNorm keeps its statistics in FP32 (``stash_type``).
 How INT8 and FP8 are laid on top: :mod:`evit_deploy.export.quantization`.
 """
 
+import re
+
 import ml_dtypes
 import msgspec
 import numpy as np
@@ -19,12 +21,12 @@ from onnx_ir import DataType
 from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import read_card, write_card
 from evit_deploy.export.quantization import array_of, quantize
-from evit_deploy.tokens import merge
 from evit_deploy.tokens.op import DOMAIN
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 QUANTIZED = ("int8", "fp8")
 _TYPES = {"fp16": DataType.FLOAT16, "bf16": DataType.BFLOAT16}
+_EXACT = re.compile(r"blocks\.\d+\.reducer\.exact/")
 _LARGEST = {"fp16": 65504.0, "bf16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -66,7 +68,8 @@ def set_precision(
                 f"{precision} needs real images, from which it learns the range of every activation",
                 fix="Give a folder of them with --calibration; 128 or more, like those it will see.",
             )
-        proto = quantize(proto, precision, base, calibration)
+        exact = [str(node.name) for node in _score_rows(onnx_ir.from_proto(proto).graph)]
+        proto = quantize(proto, precision, base, calibration, exact)
         precision_of_rest = base
     else:
         precision_of_rest = precision
@@ -83,7 +86,7 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
     """The graph in FP16 or BF16, but for the score rows; ``TokenReorg`` itself takes tokens of either type."""
     model = onnx_ir.from_proto(proto)
     graph, low = model.graph, _TYPES[precision]
-    exact = _score_rows(graph) | _readers_of_sizes(graph)
+    exact = _score_rows(graph)
     widened: dict[onnx_ir.Value, onnx_ir.Value] = {}
     _refuse_too_large(graph, exact, precision)
     for value in list(graph.initializers.values()):
@@ -93,18 +96,18 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
     for node in list(graph):
         if node in exact:
             for index, value in enumerate(node.inputs):
-                if value is not None and value.producer() not in exact and _is_float(value):
+                if value is not None and not _is_exact(value, exact) and _is_float(value):
                     node.replace_input_with(index, _widen(graph, value, node, widened))
             continue
+        for index, value in enumerate(node.inputs):
+            given = node.domain == DOMAIN and index > 0  # scores and sizes
+            if value is not None and value.dtype == DataType.FLOAT and _is_exact(value, exact) and not given:
+                node.replace_input_with(index, _narrow(graph, value, node, low))
         if node.op_type == "Cast" and node.attributes["to"].as_int() == DataType.FLOAT:
             node.attributes["to"] = onnx_ir.AttrInt64("to", low)
         for value in node.outputs:
-            if value.dtype == DataType.FLOAT and not _is_size(value):
+            if value.dtype == DataType.FLOAT and not _is_exact(value, exact):
                 value.dtype = low
-        if node.domain != DOMAIN:
-            for index, value in enumerate(node.inputs):
-                if value is not None and value.producer() in exact and value.dtype == DataType.FLOAT:
-                    node.replace_input_with(index, _narrow(graph, value, node, low))
     for value in graph.inputs:
         if value.dtype == DataType.FLOAT:
             _narrow_input(graph, value, low)
@@ -115,40 +118,44 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
 
 
 def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
-    """The nodes that serve the choice alone: what leads to a location's inputs but its tokens, and nowhere else.
+    """The nodes that serve the choice: what gives a location's inputs but its tokens, and what leads there alone.
 
-    A linear layer is none of them, nor what is before it: layers of a method's own compute as those of the model do.
+    Further what a reducer wants exact, by its name, with what leads there alone; and what is made of such numbers and
+    of no others, as the logarithms of sizes are. A linear layer is none of them, nor what is before it: layers of a
+    method's own compute as those of the model do.
     """
-    found: set[onnx_ir.Node] = set()
+    found = {node for node in graph if _EXACT.match(node.name or "")}
     locations = {node for node in graph if node.domain == DOMAIN}
-    # A merge's sizes, choice and evidence are as exact as a reorganisation's scores.
-    pending = [value for node in locations for value in node.inputs[1:]]
+    # A merge's sizes, choice and evidence are as exact as a reorganisation's scores; its tokens may be evidence too.
+    given = [value for node in locations for value in node.inputs[1:] if value is not node.inputs[0]]
+    made = {value.producer() for value in given if value is not None}
+    found |= {node for node in made if node is not None and node not in locations and not _is_linear(node)}
+    pending = [value for node in found for value in node.inputs]
     while pending:
         value = pending.pop()
         node = value.producer() if value is not None else None
-        if node is None or node in found or _is_linear(node):
+        if node is None or node in found or node in locations or _is_linear(node):
             continue
-        uses = [use for output in node.outputs for use in output.uses()]
+        uses = [use for output in node.outputs if _is_float(output) for use in output.uses()]
         if all(use.node in found or (use.node in locations and use.idx > 0) for use in uses):
             found.add(node)
             pending.extend(node.inputs)
+    for node in graph:
+        numbers = [v for v in node.inputs if v is not None and _is_float(v) and not v.is_initializer()]
+        if node not in locations and numbers and all(_is_exact(value, found) for value in numbers):
+            found.add(node)
     return found
-
-
-def _readers_of_sizes(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
-    """What is made of the sizes of merged tokens, their logarithms: BF16 does not hold a size of several hundred."""
-    sizes = [node.outputs[1] for node in graph if (node.domain, node.op_type) == (DOMAIN, merge.NAME)]
-    return {use.node for value in sizes for use in value.uses() if use.node.domain != DOMAIN}
-
-
-def _is_size(value: onnx_ir.Value) -> bool:
-    node = value.producer()
-    return node is not None and (node.domain, node.op_type) == (DOMAIN, merge.NAME) and value.index() == 1
 
 
 def _is_linear(node: onnx_ir.Node) -> bool:
     weight = node.inputs[1] if node.op_type in ("Gemm", "MatMul") else None
     return weight is not None and weight.is_initializer()
+
+
+def _is_exact(value: onnx_ir.Value, exact: set[onnx_ir.Node]) -> bool:
+    """Whether a number stays in FP32; the sizes of merged tokens do."""
+    node = value.producer()
+    return node in exact or (node is not None and node.domain == DOMAIN and value.index() == 1)
 
 
 def _is_float(value: onnx_ir.Value) -> bool:
@@ -188,7 +195,7 @@ def _widen(
     graph: onnx_ir.Graph, value: onnx_ir.Value, before: onnx_ir.Node, widened: dict[onnx_ir.Value, onnx_ir.Value]
 ) -> onnx_ir.Value:
     """The same value in FP32, by one ``Cast`` however often it is asked for; the score row's own weights are FP32."""
-    if value.dtype == DataType.FLOAT and (value.is_initializer() or _is_size(value)):
+    if value.is_initializer() and value.dtype == DataType.FLOAT:
         return value
     if value not in widened:
         cast = onnx_ir.node("Cast", [value], {"to": DataType.FLOAT}, name=f"{value.name}.fp32")
@@ -200,10 +207,9 @@ def _widen(
 
 
 def _narrow(graph: onnx_ir.Graph, value: onnx_ir.Value, before: onnx_ir.Node, low: DataType) -> onnx_ir.Value:
-    """A value of FP32 in the type of the rest."""
+    """A number of FP32 in the type of the rest."""
     cast = onnx_ir.node("Cast", [value], {"to": low}, name=f"{value.name}.cast")
-    cast.outputs[0].name, cast.outputs[0].dtype = cast.name, low
-    cast.outputs[0].shape = value.shape
+    cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = cast.name, low, value.shape
     graph.insert_before(before, cast)
     return cast.outputs[0]
 

@@ -81,15 +81,28 @@ def slice_twin(proto: ModelProto) -> ModelProto:
     for output in [value for value in graph.outputs if (value.name or "").startswith(kept_name(0)[:-1])]:
         graph.outputs.remove(output)
     for node in nodes:
-        names = [name for name in ("prefix", "keep", "fuse") if name in node.attributes]
+        names = [name for name in ("prefix", "keep", "fuse", "candidates") if name in node.attributes]
         counts = {name: node.attributes[name].as_int() for name in names}
         tokens, other = node.outputs
         end = counts["prefix"] + counts["keep"] + counts.get("fuse", 0)
         tokens.replace_all_uses_with(sliced(node, node.inputs[0], end, "slice"))
         if node.op_type == merge.NAME:
             other.replace_all_uses_with(sliced(node, node.inputs[1], counts["keep"], "sizes"))
+            choice = node.inputs[2]
+            if choice is not None and len(choice.uses()) > 1:  # what else follows the choice: all join the first
+                numbers = np.arange(2 * counts["candidates"] - counts["keep"], dtype=np.int32)
+                numbers[counts["candidates"] :] = 0
+                choice.replace_all_uses_with(_for_each_image(graph, node, numbers, "numbers", constant))
         elif other.uses():  # what else is put in order by the choice stays in the order that it has
-            other.replace_all_uses_with(_as_it_stands(graph, node, counts["keep"], constant))
+            numbers = np.arange(counts["keep"], dtype=np.int32)
+            other.replace_all_uses_with(_for_each_image(graph, node, numbers, "numbers", constant))
+        scores = node.inputs[1]
+        if node.op_type == op.NAME and scores is not None and len(scores.uses()) > 1:  # what else is weighed by them
+            assert scores.shape is not None
+            candidates = scores.shape[1]
+            assert isinstance(candidates, int)
+            even = np.full(candidates, 1 / candidates, np.float32)
+            scores.replace_all_uses_with(_for_each_image(graph, node, even, "even", constant))
     for remove in (RemoveUnusedNodesPass(), RemoveUnusedFunctionsPass(), RemoveUnusedOpsetsPass()):
         remove(model)
     twin = onnx_ir.to_proto(model)
@@ -100,18 +113,22 @@ def slice_twin(proto: ModelProto) -> ModelProto:
     return twin
 
 
-def _as_it_stands(
-    graph: "onnx_ir.Graph", node: "onnx_ir.Node", keep: int, constant: "Callable[[str, int], onnx_ir.Value]"
+def _for_each_image(
+    graph: "onnx_ir.Graph",
+    node: "onnx_ir.Node",
+    row: np.ndarray,
+    label: str,
+    constant: "Callable[[str, int], onnx_ir.Value]",
 ) -> "onnx_ir.Value":
-    """The numbers 0 to K − 1 for every image, int32 ``[batch, K]``."""
+    """The same row for every image, ``[batch, length]``."""
     import onnx_ir
 
-    numbers = onnx_ir.tensor(np.arange(keep, dtype=np.int32)[None], name=f"{node.name}.numbers")
-    row = onnx_ir.Value(name=numbers.name, const_value=numbers)
-    graph.register_initializer(row)
-    shape = onnx_ir.node("Shape", [node.inputs[0]], {"start": 0, "end": 1}, name=f"{node.name}.batch")
-    whole = onnx_ir.node("Concat", [shape.outputs[0], constant(f"{node.name}.one", 1)], {"axis": 0})
-    expanded = onnx_ir.node("Expand", [row, whole.outputs[0]], name=f"{node.name}.order")
+    name = f"{node.name}.{label}"
+    values = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(row[None], name=name))
+    graph.register_initializer(values)
+    shape = onnx_ir.node("Shape", [node.inputs[0]], {"start": 0, "end": 1}, name=f"{name}.batch")
+    whole = onnx_ir.node("Concat", [shape.outputs[0], constant(f"{name}.one", 1)], {"axis": 0}, name=f"{name}.shape")
+    expanded = onnx_ir.node("Expand", [values, whole.outputs[0]], name=f"{name}.each")
     for made in (shape, whole, expanded):
         graph.insert_before(node, made)
     return expanded.outputs[0]
@@ -141,7 +158,9 @@ def with_choice(proto: ModelProto) -> ModelProto:
         block, length = block_of(node), _choice_length(node)
         evidence = list(node.input[3:]) if node.op_type == merge.NAME else [node.input[1]]
         if node.op_type == merge.NAME:
-            node.input[2] = f"choice_{block}"
+            own = node.input[2]
+            for other in copy.graph.node:  # what follows the patches takes the choice as well
+                other.input[:] = [f"choice_{block}" if value == own else value for value in other.input]
         else:
             node.input.append(f"choice_{block}")
         choice = helper.make_tensor_value_info(f"choice_{block}", onnx.TensorProto.INT32, ["batch", length])
@@ -149,6 +168,6 @@ def with_choice(proto: ModelProto) -> ModelProto:
         for index, value in enumerate(evidence):
             name = f"scores_{block}" + (f"_{index}" if index else "")
             shape = ["batch"] + [None] * (ranks.get(value, 2) - 1)
-            copy.graph.node.append(helper.make_node("Identity", [value], [name]))
+            copy.graph.node.append(helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT))
             copy.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
     return copy

@@ -39,6 +39,8 @@ def select(scores: Tensor, keep: int) -> Tensor:
     Returns:
         int64 ``[B, K]``; valid and unique even where scores are NaN.
     """
+    if torch.onnx.is_in_onnx_export():  # there is no stable sort in ONNX; its TopK has the lowest index first on ties
+        return scores.topk(keep, dim=1).indices
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
 
 

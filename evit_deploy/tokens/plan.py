@@ -298,7 +298,14 @@ class TokenPlan(msgspec.Struct, frozen=True):
 
 
 def make_plan(
-    spec: TokenSpec, *, prefix: int, patches: int, depth: int, cost: ModelCost | None = None, progress: float = 1.0
+    spec: TokenSpec,
+    *,
+    prefix: int,
+    patches: int,
+    depth: int,
+    cost: ModelCost | None = None,
+    progress: float = 1.0,
+    merging: bool = False,
 ) -> TokenPlan:
     """Decides every token count.
 
@@ -309,21 +316,28 @@ def make_plan(
         depth: Blocks of the model.
         cost: Multiply-adds of the model's parts.
         progress: Place on the keep-rate schedule, 0 (everything kept) to 1 (the spec's own rates).
+        merging: Whether candidates that are not kept join kept ones. With ``fuse``, one more is kept then, in the
+            place that the fused token would have, so that there are as many tokens.
 
     Raises:
         InputError: The spec does not fit the model.
     """
     rates = dict(spec.resolve(depth))
     if progress < 1:  # halfway a location sees more tokens; one that drops none at the end is none on the way either
-        end = make_plan(spec, prefix=prefix, patches=patches, depth=depth)
+        end = make_plan(spec, prefix=prefix, patches=patches, depth=depth, merging=merging)
         rates = {row.block: rates[row.block] for row in end.locations}
     tokens = prefix + patches
     blocks = []
     for block in range(depth):
         candidates = tokens - prefix
         keep = keep_count(scheduled_rate(rates[block], progress), candidates) if block in rates else candidates
+        fuse = spec.fuse and not merging
+        keep += spec.fuse and merging
         reduces = keep < candidates  # K = N changes nothing: no node, also when the ceiling reaches N
-        after = prefix + keep + spec.fuse if reduces else tokens
-        blocks.append(BlockPlan(block, tokens, keep if reduces else None, reduces and spec.fuse, after))
+        after = prefix + keep + fuse if reduces else tokens
+        row = BlockPlan(block, tokens, keep if reduces else None, reduces and fuse, after)
+        if merging and reduces:
+            row = msgspec.structs.replace(row, choice="merge", choice_indices=2 * candidates - keep)
+        blocks.append(row)
         tokens = after
     return TokenPlan(prefix, patches, tuple(blocks), cost)

@@ -15,6 +15,8 @@ from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reducer import TokenReducer, options_of
 from evit_deploy.tokens.state import TokenBlocks
 
+_FOR_POOLING = "Take evit's options normalize=true and sized=true, or squeeze=true, or the method tome or evo-vit."
+
 
 def _plan(model: nn.Module, spec: TokenSpec, progress: float) -> TokenPlan:
     method = METHODS.get(spec.method)
@@ -44,7 +46,8 @@ def reduce_tokens_(model: nn.Module, spec: TokenSpec) -> nn.Module:
     plan = _plan(model, spec, progress=1.0)
     reasons = _unsupported(model, method, spec, options) if plan.locations else []
     if reasons:
-        raise UnsupportedModelError(type(model).__name__, reasons)
+        loses = backbone.pools(model) and not method.serves_pooling(options)
+        raise UnsupportedModelError(type(model).__name__, reasons, _FOR_POOLING if loses else None)
     METHODS.get(token_spec(model).method).detach(model)
     container = backbone.blocks(model)
     if isinstance(container, TokenBlocks):

@@ -104,3 +104,20 @@ def patches_back(x: Tensor, rows: Tensor, prefix: int) -> Tensor:
         ``[B, prefix + patches, C]``.
     """
     return torch.cat([x[:, :prefix], rows_of(x, rows, prefix)], 1)
+
+
+def rows_after_keeping(rows: Tensor, kept: Tensor, candidates: int) -> Tensor:
+    """The same where tokens were kept, and the others fused into one behind them.
+
+    Args:
+        rows: int64 ``[B, patches]``: the token that each was in.
+        kept: int ``[B, K]``.
+        candidates: N.
+
+    Returns:
+        int64 ``[B, patches]``.
+    """
+    count = kept.shape[1]
+    fused = torch.full((kept.shape[0], candidates), count, device=rows.device)
+    places = torch.arange(count, device=rows.device).expand(kept.shape[0], -1)
+    return fused.scatter(1, kept.long(), places).gather(1, rows)

@@ -4,7 +4,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from evit_deploy.tokens.methods.evit import EViT
+from evit_deploy.tokens.methods.evit import class_scores
 from evit_deploy.tokens.op import reorganize, select
 from evit_deploy.tokens.reducer import TokenReducer
 
@@ -22,11 +22,19 @@ class Slice(TokenReducer):
         return x[:, : self.plan.tokens_out], kept
 
 
-class RandomDrop(EViT):
-    """Keeps tokens at random, another choice for every image and call; fuses the rest by their scores, as EViT does."""
+class _Reordered(TokenReducer):
+    """Has EViT's scores, and keeps other tokens than they say."""
 
     exports = False
     comparison_only = True
+
+    def scores(self, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """EViT's, see :func:`~evit_deploy.tokens.methods.evit.class_scores`."""
+        return class_scores(q, k, self.scale, self.prefix)
+
+
+class RandomDrop(_Reordered):
+    """Keeps tokens at random, another choice for every image and call; fuses the rest by their scores, as EViT does."""
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """``seed``: where the random numbers start."""
@@ -44,18 +52,15 @@ class RandomDrop(EViT):
         return _reorganize_by(priority, self, x, q, k)
 
 
-class InverseDrop(EViT):
+class InverseDrop(_Reordered):
     """Keeps the tokens with the lowest scores of EViT: the sharpest check that the score means something."""
-
-    exports = False
-    comparison_only = True
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`TokenReducer.forward`."""
         return _reorganize_by(-self.scores(x, q, k), self, x, q, k)
 
 
-def _reorganize_by(priority: Tensor, reducer: EViT, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _reorganize_by(priority: Tensor, reducer: TokenReducer, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     assert reducer.plan.keep is not None
     kept = select(priority, reducer.plan.keep)
     scores = reducer.scores(x, q, k)

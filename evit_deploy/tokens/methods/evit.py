@@ -1,23 +1,209 @@
-"""EViT: "Not All Patches are What You Need" (ICLR 2022, arXiv 2202.07800), algorithm 1.
+"""EViT: "Not All Patches are What You Need" (ICLR 2022, arXiv 2202.07800), algorithm 1, and what can stand for its sum.
 
 Scores (equation 2): softmax of q_cls · Kᵀ · d^-½ over all tokens, prefix columns dropped, mean over heads. The main
 attention is never read out: scores have their own row of the attention map, so that fused attention kernels stay fused.
+
+Option ``squeeze`` is TPS: "Joint Token Pruning and Squeezing" (CVPR 2023, arXiv 2304.10716).
 """
 
-import torch
-from torch import Tensor
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from evit_deploy.errors import InputError
 from evit_deploy.tokens import operator
-from evit_deploy.tokens.op import precise
+from evit_deploy.tokens.backbone import backbone_of
+from evit_deploy.tokens.choices import rounding_of, share_margin, swap_last
+from evit_deploy.tokens.merge import token_merge
+from evit_deploy.tokens.op import precise, rows_of, select
+from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, make_plan
 from evit_deploy.tokens.reducer import TokenReducer
+from evit_deploy.tokens.state import TokenState, patches_back, rows_after, rows_after_keeping
+
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 class EViT(TokenReducer):
     """Keeps the tokens that the class token attends to most and fuses the rest by the same attention."""
 
-    def scores(self, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """The attention that the class token pays to each candidate; see :func:`class_scores`."""
-        return class_scores(q, k, self.scale, self.prefix)
+    class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+        """What becomes of the tokens that are not kept.
+
+        Args:
+            normalize: The fused token is Σ a·x / Σ a, a mean, instead of the paper's sum Σ a·x of attention and token.
+            squeeze: There is no fused token, and one more token is kept in its place. Every dropped token joins the
+                kept one with the highest cosine similarity (TPS); each token is the mean of the patches in it.
+            sized: A head that pools sees in the place of every patch the token that the patch is in: in its mean, a
+                kept token counts 1 and a fused one as many as there are patches in it.
+        """
+
+        normalize: bool = False
+        squeeze: bool = False
+        sized: bool = False
+
+        def __post_init__(self) -> None:
+            if self.squeeze and self.normalize:
+                raise ValueError("normalize is about the fused token, and squeeze makes none")
+            if self.squeeze and self.sized:
+                raise ValueError("squeeze counts the patches in every token as it is: leave sized out")
+            if self.sized and not self.normalize:
+                raise ValueError(
+                    "sized needs normalize=true: to count for as many patches as it holds, the fused token has to be "
+                    "their mean; the sum is as much smaller as they have attention"
+                )
+
+    options: Options
+
+    def __init__(self, plan: BlockPlan, prefix: int, scale: float, options: Any) -> None:
+        super().__init__(plan, prefix, scale, options)
+        self.exact = _Mean()
+
+    @classmethod
+    def plan_for(cls, spec: TokenSpec, options: Any, shape: ModelShape, progress: float) -> TokenPlan:
+        """See :meth:`TokenReducer.plan_for`.
+
+        Raises:
+            InputError: An option is about the fused token, and there is none.
+        """
+        if options.sized and not spec.fuse:
+            raise InputError(
+                "without a fused token there is no place for a patch that is dropped", where="options.sized",
+                fix="Leave sized or fuse=False out, or take squeeze=true.",
+            )  # fmt: skip
+        if options.normalize and not spec.fuse:
+            raise InputError(
+                "normalize is about the fused token, and fuse=False makes none", where="options.normalize",
+                fix="Leave one of the two out.",
+            )  # fmt: skip
+        return make_plan(
+            spec, prefix=shape.prefix, patches=shape.patches, depth=shape.depth, cost=shape.cost, progress=progress,
+            merging=options.squeeze,
+        )  # fmt: skip
+
+    @classmethod
+    def carries_state(cls, options: Any, pools: bool) -> bool:
+        """With ``squeeze`` sizes, for a head that pools the token of every patch."""
+        return options.squeeze or (options.sized and pools)
+
+    @classmethod
+    def serves_pooling(cls, options: Any) -> bool:
+        """Where no patch is lost."""
+        return options.squeeze or options.sized
+
+    @classmethod
+    def label(cls, spec: TokenSpec, options: Any) -> str:
+        """The keep rates, and the options that are on."""
+        chosen = [name for name in options.__struct_fields__ if getattr(options, name)]
+        return "-".join([super().label(spec, options), *chosen])
+
+    def bind(self, model: Any) -> None:
+        """Notes whether the head pools: then rows are kept."""
+        self.pools = backbone_of(model).pools(model)
+
+    def scores(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState | None = None) -> Any:
+        """The attention that the class token pays to each candidate; see :func:`class_scores`.
+
+        With ``squeeze`` the tokens as well, whose similarity is the other half of the choice.
+        """
+        scores = class_scores(q, k, self.scale, self.prefix)
+        return (scores, precise(x)) if self.options.squeeze else scores
+
+    def start(self, x: Tensor) -> TokenState:
+        """Every patch is a token of its own."""
+        patches = x.shape[1] - self.prefix
+        rows = torch.arange(patches, device=x.device).expand(x.shape[0], -1) if self.pools else None
+        sizes = None
+        if self.options.squeeze:
+            sizes = torch.ones(x.shape[0], patches, dtype=precise(x).dtype, device=x.device)
+        return TokenState(sizes=sizes, rows=rows)
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState | None = None) -> tuple[Any, ...]:
+        """See :meth:`TokenReducer.forward`."""
+        assert self.plan.keep is not None
+        if self.options.squeeze:
+            assert state is not None
+            return self._squeezed(x, class_scores(q, k, self.scale, self.prefix), state)
+        scores = class_scores(q, k, self.scale, self.prefix)
+        y, kept = self.reorganized(x, scores, self.plan.keep, self.plan.fused)
+        if self.options.normalize:
+            y = torch.cat([y[:, :-1], self.exact(y[:, -1:], scores, kept)], dim=1)
+        if state is None:
+            return y, kept
+        assert state.rows is not None
+        return y, kept, state._replace(rows=rows_after_keeping(state.rows, kept, scores.shape[1]))
+
+    def _squeezed(self, x: Tensor, scores: Tensor, state: TokenState) -> tuple[Tensor, Tensor, TokenState]:
+        keep, sizes, rows = self.plan.keep, state.sizes, state.rows
+        assert keep is not None
+        assert sizes is not None
+        choice = self.given if self.given is not None else nearest_kept(x, scores, keep, self.prefix)
+        y, sizes = token_merge(x, sizes, choice, (scores, x), keep, self.prefix)
+        if rows is not None:
+            rows = rows_after(rows, choice, keep)
+        return y, choice, state._replace(sizes=sizes, rows=rows)
+
+    def finish(self, x: Tensor, state: TokenState) -> Tensor:
+        """For a head that pools, the token of every patch in the patch's place."""
+        return x if state.rows is None else patches_back(x, state.rows, self.prefix)
+
+    @classmethod
+    def margin(cls, scores: Any, exact: Any, choice: np.ndarray, row: BlockPlan) -> np.ndarray:
+        """See :meth:`TokenReducer.margin`; with ``squeeze`` also how clear it is which kept token a dropped one joins.
+
+        That changes too where the kept token may be dropped, or a closer one may be kept.
+        """
+        if row.choice != "merge":
+            return super().margin(scores, exact, choice, row)
+        assert row.keep is not None
+        clear = share_margin(scores[0], exact[0], row.keep)
+        candidates = clear.shape[1]
+        low, true = (_similarity(found[1], candidates) for found in (scores, exact))
+        rounding = rounding_of(low, true)
+        result = clear.copy()
+        for image, (stay, move, joined) in enumerate(_lists(choice, row.keep, candidates)):
+            for dropped, target in zip(move, joined, strict=True):
+                gap = (true[image, dropped, target] - true[image, dropped]) / rounding
+                kept = np.isin(np.arange(candidates), stay)
+                others = np.where(kept, gap, np.maximum(gap, clear[image]))  # one that is dropped has to be kept first
+                others[[dropped, target]] = np.inf
+                result[image, dropped] = min(clear[image, dropped], clear[image, target], others.min())
+        return result
+
+    @classmethod
+    def nearest_choice(cls, choice: np.ndarray, exact: Any, row: BlockPlan) -> np.ndarray:
+        """See :meth:`TokenReducer.nearest_choice`; with ``squeeze``, the least clear of the dropped joins another."""
+        if row.choice != "merge":
+            return super().nearest_choice(choice, exact, row)
+        assert row.keep is not None
+        candidates = exact[0].shape[1]
+        similarity = _similarity(exact[1], candidates)
+        swapped = choice.copy()
+        swapped[:, :candidates] = swap_last(choice[:, :candidates], exact[0], row.keep)
+        for image, (stay, move, _) in enumerate(_lists(swapped, row.keep, candidates)):
+            found = similarity[image][np.ix_(move, stay)]
+            best = np.argsort(-found, axis=1, kind="stable")
+            joined = best[:, 0].copy()
+            if row.keep > 1:
+                ranked = np.take_along_axis(found, best[:, :2], axis=1)
+                closest = int(np.argmin(ranked[:, 0] - ranked[:, 1]))
+                joined[closest] = best[closest, 1]
+            swapped[image, candidates:] = joined
+        return swapped
+
+
+class _Mean(nn.Module):
+    """A fused token divided by the attention to those in it; a module, so that exported files divide in FP32."""
+
+    def forward(self, fused: Tensor, scores: Tensor, kept: Tensor) -> Tensor:
+        """``[B, 1, C]``; scores ``[B, N]``, kept int ``[B, K]``."""
+        # The kept ones are overwritten, not subtracted from the total, which cancels.
+        rest = scores.scatter(1, kept.long(), 0.0).sum(dim=1).clamp_min(_TINY)
+        return (fused / rest[:, None, None]).to(fused.dtype)
 
 
 def class_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
@@ -37,3 +223,47 @@ def class_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
     # A product and a sum, not a matmul: K keeps the layout in which the projection left it, nothing is transposed.
     logits = (precise(q[:, :1]) * precise(k)).sum(-1) * scale
     return logits.softmax(dim=1)[:, prefix:].mean(-1)
+
+
+def nearest_kept(x: Tensor, scores: Tensor, keep: int, prefix: int) -> Tensor:
+    """A choice of kind ``merge``: the highest scores stay, each of the others joins the most similar that stays.
+
+    Similarity is the cosine; ties go to the one with the higher score.
+
+    Args:
+        x: ``[B, prefix + N, C]``.
+        scores: ``[B, N]``.
+        keep: K.
+        prefix: Tokens in front.
+
+    Returns:
+        int32 ``[B, 2N - K]``.
+    """
+    order = select(scores, scores.shape[1])
+    tokens = precise(rows_of(x.detach(), order, prefix))
+    stay, move = tokens[:, :keep], tokens[:, keep:]
+    # The length of the one that joins is the same for all that it could join.
+    directions = stay / stay.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+    with _in_full(x):
+        joined = (move @ directions.transpose(1, 2)).argmax(dim=-1)
+    return torch.cat([order, joined], dim=1).to(torch.int32)
+
+
+def _in_full(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Without autocast, which would compare in half precision; an export knows no such thing."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext()
+
+
+def _similarity(x: np.ndarray, candidates: int) -> np.ndarray:
+    """Cosines between all candidates, float64 ``[n, N, N]``."""
+    tokens = x[:, -candidates:].astype(np.float64)
+    unit = tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), _TINY)
+    return unit @ unit.transpose(0, 2, 1)
+
+
+def _lists(choice: np.ndarray, keep: int, candidates: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """For each image: candidates that stay, those that move, and the candidate that each of these joins."""
+    for numbers in choice.astype(np.int64):
+        stay = numbers[:keep]
+        yield stay, numbers[keep:candidates], stay[numbers[candidates:]]

@@ -88,6 +88,7 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
     graph, low = model.graph, _TYPES[precision]
     exact = _score_rows(graph)
     widened: dict[onnx_ir.Value, onnx_ir.Value] = {}
+    narrowed: dict[onnx_ir.Value, onnx_ir.Value] = {}
     _refuse_too_large(graph, exact, precision)
     for value in list(graph.initializers.values()):
         if value.dtype == DataType.FLOAT and not all(use.node in exact for use in value.uses()):
@@ -102,7 +103,9 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
         for index, value in enumerate(node.inputs):
             given = node.domain == DOMAIN and index > 0  # scores and sizes
             if value is not None and value.dtype == DataType.FLOAT and _is_exact(value, exact) and not given:
-                node.replace_input_with(index, _narrow(graph, value, node, low))
+                if value not in narrowed:  # blocks between two merges share their logarithms of sizes
+                    narrowed[value] = _narrow(graph, value, node, low)
+                node.replace_input_with(index, narrowed[value])
         if node.op_type == "Cast" and node.attributes["to"].as_int() == DataType.FLOAT:
             node.attributes["to"] = onnx_ir.AttrInt64("to", low)
         for value in node.outputs:
@@ -142,7 +145,13 @@ def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
             pending.extend(node.inputs)
     for node in graph:
         numbers = [v for v in node.inputs if v is not None and _is_float(v) and not v.is_initializer()]
-        if node not in locations and numbers and all(_is_exact(value, found) for value in numbers):
+        # What is repeated, as a mask is for every query, can be rounded before.
+        if (
+            node not in locations
+            and node.op_type != "Expand"
+            and numbers
+            and all(_is_exact(value, found) for value in numbers)
+        ):
             found.add(node)
     return found
 

@@ -16,7 +16,7 @@ _PUBLIC = {
     },
     "Recipes and training": {
         "recipe.recipe": "load_recipe Recipe CompareSection ExpectSection",
-        "recipe.sections": "ModelSection DataSection TrainSection TokenLabelSection TeacherSection",
+        "recipe.sections": "ModelSection DataSection TrainSection TokenLabelSection DynamicViTSection TeacherSection",
         "recipe.options": "ConvertSection ProfileSection",
         "training.loop": "train TrainResult",
         "pipeline.run": "run",
@@ -34,16 +34,17 @@ _PUBLIC = {
     },
     "Conversion and bundles": {
         "pipeline.convert": "convert",
-        "recipe.options": "ConvertOptions ProfileOptions",
+        "recipe.options": "ConvertOptions ProfileOptions CompareOptions",
         "bundle.bundle": "read_bundle Bundle",
         "bundle.manifest": "Manifest Parent TensorSpec",
     },
     "Verification and profiling": {
         "verification.verify": "verify",
         "profiling.profile": "profile",
+        "pipeline.compare": "compare",
         "triton.connection": "Server",
         "report.report": "Report Check ProfileRow LatencyRow Summary BlockRow LoadRow "
-        "GpuSummary AccuracyRow Difference AgreementRow",
+        "GpuSummary AccuracyRow ComparedRow Difference AgreementRow",
     },
     "Packages": {
         "serving.package": "package Package",

@@ -26,11 +26,13 @@ from evit_deploy.export.variants import slice_twin as slice_twin
 from evit_deploy.models.checkpoint import Checkpoint as Checkpoint
 from evit_deploy.models.checkpoint import build_model as build_model
 from evit_deploy.models.checkpoint import read_checkpoint as read_checkpoint
+from evit_deploy.pipeline.compare import compare as compare
 from evit_deploy.pipeline.convert import convert as convert
 from evit_deploy.pipeline.run import run as run
 from evit_deploy.profiling.profile import profile as profile
 from evit_deploy.recipe.options import BatchProfile as BatchProfile
 from evit_deploy.recipe.options import BuildOptions as BuildOptions
+from evit_deploy.recipe.options import CompareOptions as CompareOptions
 from evit_deploy.recipe.options import ConvertOptions as ConvertOptions
 from evit_deploy.recipe.options import ConvertSection as ConvertSection
 from evit_deploy.recipe.options import ProfileOptions as ProfileOptions
@@ -40,6 +42,7 @@ from evit_deploy.recipe.recipe import ExpectSection as ExpectSection
 from evit_deploy.recipe.recipe import Recipe as Recipe
 from evit_deploy.recipe.recipe import load_recipe as load_recipe
 from evit_deploy.recipe.sections import DataSection as DataSection
+from evit_deploy.recipe.sections import DynamicViTSection as DynamicViTSection
 from evit_deploy.recipe.sections import ModelSection as ModelSection
 from evit_deploy.recipe.sections import TeacherSection as TeacherSection
 from evit_deploy.recipe.sections import TokenLabelSection as TokenLabelSection
@@ -53,6 +56,7 @@ from evit_deploy.report.report import AccuracyRow as AccuracyRow
 from evit_deploy.report.report import AgreementRow as AgreementRow
 from evit_deploy.report.report import BlockRow as BlockRow
 from evit_deploy.report.report import Check as Check
+from evit_deploy.report.report import ComparedRow as ComparedRow
 from evit_deploy.report.report import Difference as Difference
 from evit_deploy.report.report import GpuSummary as GpuSummary
 from evit_deploy.report.report import LatencyRow as LatencyRow

@@ -20,6 +20,7 @@ pytest_plugins = [
     "pytester",
     "tests.support.models",
     "tests.support.command_line",
+    "tests.support.compared",
     "tests.support.cpp_example",
     "tests.support.labelled_images",
     "tests.support.logs",

@@ -48,17 +48,17 @@ class Command(click.Command):
 
 _FLAGS = {
     "batches": "--batch", "gpus": "--gpu", "targets": "--target", "indices": "--with-indices",
-    "target_options": "--target-option",
+    "target_options": "--target-option", "runtimes": "--runtime",
 }  # fmt: skip
 """Fields that are called otherwise on the command line."""
 _METAVARS = {
-    "batch_sizes": "1,8,32", "calibration": "DIR", "data": "DIR", "duration": "S", "gpus": "SM", "labels": "FILE",
-    "max_batch": "N", "instances": "N", "min_speedup": "F", "name": "NAME", "optimization_level": "0-5",
-    "plugin": "PATH|auto|none", "queue_delay": "µS", "server": "YY.MM", "server_tensorrt": "VERSION", "threads": "N",
-    "timing_cache": "FILE", "workspace": "MIB",
+    "batch_sizes": "1,8,32", "calibration": "DIR", "data": "DIR", "duration": "S", "gpus": "SM", "images": "DIR",
+    "instances": "N", "labels": "FILE", "max_batch": "N", "min_speedup": "F", "name": "NAME",
+    "optimization_level": "0-5", "plugin": "PATH|auto|none", "queue_delay": "µS", "reference": "BUNDLE",
+    "server": "YY.MM", "server_tensorrt": "VERSION", "threads": "N", "timing_cache": "FILE", "workspace": "MIB",
 }  # fmt: skip
-_REGISTRIES = {"targets": "TARGETS"}
-_PATHS = ("calibration", "data", "labels", "timing_cache")
+_REGISTRIES = {"targets": "TARGETS", "runtimes": "RUNTIMES"}
+_PATHS = ("calibration", "data", "images", "labels", "reference", "timing_cache")
 _HOMES = ("evit_deploy.recipe.options", "evit_deploy.serving.options")
 """Where the structs of options are, which load nothing heavy."""
 

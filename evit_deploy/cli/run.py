@@ -16,11 +16,20 @@ from evit_deploy.cli.types import PATH
 def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: bool, output: Output) -> None:
     """Train, export, verify and profile as RECIPE says; stages that are up to date are skipped.
 
+    A sweep (recipes/a100.yaml) and a comparison (recipes/compare.yaml) train nothing.
+
     \b
     evit-deploy run recipes/digits.yaml
     """
-    from evit_deploy.recipe.recipe import is_sweep, load_recipe, load_sweep
+    from evit_deploy.recipe.recipe import is_comparison, is_sweep, load_comparison, load_recipe, load_sweep
 
+    if is_comparison(recipe):
+        from evit_deploy.pipeline.contenders import compare_recipe
+
+        comparison = load_comparison(recipe, overrides)
+        folder = out or Path("runs") / comparison.name
+        output.result(compare_recipe(comparison, folder, force=force), f"\n{folder}")
+        return
     if is_sweep(recipe):
         from evit_deploy.profiling.sweep import sweep
 

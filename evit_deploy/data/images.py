@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -105,10 +106,10 @@ def sample_inputs(preprocess: Preprocess, count: int, channels: int = 3) -> np.n
         raise InputError("nothing to sample", seen=f"count {count}, channels {channels}", wanted="at least 1 of each")
     photographs = sample_photographs()
     inputs = [preprocess_image(_crop(photographs[i % 2], seed=i), preprocess) for i in range(count)]
-    return _with_channels(np.stack(inputs), channels)
+    return with_channels(np.stack(inputs), channels)
 
 
-def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:
+def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
     """Colour images for a model that takes another number of channels: one is their mean, more repeat them."""
     if channels == 1:
         images = images.mean(axis=1, keepdims=True)
@@ -158,7 +159,30 @@ def calibration_images(path: Path, preprocess: Preprocess, channels: int, limit:
     """
     files = image_files(path)
     chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, min(limit, len(files))).astype(int))]
-    return _with_channels(np.stack([preprocess_image(file, preprocess) for file in chosen]), channels)
+    return with_channels(np.stack([preprocess_image(file, preprocess) for file in chosen]), channels)
+
+
+def image_batches(
+    path: Path, preprocess: Preprocess, channels: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, None]]:
+    """Every image below a folder once, in the deployment's preprocessing; of labels nothing is known.
+
+    Args:
+        path: Folder with images anywhere below it.
+        preprocess: What is done with each.
+        channels: Channels of the model's input.
+        batch_size: Images a batch; the last batch may be smaller.
+
+    Yields:
+        Images float32 ``[B, channels, H, W]``, and ``None`` in place of their labels.
+
+    Raises:
+        InputError: See :func:`image_files` and :func:`read_image`.
+    """
+    files = image_files(path)
+    for start in range(0, len(files), batch_size):
+        part = [preprocess_image(file, preprocess) for file in files[start : start + batch_size]]
+        yield with_channels(np.stack(part), channels), None
 
 
 def natural(text: str) -> list[tuple[int, int, str]]:

@@ -163,7 +163,7 @@ def convert_checkpoint(
         GateFailed: See :func:`convert`.
         StageError: See :func:`convert`.
     """
-    _check_own_weights(checkpoint, spec)
+    check_own_weights(checkpoint, spec)
     out = job.out or default_out(checkpoint, spec)
     bundles.check_out(out, force=job.force)
     reduced = _reduce(checkpoint, spec, job.image_size, notes)
@@ -192,7 +192,12 @@ def convert_checkpoint(
     return bundles.read_bundle(out), report
 
 
-def _check_own_weights(checkpoint: Checkpoint, spec: TokenSpec) -> None:
+def check_own_weights(checkpoint: Checkpoint, spec: TokenSpec) -> None:
+    """Makes sure that a method which decides by layers of its own has their weights.
+
+    Raises:
+        InputError: The checkpoint has none.
+    """
     method = METHODS.get(spec.method)
     present = any(name.startswith(method.own_parameters) for name in checkpoint.method_weights)
     if method.needs_own_weights and not spec.dense and not present:

@@ -119,7 +119,7 @@ def candidates_of(
     spec, notes = resolve_tokens(checkpoint, **(tokens or {}))
     model = reduce_tokens_(build_model(checkpoint), spec)
     names = [name for name in RUNTIMES.names() if _runs_torch(RUNTIMES.get(name))]
-    rows = [row for name in names if _takes_part(name, model, runtimes) for row in torch_candidates(model, name)]
+    rows = [row for name in names if takes_part(name, model, runtimes) for row in torch_candidates(model, name)]
     return Comparison(rows, token_plan(model), checkpoint.notes + notes, frozenset(runtimes))
 
 
@@ -140,7 +140,7 @@ def _of_onnx(path: Path, against: Path | None, runtimes: Sequence[str]) -> Compa
         load_onnx(against)  # refuses what is no model
     notes = [] if against else ["Speed-up not available: --against DENSE.onnx gives the dense twin."]
     names = [name for name in RUNTIMES.names() if MODEL in RUNTIMES.get(name).files]
-    chosen = [name for name in names if _takes_part(name, path, runtimes)]
+    chosen = [name for name in names if takes_part(name, path, runtimes)]
     rows = [row for name in chosen for row in onnx_candidates(path, against, name)]
     return Comparison(rows, card.plan, notes, frozenset(runtimes))
 
@@ -293,7 +293,7 @@ def _left_out(bundle: bundles.Bundle, model: torch.nn.Module | None) -> list[str
     return notes
 
 
-def _takes_part(name: str, artifact: Any, runtimes: Sequence[str]) -> bool:
+def takes_part(name: str, artifact: Any, runtimes: Sequence[str]) -> bool:
     """Whether a runtime is among those asked for; without a wish, whether it can run an artifact here."""
     if runtimes:
         return name in runtimes
@@ -324,7 +324,7 @@ def bundle_candidates(
     for name in sorted(RUNTIMES.names(), key=lambda name: not RUNTIMES.get(name).files):  # PyTorch last
         runtime: type[Runner] = RUNTIMES.get(name)
         artifact = subject_of(bundle, runtime, model, server)
-        if artifact is None or not _takes_part(name, artifact, runtimes):
+        if artifact is None or not takes_part(name, artifact, runtimes):
             continue
         if isinstance(artifact, torch.nn.Module):
             rows += torch_candidates(artifact, name, bundle.manifest.precision)

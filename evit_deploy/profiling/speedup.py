@@ -93,9 +93,13 @@ def _ratios(
     }
     ratios = ratios_to_dense(twins.get("dense"), times[index], plan.mac_ratio() if plan is not None else None)
     if "slice" in twins and candidates[index].variant not in ("dense", "slice"):
-        paired = times[index].rounds / twins["slice"].rounds
-        ratios["overhead"] = float(statistics.median(paired.tolist())) - 1
+        ratios["overhead"] = overhead_of(times[index], twins["slice"])
     return ratios
+
+
+def overhead_of(own: Times, sliced: Times) -> float:
+    """What reorganising tokens costs: a model's time over its slice twin's in the same rounds, less 1."""
+    return float(statistics.median((own.rounds / sliced.rounds).tolist())) - 1
 
 
 def hidden_gains(rows: Sequence[ProfileRow]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from evit_deploy.errors import InputError
 from evit_deploy.recipe.sections import Count, Section
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
@@ -127,3 +128,33 @@ class ProfileSection(ProfileOptions, frozen=True, kw_only=True):
     """Images a call, one row each."""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 3.0
     """Seconds of measurement for each row, after the warm-up."""
+
+
+class CompareOptions(ProfileOptions, frozen=True, kw_only=True):
+    """How bundles are compared."""
+
+    duration: Annotated[float, Meta(gt=0, le=1e6)] = 30.0
+    """Seconds of measurement for each runtime and batch size, all bundles and their baselines in turn. [default: 30]"""
+    runtimes: tuple[str, ...] = ()
+    """Runtime to compare on; several are possible, and the first one answers the images. [default: all that can run
+    every bundle here]"""
+    data: str | None = None
+    """Folder of labelled images (``class/image``) for top-1, top-5 and agreement with the dense baseline."""
+    images: str | None = None
+    """Folder of images without labels, for agreement with the dense baseline alone."""
+    reference: str | None = None
+    """Bundle that the others' top-1 is held against, by its name or its path. [default: the first]"""
+    own_preprocessing: bool = False
+    """Compare top-1 of bundles that prepare images differently (another size, crop or normalisation), each in its own
+    way."""
+
+    def __post_init__(self) -> None:
+        for field in ("data", "images", "reference"):
+            if isinstance(value := getattr(self, field), Path):
+                msgspec.structs.force_setattr(self, field, str(value))
+        if self.data is not None and self.images is not None:
+            raise InputError("images both with labels and without", seen="data and images", wanted="one of the two")
+        idle = next((field for field in ("reference", "own_preprocessing") if getattr(self, field)), None)
+        if self.data is None and idle is not None:
+            what = f"{idle} is about top-1, for which there are no labelled images"
+            raise InputError(what, fix=f"Give data too, or leave {idle} out.")

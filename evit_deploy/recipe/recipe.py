@@ -16,7 +16,7 @@ from msgspec import Meta
 from evit_deploy.errors import RecipeError
 from evit_deploy.recipe.fields import field_docs, structs_in
 from evit_deploy.recipe.file import load, read_document
-from evit_deploy.recipe.options import ConvertSection, ProfileSection
+from evit_deploy.recipe.options import CompareOptions, ConvertOptions, ConvertSection, Precision, ProfileSection
 from evit_deploy.recipe.sections import Count, Section, Share
 from evit_deploy.recipe.sections import DataSection as DataSection
 from evit_deploy.recipe.sections import ModelSection as ModelSection
@@ -107,6 +107,36 @@ class Recipe(Section, frozen=True, kw_only=True):
                         "mixup and CutMix need an even batch size", where=f"{key}.batch_size", seen=section.batch_size
                     )
         self._check_token_labels()
+        self._check_dynamicvit()
+
+    def _check_dynamicvit(self) -> None:
+        chosen = self.tokens.method == "dynamicvit"
+        for key, run in {"dense": self.dense, "finetune": self.finetune}.items():
+            if run is not None and run.dynamicvit is not None and not (chosen and key == "finetune"):
+                raise RecipeError(
+                    "this is the loss of the method dynamicvit", where=f"{key}.dynamicvit", seen=self.tokens.method,
+                    fix="Leave it out." if key == "dense" else "Leave it out, or set tokens.method=dynamicvit.",
+                )  # fmt: skip
+        kind = None if self.teacher is None else self.teacher.kind
+        if kind is not None and (kind == "dense") != chosen:
+            raise RecipeError(
+                "a teacher of kind dense and the method dynamicvit go together", where="teacher.kind", seen=kind,
+                wanted="dense" if chosen else "logits, token or token_labels",
+                fix="Leave the teacher out: the dense weights that fine-tuning starts from take its place."
+                if chosen else None,
+            )  # fmt: skip
+        if not chosen:
+            return
+        if self.finetune.token_labels is not None:
+            raise RecipeError(
+                "the loss of dynamicvit has no part for token labels", where="finetune.token_labels",
+                fix="Leave it out: what the dense teacher says of each token takes its place.",
+            )  # fmt: skip
+        if self.finetune.model_mode == "eval":
+            raise RecipeError(
+                "in evaluation mode tokens are removed, and nothing tells the predictors which",
+                where="finetune.model_mode", fix="Set finetune.model_mode=train.",
+            )  # fmt: skip
 
     def _check_token_labels(self) -> None:
         data, teacher = self.data, self.teacher
@@ -159,6 +189,65 @@ class Sweep(Section, frozen=True, kw_only=True):
     """CPU threads; ``null`` leaves the runtime's own choice."""
     published: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
     """Images a second that a paper gives, by model and variant (``dense``, ``0.7``, ``0.7 without fusion``)."""
+
+
+class CompareEntry(Section, frozen=True, kw_only=True):
+    """One bundle of a comparison: one that there is, or a model, a method and its settings to make one of."""
+
+    bundle: str | None = None
+    """A bundle that there is; nothing else but a name goes with it."""
+    checkpoint: str | None = None
+    """Checkpoint file, or timm name whose weights are fetched, to make a bundle of. [default: the recipe's]"""
+    model: str | None = None
+    """timm name. With a checkpoint it decides the architecture, without one the weights come from the seed.
+    [default: the recipe's]"""
+    tokens: TokenSpec | None = None
+    """How tokens are reduced: method, keep_rate, locations, fuse, options. [default: the checkpoint's own]"""
+    precision: Precision | None = None
+    """Precision of this bundle's files. [default: that of ``convert``]"""
+    name: str | None = None
+    """What the tables call it, and the folder it is made in. [default: model, method and keep rate]"""
+
+    def __post_init__(self) -> None:
+        others = (self.checkpoint, self.model, self.tokens, self.precision)
+        if self.bundle is not None and any(other is not None for other in others):
+            raise RecipeError("a bundle that there is takes nothing but a name", where="compare", seen=self.bundle)
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
+            raise RecipeError("not a name for a folder", where="compare", seen=repr(self.name))
+
+
+class CompareRecipe(CompareOptions, frozen=True, kw_only=True):
+    """A recipe of its own kind: bundles side by side in one interleaved run, made first where they are not there.
+
+    Where neither an entry nor the recipe names a checkpoint, weights come from the seed: speed does not depend on what
+    was learned.
+    """
+
+    name: str
+    """Name of the recipe; reports carry it."""
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    """Where weights come from that no checkpoint gives."""
+    checkpoint: str | None = None
+    """Checkpoint of the entries that name none."""
+    model: str | None = None
+    """timm name of the entries that name neither a model nor a checkpoint."""
+    convert: ConvertOptions = ConvertOptions(targets=("onnx",))
+    """What bundles are made into: targets, precision, options of the builder."""
+    compare: Annotated[tuple[CompareEntry, ...], Meta(min_length=2)]
+    """The bundles, at least two."""
+
+
+def is_comparison(path: str | Path) -> bool:
+    """Whether a recipe file is a :class:`CompareRecipe`: ``compare`` is a list in it. An unreadable one is not."""
+    try:
+        return isinstance(read_document(Path(path)).get("compare"), list)
+    except RecipeError:
+        return False
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> CompareRecipe:
+    """Reads and checks a comparison; see :func:`load_recipe`."""
+    return load(path, overrides, CompareRecipe)
 
 
 def is_sweep(path: str | Path) -> bool:

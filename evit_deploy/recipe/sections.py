@@ -153,6 +153,18 @@ class TokenLabelSection(Section, frozen=True, kw_only=True):
     0 switches it off."""
 
 
+class DynamicViTSection(Section, frozen=True, kw_only=True):
+    """Factors of the parts of DynamicViT's loss beside the labels, whose part has 1; for its method alone."""
+
+    ratio_weight: Annotated[float, Meta(ge=0, le=1e3)] = 2.0
+    """Of how far the share of the patches that is kept is from the keep rate's; 5 in the paper's DeiT-B."""
+    logits_weight: Annotated[float, Meta(ge=0, le=1e3)] = 0.5
+    """Of how far the logits are from those of the dense model that fine-tuning starts from, or of a ``dense``
+    teacher."""
+    tokens_weight: Annotated[float, Meta(ge=0, le=1e3)] = 0.5
+    """Of how far the tokens that are kept are from the teacher's."""
+
+
 class TrainSection(Section, frozen=True, kw_only=True):
     """One training run: AdamW, linear warm-up, cosine decay. Exactly one of ``steps`` and ``epochs`` is needed."""
 
@@ -186,6 +198,14 @@ class TrainSection(Section, frozen=True, kw_only=True):
     """Share of each target, a patch token's as well, that is spread over all classes."""
     token_labels: TokenLabelSection | None = None
     """How patch tokens learn from labels of their own; ``null`` leaves that to the image's label."""
+    dynamicvit: DynamicViTSection | None = None
+    """Factors of the loss that the method ``dynamicvit`` is trained with; ``null`` leaves them as they are there."""
+    backbone_lr_scale: Share = 1.0
+    """Factor on the learning rate of all but the layers of the reduction method's own (``dynamicvit`` has some)."""
+    backbone_frozen_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """Epochs at the beginning in which all but these layers stand still."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that stand still all the time, such as ``cls_token`` and ``pos_embed``."""
     keep_rate_start: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     """Epoch from which the keep rate moves from 1 towards its target, by a cosine. Has no effect where no tokens are
     reduced."""
@@ -239,8 +259,10 @@ class TeacherSection(Section, frozen=True, kw_only=True):
     """timm name; needed without a checkpoint, and decides where a checkpoint fits several models."""
     checkpoint: str | None = None
     """Checkpoint file; ``null`` takes timm's pretrained weights."""
-    kind: Literal["logits", "token", "token_labels"] = "logits"
-    """``logits``: the student's logits follow the teacher's. ``token``: those of its distillation token do.
+    kind: Literal["logits", "token", "token_labels", "dense"] = "logits"
+    """``logits``: the student's logits follow the teacher's. ``token``: those of its distillation token do. ``dense``:
+    logits and patch tokens follow a dense model of the same form, as ``finetune.dynamicvit`` says; without a teacher
+    that method takes the dense weights that it starts from.
     ``token_labels``: what the teacher says about a patch is the label of that patch; ``finetune.token_labels`` says
     how they are learned."""
     hard: bool = False
@@ -253,8 +275,9 @@ class TeacherSection(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.name is None and self.checkpoint is None:
             raise RecipeError("no teacher given", where="teacher", wanted="a name, a checkpoint or both")
-        if self.kind == "token_labels" and (self.weight, self.temperature, self.hard) != (0.5, 1.0, False):
+        factors = {"token_labels": "finetune.token_labels.weight", "dense": "finetune.dynamicvit"}
+        if self.kind in factors and (self.weight, self.temperature, self.hard) != (0.5, 1.0, False):
             raise RecipeError(
-                "weight, temperature and hard have no effect on token labels", where="teacher",
-                fix="Leave them out; finetune.token_labels.weight is the factor.",
+                f"weight, temperature and hard have no effect on a teacher of kind {self.kind}", where="teacher",
+                fix=f"Leave them out; {factors[self.kind]} has the factor.",
             )  # fmt: skip

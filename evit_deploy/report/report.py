@@ -35,7 +35,7 @@ class ProfileRow(msgspec.Struct, frozen=True):
     Args:
         runtime: Name in the registry of runtimes.
         variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
-            :class:`evit_deploy.profiling.candidates.Candidate`.
+            :class:`evit_deploy.profiling.candidates.Candidate`. In a sweep or a comparison, the name of what was timed.
         batch: Images a call.
         rounds: Turns measured: of one call on a CPU, of several on a GPU.
         images_per_second: Batch over the median latency.
@@ -195,11 +195,15 @@ class Difference(msgspec.Struct, frozen=True):
         value: This one's top-1 less the other's, as a share.
         error: Standard error of the value, from the images on which only one of the two was right. It says what other
             images would change, not what another training run would.
+        low: Lower end of the value's 95 % interval (Bonett and Price), ``None`` where it was not computed.
+        high: Upper end.
     """
 
     other: str
     value: float
     error: float
+    low: float | None = None
+    high: float | None = None
 
 
 class AccuracyRow(msgspec.Struct, frozen=True):
@@ -224,6 +228,48 @@ class AccuracyRow(msgspec.Struct, frozen=True):
     high: float
     gmacs: float | None = None
     against: Difference | None = None
+
+
+class ComparedRow(msgspec.Struct, frozen=True):
+    """What one bundle of a comparison is and answers; how fast it is stands in the profile rows of the same name.
+
+    Args:
+        name: The bundle's, or the dense baseline's; ``variant`` of its :class:`ProfileRow`.
+        method: How its tokens are reduced; ``dense`` of a baseline.
+        settings: What the method was told, ``keep_rate=0.7, locations=2/5/8``.
+        precision: Of its files.
+        gmacs: Multiply-adds for one image, in 10⁹.
+        mac_ratio: The dense baseline's multiply-adds over its own.
+        tokens: Tokens at the end of the last block, the class token among them.
+        dense: Name of the row of its dense baseline; ``None`` of a baseline.
+        images: Images that were answered; the fields below are ``None`` without any.
+        runtime: What answered them.
+        agreement: Share of the images to which the dense baseline gives the same class.
+        top1: Share of images whose label came first.
+        top1_low: Lower end of top-1's 95 % interval (Wilson).
+        top1_high: Upper end.
+        top5: Share of images whose label was among the first five.
+        to_dense: Difference of top-1 to the dense baseline, on the same images.
+        to_reference: Difference of top-1 to the reference bundle, on the same images.
+    """
+
+    name: str
+    method: str
+    settings: str
+    precision: str
+    gmacs: float
+    mac_ratio: float
+    tokens: int
+    dense: str | None = None
+    images: int | None = None
+    runtime: str | None = None
+    agreement: float | None = None
+    top1: float | None = None
+    top1_low: float | None = None
+    top1_high: float | None = None
+    top5: float | None = None
+    to_dense: Difference | None = None
+    to_reference: Difference | None = None
 
 
 class AgreementRow(msgspec.Struct, frozen=True):
@@ -284,10 +330,11 @@ class GpuSummary(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """The outcome of verify, profile, convert or run.
+    """The outcome of verify, profile, compare, convert or run.
 
     Args:
         checks: What had to hold.
+        compared: Bundles side by side: what they are, and how right their answers are.
         rows: What was measured; each row says by which clock.
         latencies: Engines: where the time of a call goes.
         blocks: Engines: time by transformer block.
@@ -301,6 +348,7 @@ class Report(msgspec.Struct, frozen=True):
     """
 
     checks: tuple[Check, ...] = ()
+    compared: tuple[ComparedRow, ...] = ()
     rows: tuple[ProfileRow, ...] = ()
     latencies: tuple[LatencyRow, ...] = ()
     blocks: tuple[BlockRow, ...] = ()
@@ -360,6 +408,7 @@ class Report(msgspec.Struct, frozen=True):
     def __add__(self, other: "Report") -> "Report":
         return Report(
             checks=self.checks + other.checks,
+            compared=self.compared + other.compared,
             rows=self.rows + other.rows,
             latencies=self.latencies + other.latencies,
             blocks=self.blocks + other.blocks,

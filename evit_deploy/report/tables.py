@@ -4,7 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from evit_deploy.report.lines import wrapped
-from evit_deploy.report.report import BlockRow, GpuSummary, LatencyRow, LoadRow, ProfileRow, Report, Summary
+from evit_deploy.report.report import (
+    BlockRow,
+    ComparedRow,
+    Difference,
+    GpuSummary,
+    LatencyRow,
+    LoadRow,
+    ProfileRow,
+    Report,
+    Summary,
+)
 
 
 def render(report: Report, console: Any) -> None:
@@ -22,6 +32,8 @@ def render(report: Report, console: Any) -> None:
         )
         for check in report.failed:
             _print(console, f"FAILED {check.name}: {check.reason}")
+    if report.compared:
+        _compared(console, report.compared)
     if report.accuracy:
         _table(
             console,
@@ -65,7 +77,7 @@ def render(report: Report, console: Any) -> None:
                   "speed-up", "MAC ratio", "MAC eff.", "overhead", *whole)  # fmt: skip
         several = {row.device for row in report.rows} != {"cpu"}
         beside = any(row.end_to_end_p50 is not None for row in report.rows)
-        dispensable = ("variation", "p99 ms", "MAC ratio", "p95 ms", "on", *whole[:2], "MAC eff.", whole[2])
+        dispensable = ("variation", "p99 ms", "MAC ratio", "p95 ms", "on", *whole[:2], "MAC eff.", whole[2], "p50 ms")
         hidden = (*(() if several else ("on",)), *(() if beside else whole))
         _table(console, header, [_profile_cells(row) for row in report.rows], dispensable, hidden)
     if report.latencies:
@@ -91,6 +103,63 @@ def render(report: Report, console: Any) -> None:
         _table(console, header, [_gpu_cells(row) for row in report.gpu], ("GPU", "°C", "W"))
     for note in report.notes:
         _print(console, note)
+
+
+def _compared(console: Any, rows: Sequence[ComparedRow]) -> None:
+    answered = next((row for row in rows if row.images is not None), None)
+    reference = next((row.to_reference.other for row in rows if row.to_reference is not None), "")
+    if answered is not None:
+        said = f"{answered.images} images, answered by {answered.runtime}"
+        if answered.top1 is not None:
+            said += f"; differences of top-1 in points, with their 95 % intervals; the reference is {reference}"
+        _print(console, f"{said}:")
+    header = ("bundle", "method", "settings", "precision", "GMACs", "MAC ratio", "tokens", "agreement\n%", "top-1 %",
+              "95 % interval", "top-5 %", "to dense", "to the\nreference")  # fmt: skip
+    unsaid = {"agreement\n%": "agreement", "top-1 %": "top1", "95 % interval": "top1", "top-5 %": "top5",
+              "to dense": "to_dense", "to the\nreference": "to_reference"}  # fmt: skip
+    _table(
+        console,
+        header,
+        [_compared_cells(row) for row in rows],
+        dispensable=(
+            "95 % interval",
+            "top-5 %",
+            "MAC ratio",
+            "precision",
+            "tokens",
+            "method",
+            "GMACs",
+            "to the\nreference",
+            "settings",
+        ),
+        unsaid=[title for title, field in unsaid.items() if all(getattr(row, field) is None for row in rows)],
+    )
+
+
+def _compared_cells(row: ComparedRow) -> tuple[str, ...]:
+    def percent(share: float | None, digits: int = 2) -> str:
+        return "" if share is None else f"{100 * share:.{digits}f}"
+
+    def points(found: Difference | None) -> str:
+        if found is None or found.low is None or found.high is None:
+            return ""
+        return f"{100 * found.value:+.2f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+
+    return (
+        row.name,
+        row.method,
+        row.settings,
+        row.precision,
+        f"{row.gmacs:.4g}",
+        f"{row.mac_ratio:.2f}x",
+        str(row.tokens),
+        percent(row.agreement),
+        percent(row.top1),
+        "" if row.top1 is None else f"{percent(row.top1_low, 1)} - {percent(row.top1_high, 1)}",
+        percent(row.top5),
+        points(row.to_dense),
+        points(row.to_reference),
+    )
 
 
 _CLOCKS = {

@@ -49,6 +49,8 @@ class TokenReducer(nn.Module):
     """How the names of the layers begin that :meth:`attach` adds."""
     needs_own_weights: ClassVar[bool] = False
     """Whether these layers decide, so that a model without trained ones is nothing that a user would deploy."""
+    learns_from_dense: ClassVar[bool] = False
+    """Whether it is trained to agree with the dense model that it starts from."""
     fuses: ClassVar[bool] = True
     """Whether a location can add a token that stands for those that it removes."""
 

@@ -30,8 +30,8 @@ from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
 from evit_deploy.training.compare import compare, evaluate
 from evit_deploy.training.log import TrainingLog
-from evit_deploy.training.schedules import keep_rate_progress, learning_rate
-from evit_deploy.training.setup import open_teacher, setup
+from evit_deploy.training.schedules import backbone_rate_scale, keep_rate_progress, learning_rate
+from evit_deploy.training.setup import open_teacher, own_teacher, setup
 from evit_deploy.training.state import StateFile, interruptible, state_path
 from evit_deploy.training.step import StepResult, TrainingRun
 from evit_deploy.training.tasks import Teacher
@@ -172,6 +172,7 @@ def _train(
     progress.stage(_LOG, "training with tokens reduced")
     start = time.process_time()
     reduce_tokens_(model, recipe.tokens)
+    teacher = teacher or own_teacher(recipe, model, dense_model, data.preprocess)
     _seed(recipe.seed + 1)
     with _logged(out, "finetune") as log:
         fit(
@@ -285,7 +286,10 @@ def fit(
                     torch.manual_seed(seed + 7919 * rank + 104729 * step)
                 plan, moving = _keep_rate_(model, section, step, per_epoch)
                 rate = learning_rate(section, step, steps, world)
-                done = run.advance(batches, rate, moving=moving, asked=stop.asked)
+                done = run.advance(
+                    batches, rate, moving=moving, asked=stop.asked,
+                    backbone=backbone_rate_scale(section, step, per_epoch),
+                )  # fmt: skip
                 results.add(_Sent(done, step, rate, plan))
                 stopped = stop.asked and world == 1  # several processes have to stop at the same step
                 evaluates = _falls_due(section.evaluate_every, run.step, per_epoch) and run.step < steps

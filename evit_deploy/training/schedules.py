@@ -22,6 +22,17 @@ def learning_rate(section: TrainSection, step: int, steps: int, world: int = 1) 
     return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def backbone_rate_scale(section: TrainSection, step: int, steps_per_epoch: int) -> float:
+    """Factor on the learning rate of all but the reduction method's own layers, at a step.
+
+    Args:
+        section: How to train.
+        step: From 0.
+        steps_per_epoch: Steps of an epoch.
+    """
+    return 0.0 if step < section.backbone_frozen_epochs * steps_per_epoch else section.backbone_lr_scale
+
+
 def keep_rate_progress(section: TrainSection, step: int, steps_per_epoch: int) -> float:
     """How far the keep rate has moved from 1 to its target, as EViT's official code counts.
 

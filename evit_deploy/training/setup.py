@@ -1,5 +1,6 @@
 """The model and the data that a recipe names, refused here where they could only fail after hours of training."""
 
+import copy
 import logging
 from typing import Any
 
@@ -8,14 +9,15 @@ from torch import nn
 
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.training_data import TrainingData, open_data
-from evit_deploy.errors import RecipeError
+from evit_deploy.errors import RecipeError, did_you_mean
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint
 from evit_deploy.models.identify import check_model_name
 from evit_deploy.recipe.recipe import Recipe
-from evit_deploy.recipe.sections import ModelSection
+from evit_deploy.recipe.sections import DynamicViTSection, ModelSection, TeacherSection, TrainSection
+from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.tokens.reduce import reduce_tokens_
+from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 from evit_deploy.training.compare import with_method
 from evit_deploy.training.tasks import Teacher
 from evit_deploy.training.token_labels import has_token_classifier
@@ -65,8 +67,44 @@ def setup(recipe: Recipe) -> tuple[nn.Module, Checkpoint, TrainingData]:
             data.steps_per_epoch(run.images_per_step())
     for method in (*recipe.compare.baselines, recipe.tokens.method):
         reduce_tokens_(model, with_method(recipe.tokens, method))
+    _check_parts(recipe, model)
     reduce_tokens_(model, TokenSpec(keep_rate=1.0))
     return model, checkpoint, data
+
+
+def _check_parts(recipe: Recipe, model: nn.Module) -> None:
+    """What a run says of parts of the model has to be there."""
+    names = {name for name, _ in model.named_parameters()}
+    own = METHODS.get(recipe.tokens.method).own_parameters
+    for stage in ("dense", "finetune"):
+        run: TrainSection | None = getattr(recipe, stage)
+        if run is None:
+            continue
+        strange = next((name for name in run.frozen if name not in names), None)
+        if strange is not None:
+            raise RecipeError(
+                "no such parameter", where=f"{stage}.frozen", seen=strange, fix=did_you_mean(strange, sorted(names))
+            )
+        if (run.backbone_lr_scale, run.backbone_frozen_epochs) != (1.0, 0.0) and (stage == "dense" or not own):
+            raise RecipeError(
+                "there are no layers of a method's own here, so the backbone is all there is",
+                where=f"{stage}.backbone_lr_scale, backbone_frozen_epochs", seen=recipe.tokens.method,
+                fix="Leave both out.",
+            )  # fmt: skip
+
+
+def _check_own_teacher(recipe: Recipe) -> None:
+    """A classifier that begins anew teaches nothing."""
+    if recipe.tokens.method != "dynamicvit" or recipe.teacher is not None or recipe.dense is not None:
+        return
+    how = recipe.finetune.dynamicvit or DynamicViTSection()
+    if how.logits_weight or how.tokens_weight:
+        raise RecipeError(
+            "the dense weights do not know the data's classes, and dynamicvit learns from them",
+            where="model.checkpoint",
+            fix="Train the dense model on the data first (a dense section), give a teacher of kind dense that knows "
+            "them, or set finetune.dynamicvit={logits_weight: 0, tokens_weight: 0}.",
+        )  # fmt: skip
 
 
 def _with_token_labels(recipe: Recipe) -> list[str]:
@@ -125,6 +163,7 @@ def _from_checkpoint(recipe: Recipe) -> tuple[nn.Module, Checkpoint, TrainingDat
             f"the classifier begins anew: the data has {len(data.classes)} classes that the checkpoint does not know"
         )
         model.reset_classifier(len(data.classes))
+        _check_own_teacher(recipe)
     if checkpoint.tokens not in (None, recipe.tokens):
         _LOG.warning(f"the recipe's token reduction replaces the checkpoint's own: {checkpoint.tokens}")
     return model, checkpoint, data
@@ -179,14 +218,51 @@ def open_teacher(recipe: Recipe, model: nn.Module, preprocess: Preprocess) -> Te
             "in evaluation mode a model does not tell its two heads apart", where="finetune.model_mode",
             fix="Set finetune.model_mode=train.",
         )  # fmt: skip
+    if section.kind == "dense":
+        _check_dense_teacher(teacher, student, checkpoint.tokens)
     if section.kind == "token_labels":
         _check_labelling_teacher(teacher, checkpoint.tokens)
     elif checkpoint.tokens is not None:
         reduce_tokens_(teacher, checkpoint.tokens)
-    for which, how in ((student, preprocess), (teacher, checkpoint.preprocess or Preprocess.from_model(teacher))):
-        which.pretrained_cfg = dict(which.pretrained_cfg or {}) | {"mean": how.mean, "std": how.std}  # type: ignore
+    return _taught(teacher, checkpoint.preprocess or Preprocess.from_model(teacher), student, preprocess, section)
+
+
+def own_teacher(recipe: Recipe, model: nn.Module, dense: nn.Module | None, preprocess: Preprocess) -> Teacher | None:
+    """The dense weights that a method learns from by itself; ``None`` where it does not, or where there are none.
+
+    Args:
+        recipe: What to do.
+        model: The student, its tokens reduced.
+        dense: The dense model that it starts from.
+        preprocess: Of both.
+    """
+    if not METHODS.get(recipe.tokens.method).learns_from_dense or not token_plan(model).locations:
+        return None
+    if dense is None:
+        _LOG.warning(f"no dense weights to learn from: {recipe.tokens.method} learns from the labels alone")
+        return None
+    return _taught(copy.deepcopy(dense), preprocess, model, preprocess, None)
+
+
+def _taught(
+    teacher: Any, theirs: Preprocess, student: Any, ours: Preprocess, section: TeacherSection | None
+) -> Teacher:
+    for which, how in ((student, ours), (teacher, theirs)):
+        which.pretrained_cfg = dict(which.pretrained_cfg or {}) | {"mean": how.mean, "std": how.std}
     teacher.to(next(student.parameters()).device).eval().requires_grad_(False)
     return Teacher(teacher, section)
+
+
+def _check_dense_teacher(teacher: Any, student: Any, tokens: TokenSpec | None) -> None:
+    where = "teacher.kind=dense"
+    if tokens is not None:
+        raise RecipeError("the teacher drops tokens", where=where, seen=tokens, fix="Take its dense weights.")
+    forms = [
+        f"{type(model).__name__}, width {model.embed_dim}, {model.patch_embed.num_patches} patches"
+        for model in (teacher, student)
+    ]
+    if forms[0] != forms[1]:
+        raise RecipeError("the teacher is of another form", where=where, seen=forms[0], wanted=forms[1])
 
 
 def _check_labelling_teacher(teacher: Any, tokens: TokenSpec | None) -> None:

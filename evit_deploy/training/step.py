@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from evit_deploy.errors import StageError
 from evit_deploy.recipe.sections import TrainSection
+from evit_deploy.registry import METHODS
+from evit_deploy.tokens.reduce import token_spec
 from evit_deploy.tokens.state import TokenBlocks
 from evit_deploy.training.state import random_state, set_random_state
 from evit_deploy.training.tasks import Teacher, make_task
@@ -115,8 +117,10 @@ class TrainingRun:
         if section.checkpoint_activations:
             set_checkpointing_(model, True)
         self._task = make_task(model, section, teacher)
-        never = getattr(model, "no_weight_decay", set)()
-        groups = param_groups_weight_decay(model, section.weight_decay, no_weight_decay_list=never)
+        self._frozen = [value for name, value in model.named_parameters() if name in section.frozen]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        groups = parameter_groups(model, section)
         self.optimizer: Any = torch.optim.AdamW(groups, lr=0.0, betas=section.betas, fused=True)  # obeys found_inf
         self.average = ModelEmaV3(model, decay=section.ema) if section.ema is not None else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=section.autocast == "fp16")
@@ -134,7 +138,9 @@ class TrainingRun:
         """
         return torch.compile(self._eager, fullgraph=self.processes.num_processes == 1, dynamic=False)
 
-    def advance(self, batches: Batches, rate: float, *, moving: bool, asked: bool = False) -> StepResult:
+    def advance(
+        self, batches: Batches, rate: float, *, moving: bool, asked: bool = False, backbone: float = 1.0
+    ) -> StepResult:
         """Sends off one optimiser step; on a GPU it is not waited for.
 
         Where the loss or a gradient is not finite, weights stay as they are; ``step`` counts on, and it is for whoever
@@ -146,6 +152,7 @@ class TrainingRun:
             moving: Whether token counts change from step to step: then the model runs as it is, since compiling it for
                 each of them would take longer than training.
             asked: Whether this process was asked to stop, which the others are to know.
+            backbone: Factor on the rate of all but the reduction method's own layers.
 
         Raises:
             StageError: The batch does not fit into memory; the message says which would.
@@ -155,7 +162,7 @@ class TrainingRun:
         self._correct: list[Tensor] = []
         self.optimizer.zero_grad(set_to_none=True)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate if group.get("own") else rate * backbone
         self._task.trainable_module = self._eager if moving else self._compiled
         for part in range(section.accumulate):
             drawing = time.perf_counter()
@@ -251,8 +258,30 @@ class TrainingRun:
         """Leaves the weights that are to be kept in the model: the average, where there is one."""
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
         if self.section.checkpoint_activations:
             set_checkpointing_(self.model, False)
+
+
+def parameter_groups(model: nn.Module, section: TrainSection) -> list[dict[str, Any]]:
+    """The optimiser's groups: with and without weight decay, those of the method's own layers apart (``own``).
+
+    Args:
+        model: What is trained; parameters without a gradient are left out.
+        section: Its weight decay.
+    """
+    never = getattr(model, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(model, section.weight_decay, no_weight_decay_list=never)
+    prefixes = METHODS.get(token_spec(model).method).own_parameters
+    own = {id(value) for name, value in model.named_parameters() if name.startswith(prefixes)}
+    found = []
+    for group in groups:
+        for mine in (False, True):
+            params = [value for value in group["params"] if (id(value) in own) == mine]
+            if params or not mine:
+                found.append(group | {"params": params, "own": mine})
+    return found
 
 
 def set_checkpointing_(model: Any, on: bool) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from evit_deploy.data.token_labels import crop_token_labels
 from evit_deploy.errors import InputError
-from evit_deploy.recipe.sections import TeacherSection, TrainSection
+from evit_deploy.recipe.sections import DynamicViTSection, TeacherSection, TrainSection
+from evit_deploy.tokens.methods.dynamicvit import Predictors
+from evit_deploy.training.dynamicvit import DynamicViTTask
 from evit_deploy.training.token_labels import MixToken, TokenLogits, WithTokenLogits, token_label_loss, token_logits
 
 
@@ -23,15 +25,15 @@ class Teacher(msgspec.Struct, frozen=True):
 
     Args:
         model: In evaluation mode.
-        section: How.
+        section: How; ``None`` for the dense weights that a method takes by itself.
     """
 
     model: nn.Module
-    section: TeacherSection
+    section: TeacherSection | None
 
 
 def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) -> Any:
-    """The training task for what a recipe asks for, timm's or :class:`TokenLabelTask`: model and loss in one.
+    """The training task for what a recipe asks for, timm's or one of ours: model and loss in one.
 
     Args:
         model: The student.
@@ -42,7 +44,10 @@ def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) 
         return TokenLabelTask(model, section, None if teacher is None else teacher.model)
     device = next(model.parameters()).device
     criterion = nn.CrossEntropyLoss(label_smoothing=section.label_smoothing)
-    if teacher is None:
+    if isinstance(getattr(model, "score_predictor", None), Predictors):
+        how = section.dynamicvit or DynamicViTSection()
+        return DynamicViTTask(model, criterion, how, None if teacher is None else FrozenTeacher(teacher.model, model))
+    if teacher is None or teacher.section is None:
         return ClassificationTask(model, criterion, device=device, verbose=False)
     how = teacher.section
     settings: dict[str, Any] = {

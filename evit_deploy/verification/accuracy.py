@@ -23,7 +23,7 @@ def accuracy(
 ) -> tuple[Report, Answers]:
     """Top-1 and top-5 on a folder of labelled images, and what was answered."""
     with opened(name, artifact, threads, with_indices=True) as runner:
-        batch = min([DATA_BATCH, *(p.maximum for p in runner.profiles)])
+        batch = data_batch(runner)
         parts, labels = [], []
         for images, truth in labelled_batches(folder, manifest.preprocess, batch):
             outputs = infer_all(runner, images, batch if runner.profiles else len(images))
@@ -32,6 +32,25 @@ def accuracy(
     row = accuracy_row(name, zip((p[0] for p in parts), labels, strict=True), manifest.plan.macs() / 1e9)
     kept = {block: np.concatenate([part[1][block] for part in parts]) for block in parts[0][1]}
     return Report(accuracy=(row,)), Answers(np.concatenate([part[0] for part in parts]), kept)
+
+
+def data_batch(runner: Runner) -> int:
+    """Images a call: :data:`DATA_BATCH`, or of the sizes that an engine covers the nearest to it."""
+    sizes = [min(max(DATA_BATCH, profile.minimum), profile.maximum) for profile in runner.profiles]
+    return min(sizes or [DATA_BATCH], key=lambda size: abs(size - DATA_BATCH))
+
+
+def logits_of(runner: Runner, images: np.ndarray) -> np.ndarray:
+    """What a runner answers to any number of images.
+
+    Args:
+        runner: Opened.
+        images: Float32 ``[n, C, H, W]``, prepared.
+
+    Returns:
+        ``[n, classes]``.
+    """
+    return infer_all(runner, images, data_batch(runner) if runner.profiles else len(images))[LOGITS]
 
 
 def folder_of(data: Path, manifest: Manifest) -> Folder:

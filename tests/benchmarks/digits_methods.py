@@ -33,13 +33,14 @@ from evit_deploy.report.statistics import difference
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.training.compare import evaluate_each
 from evit_deploy.training.loop import Stage, fit
-from evit_deploy.training.setup import setup
-from evit_deploy.training.tasks import Teacher
+from evit_deploy.training.setup import own_teacher, setup
 
 LEVELS = (0.7, 0.5)
 """EViT's keep rates whose multiply-adds the others are brought to."""
 LOCATIONS = (3, 6, 9)
 FROM_SCRATCH = ("evit", "evo-vit")
+PREDICTORS_RATE = 1e-3
+"""DynamicViT's learning rate."""
 Settings = dict[str, Any]
 
 
@@ -150,20 +151,29 @@ def run_job(options: argparse.Namespace, job: str) -> None:
     if start == "untrained":
         reduce_tokens_(bench.model, spec)
     elif start == "finetuned":
-        teacher = copy.deepcopy(bench.model).eval().requires_grad_(False) if method == "dynamicvit" else None
-        section, others = _finetuning(bench, method, teacher)
-        bench.fit(spec, section, seed + 1, **others)
+        _finetune(bench, spec)
     else:
         section = _from_scratch(bench, method)
         bench.fit(spec, section, seed, curriculum=curriculum_of(bench.data))
     bench.note(name, what, spec, began)
 
 
-def _finetuning(bench: Bench, method: str, teacher: Any) -> tuple[Any, dict[str, Any]]:
-    section = bench.recipe.finetune
-    if method != "dynamicvit":
-        return section, {}
-    raise NotImplementedError(teacher, Teacher)
+def _finetune(bench: Bench, spec: TokenSpec) -> None:
+    """The recipe's fine-tuning; of DynamicViT the predictors at its paper's rate, its backbone at the others'."""
+    section, seed = bench.recipe.finetune, bench.seed + 1
+    if spec.method != "dynamicvit":
+        bench.fit(spec, section, seed)
+        return
+    dense = copy.deepcopy(bench.model)
+    torch.manual_seed(seed)
+    reduce_tokens_(bench.model, spec)
+    recipe = msgspec.structs.replace(bench.recipe, tokens=spec)
+    teacher = own_teacher(recipe, bench.model, dense, bench.data.preprocess)
+    section = msgspec.structs.replace(
+        section, learning_rate=PREDICTORS_RATE, backbone_lr_scale=section.learning_rate / PREDICTORS_RATE,
+        keep_rate_epochs=0.0, frozen=("cls_token", "pos_embed"),
+    )  # fmt: skip
+    bench.fit(None, section, seed, teacher=teacher)
 
 
 def _from_scratch(bench: Bench, method: str) -> Any:

@@ -11,13 +11,21 @@ import pytest
 from click.testing import CliRunner
 
 from evit_deploy.cli import cli
+from evit_deploy.cli.compare import command as compare
 from evit_deploy.cli.convert import command as convert
 from evit_deploy.cli.options import _FLAGS, struct_of
 from evit_deploy.cli.package import command as package
 from evit_deploy.cli.profile import command as profile
 from evit_deploy.recipe.fields import choices_in, field_docs, limits_in, plain
-from evit_deploy.recipe.options import BuildOptions, ConvertOptions, ConvertSection, ProfileOptions, ProfileSection
-from evit_deploy.recipe.recipe import load_recipe
+from evit_deploy.recipe.options import (
+    BuildOptions,
+    CompareOptions,
+    ConvertOptions,
+    ConvertSection,
+    ProfileOptions,
+    ProfileSection,
+)
+from evit_deploy.recipe.recipe import load_comparison, load_recipe
 from evit_deploy.registry import METHODS, RUNTIMES, TARGETS
 from evit_deploy.serving.options import PackageOptions, TritonOptions
 from tests.support.paths import RECIPES
@@ -26,6 +34,7 @@ STRUCTS = [
     (convert, ConvertOptions),
     (convert, BuildOptions),
     (profile, ProfileOptions),
+    (compare, CompareOptions),
     (package, PackageOptions),
     (package, TritonOptions),
 ]
@@ -62,7 +71,7 @@ def flag(field: str) -> str:
 def test_every_field_is_an_option_with_its_own_documentation(command, struct):
     options = {name: option for option in command.params for name in option.opts}
     for field in struct.__struct_fields__:
-        help_text = re.sub(r"\s*One of [^.]*\.", "", options[flag(field)].help).split()
+        help_text = re.sub(r"\s*One of .*?\.(?= |$)", "", options[flag(field)].help).split()
         assert help_text == field_docs(struct)[field].replace("``", "").split()
 
 
@@ -82,11 +91,27 @@ def test_what_the_command_line_can_ask_for_a_recipe_can_too_and_the_reverse():
     assert {field: getattr(section, field) for field in wanted} == wanted
 
 
+def test_a_comparison_s_recipe_takes_what_its_command_takes():
+    given = ["--runtime", "onnxruntime", "--runtime", "eager", "--threads", "2", "--batch-sizes", "1,4", "--duration",
+             "7", "--data", "labelled", "--reference", "evit-0.5", "--own-preprocessing"]  # fmt: skip
+    wanted = {"runtimes": ("onnxruntime", "eager"), "threads": 2, "batch_sizes": (1, 4), "duration": 7.0,
+              "data": "labelled", "reference": "evit-0.5", "own_preprocessing": True}  # fmt: skip
+    with compare.make_context("compare", ["a", "b", *given], parent=click.Context(cli)) as context:
+        assert struct_of("CompareOptions", dict(context.params)) == CompareOptions(**wanted)
+    overrides = [f"{field}={json.dumps(value)}" for field, value in wanted.items()]
+    recipe = load_comparison(RECIPES / "compare.yaml", overrides)
+    assert {field: getattr(recipe, field) for field in wanted} == wanted
+    assert set(CompareOptions.__struct_fields__) == {*wanted, "images"}
+    with compare.make_context("compare", ["a", "b", "--images", "x"], parent=click.Context(cli)) as context:
+        assert struct_of("CompareOptions", dict(context.params)) == CompareOptions(images="x")
+
+
 def test_what_is_not_given_is_the_default():
     with context_of(["model.pth"]) as context:
         assert struct_of("ConvertOptions", dict(context.params)) == ConvertOptions()
     assert ProfileSection().duration == 3.0
     assert ProfileOptions().duration == 10.0
+    assert CompareOptions().duration == 30.0
 
 
 def test_options_stand_under_headings():
@@ -104,6 +129,7 @@ def test_options_stand_under_headings():
         (["convert", "x.pth", "--precision", "fp15"], ["fp32", "fp16", "bf16", "int8", "fp8"], "fp16"),
         (["convert", "x.pth", "--method", "evti"], METHODS.names(), "evit"),
         (["verify", "bundle", "--runtime", "onxruntime"], RUNTIMES.names(), "onnxruntime"),
+        (["compare", "a", "b", "--runtime", "onxruntime"], RUNTIMES.names(), "onnxruntime"),
         (["package", "bundle", "--for", "tritn"], ["triton", "cpp"], "triton"),
         (["package", "bundle", "--for", "cpp", "--platform", "openvin"], ["tensorrt", "openvino"], "openvino"),
         (["package", "bundle", "--for", "triton", "--preprocess", "pyton"], ["python", "dali", "none"], "python"),

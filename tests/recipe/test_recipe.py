@@ -8,7 +8,16 @@ import pytest
 
 from evit_deploy.errors import RecipeError
 from evit_deploy.recipe.file import field_docs
-from evit_deploy.recipe.recipe import Recipe, dump_recipe, is_sweep, load_recipe, load_sweep, recipe_schema
+from evit_deploy.recipe.recipe import (
+    Recipe,
+    dump_recipe,
+    is_comparison,
+    is_sweep,
+    load_comparison,
+    load_recipe,
+    load_sweep,
+    recipe_schema,
+)
 from evit_deploy.recipe.sections import TrainSection
 from tests.support.paths import RECIPES
 
@@ -18,7 +27,8 @@ DIGITS = RECIPES / "digits.yaml"
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_is_listed(path):
-    assert (load_sweep if is_sweep(path) else load_recipe)(path).name == path.stem
+    load = load_sweep if is_sweep(path) else load_comparison if is_comparison(path) else load_recipe
+    assert load(path).name == path.stem
     assert f"[{path.name}]({path.name})" in (path.parent / "README.md").read_text()
 
 

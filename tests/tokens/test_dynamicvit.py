@@ -16,32 +16,10 @@ from evit_deploy.tokens.methods import dynamicvit
 from evit_deploy.tokens.methods.dynamicvit import Predictor
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, dense_twin, reduce_tokens_, set_keep_rate_, token_plan, token_spec
+from tests.support.dynamicvit_models import HEADS, OFFICIAL, SPEC, as_oracle, reduced, released, with_noise
 from tests.support.families import create, images, logits
 from tests.support.method_oracles import dynamicvit as oracle
-from tests.support.method_oracles.vit import Model
-from tests.support.official import Official, read_official
-
-SPEC = TokenSpec(keep_rate=0.6, method="dynamicvit")
-HEADS = {"deit": (3, 1e-6, 1.0), "lvvit": (3, 1e-5, 2.0), "lvvit_lambda_3": (4, 1e-5, 3.0)}
-
-
-def reduced(name: str, spec: TokenSpec = SPEC) -> Any:
-    """A model whose predictors matter: as they begin, they say next to nothing."""
-    model: Any = reduce_tokens_(create(name), spec)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for key, parameter in sorted(model.score_predictor.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "in_conv.0.weight" in key:
-                parameter.copy_(1 + 0.2 * noise)
-            else:
-                parameter.copy_(noise * (1.5 * parameter.shape[1] ** -0.5 if parameter.ndim == 2 else 0.3))
-    return model
-
-
-def as_oracle(model: nn.Module, name: str) -> Model:
-    heads, eps, skip = HEADS[name]
-    return Model({key: value.numpy() for key, value in model.state_dict().items()}, heads, eps=eps, skip=skip)
+from tests.support.official import read_official
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -80,21 +58,6 @@ def test_scores_do_not_saturate():
         assert (after > 30).all()
         assert torch.equal(after.argsort(), before.argsort())
         assert len(torch.stack([after, torch.zeros_like(after)], -1).log_softmax(-1)[..., 0].unique()) < 16
-
-
-def released(file: Official, weights: dict[str, np.ndarray], name: str) -> Any:
-    """A timm model with the weights of a released layout, reduced as they say."""
-    tensors = {key: torch.from_numpy(value) for key, value in weights.items()}
-    model: Any = timm.create_model(name, num_classes=100).eval()
-    own = {key: value for key, value in tensors.items() if key.startswith("score_predictor.")}
-    model.load_state_dict({key: value for key, value in tensors.items() if key not in own})
-    if own:
-        model.method_weights = own
-        reduce_tokens_(model, TokenSpec(keep_rate=file.recipe["rate"], method="dynamicvit"))
-    return model
-
-
-OFFICIAL = {"dynamicvit_deit_tiny": "deit_tiny_patch16_224", "dynamicvit_lvvit_s": "lvvit_s"}
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -244,12 +207,6 @@ def test_it_compiles_into_one_graph():
 
 
 # ---- training
-
-
-def with_noise(monkeypatch: pytest.MonkeyPatch, noise: np.ndarray) -> None:
-    """Gives the draws their noise: ``[stages, B, patches, 2]``, a location after the other."""
-    rows = iter(torch.from_numpy(noise[..., 0] - noise[..., 1]).float())
-    monkeypatch.setattr(dynamicvit, "logistic_noise", lambda like: next(rows).to(like))
 
 
 @pytest.mark.parametrize("name", HEADS)

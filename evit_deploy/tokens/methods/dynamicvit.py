@@ -37,6 +37,7 @@ class DynamicViT(TokenReducer):
     fuses: ClassVar[bool] = False
     needs_class_token: ClassVar[bool] = False
     needs_own_weights: ClassVar[bool] = True
+    learns_from_dense: ClassVar[bool] = True
     own_parameters: ClassVar[tuple[str, ...]] = ("score_predictor.",)
 
     @classmethod

@@ -1,0 +1,34 @@
+"""``evit-deploy compare``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from evit_deploy.cli.options import Command, struct_of, struct_options
+from evit_deploy.cli.output import Output, output_options
+from evit_deploy.cli.types import PATH
+
+
+@click.command("compare", cls=Command, short_help="Compare bundles side by side in one interleaved run.")
+@click.argument("bundles", nargs=-1, type=PATH, metavar="BUNDLE...")
+@struct_options("CompareOptions", "Measurement", "runtimes", "threads", "batch_sizes", "duration")
+@struct_options("CompareOptions", "Answers", "data", "images", "reference", "own_preprocessing")
+@click.option("--out", type=PATH, metavar="DIR", help="Write compare.csv, compare.md and compare.json there.")
+@click.option("--force", is_flag=True, help="Replace these files.")
+@output_options
+def command(bundles: tuple[Path, ...], out: Path | None, force: bool, output: Output, **options: Any) -> None:
+    """Compare two or more BUNDLEs of the same task, of any methods and keep rates, in one interleaved run.
+
+    Each is held against its dense baseline, which bundles of the same dense model share, and against the slice
+    baseline of its own token counts; with images also against the reference bundle.
+
+    \b
+    evit-deploy compare deit_s-evit-k0.7 deit_s-evit-k0.5 --threads 1
+    evit-deploy compare deit_s-evit-k0.7 deit_s-evit-k0.5 --data IMAGENET/val --out comparison
+    """
+    asked = struct_of("CompareOptions", options)
+    from evit_deploy.pipeline.compare import compare
+
+    report = compare(bundles, options=asked, out=out, force=force)
+    output.result(report, None if out is None else f"\n{out}")

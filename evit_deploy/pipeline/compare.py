@@ -1,0 +1,354 @@
+"""Bundles side by side: what each is, how right its answers are, and how fast it is, in one interleaved run."""
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from evit_deploy.bundle.bundle import Bundle, changed_files, read_bundle
+from evit_deploy.bundle.manifest import Manifest
+from evit_deploy.data.images import image_batches, image_files, with_channels
+from evit_deploy.data.sources import Folder, labelled_batches
+from evit_deploy.environment.machine import device, versions
+from evit_deploy.errors import InputError, MissingRequirement, did_you_mean
+from evit_deploy.files import write_atomically
+from evit_deploy.profiling.side_by_side import Contender, Lane, Parents, choose_runtimes, lane_of, measure_lane, named
+from evit_deploy.progress import doing, step
+from evit_deploy.recipe.options import CompareOptions
+from evit_deploy.report.comparison import as_csv, as_markdown, rounded
+from evit_deploy.report.report import ComparedRow, Report
+from evit_deploy.report.statistics import difference, hits_of, row_of_hits
+from evit_deploy.runtimes.runner import Runner
+from evit_deploy.runtimes.select import opened
+from evit_deploy.tokens.plan import TokenPlan, TokenSpec
+from evit_deploy.verification.accuracy import DATA_BATCH, folder_of, logits_of
+
+_LOG = logging.getLogger(__name__)
+
+CSV, MARKDOWN, JSON = "compare.csv", "compare.md", "compare.json"
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """What was answered to the images.
+
+    Args:
+        runtime: What answered.
+        logits: ``[n, classes]`` of every bundle and dense baseline, by name.
+        labels: int64 ``[n]``, where they are known.
+    """
+
+    runtime: str
+    logits: Mapping[str, np.ndarray]
+    labels: np.ndarray | None
+
+
+def compare(
+    bundles: Sequence[str | Path],
+    *,
+    options: CompareOptions | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+) -> Report:
+    """Compares bundles of the same task, of any methods and keep rates, in one interleaved run.
+
+    Every bundle is held against its dense baseline (one for all bundles of the same dense model) and against the slice
+    baseline of its own token counts. On each runtime and at each batch size they all take turns.
+
+    Args:
+        bundles: Their folders, at least two.
+        options: Runtimes, batch sizes, images, reference.
+        out: Folder for ``compare.csv``, ``compare.md`` and ``compare.json``, which hold the same numbers.
+        force: Whether to replace these files.
+
+    Returns:
+        ``compared``: one row for each bundle and dense baseline; ``rows``: how fast each is, with its name as
+        ``variant``. Numbers are rounded to five significant digits.
+
+    Raises:
+        InputError: These bundles cannot be compared, or not as asked; nothing was measured.
+        MissingRequirement: A runtime that was asked for is not here.
+    """
+    place = Path(out) if out is not None else None
+    if place is not None:
+        _check_place(place, force=force)
+    named_bundles = [(str(path), read_bundle(path)) for path in bundles]
+    report = compare_named(_short_names(named_bundles), options or CompareOptions())
+    if place is not None:
+        write_files(report, place)
+    return report
+
+
+def compare_named(bundles: Sequence[tuple[str, Bundle]], options: CompareOptions) -> Report:
+    """:func:`compare` of bundles that have names.
+
+    Args:
+        bundles: Name and bundle; names are unique.
+        options: Runtimes, batch sizes, images, reference.
+
+    Raises:
+        InputError: See :func:`compare`.
+        MissingRequirement: See :func:`compare`.
+    """
+    _check_bundles(bundles)
+    contenders = named(bundles)
+    reference = reference_of({name: str(bundle.path) for name, bundle in bundles}, options.reference)
+    _check_images(contenders, options)
+    parents = Parents()
+    runtimes, notes = choose_runtimes(contenders, options.runtimes, options.batch_sizes, parents)
+    report, answers = Report(notes=tuple(notes), versions=versions(), device=device()), None
+    failed: list[InputError | MissingRequirement] = []
+    with tempfile.TemporaryDirectory(prefix="evit-deploy-") as scratch:
+        for runtime in runtimes:
+            doing(_LOG, f"preparing the models for {runtime}")
+            lane = lane_of(runtime, contenders, parents, Path(scratch))
+            with ExitStack() as stack:
+                try:
+                    runners = [
+                        stack.enter_context(opened(runtime, entry.candidate.artifact, options.threads))
+                        for entry in lane.entries
+                    ]
+                except (InputError, MissingRequirement) as error:  # it turns out only now that it does not run here
+                    if options.runtimes:
+                        raise
+                    failed.append(error)
+                    report += Report(notes=(f"{runtime} was left out: {error}",))
+                    continue
+                if answers is None and (options.data or options.images):
+                    answers = _answers(lane, runners, contenders, options)
+                report += measure_lane(lane, runners, options)
+    if failed and not report.rows:
+        raise failed[0]
+    rows = tuple(map(rounded, report.rows))
+    return msgspec.structs.replace(report, rows=rows, compared=tuple(_compared(contenders, reference, answers)))
+
+
+def write_files(report: Report, place: Path) -> None:
+    """Writes a comparison as CSV, Markdown and JSON.
+
+    Raises:
+        StageError: A file could not be written.
+    """
+    write_atomically(place / CSV, as_csv(report).encode())
+    write_atomically(place / MARKDOWN, as_markdown(report).encode())
+    write_atomically(place / JSON, msgspec.json.format(msgspec.json.encode(report), indent=2))
+
+
+def _check_place(place: Path, *, force: bool) -> None:
+    """Makes sure, before any work, that results may be written to a folder."""
+    try:
+        if place.exists() and not place.is_dir():
+            raise InputError("this is a file", where=place, wanted="a folder", fix="Give another --out.")
+        there = [name for name in (CSV, MARKDOWN, JSON) if (place / name).exists()]
+        if there and not force:
+            fix = "Give --force to replace them, or another --out."
+            raise InputError(f"there are results already ({', '.join(there)})", where=place, fix=fix)
+        folder = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".evit-deploy-"):
+            pass
+    except OSError as error:  # a name too long for any file, a folder that may not be written to
+        raise InputError(f"cannot write there ({error.strerror})", where=place, fix="Give another --out.") from None
+
+
+def _short_names(bundles: Sequence[tuple[str, Bundle]]) -> list[tuple[str, Bundle]]:
+    """Bundles by the names of their folders, or by their paths where folders of one name are compared."""
+    short = [bundle.path.resolve().name for _, bundle in bundles]
+    unique = len(set(short)) == len(short)
+    return [(name if unique else path, bundle) for name, (path, bundle) in zip(short, bundles, strict=True)]
+
+
+def _check_bundles(bundles: Sequence[tuple[str, Bundle]]) -> None:
+    if len(bundles) < 2:
+        raise InputError(
+            "one bundle is compared with nothing" if bundles else "nothing to compare", seen=len(bundles),
+            wanted="at least two bundles", fix="evit-deploy profile measures one against its baselines.",
+        )  # fmt: skip
+    seen: dict[object, str] = {}
+    for name, bundle in bundles:
+        content = msgspec.json.encode(bundle.manifest.files, order="sorted")
+        for key in (bundle.path.resolve(), content):
+            if key in seen:
+                raise InputError("the same bundle twice", where=bundle.path, seen=f"{seen[key]} and {name}",
+                                 fix="Name each bundle once.")  # fmt: skip
+            seen[key] = name
+    for _, bundle in bundles:
+        changed = changed_files(bundle)
+        if changed:
+            what = "files are not what the manifest says: " + ", ".join(changed)
+            raise InputError(what, where=bundle.path, fix="Convert again.")
+
+
+def reference_of(paths: Mapping[str, str], asked: str | None) -> str:
+    """Name of the bundle that the others are held against: the one that was asked for, or the first.
+
+    Args:
+        paths: For each name its path.
+        asked: A name or a path.
+
+    Raises:
+        InputError: None of them is called that.
+    """
+    if asked is None:
+        return next(iter(paths))
+    if asked in paths:
+        return asked
+    found = [name for name, path in paths.items() if path and Path(path).resolve() == Path(asked).resolve()]
+    if not found:
+        raise InputError(
+            "the reference is not among the bundles", where="--reference", seen=repr(asked),
+            wanted="one of " + ", ".join(paths), fix=did_you_mean(asked, paths),
+        )  # fmt: skip
+    return found[0]
+
+
+def _check_images(contenders: Sequence[Contender], options: CompareOptions) -> None:
+    """Refuses images that are none, and bundles whose accuracy on the same images does not mean the same."""
+    if options.images is not None:
+        image_files(Path(options.images))
+    if options.data is None:
+        return
+    first = contenders[0]
+    for one in contenders:
+        _check_same_task(first, one, own_preprocessing=options.own_preprocessing)
+    for one in contenders:
+        folder_of(Path(options.data), one.bundle.manifest)
+
+
+def _check_same_task(first: Contender, other: Contender, *, own_preprocessing: bool) -> None:
+    one, two = first.bundle.manifest, other.bundle.manifest
+    names = f"{first.name} and {other.name}"
+    classes = [manifest.outputs[0].shape[-1] for manifest in (one, two)]
+    if classes[0] != classes[1]:
+        raise InputError(f"{names} tell other classes apart", where="--data", seen=f"{classes[0]} and {classes[1]}",
+                         wanted="bundles of the same task", fix="Leave --data out to compare speed alone.")  # fmt: skip
+    if one.labels is not None and two.labels is not None and one.labels != two.labels:
+        which = next(i for i, pair in enumerate(zip(one.labels, two.labels, strict=False)) if pair[0] != pair[1])
+        raise InputError(f"{names} call their classes differently", where="--data",
+                         seen=f"class {which} is {one.labels[which]!r} and {two.labels[which]!r}",
+                         wanted="bundles of the same task", fix="Leave --data out to compare speed alone.")  # fmt: skip
+    mine, others = (msgspec.structs.asdict(manifest.preprocess) for manifest in (one, two))
+    differing = [key for key in mine if mine[key] != others[key]]
+    if differing and not own_preprocessing:
+        seen = "; ".join(f"{key} {mine[key]} and {others[key]}" for key in differing)
+        what = "take images of other sizes" if "size" in differing else "prepare images differently"
+        raise InputError(
+            f"{names} {what}", where="--data", seen=seen,
+            fix="Give --own-preprocessing to let each prepare the images in its own way.",
+        )  # fmt: skip
+
+
+def _answers(
+    lane: Lane, runners: Sequence[Runner], contenders: Sequence[Contender], options: CompareOptions
+) -> Answers:
+    """Shows the images to every bundle and dense baseline; each is read once for all that prepare it alike."""
+    alike: dict[tuple[object, int], list[tuple[str, Runner]]] = {}
+    manifests = {one.dense: one.bundle.manifest for one in reversed(contenders)}
+    manifests |= {one.name: one.bundle.manifest for one in contenders}
+    for entry, runner in zip(lane.entries, runners, strict=True):
+        if entry.name is not None:
+            manifest = manifests[entry.name]
+            alike.setdefault((manifest.preprocess, _channels(manifest)), []).append((entry.name, runner))
+    logits: dict[str, list[np.ndarray]] = {}
+    labels: np.ndarray | None = None
+    for group in alike.values():
+        truth: list[np.ndarray] = []
+        for images, known in _batches(manifests[group[0][0]], options):
+            for name, runner in group:
+                logits.setdefault(name, []).append(logits_of(runner, images))
+            if known is not None:
+                truth.append(known)
+        labels = np.concatenate(truth) if truth else None
+    return Answers(lane.runtime, {name: np.concatenate(parts) for name, parts in logits.items()}, labels)
+
+
+def _channels(manifest: Manifest) -> int:
+    return int(manifest.inputs[0].shape[1] or 3)
+
+
+def _batches(manifest: Manifest, options: CompareOptions) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    preprocess, channels = manifest.preprocess, _channels(manifest)
+    if options.data is not None:
+        source = Folder(options.data)
+        total, batches = len(source), labelled_batches(source, preprocess, DATA_BATCH)
+    else:
+        folder = Path(options.images or "")
+        total, batches = len(image_files(folder)), image_batches(folder, preprocess, channels, DATA_BATCH)
+    done = 0
+    for images, labels in batches:
+        step(_LOG, "answering the images", done, total)
+        yield with_channels(images, channels) if options.data is not None else images, labels
+        done += len(images)
+
+
+def _compared(contenders: Sequence[Contender], reference: str, answers: Answers | None) -> Iterator[ComparedRow]:
+    """A row for each dense baseline, before the first bundle that is held against it, and for each bundle."""
+    known: set[str] = set()
+    for one in contenders:
+        manifest = one.bundle.manifest
+        if one.dense not in known:
+            known.add(one.dense)
+            plan = manifest.plan.dense()
+            row = _row_of_plan(one.dense, "dense", "", manifest.precision, plan)
+            yield rounded(_with_answers(row, None, answers))
+        row = _row_of_plan(one.name, manifest.kind, settings_of(manifest.tokens), manifest.precision, manifest.plan)
+        row = msgspec.structs.replace(row, dense=one.dense)
+        yield rounded(_with_answers(row, reference, answers))
+
+
+def _row_of_plan(name: str, method: str, settings: str, precision: str, plan: TokenPlan) -> ComparedRow:
+    return ComparedRow(
+        name=name,
+        method=method,
+        settings=settings,
+        precision=precision,
+        gmacs=plan.macs() / 1e9,
+        mac_ratio=plan.mac_ratio(),
+        tokens=plan.blocks[-1].tokens_out,
+    )
+
+
+def settings_of(spec: TokenSpec) -> str:
+    """What a method was told, and nothing that it has by default.
+
+    >>> settings_of(TokenSpec(keep_rate=0.7, fuse=False))
+    'keep_rate=0.7, fuse=no'
+    """
+    defaults = {field.name: field.default for field in msgspec.structs.fields(TokenSpec)}
+    told = {}
+    for field, value in msgspec.structs.asdict(spec).items():
+        if field not in ("method", "options") and value is not None and value != defaults[field]:
+            told[field] = value
+    return ", ".join(f"{field}={_text(value)}" for field, value in (told | spec.options).items())
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return "/".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _with_answers(row: ComparedRow, reference: str | None, answers: Answers | None) -> ComparedRow:
+    if answers is None or row.name not in answers.logits:
+        return row
+    logits = answers.logits[row.name]
+    row = msgspec.structs.replace(row, images=len(logits), runtime=answers.runtime)
+    baseline = answers.logits.get(row.dense or "")
+    if baseline is not None:
+        row = msgspec.structs.replace(row, agreement=float((logits.argmax(1) == baseline.argmax(1)).mean()))
+    if answers.labels is None:
+        return row
+    hits = hits_of(logits, answers.labels)
+    found = row_of_hits(row.name, hits)
+    row = msgspec.structs.replace(row, top1=found.top1, top1_low=found.low, top1_high=found.high, top5=found.top5)
+    if baseline is not None and row.dense is not None:
+        to_dense = difference(row.dense, hits[:, 0], hits_of(baseline, answers.labels)[:, 0])
+        row = msgspec.structs.replace(row, to_dense=to_dense)
+    if reference not in (None, row.name):
+        to_reference = difference(reference, hits[:, 0], hits_of(answers.logits[reference], answers.labels)[:, 0])
+        row = msgspec.structs.replace(row, to_reference=to_reference)
+    return row

@@ -1,0 +1,157 @@
+"""A comparison as files: one flat table as CSV, two tables to read as Markdown, with the very numbers of the JSON.
+
+So that all three can be equal, numbers are rounded once, when the rows are made: see :func:`rounded`.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from evit_deploy.report.report import ComparedRow, ProfileRow, Report
+
+DIGITS = 5
+"""Significant digits of every number: more than any clock is good for, and exact for a share of 50,000 images."""
+
+_Row = TypeVar("_Row", bound=msgspec.Struct)
+
+
+def rounded(row: _Row) -> _Row:
+    """A row with its floating-point numbers rounded to :data:`DIGITS` significant digits, those of structs in it too.
+
+    >>> rounded(ComparedRow("a", "evit", "keep_rate=0.7", "fp32", 3.0012345, 1.0, 97)).gmacs
+    3.0012
+    """
+    changes: dict[str, Any] = {}
+    for field, value in msgspec.structs.asdict(row).items():
+        if isinstance(value, float):
+            changes[field] = float(f"{value:.{DIGITS}g}")
+        elif isinstance(value, msgspec.Struct):
+            changes[field] = rounded(value)
+    return msgspec.structs.replace(row, **changes)
+
+
+def pairs(report: Report) -> Iterator[tuple[ComparedRow, ProfileRow]]:
+    """What each profile row of a comparison is about, runtime by runtime and batch size by batch size."""
+    compared = {row.name: row for row in report.compared}
+    for row in report.rows:
+        yield compared[row.variant], row
+
+
+def as_csv(report: Report) -> str:
+    """One line for every bundle and baseline, runtime and batch size; empty cells are what was not measured.
+
+    Columns are the fields of :class:`ComparedRow` and :class:`ProfileRow`; a difference takes four, ``to_dense``,
+    ``to_dense_error``, ``to_dense_low`` and ``to_dense_high``. A bundle's own fields stand in each of its lines.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*_flat(ComparedRow), *_speed_columns()])
+    for compared, row in pairs(report):
+        writer.writerow([*_flat_values(compared), *(_cell(getattr(row, name)) for name in _speed_columns())])
+    return text.getvalue()
+
+
+_DIFFERENCES = ("to_dense", "to_reference")
+_PARTS = {"": "value", "_error": "error", "_low": "low", "_high": "high"}
+_ANSWERED_BY = "answered_by"
+"""Column of :attr:`ComparedRow.runtime`, because the profile row has a runtime too."""
+
+
+def _flat(kind: type[ComparedRow]) -> list[str]:
+    names = []
+    for field in kind.__struct_fields__:
+        if field in _DIFFERENCES:
+            names += [field + suffix for suffix in _PARTS]
+        else:
+            names.append(_ANSWERED_BY if field == "runtime" else field)
+    return names
+
+
+def _flat_values(row: ComparedRow) -> list[str]:
+    cells = []
+    for field in row.__struct_fields__:
+        value = getattr(row, field)
+        cells += (
+            [_cell(getattr(value, part, None)) for part in _PARTS.values()] if field in _DIFFERENCES else [_cell(value)]
+        )
+    return cells
+
+
+def _speed_columns() -> list[str]:
+    return [name for name in ProfileRow.__struct_fields__ if name not in ("variant", "mac_ratio")]
+
+
+def as_markdown(report: Report, title: str = "Comparison") -> str:
+    """The same numbers to read: a table of what the bundles are and answer, one of how fast they are, and the notes.
+
+    Args:
+        report: Of a comparison.
+        title: Heading.
+    """
+    parts = [f"# {title}"]
+    parts.append(_markdown_table(*_answers(report.compared)))
+    parts.append(_markdown_table(*_speeds(report.rows)))
+    if report.notes:
+        parts.append("\n".join(f"- {note}" for note in report.notes))
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    device = ", ".join(f"{name} {value}" for name, value in report.device.items())
+    parts.append("; ".join(part for part in (versions, device) if part))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _answers(rows: Sequence[ComparedRow]) -> tuple[list[str], list[list[str]]]:
+    reference = next((row.to_reference.other for row in rows if row.to_reference is not None), "reference")
+    columns = {
+        "bundle": [row.name for row in rows],
+        "method": [row.method for row in rows],
+        "settings": [row.settings for row in rows],
+        "precision": [row.precision for row in rows],
+        "GMACs": [_cell(row.gmacs) for row in rows],
+        "MAC ratio": [_cell(row.mac_ratio) for row in rows],
+        "tokens at the end": [_cell(row.tokens) for row in rows],
+        "held against": [row.dense or "" for row in rows],
+        "images": [_cell(row.images) for row in rows],
+        "agreement with it": [_cell(row.agreement) for row in rows],
+        "top-1": [_cell(row.top1) for row in rows],
+        "95 % interval": [_span(row.top1_low, row.top1_high) for row in rows],
+        "top-5": [_cell(row.top5) for row in rows],
+        "top-1 less the dense baseline's": [_difference(row, "to_dense") for row in rows],
+        f"top-1 less that of {reference}": [_difference(row, "to_reference") for row in rows],
+    }
+    filled = {name: cells for name, cells in columns.items() if any(cells)}
+    return list(filled), [list(cells) for cells in zip(*filled.values(), strict=True)]
+
+
+def _speeds(rows: Sequence[ProfileRow]) -> tuple[list[str], list[list[str]]]:
+    header = ["runtime", "batch", "bundle", "on", "clock", "images/s", "p50 ms", "p99 ms", "speed-up", "95 % interval",
+              "MAC efficiency", "overhead over slicing"]  # fmt: skip
+    lines = []
+    for row in rows:
+        numbers = row.images_per_second, row.p50, row.p99, row.speedup
+        span = _span(row.speedup_low, row.speedup_high)
+        ratios = _cell(row.mac_efficiency), _cell(row.overhead)
+        place = row.runtime, str(row.batch), row.variant, row.device, row.clock
+        lines.append([*place, *map(_cell, numbers), span, *ratios])
+    return header, lines
+
+
+def _difference(row: ComparedRow, field: str) -> str:
+    found = getattr(row, field)
+    return "" if found is None else f"{_cell(found.value)} ({_span(found.low, found.high)})"
+
+
+def _span(low: float | None, high: float | None) -> str:
+    return "" if low is None else f"{_cell(low)} to {_cell(high)}"
+
+
+def _cell(value: float | str | None) -> str:
+    """A number as Python and JSON write it, so that it reads back equal."""
+    return "" if value is None else str(value)
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -103,9 +103,7 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
         for index, value in enumerate(node.inputs):
             given = node.domain == DOMAIN and index > 0  # scores and sizes
             if value is not None and value.dtype == DataType.FLOAT and _is_exact(value, exact) and not given:
-                if value not in narrowed:  # blocks between two merges share their logarithms of sizes
-                    narrowed[value] = _narrow(graph, value, node, low)
-                node.replace_input_with(index, narrowed[value])
+                node.replace_input_with(index, _narrow(graph, value, low, narrowed))
         if node.op_type == "Cast" and node.attributes["to"].as_int() == DataType.FLOAT:
             node.attributes["to"] = onnx_ir.AttrInt64("to", low)
         for value in node.outputs:
@@ -215,12 +213,18 @@ def _widen(
     return widened[value]
 
 
-def _narrow(graph: onnx_ir.Graph, value: onnx_ir.Value, before: onnx_ir.Node, low: DataType) -> onnx_ir.Value:
-    """A number of FP32 in the type of the rest."""
-    cast = onnx_ir.node("Cast", [value], {"to": low}, name=f"{value.name}.cast")
-    cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = cast.name, low, value.shape
-    graph.insert_before(before, cast)
-    return cast.outputs[0]
+def _narrow(
+    graph: onnx_ir.Graph, value: onnx_ir.Value, low: DataType, narrowed: dict[onnx_ir.Value, onnx_ir.Value]
+) -> onnx_ir.Value:
+    """A number of FP32 in the type of the rest, by one ``Cast`` behind its producer however often it is asked for."""
+    if value not in narrowed:
+        cast = onnx_ir.node("Cast", [value], {"to": low}, name=f"{value.name}.cast")
+        cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = cast.name, low, value.shape
+        producer = value.producer()
+        assert producer is not None
+        graph.insert_after(producer, cast)
+        narrowed[value] = cast.outputs[0]
+    return narrowed[value]
 
 
 def _narrow_input(graph: onnx_ir.Graph, value: onnx_ir.Value, low: DataType) -> None:

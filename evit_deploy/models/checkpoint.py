@@ -84,7 +84,10 @@ def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tup
             f"the method {values.get('method', own.method if own else '')!r} has no fused token", where="--fuse",
             fix="Leave --fuse out.",
         )  # fmt: skip
-    if method.takes_keep_rate and "keep_rate" not in values and (own is None or own.keep_rate is None):
+    given = "keep_rate" in values or (own is not None and own.keep_rate is not None)
+    if method.takes_keep_rate and not given and method.default_keep_rate is not None:
+        values["keep_rate"], given = method.default_keep_rate, True
+    if method.takes_keep_rate and not given:
         raise InputError(
             "a keep rate is needed: the checkpoint does not give one", where="--keep-rate",
             wanted="a number in (0, 1]", fix="Say for example --keep-rate 0.7.",

@@ -59,16 +59,22 @@ class ReducedBlock(nn.Module):
         self.train(block.training)
         self.replaced = (block,)  # in a tuple, where nn.Module does not look for children
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Like ``Block.forward``; masks are refused, because a mask has no meaning for tokens that moved."""
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, state: TokenState | None = None
+    ) -> Any:
+        """Like ``Block.forward``; masks are refused, because a mask has no meaning for tokens that moved.
+
+        With a state it gives the tokens and the new state, see :class:`~evit_deploy.tokens.state.TokenBlocks`.
+        """
         if attn_mask is not None or is_causal:
             raise UnsupportedModelError("a reduced block", ["an attention mask was given"])
+        if state is not None:
+            return self._carry(x, state)
         if self.reducer.stateful:
             raise UnsupportedModelError("a reduced block", ["it takes the state of the block before it: run them all"])
         return self.with_kept(x)[0]
 
-    def carry(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """The block of a method that carries state; see :class:`~evit_deploy.tokens.state.TokenBlocks`."""
+    def _carry(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         x, state = self.reducer.before(x, state)
         mask = self.reducer.keep_mask(state)
         if mask is None:  # masked tokens are still there

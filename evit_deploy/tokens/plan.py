@@ -200,6 +200,7 @@ class BlockPlan(msgspec.Struct, frozen=True, omit_defaults=True):
         choice: What a location chooses: candidates that are kept, or what is merged into what.
         choice_indices: How many numbers that takes, where it is not K.
         method_macs: Multiply-adds of the method's own layers.
+        ranks: Whether the class attention of this block is read for the choice of a later one.
     """
 
     block: int
@@ -211,6 +212,7 @@ class BlockPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     choice: Literal["kept", "merge"] = "kept"
     choice_indices: int | None = None
     method_macs: int = 0
+    ranks: bool = False
 
     @property
     def choice_length(self) -> int:
@@ -267,7 +269,8 @@ class TokenPlan(msgspec.Struct, frozen=True):
         """Multiply-adds of the whole model for one image."""
         total = sum(self.block_macs(row.block) for row in self.blocks)
         assert self.cost is not None  # block_macs has refused by now; depth is never 0
-        last = self.blocks[-1].tokens_out - self.prefix
+        end = self.blocks[-1]  # those that wait are back by then, and what stood for them is not
+        last = self.patches if end.aside else end.tokens_out - self.prefix
         return total + self.cost.stem + self.cost.head + last * self.cost.token_head
 
     def mac_ratio(self) -> float:

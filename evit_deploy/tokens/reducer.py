@@ -27,7 +27,8 @@ class TokenReducer(nn.Module):
 
     A method is registered in ``registry.METHODS``. One whose models are exported has scores in any case: they tell
     which choices lie within rounding. A reducer holds no parameters, so that a reduced model's ``state_dict`` has the
-    dense model's keys; a method with layers of its own adds them to the model (:meth:`attach`).
+    dense model's keys; a method with layers of its own adds them to the model (:meth:`attach`). What a child module
+    called ``exact`` computes stays in FP32 in an exported file of any precision, as what leads to scores does.
 
     Args:
         plan: What this block has to do; replaced while a keep-rate schedule runs.
@@ -43,6 +44,8 @@ class TokenReducer(nn.Module):
     """Whether it exists to compare others with, and is nothing that a user would deploy."""
     takes_keep_rate: ClassVar[bool] = True
     """Whether keep rates say how much is kept; if not, its options do."""
+    default_keep_rate: ClassVar[float | None] = None
+    """The rate of a spec that gives none; without one it has to be given."""
     needs_class_token: ClassVar[bool] = True
     """Whether it ranks by what the class token attends to."""
     own_parameters: ClassVar[tuple[str, ...]] = ()

@@ -41,7 +41,7 @@ class TokenBlocks(nn.Sequential):
     Parameter names are those of the container that it replaces.
 
     Args:
-        blocks: Reduced blocks, each with ``carry(x, state)``.
+        blocks: Reduced blocks; called with ``state=`` they give tokens and state.
         replaced: The container; kept, so that it can be put back.
     """
 
@@ -65,7 +65,8 @@ class TokenBlocks(nn.Sequential):
         state = blocks[0].reducer.start(x)
         again = self.checkpointing and torch.is_grad_enabled()
         for block in blocks:
-            found: Any = checkpoint(block.carry, x, state, use_reentrant=False) if again else block.carry(x, state)
+            # A call, so that what an exporter or a profiler sees carries the block's name.
+            found: Any = checkpoint(block, x, state=state, use_reentrant=False) if again else block(x, state=state)
             x, state = found
         return blocks[-1].reducer.finish(x, state), state
 

@@ -24,9 +24,10 @@ def test_methods_keep_the_contract(name, fuse, method):
     reduce_tokens_(model, spec)
     assert [key for key in model.state_dict() if not key.startswith(own)] == keys
     plan = token_plan(model)
+    assert len(plan.locations) > 1
     blocks = [module for module in model.modules() if isinstance(module, ReducedBlock)]
-    assert len(plan.locations) == (4 if plan.merging else 3)
-    assert len(blocks) == len(plan.blocks if blocks[0].reducer.stateful else plan.locations)
+    stateful = {block.reducer.stateful for block in blocks}
+    assert [block.reducer.plan for block in blocks] == list(plan.blocks if stateful == {True} else plan.locations)
     reached = []
     for block in blocks:
         reducer = block.reducer
@@ -37,20 +38,21 @@ def test_methods_keep_the_contract(name, fuse, method):
     result = model(pixels)
     assert result.shape == (3, model.num_classes)
     assert result.isfinite().all()
-    for row, (x, y, kept) in zip(plan.locations, reached, strict=True):
-        candidates = x.shape[1] - plan.prefix
+    for row, (x, y, choice, *_) in zip(plan.locations, reached, strict=True):
         assert y.shape == (3, row.tokens_out, x.shape[2])
         assert y.dtype == x.dtype
-        assert kept.shape == (3, row.choice_length)
-        assert kept.dtype == torch.int32
+        assert choice.shape == (3, row.choice_length)
+        assert choice.dtype == torch.int32
         assert torch.equal(y[:, : plan.prefix], x[:, : plan.prefix])
+        candidates = x.shape[1] - plan.prefix
         if row.choice == "merge":  # every candidate stays or moves, and those that move join one that stays
-            assert oracle.is_valid_choice(kept[:, :candidates].numpy(), candidates)
-            assert ((kept[:, candidates:] >= 0) & (kept[:, candidates:] < row.keep)).all()
+            assert oracle.is_valid_choice(choice[:, :candidates].numpy(), candidates)
+            assert ((choice[:, candidates:] >= 0) & (choice[:, candidates:] < row.keep)).all()
             continue
-        assert oracle.is_valid_choice(kept.numpy(), candidates)
+        assert candidates == plan.patches or not row.aside
+        assert oracle.is_valid_choice(choice.numpy(), candidates)
         for image in range(3):
-            rows = x[image, plan.prefix :][kept[image].long()]
+            rows = x[image, plan.prefix :][choice[image, : row.keep].long()]
             assert torch.equal(y[image, plan.prefix : plan.prefix + row.keep], rows)
     result.sum().backward()
     assert pixels.grad.isfinite().all()

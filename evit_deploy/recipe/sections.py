@@ -39,10 +39,10 @@ class ModelSection(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.pretrained and (self.checkpoint is not None or self.name is None):
             raise RecipeError("from scratch takes a name and no checkpoint", where="model.pretrained", seen=False)
-        for key in ("num_classes", "pretrained", "img_size", "global_pool"):
+        for key in ("num_classes", "pretrained", "img_size"):
             if key in self.args:
                 reason = {"num_classes": "the data decides it", "pretrained": "it is model.pretrained"}.get(key)
-                reason = reason or ("use image_size" if key == "img_size" else "the score needs the class token")
+                reason = reason or "use image_size"
                 raise RecipeError(f"{key} is not set here: {reason}", where="model.args")
 
 
@@ -211,6 +211,9 @@ class TrainSection(Section, frozen=True, kw_only=True):
     reduced."""
     keep_rate_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     """Epochs that this takes; 0 is at once."""
+    layer_wise_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """Epochs in which every block sorts the patches anew, from the first location on (``evo-vit`` only); from then on,
+    and in the model that is kept, a stage sorts once. Evaluations on the way are of the form that is being trained."""
     model_mode: Literal["train", "eval"] = "train"
     """``eval`` trains without dropout and stochastic depth, as the official EViT fine-tune does."""
     autocast: Literal["none", "bf16", "fp16"] = "none"

@@ -182,7 +182,7 @@ def _name_choice(model: "openvino.Model", result: "openvino.Node", asked_for: se
     choice = result.input_value(0)
     while choice.get_node().get_type_name() == "Convert":  # to int32
         choice = choice.get_node().input_value(0)
-    choice.add_names({name})
+    choice.set_names({name})  # the only one, or a runtime would call it by another
 
 
 def _mark_scores(root: Element) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.types import PATH, BatchRange, Choice, Numbers, Positive, TargetOption, Whole
+from evit_deploy.cli.types import PATH, BatchRange, Choice, MethodOption, Numbers, Positive, TargetOption, Whole
 
 _LAST = "Output"
 """Heading of the options that name none, which closes the page."""
@@ -140,9 +140,13 @@ def struct_of(name: str, values: dict[str, Any], **more: Any) -> Any:
 
 
 def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--keep-rate --locations --fuse --method``."""
+    """``--keep-rate --locations --fuse --method --method-option``."""
     group = "Token reduction"
     for option in (
+        click.option(
+            "--method-option", "method_options", cls=Option, group=group, type=MethodOption(), multiple=True,
+            metavar="OPTION=VALUE", help="Option of the method, such as squeeze=true of evit; repeatable.",
+        ),
         click.option(
             "--method", cls=Option, group=group, type=Choice(registry="METHODS"),
             help="Reduction method.  [default: evit]",
@@ -174,6 +178,8 @@ def tokens_of(options: dict[str, Any]) -> dict[str, Any]:
         (given["keep_rate"],) = given["keep_rate"]
     checked: dict[str, Any] = {"keep_rate": 1.0} | given
     TokenSpec(**checked)
+    if options_given := dict(options.pop("method_options")):
+        given["method_options"] = options_given
     return given
 
 

@@ -1,5 +1,6 @@
 """Kinds of values on the command line."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,6 +103,24 @@ class TargetOption(click.ParamType):
         if not (equals and target and option):
             raise click.BadParameter(f"got {value!r}, expected TARGET.OPTION=VALUE", ctx, param)
         return target, option, text
+
+
+class MethodOption(click.ParamType):
+    """``OPTION=VALUE``; the value as JSON, or as the text that it is."""
+
+    name = "option=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        """``"squeeze=true"`` to ``("squeeze", True)``."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).partition("=")
+        if not (equals and name):
+            raise click.BadParameter(f"got {value!r}, expected OPTION=VALUE", ctx, param)
+        try:
+            return name, json.loads(text)
+        except ValueError:
+            return name, text
 
 
 class Choice(click.Choice[str]):

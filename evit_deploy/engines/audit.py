@@ -12,7 +12,7 @@ from evit_deploy.errors import first_few
 from evit_deploy.report.report import Check, Report
 from evit_deploy.tokens.plan import TokenPlan
 
-_REORGANISATION = re.compile(r"blocks\.\d+\.(?:token_reorg|reducer)\b")
+_REORGANISATION = re.compile(r"blocks\.\d+\.(?:token_reorg|token_merge|reducer)\b")
 # What is quantised is the matmuls with weights inside the blocks; attention, stem and head may stay in 16 bits, as the
 # quantiser chose, but not in 32.
 _BESIDE = {"int8": {"fp16", "bf16"}, "fp8": {"fp16", "bf16"}}

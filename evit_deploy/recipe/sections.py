@@ -26,7 +26,8 @@ class ModelSection(Section, frozen=True, kw_only=True):
     checkpoint: str | None = None
     """Checkpoint file to start from, relative to the current directory."""
     args: dict[str, Any] = {}
-    """Further arguments of ``timm.create_model`` (patch_size, embed_dim, depth, num_heads, mlp_ratio, ...)."""
+    """Further arguments of ``timm.create_model`` (patch_size, embed_dim, depth, num_heads, mlp_ratio, ...). A
+    ``global_pool`` other than ``token`` takes a method whose tokens serve heads that pool, and as baselines none."""
     image_size: Annotated[int, Meta(ge=1)] | None = None
     """Side of the square input in pixels; ``null`` is the model's own."""
     pretrained: bool = True
@@ -39,10 +40,10 @@ class ModelSection(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.pretrained and (self.checkpoint is not None or self.name is None):
             raise RecipeError("from scratch takes a name and no checkpoint", where="model.pretrained", seen=False)
-        for key in ("num_classes", "pretrained", "img_size", "global_pool"):
+        elsewhere = {"num_classes": "the data decides it", "pretrained": "it is model.pretrained",
+                     "img_size": "use image_size"}  # fmt: skip
+        for key, reason in elsewhere.items():
             if key in self.args:
-                reason = {"num_classes": "the data decides it", "pretrained": "it is model.pretrained"}.get(key)
-                reason = reason or ("use image_size" if key == "img_size" else "the score needs the class token")
                 raise RecipeError(f"{key} is not set here: {reason}", where="model.args")
 
 
@@ -211,6 +212,9 @@ class TrainSection(Section, frozen=True, kw_only=True):
     reduced."""
     keep_rate_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     """Epochs that this takes; 0 is at once."""
+    layer_wise_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """Epochs in which every block sorts the patches anew, from the first location on (``evo-vit`` only); from then on,
+    and in the model that is kept, a stage sorts once. Evaluations on the way are of the form that is being trained."""
     model_mode: Literal["train", "eval"] = "train"
     """``eval`` trains without dropout and stochastic depth, as the official EViT fine-tune does."""
     autocast: Literal["none", "bf16", "fp16"] = "none"

@@ -27,7 +27,9 @@ PUBLISHED = {
     "deit-small-0.7-oracle-600": (7, 81.3), "deit-base-0.7-oracle-300": (7, 82.1),
 }  # fmt: skip
 # Of other methods' papers and repositories: recipe -> top-1, G multiply-adds (cut off after one decimal).
-ELSEWHERE = {"dynamicvit-deit-small-0.7": (79.32, 2.9)}
+ELSEWHERE: dict[str, tuple[float, float | None]] = {
+    "dynamicvit-deit-small-0.7": (79.32, 2.9), "tome-deit-small-r13": (79.36, None),
+}  # fmt: skip
 WITHOUT_ROW = {"deit-tiny-0.7", "deit-small-0.7-distilled"}
 
 
@@ -51,7 +53,7 @@ def test_a_paper_recipe_is_listed_and_its_model_can_be_reduced(path):
         model = timm.create_model(recipe.model.name, **size, **recipe.model.args)
     dense = token_plan(model).macs()
     reduced = token_plan(reduce_tokens_(model, recipe.tokens))
-    assert len(reduced.locations) == 3
+    assert len(reduced.locations) == (12 if reduced.merging else 3)
     assert reduced.macs() < dense
     assert backbone_of(model).image_size(model) == (recipe.model.image_size or 224,) * 2
 
@@ -60,12 +62,12 @@ def test_a_paper_recipe_is_listed_and_its_model_can_be_reduced(path):
 def test_a_recipe_of_another_method_has_its_figures(name):
     recipe = load_recipe(RECIPES / "paper" / f"{name}.yaml")
     top1, gmacs = ELSEWHERE[name]
-    assert recipe.published == {"top1": top1, "gmacs": gmacs}
+    assert recipe.published == {"top1": top1} | ({"gmacs": gmacs} if gmacs else {})
     assert recipe.model.name is not None
     with torch.device("meta"):
         model = timm.create_model(recipe.model.name)
         macs = token_plan(reduce_tokens_(model, recipe.tokens)).macs()
-    assert int(macs / 1e8) / 10 == gmacs
+    assert gmacs is None or int(macs / 1e8) / 10 == gmacs
 
 
 def test_rates_per_location_cost_the_same():

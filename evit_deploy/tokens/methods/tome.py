@@ -39,6 +39,7 @@ class ToMe(TokenReducer):
     takes_keep_rate = False
     needs_class_token = False
     fuses = False
+    needed = "Say how many tokens each block merges: --merge 13, method_options={'merge': 13}."
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What ToMe takes.

@@ -45,6 +45,8 @@ CALIBRATION_IMAGES, FEW_IMAGES = 512, 32
 # For a first look; `profile` takes its time.
 FIRST_BATCHES, PROFILE_ROUNDS = (1, 8), 3
 FIRST_LOOK = ProfileOptions(batch_sizes=FIRST_BATCHES, duration=2.0)
+# Methods that are fine-tuned by a recipe of their own.
+_RECIPES = {"dynamicvit": "recipes/paper/dynamicvit-deit-small-0.7.yaml --set model.name=null"}
 # Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training.
 _UNTRAINED_DEIT_S = {0.9: 79.7, 0.8: 79.2, 0.7: 78.5, 0.6: 76.8, 0.5: 73.8}
 
@@ -355,14 +357,16 @@ def _training_command(checkpoint: Checkpoint, spec: TokenSpec) -> str:
     source = checkpoint.source if checkpoint.sha256 else "CHECKPOINT"
     if Path(source).is_absolute():  # this goes into the bundle, which is not to name folders of this machine
         source = Path(source).name
-    settings = {} if spec.method == "evit" else {"method": spec.method}
+    recipe, settings = _RECIPES.get(spec.method, "recipes/finetune.yaml"), {}
+    if spec.method != "evit":
+        settings["method"] = spec.method
     if spec.rates:
         texts = [f"{rate:g}" for rate in spec.rates]
         settings["keep_rate"] = f"[{','.join(texts)}]" if isinstance(spec.keep_rate, tuple) else ",".join(texts)
     settings |= {f"options.{name}": json.dumps(value) for name, value in spec.options.items()}
     tokens = " ".join(f"--set tokens.{name}={value}" for name, value in settings.items())
     return (
-        f"evit-deploy train recipes/finetune.yaml --set model.checkpoint={source} {tokens} "
+        f"evit-deploy train {recipe} --set model.checkpoint={source} {tokens} "
         f"--set data.train=DIR --set data.validation=DIR"
     )
 

@@ -123,6 +123,20 @@ def test_every_kind_in_every_precision(of, plan, name, precision, gpu):
     assert list(tree(plan.parent)) == ["engine.plan"]
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_method_with_layers_of_its_own(tmp_path, plan, precision):
+    """DynamicViT's predictors are in the engine, and attention stays fused."""
+    model = Exported(of_kind("plain"), TokenSpec(keep_rate=0.6, method="dynamicvit"), tmp_path)
+    result = built(model.file(precision), plan, precision, "sm80")
+    report = engine_checks(result, plan, model.plan, listing=plan_layers)
+    assert report.passed, report.failed
+    assert result.attentions == len(model.plan.blocks)
+    nodes = {node for layer in plan_layers(plan) for node in layer.nodes}
+    for number, row in enumerate(model.plan.locations):
+        assert any(node.startswith(f"blocks.{row.block}.token_reorg/") for node in nodes), row.block
+        assert any(node.startswith(f"score_predictor.{number}.out_conv.2/") for node in nodes), number
+
+
 def test_what_the_manifest_says_of_an_engine(exported, plan):
     options = BuildOptions(batches=SIZES, gpus=("sm80", "sm80"), workspace=512, optimization_level=1)
     engine = build_engine(exported.file("fp16"), plan, RTX, "fp16", options).engine

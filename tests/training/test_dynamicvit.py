@@ -16,7 +16,7 @@ from evit_deploy.recipe.recipe import DataSection, ModelSection, TeacherSection
 from evit_deploy.recipe.sections import DynamicViTSection, TokenLabelSection
 from evit_deploy.tokens.methods import dynamicvit
 from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
 from evit_deploy.training.dynamicvit import WithDecisions, ratio_loss, token_loss
 from evit_deploy.training.loop import fit, train
 from evit_deploy.training.schedules import backbone_rate_scale
@@ -97,6 +97,16 @@ def test_the_loss_by_the_oracle(name, monkeypatch):
     with_noise(monkeypatch, noise)
     alone = make_task(model, section(), None)(pixels, labels)["loss"].item()
     assert alone == pytest.approx(parts[0] + 2 * parts[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("progress", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["deit", "lvvit"])
+def test_every_parameter_has_a_gradient_also_without_a_teacher_or_a_location(name, progress):
+    """Several processes wait for all of them."""
+    model = in_training(reduced(name))
+    set_keep_rate_(model, progress)
+    make_task(model, section(), None)(images(model), torch.tensor([1, 0, 2]))["loss"].backward()
+    assert [key for key, value in model.named_parameters() if value.grad is None] == []
 
 
 def test_the_ratio_loss_by_hand():
@@ -199,6 +209,12 @@ def test_a_keep_rate_schedule_runs():
     losses = fit(model, FixedBatch(), section(steps=8, keep_rate_start=1, keep_rate_epochs=1))
     assert np.isfinite(losses).all()
     assert [row.keep for row in token_plan(model).locations] == [8, 4]
+
+
+@pytest.mark.parametrize("settings", [{"autocast": "bf16"}, {"checkpoint_activations": True}])
+def test_a_run_with_less_memory(settings):
+    losses = fit(reduce_tokens_(tiny(), TOKENS), FixedBatch(), section(steps=4, **settings))
+    assert np.isfinite(losses).all()
 
 
 @pytest.mark.slow

@@ -78,6 +78,7 @@ METHODS = Registry(
         "evit": "evit_deploy.tokens.methods.evit:EViT",
         "evo-vit": "evit_deploy.tokens.methods.evo_vit:EvoViT",
         "dynamicvit": "evit_deploy.tokens.methods.dynamicvit:DynamicViT",
+        "tome": "evit_deploy.tokens.methods.tome:ToMe",
         "slice": "evit_deploy.tokens.methods.baselines:Slice",
         "random": "evit_deploy.tokens.methods.baselines:RandomDrop",
         "inverse": "evit_deploy.tokens.methods.baselines:InverseDrop",

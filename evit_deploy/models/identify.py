@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, InputError, did_you_mean, first_few
+from evit_deploy.models.layouts import evo_vit
 from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenSpec
 
@@ -42,7 +43,6 @@ _DEIT_256 = ("deit_small_patch16_224", {"embed_dim": 256, "num_heads": 4})
 _LVVIT_STEM = "patch_embed.conv1.weight"
 # Other families by a tensor only they have.
 _FOREIGN = (
-    ("qks.0.", "Evo-ViT"),
     ("layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
     ("layer1.0.conv1.", "ResNet"),
     ("stages.0.", "ConvNeXt or another staged network"),
@@ -87,6 +87,12 @@ def identify(
     """
 
     load_backbones()
+    args: dict[str, Any] = {}
+    tokens = None
+    if evo_vit.is_evo_vit(weights):
+        weights, tokens = evo_vit.to_timm(weights), TokenSpec(keep_rate=0.5, fuse=False, method="evo-vit")
+    if "fc_norm.weight" in weights:
+        args |= evo_vit.MODEL_ARGS
     dimensions = {"pos_embed": 3, "patch_embed.proj.weight": 4, "cls_token": 3}
     if any(name not in weights or weights[name].dim() != count for name, count in dimensions.items()):
         _refuse(path, weights)
@@ -96,8 +102,9 @@ def identify(
     if model is not None:
         check_model_name(model, where="--model")
     names = [model] if model is not None else _candidates(weights)
+    if model is None and tokens is not None:  # its authors have trained DeiTs
+        names = [name for name in names if name.startswith("deit_")]
     fitting = []
-    args: dict[str, Any] = {}
     if model is None and _describe(weights)[:2] == (256, 12) and any("score_predictor." in n for n in method_weights):
         (name, args) = _DEIT_256
         names = [name]
@@ -114,7 +121,7 @@ def identify(
             f"its tensors fit {first.model} and {others}, which differ in what tensors do not show (preprocessing, "
             f"activation); {first.model} is assumed (--model decides)"
         )
-    return msgspec.structs.replace(first, notes=first.notes + notes)
+    return msgspec.structs.replace(first, notes=first.notes + notes, tokens=tokens)
 
 
 def _describe(weights: dict[str, Tensor]) -> tuple[int, int, int]:

@@ -254,6 +254,12 @@ def options_of(method: type[TokenReducer], spec: TokenSpec) -> Any:
         return msgspec.convert(spec.options, method.Options)
     except msgspec.ValidationError as error:
         wanted = ", ".join(method.Options.__struct_fields__) or "no options"
+        if str(error).startswith("Object missing required field"):
+            name = str(error).split("`")[1]
+            raise InputError(
+                f"the method {spec.method!r} needs the option {name!r}", seen=spec.options, wanted=wanted,
+                fix=f"Give it: --method-option {name}=VALUE, method_options={{{name!r}: ...}}.",
+            ) from None  # fmt: skip
         raise InputError(
             f"the method {spec.method!r} does not take these options: {error}", seen=spec.options, wanted=wanted
         ) from None

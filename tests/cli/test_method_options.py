@@ -1,63 +1,62 @@
-"""Options of methods on the command line: their own flags, and ``--method-option``."""
+"""``--method-option`` on the way through ``convert``, and heads that pool."""
 
-import numpy as np
+import msgspec
+import pytest
 
 from evit_deploy.bundle.bundle import read_bundle
-from evit_deploy.cli.convert import command as convert
-from evit_deploy.cli.options import tokens_of
-from evit_deploy.pipeline.convert import convert as convert_checkpoint
-from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
-from evit_deploy.registry import METHODS
-from evit_deploy.tokens.plan import TokenSpec
-from tests.cli.test_options import context_of
+from evit_deploy.errors import InputError
+from evit_deploy.models.checkpoint import Checkpoint, save_checkpoint
+from evit_deploy.recipe.recipe import load_recipe
+from evit_deploy.training.setup import setup
 from tests.support.command_line import QUICK
+from tests.support.models import SMALLEST, preprocess_for, seeded
+from tests.support.openvino_model import NEEDS_OPENVINO
+
+SQUEEZE = ("--method-option", "squeeze=true")
+SIZED = ("--method-option", "normalize=true", "--method-option", "sized=true")
 
 
-def asked(*arguments: str) -> dict:
-    with context_of(["model.pth", *arguments]) as context:
-        return tokens_of(dict(context.params))
+@pytest.fixture
+def pooled(tmp_path):
+    """A checkpoint whose head takes the mean over patches."""
+    name, args = SMALLEST[0], {**SMALLEST[1], "global_pool": "avg"}
+    model = seeded(name, **args)
+    about = Checkpoint("", None, {}, name, args, preprocess=preprocess_for(model))
+    save_checkpoint(tmp_path / "pooled.safetensors", model, about)
+    return tmp_path / "pooled.safetensors"
 
 
-def test_flags_of_tome():
-    assert asked("--method", "tome", "--merge", "13") == {"method": "tome", "method_options": {"merge": 13}}
-    listed = asked("--method", "tome", "--merge", "16,16,8", "--no-proportional-attention")
-    assert listed["method_options"] == {"merge": (16, 16, 8), "proportional_attention": False}
-    assert asked("--merge", "2", "--proportional-attention")["method_options"]["proportional_attention"] is True
-    given = asked("--method-option", "merge=[4, 0]", "--method-option", "inflect=-0.5")
-    assert given == {"method_options": {"merge": [4, 0], "inflect": -0.5}}
-    assert "method_options" not in asked("--keep-rate", "0.7")
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        pytest.param(SQUEEZE, "k0.6-squeeze", marks=NEEDS_OPENVINO),
+        pytest.param(SIZED, "k0.6-normalize-sized", marks=NEEDS_OPENVINO),
+    ],
+)
+def test_a_bundle_of_a_model_that_pools(cli, pooled, options, label):
+    targets = ("--target", "onnx", "--target", "openvino", "--with-indices")
+    result = cli("convert", pooled, "--keep-rate", "0.6", *options, *targets, *QUICK)
+    assert result.code == 0, result.err
+    bundle = read_bundle(pooled.with_name(f"pooled-evit-{label}"))
+    assert set(bundle.manifest.tokens.options) == {option.split("=")[0] for option in options[1::2]}
+    assert bool(bundle.manifest.plan.merging) is (options is SQUEEZE)
+    assert cli("verify", bundle.path, *QUICK).code == 0
 
 
-def test_methods_that_only_compare_are_not_offered():
-    option = next(option for option in convert.params if "--method" in option.opts)
-    assert isinstance(option.help, str)
-    for name in METHODS.own_names():
-        assert (name in option.help) == (name not in ("slice", "random", "inverse"))
-    assert METHODS.offered() == [name for name in METHODS.names() if not METHODS.get(name).comparison_only]
+def test_without_them_the_way_is_named(cli, pooled):
+    asked = ("convert", pooled, "--keep-rate", "0.6")
+    cli(*asked).refused(2, "its head pools the patch tokens", "normalize=true and sized=true", "tome", "evo-vit")
+    cli(*asked, *SQUEEZE, "--method-option", "normalize=true").refused(2, "squeeze makes none")
+    cli(*asked, *SIZED, "--no-fuse").refused(2, "no place for a patch that is dropped")
+    cli(*asked, "--method-option", "squeeze").refused(2, "--method-option", "expected OPTION=VALUE")
+    cli(*asked, "--method-option", "squeeze=ja").refused(2, "Expected `bool`")
 
 
-def test_a_bundle_of_merged_tokens_passes_its_own_checks(cli, checkpoint):
-    out = checkpoint.with_name("merged")
-    arguments = ("--method", "tome", "--merge", "3", "--target", "onnx", "--target", "openvino", "--with-indices")
-    made = cli("convert", checkpoint, *arguments, "--out", out, *QUICK)
-    assert made.code == 0, made.err
-    assert "--set tokens.method=tome" in made.err
-    assert "--set tokens.options.merge=3" in made.err
-    manifest = read_bundle(out).manifest
-    assert manifest.tokens == TokenSpec(method="tome", options={"merge": 3}, fuse=False)
-    assert [(row.choice, row.tokens_in - row.tokens_out) for row in manifest.plan.locations] == [("merge", 3)] * 2
-    assert {output.name: output.shape for output in manifest.outputs}["kept_1"] == (None, 13 + 3)
-    verified = cli("verify", out, *QUICK)
-    assert verified.code == 0, verified.err
-    assert "openvino" in verified.out
-
-
-def test_python_takes_the_same_options(checkpoint):
-    look = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
-    bundle, report = convert_checkpoint(
-        checkpoint, method="tome", method_options={"merge": [2, 1]}, options=ConvertOptions(targets=("onnx",)),
-        measure=look,
-    )  # fmt: skip
-    assert report.passed
-    assert bundle.path.name.endswith("-tome-r2-1")
-    np.testing.assert_array_equal([row.tokens_out for row in bundle.manifest.plan.blocks], [15, 14])
+def test_a_recipe_may_train_a_head_that_pools():
+    pooled = ("model.args.global_pool=avg", "tokens.options.squeeze=true")
+    recipe = load_recipe("digits", (*pooled, "compare.baselines=[]"))
+    assert setup(recipe)[0].global_pool == "avg"
+    with pytest.raises(InputError, match="the method 'random' neither keeps them all nor carries their sizes"):
+        setup(load_recipe("digits", pooled))
+    with pytest.raises(InputError, match="its head pools the patch tokens"):
+        setup(msgspec.structs.replace(recipe, tokens=msgspec.structs.replace(recipe.tokens, options={})))

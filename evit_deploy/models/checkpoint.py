@@ -121,8 +121,8 @@ def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
     if not _looks_like_path(str(source)) and not _exists(path):
         return _from_timm(str(source), model)
     weights = read_weights(path)
-    tensors, method_weights = _split(weights.tensors)
     own = _own_metadata(path, weights.metadata[METADATA_KEY]) if METADATA_KEY in weights.metadata else None
+    tensors, method_weights = _split(weights.tensors, own.tokens.method if own and own.tokens else None)
     if own is not None and model is None:
         identity = Identity(own.model, own.model_args, tensors, [])
     else:
@@ -141,9 +141,10 @@ def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
     )
 
 
-def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A model's tensors, and those of the methods' own layers."""
-    prefixes = tuple(prefix for name in METHODS.own_names() for prefix in METHODS.get(name).own_parameters)
+def _split(tensors: dict[str, Tensor], method: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A model's tensors, and those of the methods' own layers; ``method`` may be of another package."""
+    names = {*METHODS.own_names(), *({method} & set(METHODS.names()) if method else ())}
+    prefixes = tuple(prefix for name in sorted(names) for prefix in METHODS.get(name).own_parameters)
     own = {name: value for name, value in tensors.items() if name.startswith(prefixes)}
     return {name: value for name, value in tensors.items() if name not in own}, own
 

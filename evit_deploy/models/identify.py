@@ -113,7 +113,7 @@ def identify(
         if found is not None:
             fitting.append(found)
     if not fitting:
-        _no_fit(path, weights, model)
+        _no_fit(path, weights, model, ", Evo-ViT's names" if tokens is not None else "")
     first, notes = fitting[0], []
     if len(fitting) > 1:
         others = ", ".join(identity.model for identity in fitting[1:])
@@ -214,13 +214,13 @@ def _refuse(path: Path, weights: dict[str, Tensor]) -> NoReturn:
     )
 
 
-def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None) -> NoReturn:
+def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None, layout: str) -> NoReturn:
     import timm
 
     width, depth, patch = _describe(weights)
     head = ", ".join(f"{name} {list(value.shape)}" for name, value in weights.items() if name.startswith("head"))
     position = list(weights["pos_embed"].shape)
-    stem = ", LV-ViT's stem" if _LVVIT_STEM in weights else ""
+    stem = ", LV-ViT's stem" if _LVVIT_STEM in weights else layout
     seen = f"width {width}, {depth} blocks, patch {patch}{stem}, pos_embed {position}, {head or 'no head'}"
     if model is None:
         raise CheckpointError(

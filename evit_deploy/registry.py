@@ -17,10 +17,12 @@ class Registry:
     Args:
         kind: What the names stand for, in the singular; used in messages and in the entry point group.
         targets: name -> ``"module:attribute"``.
+        unlisted: Names that can be used but are not offered where a user chooses.
     """
 
-    def __init__(self, kind: str, targets: dict[str, str]) -> None:
+    def __init__(self, kind: str, targets: dict[str, str], unlisted: tuple[str, ...] = ()) -> None:
         self.kind = kind
+        self.unlisted = unlisted
         self._targets = dict(targets)
         self._own = tuple(targets)
         self._scanned = False
@@ -55,6 +57,10 @@ class Registry:
                 self._targets.setdefault(point.name, point.value)
         return list(self._targets)
 
+    def offered(self) -> list[str]:
+        """The names that a user can ask for."""
+        return [name for name in self.names() if name not in self.unlisted]
+
     def get(self, name: str) -> Any:
         """Imports what a name stands for.
 
@@ -65,8 +71,8 @@ class Registry:
             raise InputError(
                 f"unknown {self.kind}",
                 seen=repr(name),
-                wanted="one of " + ", ".join(sorted(self.names())),
-                fix=did_you_mean(name, self.names()),
+                wanted="one of " + ", ".join(sorted(self.offered())),
+                fix=did_you_mean(name, self.offered()),
             )
         module, attribute = self._targets[name].split(":")
         return getattr(importlib.import_module(module), attribute)
@@ -78,10 +84,12 @@ METHODS = Registry(
         "evit": "evit_deploy.tokens.methods.evit:EViT",
         "evo-vit": "evit_deploy.tokens.methods.evo_vit:EvoViT",
         "dynamicvit": "evit_deploy.tokens.methods.dynamicvit:DynamicViT",
+        "tome": "evit_deploy.tokens.methods.tome:ToMe",
         "slice": "evit_deploy.tokens.methods.baselines:Slice",
         "random": "evit_deploy.tokens.methods.baselines:RandomDrop",
         "inverse": "evit_deploy.tokens.methods.baselines:InverseDrop",
     },
+    unlisted=("slice", "random", "inverse"),  # to compare others with: in recipes and in Python
 )
 BACKBONES = Registry(
     "backbone",

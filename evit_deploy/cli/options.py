@@ -140,12 +140,20 @@ def struct_of(name: str, values: dict[str, Any], **more: Any) -> Any:
 
 
 def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--keep-rate --locations --fuse --method --method-option``."""
+    """``--keep-rate --locations --fuse --method --merge --proportional-attention --method-option``."""
     group = "Token reduction"
     for option in (
         click.option(
             "--method-option", "method_options", cls=Option, group=group, type=MethodOption(), multiple=True,
             metavar="OPTION=VALUE", help="Option of the method, such as squeeze=true of evit; repeatable.",
+        ),
+        click.option(
+            "--proportional-attention/--no-proportional-attention", cls=Option, group=group, default=None,
+            help="tome: a merged token attracts attention like all its patches.  [default: it does]",
+        ),
+        click.option(
+            "--merge", cls=Option, group=group, type=Numbers(int, 0), metavar="R[,R...]",
+            help="tome: tokens that each block merges; one, or one for each block from the first.",
         ),
         click.option(
             "--method", cls=Option, group=group, type=Choice(registry="METHODS"),
@@ -178,7 +186,14 @@ def tokens_of(options: dict[str, Any]) -> dict[str, Any]:
         (given["keep_rate"],) = given["keep_rate"]
     checked: dict[str, Any] = {"keep_rate": 1.0} | given
     TokenSpec(**checked)
-    if options_given := dict(options.pop("method_options")):
+    options_given = dict(options.pop("method_options"))
+    for name in ("merge", "proportional_attention"):
+        value = options.pop(name)
+        if value is not None and name in options_given:
+            raise click.UsageError(f"{name} is given twice, by --method-option and by its own flag")
+        if value is not None:
+            options_given[name] = value[0] if name == "merge" and len(value) == 1 else value
+    if options_given:
         given["method_options"] = options_given
     return given
 

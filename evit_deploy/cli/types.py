@@ -137,14 +137,14 @@ class Choice(click.Choice[str]):
             from evit_deploy import registry as registries
 
             self._registry = getattr(registries, registry)
-            choices = self._registry.own_names()
+            choices = [name for name in self._registry.own_names() if name not in self._registry.unlisted]
         super().__init__(tuple(choices))
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The value, if it is one of them."""
         known = self._known()
-        if value in known:
-            return value
+        if value in known or (self._registry is not None and value in self._registry.unlisted):
+            return value  # of one that is not offered, who uses it says why not
         from evit_deploy.errors import did_you_mean
 
         hint = did_you_mean(value, known)
@@ -158,4 +158,4 @@ class Choice(click.Choice[str]):
         return [CompletionItem(name) for name in self._known() if name.startswith(incomplete)]
 
     def _known(self) -> list[str]:
-        return self._registry.names() if self._registry is not None else list(self.choices)
+        return self._registry.offered() if self._registry is not None else list(self.choices)

@@ -143,7 +143,13 @@ def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
             pending.extend(node.inputs)
     for node in graph:
         numbers = [v for v in node.inputs if v is not None and _is_float(v) and not v.is_initializer()]
-        if node not in locations and numbers and all(_is_exact(value, found) for value in numbers):
+        # What is repeated, as a mask is for every query, can be rounded before.
+        if (
+            node not in locations
+            and node.op_type != "Expand"
+            and numbers
+            and all(_is_exact(value, found) for value in numbers)
+        ):
             found.add(node)
     return found
 

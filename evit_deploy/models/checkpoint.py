@@ -20,8 +20,10 @@ from evit_deploy.models.safe_weights import read_weights
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import backbone_of, load_backbones
 from evit_deploy.tokens.plan import TokenOptions, TokenSpec
+from evit_deploy.tokens.reducer import options_of
 
 METADATA_KEY = "evit_deploy"
+_FLAGS = {"keep_rate": "--keep-rate", "options": "--method-option"}
 FILE_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".bin", ".ckpt")
 
 
@@ -79,11 +81,13 @@ def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tup
             f"this checkpoint was trained with the method {own.method!r}", where="--method", seen=values["method"],
             wanted=own.method, fix="Leave --method out, or take dense weights.",
         )  # fmt: skip
+    same = own is not None and values.get("method", own.method) == own.method
+    if "options" in values and own is not None and same:
+        values["options"] = own.options | values["options"]
+    name = values.get("method", own.method if own else "evit")
+    options_of(method, TokenSpec(method=name, options=values.get("options", own.options if own and same else {})))
     if values.get("fuse") and not method.fuses:
-        raise InputError(
-            f"the method {values.get('method', own.method if own else '')!r} has no fused token", where="--fuse",
-            fix="Leave --fuse out.",
-        )  # fmt: skip
+        raise InputError(f"the method {name!r} has no fused token", where="--fuse", fix="Leave --fuse out.")
     given = "keep_rate" in values or (own is not None and own.keep_rate is not None)
     if method.takes_keep_rate and not given and method.default_keep_rate is not None:
         values["keep_rate"], given = method.default_keep_rate, True
@@ -98,7 +102,7 @@ def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tup
     if own is not None and values.get("method", own.method) != own.method:
         base["options"] = {}  # options stay with the method they belong to
     notes = [
-        f"--{name.replace('_', '-')}: {value} replaces the checkpoint's own {base[name]}"
+        f"{_FLAGS.get(name, '--' + name)}: {value} replaces the checkpoint's own {base[name]}"
         for name, value in values.items()
         if base.get(name) not in (None, value, {})
     ]
@@ -121,8 +125,8 @@ def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
     if not _looks_like_path(str(source)) and not _exists(path):
         return _from_timm(str(source), model)
     weights = read_weights(path)
-    tensors, method_weights = _split(weights.tensors)
     own = _own_metadata(path, weights.metadata[METADATA_KEY]) if METADATA_KEY in weights.metadata else None
+    tensors, method_weights = _split(weights.tensors, own.tokens.method if own and own.tokens else None)
     if own is not None and model is None:
         identity = Identity(own.model, own.model_args, tensors, [])
     else:
@@ -141,9 +145,10 @@ def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
     )
 
 
-def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A model's tensors, and those of the methods' own layers."""
-    prefixes = tuple(prefix for name in METHODS.own_names() for prefix in METHODS.get(name).own_parameters)
+def _split(tensors: dict[str, Tensor], method: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A model's tensors, and those of the methods' own layers; ``method`` may be of another package."""
+    names = {*METHODS.own_names(), *({method} & set(METHODS.names()) if method else ())}
+    prefixes = tuple(prefix for name in sorted(names) for prefix in METHODS.get(name).own_parameters)
     own = {name: value for name, value in tensors.items() if name.startswith(prefixes)}
     return {name: value for name, value in tensors.items() if name not in own}, own
 

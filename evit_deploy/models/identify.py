@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, InputError, did_you_mean, first_few
-from evit_deploy.models.layouts import levit
+from evit_deploy.models.layouts import evo_vit, levit
 from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenSpec
 
@@ -43,7 +43,6 @@ _DEIT_256 = ("deit_small_patch16_224", {"embed_dim": 256, "num_heads": 4})
 _LVVIT_STEM = "patch_embed.conv1.weight"
 # Other families by a tensor only they have.
 _FOREIGN = (
-    ("qks.0.", "Evo-ViT"),
     ("layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
     ("layer1.0.conv1.", "ResNet"),
     ("stages.0.", "ConvNeXt or another staged network"),
@@ -90,6 +89,12 @@ def identify(
     load_backbones()
     if levit.is_evo_levit(weights) or levit.is_levit(weights):
         return _released(path, levit.find(path, weights), model)
+    args: dict[str, Any] = {}
+    tokens = None
+    if evo_vit.is_evo_vit(weights):
+        weights, tokens = evo_vit.to_timm(weights), TokenSpec(keep_rate=0.5, fuse=False, method="evo-vit")
+    if "fc_norm.weight" in weights:
+        args |= evo_vit.MODEL_ARGS
     dimensions = {"pos_embed": 3, "patch_embed.proj.weight": 4, "cls_token": 3}
     if any(name not in weights or weights[name].dim() != count for name, count in dimensions.items()):
         _refuse(path, weights)
@@ -99,8 +104,9 @@ def identify(
     if model is not None:
         check_model_name(model, where="--model")
     names = [model] if model is not None else _candidates(weights)
+    if model is None and tokens is not None:  # its authors have trained DeiTs
+        names = [name for name in names if name.startswith("deit_")]
     fitting = []
-    args: dict[str, Any] = {}
     if model is None and _describe(weights)[:2] == (256, 12) and any("score_predictor." in n for n in method_weights):
         (name, args) = _DEIT_256
         names = [name]
@@ -109,7 +115,7 @@ def identify(
         if found is not None:
             fitting.append(found)
     if not fitting:
-        _no_fit(path, weights, model)
+        _no_fit(path, weights, model, ", Evo-ViT's names" if tokens is not None else "")
     first, notes = fitting[0], []
     if len(fitting) > 1:
         others = ", ".join(identity.model for identity in fitting[1:])
@@ -117,7 +123,7 @@ def identify(
             f"its tensors fit {first.model} and {others}, which differ in what tensors do not show (preprocessing, "
             f"activation); {first.model} is assumed (--model decides)"
         )
-    return msgspec.structs.replace(first, notes=first.notes + notes)
+    return msgspec.structs.replace(first, notes=first.notes + notes, tokens=tokens)
 
 
 def _released(path: Path, found: levit.Found, model: str | None) -> Identity:
@@ -228,13 +234,13 @@ def _refuse(path: Path, weights: dict[str, Tensor]) -> NoReturn:
     )
 
 
-def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None) -> NoReturn:
+def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None, layout: str) -> NoReturn:
     import timm
 
     width, depth, patch = _describe(weights)
     head = ", ".join(f"{name} {list(value.shape)}" for name, value in weights.items() if name.startswith("head"))
     position = list(weights["pos_embed"].shape)
-    stem = ", LV-ViT's stem" if _LVVIT_STEM in weights else ""
+    stem = ", LV-ViT's stem" if _LVVIT_STEM in weights else layout
     seen = f"width {width}, {depth} blocks, patch {patch}{stem}, pos_embed {position}, {head or 'no head'}"
     if model is None:
         raise CheckpointError(

@@ -192,11 +192,13 @@ class LoweredAttention(nn.Module):
         seen = x.flatten(0, 1) if self.flat else x
         q, queries = self._heads(self.q(seen), self.q_norm, x)
         k, keys = self._heads(self.k(seen), self.k_norm, x)
+        # The operator broadcasts masks; ONNX Runtime's kernel refuses one that has not a row for each query.
+        mask = None if key_bias is None else key_bias.expand(-1, -1, x.shape[1], -1)
         y, *_ = torch.onnx.ops.attention(
             queries,
             keys,
             self._tokens(self.v(seen), x),
-            attn_mask=key_bias,
+            attn_mask=mask,
             q_num_heads=self.num_heads,
             kv_num_heads=self.num_heads,
             scale=self.scale,

@@ -136,6 +136,7 @@ def convert(
         GateFailed: A check did not hold; the bundle lies in ``<out>.rejected``, with the report.
         StageError: Exporting or writing failed; nothing was written.
     """
+    _check_method(tokens)
     made = lowering(options)
     calibration = check_folders(made.options)
     with stages(stages_of(made)):
@@ -207,6 +208,19 @@ def check_own_weights(checkpoint: Checkpoint, spec: TokenSpec) -> None:
             f"the method {spec.method!r} decides by layers of its own, and these weights have none",
             where=checkpoint.source, wanted=f"a checkpoint with {', '.join(method.own_parameters)}*",
             fix=f"Train them first: {_training_command(checkpoint, spec)}",
+        )  # fmt: skip
+
+
+def _check_method(tokens: TokenOptions) -> None:
+    """What can be told of a method before a file is read."""
+    if "method" not in tokens:
+        return
+    method = METHODS.get(tokens["method"])
+    if method.comparison_only:
+        raise InputError(
+            f"the method {tokens['method']!r} exists to compare others with, and makes nothing to deploy",
+            where="--method", wanted="one of " + ", ".join(METHODS.offered()),
+            fix="Recipes take it in compare.baselines, Python in reduce_tokens_.",
         )  # fmt: skip
 
 
@@ -347,6 +361,8 @@ def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:
     if trained is not None:
         if trained.keep_rate not in (None, spec.keep_rate):
             return [f"These weights were trained at keep rate {trained.keep_rate} and run at {spec.keep_rate}."]
+        if trained.method == spec.method and trained.options != spec.options:
+            return [f"These weights were trained with the options {trained.options} and run with {spec.options}."]
         return []
     cost = _published_cost(checkpoint, rates) if spec.method == "evit" else ""
     command = _training_command(checkpoint, spec)

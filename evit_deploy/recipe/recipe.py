@@ -108,6 +108,21 @@ class Recipe(Section, frozen=True, kw_only=True):
                     )
         self._check_token_labels()
         self._check_dynamicvit()
+        self._check_evo_vit()
+
+    def _check_evo_vit(self) -> None:
+        chosen = self.tokens.method == "evo-vit"
+        for key, run in {"dense": self.dense, "finetune": self.finetune}.items():
+            if run is not None and run.layer_wise_epochs and not (chosen and key == "finetune"):
+                raise RecipeError(
+                    "layers sort patches in the method evo-vit alone", where=f"{key}.layer_wise_epochs",
+                    seen=self.tokens.method, fix="Leave it out.",
+                )  # fmt: skip
+        if chosen and self.finetune.token_labels is not None:
+            raise RecipeError(
+                "evo-vit puts patches into another order, and token labels are for places",
+                where="finetune.token_labels", fix="Leave it out.",
+            )  # fmt: skip
 
     def _check_dynamicvit(self) -> None:
         chosen = self.tokens.method == "dynamicvit"

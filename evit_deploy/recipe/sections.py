@@ -212,6 +212,9 @@ class TrainSection(Section, frozen=True, kw_only=True):
     reduced."""
     keep_rate_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     """Epochs that this takes; 0 is at once."""
+    layer_wise_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """Epochs in which every block sorts the patches anew, from the first location on (``evo-vit`` only); from then on,
+    and in the model that is kept, a stage sorts once. Evaluations on the way are of the form that is being trained."""
     model_mode: Literal["train", "eval"] = "train"
     """``eval`` trains without dropout and stochastic depth, as the official EViT fine-tune does."""
     autocast: Literal["none", "bf16", "fp16"] = "none"

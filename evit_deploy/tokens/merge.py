@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import InputError
-from evit_deploy.tokens.op import DOMAIN, DOMAIN_VERSION, precise
+from evit_deploy.tokens.op import DOMAIN, DOMAIN_VERSION, precise, rows_of
 
 if TYPE_CHECKING:
     import onnx
@@ -34,19 +34,19 @@ def merge(x: Tensor, sizes: Tensor, choice: Tensor, keep: int, prefix: int) -> t
     """
     candidates = x.shape[1] - prefix
     choice = choice.long()
-    first = torch.arange(x.shape[0], device=x.device) * x.shape[1] + prefix
-    # Whole rows by number: gather would go by element, which takes five times as long on a CPU.
-    rows = (choice[:, :candidates] + first.unsqueeze(1)).flatten()
-    moved_or_not = x.flatten(0, 1).index_select(0, rows).unflatten(0, (-1, candidates))
     ordered = sizes.gather(1, choice[:, :candidates])
     staying, moving = ordered[:, :keep], ordered[:, keep:]
-    joins = choice[:, None, candidates:] == torch.arange(keep, device=x.device)[None, :, None]
-    shares = joins * moving.unsqueeze(1)  # [B, K, M]
+    targets = choice[:, candidates:]
+    shares = (targets.unsqueeze(1) == torch.arange(keep, device=x.device)[:, None]) * moving.unsqueeze(1)  # [B, K, M]
     total = staying + shares.sum(-1)
-    # Shares, not sums: a sum of sizes times tokens can exceed what FP16 holds.
-    weights = (shares / total.unsqueeze(-1)).to(x.dtype)
-    kept = moved_or_not[:, :keep] * (staying / total).unsqueeze(-1).to(x.dtype) + weights @ moved_or_not[:, keep:]
-    return torch.cat([x[:, :prefix], kept], dim=1), total
+    rows = rows_of(x, choice[:, :candidates], prefix)
+    kept, moved = rows[:, :keep], rows[:, keep:]
+    # A mean is what stays plus a share of each difference to it. Shares, not sums: a sum of sizes times tokens can
+    # exceed what FP16 holds. And what nothing joins stays as it is, bit for bit.
+    weights, differences = (shares / total.unsqueeze(-1)).to(x.dtype), moved - rows_of(kept, targets)
+    with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training sums in half precision
+        merged = kept + weights @ differences
+    return torch.cat([x[:, :prefix], merged], dim=1), total
 
 
 def token_merge(
@@ -90,7 +90,7 @@ _FUNCTION = """
  doc_string: "Merges tokens into others: means weighted by size. `choice` lists who stays, who moves, and whither.">
 TokenMerge <keep, candidates, prefix> (x, sizes, choice{evidence}) => (y, size)
 {{
-  axis_0 = Constant <value_ints = [0]> ()
+  none = Constant <value_ints = [0]> ()
   axis_1 = Constant <value_ints = [1]> ()
   axis_2 = Constant <value_ints = [2]> ()
   to_the_end = Constant <value_ints = [9223372036854775807]> ()
@@ -103,21 +103,29 @@ TokenMerge <keep, candidates, prefix> (x, sizes, choice{evidence}) => (y, size)
   candidates_count = Reshape (candidates_scalar, one_element)
   prefix_scalar = Constant <value_int: int = @prefix> ()
   prefix_count = Reshape (prefix_scalar, one_element)
+  in_front_2d = Concat <axis = 0> (none, prefix_count, none, none)
+  in_front_3d = Concat <axis = 0> (none, prefix_count, none, none, none, none)
+  all_scalar = Add (prefix_scalar, keep_scalar)
+  counted = Range (zero, all_scalar, one)
+  offsets = Min (counted, prefix_count)
   numbers = Cast <to = 7> (choice)
-  order = Slice (numbers, axis_0, candidates_count, axis_1)
+  stay = Slice (numbers, none, keep_count, axis_1)
+  move = Slice (numbers, keep_count, candidates_count, axis_1)
   targets = Slice (numbers, candidates_count, to_the_end, axis_1)
-  front = Slice (x, axis_0, prefix_count, axis_1)
-  patches = Slice (x, prefix_count, to_the_end, axis_1)
-  order_3d = Unsqueeze (order, axis_2)
-  ordered = GatherND <batch_dims = 1> (patches, order_3d)
-  ordered_sizes = GatherElements <axis = 1> (sizes, order)
-  kept = Slice (ordered, axis_0, keep_count, axis_1)
-  moved = Slice (ordered, keep_count, to_the_end, axis_1)
-  staying = Slice (ordered_sizes, axis_0, keep_count, axis_1)
-  moving = Slice (ordered_sizes, keep_count, to_the_end, axis_1)
+  stay_all = Pad (stay, in_front_2d)
+  stay_rows = Add (stay_all, offsets)
+  stay_indices = Unsqueeze (stay_rows, axis_2)
+  kept = GatherND <batch_dims = 1> (x, stay_indices)
+  move_rows = Add (move, prefix_count)
+  move_indices = Unsqueeze (move_rows, axis_2)
+  moved = GatherND <batch_dims = 1> (x, move_indices)
+  target_rows = Add (targets, prefix_count)
+  target_indices = Unsqueeze (target_rows, axis_2)
+  joined = GatherND <batch_dims = 1> (kept, target_indices)
+  staying = GatherElements <axis = 1> (sizes, stay)
+  moving = GatherElements <axis = 1> (sizes, move)
   places = Range (zero, keep_scalar, one)
-  places_row = Unsqueeze (places, axis_0)
-  places_column = Unsqueeze (places_row, axis_2)
+  places_column = Unsqueeze (places, axis_1)
   targets_row = Unsqueeze (targets, axis_1)
   joins = Equal (targets_row, places_column)
   joins_float = Cast <to = 1> (joins)
@@ -127,14 +135,11 @@ TokenMerge <keep, candidates, prefix> (x, sizes, choice{evidence}) => (y, size)
   size = Add (staying, gained)
   size_column = Unsqueeze (size, axis_2)
   weights_float = Div (shares, size_column)
-  weights = CastLike (weights_float, x)
-  own_flat = Div (staying, size)
-  own_float = Unsqueeze (own_flat, axis_2)
-  own = CastLike (own_float, x)
-  kept_share = Mul (kept, own)
-  moved_share = MatMul (weights, moved)
-  merged = Add (kept_share, moved_share)
-  y = Concat <axis = 1> (front, merged)
+  weights_all = Pad (weights_float, in_front_3d)
+  weights = CastLike (weights_all, x)
+  differences = Sub (moved, joined)
+  added = MatMul (weights, differences)
+  y = Add (kept, added)
 }}
 """
 

@@ -1,6 +1,6 @@
 """The one verb: ``reduce_tokens_(model, TokenSpec(keep_rate=0.7))`` turns a ViT into an EViT in place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -118,17 +118,22 @@ def token_label(spec: TokenSpec) -> str:
     return f"{spec.method}-{method.label(spec, options_of(method, spec))}"
 
 
-def set_keep_rate_(model: nn.Module, progress: float) -> TokenPlan:
+def set_keep_rate_(model: nn.Module, progress: float, options: Mapping[str, Any] | None = None) -> TokenPlan:
     """Moves a reduced model along the keep-rate schedule: rate 1 at progress 0, the spec's own rates at 1.
 
     Args:
         model: A model that ``reduce_tokens_`` has been called on.
         progress: 0 to 1.
+        options: Of the method, which until the next call take the place of the spec's own: such as change the plan and
+            nothing else.
 
     Returns:
         The plan that is now in force.
     """
-    plan = _plan(model, token_spec(model), progress)
+    spec = token_spec(model)
+    if options:
+        spec = msgspec.structs.replace(spec, options=spec.options | dict(options))
+    plan = _plan(model, spec, progress)
     for module in model.modules():
         if isinstance(module, TokenReducer):
             module.plan = plan.blocks[module.plan.block]

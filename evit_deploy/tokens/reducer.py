@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from evit_deploy.errors import InputError
+from evit_deploy.registry import METHODS
 from evit_deploy.tokens.choices import share_margin, swap_last
 from evit_deploy.tokens.op import reorganize, token_reorg
 from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, make_plan
@@ -48,6 +49,8 @@ class TokenReducer(nn.Module):
     """The rate of a spec that gives none; without one it has to be given."""
     needs_class_token: ClassVar[bool] = True
     """Whether it ranks by what the class token attends to."""
+    needed: ClassVar[str] = ""
+    """What to say to one who left out an option that has to be given."""
     own_parameters: ClassVar[tuple[str, ...]] = ()
     """How the names of the layers begin that :meth:`attach` adds."""
     needs_own_weights: ClassVar[bool] = False
@@ -254,6 +257,20 @@ def options_of(method: type[TokenReducer], spec: TokenSpec) -> Any:
         return msgspec.convert(spec.options, method.Options)
     except msgspec.ValidationError as error:
         wanted = ", ".join(method.Options.__struct_fields__) or "no options"
+        if str(error).startswith("Object missing required field"):
+            name = str(error).split("`")[1]
+            raise InputError(
+                f"the method {spec.method!r} needs the option {name!r}", seen=spec.options, wanted=wanted,
+                fix=method.needed or f"Give it: --method-option {name}=VALUE.",
+            ) from None  # fmt: skip
         raise InputError(
-            f"the method {spec.method!r} does not take these options: {error}", seen=spec.options, wanted=wanted
-        ) from None
+            f"the method {spec.method!r} does not take these options: {error}", seen=spec.options, wanted=wanted,
+            fix=_whose(str(error)),
+        ) from None  # fmt: skip
+
+
+def _whose(error: str) -> str | None:
+    """The methods that have an option that another does not know."""
+    name = error.partition("unknown field `")[2].partition("`")[0]
+    methods = [one for one in METHODS.offered() if name in METHODS.get(one).Options.__struct_fields__]
+    return f"It is an option of the method {' and '.join(map(repr, methods))}." if methods else None

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from evit_deploy.data.training_data import TrainingData
+from evit_deploy.errors import InputError
 from evit_deploy.progress import doing
 from evit_deploy.recipe.recipe import CompareSection
 from evit_deploy.registry import METHODS
@@ -119,7 +120,12 @@ def with_method(spec: TokenSpec, method: str) -> TokenSpec:
     Raises:
         InputError: No such method.
     """
-    METHODS.get(method)  # an unknown one is refused with the nearest name
+    other = METHODS.get(method)  # an unknown one is refused with the nearest name
+    if spec.keep_rate is None and other.takes_keep_rate and method != spec.method:
+        raise InputError(
+            f"{method!r} keeps a share of the patches, and {spec.method!r} gives none to compare it at",
+            where="compare.baselines", seen=method, fix="Set compare.baselines=[].",
+        )  # fmt: skip
     return spec if method == spec.method else msgspec.structs.replace(spec, method=method, options={})
 
 

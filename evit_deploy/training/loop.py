@@ -30,7 +30,7 @@ from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
 from evit_deploy.training.compare import compare, evaluate
 from evit_deploy.training.log import TrainingLog
-from evit_deploy.training.schedules import backbone_rate_scale, keep_rate_progress, learning_rate
+from evit_deploy.training.schedules import backbone_rate_scale, is_layer_wise, keep_rate_progress, learning_rate
 from evit_deploy.training.setup import open_teacher, own_teacher, setup
 from evit_deploy.training.state import StateFile, interruptible, state_path
 from evit_deploy.training.step import StepResult, TrainingRun
@@ -277,6 +277,7 @@ def fit(
         device=run.device,
     )  # fmt: skip
     results = _Results(run, name, steps, log, curriculum)
+    tokens: _Tokens | None = None
     model.train(section.model_mode == "train")
     try:
         with _threads(section.threads), _programs(section), _convolutions_tried(), interruptible() as stop:
@@ -284,7 +285,7 @@ def fit(
                 step = run.step
                 if rank:  # stochastic depth of its own in every process, also after --resume: the state is the first's
                     torch.manual_seed(seed + 7919 * rank + 104729 * step)
-                plan, moving = _keep_rate_(model, section, step, per_epoch)
+                tokens, plan, moving = _set_tokens_(model, section, step, per_epoch, tokens)
                 rate = learning_rate(section, step, steps, world)
                 done = run.advance(
                     batches, rate, moving=moving, asked=stop.asked,
@@ -403,12 +404,35 @@ class _Results:
             self._images, self._seconds = 0, 0.0
 
 
-def _keep_rate_(model: nn.Module, section: TrainSection, step: int, per_epoch: int) -> tuple[TokenPlan, bool]:
-    """Sets the rate of a step; also says whether the next step has another."""
-    now, then = (keep_rate_progress(section, at, per_epoch) for at in (step, step + 1))
-    before = keep_rate_progress(section, step - 1, per_epoch) if step else -1.0
-    plan = set_keep_rate_(model, now) if now != before else token_plan(model)
-    return plan, 0 < now < 1 or now != then
+class _Tokens(NamedTuple):
+    """How a model's tokens are reduced in a step.
+
+    Args:
+        progress: See :func:`keep_rate_progress`.
+        layer_wise: See :func:`is_layer_wise`.
+    """
+
+    progress: float
+    layer_wise: bool
+
+
+def _set_tokens_(
+    model: nn.Module, section: TrainSection, step: int, per_epoch: int, before: _Tokens | None
+) -> tuple[_Tokens, TokenPlan, bool]:
+    """Sets what a step wants, if it is not set already; also says whether the next step has another keep rate.
+
+    Args:
+        model: The model.
+        section: How to train.
+        step: From 0.
+        per_epoch: Steps of an epoch.
+        before: What is set; ``None`` where that is not known, as when a run goes on.
+    """
+    now = _Tokens(keep_rate_progress(section, step, per_epoch), is_layer_wise(section, step, per_epoch))
+    then = keep_rate_progress(section, step + 1, per_epoch)
+    options = {"layer_wise": True} if now.layer_wise else None
+    plan = token_plan(model) if now == before else set_keep_rate_(model, now.progress, options)
+    return now, plan, 0 < now.progress < 1 or now.progress != then
 
 
 def _write(

@@ -52,3 +52,14 @@ def keep_rate_progress(section: TrainSection, step: int, steps_per_epoch: int) -
         return 0.0
     length = section.keep_rate_epochs * steps_per_epoch
     return min(since / length, 1.0) if length > 0 else 1.0
+
+
+def is_layer_wise(section: TrainSection, step: int, steps_per_epoch: int) -> bool:
+    """Whether every block sorts anew in a step (Evo-ViT's schedule from layers to stages).
+
+    Args:
+        section: Its ``layer_wise_epochs`` count from the beginning.
+        step: From 0.
+        steps_per_epoch: Steps of an epoch.
+    """
+    return step < section.layer_wise_epochs * steps_per_epoch

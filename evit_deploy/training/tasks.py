@@ -3,6 +3,7 @@
 What a model learns from is the labels of the images, a teacher's answers, or a label for every patch token.
 """
 
+import logging
 from typing import Any
 
 import msgspec
@@ -17,7 +18,10 @@ from evit_deploy.errors import InputError
 from evit_deploy.recipe.sections import DynamicViTSection, TeacherSection, TrainSection
 from evit_deploy.tokens.methods.dynamicvit import Predictors
 from evit_deploy.training.dynamicvit import DynamicViTTask
+from evit_deploy.training.evo_vit import EvoViTTask, has_two_heads
 from evit_deploy.training.token_labels import MixToken, TokenLogits, WithTokenLogits, token_label_loss, token_logits
+
+_LOG = logging.getLogger(__name__)
 
 
 class Teacher(msgspec.Struct, frozen=True):
@@ -47,6 +51,10 @@ def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) 
     if isinstance(getattr(model, "score_predictor", None), Predictors):
         how = section.dynamicvit or DynamicViTSection()
         return DynamicViTTask(model, criterion, how, None if teacher is None else FrozenTeacher(teacher.model, model))
+    if has_two_heads(model):
+        if teacher is None or teacher.section is None:
+            return EvoViTTask(model, criterion)
+        _LOG.warning("with a teacher the model's own head learns alone: the class token gets none for training")
     if teacher is None or teacher.section is None:
         return ClassificationTask(model, criterion, device=device, verbose=False)
     how = teacher.section

@@ -127,7 +127,7 @@ def test_options_stand_under_headings():
     [
         (["convert", "x.pth", "--target", "tensort"], TARGETS.names(), "tensorrt"),
         (["convert", "x.pth", "--precision", "fp15"], ["fp32", "fp16", "bf16", "int8", "fp8"], "fp16"),
-        (["convert", "x.pth", "--method", "evti"], METHODS.names(), "evit"),
+        (["convert", "x.pth", "--method", "evti"], METHODS.offered(), "evit"),
         (["verify", "bundle", "--runtime", "onxruntime"], RUNTIMES.names(), "onnxruntime"),
         (["compare", "a", "b", "--runtime", "onxruntime"], RUNTIMES.names(), "onnxruntime"),
         (["package", "bundle", "--for", "tritn"], ["triton", "cpp"], "triton"),

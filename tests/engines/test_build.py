@@ -137,6 +137,20 @@ def test_a_method_with_layers_of_its_own(tmp_path, plan, precision):
         assert any(node.startswith(f"score_predictor.{number}.out_conv.2/") for node in nodes), number
 
 
+@pytest.mark.parametrize("representative", [False, True])
+def test_evo_vit_with_attention_fused(tmp_path, plan, representative):
+    """Tokens that wait, and a number for each that a later location sorts by."""
+    spec = TokenSpec(keep_rate=0.6, method="evo-vit", options={"representative": representative})
+    model = Exported(of_kind("plain"), spec, tmp_path)
+    result = built(model.file("fp16"), plan, "fp16", "sm80")
+    report = engine_checks(result, plan, model.plan, listing=plan_layers)
+    assert report.passed, report.failed
+    assert result.attentions == len(model.plan.blocks)
+    nodes = {node for layer in plan_layers(plan) for node in layer.nodes}
+    for row in model.plan.locations:
+        assert any(node.startswith(f"blocks.{row.block}.token_reorg/") for node in nodes), row.block
+
+
 def test_what_the_manifest_says_of_an_engine(exported, plan):
     options = BuildOptions(batches=SIZES, gpus=("sm80", "sm80"), workspace=512, optimization_level=1)
     engine = build_engine(exported.file("fp16"), plan, RTX, "fp16", options).engine

@@ -8,6 +8,9 @@ import torch
 
 from evit_deploy.errors import CheckpointError
 from evit_deploy.models.checkpoint import METADATA_KEY, Checkpoint, build_model, read_checkpoint, save_checkpoint
+from evit_deploy.registry import METHODS
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.reducer import TokenReducer
 from tests.support.checkpoints import refusal
 from tests.support.models import KEEP, KINDS, of_kind, preprocess_for
 
@@ -63,3 +66,23 @@ def test_own_metadata_that_does_not_fit(tmp_path, checkpoint_file, field, value,
 
 def test_a_model_name_of_the_user_wins_over_the_metadata(checkpoint_file):
     assert "deit_tiny_patch16_224" in refusal(checkpoint_file, model="deit_tiny_patch16_224")
+
+
+class Foreign(TokenReducer):
+    """A method of another package, with a layer of its own."""
+
+    own_parameters = ("their_layer.",)
+
+
+def test_the_layers_of_another_package_s_method_are_set_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(METHODS, "_targets", dict(METHODS._targets))
+    METHODS.register("foreign", f"{__name__}:Foreign")
+    model = of_kind("plain")
+    model.their_layer = torch.nn.Linear(3, 2)
+    name, model_args = KINDS["plain"]
+    tokens = TokenSpec(keep_rate=0.6, method="foreign")
+    about = Checkpoint("x", None, {}, name, model_args, tokens, preprocess_for(model))
+    save_checkpoint(tmp_path / "own.safetensors", model, about)
+    again = read_checkpoint(tmp_path / "own.safetensors")
+    assert again.method_weights.keys() == {"their_layer.weight", "their_layer.bias"}
+    assert torch.equal(build_model(again).method_weights["their_layer.weight"], model.their_layer.weight)

@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from typing import Any
 
 import pytest
 import timm
@@ -28,6 +29,15 @@ MODELS = {
     "lvvit_lambda_3": ("lvvit_l", {"img_size": 64, "embed_dim": 192, "depth": 4, "num_heads": 4, "stem_width": 16}),
 }
 SPEC = TokenSpec(keep_rate=0.6)
+
+
+def spec_of(method: str, **fields: Any) -> TokenSpec:
+    """What any method is asked for in the same tests: to keep three fifths of the patches or so."""
+    if METHODS.get(method).takes_keep_rate:
+        return TokenSpec(**({"keep_rate": 0.6, "method": method} | fields))
+    options: dict[str, Any] = {"merge": 3} | fields.pop("options", {})
+    return TokenSpec(method=method, options=options, **fields)
+
 
 each_method = pytest.mark.parametrize("method", METHODS.names())
 each_model = pytest.mark.parametrize("name", MODELS)

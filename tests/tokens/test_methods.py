@@ -11,7 +11,7 @@ from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
 from evit_deploy.tokens.reducer import TokenReducer
 from tests.support import oracle
-from tests.support.families import create, each_method, images
+from tests.support.families import create, each_method, images, spec_of
 
 
 @each_method
@@ -20,7 +20,7 @@ from tests.support.families import create, each_method, images
 def test_methods_keep_the_contract(name, fuse, method):
     model, own = create(name), METHODS.get(method).own_parameters
     keys = list(model.state_dict())
-    spec = TokenSpec(keep_rate=0.6, fuse=fuse, method=method)
+    spec = spec_of(method, fuse=fuse)
     reduce_tokens_(model, spec)
     assert [key for key in model.state_dict() if not key.startswith(own)] == keys
     plan = token_plan(model)
@@ -44,8 +44,11 @@ def test_methods_keep_the_contract(name, fuse, method):
         assert choice.shape == (3, row.choice_length)
         assert choice.dtype == torch.int32
         assert torch.equal(y[:, : plan.prefix], x[:, : plan.prefix])
-        assert row.choice == "kept"
         candidates = x.shape[1] - plan.prefix
+        if row.choice == "merge":  # every candidate stays or moves, and those that move join one that stays
+            assert oracle.is_valid_choice(choice[:, :candidates].numpy(), candidates)
+            assert ((choice[:, candidates:] >= 0) & (choice[:, candidates:] < row.keep)).all()
+            continue
         assert candidates == plan.patches or not row.aside
         assert oracle.is_valid_choice(choice.numpy(), candidates)
         for image in range(3):
@@ -62,7 +65,7 @@ def test_methods_keep_the_contract(name, fuse, method):
 def test_methods_learn(method):
     """In training mode a gradient reaches every parameter, the method's own included."""
     model = create("deit").train()
-    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method=method))
+    reduce_tokens_(model, spec_of(method))
     model(images(model)).sum().backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
@@ -72,7 +75,7 @@ def test_methods_learn(method):
 @each_method
 def test_methods_work_in_half_precision(method):
     model = create("deit").bfloat16()
-    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method=method))
+    reduce_tokens_(model, spec_of(method))
     with torch.inference_mode():
         result = model(images(model).bfloat16())
     assert result.dtype == torch.bfloat16
@@ -82,7 +85,7 @@ def test_methods_work_in_half_precision(method):
 @each_method
 def test_methods_refuse_options_they_do_not_have(method):
     with pytest.raises(InputError, match=f"the method '{method}' does not take these options.*no_such_option"):
-        reduce_tokens_(create("deit"), TokenSpec(keep_rate=0.6, method=method, options={"no_such_option": 1}))
+        reduce_tokens_(create("deit"), spec_of(method, options={"no_such_option": 1}))
 
 
 def kept_by(method: str, **options) -> list[torch.Tensor]:

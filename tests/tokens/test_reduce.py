@@ -19,7 +19,7 @@ from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, set_keep_rate_, token_plan, token_spec
 from tests.support import oracle
-from tests.support.families import SPEC, create, each_method, each_model, images, logits
+from tests.support.families import SPEC, create, each_method, each_model, images, logits, spec_of
 
 SPECS = {
     "fuse": SPEC,
@@ -226,7 +226,7 @@ def test_a_mask_is_refused():
 def test_deep_copies_stand_alone(method):
     model = create("deit")
     dense = logits(model)
-    reduce_tokens_(model, TokenSpec(keep_rate=0.6, method=method))
+    reduce_tokens_(model, spec_of(method))
     logits(model)  # whatever a reducer makes on its first call is copied too
     clone = copy.deepcopy(model)
     wanted = logits(model)

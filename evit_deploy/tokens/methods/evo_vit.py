@@ -6,6 +6,7 @@ no patch is ever lost and heads that pool see all of them. What is different fro
 row with ``keep`` sorts, one with ``aside`` has tokens waiting, one with ``ranks`` refreshes g.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from fractions import Fraction
@@ -19,7 +20,7 @@ from evit_deploy.errors import InputError
 from evit_deploy.tokens.methods.evit import class_scores
 from evit_deploy.tokens.op import precise
 from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, scheduled_rate
-from evit_deploy.tokens.reducer import TokenReducer
+from evit_deploy.tokens.reducer import TokenReducer, own_weights
 from evit_deploy.tokens.state import TokenState
 
 _DEFAULT_RATE = 0.5
@@ -34,6 +35,7 @@ class EvoViT(TokenReducer):
     """
 
     fuses: ClassVar[bool] = False
+    own_parameters: ClassVar[tuple[str, ...]] = ("norm_cls.", "head_cls.weight", "head_cls.bias")
     default_keep_rate: ClassVar[float | None] = _DEFAULT_RATE
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,6 +62,21 @@ class EvoViT(TokenReducer):
         if hasattr(model, "dist_token"):
             return ["it is distilled: Evo-ViT ranks patches by one class token, and this model has two that classify"]
         return []
+
+    @classmethod
+    def attach(cls, model: Any, options: msgspec.Struct, plan: TokenPlan) -> None:
+        """Puts the class token's second head back, where one came with the weights; it only serves training."""
+        if own_weights(model, cls):
+            add_class_head(model)
+
+    @classmethod
+    def detach(cls, model: Any) -> None:
+        """Takes that head away; it comes back with the next :meth:`attach`."""
+        for name in ("norm_cls", "head_cls"):
+            if hasattr(model, name):
+                weights = getattr(model, name).state_dict(prefix=f"{name}.")
+                model.method_weights = getattr(model, "method_weights", {}) | weights
+                delattr(model, name)
 
     @classmethod
     def carries_state(cls, options: msgspec.Struct, pools: bool) -> bool:
@@ -170,6 +187,29 @@ class EvoViT(TokenReducer):
             return x, state
         x = self.put_back(x, state.aside, state.representative)
         return x, state._replace(aside=None, representative=None)
+
+
+def add_class_head(model: Any) -> None:
+    """Gives a model whose head pools the class token's head that it is trained with beside, in place.
+
+    Weights that came with the model's are taken, as far as they are for its classes; else it begins anew.
+
+    Args:
+        model: Any whose head pools; nothing happens if it has the head already.
+    """
+    if hasattr(model, "head_cls"):
+        return
+    like, found = next(model.parameters()), own_weights(model, EvoViT)
+    norm = copy.deepcopy(model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm)
+    norm.reset_parameters()
+    head = nn.Linear(model.embed_dim, model.num_classes, device=like.device, dtype=like.dtype)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    for name, layer in (("norm_cls", norm), ("head_cls", head)):
+        weights = {key.removeprefix(f"{name}."): value for key, value in found.items() if key.startswith(f"{name}.")}
+        if {key: value.shape for key, value in weights.items()} == {k: v.shape for k, v in layer.state_dict().items()}:
+            layer.load_state_dict(weights)
+        setattr(model, name, layer.train(model.training))
 
 
 class _Refresh(nn.Module):

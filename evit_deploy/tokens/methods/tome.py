@@ -1,0 +1,338 @@
+"""ToMe: "Token Merging: Your ViT But Faster" (ICLR 2023, arXiv 2210.09461), written from the paper.
+
+Every block merges r tokens into others between attention and MLP. Tokens at even places (A) each look for the token at
+an odd place (B) whose keys are most similar; the r best pairs become one token each, the mean of both weighted by the
+patches they stand for. In later blocks a token attracts attention like all its patches together: log(size) is added to
+the logits of its key (proportional attention).
+"""
+
+import logging
+from fractions import Fraction
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Meta
+from torch import Tensor
+from torch.nn import functional as F
+
+from evit_deploy.errors import InputError
+from evit_deploy.tokens.backbone import backbone_of
+from evit_deploy.tokens.choices import rounding_of
+from evit_deploy.tokens.merge import token_merge
+from evit_deploy.tokens.op import precise, select
+from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, scheduled_rate
+from evit_deploy.tokens.reducer import TokenReducer
+from evit_deploy.tokens.state import TokenState, patches_back, rows_after
+
+_LOG = logging.getLogger(__name__)
+TINY = 1e-12
+"""Least length that a token's keys are divided by."""
+
+Merges = Annotated[int, Meta(ge=0)]
+
+
+class ToMe(TokenReducer):
+    """Merges the r most similar pairs of tokens in every block."""
+
+    takes_keep_rate = False
+    needs_class_token = False
+    fuses = False
+    needed = "Say how many tokens each block merges: --merge 13, method_options={'merge': 13}."
+
+    class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+        """What ToMe takes.
+
+        Args:
+            merge: r, the tokens that each block merges; or a list, a number for each block, 0 after its end.
+            inflect: With one r: how it changes with depth, from ``int(r · (1 − inflect))`` in the first block to what
+                makes the mean r; −1 is the paper's decreasing schedule, 0 the constant one.
+            proportional_attention: Whether log(size) is added to the attention logits of the keys.
+        """
+
+        merge: Merges | tuple[Merges, ...]
+        inflect: Annotated[float, Meta(ge=-1, le=1)] = 0.0
+        proportional_attention: bool = True
+
+    options: Options
+
+    @classmethod
+    def plan_for(cls, spec: TokenSpec, options: Any, shape: ModelShape, progress: float) -> TokenPlan:
+        """See :meth:`TokenReducer.plan_for`; on the way there every r grows from 0."""
+        _refuse_fields(spec)
+        asked = merges(options, shape.depth)
+        listed, half = isinstance(options.merge, tuple), shape.patches // 2
+        reached = max(asked[:1] if listed else [asked[0], options.merge], default=0)
+        if reached > half:
+            raise InputError(
+                "that many tokens cannot merge in one block", where="merge", seen=reached,
+                wanted=f"at most {half}, half of the {shape.patches} patches",
+            )  # fmt: skip
+        share = 1 - Fraction(repr(scheduled_rate(0.0, progress)))
+        tokens, blocks = shape.prefix + shape.patches, []
+        for block, wanted in enumerate(asked):
+            candidates = tokens - shape.prefix
+            if listed and wanted > candidates // 2 and progress >= 1:
+                raise InputError(
+                    f"that many tokens cannot merge in block {block}", where="merge", seen=wanted,
+                    wanted=f"at most {candidates // 2}, half of the {candidates} that are left",
+                )  # fmt: skip
+            gone = min(int(share * wanted), candidates // 2)
+            blocks.append(_row(block, tokens, candidates, gone))
+            tokens -= gone
+        return TokenPlan(shape.prefix, shape.patches, tuple(blocks), shape.cost)
+
+    @classmethod
+    def carries_state(cls, options: msgspec.Struct, pools: bool) -> bool:
+        """Always: sizes."""
+        return True
+
+    @classmethod
+    def serves_pooling(cls, options: msgspec.Struct) -> bool:
+        """Every patch is in some token."""
+        return True
+
+    @classmethod
+    def label(cls, spec: TokenSpec, options: Any) -> str:
+        """``r13``, ``r13-inflect-0.5``, ``r16-16-8``."""
+        text = "r" + "-".join(map(str, options.merge if isinstance(options.merge, tuple) else (options.merge,)))
+        text += f"-inflect-{options.inflect:g}" if options.inflect else ""
+        return text if options.proportional_attention else f"{text}-no-proportional"
+
+    @classmethod
+    def attach(cls, model: Any, options: Any, plan: TokenPlan) -> None:
+        """Adds nothing; says so where fewer tokens merge than was asked for."""
+        pairs = zip(merges(options, len(plan.blocks)), plan.blocks, strict=True)
+        fewer = [row for wanted, row in pairs if wanted > row.tokens_in - row.tokens_out]
+        if fewer:
+            rows = ", ".join(f"{row.tokens_in - row.tokens_out} in block {row.block}" for row in fewer)
+            _LOG.warning(f"Fewer tokens merge than asked for where they are more than half of what is left: {rows}.")
+
+    @classmethod
+    def margin(cls, scores: Any, exact: Any, choice: np.ndarray, row: BlockPlan) -> np.ndarray:
+        """How far each token of A is from merging or not, and from merging into another; B has no choice.
+
+        Args:
+            scores: Similarities ``[n, evens, odds]`` in the precision that is examined.
+            exact: The same in FP64.
+            choice: See :meth:`TokenReducer.margin`.
+            row: See :meth:`TokenReducer.margin`.
+        """
+        matched = _Matched(choice, exact, row)
+        nearest = matched.to_boundary()
+        np.put_along_axis(nearest, matched.moved, np.minimum(matched.of(nearest), matched.to_second()[0]), axis=1)
+        found = np.full((len(choice), row.tokens_in - row.tokens_out + row.keep), np.inf)  # type: ignore[operator]
+        found[:, matched.first :: 2] = nearest / rounding_of(scores, exact)
+        return found
+
+    @classmethod
+    def nearest_choice(cls, choice: np.ndarray, exact: Any, row: BlockPlan) -> np.ndarray:
+        """The closest of two kinds: another pair merges in the place of the last, or a token joins its second best."""
+        return _Matched(choice, exact, row).nearest()
+
+    # ---- one block
+
+    def bind(self, model: Any) -> None:
+        """See :meth:`TokenReducer.bind`."""
+        self.pools = backbone_of(model).pools(model)
+
+    def start(self, x: Tensor) -> TokenState:
+        """Where the head pools, every patch is in a token of its own; no sizes means that all are 1."""
+        if not self.pools:
+            return TokenState()
+        patches = torch.arange(x.shape[1] - self.prefix, device=x.device)
+        return TokenState(rows=patches.expand(x.shape[0], -1))
+
+    def key_bias(self, state: TokenState) -> Tensor | None:
+        """log(size), 0 for the prefix; nothing while all sizes are 1."""
+        if state.sizes is None or not self.options.proportional_attention:
+            return None
+        return F.pad(state.sizes.log(), (self.prefix, 0))[:, None, None]
+
+    def scores(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState | None = None) -> Tensor:
+        """Cosine similarity of the tokens at even places to those at odd ones, by their keys' mean over heads.
+
+        Args:
+            x: See :meth:`TokenReducer.scores`.
+            q: See :meth:`TokenReducer.scores`.
+            k: See :meth:`TokenReducer.scores`.
+            state: Not used.
+
+        Returns:
+            FP32 ``[B, evens, odds]``; places count the prefix, whose tokens are in neither.
+        """
+        # Which pairs merge has no gradient, so nothing on the way there needs one.
+        metric = precise(k.detach()).mean(2)
+        metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(TINY)
+        even, odd = metric[:, self.prefix + self.prefix % 2 :: 2], metric[:, self.prefix + 1 - self.prefix % 2 :: 2]
+        if torch.onnx.is_in_onnx_export():
+            return even @ odd.transpose(1, 2)
+        with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training compares in half precision
+            return even @ odd.transpose(1, 2)
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState) -> tuple[Tensor, Tensor, TokenState]:  # type: ignore[override]
+        """See :meth:`TokenReducer.forward`."""
+        assert self.plan.keep is not None
+        similarity = self.scores(x, q, k, state)
+        if self.given is not None:
+            choice = self.given
+        else:
+            choice = choose(similarity, self.plan.tokens_in - self.plan.tokens_out, self.prefix % 2)
+        sizes = state.sizes
+        if sizes is None:
+            sizes = torch.ones(x.shape[0], x.shape[1] - self.prefix, dtype=precise(x[:1, :0]).dtype, device=x.device)
+        x, sizes = token_merge(x, sizes, choice, (similarity,), self.plan.keep, self.prefix)
+        rows = None if state.rows is None else rows_after(state.rows, choice, self.plan.keep)
+        return x, choice, state._replace(sizes=sizes, rows=rows)
+
+    def finish(self, x: Tensor, state: TokenState) -> Tensor:
+        """Where the head pools, each patch gets its token, so that it pools by size; all of them have gone through it.
+
+        The mean over patches is then the mean over tokens weighted by size, and any other way of pooling sees what a
+        model would that had computed the merged tokens once for each of their patches.
+        """
+        return x if state.rows is None else patches_back(x, state.rows, self.prefix)
+
+
+def merges(options: ToMe.Options, depth: int) -> list[int]:
+    """What each block is asked to merge.
+
+    Exact on numbers as they are written: in floats ``int(10 * (1 - 0.9))`` is 0.
+
+    Args:
+        options: Of the method.
+        depth: Blocks.
+
+    Raises:
+        InputError: A list is longer than the model is deep, or it and an inflection are given.
+    """
+    merge = options.merge
+    if isinstance(merge, tuple):
+        if len(merge) > depth:
+            raise InputError("more numbers than blocks", where="merge", seen=f"{len(merge)} numbers",
+                             wanted=f"at most {depth}")  # fmt: skip
+        if options.inflect:
+            raise InputError(
+                "inflect changes one r with depth, and a list says itself what each block merges", where="inflect",
+                seen=options.inflect, fix="Leave one of the two out.",
+            )  # fmt: skip
+        return [*merge, *[0] * (depth - len(merge))]
+    first = int(merge * (1 - Fraction(repr(options.inflect))))
+    step = Fraction(2 * (merge - first), max(depth - 1, 1))
+    return [int(first + step * block) for block in range(depth)] if depth > 1 else [merge]
+
+
+def _refuse_fields(spec: TokenSpec) -> None:
+    if spec.keep_rate is not None:
+        raise InputError(
+            "the method 'tome' takes no keep rate: it merges a number of tokens in every block", where="keep_rate",
+            seen=spec.keep_rate, fix="Say instead how many: --merge 13, method_options={'merge': 13}.",
+        )  # fmt: skip
+    if spec.locations is not None:
+        raise InputError(
+            "the method 'tome' takes no locations: it merges in every block", where="locations",
+            seen=",".join(map(str, spec.locations)), fix="A list says what each block merges: --merge 0,0,0,16,16.",
+        )  # fmt: skip
+
+
+def _row(block: int, tokens: int, candidates: int, gone: int) -> BlockPlan:
+    if not gone:
+        return BlockPlan(block, tokens, None, False, tokens)
+    length = candidates + gone
+    return BlockPlan(block, tokens, candidates - gone, False, tokens - gone, choice="merge", choice_indices=length)
+
+
+def choose(similarity: Tensor, merge: int, first: int) -> Tensor:
+    """Which tokens of A merge, and into which of B; on ties the lowest places.
+
+    Args:
+        similarity: ``[B, evens, odds]``.
+        merge: r.
+        first: Number of the first candidate at an even place, 0 or 1.
+
+    Returns:
+        int32 ``[B, evens + odds + r]``: what stays (A in order, then B), what moves (the most similar first), and for
+        each of these the place among the former.
+    """
+    images, evens, odds = similarity.shape
+    best = similarity.amax(2)
+    # All numbers in one affine step at the end: on a CPU each of these small steps takes longer to begin than to do.
+    # ONNX's TopK takes the lowest place on ties, PyTorch's takes any.
+    order = best.topk(evens).indices if torch.onnx.is_in_onnx_export() else select(best, evens)
+    moved, others = order[:, :merge], order[:, merge:]
+    if merge < evens:
+        # Sorted, not counted: OpenVINO 2026.4 counts wrongly from the second image on.
+        others = others.topk(evens - merge, largest=False).values
+        others = F.pad(others, (0, odds))
+    else:
+        others = order.new_zeros(images, odds)
+    joined = similarity.argmax(2).gather(1, moved)
+    scale = [2] * (evens - merge) + [0] * odds + [2] * merge + [1] * merge
+    odd = [2 * number + 1 - first for number in range(odds)]
+    shift = [first] * (evens - merge) + odd + [first] * merge + [evens - merge] * merge
+    numbers = torch.cat([others, moved, joined], 1)
+    return (numbers * numbers.new_tensor(scale) + numbers.new_tensor(shift)).to(torch.int32)
+
+
+class _Matched:
+    """A choice beside the similarities that it was made by, in NumPy; tokens are numbered within A and within B.
+
+    Args:
+        choice: See :func:`choose`.
+        exact: Similarities ``[n, evens, odds]`` in FP64.
+        row: The block's plan.
+    """
+
+    def __init__(self, choice: np.ndarray, exact: np.ndarray, row: BlockPlan) -> None:
+        assert row.keep is not None
+        self.choice, self.exact = choice, exact
+        self.evens, self.odds = exact.shape[1:]
+        self.merge = row.tokens_in - row.tokens_out
+        self.first = 1 - int(choice[0, row.keep - self.odds])  # the tokens of B are the last that stay
+        candidates = self.evens + self.odds
+        self.moved = (choice[:, row.keep : candidates].astype(np.int64) - self.first) // 2
+        self.joined = choice[:, candidates:].astype(np.int64) - (self.evens - self.merge)
+        self.best = exact.max(axis=2)
+
+    def of(self, each: np.ndarray) -> np.ndarray:
+        """Of ``[n, evens, ...]`` what belongs to the tokens that move ``[n, r, ...]``."""
+        return each[np.arange(len(each))[:, None], self.moved]
+
+    def to_boundary(self) -> np.ndarray:
+        """How far the best similarity of each token of A is from the boundary of the r highest, ``[n, evens]``."""
+        if self.merge == self.evens:
+            return np.full(self.best.shape, np.inf)
+        ranked = -np.sort(-self.best, axis=1)
+        return np.abs(self.best - ranked[:, self.merge - 1 : self.merge + 1].mean(axis=1, keepdims=True))
+
+    def to_second(self) -> tuple[np.ndarray, np.ndarray]:
+        """How much each token that moves prefers what it joined to the rest of B, and the best of that, ``[n, r]``."""
+        similar = self.of(self.exact).copy()
+        taken = self.joined[..., None]
+        own = np.take_along_axis(similar, taken, axis=2)[..., 0]
+        np.put_along_axis(similar, taken, -np.inf, axis=2)
+        return np.maximum(own - similar.max(axis=2), 0), similar.argmax(axis=2)
+
+    def nearest(self) -> np.ndarray:
+        """See :meth:`ToMe.nearest_choice`."""
+        gaps, second = self.to_second()
+        found = self.choice.copy()
+        for image in range(len(found)):
+            moved, joined = self.moved[image].copy(), self.joined[image].copy()
+            best = self.best[image]
+            last = int(best[moved].argmin())
+            staying = np.setdiff1d(np.arange(self.evens), moved)
+            following = int(staying[best[staying].argmax()]) if len(staying) else -1
+            closest = int(gaps[image].argmin())
+            if following >= 0 and abs(best[moved[last]] - best[following]) <= gaps[image, closest]:
+                moved[last], joined[last] = following, int(self.exact[image, following].argmax())
+            elif self.odds > 1:
+                joined[closest] = second[image, closest]
+            found[image] = self._choice(moved, joined)
+        return found
+
+    def _choice(self, moved: np.ndarray, joined: np.ndarray) -> np.ndarray:
+        staying = np.setdiff1d(np.arange(self.evens), moved)
+        odd = 2 * np.arange(self.odds) + (1 - self.first)
+        return np.concatenate([2 * staying + self.first, odd, 2 * moved + self.first, joined + len(staying)])

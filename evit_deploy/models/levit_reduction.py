@@ -72,6 +72,16 @@ class EvoLeViTReducer(EvoViT):
 
         representative: bool = True
 
+    own_parameters: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def attach(cls, model: Any, options: msgspec.Struct, plan: TokenPlan) -> None:
+        """Adds nothing: an Evo-LeViT has both heads of its class token from the start."""
+
+    @classmethod
+    def detach(cls, model: Any) -> None:
+        """Takes nothing away."""
+
     @classmethod
     def plan_for(cls, spec: TokenSpec, options: msgspec.Struct, shape: ModelShape, progress: float) -> TokenPlan:
         """Decides every token count; K = ⌊rate · N⌋ of the N candidates of a stage, as released.

@@ -12,7 +12,7 @@ _PUBLIC = {
     },
     "Token reduction": {
         "tokens.reduce": "reduce_tokens_ set_keep_rate_ token_plan dense_twin",
-        "tokens.plan": "make_plan TokenSpec TokenOptions TokenPlan BlockPlan ModelCost ModelShape",
+        "tokens.plan": "make_plan TokenSpec TokenOptions TokenPlan BlockPlan BlockCost ModelCost ModelShape",
     },
     "Recipes and training": {
         "recipe.recipe": "load_recipe Recipe CompareSection ExpectSection",

@@ -76,6 +76,7 @@ from evit_deploy.targets.target import Artifact as Artifact
 from evit_deploy.targets.target import Exported as Exported
 from evit_deploy.targets.target import Target as Target
 from evit_deploy.tokens.backbone import Backbone as Backbone
+from evit_deploy.tokens.plan import BlockCost as BlockCost
 from evit_deploy.tokens.plan import BlockPlan as BlockPlan
 from evit_deploy.tokens.plan import ModelCost as ModelCost
 from evit_deploy.tokens.plan import ModelShape as ModelShape

@@ -96,6 +96,8 @@ BACKBONES = Registry(
     {
         "timm_vit": "evit_deploy.models.timm_vit:TimmViT",
         "lvvit": "evit_deploy.models.lvvit:LVViTBackbone",
+        "timm_levit": "evit_deploy.models.timm_levit:TimmLeViT",
+        "evo_levit": "evit_deploy.models.levit_reduction:EvoLeViTBackbone",
     },
 )
 TARGETS = Registry(

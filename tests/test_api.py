@@ -25,7 +25,7 @@ OTHERS = {"PIL", "builtins", "collections", "msgspec", "numpy", "onnx", "pathlib
 """Where types of public signatures may come from besides the package."""
 MOST = 8
 """Parameters of a function; a struct counts as one, ``**options`` too."""
-TIMM = {"ConvStem", "LVViT"}  # their parameters are those of timm's models
+TIMM = {"ConvStem", "EvoLeViT", "LVViT"}  # their parameters are those of timm's models
 
 
 def load(script: Path) -> types.ModuleType:

@@ -18,7 +18,7 @@ from evit_deploy.files import sha256, write_atomically
 from evit_deploy.models.identify import Identity, check_model_name, differences_of, identify
 from evit_deploy.models.safe_weights import read_weights
 from evit_deploy.registry import METHODS
-from evit_deploy.tokens.backbone import load_backbones
+from evit_deploy.tokens.backbone import backbone_of, load_backbones
 from evit_deploy.tokens.plan import TokenOptions, TokenSpec
 from evit_deploy.tokens.reducer import options_of
 
@@ -197,8 +197,15 @@ def set_image_size_(model: Any, image_size: int) -> None:
     """Changes the image size a model takes, in place.
 
     Raises:
-        InputError: The patch size does not divide it, or memory cannot hold it.
+        InputError: The patch size does not divide it, memory cannot hold it, or the model takes one size alone.
     """
+    if not hasattr(model, "set_input_size"):
+        size = backbone_of(model).image_size(model)[0]
+        if image_size == size:
+            return
+        raise InputError(
+            f"a {type(model).__name__} takes one image size alone", where="--image-size", seen=image_size, wanted=size
+        )
     patch = model.patch_embed.patch_size
     if image_size <= 0 or any(image_size % p for p in patch):
         below = max(image_size // patch[0], 1) * patch[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, InputError, did_you_mean, first_few
-from evit_deploy.models.layouts import evo_vit
+from evit_deploy.models.layouts import evo_vit, levit
 from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenSpec
 
@@ -87,6 +87,8 @@ def identify(
     """
 
     load_backbones()
+    if levit.is_evo_levit(weights) or levit.is_levit(weights):
+        return _released(path, levit.find(path, weights), model)
     args: dict[str, Any] = {}
     tokens = None
     if evo_vit.is_evo_vit(weights):
@@ -122,6 +124,24 @@ def identify(
             f"activation); {first.model} is assumed (--model decides)"
         )
     return msgspec.structs.replace(first, notes=first.notes + notes, tokens=tokens)
+
+
+def _released(path: Path, found: levit.Found, model: str | None) -> Identity:
+    """What a file in a released layout of its own holds; its names tell the architecture."""
+    if model is not None and model != found.model:
+        check_model_name(model, where="--model")
+        raise CheckpointError(
+            f"the weights are not those of {model}", where=path, seen=f"the tensors of {found.model}",
+            fix="Leave out --model to have the architecture read from the tensors.",
+        )  # fmt: skip
+    with torch.device("meta"):
+        import timm
+
+        wanted = timm.create_model(found.model, **found.model_args).state_dict()
+    differences = differences_of(wanted, found.weights)
+    if differences:
+        raise CheckpointError(f"not the tensors of {found.model}, which it is most like", where=path, seen=differences)
+    return Identity(found.model, found.model_args, found.weights, [], found.tokens)
 
 
 def _describe(weights: dict[str, Tensor]) -> tuple[int, int, int]:
@@ -227,7 +247,7 @@ def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None, layout: s
             "no known architecture has these tensors",
             where=path,
             seen=seen,
-            wanted="a ViT, DeiT, DeiT III or DINOv2 of timm, or an LV-ViT",
+            wanted="a ViT, DeiT, DeiT III or DINOv2 of timm, an LV-ViT, a LeViT or an Evo-LeViT",
             fix="Name the architecture with --model.",
         )
     with torch.device("meta"):

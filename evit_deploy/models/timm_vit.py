@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evit_deploy.errors import UnsupportedModelError
+from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights, shape_of
 from evit_deploy.tokens.op import precise
 from evit_deploy.tokens.plan import ModelCost, ModelShape
@@ -24,8 +25,6 @@ _KNOWN_REASONS = (
     ("Eva", "its position embedding is rotary: each attention needs every patch's place"),
     ("RelPos", "its relative position bias needs every patch in its place"),
     ("Beit", "its relative position bias needs every patch in its place"),
-    ("LevitD", "its stages shrink a grid of patches"),
-    ("Levit", "its stages shrink a grid of patches"),
     ("Naflex", "its patch count changes from image to image"),
 )
 
@@ -299,6 +298,11 @@ class TimmViT:
     def pools(model: VisionTransformer) -> bool:
         """Whether the head sees all patch tokens."""
         return model.global_pool != "token"
+
+    @staticmethod
+    def method(name: str) -> Any:
+        """The method of a name: one form fits all of them."""
+        return METHODS.get(name)
 
     @staticmethod
     def prefix_tokens(model: VisionTransformer) -> int:

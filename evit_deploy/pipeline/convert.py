@@ -328,10 +328,10 @@ def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
 def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
     """The checkpoint's own preprocessing, or timm's for the architecture, at the model's image size."""
     own = checkpoint.preprocess
-    size: Any = model.patch_embed.img_size  # type: ignore[union-attr]
+    size = backbone_of(model).image_size(model)
     if own is not None:
-        return msgspec.structs.replace(own, size=tuple(size))
-    return Preprocess.from_model(model, tuple(size))
+        return msgspec.structs.replace(own, size=size)
+    return Preprocess.from_model(model, size)
 
 
 def check_folders(options: ConvertOptions) -> list[str]:

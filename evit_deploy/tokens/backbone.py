@@ -47,6 +47,11 @@ class Backbone(Protocol):
         ...
 
     @staticmethod
+    def method(name: str) -> Any:
+        """The method of a name, in the form that it takes in this family."""
+        ...
+
+    @staticmethod
     def blocks(model: Any) -> Any:
         """The transformer blocks, as the indexable container that holds them."""
         ...

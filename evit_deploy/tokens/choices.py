@@ -31,7 +31,11 @@ def patch_rows(choices: Sequence[Any], plan: TokenPlan) -> list[np.ndarray]:
     found = []
     for choice, row in zip(choices, plan.locations, strict=True):
         choice = np.asarray(choice).astype(np.int64)
-        candidates = plan.patches if rows is None else _tokens_after(plan, len(found) - 1)
+        if row.places:  # in order again, on a smaller grid
+            candidates, rows = len(row.places), np.full((len(choice), plan.patches), -1)
+            rows[:, row.places] = np.arange(candidates)
+        else:
+            candidates = plan.patches if rows is None else _tokens_after(plan, len(found) - 1)
         places = _places(choice, row, candidates)
         if rows is None:
             rows = np.broadcast_to(np.arange(plan.patches), (len(choice), plan.patches))
@@ -87,8 +91,9 @@ def original_patches(choices: Sequence[Any], plan: TokenPlan) -> list[np.ndarray
             before = np.arange(plan.patches)[None].repeat(len(choice), axis=0) if index == 0 else rows[index - 1]
             result.append(_joined(choice, row, before))
             continue
-        if numbers is None:
-            numbers = np.broadcast_to(np.arange(plan.patches, dtype=np.int32), (len(choice), plan.patches))
+        if numbers is None or row.places:
+            first = np.array(row.places or range(plan.patches), np.int32)
+            numbers = np.broadcast_to(first, (len(choice), len(first)))
         numbers = np.take_along_axis(numbers, choice.astype(np.int64), axis=1)
         if row.aside:
             result.append(numbers[:, : row.keep])
@@ -132,7 +137,8 @@ def patch_margins(margins: Sequence[np.ndarray], choices: Sequence[Any], plan: T
             before = rows[index - 1] if index else np.broadcast_to(np.arange(plan.patches), (images, plan.patches))
             result[:, :-1] = np.take_along_axis(margin, before.astype(np.int64), axis=1)
         else:
-            numbers = np.broadcast_to(np.arange(plan.patches), (images, plan.patches)) if order is None else order
+            first = np.array(row.places or range(plan.patches))
+            numbers = np.broadcast_to(first, (images, len(first))) if order is None or row.places else order
             place = np.arange(images)[:, None], numbers.astype(np.int64) % (plan.patches + 1)
             np.minimum.at(result, place, margin)  # fused tokens share one place
             order = np.take_along_axis(numbers, np.asarray(choices[index]).astype(np.int64), axis=1)

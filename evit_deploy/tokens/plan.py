@@ -149,7 +149,27 @@ def scheduled_rate(target: float, progress: float) -> float:
     return round(target + (1 - target) * 0.5 * (1 + math.cos(math.pi * progress)), SCHEDULE_DECIMALS)
 
 
-class ModelCost(msgspec.Struct, frozen=True):
+class BlockCost(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Multiply-adds of one block of a model whose blocks differ, and the tokens of the dense model there.
+
+    Args:
+        tokens_in: Tokens that its attention sees, where nothing is reduced.
+        tokens_out: Tokens that its MLP sees, or that come out.
+        token_attention: Linear layers of its attention, per token.
+        token_mlp: Linear layers of its MLP, per token.
+        pair: Q·Kᵀ and A·V, per pair of tokens.
+        fixed: What costs the same however much is reduced, because every token takes part.
+    """
+
+    tokens_in: int
+    tokens_out: int
+    token_attention: int = 0
+    token_mlp: int = 0
+    pair: int = 0
+    fixed: int = 0
+
+
+class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):
     """Multiply-adds of a model's parts; every matmul counted once (the official EViT README's counting).
 
     Args:
@@ -159,6 +179,7 @@ class ModelCost(msgspec.Struct, frozen=True):
         width: Heads × head width: Q·Kᵀ and A·V cost N²·width each.
         head: Classifier, per image.
         token_head: Classifier that sees every token but the prefix, per token (LV-ViT has one).
+        blocks: Each block's own, where they differ (LeViT); then those above are 0.
     """
 
     stem: int
@@ -167,6 +188,7 @@ class ModelCost(msgspec.Struct, frozen=True):
     width: int
     head: int
     token_head: int = 0
+    blocks: tuple[BlockCost, ...] = ()
 
 
 class ModelShape(msgspec.Struct, frozen=True):
@@ -200,6 +222,7 @@ class BlockPlan(msgspec.Struct, frozen=True, omit_defaults=True):
         choice: What a location chooses: candidates that are kept, or what is merged into what.
         choice_indices: How many numbers that takes, where it is not K.
         method_macs: Multiply-adds of the method's own layers.
+        places: Patches that the candidates of a location stand for, where they are in order on a smaller grid.
         ranks: Whether the class attention of this block is read for the choice of a later one.
     """
 
@@ -212,6 +235,7 @@ class BlockPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     choice: Literal["kept", "merge"] = "kept"
     choice_indices: int | None = None
     method_macs: int = 0
+    places: tuple[int, ...] = ()
     ranks: bool = False
 
     @property
@@ -248,7 +272,9 @@ class TokenPlan(msgspec.Struct, frozen=True):
     def dense(self) -> "TokenPlan":
         """The same model without token reduction."""
         n = self.prefix + self.patches
-        blocks = tuple(BlockPlan(b.block, n, None, False, n) for b in self.blocks)
+        own = self.cost.blocks if self.cost else ()
+        counts = [(block.tokens_in, block.tokens_out) for block in own] or [(n, n)] * len(self.blocks)
+        blocks = tuple(BlockPlan(i, before, None, False, after) for i, (before, after) in enumerate(counts))
         return TokenPlan(self.prefix, self.patches, blocks, self.cost)
 
     def block_macs(self, block: int) -> int:
@@ -262,6 +288,10 @@ class TokenPlan(msgspec.Struct, frozen=True):
         if self.cost is None:
             raise InputError("this plan has no costs", fix="Make it from a model: token_plan(model).")
         row = self.blocks[block]
+        if self.cost.blocks:
+            own = self.cost.blocks[block]
+            attention = row.tokens_in * own.token_attention + row.tokens_in**2 * own.pair
+            return own.fixed + attention + row.tokens_out * own.token_mlp + row.method_macs
         attention = row.tokens_in * self.cost.token_attention + 2 * row.tokens_in**2 * self.cost.width
         return attention + row.tokens_out * self.cost.token_mlp + row.method_macs
 

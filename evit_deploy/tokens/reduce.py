@@ -19,8 +19,9 @@ _FOR_POOLING = "Take evit's options normalize=true and sized=true, or squeeze=tr
 
 
 def _plan(model: nn.Module, spec: TokenSpec, progress: float) -> TokenPlan:
-    method = METHODS.get(spec.method)
-    return method.plan_for(spec, options_of(method, spec), backbone_of(model).shape(model), progress)
+    backbone = backbone_of(model)
+    method = backbone.method(spec.method)
+    return method.plan_for(spec, options_of(method, spec), backbone.shape(model), progress)
 
 
 def reduce_tokens_(model: nn.Module, spec: TokenSpec) -> nn.Module:
@@ -41,14 +42,14 @@ def reduce_tokens_(model: nn.Module, spec: TokenSpec) -> nn.Module:
         InputError: The spec does not fit the model.
     """
     backbone = backbone_of(model)
-    method = METHODS.get(spec.method)
+    method = backbone.method(spec.method)
     options = options_of(method, spec)
     plan = _plan(model, spec, progress=1.0)
     reasons = _unsupported(model, method, spec, options) if plan.locations else []
     if reasons:
         loses = backbone.pools(model) and not method.serves_pooling(options)
         raise UnsupportedModelError(type(model).__name__, reasons, _FOR_POOLING if loses else None)
-    METHODS.get(token_spec(model).method).detach(model)
+    backbone.method(token_spec(model).method).detach(model)
     container = backbone.blocks(model)
     if isinstance(container, TokenBlocks):
         backbone.set_blocks(model, container.replaced[0])

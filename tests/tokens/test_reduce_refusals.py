@@ -22,7 +22,8 @@ def with_option(name: str, **options):
         (with_option("swin_tiny_patch4_window7_224"), "SwinTransformer", "it computes attention in windows"),
         (with_option("eva02_tiny_patch14_224"), "Eva", "its position embedding is rotary"),
         (with_option("beit_base_patch16_224", depth=2), "Beit", "its relative position bias"),
-        (with_option("levit_128s"), "LevitDistilled", "its stages shrink a grid of patches"),
+        (with_option("levit_128s"), "a LeViT with the method 'evit'", "its attention biases need every token"),
+        (with_option("levit_conv_128s"), "LevitDistilled", "it is LeViT's convolutional form"),
         (with_option("resnet10t"), "ResNet", "it is not a timm VisionTransformer"),
         (lambda: nn.Linear(2, 2), "Linear", "it is not a timm VisionTransformer"),
         (

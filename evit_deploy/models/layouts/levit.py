@@ -1,0 +1,294 @@
+"""Released LeViT and Evo-LeViT: which size their tensors are, and their names in our models.
+
+An Evo-LeViT file holds its blocks twice, as ``blocks`` and, for the stage-wise forward pass, as ``stage_blocks``; ours
+have the first names alone. A LeViT file of Facebook's has no names of stages, and carries tables of indices that follow
+from the grid; in timm, whose names we take for it, it has both otherwise.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from evit_deploy.errors import CheckpointError, first_few
+from evit_deploy.models.levit import HEADS, SIZES
+from evit_deploy.models.levit_reduction import DENSE_BLOCKS, METHOD
+from evit_deploy.tokens.plan import TokenSpec
+
+_DUPLICATES = "stage_blocks."
+_TABLE = "attention_bias_idxs"
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What tensors were found to be.
+
+    Args:
+        model: timm name.
+        model_args: What ``timm.create_model`` needs besides.
+        weights: The tensors under our names.
+        tokens: The reduction they were trained with.
+    """
+
+    model: str
+    model_args: dict[str, Any]
+    weights: dict[str, Tensor]
+    tokens: TokenSpec | None = None
+
+
+def is_evo_levit(weights: dict[str, Tensor]) -> bool:
+    """Whether a file is an Evo-LeViT's: its stem, and the tokens that only it has."""
+    return {"patch_embed.0.c.weight", "cls_token", "poss"} <= weights.keys()
+
+
+def is_levit(weights: dict[str, Tensor]) -> bool:
+    """Whether a file is a LeViT's as Facebook released it."""
+    return {"patch_embed.0.c.weight", "blocks.0.m.attention_biases"} <= weights.keys()
+
+
+def find(where: object, weights: dict[str, Tensor]) -> Found:
+    """Which of the two a file is, and its size; see :func:`find_evo_levit` and :func:`find_levit`."""
+    return find_evo_levit(where, weights) if is_evo_levit(weights) else find_levit(where, weights)
+
+
+# ---- Evo-LeViT
+
+TRAINED = TokenSpec(keep_rate=0.5, fuse=False, method=METHOD)
+"""All released Evo-LeViTs were trained with it; at the method's own locations."""
+
+
+def find_evo_levit(where: object, weights: dict[str, Tensor]) -> Found:
+    """The size, image size and classifiers of an Evo-LeViT file.
+
+    Args:
+        where: The file, for messages.
+        weights: Its tensors.
+
+    Raises:
+        CheckpointError: They are of no size known, or what is there twice differs.
+    """
+    own = without_duplicates(where, weights)
+    widths, keys, depth = _evo_shape(own)
+    known = {(s["embed_dim"], _key_widths(s), s["depth"]): name for name, s in SIZES.items()}
+    model = known.get((widths, keys, depth))
+    if model is None:
+        raise CheckpointError(
+            "an Evo-LeViT of no known size", where=where,
+            seen=f"widths {widths}, widths of the keys {keys}, blocks {depth}", wanted=", ".join(SIZES),
+        )  # fmt: skip
+    args: dict[str, Any] = {"num_classes": _classes(own), "img_size": 16 * _side(where, own["poss"].shape[1] - 1)}
+    heads = tuple(head for head in HEADS if any(name.startswith(f"{head}.") for name in own))
+    if heads != HEADS and args["num_classes"]:
+        args["heads"] = list(heads)
+    return Found(model, args, own, TRAINED)
+
+
+def _key_widths(size: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(size["key_dim"] * heads for heads in size["num_heads"])
+
+
+def _evo_shape(weights: dict[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Width, width of the keys and number of blocks of each stage."""
+    widths, keys, depth = [], [], []
+    for number in range(1 + max((int(n.split(".")[1]) for n in weights if re.match(r"blocks\.\d+\.", n)), default=-1)):
+        qkv = weights.get(f"blocks.{number}.m1.m.qkv.c.weight")
+        if qkv is None or qkv.dim() != 2:
+            continue
+        if f"blocks.{number - 1}.m1.m.qkv.c.weight" not in weights:
+            widths.append(qkv.shape[1])
+            keys.append(qkv.shape[0] // 4)
+            depth.append(0)
+        depth[-1] += 1
+    return tuple(widths), tuple(keys), tuple(depth)
+
+
+def without_duplicates(where: object, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drops what a file of Evo-LeViT holds a second time.
+
+    Raises:
+        CheckpointError: A second copy is none: it differs, or there is no first.
+    """
+    own = {name: value for name, value in weights.items() if not name.startswith(_DUPLICATES)}
+    if len(own) == len(weights):
+        return own
+    first_of = {second: first for first, second in _evo_names(own)}
+    odd = [
+        name
+        for name, value in weights.items()
+        if name.startswith(_DUPLICATES)
+        and (name not in first_of or value.shape != own[first_of[name]].shape or not _equal(value, own[first_of[name]]))
+    ]
+    if odd:
+        raise CheckpointError(
+            "not one model: tensors that an Evo-LeViT file holds twice differ", where=where, seen=first_few(odd),
+            wanted="the same values under blocks.*", fix="Save the model again.",
+        )  # fmt: skip
+    return own
+
+
+def with_duplicates(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The released form of an Evo-LeViT: every block under its second name as well."""
+    return weights | {second: weights[first] for first, second in _evo_names(weights)}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    same = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+    return same or torch.equal(one, other)
+
+
+def _evo_names(weights: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Pairs of a block's names, first and second.
+
+    What follows the stage-wise pass: the dense blocks, each in its two halves; then one entry with all other halves of
+    the stage; then the downsampling and its MLP, an entry each.
+    """
+    *_, depth = _evo_shape(weights)
+    second: dict[str, str] = {}
+    number = entry = 0
+    for stage, count in enumerate(depth):
+        if stage:
+            second |= {f"blocks.{number}": f"{entry}", f"blocks.{number + 1}": f"{entry + 1}"}
+            number, entry = number + 2, entry + 2
+        dense = min(count, DENSE_BLOCKS) if stage == 0 else 0
+        for block in range(dense):
+            second |= {f"blocks.{number + block}.m{half}": f"{entry + 2 * block + half - 1}" for half in (1, 2)}
+        entry += 2 * dense
+        for place, block in enumerate(range(dense, count)):
+            second |= {f"blocks.{number + block}.m{half}": f"{entry}.m.{2 * place + half - 1}" for half in (1, 2)}
+        number, entry = number + count, entry + (count > dense)
+    for name in weights:
+        parts = name.split(".")
+        for length in (2, 3):
+            begin = ".".join(parts[:length])
+            if begin in second and len(parts) > length:
+                yield name, ".".join((f"{_DUPLICATES}{second[begin]}", *parts[length:]))
+                break
+
+
+def _classes(weights: dict[str, Tensor]) -> int:
+    head = weights.get("head.l.weight", weights.get("head.linear.weight"))
+    return head.shape[0] if head is not None else 0
+
+
+def _side(where: object, places: int) -> int:
+    side = math.isqrt(max(places, 0))
+    if side == 0 or side * side != places:
+        raise CheckpointError("position embeddings of no square image", where=where, seen=f"{places} patches")
+    return side
+
+
+# ---- LeViT, whose model is timm's
+
+
+def find_levit(where: object, weights: dict[str, Tensor]) -> Found:
+    """The size and classes of a LeViT file of Facebook's, under timm's names.
+
+    Raises:
+        CheckpointError: Its tensors are of no size known, or of another image size than the only one timm builds.
+    """
+    renamed = dict(_timm_names(weights))
+    shape = _levit_shape(weights)
+    known = {(s["embed_dim"], _key_widths(s), s["depth"]): name.removeprefix("evo_") for name, s in SIZES.items()}
+    model = known.get(shape)
+    if model is None:
+        raise CheckpointError(
+            "a LeViT of no known size", where=where,
+            seen=f"widths {shape[0]}, widths of the keys {shape[1]}, blocks {shape[2]}",
+            wanted=", ".join(known.values()),
+        )  # fmt: skip
+    own = {new: weights[old] for old, new in renamed.items() if not new.endswith(_TABLE)}
+    odd = [old for old, new in renamed.items() if new.endswith(_TABLE) and not _is_table(weights, old)]
+    if odd:
+        raise CheckpointError("attention biases of another grid", where=where, seen=first_few(odd))
+    side = _side(where, weights["blocks.0.m.attention_biases"].shape[1])
+    args: dict[str, Any] = {"num_classes": _classes(own), "img_size": 16 * side}
+    if args["num_classes"] and "head_dist.linear.weight" not in own:
+        args["distilled"] = False
+    return Found(model, args, own)
+
+
+def to_facebook(weights: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Facebook's form of a LeViT of timm's.
+
+    Args:
+        weights: Tensors under timm's names.
+        names: Tensors of a file of Facebook's of the same size, for its names and tables.
+    """
+    return {old: names[old] if new.endswith(_TABLE) else weights[new] for old, new in _timm_names(names)}
+
+
+def _levit_shape(weights: dict[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    widths, keys, depth = [], [], []
+    for kind, number in _levit_entries(weights):
+        if kind == "attention":
+            qkv = weights[f"blocks.{number}.m.qkv.c.weight"]
+            if not depth or depth[-1] < 0:
+                depth[-1:] = [0]
+                widths.append(qkv.shape[1])
+                keys.append(qkv.shape[0] // 4)
+            depth[-1] += 1
+        elif kind == "downsample":
+            depth.append(-1)
+    return tuple(widths), tuple(keys), tuple(depth)
+
+
+def _levit_entries(weights: dict[str, Tensor]) -> Iterator[tuple[str, int]]:
+    """Kind and number of each entry of ``blocks``, in order."""
+    parts: dict[int, set[str]] = {}
+    for name in weights:
+        if re.match(r"blocks\.\d+\.", name):
+            _, number, *rest = name.split(".")
+            parts.setdefault(int(number), set()).add(".".join(rest[:2]))
+    for number, inner in sorted(parts.items()):
+        yield "attention" if "m.qkv" in inner else "downsample" if "kv.c" in inner else "mlp", number
+
+
+def _timm_names(weights: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Pairs of a tensor's names, Facebook's and timm's."""
+    prefixes: dict[str, str] = {f"patch_embed.{2 * i}": f"stem.conv{i + 1}" for i in range(4)}
+    stage = block = 0
+    downsampled = False
+    for kind, number in _levit_entries(weights):
+        here = f"blocks.{number}"
+        if kind == "downsample":
+            stage, block, downsampled = stage + 1, 0, True
+            prefixes |= {
+                f"{here}.kv": f"stages.{stage}.downsample.attn_downsample.kv",
+                f"{here}.q.1": f"stages.{stage}.downsample.attn_downsample.q.ln",
+                f"{here}.proj.1": f"stages.{stage}.downsample.attn_downsample.proj.ln",
+                here: f"stages.{stage}.downsample.attn_downsample",
+            }
+        elif kind == "attention":
+            into = f"stages.{stage}.blocks.{block}.attn"
+            prefixes |= {f"{here}.m.qkv": f"{into}.qkv", f"{here}.m.proj.1": f"{into}.proj.ln", f"{here}.m": into}
+        else:
+            into = f"stages.{stage}.downsample.mlp" if downsampled else f"stages.{stage}.blocks.{block}.mlp"
+            prefixes |= {f"{here}.m.0": f"{into}.ln1", f"{here}.m.2": f"{into}.ln2"}
+            block, downsampled = block + (not downsampled), False
+    for name in weights:
+        parts = name.split(".")
+        for length in range(len(parts) - 1, 0, -1):
+            begin, rest = ".".join(parts[:length]), parts[length:]
+            if begin in prefixes:
+                layer = ["linear"] if rest[0] == "c" else rest[:1]
+                yield name, ".".join((prefixes[begin], *layer, *rest[1:]))
+                break
+        else:
+            head, *rest = parts
+            yield name, ".".join((head, *("linear" if part == "l" else part for part in rest)))
+
+
+def _is_table(weights: dict[str, Tensor], name: str) -> bool:
+    """Whether a table of indices is the one that timm computes: row distance times columns, plus column distance."""
+    table = weights[name]
+    columns = math.isqrt(table.shape[1])
+    places = torch.arange(table.shape[1])
+    stride = 1 if table.shape[0] == table.shape[1] else 2
+    asking = places.reshape(columns, columns)[::stride, ::stride].flatten()
+    if table.shape[0] != len(asking):
+        return False
+    rows = (asking[:, None] // columns - places // columns).abs()
+    return torch.equal(table.long(), rows * columns + (asking[:, None] % columns - places % columns).abs())

@@ -255,24 +255,25 @@ def choose(similarity: Tensor, merge: int, first: int) -> Tensor:
         int32 ``[B, evens + odds + r]``: what stays (A in order, then B), what moves (the most similar first), and for
         each of these the place among the former.
     """
-    images, evens, odds = similarity.shape
+    evens, odds = similarity.shape[1:]
     best = similarity.amax(2)
-    # All numbers in one affine step at the end: on a CPU each of these small steps takes longer to begin than to do.
     # ONNX's TopK takes the lowest place on ties, PyTorch's takes any.
     order = best.topk(evens).indices if torch.onnx.is_in_onnx_export() else select(best, evens)
     moved, others = order[:, :merge], order[:, merge:]
+    # Of those that move alone: OpenVINO takes longer to find the best of all than to multiply them.
+    joined = similarity.gather(1, moved[..., None].expand(-1, -1, odds)).argmax(2)
+    # B's numbers are constants: anything stands in their places and is taken 0 times. So everything is one affine step:
+    # on a CPU each of these small steps takes longer to begin than to do.
+    parts = [order[:, :odds], moved, joined]
+    if odds > evens:
+        parts.insert(1, moved[:, :1])
     if merge < evens:
         # Sorted, not counted: OpenVINO 2026.4 counts wrongly from the second image on.
-        others = others.topk(evens - merge, largest=False).values
-        others = F.pad(others, (0, odds))
-    else:
-        others = order.new_zeros(images, odds)
-    joined = similarity.argmax(2).gather(1, moved)
+        parts.insert(0, others.topk(evens - merge, largest=False).values)
     scale = [2] * (evens - merge) + [0] * odds + [2] * merge + [1] * merge
     odd = [2 * number + 1 - first for number in range(odds)]
     shift = [first] * (evens - merge) + odd + [first] * merge + [evens - merge] * merge
-    numbers = torch.cat([others, moved, joined], 1)
-    return (numbers * numbers.new_tensor(scale) + numbers.new_tensor(shift)).to(torch.int32)
+    return (torch.cat(parts, 1) * order.new_tensor(scale) + order.new_tensor(shift)).to(torch.int32)
 
 
 class _Matched:

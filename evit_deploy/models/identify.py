@@ -87,8 +87,9 @@ def identify(
     """
 
     load_backbones()
-    if levit.is_evo_levit(weights) or levit.is_levit(weights):
-        return _released(path, levit.find(path, weights), model)
+    found = levit.find(path, weights)
+    if found is not None:
+        return _released(path, found, model)
     args: dict[str, Any] = {}
     tokens = None
     if evo_vit.is_evo_vit(weights):

@@ -613,6 +613,10 @@ def test_a_levit_of_facebooks_is_timms(name):
     assert not layouts.is_evo_levit(released)
     found = layouts.find_levit("file", released)
     assert (found.model, found.model_args) == (name.removeprefix("evo_"), {"num_classes": 1000, "img_size": 224})
+    again = layouts.find("file", found.weights)  # a file that timm saved
+    assert again is not None
+    assert (again.model, again.model_args) == (found.model, found.model_args)
+    assert again.weights.keys() == found.weights.keys()
     model: Any = timm.create_model(found.model, **found.model_args)
     model.load_state_dict(found.weights)
     answer = model.eval()(torch.from_numpy(oracle.pictures(1, 224))).numpy()[:, :CLASSES_KEPT]

@@ -49,9 +49,18 @@ def is_levit(weights: dict[str, Tensor]) -> bool:
     return {"patch_embed.0.c.weight", "blocks.0.m.attention_biases"} <= weights.keys()
 
 
-def find(where: object, weights: dict[str, Tensor]) -> Found:
-    """Which of the two a file is, and its size; see :func:`find_evo_levit` and :func:`find_levit`."""
-    return find_evo_levit(where, weights) if is_evo_levit(weights) else find_levit(where, weights)
+def is_timm_levit(weights: dict[str, Tensor]) -> bool:
+    """Whether a file is a LeViT's under timm's own names."""
+    return {"stem.conv1.linear.weight", "stages.0.blocks.0.attn.attention_biases"} <= weights.keys()
+
+
+def find(where: object, weights: dict[str, Tensor]) -> Found | None:
+    """Which of the three a file is, and its size; ``None`` for another family's."""
+    if is_evo_levit(weights):
+        return find_evo_levit(where, weights)
+    if is_levit(weights):
+        return find_levit(where, weights)
+    return find_timm_levit(where, weights) if is_timm_levit(weights) else None
 
 
 # ---- Evo-LeViT
@@ -190,24 +199,49 @@ def find_levit(where: object, weights: dict[str, Tensor]) -> Found:
         CheckpointError: Its tensors are of no size known, or of another image size than the only one timm builds.
     """
     renamed = dict(_timm_names(weights))
-    shape = _levit_shape(weights)
+    model = _levit_of_size(where, _levit_shape(weights))
+    own = {new: weights[old] for old, new in renamed.items() if not new.endswith(_TABLE)}
+    odd = [old for old, new in renamed.items() if new.endswith(_TABLE) and not _is_table(weights, old)]
+    if odd:
+        raise CheckpointError("attention biases of another grid", where=where, seen=first_few(odd))
+    return _timm_levit(where, model, own)
+
+
+def find_timm_levit(where: object, weights: dict[str, Tensor]) -> Found:
+    """The size and classes of a LeViT file under timm's names.
+
+    Raises:
+        CheckpointError: Its tensors are of no size known, or of another image size than the only one timm builds.
+    """
+    widths, keys, depth = [], [], []
+    for stage in range(3):
+        first = weights.get(f"stages.{stage}.blocks.0.attn.qkv.linear.weight")
+        if first is not None and first.dim() == 2:
+            widths.append(first.shape[1])
+            keys.append(first.shape[0] // 4)
+            depth.append(
+                sum(bool(re.fullmatch(rf"stages\.{stage}\.blocks\.\d+\.attn\.qkv\.linear\.weight", n)) for n in weights)
+            )
+    return _timm_levit(where, _levit_of_size(where, (tuple(widths), tuple(keys), tuple(depth))), dict(weights))
+
+
+def _timm_levit(where: object, model: str, weights: dict[str, Tensor]) -> Found:
+    side = _side(where, weights["stages.0.blocks.0.attn.attention_biases"].shape[1])
+    args: dict[str, Any] = {"num_classes": _classes(weights), "img_size": 16 * side}
+    if args["num_classes"] and "head_dist.linear.weight" not in weights:
+        args["distilled"] = False
+    return Found(model, args, weights)
+
+
+def _levit_of_size(where: object, shape: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> str:
     known = {(s["embed_dim"], _key_widths(s), s["depth"]): name.removeprefix("evo_") for name, s in SIZES.items()}
-    model = known.get(shape)
-    if model is None:
+    if shape not in known:
         raise CheckpointError(
             "a LeViT of no known size", where=where,
             seen=f"widths {shape[0]}, widths of the keys {shape[1]}, blocks {shape[2]}",
             wanted=", ".join(known.values()),
         )  # fmt: skip
-    own = {new: weights[old] for old, new in renamed.items() if not new.endswith(_TABLE)}
-    odd = [old for old, new in renamed.items() if new.endswith(_TABLE) and not _is_table(weights, old)]
-    if odd:
-        raise CheckpointError("attention biases of another grid", where=where, seen=first_few(odd))
-    side = _side(where, weights["blocks.0.m.attention_biases"].shape[1])
-    args: dict[str, Any] = {"num_classes": _classes(own), "img_size": 16 * side}
-    if args["num_classes"] and "head_dist.linear.weight" not in own:
-        args["distilled"] = False
-    return Found(model, args, own)
+    return known[shape]
 
 
 def to_facebook(weights: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,14 +2,16 @@
 
 The model's own head sees the mean of all patches. The class token, whose attention ranks them, gets a head of its own
 that only serves training. A model whose own head is the class token's has what that head is for, and learns from its
-cross entropy alone.
+cross entropy alone. An Evo-LeViT has all of its heads from the start: two see the mean and two the class token.
 """
 
 from typing import Any, NamedTuple
 
+import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
+from evit_deploy.models.levit import HEADS, EvoLeViT
 from evit_deploy.models.timm_vit import run_blocks
 from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.methods.evo_vit import add_class_head
@@ -75,3 +77,43 @@ class EvoViTTask(ClassificationTask):
         said: TwoHeads = self.trainable_module(input)
         loss = 0.5 * self.criterion(said.logits, target) + 0.5 * self.criterion(said.class_logits, target)
         return {"loss": loss, "output": said.logits}
+
+
+class WithAllHeads(nn.Module):
+    """An Evo-LeViT with what each of its heads says; a module, for what wraps one.
+
+    Args:
+        model: Its own ``state_dict`` is the one to save.
+    """
+
+    def __init__(self, model: EvoLeViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images ``[B, C, H, W]`` to logits ``[B, classes]`` by the name of the head."""
+        return self.model.head_logits(self.model.forward_features(images))
+
+
+class EvoLeViTTask(ClassificationTask):
+    """timm's classification task for an Evo-LeViT: half of the cross entropy is that of the heads on the mean.
+
+    Args:
+        model: The model, on the device to train on.
+        criterion: Of the labels.
+    """
+
+    def __init__(self, model: EvoLeViT, criterion: nn.Module) -> None:
+        super().__init__(WithAllHeads(model), criterion, device=next(model.parameters()).device, verbose=False)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The loss and the model's own logits.
+
+        Args:
+            input: Images ``[B, C, H, W]``.
+            target: int64 ``[B]``, or probabilities ``[B, classes]``.
+        """
+        said: dict[str, Tensor] = self.trainable_module(input)
+        kinds = [[logits for name, logits in said.items() if (name in HEADS[:2]) is mean] for mean in (True, False)]
+        losses = [torch.stack([self.criterion(logits, target) for logits in kind]).mean() for kind in kinds if kind]
+        return {"loss": torch.stack(losses).mean(), "output": torch.stack(kinds[0]).mean(0)}

@@ -23,6 +23,7 @@ from evit_deploy.data.sampling import worker_deaths_told
 from evit_deploy.data.training_data import TrainingData, curriculum_of
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.models.checkpoint import save_checkpoint
+from evit_deploy.models.levit import EvoLeViT
 from evit_deploy.recipe.recipe import Recipe
 from evit_deploy.recipe.sections import TrainSection
 from evit_deploy.report.report import Report
@@ -432,6 +433,8 @@ def _set_tokens_(
     then = keep_rate_progress(section, step + 1, per_epoch)
     options = {"layer_wise": True} if now.layer_wise else None
     plan = token_plan(model) if now == before else set_keep_rate_(model, now.progress, options)
+    if isinstance(model, EvoLeViT):  # α is learned from when on stages sort, as in the released training
+        model.learn_alpha_(not now.layer_wise)
     return now, plan, 0 < now.progress < 1 or now.progress != then
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from evit_deploy.data.token_labels import crop_token_labels
 from evit_deploy.errors import InputError
+from evit_deploy.models.levit import EvoLeViT
 from evit_deploy.recipe.sections import DynamicViTSection, TeacherSection, TrainSection
 from evit_deploy.tokens.methods.dynamicvit import Predictors
 from evit_deploy.training.dynamicvit import DynamicViTTask
-from evit_deploy.training.evo_vit import EvoViTTask, has_two_heads
+from evit_deploy.training.evo_vit import EvoLeViTTask, EvoViTTask, has_two_heads
 from evit_deploy.training.token_labels import MixToken, TokenLogits, WithTokenLogits, token_label_loss, token_logits
 
 _LOG = logging.getLogger(__name__)
@@ -51,9 +52,9 @@ def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) 
     if isinstance(getattr(model, "score_predictor", None), Predictors):
         how = section.dynamicvit or DynamicViTSection()
         return DynamicViTTask(model, criterion, how, None if teacher is None else FrozenTeacher(teacher.model, model))
-    if has_two_heads(model):
+    if isinstance(model, EvoLeViT) or has_two_heads(model):
         if teacher is None or teacher.section is None:
-            return EvoViTTask(model, criterion)
+            return EvoLeViTTask(model, criterion) if isinstance(model, EvoLeViT) else EvoViTTask(model, criterion)
         _LOG.warning("with a teacher the model's own head learns alone: the class token gets none for training")
     if teacher is None or teacher.section is None:
         return ClassificationTask(model, criterion, device=device, verbose=False)

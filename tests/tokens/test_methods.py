@@ -1,12 +1,18 @@
 """The contract that every registered method signs, and what each of ours keeps."""
 
+import msgspec
 import numpy as np
 import pytest
+import timm
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from evit_deploy.errors import InputError
 from evit_deploy.models.timm_vit import ReducedBlock
 from evit_deploy.registry import METHODS
+from evit_deploy.tokens import operator
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
 from evit_deploy.tokens.reducer import TokenReducer
@@ -128,3 +134,42 @@ def test_inverse_keeps_the_lowest_scores():
         model(images(model))
     for kept, scores in zip(seen.kept, seen.scores, strict=True):
         np.testing.assert_array_equal(kept.numpy(), oracle.select(-scores.numpy(), kept.shape[1]))
+
+
+class Crossings(TorchDispatchMode):
+    """Notes what goes from one device to another, and what waits for a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        before, after = ({t.device.type for t in tree_leaves(x) if isinstance(t, torch.Tensor)} for x in (args, out))
+        if "_local_scalar" in str(func) or (before and after and before != after):
+            self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        *((name, {}) for name in METHODS.own_names() if name != "random"),  # whose numbers are the CPU's on purpose
+        ("evit", {"squeeze": True}),
+        ("evit", {"normalize": True}),
+        ("evo-vit", {"representative": True}),
+        ("evo-vit", {"layer_wise": True}),
+        ("tome", {"merge": 2, "proportional_attention": False}),
+    ],
+)
+def test_methods_stay_on_the_device(method, options):
+    """Or no CUDA graph holds them, and every call waits. Tensors that have nothing in them need no GPU."""
+    model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=4, device="meta").eval()
+    spec = spec_of(method)
+    reduce_tokens_(model, msgspec.structs.replace(spec, options=spec.options | options))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cuda:0")
+        pixels = torch.empty(2, 3, 64, 64, device="cuda:0")
+        with operator.using(None, "cuda:0"), torch.inference_mode(), Crossings() as crossings:
+            assert model(pixels).device.type == "cuda"
+    assert crossings.found == []

@@ -15,7 +15,8 @@ from evit_deploy.errors import InputError
 from evit_deploy.models.timm_vit import ReducedBlock
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.choices import original_patches, patch_rows
-from evit_deploy.tokens.methods.tome import ToMe, choose
+from evit_deploy.tokens.methods.tome import ToMe, choose, numbered_by_parts
+from evit_deploy.tokens.op import select
 from evit_deploy.tokens.plan import BlockPlan, TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, set_keep_rate_, token_label, token_plan
 from tests.support.families import create, images, logits
@@ -389,3 +390,14 @@ def test_it_compiles_as_one_graph():
     compiled = torch.compile(model, fullgraph=True)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(images(model)), model(images(model)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("evens", "odds", "first"), [(4, 5, 1), (5, 4, 0), (5, 5, 1)])
+def test_a_gpu_numbers_a_choice_as_a_cpu_does(evens, odds, first):
+    similarity = torch.randn(3, evens, odds, generator=torch.Generator().manual_seed(evens))
+    for merge in range(1, evens + 1):
+        wanted = choose(similarity, merge, first)
+        order = select(similarity.amax(2), evens)
+        staying = order[:, merge:].sort(1).values if merge < evens else None
+        joined = similarity.argmax(2).gather(1, order[:, :merge])
+        assert torch.equal(numbered_by_parts(staying, order[:, :merge], joined, odds, first), wanted)

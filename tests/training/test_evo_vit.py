@@ -3,11 +3,13 @@
 import msgspec
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
 from evit_deploy.errors import RecipeError
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, save_checkpoint
+from evit_deploy.models.levit import EvoLeViT
 from evit_deploy.recipe.recipe import Recipe
 from evit_deploy.recipe.sections import TrainSection
 from evit_deploy.tokens.plan import TokenSpec
@@ -16,6 +18,7 @@ from evit_deploy.training import loop
 from evit_deploy.training.evo_vit import EvoViTTask, has_two_heads
 from evit_deploy.training.loop import fit
 from evit_deploy.training.tasks import make_task
+from tests.support import levit_oracle
 from tests.support.method_oracles import evo_vit
 from tests.support.method_oracles.vit import Model
 from tests.support.models import TINY, images, preprocess_for, seeded
@@ -168,3 +171,52 @@ def test_what_a_recipe_cannot_ask_for(tokens, run, words):
               "finetune": finetune}  # fmt: skip
     with pytest.raises((RecipeError, msgspec.ValidationError), match=words):
         msgspec.convert(recipe, Recipe)
+
+
+def evo_levit():
+    model = timm.create_model("evo_levit_128s", **(levit_oracle.TINY_ARGS | {"num_classes": 4})).train()
+    return reduce_tokens_(model, TokenSpec(method="evo-vit", keep_rate=0.5))
+
+
+def test_all_heads_of_an_evo_levit_learn():
+    model = evo_levit()
+    task = make_task(model, SECTION, None)
+    pictures, targets = torch.randn(4, 3, 112, 112), torch.tensor([0, 1, 2, 3])
+    done = task(pictures, targets)
+    model.eval()
+    said = {name: nn.functional.cross_entropy(logits, targets) for name, logits in evo_levit_heads(model, pictures)}
+    model.train()
+    assert said.keys() == {"head", "head_dist", "head_cls", "head_cls_dist"}
+    assert done["loss"].isfinite()
+    done["loss"].backward()
+    for name, parameter in model.named_parameters():
+        if not name.endswith("learn_tradeoff"):  # the first block's own sets the average, and has none to mix with
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+    assert all(getattr(model, name).l.weight.grad.abs().sum() > 0 for name in said)
+    # in evaluation mode batch norms give the same numbers twice, so that the loss can be added up by hand
+    model.eval()
+    wanted = ((said["head"] + said["head_dist"]) / 2 + (said["head_cls"] + said["head_cls_dist"]) / 2) / 2
+    assert make_task(model, SECTION, None)(pictures, targets)["loss"].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def evo_levit_heads(model, pictures):
+    with torch.no_grad():
+        return model.head_logits(model.forward_features(pictures)).items()
+
+
+def test_an_evo_levit_learns_its_alpha_from_when_on_stages_sort(monkeypatch):
+    seen = []
+    learn = EvoLeViT.learn_alpha_
+    monkeypatch.setattr(EvoLeViT, "learn_alpha_", lambda model, on: (seen.append(on), learn(model, on))[1])
+    model = evo_levit()
+
+    class Data(FixedBatch):
+        def __init__(self):
+            super().__init__()
+            self.images = torch.randn(8, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+
+    section = TrainSection(steps=4, batch_size=8, learning_rate=1e-3, layer_wise_epochs=2 / 3)  # an epoch is 3 steps
+    losses = fit(model, Data(), section)
+    assert len(losses) == 4
+    assert seen[:4] == [False, False, True, True]

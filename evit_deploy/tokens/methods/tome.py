@@ -262,18 +262,39 @@ def choose(similarity: Tensor, merge: int, first: int) -> Tensor:
     moved, others = order[:, :merge], order[:, merge:]
     # Of those that move alone: OpenVINO takes longer to find the best of all than to multiply them.
     joined = similarity.gather(1, moved[..., None].expand(-1, -1, odds)).argmax(2)
+    staying = None
+    if merge < evens:
+        # Sorted, not counted: OpenVINO 2026.4 counts wrongly from the second image on.
+        staying = others.topk(evens - merge, largest=False).values
+    if order.is_cuda:  # numbers that come from the host would wait for it, and no CUDA graph holds them
+        return numbered_by_parts(staying, moved, joined, odds, first)
     # B's numbers are constants: anything stands in their places and is taken 0 times. So everything is one affine step:
     # on a CPU each of these small steps takes longer to begin than to do.
     parts = [order[:, :odds], moved, joined]
     if odds > evens:
         parts.insert(1, moved[:, :1])
-    if merge < evens:
-        # Sorted, not counted: OpenVINO 2026.4 counts wrongly from the second image on.
-        parts.insert(0, others.topk(evens - merge, largest=False).values)
+    if staying is not None:
+        parts.insert(0, staying)
     scale = [2] * (evens - merge) + [0] * odds + [2] * merge + [1] * merge
     odd = [2 * number + 1 - first for number in range(odds)]
     shift = [first] * (evens - merge) + odd + [first] * merge + [evens - merge] * merge
     return (torch.cat(parts, 1) * order.new_tensor(scale) + order.new_tensor(shift)).to(torch.int32)
+
+
+def numbered_by_parts(staying: Tensor | None, moved: Tensor, joined: Tensor, odds: int, first: int) -> Tensor:
+    """:func:`choose`'s result from places within A and within B, with no number but the device's own.
+
+    Args:
+        staying: int64 ``[B, evens − r]``, in order; ``None`` where all of A move.
+        moved: int64 ``[B, r]``.
+        joined: int64 ``[B, r]``.
+        odds: Tokens of B.
+        first: See :func:`choose`.
+    """
+    numbers = (2 * torch.arange(odds, device=moved.device) + 1 - first).expand(len(moved), -1)
+    front = [] if staying is None else [2 * staying + first]
+    evens_left = 0 if staying is None else staying.shape[1]
+    return torch.cat([*front, numbers, 2 * moved + first, joined + evens_left], 1).to(torch.int32)
 
 
 class _Matched:

@@ -61,7 +61,8 @@ class EViT(TokenReducer):
 
     def __init__(self, plan: BlockPlan, prefix: int, scale: float, options: Any) -> None:
         super().__init__(plan, prefix, scale, options)
-        self.exact = _Mean()
+        if getattr(options, "normalize", False):  # baselines are EViTs with options of their own
+            self.exact = _Mean()
 
     @classmethod
     def plan_for(cls, spec: TokenSpec, options: Any, shape: ModelShape, progress: float) -> TokenPlan:

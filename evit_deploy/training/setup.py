@@ -17,7 +17,8 @@ from evit_deploy.recipe.sections import DynamicViTSection, ModelSection, Teacher
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from evit_deploy.tokens.reduce import reduce_tokens_, token_label, token_plan
+from evit_deploy.tokens.state import TokenBlocks
 from evit_deploy.training.compare import with_method
 from evit_deploy.training.tasks import Teacher
 from evit_deploy.training.token_labels import has_token_classifier
@@ -80,6 +81,12 @@ def _check_parts(recipe: Recipe, model: nn.Module) -> None:
         run: TrainSection | None = getattr(recipe, stage)
         if run is None:
             continue
+        if run.token_labels is not None and stage == "finetune" and isinstance(model.blocks, TokenBlocks):
+            raise RecipeError(
+                "token labels need tokens that are patches, and this method merges them or sets them aside",
+                where="finetune.token_labels", seen=token_label(recipe.tokens),
+                fix="Set finetune.token_labels=null, or take tokens.method=evit without squeeze and sized.",
+            )  # fmt: skip
         strange = next((name for name in run.frozen if name not in names), None)
         if strange is not None:
             raise RecipeError(

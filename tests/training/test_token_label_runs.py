@@ -17,6 +17,7 @@ from evit_deploy.errors import InputError, RecipeError, UnsupportedModelError
 from evit_deploy.models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from evit_deploy.recipe.recipe import Recipe, dump_recipe, load_recipe
 from evit_deploy.recipe.sections import DataSection, ModelSection, TeacherSection, TokenLabelSection, TrainSection
+from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.training import step as training_run
 from evit_deploy.training.loop import EVIT, fit, train
@@ -201,6 +202,12 @@ def test_what_cannot_work_is_refused_before_training(labelled, tmp_path):
     refused(both, tmp_path, r"dense\.token_labels: no token labels given.*the teacher is finetune's alone")
     deit = ModelSection(name="deit_tiny_patch16_224", image_size=SIZE, pretrained=False)
     refused(recipe(labelled, model=deit), tmp_path, "no classifier on every token .*LV-ViT")
+    for tokens in (TokenSpec(method="tome", options={"merge": 2}), TokenSpec(0.7, options={"squeeze": True})):
+        refused(
+            recipe(labelled, tokens=tokens),
+            tmp_path,
+            "finetune.token_labels: token labels need tokens that are patches",
+        )
     refused(
         recipe(labelled, data=data_section(labelled, token_labels="nowhere")),
         tmp_path,

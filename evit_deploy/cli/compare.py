@@ -21,7 +21,7 @@ def command(bundles: tuple[Path, ...], out: Path | None, force: bool, output: Ou
     """Compare two or more BUNDLEs of the same task, of any methods and keep rates, in one interleaved run.
 
     Each is held against its dense baseline, which bundles of the same dense model share, and against the slice
-    baseline of its own token counts; with images also against the reference bundle.
+    baseline of the same token counts; with images also against the reference bundle.
 
     \b
     evit-deploy compare deit_s-evit-k0.7 deit_s-evit-k0.5 --threads 1

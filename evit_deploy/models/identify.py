@@ -128,7 +128,7 @@ def identify(
 
 
 def _released(path: Path, found: levit.Found, model: str | None) -> Identity:
-    """What a file in a released layout of its own holds; its names tell the architecture."""
+    """What a file in its own released layout holds; its names tell the architecture."""
     if model is not None and model != found.model:
         check_model_name(model, where="--model")
         raise CheckpointError(

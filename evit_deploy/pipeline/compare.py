@@ -56,7 +56,7 @@ def compare(
     """Compares bundles of the same task, of any methods and keep rates, in one interleaved run.
 
     Every bundle is held against its dense baseline (one for all bundles of the same dense model) and against the slice
-    baseline of its own token counts. On each runtime and at each batch size they all take turns.
+    baseline of the same token counts. On each runtime and at each batch size they all take turns.
 
     Args:
         bundles: Their folders, at least two.
@@ -311,7 +311,7 @@ def _row_of_plan(name: str, method: str, settings: str, precision: str, plan: To
 
 
 def settings_of(spec: TokenSpec) -> str:
-    """What a method was told, and nothing that it has by default.
+    """The settings of a method that are not its defaults.
 
     >>> settings_of(TokenSpec(keep_rate=0.7, fuse=False))
     'keep_rate=0.7, fuse=no'

@@ -75,7 +75,7 @@ def compare_recipe(recipe: CompareRecipe, out: str | Path, *, force: bool = Fals
         See :func:`evit_deploy.pipeline.compare.compare`.
 
     Raises:
-        InputError: The recipe cannot be carried out; where that can be told before, nothing was made.
+        InputError: The recipe cannot be carried out; where that shows before, nothing was made.
         MissingRequirement: A package or a device is not here.
         GateFailed: A bundle does not answer like PyTorch.
         StageError: Exporting or writing failed.
@@ -146,7 +146,7 @@ def _default_name(recipe: CompareRecipe, entry: CompareEntry, source: str) -> st
 
 
 def _check_reducible(recipe: CompareRecipe, wanted: Sequence[Wanted]) -> None:
-    """Reduces every model once as it is asked for: what cannot be made is told before minutes of exports."""
+    """Reduces every model once as it is asked for: what cannot be made is refused before minutes of exports."""
     load_backbones()
     built: dict[tuple[str | None, str | None], tuple[torch.nn.Module, Checkpoint | None]] = {}
     for one in wanted:
@@ -237,7 +237,7 @@ def _bundle(recipe: CompareRecipe, one: Wanted, out: Path, *, force: bool) -> Bu
 
 
 def _seeded(recipe: CompareRecipe, one: Wanted, model: str, out: Path) -> Path:
-    """A checkpoint from the seed: one for all entries of a model, but for methods with layers of their own."""
+    """A checkpoint from the seed: one for all entries of a model, but for methods with their own layers."""
     spec, _ = _tokens(_about(model), one.entry)
     own = METHODS.get(spec.method).needs_own_weights
     path = out / f"{model}-seed{recipe.seed}{f'-{one.name}' if own else ''}.safetensors"
@@ -252,7 +252,7 @@ def seeded_checkpoint(model: str, seed: int, path: Path, spec: TokenSpec | None 
         model: timm name.
         seed: Where its weights come from.
         path: The file.
-        spec: Of a method that decides by layers of its own: their weights come from the seed too, after the model's.
+        spec: Of a method that decides by its own layers: their weights come from the seed too, after the model's.
 
     Raises:
         StageError: It could not be written.

@@ -45,7 +45,7 @@ CALIBRATION_IMAGES, FEW_IMAGES = 512, 32
 # For a first look; `profile` takes its time.
 FIRST_BATCHES, PROFILE_ROUNDS = (1, 8), 3
 FIRST_LOOK = ProfileOptions(batch_sizes=FIRST_BATCHES, duration=2.0)
-# Methods that are fine-tuned by a recipe of their own.
+# Methods with their own recipe for fine-tuning.
 _RECIPES = {"dynamicvit": "recipes/paper/dynamicvit-deit-small-0.7.yaml --set model.name=null"}
 # Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training.
 _UNTRAINED_DEIT_S = {0.9: 79.7, 0.8: 79.2, 0.7: 78.5, 0.6: 76.8, 0.5: 73.8}
@@ -196,7 +196,7 @@ def convert_checkpoint(
 
 
 def check_own_weights(checkpoint: Checkpoint, spec: TokenSpec) -> None:
-    """Makes sure that a method which decides by layers of its own has their weights.
+    """Makes sure that a method which decides by its own layers has their weights.
 
     Raises:
         InputError: The checkpoint has none.
@@ -205,14 +205,14 @@ def check_own_weights(checkpoint: Checkpoint, spec: TokenSpec) -> None:
     present = any(name.startswith(method.own_parameters) for name in checkpoint.method_weights)
     if method.needs_own_weights and not spec.dense and not present:
         raise InputError(
-            f"the method {spec.method!r} decides by layers of its own, and these weights have none",
+            f"the method {spec.method!r} decides by its own layers, and these weights have none",
             where=checkpoint.source, wanted=f"a checkpoint with {', '.join(method.own_parameters)}*",
             fix=f"Train them first: {_training_command(checkpoint, spec)}",
         )  # fmt: skip
 
 
 def _check_method(tokens: TokenOptions) -> None:
-    """What can be told of a method before a file is read."""
+    """What is known of a method before a file is read."""
     if "method" not in tokens:
         return
     method = METHODS.get(tokens["method"])

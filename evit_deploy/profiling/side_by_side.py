@@ -1,7 +1,7 @@
 """The speed of several bundles side by side: on each runtime all of them and their baselines take turns in one loop.
 
 Every bundle is held against two baselines: its dense twin, which bundles of the same dense model share, and the slice
-twin of its own token counts. The clocks are those of :mod:`evit_deploy.profiling.timing`.
+twin of the same token counts. The clocks are those of :mod:`evit_deploy.profiling.timing`.
 """
 
 import logging

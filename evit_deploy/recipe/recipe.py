@@ -232,7 +232,7 @@ class CompareEntry(Section, frozen=True, kw_only=True):
 
 
 class CompareRecipe(CompareOptions, frozen=True, kw_only=True):
-    """A recipe of its own kind: bundles side by side in one interleaved run, made first where they are not there.
+    """Another kind of recipe: bundles side by side in one interleaved run, made first where they are not there.
 
     Where neither an entry nor the recipe names a checkpoint, weights come from the seed: speed does not depend on what
     was learned.

@@ -236,7 +236,7 @@ class ComparedRow(msgspec.Struct, frozen=True):
     Args:
         name: The bundle's, or the dense baseline's; ``variant`` of its :class:`ProfileRow`.
         method: How its tokens are reduced; ``dense`` of a baseline.
-        settings: What the method was told, ``keep_rate=0.7, locations=2/5/8``.
+        settings: The settings of the method, ``keep_rate=0.7, locations=2/5/8``.
         precision: Of its files.
         gmacs: Multiply-adds for one image, in 10⁹.
         mac_ratio: The dense baseline's multiply-adds over its own.

@@ -28,7 +28,7 @@ class TokenReducer(nn.Module):
 
     A method is registered in ``registry.METHODS``. One whose models are exported has scores in any case: they tell
     which choices lie within rounding. A reducer holds no parameters, so that a reduced model's ``state_dict`` has the
-    dense model's keys; a method with layers of its own adds them to the model (:meth:`attach`). What a child module
+    dense model's keys; a method with its own layers adds them to the model (:meth:`attach`). What a child module
     called ``exact`` computes stays in FP32 in an exported file of any precision, as what leads to scores does.
 
     Args:

@@ -1,6 +1,6 @@
 """What Evo-ViT learns from (arXiv 2108.01390, as it was released): two heads, half of the loss each.
 
-The model's own head sees the mean of all patches. The class token, whose attention ranks them, gets a head of its own
+The model's own head sees the mean of all patches. The class token, whose attention ranks them, gets its own head
 that only serves training. A model whose own head is the class token's has what that head is for, and learns from its
 cross entropy alone. An Evo-LeViT has all of its heads from the start: two see the mean and two the class token.
 """

@@ -137,7 +137,7 @@ class Bench:
 
 
 def run_job(options: argparse.Namespace, job: str) -> None:
-    """One training or evaluation, in a process of its own: ``seed/start[/method/level]``."""
+    """One training or evaluation, in its own process: ``seed/start[/method/level]``."""
     seed_text, start, *rest = job.split("/")
     seed, began = int(seed_text), time.monotonic()
     method, level = (rest[0], float(rest[1])) if rest else (None, None)

@@ -61,7 +61,7 @@ class EViT(TokenReducer):
 
     def __init__(self, plan: BlockPlan, prefix: int, scale: float, options: Any) -> None:
         super().__init__(plan, prefix, scale, options)
-        if getattr(options, "normalize", False):  # baselines are EViTs with options of their own
+        if getattr(options, "normalize", False):  # baselines are EViTs with their own options
             self.exact = _Mean()
 
     @classmethod
@@ -115,7 +115,7 @@ class EViT(TokenReducer):
         return (scores, precise(x)) if self.options.squeeze else scores
 
     def start(self, x: Tensor) -> TokenState:
-        """Every patch is a token of its own."""
+        """Every patch is its own token."""
         patches = x.shape[1] - self.prefix
         rows = torch.arange(patches, device=x.device).expand(x.shape[0], -1) if self.pools else None
         sizes = None

@@ -138,7 +138,7 @@ class ToMe(TokenReducer):
         self.pools = backbone_of(model).pools(model)
 
     def start(self, x: Tensor) -> TokenState:
-        """Where the head pools, every patch is in a token of its own; no sizes means that all are 1."""
+        """Where the head pools, every patch is in its own token; no sizes means that all are 1."""
         if not self.pools:
             return TokenState()
         patches = torch.arange(x.shape[1] - self.prefix, device=x.device)

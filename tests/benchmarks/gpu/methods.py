@@ -1,4 +1,4 @@
-"""Every method on DeiT-S against the dense model and against slices of its own token counts, in CUDA graphs."""
+"""Every method on DeiT-S against the dense model and against slices of the same token counts, in CUDA graphs."""
 
 import time
 from typing import Any

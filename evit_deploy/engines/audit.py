@@ -38,12 +38,12 @@ def engine_checks(
         name: What the checks call the engine.
         listing: Reads the layers out of the plan itself, where no inspector could.
     """
-    engine, depth = built.engine, len(plan.blocks)
+    engine, depth = built.engine, plan.attentions
     layers = parse_layers(built.layers) if built.layers else ()
     if not layers and listing is not None:
         layers = listing(path)
     checks = [dtype_check(layers, engine.precision)] if layers else []
-    if engine.precision != "fp32":  # no kernel fuses FP32 attention
+    if engine.precision != "fp32" and depth:  # no kernel fuses FP32 attention
         # Without a listing the build is the proof: it fails on an attention that has no fused kernel.
         whole = built.attentions == depth
         reason = "" if whole else "attention was taken apart on the way to the builder"
@@ -51,6 +51,8 @@ def engine_checks(
         checks.append(fusion_check(layers, depth) if layers else count)
     named = tuple(msgspec.structs.replace(check, name=check.name.replace("engine", name, 1)) for check in checks)
     notes = () if layers else (f"The {name}'s layers could not be listed here, so its types were not checked.",)
+    if not depth:
+        notes += (f"The {name} runs attention as matrix products and softmax: this family's has no fused kernel.",)
     return Report(checks=named, notes=notes)
 
 

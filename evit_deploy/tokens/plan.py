@@ -260,6 +260,15 @@ class TokenPlan(msgspec.Struct, frozen=True):
     cost: ModelCost | None = None
 
     @property
+    def attentions(self) -> int:
+        """``Attention`` operators of an exported file, which engines run as one kernel each.
+
+        One a block; none where blocks differ (LeViT): its values are wider than its keys, and it is written as matrix
+        products.
+        """
+        return 0 if self.cost is not None and self.cost.blocks else len(self.blocks)
+
+    @property
     def locations(self) -> tuple[BlockPlan, ...]:
         """The blocks that change their token count."""
         return tuple(block for block in self.blocks if block.keep is not None)

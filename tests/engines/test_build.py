@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import onnx
 import pytest
+import timm
 import torch
 
 from evit_deploy.engines import build
@@ -28,6 +29,7 @@ from evit_deploy.export.precision import QUANTIZED, set_precision
 from evit_deploy.recipe.options import BatchProfile, BuildOptions
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from tests.support import levit_oracle
 from tests.support.models import KEEP, KINDS, images, of_kind, preprocess_for, seeded, tree
 
 pytestmark = pytest.mark.tensorrt_rtx
@@ -402,3 +404,14 @@ def test_an_interruption_ends_the_builder_and_leaves_nothing(exported, plan):
         _, err = parent.communicate(timeout=60)
     assert err.strip().endswith(b"KeyboardInterrupt")
     assert tree(plan.parent) == {}
+
+
+def test_an_evo_levit_builds_and_says_that_nothing_fuses_its_attention(plan, tmp_path_factory):
+    model = timm.create_model("evo_levit_128s", **levit_oracle.TINY_ARGS)
+    drawn = levit_oracle.weights({key: value.shape for key, value in model.state_dict().items()})
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in drawn.items()})
+    small = Exported(model.eval(), TokenSpec(0.5, method="evo-vit"), tmp_path_factory.mktemp("levit"))
+    report = engine_checks(built(small.file("fp16"), plan, "fp16", "sm80"), plan, small.plan, listing=plan_layers)
+    assert report.passed
+    assert [check.name for check in report.checks] == ["engine: matmuls in fp16"]
+    assert "no fused kernel" in report.notes[-1]

@@ -72,7 +72,7 @@ class Registry:
                 f"unknown {self.kind}",
                 seen=repr(name),
                 wanted="one of " + ", ".join(sorted(self.offered())),
-                fix=did_you_mean(name, self.offered()),
+                fix=did_you_mean(name, self.names()),  # what only compares can be asked for in places
             )
         module, attribute = self._targets[name].split(":")
         return getattr(importlib.import_module(module), attribute)

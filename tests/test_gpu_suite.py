@@ -17,7 +17,7 @@ from tests.support.paths import ROOT
 
 SUITE, RESULTS = (ROOT / "tests" / "benchmarks" / name for name in ("gpu_suite.py", "gpu_results.py"))
 PARTS = ["ceilings", "truth", "capture", "sanitizers", "bandwidth", "inference", "paper", "larger", "training", "tests",
-         "commands", "profile"]  # fmt: skip
+         "commands", "profile", "methods"]  # fmt: skip
 
 
 def command(*arguments: object) -> list[str]:

@@ -28,6 +28,7 @@ from evit_deploy.recipe.options import (
 from evit_deploy.recipe.recipe import load_comparison, load_recipe
 from evit_deploy.registry import METHODS, RUNTIMES, TARGETS
 from evit_deploy.serving.options import PackageOptions, TritonOptions
+from tests.support.command_line import context_of
 from tests.support.paths import RECIPES
 
 STRUCTS = [
@@ -56,11 +57,6 @@ VALUES = {  # as they are given on the command line, and what comes of it
     "min_speedup": (["1.25"], 1.25),
     "target_options": (["text.word=tokens", "text.size=3"], {"text": {"word": "tokens", "size": "3"}}),
 }
-
-
-def context_of(arguments: list[str]) -> click.Context:
-    """``convert``'s context below the group's: click keeps the help option of the first context a command is given."""
-    return convert.make_context("convert", arguments, parent=click.Context(cli, **cli.context_settings))
 
 
 def flag(field: str) -> str:

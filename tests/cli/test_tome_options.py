@@ -9,8 +9,7 @@ from evit_deploy.pipeline.convert import convert as convert_checkpoint
 from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.plan import TokenSpec
-from tests.cli.test_options import context_of
-from tests.support.command_line import QUICK
+from tests.support.command_line import QUICK, context_of
 
 
 def asked(*arguments: str) -> dict:

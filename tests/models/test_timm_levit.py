@@ -17,6 +17,7 @@ from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from tests.support.checkpoints import saved
 from tests.support.exports import answers, assert_close, export_onnx, operators
+from tests.support.families import spec_of
 from tests.support.levit_oracle import TINY_ARGS, weights
 from tests.support.models import images
 from tests.support.official import read_official
@@ -96,9 +97,8 @@ def test_a_released_file_gives_the_official_answers(tmp_path):
 @pytest.mark.parametrize("method", METHODS.own_names())
 def test_every_method_is_refused(method):
     model = filled()
-    options = METHODS.get(method)
     with pytest.raises(UnsupportedModelError, match="its attention biases need every token in its place") as caught:
-        reduce_tokens_(model, TokenSpec(keep_rate=0.5 if options.takes_keep_rate else None, method=method))
+        reduce_tokens_(model, spec_of(method))
     assert "Take its Evo form" in str(caught.value)
     assert not token_plan(model).locations
 

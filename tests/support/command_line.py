@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from evit_deploy.cli import cli as group
 from evit_deploy.cli import run
+from evit_deploy.cli.convert import command as convert
 from evit_deploy.recipe.options import ProfileOptions
 from tests.support import shared
 from tests.support.models import write_checkpoint
@@ -128,3 +131,8 @@ def bundle(made, tmp_path) -> Path:
     """A bundle and its checkpoint that a test may break."""
     shutil.copytree(made[0].parent, tmp_path / "user")
     return tmp_path / "user" / made[0].name
+
+
+def context_of(arguments: list[str]) -> click.Context:
+    """``convert``'s context below the group's: click keeps the help option of the first context a command is given."""
+    return convert.make_context("convert", arguments, parent=click.Context(group, **group.context_settings))

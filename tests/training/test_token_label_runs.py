@@ -148,7 +148,7 @@ FOLDER = {"name": "folder", "mixup": 0, "cutmix": 0}
         (lambda: DataSection(**FOLDER | {"mixup": 0.8}, token_labels="x"), "a token label map is of one image"),
         (lambda: DataSection(**FOLDER, token_labels="x", auto_augment="augmix-m5-w4-d2"), "AugMix"),
         (lambda: DataSection(name="digits", token_labels="x"), "the digits have no folders"),
-        (lambda: TeacherSection(checkpoint="x", kind="token_labels", weight=0.3), "no effect on token labels"),
+        (lambda: TeacherSection(checkpoint="x", kind="token_labels", weight=0.3), "no effect on a teacher"),
         (
             lambda: recipe(Path(), finetune=msgspec.structs.replace(RUN, token_labels=None)),
             r"data\.token_labels: nothing learns .* Add finetune\.token_labels=\{\}",

@@ -408,8 +408,21 @@ def _layers(rows: Rows) -> Table:
     return Table(title, ("seen in", "tokens", "attention", "qkv", "proj", "fc1", "fc2"), lines)
 
 
+def _methods(rows: Rows) -> list[Table]:
+    lines = []
+    for row in rows:
+        name = row["method"]
+        over_dense, over_slice = row["speed-up"][name][0], row["over slice"][name][0]
+        lines.append((
+            str(row["batch"]), name, f"{row['gmacs']:.2f}", f"{row['mac ratio']:.2f}", f"{row['ms'][name]:.3f}",
+            f"{over_dense:.2f}", f"{100 * (over_slice - 1):+.1f} %",
+        ))  # fmt: skip
+    columns = ("batch", "method", "GMACs", "MAC ratio", "ms", "over dense", "over slice")
+    return [Table("methods: DeiT-S in FP16, CUDA graphs", columns, lines)]
+
+
 _TABLES: dict[str, Callable[[Rows], list[Table]]] = {
     "ceilings": _ceilings, "truth": _truth, "capture": _capture, "sanitizers": _sanitizers, "bandwidth": _bandwidth,
     "inference": _graphs, "paper": _paper, "larger": _larger, "training": _training, "tests": _tests,
-    "commands": _commands, "profile": _profile,
+    "commands": _commands, "profile": _profile, "methods": _methods,
 }  # fmt: skip

@@ -228,7 +228,7 @@ def _load(layers: Predictors, weights: dict[str, Tensor]) -> None:
     try:
         layers.load_state_dict(weights)
     except RuntimeError as error:  # its lines say which tensors
-        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        reasons = "; ".join(line.strip().rstrip(".") for line in str(error).splitlines()[1:4])
         raise InputError("the trained predictors do not fit the model", where="score_predictor", seen=reasons) from None
 
 

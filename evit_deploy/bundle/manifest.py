@@ -119,6 +119,11 @@ class Manifest(msgspec.Struct, frozen=True):
     engine: Engine | None = None
     format: int = FORMAT
 
+    @property
+    def answer(self) -> str:
+        """Name of the output that answers: ``logits``, or ``embedding`` of a model without classes."""
+        return self.outputs[0].name
+
 
 def choose_profile(profiles: Sequence[BatchProfile], batch: int) -> int:
     """The profile to run a batch in: of those that cover it, the one tuned for the nearest size.

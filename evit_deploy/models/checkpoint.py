@@ -15,7 +15,9 @@ from torch import Tensor
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
 from evit_deploy.files import sha256, write_atomically
+from evit_deploy.models.create import create_model
 from evit_deploy.models.identify import Identity, check_model_name, differences_of, identify
+from evit_deploy.models.layouts.found import Output
 from evit_deploy.models.safe_weights import read_weights
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import backbone_of, load_backbones
@@ -35,12 +37,13 @@ class Checkpoint(msgspec.Struct):
         sha256: Hash of the file; ``None`` for a timm name.
         weights: Tensors under timm's names.
         model: timm architecture.
-        model_args: What ``timm.create_model`` needs besides the name.
+        model_args: What :func:`evit_deploy.models.create.create_model` needs besides the name.
         tokens: The reduction the weights were trained with, if the file says so.
         preprocess: The preprocessing the file asks for; ``None`` for the architecture's own.
         labels: Class names, if the file has them.
         notes: What was assumed or chosen; the user is warned of it.
         method_weights: Tensors of the reduction method's own layers, under their names.
+        output: What the model answers: one number a class, or a vector that images are compared by.
     """
 
     source: str
@@ -53,6 +56,7 @@ class Checkpoint(msgspec.Struct):
     labels: list[str] | None = None
     notes: list[str] = []
     method_weights: dict[str, Tensor] = {}
+    output: Output = "logits"
 
 
 def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tuple[TokenSpec, list[str]]:
@@ -142,6 +146,7 @@ def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
         labels=own.labels if own else None,
         notes=weights.notes + identity.notes,
         method_weights=method_weights,
+        output=identity.output,
     )
 
 
@@ -167,11 +172,9 @@ def build_model(checkpoint: Checkpoint, image_size: int | None = None) -> torch.
         CheckpointError: The weights do not fit the architecture.
         InputError: The patch size does not divide the image size.
     """
-    import timm
-
     load_backbones()
     try:
-        model = timm.create_model(checkpoint.model, pretrained=False, **checkpoint.model_args)
+        model = create_model(checkpoint.model, checkpoint.model_args)
     except (TypeError, RuntimeError, AssertionError, ValueError) as error:
         raise CheckpointError(
             f"timm cannot build {checkpoint.model!r} with {checkpoint.model_args}: {error}", where=checkpoint.source

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, InputError, did_you_mean, first_few
+from evit_deploy.models.create import create_model
 from evit_deploy.models.layouts import evo_vit, levit
+from evit_deploy.models.layouts.found import Found, Output
 from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenSpec
 
@@ -57,10 +59,11 @@ class Identity(msgspec.Struct):
 
     Args:
         model: timm architecture.
-        model_args: What ``timm.create_model`` needs besides.
+        model_args: What :func:`evit_deploy.models.create.create_model` needs besides.
         weights: The tensors under timm's names.
         notes: What was assumed.
         tokens: The reduction such weights were trained with, where their names tell.
+        output: What the model answers.
     """
 
     model: str
@@ -68,6 +71,7 @@ class Identity(msgspec.Struct):
     weights: dict[str, Tensor]
     notes: list[str]
     tokens: TokenSpec | None = None
+    output: Output = "logits"
 
 
 def identify(
@@ -127,7 +131,7 @@ def identify(
     return msgspec.structs.replace(first, notes=first.notes + notes, tokens=tokens)
 
 
-def _released(path: Path, found: levit.Found, model: str | None) -> Identity:
+def _released(path: Path, found: Found, model: str | None) -> Identity:
     """What a file in its own released layout holds; its names tell the architecture."""
     if model is not None and model != found.model:
         check_model_name(model, where="--model")
@@ -136,13 +140,11 @@ def _released(path: Path, found: levit.Found, model: str | None) -> Identity:
             fix="Leave out --model to have the architecture read from the tensors.",
         )  # fmt: skip
     with torch.device("meta"):
-        import timm
-
-        wanted = timm.create_model(found.model, **found.model_args).state_dict()
+        wanted = create_model(found.model, found.model_args).state_dict()
     differences = differences_of(wanted, found.weights)
     if differences:
         raise CheckpointError(f"not the tensors of {found.model}, which it is most like", where=path, seen=differences)
-    return Identity(found.model, found.model_args, found.weights, [], found.tokens)
+    return Identity(found.model, found.model_args, found.weights, list(found.notes), found.tokens, found.output)
 
 
 def _describe(weights: dict[str, Tensor]) -> tuple[int, int, int]:
@@ -176,13 +178,12 @@ def _candidates(weights: dict[str, Tensor]) -> list[str]:
 
 def _fit(path: Path, name: str, weights: dict[str, Tensor], more: dict[str, Any]) -> Identity | None:
     """Builds the architecture without memory and compares names and shapes."""
-    import timm
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
     args: dict[str, Any] = {"num_classes": _classes(weights)} | more
     with torch.device("meta"):
         try:
-            model: Any = timm.create_model(name, pretrained=False, **args)
+            model: Any = create_model(name, args)
         except (TypeError, RuntimeError, AssertionError):
             return None
     if not isinstance(model, VisionTransformer) or model.pos_embed is None:
@@ -197,7 +198,7 @@ def _fit(path: Path, name: str, weights: dict[str, Tensor], more: dict[str, Any]
             return None
         args["img_size"] = side * model.patch_embed.patch_size[0]
         with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False, **args)
+            model = create_model(name, args)
         try:
             renamed = checkpoint_filter_fn(dict(weights), model, adapt_layer_scale=True)
         except RuntimeError:  # its positions are not those of an architecture with these prefix tokens
@@ -236,8 +237,6 @@ def _refuse(path: Path, weights: dict[str, Tensor]) -> NoReturn:
 
 
 def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None, layout: str) -> NoReturn:
-    import timm
-
     width, depth, patch = _describe(weights)
     head = ", ".join(f"{name} {list(value.shape)}" for name, value in weights.items() if name.startswith("head"))
     position = list(weights["pos_embed"].shape)
@@ -252,7 +251,7 @@ def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None, layout: s
             fix="Name the architecture with --model.",
         )
     with torch.device("meta"):
-        built = timm.create_model(model, pretrained=False, num_classes=_classes(weights))
+        built = create_model(model, {"num_classes": _classes(weights)})
     wanted = {name: value for name, value in built.state_dict().items() if name != "pos_embed"}
     given = {name: value for name, value in weights.items() if name != "pos_embed"}
     raise CheckpointError(

@@ -10,33 +10,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, first_few
+from evit_deploy.models.layouts.found import Found
 from evit_deploy.models.levit import HEADS, SIZES
 from evit_deploy.models.levit_reduction import DENSE_BLOCKS, METHOD
 from evit_deploy.tokens.plan import TokenSpec
 
 _DUPLICATES = "stage_blocks."
 _TABLE = "attention_bias_idxs"
-
-
-class Found(msgspec.Struct, frozen=True):
-    """What tensors were found to be.
-
-    Args:
-        model: timm name.
-        model_args: What ``timm.create_model`` needs besides.
-        weights: The tensors under our names.
-        tokens: The reduction they were trained with.
-    """
-
-    model: str
-    model_args: dict[str, Any]
-    weights: dict[str, Tensor]
-    tokens: TokenSpec | None = None
 
 
 def is_evo_levit(weights: dict[str, Tensor]) -> bool:

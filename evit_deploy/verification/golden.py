@@ -5,7 +5,6 @@ in float arithmetic), sets the limits of :mod:`evit_deploy.verification.toleranc
 patch numbers.
 """
 
-import copy
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.export.precision import DTYPES
 from evit_deploy.registry import METHODS
 from evit_deploy.runtimes.fp32 import fp32_products
+from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
 from evit_deploy.tokens.choices import original_patches, patch_margins
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import capture, token_plan, token_spec
@@ -178,18 +178,15 @@ def make_golden(
     if quantized is not None:
         expected = _quantized_answers(*quantized, inputs, kept, plan)
     elif precision != "fp32":
-        low, low_dense = (copy.deepcopy(m).to(DTYPES[precision]) for m in (model, dense))
-        free, low_logits = _answers(low, inputs)[0], _answers(low_dense, inputs)[0]
-        expected = Expected(*_replayed(low, inputs, kept), free, low_logits)
+        expected = _low_answers(model, dense, inputs, kept, DTYPES[precision])
     # The FP64 model keeps what the FP32 model kept: otherwise it answers another question wherever scores nearly tie.
-    exact = copy.deepcopy(model).double()
-    with _classifier_terms(exact) as terms:
-        reference, exact_scores = _replayed(exact, inputs, kept)
     method: type[TokenReducer] = METHODS.get(token_spec(model).method)
-    decided = list(zip(kept, exact_scores, plan.locations, strict=True))
-    swapped, _ = _replayed(exact, inputs, [method.nearest_choice(*decision) for decision in decided])
-    exact_dense = copy.deepcopy(dense).double()
-    with _classifier_terms(exact_dense) as dense_terms:
+    with _computing_in(model, torch.float64) as exact:
+        with _classifier_terms(exact) as terms:
+            reference, exact_scores = _replayed(exact, inputs, kept)
+        decided = list(zip(kept, exact_scores, plan.locations, strict=True))
+        swapped, _ = _replayed(exact, inputs, [method.nearest_choice(*decision) for decision in decided])
+    with _computing_in(dense, torch.float64) as exact_dense, _classifier_terms(exact_dense) as dense_terms:
         dense_reference = _answers(exact_dense, inputs)[0]
     clear = [
         method.margin(low, true, choice, row) for low, (choice, true, row) in zip(expected.scores, decided, strict=True)
@@ -201,6 +198,57 @@ def make_golden(
         precision, inputs, logits, reference, swapped, expected.logits, expected.free, _largest(terms, reference),
         dense_logits, dense_reference, expected.dense, _largest(dense_terms, dense_reference), kept_patches, margins,
     )  # fmt: skip
+
+
+def _low_answers(
+    model: torch.nn.Module, dense: torch.nn.Module, inputs: np.ndarray, kept: list[np.ndarray], dtype: torch.dtype
+) -> Expected:
+    """What PyTorch says in half precision."""
+    with _computing_in(model, dtype) as low:
+        free = _answers(low, inputs)[0]
+        replayed = _replayed(low, inputs, kept)
+    with _computing_in(dense, dtype) as low_dense:
+        return Expected(*replayed, free, _answers(low_dense, inputs)[0])
+
+
+@contextmanager
+def _computing_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[torch.nn.Module]:
+    """A twin of a model that computes in another type.
+
+    A block's weights are cast when it is called and no longer: a second copy of them all is never in memory.
+    """
+    twin = copy_sharing_weights(model)
+    blocks = list(backbone_of(model).blocks(twin))
+    inside = {part for block in blocks for part in block.modules()}
+    for part in twin.modules():
+        if part not in inside:
+            _cast(part, dtype)
+    uncast: dict[torch.nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}
+
+    def enter(block: torch.nn.Module, given: Any) -> None:
+        for part in block.modules():
+            uncast[part] = dict(part._parameters), dict(part._buffers)
+            _cast(part, dtype)
+
+    def leave(block: torch.nn.Module, given: Any, made: Any) -> None:
+        for part in block.modules():
+            parameters, buffers = uncast.pop(part)
+            part._parameters.update(parameters)
+            part._buffers.update(buffers)
+
+    for block in blocks:
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave, always_call=True)
+    yield twin
+
+
+def _cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    for name, value in module._parameters.items():
+        if value is not None and value.is_floating_point():
+            module._parameters[name] = torch.nn.Parameter(value.detach().to(dtype), requires_grad=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.is_floating_point():
+            module._buffers[name] = buffer.to(dtype)
 
 
 @contextmanager

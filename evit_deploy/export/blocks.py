@@ -272,8 +272,10 @@ def _joined(
         for name, transposed in part.weights.values():
             tensor = block.get_parameter(name).detach()
             weights[f"{path}.{index}.{name}"] = tensor.T if transposed else tensor
-    left = (BlockPlan(row.block, row.tokens_out, None, False, row.tokens_out) for row in (short.last, plan.blocks[-1]))
-    joint.add(short.head, value, "", renumbered(*left, plan.prefix, short.head.numbers))
+    last, own = (
+        msgspec.structs.replace(row, tokens_in=row.tokens_out, keep=None) for row in (short.last, plan.blocks[-1])
+    )
+    joint.add(short.head, value, "", renumbered(last, own, plan.prefix, short.head.numbers))
     proto = joint.proto
     domains = {node.domain for node in proto.graph.node}
     for entry in [entry for entry in proto.opset_import if entry.domain not in domains]:
@@ -406,7 +408,9 @@ def _make_equal_ones_one(proto: ModelProto, weights: dict[str, Tensor]) -> None:
     """Small initializers that are equal become one, as the exporter does it."""
     kept: dict[Any, str] = {}
     renamed = {}
-    small = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if math.prod(t.dims) <= _DEDUPLICATED}
+    small = {
+        t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if math.prod(t.dims) <= _DEDUPLICATED
+    }
     small |= {name: tensor.numpy() for name, tensor in weights.items() if tensor.numel() <= _DEDUPLICATED}
     for name, array in small.items():
         same = kept.setdefault((array.dtype.str, array.shape, array.tobytes()), name)
@@ -417,5 +421,6 @@ def _make_equal_ones_one(proto: ModelProto, weights: dict[str, Tensor]) -> None:
         for node in proto.graph.node:
             node.input[:] = [renamed.get(name, name) for name in node.input]
         for field in (proto.graph.initializer, proto.graph.value_info):
-            for entry in [entry for entry in field if entry.name in renamed]:
-                field.remove(entry)
+            kept_entries: list[Any] = [entry for entry in field if entry.name not in renamed]
+            del field[:]
+            field.extend(kept_entries)

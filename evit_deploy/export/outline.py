@@ -11,8 +11,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnx
-import onnx.helper
 from onnx import GraphProto, ModelProto, TensorProto
 from torch import Tensor
 
@@ -20,8 +18,8 @@ from evit_deploy.errors import InputError
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 """Numbers of the fields in ONNX's own description, onnx.proto."""
-_INLINE = 1024
-"""Bytes up to which a tensor stays in the outline; shapes and scalars have to be there."""
+_INLINE = 2**15
+"""Bytes up to which a tensor stays in the outline: shapes and scalars have to be there, and vectors are worth it."""
 _BYTES = 2  # protobuf's wire type of everything that has a length
 
 
@@ -141,7 +139,7 @@ def write_onnx(proto: ModelProto, weights: Mapping[str, Tensor], path: Path) -> 
         for name, head in heads.items():
             file.write(head)
             # One at a time: what is transposed or cut is made whole for the moment of writing.
-            file.write(memoryview(np.ascontiguousarray(weights[name].numpy())).cast("B"))
+            file.write(np.ascontiguousarray(weights[name].numpy()).data)
 
 
 def _head(name: str, tensor: Tensor) -> bytes:

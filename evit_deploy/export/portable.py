@@ -4,8 +4,8 @@ The file holds ``evit::TokenReorg`` nodes *and* the function that says what they
 OpenVINO and TensorRT-RTX run the function, TensorRT takes a plugin for it when one is loaded. Batch is the one dynamic
 dimension. Everything a consumer must know (plan, preprocessing, versions) stands in the model's own properties.
 
-The *dense twin* is the same model without token reduction, exported by the same code: what a block is in one file, it is
-in the other (:mod:`evit_deploy.export.blocks`).
+The *dense twin* is the same model without token reduction, exported by the same code: what a block is in one file,
+it is in the other (:mod:`evit_deploy.export.blocks`).
 """
 
 import ast

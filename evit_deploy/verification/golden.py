@@ -6,7 +6,7 @@ patch numbers.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -154,12 +154,51 @@ class Expected(msgspec.Struct, frozen=True):
     dense: np.ndarray
 
 
+class _InFull(msgspec.Struct, frozen=True):
+    """What a model says in FP32 and in FP64.
+
+    Args:
+        logits: FP32.
+        kept: What the FP32 model chose, a location each.
+        scores: By what it chose.
+        reference: FP64, with the choices of the FP32 model.
+        exact_scores: The scores on the way there.
+        swapped: FP64, with the next best choices.
+        terms: See :class:`Golden`.
+    """
+
+    logits: np.ndarray
+    kept: list[np.ndarray]
+    scores: list[Any]
+    reference: np.ndarray
+    exact_scores: list[Any]
+    swapped: np.ndarray
+    terms: np.ndarray
+
+
+class KnownAnswers(msgspec.Struct):
+    """What PyTorch said before to the same inputs with the same weights; :func:`make_golden` reads it and adds to it.
+
+    Args:
+        found: Answers by what was asked.
+    """
+
+    found: dict[Any, Any] = {}
+
+    def once(self, key: Any, ask: Callable[[], Any]) -> Any:
+        """What was found under a key, or is found now."""
+        if key not in self.found:
+            self.found[key] = ask()
+        return self.found[key]
+
+
 def make_golden(
     model: torch.nn.Module,
     dense: torch.nn.Module,
     inputs: np.ndarray,
     precision: str = "fp32",
     quantized: tuple[Any, Any] | None = None,
+    known: KnownAnswers | None = None,
 ) -> Golden:
     """Runs PyTorch in FP32, in FP64 and in the bundle's precision.
 
@@ -169,46 +208,56 @@ def make_golden(
         inputs: float32 ``[n, C, H, W]``.
         precision: Of the bundle.
         quantized: For ``int8`` and ``fp8``: the quantised model and its dense twin, ONNX, which say themselves what is
-            rounded where.
+            rounded where; the twin is not needed where its answers are known.
+        known: What is known already of these weights and inputs.
     """
+    known = known if known is not None else KnownAnswers()
     plan = token_plan(model)
-    logits, kept, scores = _answers(model, inputs)
-    dense_logits = _answers(dense, inputs)[0]
-    expected = Expected(logits, scores, logits, dense_logits)
+    own: _InFull = known.once(repr(token_spec(model)), lambda: _in_full(model, inputs))
+    twin: _InFull = known.once("dense", lambda: _in_full(dense, inputs))
+    expected = Expected(own.logits, own.scores, own.logits, twin.logits)
     if quantized is not None:
-        expected = _quantized_answers(*quantized, inputs, kept, plan)
+        dense_logits = known.once(("dense", precision), lambda: _run_graph(quantized[1], feeds(inputs))[LOGITS])
+        expected = _quantized_answers(quantized[0], dense_logits, inputs, own.kept, plan)
     elif precision != "fp32":
-        expected = _low_answers(model, dense, inputs, kept, DTYPES[precision])
-    # The FP64 model keeps what the FP32 model kept: otherwise it answers another question wherever scores nearly tie.
+        dtype = DTYPES[precision]
+        dense_logits = known.once(("dense", precision), lambda: _low_answers(dense, inputs, [], dtype)[2])
+        expected = Expected(*_low_answers(model, inputs, own.kept, dtype), dense_logits)
     method: type[TokenReducer] = METHODS.get(token_spec(model).method)
-    with _computing_in(model, torch.float64) as exact:
-        with _classifier_terms(exact) as terms:
-            reference, exact_scores = _replayed(exact, inputs, kept)
-        decided = list(zip(kept, exact_scores, plan.locations, strict=True))
-        swapped, _ = _replayed(exact, inputs, [method.nearest_choice(*decision) for decision in decided])
-    with _computing_in(dense, torch.float64) as exact_dense, _classifier_terms(exact_dense) as dense_terms:
-        dense_reference = _answers(exact_dense, inputs)[0]
     clear = [
-        method.margin(low, true, choice, row) for low, (choice, true, row) in zip(expected.scores, decided, strict=True)
+        method.margin(low, true, choice, row)
+        for low, choice, true, row in zip(expected.scores, own.kept, own.exact_scores, plan.locations, strict=True)
     ]
     blocks = [row.block for row in plan.locations]
-    margins = dict(zip(blocks, patch_margins(clear, kept, plan), strict=True))
-    kept_patches = dict(zip(blocks, original_patches(kept, plan), strict=True))
+    margins = dict(zip(blocks, patch_margins(clear, own.kept, plan), strict=True))
+    kept_patches = dict(zip(blocks, original_patches(own.kept, plan), strict=True))
     return Golden(
-        precision, inputs, logits, reference, swapped, expected.logits, expected.free, _largest(terms, reference),
-        dense_logits, dense_reference, expected.dense, _largest(dense_terms, dense_reference), kept_patches, margins,
+        precision, inputs, own.logits, own.reference, own.swapped, expected.logits, expected.free, own.terms,
+        twin.logits, twin.reference, expected.dense, twin.terms, kept_patches, margins,
     )  # fmt: skip
 
 
+def _in_full(model: torch.nn.Module, inputs: np.ndarray) -> _InFull:
+    logits, kept, scores = _answers(model, inputs)
+    method: type[TokenReducer] = METHODS.get(token_spec(model).method)
+    # The FP64 model keeps what the FP32 model kept: otherwise it answers another question wherever scores nearly tie.
+    with _computing_in(model, torch.float64) as exact:
+        with _classifier_terms(exact) as terms:
+            reference, exact_scores = _replayed(exact, inputs, kept)
+        decided = zip(kept, exact_scores, token_plan(model).locations, strict=True)
+        nearest = [method.nearest_choice(*decision) for decision in decided]
+        swapped = _replayed(exact, inputs, nearest)[0] if nearest else reference
+    return _InFull(logits, kept, scores, reference, exact_scores, swapped, _largest(terms, reference))
+
+
 def _low_answers(
-    model: torch.nn.Module, dense: torch.nn.Module, inputs: np.ndarray, kept: list[np.ndarray], dtype: torch.dtype
-) -> Expected:
-    """What PyTorch says in half precision."""
+    model: torch.nn.Module, inputs: np.ndarray, kept: list[np.ndarray], dtype: torch.dtype
+) -> tuple[np.ndarray, list[Any], np.ndarray]:
+    """What PyTorch says in half precision: logits and scores with given choices, and logits with its own."""
     with _computing_in(model, dtype) as low:
         free = _answers(low, inputs)[0]
-        replayed = _replayed(low, inputs, kept)
-    with _computing_in(dense, dtype) as low_dense:
-        return Expected(*replayed, free, _answers(low_dense, inputs)[0])
+        logits, scores = _replayed(low, inputs, kept) if kept else (free, [])
+    return logits, scores, free
 
 
 @contextmanager
@@ -303,29 +352,32 @@ def _as_numpy(scores: Any) -> Any:
     return tuple(map(_as_numpy, scores)) if isinstance(scores, tuple) else scores.numpy()
 
 
-def _quantized_answers(model: Any, dense: Any, inputs: np.ndarray, kept: list[np.ndarray], plan: TokenPlan) -> Expected:
+def _quantized_answers(
+    model: Any, dense_logits: np.ndarray, inputs: np.ndarray, kept: list[np.ndarray], plan: TokenPlan
+) -> Expected:
     """A Q/DQ graph as it is written: every rounding where the graph has it, everything between in float arithmetic."""
-    import onnxruntime
-
     from evit_deploy.export.variants import with_choice
-
-    def run(proto: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # or int8 kernels run
-        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
-        answers: Any = session.run(names, feeds)
-        return dict(zip(names, answers, strict=True))
 
     blocks = [row.block for row in plan.locations]
     choices = {f"choice_{block}": choice for block, choice in zip(blocks, kept, strict=True)}
-    replayed = run(with_choice(model) if blocks else model, feeds(inputs) | choices)
+    replayed = _run_graph(with_choice(model) if blocks else model, feeds(inputs) | choices)
     scores = []
     for block in blocks:
         found = [
             replayed[name] for name in replayed if name.startswith(f"scores_{block}_") or name == f"scores_{block}"
         ]
         scores.append(found[0] if len(found) == 1 else tuple(found))
-    free, dense_logits = run(model, feeds(inputs))[LOGITS], run(dense, feeds(inputs))[LOGITS]
-    return Expected(replayed[LOGITS], scores, free, dense_logits)
+    return Expected(replayed[LOGITS], scores, _run_graph(model, feeds(inputs))[LOGITS], dense_logits)
+
+
+def _run_graph(proto: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What an ONNX graph says when it is computed as it is written."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # or int8 kernels run
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    answers: Any = session.run(names, given)
+    return dict(zip(names, answers, strict=True))

@@ -1,7 +1,8 @@
-"""What `convert` costs for each size of model: wall and CPU seconds and peak memory, each model in a process of its own.
+"""What `convert` costs for each size of model, in a process each: wall and CPU seconds and peak memory.
 
     python tests/benchmarks/convert_cost.py --out docs/results/convert_cost.json
-    python tests/benchmarks/convert_cost.py deit_small --source ../before --label before --out docs/results/convert_cost.json
+    python tests/benchmarks/convert_cost.py deit_small --source ../before --label before --no-variants \\
+        --out docs/results/convert_cost.json
 
 The stages are those that `convert -v` names, timed from outside by the lines that it writes. The same script measures
 another state of the project, `--source`, and adds its figures to those of the file under its own label. The last

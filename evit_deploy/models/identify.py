@@ -112,10 +112,9 @@ def _refusal(path: Path, weights: dict[str, Tensor]) -> CheckpointError:
     }
     most = max(shares.values())
     near = " or ".join(name for name, share in shares.items() if share == most)
+    what = "not a checkpoint of a vision transformer with a class token"
     return CheckpointError(
-        f"only a part of the tensors of {near}"
-        if most
-        else "not a checkpoint of a vision transformer with a class token",
+        f"only a part of the tensors of {near}" if 0 < most < 1 else what,
         where=path,
         seen="tensors " + ", ".join(list(weights)[:3]),
         wanted="cls_token, pos_embed, patch_embed.proj, blocks.0 as in timm and DeiT, or another layout of "

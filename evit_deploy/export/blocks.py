@@ -34,7 +34,7 @@ _DEDUPLICATED = 1024
 _ENDS = (np.iinfo(np.int64).max, np.iinfo(np.int64).min)
 
 
-class Unclear(Exception):
+class UnclearError(Exception):
     """Something in a file is not understood."""
 
 
@@ -127,7 +127,7 @@ def assemble(
             known.short.around = around
         sorted_out = _sorted(signatures, plan, known.short)
         return _joined(blocks, sorted_out, plan, path, known.short)
-    except Unclear:
+    except UnclearError:
         return None
 
 
@@ -154,7 +154,7 @@ def _kinds(signatures: list[Any], plan: TokenPlan) -> tuple[list[Kind], list[int
     for index, (signature, row) in enumerate(zip(signatures, plan.blocks, strict=True)):
         if not any(kind.takes(signature, row) for kind in kinds):
             if kinds and kinds[-1].row.tokens_out != row.tokens_in:
-                raise Unclear
+                raise UnclearError
             kinds.append(Kind(signature, row, plan.prefix))
             chosen.append(index)
     return kinds, chosen
@@ -205,11 +205,11 @@ def _split(proto: ModelProto, path: str, count: int) -> list[list[NodeProto]]:
         found = pattern.match(node.name)
         here = int(found[1]) + 1 if found else (0 if place == 0 else count + 1)
         if here < place:
-            raise Unclear
+            raise UnclearError
         place = here
         parts[place].append(node)
     if not all(parts):
-        raise Unclear
+        raise UnclearError
     return parts
 
 
@@ -223,11 +223,11 @@ def _joints(proto: ModelProto, parts: list[list[NodeProto]]) -> list[str]:
         if place == len(parts) - 1:
             taken -= made[0]
         if len(taken) != 1 or not taken <= made[place - 1]:
-            raise Unclear
+            raise UnclearError
         joints += taken
     answers = {value.name for value in proto.graph.output}
     if not answers <= made[-1]:
-        raise Unclear
+        raise UnclearError
     return joints
 
 
@@ -241,7 +241,7 @@ def _part(proto: ModelProto, nodes: list[NodeProto], parameters: Mapping[str, Te
         if parameters and array.dtype.kind == "f" and array.size > 1:
             weights[tensor.name] = _which(array, parameters)
     if sorted(name for name, _ in weights.values()) != sorted(parameters):
-        raise Unclear
+        raise UnclearError
     here = {value for node in nodes for value in node.output} | {tensor.name for tensor in own}
     infos = [info for info in proto.graph.value_info if info.name in here]
     constants = [tensor for tensor in own if tensor.name not in weights]
@@ -257,7 +257,7 @@ def _which(array: np.ndarray, parameters: Mapping[str, Tensor]) -> tuple[str, bo
             return name, False
         if array.ndim == 2 and array.T.shape == own.shape and np.array_equal(array.T, own):
             return name, True
-    raise Unclear
+    raise UnclearError
 
 
 def _joined(
@@ -310,7 +310,7 @@ class _Joint:
             The value that it makes.
         """
         if counts is None:
-            raise Unclear
+            raise UnclearError
         known = _Counts(counts, part.numbers)
         renamed = {part.given: value} if part.given else {}
         renamed |= {constant.name: self._constant(known.tensor(constant)) for constant in part.constants}
@@ -393,7 +393,7 @@ class _Counts:
 
     def _number(self, number: int) -> int:
         if abs(number) > SMALL and number not in (*_ENDS, *self._numbers, *self._counts):
-            raise Unclear  # made of counts, perhaps
+            raise UnclearError  # made of counts, perhaps
         return self._counts.get(number, number)
 
     def _check(self, numbers: Iterable[float]) -> None:
@@ -401,7 +401,7 @@ class _Counts:
         for number in numbers:
             made = (form for count in self._counts for form in (count, 1 / count, count**0.5, count**-0.5))
             if any(math.isclose(abs(number), form, rel_tol=1e-5) for form in made):
-                raise Unclear
+                raise UnclearError
 
 
 def _make_equal_ones_one(proto: ModelProto, weights: dict[str, Tensor]) -> None:

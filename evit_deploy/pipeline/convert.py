@@ -139,7 +139,7 @@ def convert(
         GateFailed: A check did not hold; the bundle lies in ``<out>.rejected``, with the report.
         StageError: Exporting or writing failed; nothing was written.
     """
-    _check_method(tokens)
+    check_method(tokens)
     made = lowering(options)
     calibration = check_folders(made.options)
     with stages(stages_of(made)):
@@ -324,7 +324,7 @@ def check_own_weights(checkpoint: Checkpoint, spec: TokenSpec) -> None:
         )  # fmt: skip
 
 
-def _check_method(tokens: TokenOptions) -> None:
+def check_method(tokens: TokenOptions) -> None:
     """What is known of a method before a file is read."""
     if "method" not in tokens:
         return

@@ -21,6 +21,7 @@ from evit_deploy.errors import InputError
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
 from evit_deploy.export.precision import QUANTIZED
 from evit_deploy.models.checkpoint import FILE_SUFFIXES, Checkpoint, build_model, read_checkpoint, resolve_tokens
+from evit_deploy.models.safe_weights import split_part
 from evit_deploy.pipeline.lowering import Lowering, export, lowering, write_targets
 from evit_deploy.profiling.batch_sizes import sizes_within
 from evit_deploy.profiling.candidates import bundle_candidates
@@ -322,11 +323,11 @@ def _reject(staging: Staging, report: Report) -> None:
 
 def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
     """``<stem>-<method>-k<rate>`` beside the checkpoint; in the current directory for a timm name."""
-    path = Path(checkpoint.source)
+    path, part = split_part(checkpoint.source)
     stem = path.name
     while checkpoint.sha256 and Path(stem).suffix in FILE_SUFFIXES:
         stem = Path(stem).stem
-    name = f"{stem}-{token_label(spec)}"
+    name = "-".join(filter(None, (stem, part, token_label(spec))))
     return path.with_name(name) if checkpoint.sha256 else Path(name)
 
 

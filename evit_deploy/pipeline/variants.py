@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import msgspec
 
@@ -88,14 +88,14 @@ def make_variants(
     asked: VariantOptions,
 ) -> list[Converted]:
     """:func:`convert_variants`, with what was done about those that failed; ``read_as`` is model and image size."""
-    tokens = dict(asked)
+    tokens: dict[str, Any] = {**asked}
     rates, precisions = tokens.pop("keep_rates", ()), tokens.pop("precisions", ())
     if rates and "keep_rate" in tokens:
         raise InputError(
             "keep_rate is one model's, keep_rates are of one model each", where="--keep-rate",
             seen=tokens["keep_rate"], fix="Give one of the two.",
         )  # fmt: skip
-    fields: list[dict] = [tokens | {"keep_rate": rate} for rate in rates] or [tokens]
+    fields: list[Any] = [tokens | {"keep_rate": rate} for rate in rates] or [tokens]
     for one in fields:
         check_method(one)
     made = [_lowering(options or ConvertOptions(), precision, precisions) for precision in precisions or (None,)]

@@ -362,8 +362,8 @@ def render_variants(variants: Sequence[tuple[str, float, float, Report]], consol
     lines = []
     for name, gmacs, ratio, report in variants:
         speeds = {row.batch: row.speedup for row in reversed(report.rows) if row.variant == "model"}
-        agreement = min((row.top1 for row in report.agreement), default=None)
-        top1 = next((row.top1 for row in report.accuracy), None)
+        answered = next((row for row in report.compared if row.agreement is not None), None)
+        agreement, top1 = (answered.agreement, answered.top1) if answered is not None else (None, None)
         lines.append(
             (
                 name,

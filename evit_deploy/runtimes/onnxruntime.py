@@ -78,15 +78,15 @@ class OnnxRuntimeRunner(Runner):
 
     def _source(self, options: onnxruntime.SessionOptions) -> str | bytes:
         """The model as a session takes it; where weights stay in their file, the options say in which folder."""
-        model: Any = self.artifact
-        if isinstance(model, str | Path) and (self.takes_outlines or self.with_indices):
+        model = self.artifact
+        if isinstance(model, str | Path):
+            if not self.takes_outlines and not self.with_indices:
+                return str(model)
             model = read_outline(Path(model)) if self.takes_outlines else load_onnx(Path(model))
         if isinstance(model, Outline):
             options.add_session_config_entry(_FOLDER, str(model.folder))
             model = model.proto
-        if self.with_indices:
-            model = with_indices(model)
-        return model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+        return (with_indices(model) if self.with_indices else model).SerializeToString()
 
     def _open(self, source: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(source, options, providers=list(self.providers), enable_fallback=0)

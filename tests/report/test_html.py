@@ -67,7 +67,8 @@ def test_a_report_begins_with_its_verdict_and_has_the_terminals_numbers():
 def test_a_report_is_a_short_line_of_text():
     assert repr(REPORT) == "Report(FAILED: 1 of 2 checks, 1 accuracy, 1 agreement, 1 notes)"
     assert repr(Report(checks=(REPORT.checks[0],))) == "Report(passed: 1 check)"
-    assert repr(Report()) == "Report(nothing to check)"
+    assert repr(Report()) == "Report(no checks)"
+    assert Report(notes=("Slow.",))._repr_html_().count("<p") == 1  # no verdict without a check
 
 
 def test_a_plan_is_a_line_and_a_table():

@@ -272,8 +272,13 @@ def server_of(options: dict[str, Any]) -> Any:
 
 
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--set --out --force`` of the commands that take a recipe."""
+    """``--set --out --force --resume`` of the commands that take a recipe."""
     for option in (
+        click.option(
+            "--resume",
+            is_flag=True,
+            help="Go on from where a training of the same recipe was interrupted; begin it if nothing was saved yet.",
+        ),
         click.option("--force", is_flag=True, help="Run every stage again."),
         click.option("--out", type=PATH, metavar="DIR", help="Where everything goes.  [default: runs/<recipe's name>]"),
         click.option(
@@ -282,3 +287,9 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ):
         function = option(function)
     return function
+
+
+def check_resume(force: bool, resume: bool) -> None:
+    """Refuses to begin anew and to go on at once."""
+    if force and resume:
+        raise click.UsageError("--force begins anew and --resume goes on: give one of them")

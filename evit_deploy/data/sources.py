@@ -6,6 +6,8 @@ unknown classes silently. Shards are indexed here, because timm's reader streams
 number of workers and processes, and cannot begin in the middle of a run.
 """
 
+import copy
+import hashlib
 import itertools
 import json
 import re
@@ -157,6 +159,7 @@ class Folder:
                 where=root / unknown,
                 wanted=f"one of {first_few(self.classes, 8)}",
             )
+        self._root = root
         self._files = tuple(
             (file, numbers[name])
             for name in found
@@ -180,6 +183,29 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def split(self, share: float) -> "tuple[Folder, Folder]":
+        """All but a share of each class, and that share: of two or more images at least one on either side.
+
+        The hash of an image's class and name decides, so that the same images are held out every time, on every
+        machine, and an image that is added or deleted moves few others.
+
+        Args:
+            share: Of each class, above 0 and below 1; rounded to whole images.
+        """
+        held: set[int] = set()
+        for _, group in itertools.groupby(range(len(self)), lambda index: self._files[index][1]):
+            numbers = sorted(group, key=self._place)
+            held.update(numbers[: min(max(round(share * len(numbers)), 1), len(numbers) - 1)])
+        return self._only(set(range(len(self))) - held), self._only(held)
+
+    def _place(self, index: int) -> bytes:
+        return hashlib.sha256(self._files[index][0].relative_to(self._root).as_posix().encode()).digest()
+
+    def _only(self, numbers: set[int]) -> "Folder":
+        part = copy.copy(self)
+        part._files = tuple(file for index, file in enumerate(self._files) if index in numbers)
+        return part
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """See :class:`Source`."""

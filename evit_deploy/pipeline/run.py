@@ -48,13 +48,14 @@ class Record(msgspec.Struct):
     report: Report = Report()
 
 
-def run(recipe: Recipe, out: str | Path, *, force: bool = False) -> tuple[Bundle, Report]:
+def run(recipe: Recipe, out: str | Path, *, force: bool = False, resume: bool = False) -> tuple[Bundle, Report]:
     """Runs a recipe.
 
     Args:
         recipe: What to do.
         out: Folder for checkpoints and the bundle.
         force: Whether to run stages that are up to date too.
+        resume: Whether to go on from where the training of the same recipe was interrupted.
 
     Returns:
         The bundle in ``<out>/bundle`` and the report of all stages.
@@ -72,7 +73,7 @@ def run(recipe: Recipe, out: str | Path, *, force: bool = False) -> tuple[Bundle
     notes = check_folders(made.options)
     with stages(3):
         stage(_LOG, "training")
-        report = train_stage(recipe, out, force=force)
+        report = train_stage(recipe, out, force=force, resume=resume)
         stage(_LOG, "converting")
         checkpoint = out / EVIT
         bundle = None if force else _fresh_bundle(recipe, out / BUNDLE, checkpoint)
@@ -129,7 +130,8 @@ def train_stage(
         recipe: What to do.
         out: Folder for ``dense.safetensors`` and ``evit.safetensors``.
         force: Whether to train again what is up to date, and to replace checkpoints of unknown origin.
-        resume: Whether to go on from where a run of the same recipe was interrupted.
+        resume: Whether to go on from where a run of the same recipe was interrupted; if it saved nothing, it begins
+            anew.
 
     Returns:
         The comparison table, and the checks that the recipe's ``expect`` section asks for.
@@ -152,7 +154,10 @@ def train_stage(
         _LOG.info(f"up to date: {out / EVIT}")
         assert record is not None
         return _expected(recipe, record.report, out)
-    if not force and not resume:
+    interrupted = any(state_path(out, stage).exists() for stage in ("dense", "finetune"))
+    if resume and not interrupted:
+        _refuse_other_recipe(out, records, {"dense": dense_key, "evit": evit_key})
+    if not force and not (resume and interrupted):
         _refuse_strangers(out, records, (DENSE, EVIT))
     todo = recipe
     begun = resume and state_path(out, "dense").exists()  # the finetune.state beside it is of the whole recipe
@@ -279,6 +284,18 @@ def _refuse_strangers(out: Path, records: dict[str, Record], names: tuple[str, .
                 f"there is a {name} that this recipe did not write", where=out,
                 fix="Give another --out, move it away, or replace it with --force.",
             )  # fmt: skip
+
+
+def _refuse_other_recipe(out: Path, records: dict[str, Record], keys: dict[str, str]) -> None:
+    """Where there is nothing to go on from, ``--resume`` begins this recipe, but takes no other one's folder.
+
+    Dense weights of this recipe may be there: its fine-tuning was killed before it saved anything.
+    """
+    if any(record.key != keys.get(name) for name, record in records.items()):
+        raise InputError(
+            "there is no interrupted run to go on from, and the results here are of another recipe", where=out,
+            fix="Give another --out, or leave --resume out to replace them.",
+        )  # fmt: skip
 
 
 def _fresh_bundle(recipe: Recipe, path: Path, checkpoint: Path) -> Bundle | None:

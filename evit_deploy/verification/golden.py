@@ -213,8 +213,10 @@ def make_golden(
     """
     known = known if known is not None else KnownAnswers()
     plan = token_plan(model)
-    own: _InFull = known.once(repr(token_spec(model)), lambda: _in_full(model, inputs))
-    twin: _InFull = known.once("dense", lambda: _in_full(dense, inputs))
+    first = _first_of(model)
+    begun: dict[int, Tensor] = known.once("begun", dict)
+    twin: _InFull = known.once("dense", lambda: _in_full(dense, inputs, first, begun))
+    own: _InFull = known.once(repr(token_spec(model)), lambda: _in_full(model, inputs, first, begun))
     expected = Expected(own.logits, own.scores, own.logits, twin.logits)
     if quantized is not None:
         dense_logits = known.once(("dense", precision), lambda: _run_graph(quantized[1], feeds(inputs))[LOGITS])
@@ -237,17 +239,60 @@ def make_golden(
     )  # fmt: skip
 
 
-def _in_full(model: torch.nn.Module, inputs: np.ndarray) -> _InFull:
+def _first_of(model: Any) -> int:
+    """The first block that is not the dense model's own; 0 where the blocks before it cannot be left out."""
+    blocks = backbone_of(model).blocks(model)
+    stateful = any(isinstance(part, TokenReducer) and part.stateful for part in model.modules())
+    locations = token_plan(model).locations
+    return locations[0].block if locations and not stateful and type(blocks) is torch.nn.Sequential else 0
+
+
+def _in_full(model: torch.nn.Module, inputs: np.ndarray, first: int, begun: dict[int, Tensor]) -> _InFull:
+    """Runs a model in FP32 and FP64.
+
+    Args:
+        model: The reduced model or its dense twin.
+        inputs: float32 ``[n, C, H, W]``.
+        first: See :func:`_first_of`; of the reduced model.
+        begun: What such a block takes in FP64, which is the same for all that the dense model's blocks lead to.
+    """
     logits, kept, scores = _answers(model, inputs)
     method: type[TokenReducer] = METHODS.get(token_spec(model).method)
     # The FP64 model keeps what the FP32 model kept: otherwise it answers another question wherever scores nearly tie.
     with _computing_in(model, torch.float64) as exact:
+        blocks = backbone_of(model).blocks(exact)
+        _begin_at(blocks, first, begun)
         with _classifier_terms(exact) as terms:
             reference, exact_scores = _replayed(exact, inputs, kept)
+        _begin_at(blocks, first, begun)
         decided = zip(kept, exact_scores, token_plan(model).locations, strict=True)
         nearest = [method.nearest_choice(*decision) for decision in decided]
         swapped = _replayed(exact, inputs, nearest)[0] if nearest else reference
     return _InFull(logits, kept, scores, reference, exact_scores, swapped, _largest(terms, reference))
+
+
+class _Begun(torch.nn.Module):
+    """Stands in the place of a block and gives out what the blocks up to here gave before."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = (value,)  # in a tuple: it is no weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value[0]
+
+
+def _begin_at(blocks: Any, first: int, begun: dict[int, Tensor]) -> None:
+    """Leaves out the blocks before the first one that reduces, if what they give is known; else takes note of it."""
+    if first and first in begun:
+        for index in range(first):
+            blocks[index] = _Begun(begun[first])
+    elif first:
+
+        def note(block: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+            begun[first] = given[0].clone()
+
+        blocks[first].register_forward_pre_hook(note)
 
 
 def _low_answers(

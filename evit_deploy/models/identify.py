@@ -1,7 +1,7 @@
 """Which timm architecture a set of tensors belongs to, told from names and shapes alone."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ from evit_deploy.errors import CheckpointError, InputError, did_you_mean, first_
 from evit_deploy.models.create import create_model
 from evit_deploy.models.layouts import evo_vit, levit
 from evit_deploy.models.layouts.found import Found, Output
+from evit_deploy.models.preprocessing import of_architecture
 from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenSpec
 
@@ -64,6 +65,7 @@ class Identity(msgspec.Struct):
         notes: What was assumed.
         tokens: The reduction such weights were trained with, where their names tell.
         output: What the model answers.
+        prepared: Whether images for such weights were surely prepared as timm says of the architecture.
     """
 
     model: str
@@ -72,10 +74,15 @@ class Identity(msgspec.Struct):
     notes: list[str]
     tokens: TokenSpec | None = None
     output: Output = "logits"
+    prepared: bool = True
 
 
 def identify(
-    path: Path, weights: dict[str, Tensor], model: str | None = None, method_weights: Collection[str] = ()
+    path: Path,
+    weights: dict[str, Tensor],
+    model: str | None = None,
+    method_weights: Collection[str] = (),
+    config: Mapping[str, Any] | None = None,
 ) -> Identity:
     """Finds the architecture, image size and class count.
 
@@ -84,6 +91,7 @@ def identify(
         weights: Tensors under the names the file has.
         model: timm name that decides, if the user gave one.
         method_weights: Names of the tensors that were set aside as a reduction method's own.
+        config: ``config.json`` beside the weights, if there is one.
 
     Raises:
         CheckpointError: The tensors are of no architecture known here.
@@ -122,13 +130,14 @@ def identify(
     if not fitting:
         _no_fit(path, weights, model, ", Evo-ViT's names" if tokens is not None else "")
     first, notes = fitting[0], []
+    prepared = {msgspec.structs.replace(of_architecture(one.model), size=(1, 1)) for one in fitting}
     if len(fitting) > 1:
         others = ", ".join(identity.model for identity in fitting[1:])
         notes.append(
             f"its tensors fit {first.model} and {others}, which differ in what tensors do not show (preprocessing, "
             f"activation); {first.model} is assumed (--model decides)"
         )
-    return msgspec.structs.replace(first, notes=first.notes + notes, tokens=tokens)
+    return msgspec.structs.replace(first, notes=first.notes + notes, tokens=tokens, prepared=len(prepared) == 1)
 
 
 def _released(path: Path, found: Found, model: str | None) -> Identity:
@@ -144,7 +153,9 @@ def _released(path: Path, found: Found, model: str | None) -> Identity:
     differences = differences_of(wanted, found.weights)
     if differences:
         raise CheckpointError(f"not the tensors of {found.model}, which it is most like", where=path, seen=differences)
-    return Identity(found.model, found.model_args, found.weights, list(found.notes), found.tokens, found.output)
+    return Identity(
+        found.model, found.model_args, found.weights, list(found.notes), found.tokens, found.output, found.prepared
+    )
 
 
 def _describe(weights: dict[str, Tensor]) -> tuple[int, int, int]:

@@ -6,8 +6,9 @@ import torch
 
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.errors import CheckpointError
-from evit_deploy.files import sha256
+from evit_deploy.models import hub
 from evit_deploy.models.checkpoint import build_model, read_checkpoint
+from evit_deploy.models.sources import find_source
 from evit_deploy.tokens.reduce import reduce_tokens_
 
 
@@ -24,12 +25,16 @@ def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[t
     manifest, parent = bundle.manifest, bundle.manifest.parents[0]
     if against is None and parent.sha256 is None:
         return None, f"it was made from {parent.source!r}, which would have to be fetched"
-    path = against or bundle.path / parent.source
-    if not path.is_file():
-        return None, f"its checkpoint {path} is gone; --against says where it is"
-    if sha256(path) != parent.sha256:
-        return None, f"{path} is not the checkpoint it was made from"
+    repository = hub.repository_of(parent.source) if parent.source.startswith(hub.PREFIX) else None
+    path = against or (hub.cached(repository) if repository is not None else bundle.path / parent.source)
+    if path is None or not path.exists():
+        gone = parent.source if repository is not None else path
+        return None, f"its checkpoint {gone} is gone; --against says where it is"
     try:
+        source = find_source(path)
+        assert source is not None  # the path exists
+        if source.digest != parent.sha256:
+            return None, f"{path} is not the checkpoint it was made from"
         checkpoint = read_checkpoint(path, parent.model)
         size = manifest.preprocess.size[0]
         model = reduce_tokens_(build_model(checkpoint, size), manifest.tokens)

@@ -8,6 +8,7 @@ import argparse
 import pickle
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,30 @@ def read_weights(path: Path) -> Weights:
         weights = _unwrap(path, _read_pickle(path, is_zip=head.startswith(b"PK")))
     _check_finite(path, weights.tensors)
     return weights
+
+
+def join_shards(where: Path, shards: Mapping[str, Weights], index: Mapping[str, str]) -> Weights:
+    """Puts the tensors of several files together.
+
+    Args:
+        where: Their index or folder, for messages.
+        shards: What each file holds.
+        index: File of each tensor.
+
+    Raises:
+        CheckpointError: A file lacks a tensor that the index promises, or holds one that it does not name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file, weights in shards.items():
+        promised = {name for name, home in index.items() if home == file}
+        if promised != weights.tensors.keys():
+            differing = sorted(promised ^ weights.tensors.keys())
+            raise CheckpointError(
+                f"{file} does not hold the tensors that its index names", where=where, seen=first_few(differing),
+                fix="Download all files again.",
+            )  # fmt: skip
+        tensors |= weights.tensors
+    return Weights(tensors)
 
 
 def _read_head(path: Path) -> bytes:

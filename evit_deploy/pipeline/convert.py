@@ -21,7 +21,10 @@ from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
 from evit_deploy.export.precision import QUANTIZED
-from evit_deploy.models.checkpoint import FILE_SUFFIXES, Checkpoint, build_model, read_checkpoint, resolve_tokens
+from evit_deploy.models import hub
+from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, resolve_tokens
+from evit_deploy.models.preprocessing import described
+from evit_deploy.models.sources import FILE_SUFFIXES
 from evit_deploy.pipeline.lowering import Lowering, export, lowering, write_targets
 from evit_deploy.profiling.batch_sizes import sizes_within
 from evit_deploy.profiling.candidates import bundle_candidates
@@ -117,10 +120,10 @@ def convert(
     """Reduces, exports, verifies and profiles a checkpoint, and writes the bundle.
 
     Args:
-        source: Checkpoint file or timm name.
+        source: File, folder, hub id or timm name, see :func:`~evit_deploy.models.checkpoint.read_checkpoint`.
         model: timm name that decides the architecture.
         image_size: Pixels, if not the checkpoint's.
-        options: What to make: targets, precision, options of the builder, gates.
+        options: What to make: targets, precision, options of the builder, gates; and preprocessing and labels.
         measure: How to measure speed; two seconds for each of two batch sizes are enough for a first look.
         out: Folder for the bundle; ``<stem>-<method>-k<rate>`` beside the checkpoint by default.
         force: Whether to replace an older bundle there.
@@ -141,7 +144,8 @@ def convert(
     calibration = check_folders(made.options)
     with stages(stages_of(made)):
         stage(_LOG, "reading the checkpoint")
-        checkpoint = read_checkpoint(source, model)
+        checkpoint = read_checkpoint(source, model, made.options.preprocess)
+        _label_by_folders(checkpoint, made.options.data)
         spec, notes = resolve_tokens(checkpoint, **tokens)
         job = Job(made, image_size, None, measure, Path(out) if out is not None else None, force, model)
         return convert_checkpoint(checkpoint, spec, job, [*notes, *calibration])
@@ -172,6 +176,7 @@ def convert_checkpoint(
     reduced = _reduce(checkpoint, spec, job.image_size, notes)
     for note in reduced.notes:
         _LOG.warning(note)
+    _LOG.info(described(reduced.preprocess, checkpoint.labels, checkpoint.origins))
     manifest = _manifest(reduced, job, out)
     report = Report(notes=tuple(reduced.notes), versions=versions(), device=device())
     with Staging(out, force=job.force) as staging:
@@ -193,6 +198,16 @@ def convert_checkpoint(
         else:
             _reject(staging, report)
     return bundles.read_bundle(out), report
+
+
+def _label_by_folders(checkpoint: Checkpoint, data: str | None) -> None:
+    """Without another source, classes are called like the folders of labelled images, one for each class."""
+    if data is None or checkpoint.labels is not None or checkpoint.output != "logits":
+        return
+    names = Folder(data).classes
+    if len(names) == checkpoint.model_args.get("num_classes"):
+        checkpoint.labels = list(names)
+        checkpoint.origins = checkpoint.origins | {"labels": "the folders of --data"}
 
 
 def check_own_weights(checkpoint: Checkpoint, spec: TokenSpec) -> None:
@@ -262,6 +277,7 @@ def _manifest(reduced: Reduced, job: Job, out: Path) -> Manifest:
         device=device(),
         results={},
         notes=reduced.notes,
+        origins=checkpoint.origins,
     )
 
 
@@ -316,22 +332,29 @@ def _reject(staging: Staging, report: Report) -> None:
 
 
 def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
-    """``<stem>-<method>-k<rate>`` beside the checkpoint; in the current directory for a timm name."""
+    """``<stem>-<method>-k<rate>`` beside the checkpoint; in the current directory for a timm name or a hub id."""
+    label = token_label(spec)
+    if checkpoint.source.startswith(hub.PREFIX):
+        return Path(f"{checkpoint.source.partition('@')[0].rpartition('/')[2]}-{label}")
     path = Path(checkpoint.source)
     stem = path.name
     while checkpoint.sha256 and Path(stem).suffix in FILE_SUFFIXES:
         stem = Path(stem).stem
-    name = f"{stem}-{token_label(spec)}"
-    return path.with_name(name) if checkpoint.sha256 else Path(name)
+    return path.with_name(f"{stem}-{label}") if checkpoint.sha256 else Path(f"{stem}-{label}")
 
 
 def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
-    """The checkpoint's own preprocessing, or timm's for the architecture, at the model's image size."""
+    """The checkpoint's preprocessing at the model's image size; timm's for one that says nothing."""
     own = checkpoint.preprocess
-    size = backbone_of(model).image_size(model)
-    if own is not None:
-        return msgspec.structs.replace(own, size=size)
-    return Preprocess.from_model(model, size)
+    backbone = backbone_of(model)
+    size, channels = backbone.image_size(model), backbone.channels(model)
+    if own is None:
+        return Preprocess.from_model(model, size)
+    if channels != len(own.mean) and len(own.mean) > 1:
+        raise InputError(
+            "one number for each of the model's channels", where="--mean and --std", seen=len(own.mean), wanted=channels
+        )
+    return msgspec.structs.replace(own, size=size)
 
 
 def check_folders(options: ConvertOptions) -> list[str]:
@@ -401,8 +424,8 @@ def _published_cost(checkpoint: Checkpoint, rates: Collection[float]) -> str:
 
 
 def _parent(checkpoint: Checkpoint, out: Path, model: str | None) -> Parent:
-    if checkpoint.sha256 is None:
-        return Parent(checkpoint.source, None)
+    if checkpoint.sha256 is None or checkpoint.source.startswith(hub.PREFIX):
+        return Parent(checkpoint.source, checkpoint.sha256, model)
     # Relative to the bundle: the two can move together, and the manifest names no folder of this machine above them.
     return Parent(os.path.relpath(Path(checkpoint.source).absolute(), out.absolute()), checkpoint.sha256, model)
 

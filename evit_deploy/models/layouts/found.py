@@ -21,6 +21,7 @@ class Found(msgspec.Struct, frozen=True):
         tokens: The reduction they were trained with, where the layout tells.
         output: What the model answers.
         notes: What was left out or assumed; the user is warned of it.
+        prepared: Whether images for such weights were surely prepared as timm says of the architecture.
     """
 
     model: str
@@ -29,3 +30,4 @@ class Found(msgspec.Struct, frozen=True):
     tokens: TokenSpec | None = None
     output: Output = "logits"
     notes: tuple[str, ...] = ()
+    prepared: bool = True

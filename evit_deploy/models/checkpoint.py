@@ -18,8 +18,11 @@ from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
 from evit_deploy.files import write_atomically
 from evit_deploy.models import hub
 from evit_deploy.models.create import create_model
-from evit_deploy.models.identify import Identity, check_model_name, differences_of, identify
+from evit_deploy.models.identify import Identity, check_model_name, identify
+from evit_deploy.models.layouts.differences import differences_of
 from evit_deploy.models.layouts.found import Output
+from evit_deploy.models.layouts.known import SIGNS
+from evit_deploy.models.prefixes import inside
 from evit_deploy.models.preprocessing import Said, labels_in, preprocess_in, resolve_inputs
 from evit_deploy.models.sources import find_source
 from evit_deploy.recipe.options import PreprocessOptions
@@ -126,7 +129,8 @@ def read_checkpoint(
     Args:
         source: ``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors`` file; folder as Hugging Face,
             timm or OpenCLIP save it; ``hf-hub:org/name`` or ``org/name``, from the local cache where it is there; or a
-            timm name.
+            timm name. Of a file that holds several models, ``weights.pth#teacher`` is the one whose names begin with
+            ``teacher``.
         model: timm name that decides the architecture instead of the tensors.
         preprocess: Preprocessing and labels that replace the checkpoint's.
 
@@ -139,14 +143,18 @@ def read_checkpoint(
     found, asked = find_source(source), preprocess or PreprocessOptions()
     if found is None:
         return _from_timm(str(source), model, asked)
-    weights, where = found.read(), Path(found.name)
+    weights, where = found.read(), found.path
     own = _own_metadata(where, weights.metadata[METADATA_KEY]) if METADATA_KEY in weights.metadata else None
-    tensors, method_weights = _split(weights.tensors, own.tokens.method if own and own.tokens else None)
+    held = inside(where, weights.tensors, SIGNS)
+    tensors, method_weights = _split(held.weights, own.tokens.method if own and own.tokens else None)
     if own is not None and model is None:
         identity = Identity(own.model, own.model_args, tensors, [], output=own.output)
     else:
-        identity = identify(where, tensors, model, method_weights, found.config)
+        held = msgspec.structs.replace(held, weights=tensors)
+        identity = identify(where, held, model, method_weights, found.config)
     said = Said(own.preprocess, "the checkpoint") if own else preprocess_in(found.configs, weights.args, where)
+    if said is None and identity.preprocess is not None and model is None:
+        said = Said(identity.preprocess, "that of all weights with these names")
     names = Said(own.labels, "the checkpoint") if own and own.labels else labels_in(found.configs, where)
     classes = identity.model_args.get("num_classes")
     inputs = resolve_inputs(identity.model, classes, said, names, asked, chosen=model is not None or identity.prepared)

@@ -15,7 +15,7 @@ import msgspec
 from evit_deploy.errors import CheckpointError, first_few
 from evit_deploy.files import sha256
 from evit_deploy.models import hub
-from evit_deploy.models.safe_weights import Weights, join_shards, read_weights
+from evit_deploy.models.safe_weights import Weights, read_shards, read_weights, split_part
 
 FILE_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".bin", ".ckpt")
 # Weights in the order in which the libraries that save them look for them; an index names the shards.
@@ -44,6 +44,7 @@ class Source(msgspec.Struct, frozen=True):
         configs: Content of each of :data:`CONFIGS` that lies beside the weights.
         index: The index that names the shards, with the shard of each tensor.
         notes: What was chosen among several.
+        part: What the names of the wanted tensors begin with, see :func:`~evit_deploy.models.safe_weights.split_part`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Source(msgspec.Struct, frozen=True):
     configs: Mapping[str, dict[str, Any]] = {}
     index: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
+    part: str = ""
 
     @property
     def from_hub(self) -> bool:
@@ -79,28 +81,32 @@ class Source(msgspec.Struct, frozen=True):
                 their index says.
         """
         if not self.index:
-            return read_weights(self.files[0])
-        return join_shards(self.path, {file.name: read_weights(file) for file in self.files}, self.index)
+            return read_weights(self.files[0], self.part)
+        return read_shards(self.path, self.files, self.index, self.part)
 
 
 def find_source(source: str | Path) -> Source | None:
     """The files that a path or a hub id stands for; ``None`` for what can only be a timm name.
 
     Args:
-        source: File, folder, ``hf-hub:org/name`` or ``org/name``, with ``@revision`` where a hub id has one.
+        source: File, folder, ``hf-hub:org/name`` or ``org/name``, with ``@revision`` where a hub id has one; ``#part``
+            behind it names the model that is meant among several in it.
 
     Raises:
         CheckpointError: There is no such file, or a folder holds no weights or several.
         InputError: What can only be a hub id is none.
         MissingRequirement: A hub id is not in the cache, and the hub cannot be asked.
     """
-    path, text = Path(source), str(source)
+    path, part = split_part(source)
     if _exists(path):
-        return _folder(path) if path.is_dir() else _file(path)
+        found = _folder(path) if path.is_dir() else _file(path)
+        return msgspec.structs.replace(found, name=str(source), part=part)
+    text = str(source).partition("#")[0]
     repository = None if text.endswith(FILE_SUFFIXES) else hub.repository_of(text)
     if repository is not None:
         folder = hub.fetch(repository, lambda names: _wanted(repository.name, names), _complete)
-        return msgspec.structs.replace(_folder(folder, where=repository.name), name=repository.name)
+        name = repository.name + (f"#{part}" if part else "")
+        return msgspec.structs.replace(_folder(folder, where=repository.name), name=name, part=part)
     if _looks_like_path(text):
         return _file(path)  # whose reading says that there is none
     return None

@@ -238,6 +238,19 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def data_option(group: str) -> Callable[..., Any]:
+    """``--data`` of the commands that take a bundle.
+
+    Args:
+        group: Heading on the help page.
+    """
+    return click.option(
+        "--data", cls=Option, group=group, type=PATH, metavar="DIR",
+        help="Images to hold the answers against the dense twin's on: top-1 and top-5 where they lie in class folders "
+        "(class/image); of a model without classes cosine and retrieval.",
+    )  # fmt: skip
+
+
 def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--url --model-name --model-version --shared-memory --timeout``."""
     server = functools.partial(click.option, cls=Option, group="Server")

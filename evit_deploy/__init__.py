@@ -16,7 +16,8 @@ _PUBLIC = {
     },
     "Recipes and training": {
         "recipe.recipe": "load_recipe Recipe CompareSection ExpectSection",
-        "recipe.sections": "ModelSection DataSection TrainSection TokenLabelSection DynamicViTSection TeacherSection",
+        "recipe.sections": "ModelSection PreprocessOptions DataSection TrainSection TokenLabelSection "
+        "DynamicViTSection TeacherSection",
         "recipe.options": "ConvertSection ProfileSection",
         "training.loop": "train TrainResult",
         "pipeline.run": "run",
@@ -44,7 +45,7 @@ _PUBLIC = {
     },
     "Verification and profiling": {
         "verification.verify": "verify",
-        "profiling.profile": "profile",
+        "pipeline.profile": "profile",
         "pipeline.compare": "compare",
         "triton.connection": "Server",
         "report.report": "Report Check ProfileRow LatencyRow Summary BlockRow LoadRow "

@@ -31,8 +31,8 @@ from evit_deploy.models.checkpoint import build_model as build_model
 from evit_deploy.models.checkpoint import read_checkpoint as read_checkpoint
 from evit_deploy.pipeline.compare import compare as compare
 from evit_deploy.pipeline.convert import convert as convert
+from evit_deploy.pipeline.profile import profile as profile
 from evit_deploy.pipeline.run import run as run
-from evit_deploy.profiling.profile import profile as profile
 from evit_deploy.recipe.options import BatchProfile as BatchProfile
 from evit_deploy.recipe.options import BuildOptions as BuildOptions
 from evit_deploy.recipe.options import CompareOptions as CompareOptions
@@ -47,6 +47,7 @@ from evit_deploy.recipe.recipe import load_recipe as load_recipe
 from evit_deploy.recipe.sections import DataSection as DataSection
 from evit_deploy.recipe.sections import DynamicViTSection as DynamicViTSection
 from evit_deploy.recipe.sections import ModelSection as ModelSection
+from evit_deploy.recipe.sections import PreprocessOptions as PreprocessOptions
 from evit_deploy.recipe.sections import TeacherSection as TeacherSection
 from evit_deploy.recipe.sections import TokenLabelSection as TokenLabelSection
 from evit_deploy.recipe.sections import TrainSection as TrainSection

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,12 +16,16 @@ from evit_deploy.bundle.bundle import Bundle, Staging
 from evit_deploy.bundle.manifest import GOLDEN, REPORT, Manifest, Parent, TensorSpec
 from evit_deploy.data.images import calibration_images, image_files, sample_inputs
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import Folder
+from evit_deploy.data.sources import Folder, is_labelled
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
 from evit_deploy.export.precision import QUANTIZED
-from evit_deploy.models.checkpoint import FILE_SUFFIXES, Checkpoint, build_model, read_checkpoint, resolve_tokens
+from evit_deploy.models import hub
+from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, resolve_tokens
+from evit_deploy.models.preprocessing import described
+from evit_deploy.models.safe_weights import split_part
+from evit_deploy.models.sources import FILE_SUFFIXES
 from evit_deploy.pipeline.lowering import Lowering, export, lowering, write_targets
 from evit_deploy.profiling.batch_sizes import sizes_within
 from evit_deploy.profiling.candidates import bundle_candidates
@@ -35,7 +39,9 @@ from evit_deploy.targets.target import Exported
 from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.plan import TokenOptions, TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_label, token_plan
+from evit_deploy.verification.cost import MODEL_NAME
 from evit_deploy.verification.golden import Golden, make_golden
+from evit_deploy.verification.pictures import check_images, pictures_of
 from evit_deploy.verification.verify import Trial, prove, verify_precision
 
 _LOG = logging.getLogger(__name__)
@@ -47,7 +53,9 @@ FIRST_BATCHES, PROFILE_ROUNDS = (1, 8), 3
 FIRST_LOOK = ProfileOptions(batch_sizes=FIRST_BATCHES, duration=2.0)
 # Methods with their own recipe for fine-tuning.
 _RECIPES = {"dynamicvit": "recipes/paper/dynamicvit-deit-small-0.7.yaml --set model.name=null"}
-# Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training.
+# Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training. Of no other model.
+_DEIT_S, _DEIT_S_TASK = "deit_small_patch16_224", {"img_size": 224, "num_classes": 1000}
+_DEIT_S_LOCATIONS = (3, 6, 9)
 _UNTRAINED_DEIT_S = {0.9: 79.7, 0.8: 79.2, 0.7: 78.5, 0.6: 76.8, 0.5: 73.8}
 
 
@@ -117,10 +125,10 @@ def convert(
     """Reduces, exports, verifies and profiles a checkpoint, and writes the bundle.
 
     Args:
-        source: Checkpoint file or timm name.
+        source: File, folder, hub id or timm name, see :func:`~evit_deploy.models.checkpoint.read_checkpoint`.
         model: timm name that decides the architecture.
         image_size: Pixels, if not the checkpoint's.
-        options: What to make: targets, precision, options of the builder, gates.
+        options: What to make: targets, precision, options of the builder, gates; and preprocessing and labels.
         measure: How to measure speed; two seconds for each of two batch sizes are enough for a first look.
         out: Folder for the bundle; ``<stem>-<method>-k<rate>`` beside the checkpoint by default.
         force: Whether to replace an older bundle there.
@@ -141,7 +149,8 @@ def convert(
     calibration = check_folders(made.options)
     with stages(stages_of(made)):
         stage(_LOG, "reading the checkpoint")
-        checkpoint = read_checkpoint(source, model)
+        checkpoint = read_checkpoint(source, model, made.options.preprocess)
+        _label_by_folders(checkpoint, made.options.data)
         spec, notes = resolve_tokens(checkpoint, **tokens)
         job = Job(made, image_size, None, measure, Path(out) if out is not None else None, force, model)
         return convert_checkpoint(checkpoint, spec, job, [*notes, *calibration])
@@ -172,7 +181,10 @@ def convert_checkpoint(
     reduced = _reduce(checkpoint, spec, job.image_size, notes)
     for note in reduced.notes:
         _LOG.warning(note)
+    _LOG.info(described(reduced.preprocess, checkpoint.labels, checkpoint.origins))
     manifest = _manifest(reduced, job, out)
+    if job.made.options.data is not None:
+        pictures_of(Path(job.made.options.data), manifest)  # what does not fit is refused before the work
     report = Report(notes=tuple(reduced.notes), versions=versions(), device=device())
     with Staging(out, force=job.force) as staging:
         exported, golden = _export(reduced, job, staging.path)
@@ -193,6 +205,17 @@ def convert_checkpoint(
         else:
             _reject(staging, report)
     return bundles.read_bundle(out), report
+
+
+def _label_by_folders(checkpoint: Checkpoint, data: str | None) -> None:
+    """Without another source, classes are called like the folders of labelled images, one for each class."""
+    known = checkpoint.labels is not None or checkpoint.output != "logits"
+    if data is None or known or not is_labelled(Path(data)):
+        return
+    names = Folder(data).classes
+    if len(names) == checkpoint.model_args.get("num_classes"):
+        checkpoint.labels = list(names)
+        checkpoint.origins = checkpoint.origins | {"labels": "the folders of --data"}
 
 
 def check_own_weights(checkpoint: Checkpoint, spec: TokenSpec) -> None:
@@ -232,7 +255,7 @@ def stages_of(made: Lowering) -> int:
 def _reduce(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | None, notes: Sequence[str]) -> Reduced:
     model = reduce_tokens_(build_model(checkpoint, image_size), spec)
     checkpoint.weights = {}  # the model has its own copy by now
-    known = [*checkpoint.notes, *notes, *_training_notes(checkpoint, spec)]
+    known = [*checkpoint.notes, *notes, *_training_notes(checkpoint, spec, image_size)]
     preprocess = preprocess_of(checkpoint, model)
     return Reduced(checkpoint, model, dense_twin(model), spec, token_plan(model), preprocess, known)
 
@@ -262,6 +285,7 @@ def _manifest(reduced: Reduced, job: Job, out: Path) -> Manifest:
         device=device(),
         results={},
         notes=reduced.notes,
+        origins=checkpoint.origins,
     )
 
 
@@ -316,22 +340,32 @@ def _reject(staging: Staging, report: Report) -> None:
 
 
 def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
-    """``<stem>-<method>-k<rate>`` beside the checkpoint; in the current directory for a timm name."""
-    path = Path(checkpoint.source)
+    """``<stem>-<method>-k<rate>`` beside the checkpoint; in the current directory for a timm name or a hub id."""
+    if checkpoint.source.startswith(hub.PREFIX):
+        name, _, part = checkpoint.source.partition("#")
+        path, local = Path(name.partition("@")[0].rpartition("/")[2]), False
+    else:
+        path, part = split_part(checkpoint.source)
+        local = checkpoint.sha256 is not None
     stem = path.name
-    while checkpoint.sha256 and Path(stem).suffix in FILE_SUFFIXES:
+    while local and Path(stem).suffix in FILE_SUFFIXES:
         stem = Path(stem).stem
-    name = f"{stem}-{token_label(spec)}"
-    return path.with_name(name) if checkpoint.sha256 else Path(name)
+    name = "-".join(filter(None, (stem, part, token_label(spec))))
+    return path.with_name(name) if local else Path(name)
 
 
 def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
-    """The checkpoint's own preprocessing, or timm's for the architecture, at the model's image size."""
+    """The checkpoint's preprocessing at the model's image size; timm's for one that says nothing."""
     own = checkpoint.preprocess
-    size = backbone_of(model).image_size(model)
-    if own is not None:
-        return msgspec.structs.replace(own, size=size)
-    return Preprocess.from_model(model, size)
+    backbone = backbone_of(model)
+    size, channels = backbone.image_size(model), backbone.channels(model)
+    if own is None:
+        return Preprocess.from_model(model, size)
+    if channels != len(own.mean) and len(own.mean) > 1:
+        raise InputError(
+            "one number for each of the model's channels", where="--mean and --std", seen=len(own.mean), wanted=channels
+        )
+    return msgspec.structs.replace(own, size=size)
 
 
 def check_folders(options: ConvertOptions) -> list[str]:
@@ -341,10 +375,10 @@ def check_folders(options: ConvertOptions) -> list[str]:
         A note where there are few images to learn ranges from.
 
     Raises:
-        InputError: A folder of labelled images or of calibration images is none.
+        InputError: A folder of images or of calibration images is none.
     """
     if options.data is not None:
-        Folder(options.data)
+        check_images(Path(options.data))
     if options.calibration is None:
         return []
     count = len(image_files(Path(options.calibration)))
@@ -353,8 +387,7 @@ def check_folders(options: ConvertOptions) -> list[str]:
     return [f"Few images to learn ranges from ({count}): larger values than theirs will be cut off. Give 128 or more."]
 
 
-def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:
-    rates = set(spec.rates)
+def _training_notes(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | None) -> list[str]:
     if spec.dense:
         return []
     trained = checkpoint.tokens
@@ -364,7 +397,7 @@ def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:
         if trained.method == spec.method and trained.options != spec.options:
             return [f"These weights were trained with the options {trained.options} and run with {spec.options}."]
         return []
-    cost = _published_cost(checkpoint, rates) if spec.method == "evit" else ""
+    cost = _published_cost(checkpoint, spec, image_size) if spec.method == "evit" else ""
     command = _training_command(checkpoint, spec)
     return [f"These weights were never trained with token reduction. {cost}To fine-tune: {command}"]
 
@@ -387,10 +420,13 @@ def _training_command(checkpoint: Checkpoint, spec: TokenSpec) -> str:
     )
 
 
-def _published_cost(checkpoint: Checkpoint, rates: Collection[float]) -> str:
-    """What it cost others; nothing for a family without a published figure."""
-    if checkpoint.model.startswith("lvvit"):
+def _published_cost(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | None) -> str:
+    """What it cost others; nothing for a model or a way of reducing tokens other than what was measured."""
+    task = _DEIT_S_TASK | checkpoint.model_args | ({} if image_size is None else {"img_size": image_size})
+    measured = spec.locations in (None, _DEIT_S_LOCATIONS) and spec.fuse and not spec.options
+    if checkpoint.model.partition(".")[0] != _DEIT_S or task != _DEIT_S_TASK or not measured:
         return ""
+    rates = set(spec.rates)
     rate = next(iter(rates)) if len(rates) == 1 else None
     if rate in _UNTRAINED_DEIT_S:
         cost = f"For DeiT-S at {rate:g} that costs {79.8 - _UNTRAINED_DEIT_S[rate]:.1f} points of ImageNet top-1"
@@ -401,15 +437,18 @@ def _published_cost(checkpoint: Checkpoint, rates: Collection[float]) -> str:
 
 
 def _parent(checkpoint: Checkpoint, out: Path, model: str | None) -> Parent:
-    if checkpoint.sha256 is None:
-        return Parent(checkpoint.source, None)
+    if checkpoint.sha256 is None or checkpoint.source.startswith(hub.PREFIX):
+        return Parent(checkpoint.source, checkpoint.sha256, model)
     # Relative to the bundle: the two can move together, and the manifest names no folder of this machine above them.
     return Parent(os.path.relpath(Path(checkpoint.source).absolute(), out.absolute()), checkpoint.sha256, model)
 
 
 def _results(report: Report) -> dict[str, Any]:
+    own = [row for row in report.compared if row.name == MODEL_NAME]
     return {
         "passed": report.passed,
         "speedup": {f"{r.runtime}, batch {r.batch}": r.speedup for r in report.rows if r.variant == "model"},
-        "accuracy": {row.name: row.top1 for row in report.accuracy},
+        "accuracy": {row.runtime: row.top1 for row in own if row.top1 is not None},
+        "to_dense": {row.runtime: row.to_dense.value for row in own if row.to_dense is not None},
+        "cosine": {row.runtime: row.cosine_centred for row in own if row.cosine_centred is not None},
     }

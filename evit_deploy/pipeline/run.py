@@ -195,18 +195,16 @@ def _published(recipe: Recipe) -> tuple[str, ...]:
 
 def _gained(recipe: Recipe, report: Report) -> list[Check]:
     """Fine-tuning has to gain accuracy, or at least to lose no more than chance takes: OpenGVLab/DiffRate#5."""
-    from evit_deploy.training.compare import finetuned_name, untrained_name
-
-    rows = {row.name: row for row in report.accuracy}
-    after = rows.get(finetuned_name(recipe.tokens))
-    before = rows.get(untrained_name(recipe.tokens))
-    if after is None or before is None:
+    allowed = recipe.expect.finetuned_loss
+    gained = next((row.gained for row in report.accuracy if row.gained is not None), None)
+    if allowed is None or gained is None or gained.high is None or gained.low is None:
         return []
-    # Two standard errors of the difference, as if the images were not the same: too wide rather than too narrow.
-    spread = sum(row.top1 * (1 - row.top1) / row.count for row in (before, after)) ** 0.5
-    limit = before.top1 - 2 * max(spread, 1 / after.count)
-    reason = "fine-tuning lost accuracy: a lower learning_rate, or a shorter run"
-    return [Check("top-1, fine-tuned against not", after.top1, limit, after.top1 >= limit, reason)]
+    reason = (
+        f"{100 * gained.value:+.2f} points, 95 % interval {100 * gained.low:+.2f} to {100 * gained.high:+.2f}. "
+        "Try a lower learning_rate or a shorter run; expect.finetuned_loss says what may be lost."
+    )
+    name = f"top-1, fine-tuned less {gained.other}: upper end of the interval"
+    return [Check(name, gained.high, 0.0 - allowed, gained.high >= -allowed, reason)]
 
 
 def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
@@ -220,7 +218,7 @@ def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
     expect, tokens = recipe.expect, recipe.tokens
     wanted = {DENSE_NAME: expect.dense, finetuned_name(tokens): expect.finetuned}
     checks = [
-        Check(f"top-1, {row.name}", row.top1, limit, row.top1 >= limit, "less accurate than expected")
+        Check(f"top-1, {row.name}", row.top1, limit, row.top1 >= limit, "Less accurate than expected.")
         for row in report.accuracy
         if (limit := wanted.get(row.name)) is not None
     ]
@@ -232,15 +230,14 @@ def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
         elif row.against is not None and row.name == own and expect.untrained_loss is not None:
             checks.append(_gap(f"{row.name} over {row.against.other}", 1, row.against, -expect.untrained_loss))
     report += Report(checks=(*checks, *_gained(recipe, report)))
-    report.raise_if_failed(
-        "{name}", where=out, seen="{value:.4f}", wanted="at least {limit}", fix="The checkpoints were kept."
-    )
+    fix = f"{report.failed[0].reason} The checkpoints were kept." if report.failed else None
+    report.raise_if_failed("{name}", where=out, seen="{value:.4f}", wanted="at least {limit}", fix=fix)
     return report
 
 
 def _gap(name: str, sign: int, found: Difference, limit: float) -> Check:
     value = sign * found.value
-    reason = f"{100 * value:+.2f} points, standard error {100 * found.error:.2f}"
+    reason = f"{100 * value:+.2f} points, standard error {100 * found.error:.2f}."
     return Check(f"top-1, {name}", value, limit, value >= limit, reason)
 
 

@@ -328,6 +328,16 @@ def test_values_that_cannot_be_are_refused_by_the_recipe():
     assert folder_data.Unreadable("x", 1000, 0.01)._allowed == 10
 
 
+def test_the_folder_above_train_and_val_is_no_training_data(tmp_path):
+    for split in ("train", "val"):
+        make_folder(tmp_path / "data" / split)
+    good = {"train": str(tmp_path / "data" / "train"), "validation": str(tmp_path / "data" / "val")}
+    assert open_data(DataSection(name="folder", **good), SMALL).classes == CLASSES
+    for key in good:
+        with pytest.raises(InputError, match=r"parts of a data set.*got val, train.*data/val or .*data/train\.$"):
+            open_data(DataSection(name="folder", **(good | {key: str(tmp_path / "data")})), SMALL)
+
+
 def names_of(source):
     return {source.name(i) for i in range(len(source))}
 

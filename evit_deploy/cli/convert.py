@@ -45,6 +45,7 @@ class _Several(Command):
 @click.argument("checkpoint", type=click.Path())  # a timm name too: the type is for the shell, which completes files
 @click.option("--model", type=ModelName(), metavar="NAME", help="timm name, where the tensors leave it open.", **_MODEL)
 @click.option("--image-size", type=int, metavar="N", help="Pixels; the position embedding is resampled.", **_MODEL)
+@struct_options("PreprocessOptions", "Preprocessing and labels")
 @tokens_options
 @click.option(
     "--keep-rates",
@@ -78,10 +79,11 @@ class _Several(Command):
 @click.option("--force", is_flag=True, help="Replace an older bundle there.")
 @output_options
 def command(checkpoint: str, out: Path | None, force: bool, output: Output, **options: Any) -> None:
-    """Turn CHECKPOINT (a file or a timm name) into a verified, measured bundle.
+    """Turn CHECKPOINT (a file, folder, hub id or timm name) into a verified, measured bundle.
 
     \b
     evit-deploy convert deit_s.pth --keep-rate 0.7
+    evit-deploy convert google/vit-base-patch16-224 --keep-rate 0.7
     evit-deploy convert deit_s.pth --keep-rate 0.74,0.7,0.7 --locations 2,6,9
     evit-deploy convert deit_s.pth --keep-rates 0.9 0.7 0.5 --precision fp32 fp16
     evit-deploy convert deit_s.pth --keep-rate 0.7 --target tensorrt-rtx --gpu sm80
@@ -90,8 +92,9 @@ def command(checkpoint: str, out: Path | None, force: bool, output: Output, **op
     precisions = options.pop("precisions")
     if rates and options["keep_rate"] is not None:
         raise click.UsageError("--keep-rate is for one model, --keep-rates for several: give one of the two")
-    tokens = tokens_of(options)
-    asked = struct_of("ConvertOptions", options, **({"precision": precisions[0]} if len(precisions) == 1 else {}))
+    tokens, preprocess = tokens_of(options), struct_of("PreprocessOptions", options)
+    more = {"precision": precisions[0]} if len(precisions) == 1 else {}
+    asked = struct_of("ConvertOptions", options, preprocess=preprocess, **more)
     import msgspec
 
     from evit_deploy.pipeline.convert import FIRST_LOOK, convert

@@ -20,6 +20,7 @@ from evit_deploy.pipeline.convert import (
     check_method,
     convert_all,
     default_out,
+    label_by_folders,
     stages_of,
 )
 from evit_deploy.pipeline.lowering import Lowering, lowering
@@ -98,13 +99,15 @@ def make_variants(
     fields: list[Any] = [tokens | {"keep_rate": rate} for rate in rates] or [tokens]
     for one in fields:
         check_method(one)
-    made = [_lowering(options or ConvertOptions(), precision, precisions) for precision in precisions or (None,)]
-    calibration = check_folders(options or ConvertOptions())
+    options = options or ConvertOptions()
+    made = [_lowering(options, precision, precisions) for precision in precisions or (None,)]
+    calibration = check_folders(options)
     count = len(fields) * sum(stages_of(one) - 1 for one in made)
     with stages(1 + count):
         stage(_LOG, "reading the checkpoint")
         model, image_size = read_as
-        checkpoint = read_checkpoint(source, model)
+        checkpoint = read_checkpoint(source, model, options.preprocess)
+        label_by_folders(checkpoint, options.data)
         chosen = []
         for one in fields:
             spec, notes = resolve_tokens(checkpoint, **one)

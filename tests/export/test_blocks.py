@@ -67,7 +67,7 @@ def runs(monkeypatch):
     return found
 
 
-def as_a_whole(model, linear="gemm"):
+def as_a_whole(model, linear: Any = "gemm"):
     """What the exporter writes when it is given the whole model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, "assemble", lambda *_: None)

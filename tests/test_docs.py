@@ -1,6 +1,10 @@
 """What the documentation says is what the program does: every block is run, every link leads somewhere."""
 
+import ast
+import contextlib
+import doctest
 import importlib.util
+import io
 import os
 import re
 import shlex
@@ -19,6 +23,7 @@ import torch
 import evit_deploy
 from evit_deploy import BACKBONES, METHODS, RUNTIMES, TARGETS, ConvertOptions, ProfileOptions
 from evit_deploy.cli import COMMANDS
+from evit_deploy.data.images import sample_photographs
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("[!.]*/README.md"))]
@@ -44,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "recipes", path / "recipes")
     torch.manual_seed(0)
     torch.save({"model": timm.create_model("deit_tiny_patch16_224").state_dict()}, path / "deit_s.pth")
+    sample_photographs()[0].save(path / "photograph.jpg")
     return path
 
 
@@ -57,7 +63,7 @@ def test_readme_begins_with_the_two_commands():
 @pytest.mark.timeout(600)
 def test_every_command_of_the_readme_runs(folder: Path):
     commands = commands_of_readme()
-    assert {command.split()[1] for command in commands} >= {"run", "convert", "verify", "profile", "doctor"}
+    assert {command.split()[1] for command in commands} >= {"run", "convert", "verify", "profile", "predict", "doctor"}
     for command in commands:
         arguments = shlex.split(command.replace("digits.yaml", f"digits.yaml {SHORT}"))[1:]
         if arguments[0] == "profile":
@@ -106,6 +112,42 @@ def test_python_blocks_run(page: str, package: str | None, run_block):
     assert found
     for block in found:
         run_block(block, page)
+
+
+def cells(page: Path) -> list[tuple[str, str | None]]:
+    """A notebook-style page's blocks of Python, each with what the page says that it shows."""
+    fences = re.findall(r"^```(python|text)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    following = [*fences[1:], ("", "")]
+    return [
+        (code, shown if kind == "text" else None)
+        for (language, code), (kind, shown) in zip(fences, following, strict=True)
+        if language == "python"
+    ]
+
+
+def shown_by(code: str, names: dict[str, object]) -> str:
+    """Runs a cell and gives what a notebook would show below it: what it prints, and the value of its last line."""
+    tree, printed = ast.parse(code), io.StringIO()
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    with contextlib.redirect_stdout(printed):
+        exec(compile(tree, "python.md", "exec"), names)
+        value = eval(compile(ast.Expression(last.value), "python.md", "eval"), names) if last is not None else None
+    return printed.getvalue() + ("" if value is None else f"{value!r}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_walk_through_in_python_shows_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    found, names = cells(ROOT / "docs" / "python.md"), {"__name__": "__main__"}
+    assert len(found) > 12
+    differing = []
+    for code, wanted in found:
+        got = shown_by(code, names)
+        options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        if not doctest.OutputChecker().check_output(wanted or "", got, options):
+            differing.append(f"{code}\nshows\n{got}\ninstead of\n{wanted}")
+    assert differing == []
 
 
 def test_the_documented_method_works(run_block):

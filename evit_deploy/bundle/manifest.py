@@ -97,6 +97,7 @@ class Manifest(msgspec.Struct, frozen=True):
         results: The figures that matter, from the report.
         notes: What was assumed.
         engine: What ``engine.plan`` was built with, if there is one.
+        origins: Where ``preprocess`` and ``labels`` come from, for people.
     """
 
     kind: str
@@ -117,6 +118,7 @@ class Manifest(msgspec.Struct, frozen=True):
     results: dict[str, Any]
     notes: list[str] = []
     engine: Engine | None = None
+    origins: dict[str, str] = {}
     format: int = FORMAT
 
     @property

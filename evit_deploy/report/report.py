@@ -400,7 +400,7 @@ class Report(msgspec.Struct, frozen=True):
     def verdict(self) -> str:
         """Whether every check held, in a few words."""
         if not self.checks:
-            return "nothing to check"
+            return "no checks"
         if self.failed:
             return f"FAILED: {len(self.failed)} of {len(self.checks)} checks"
         return f"passed: {len(self.checks)} check{'s' * (len(self.checks) > 1)}"
@@ -414,7 +414,8 @@ class Report(msgspec.Struct, frozen=True):
         from evit_deploy.report.html import Page
 
         page = Page()
-        page.line(self.verdict, strong=True)
+        if self.checks:
+            page.line(self.verdict, strong=True)
         # By its name: tables are made of reports, and modules form no cycle.
         importlib.import_module("evit_deploy.report.tables").render(self, page)
         return str(page)

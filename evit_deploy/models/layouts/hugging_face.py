@@ -129,7 +129,7 @@ def activation(held: Held, config: Mapping[str, Any], default: str = "gelu") -> 
         CheckpointError: timm has none like it.
     """
     name = config.get("hidden_act", default)
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise CheckpointError(
             "an activation that is not known here", where=held.where, seen=f"hidden_act {name!r}",
             wanted=", ".join(sorted(_ACTIVATIONS)),
@@ -222,7 +222,8 @@ def find(held: Held, family: Family, *, notes: Collection[str] = (), **more: Any
         said.append(f"no config.json says more of it: LayerNorm eps {family.norm_eps:g} and GELU are assumed")
     name = held.model or architecture.nearest(family.families, wanted)
     args, assumed = architecture.arguments(held, name, wanted, heads)
-    return Found(name, args, ours, notes=(*said, *assumed), left_out=left, table=table)
+    notes = (*said, *assumed)
+    return Found(name, args, ours, notes=notes, left_out=left, prepared=False, table=table)
 
 
 def _shown(ours: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Any]:

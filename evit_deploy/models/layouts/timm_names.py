@@ -17,6 +17,7 @@ from evit_deploy.models.layouts import architecture, evo_vit
 from evit_deploy.models.layouts.architecture import SIZES, classes_of, depth_of
 from evit_deploy.models.layouts.differences import differences_of
 from evit_deploy.models.layouts.found import Found, Held
+from evit_deploy.models.preprocessing import of_architecture
 from evit_deploy.tokens.plan import TokenSpec
 
 SIGNS = (("cls_token", "pos_embed", "patch_embed.proj.weight"),)
@@ -77,13 +78,20 @@ def find(held: Held) -> Found | None:
     if not fitting:
         raise _no_fit(held, weights, ", Evo-ViT's names" if tokens is not None else "")
     first, notes = fitting[0], []
+    prepared = {msgspec.structs.replace(of_architecture(found.model), size=(1, 1)) for found in fitting}
     if len(fitting) > 1:
         others = ", ".join(found.model for found in fitting[1:])
         notes.append(
             f"its tensors fit {first.model} and {others}, which differ in what tensors do not show (preprocessing, "
             f"activation); {first.model} is assumed (--model decides)"
         )
-    return msgspec.structs.replace(first, notes=(*first.notes, *notes), tokens=tokens, left_out=left | first.left_out)
+    return msgspec.structs.replace(
+        first,
+        notes=(*first.notes, *notes),
+        tokens=tokens,
+        left_out=left | first.left_out,
+        prepared=len(prepared) == 1 and first.prepared,
+    )
 
 
 def _names(held: Held, weights: dict[str, Tensor]) -> tuple[list[str], dict[str, Any]]:
@@ -197,12 +205,15 @@ def _of_any_size(held: Held, weights: dict[str, Tensor]) -> Found | None:
         found = _fit(name, weights, args)
         if found is not None:
             what = f"no architecture of timm has this size: {name} with {_words(args)} is taken"
-            return msgspec.structs.replace(found, notes=(what, *notes))
+            return msgspec.structs.replace(found, notes=(what, *notes), prepared=False)
     return None
 
 
 def _words(args: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in args.items() if name not in ("num_classes", "img_size"))
+    shown = {name: value for name, value in args.items() if name not in ("num_classes", "img_size")}
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
+    )
 
 
 def _check_head(held: Held) -> None:

@@ -80,6 +80,7 @@ def identify(
         if found is not None:
             _check_kind(held, layout.name, layout.types)
             return _identity(path, held_inside, found)
+    refusals.check_tensors(held, in_no_layout=True)
     raise _refusal(path, held_inside.weights)
 
 

@@ -179,12 +179,12 @@ def convert_checkpoint(
     out = job.out or default_out(checkpoint, spec)
     bundles.check_out(out, force=job.force)
     reduced = _reduce(checkpoint, spec, job.image_size, notes)
-    for note in reduced.notes:
-        _LOG.warning(note)
-    _LOG.info(described(reduced.preprocess, checkpoint.labels, checkpoint.origins))
     manifest = _manifest(reduced, job, out)
     if job.made.options.data is not None:
         pictures_of(Path(job.made.options.data), manifest)  # what does not fit is refused before the work
+    for note in reduced.notes:
+        _LOG.warning(note)
+    _LOG.info(described(reduced.preprocess, checkpoint.labels, checkpoint.origins))
     report = Report(notes=tuple(reduced.notes), versions=versions(), device=device())
     with Staging(out, force=job.force) as staging:
         exported, golden = _export(reduced, job, staging.path)

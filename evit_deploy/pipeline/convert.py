@@ -260,17 +260,18 @@ def convert_all(checkpoint: Checkpoint, variants: Sequence[Variant]) -> list[Con
     models = [copy_sharing_weights(base) for _ in variants[1:]] + [base]
     found = [_reduce(checkpoint, one, model) for one, model in zip(variants, models, strict=True)]
     del base, models
+    manifests = [_manifest(one, v.job, out) for one, v, out in zip(found, variants, outs, strict=True)]
+    for variant, manifest in zip(variants, manifests, strict=True):
+        if variant.job.made.options.data is not None:
+            pictures_of(Path(variant.job.made.options.data), manifest)  # what does not fit is refused before the work
     for note in dict.fromkeys(note for reduced in found for note in reduced.notes):
         _LOG.warning(note)
     _LOG.info(described(found[0].preprocess, checkpoint.labels, checkpoint.origins))
     with ExitStack() as stack:
         work = []
-        for variant, out, reduced in zip(variants, outs, found, strict=True):
+        for variant, out, reduced, manifest in zip(variants, outs, found, manifests, strict=True):
             staging = stack.enter_context(Staging(out, force=variant.job.force))
             report = Report(notes=tuple(reduced.notes), versions=versions(), device=device())
-            manifest = _manifest(reduced, variant.job, out)
-            if variant.job.made.options.data is not None:
-                pictures_of(Path(variant.job.made.options.data), manifest)  # what does not fit is refused before work
             work.append(_Work(variant, out, reduced, staging, manifest, report))
         del found
         shared = _Shared()
@@ -492,14 +493,14 @@ def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
 def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
     """The checkpoint's preprocessing at the model's image size; timm's for one that says nothing."""
     own = checkpoint.preprocess
-    backbone = backbone_of(model)
-    size, channels = backbone.image_size(model), backbone.channels(model)
+    size = backbone_of(model).image_size(model)
     if own is None:
         return Preprocess.from_model(model, size)
-    if channels != len(own.mean) and len(own.mean) > 1:
+    if len(own.mean) not in (1, 3):  # whatever the model takes: see evit_deploy.data.images.with_channels
         raise InputError(
-            "one number for each of the model's channels", where="--mean and --std", seen=len(own.mean), wanted=channels
-        )
+            "pictures have three colours when they are normalised", where="--mean and --std", seen=len(own.mean),
+            wanted="three numbers, or one for all",
+        )  # fmt: skip
     return msgspec.structs.replace(own, size=size)
 
 

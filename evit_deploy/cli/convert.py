@@ -18,7 +18,15 @@ _MODEL = {"cls": Option, "group": "Model"}
 @click.option("--image-size", type=int, metavar="N", help="Pixels; the position embedding is resampled.", **_MODEL)
 @tokens_options
 @struct_options(
-    "ConvertOptions", "Target", "targets", "precision", "linear", "calibration", "indices", "target_options"
+    "ConvertOptions",
+    "Target",
+    "targets",
+    "precision",
+    "linear",
+    "calibration",
+    "indices",
+    "normalize",
+    "target_options",
 )
 @struct_options("BuildOptions", "Engine")
 @struct_options("ConvertOptions", "Checks", "data", "min_speedup")

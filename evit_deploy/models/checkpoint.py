@@ -43,7 +43,6 @@ class Checkpoint(msgspec.Struct):
         labels: Class names, if the file has them.
         notes: What was assumed or chosen; the user is warned of it.
         method_weights: Tensors of the reduction method's own layers, under their names.
-        output: What the model answers: one number a class, or a vector that images are compared by.
     """
 
     source: str
@@ -56,7 +55,11 @@ class Checkpoint(msgspec.Struct):
     labels: list[str] | None = None
     notes: list[str] = []
     method_weights: dict[str, Tensor] = {}
-    output: Output = "logits"
+
+    @property
+    def output(self) -> Output:
+        """What the model answers: one number a class, or without classes a vector that images are compared by."""
+        return "logits" if self.model_args.get("num_classes", 1) else "embedding"
 
 
 def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tuple[TokenSpec, list[str]]:
@@ -146,7 +149,6 @@ def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
         labels=own.labels if own else None,
         notes=weights.notes + identity.notes,
         method_weights=method_weights,
-        output=identity.output,
     )
 
 

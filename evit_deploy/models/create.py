@@ -3,17 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 
 def create_model(name: str, args: Mapping[str, Any]) -> Any:
     """Builds a model with random weights.
 
     Args:
         name: timm name.
-        args: Arguments of ``timm.create_model`` as JSON values.
+        args: Arguments of ``timm.create_model`` as JSON values. Beside them ``projection``: width of an embedding, made
+            of a model's features by a matrix, as CLIP does it; the model has no classes then.
 
     Raises:
         TypeError: The architecture has no such argument; others of timm's for values that do not fit.
     """
     import timm
 
-    return timm.create_model(name, pretrained=False, **args)
+    made = dict(args)
+    projection = made.pop("projection", None)
+    model: Any = timm.create_model(name, pretrained=False, **made)
+    if projection is not None:
+        model.head = nn.Linear(model.num_features, projection, bias=False)
+    return model

@@ -8,7 +8,8 @@ import numpy as np
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.data.sources import Folder, labelled_batches
 from evit_deploy.errors import InputError
-from evit_deploy.export.card import LOGITS, feeds
+from evit_deploy.export.answer import answer_in
+from evit_deploy.export.card import feeds
 from evit_deploy.report.report import Report
 from evit_deploy.report.statistics import accuracy_row
 from evit_deploy.runtimes.runner import Runner
@@ -27,7 +28,7 @@ def accuracy(
         parts, labels = [], []
         for images, truth in labelled_batches(folder, manifest.preprocess, batch):
             outputs = infer_all(runner, images, batch if runner.profiles else len(images))
-            parts.append((outputs[LOGITS], named_patches(outputs, manifest.plan)))
+            parts.append((outputs[answer_in(outputs)], named_patches(outputs, manifest.plan)))
             labels.append(truth)
     row = accuracy_row(name, zip((p[0] for p in parts), labels, strict=True), manifest.plan.macs() / 1e9)
     kept = {block: np.concatenate([part[1][block] for part in parts]) for block in parts[0][1]}
@@ -50,7 +51,8 @@ def logits_of(runner: Runner, images: np.ndarray) -> np.ndarray:
     Returns:
         ``[n, classes]``.
     """
-    return infer_all(runner, images, data_batch(runner) if runner.profiles else len(images))[LOGITS]
+    outputs = infer_all(runner, images, data_batch(runner) if runner.profiles else len(images))
+    return outputs[answer_in(outputs)]
 
 
 def folder_of(data: Path, manifest: Manifest) -> Folder:

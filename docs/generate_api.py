@@ -140,8 +140,13 @@ def _class(name: str, node: ast.ClassDef) -> Iterator[str]:
     yield "".join(lines)
     yield from sections
     for part in node.body:
-        if isinstance(part, ast.FunctionDef) and not part.name.startswith("_"):
+        if isinstance(part, ast.FunctionDef) and not part.name.startswith("_") and not _overload(part):
             yield from _method(name, part)
+
+
+def _overload(node: ast.FunctionDef) -> bool:
+    """One of several forms of a signature, of which the last says it all."""
+    return "overload" in {ast.unparse(mark) for mark in node.decorator_list}
 
 
 def _method(owner: str, node: ast.FunctionDef) -> Iterator[str]:

@@ -38,6 +38,10 @@ _PUBLIC = {
         "bundle.bundle": "read_bundle Bundle",
         "bundle.manifest": "Manifest Parent TensorSpec",
     },
+    "Answers": {
+        "inference.model": "load Model",
+        "inference.prediction": "Prediction",
+    },
     "Verification and profiling": {
         "verification.verify": "verify",
         "profiling.profile": "profile",

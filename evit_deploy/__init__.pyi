@@ -23,6 +23,9 @@ from evit_deploy.export.card import read_card as read_card
 from evit_deploy.export.portable import export_onnx as export_onnx
 from evit_deploy.export.precision import set_precision as set_precision
 from evit_deploy.export.variants import slice_twin as slice_twin
+from evit_deploy.inference.model import Model as Model
+from evit_deploy.inference.model import load as load
+from evit_deploy.inference.prediction import Prediction as Prediction
 from evit_deploy.models.checkpoint import Checkpoint as Checkpoint
 from evit_deploy.models.checkpoint import build_model as build_model
 from evit_deploy.models.checkpoint import read_checkpoint as read_checkpoint

@@ -28,6 +28,33 @@ class Bundle(msgspec.Struct, frozen=True):
     path: Path
     manifest: Manifest
 
+    def facts(self) -> dict[str, str]:
+        """What one wants to know of it at a glance, in words."""
+        manifest = self.manifest
+        rates = ", ".join(f"{rate:g}" for rate in manifest.tokens.rates)
+        facts = {
+            "model": manifest.model,
+            "method": manifest.kind + (f" at keep rate {rates}" if rates else ""),
+            "multiply-adds": manifest.plan.total,
+            "precision": manifest.precision,
+            "input": f"{manifest.preprocess.size[0]} × {manifest.preprocess.size[1]} pixels",
+            "answer": f"{manifest.answer}, {manifest.outputs[0].shape[-1]} numbers",
+            "labels": ", ".join(manifest.labels[:3]) + ", …" * (len(manifest.labels) > 3) if manifest.labels else "",
+            "files": ", ".join(manifest.files),
+            "folder": str(self.path),
+        }
+        return {name: text for name, text in facts.items() if text}
+
+    def __repr__(self) -> str:
+        facts = self.facts()
+        return f"Bundle({facts['folder']!r}: {facts['model']}, {facts['method']}, {facts['precision']})"
+
+    def _repr_html_(self) -> str:
+        from evit_deploy.report.html import html_table
+
+        manifest = self.manifest
+        return html_table((), list(self.facts().items())) + manifest.plan._repr_html_()
+
     def file(self, name: str) -> Path:
         """Path of a listed file.
 

@@ -10,7 +10,7 @@ import click
 
 from evit_deploy import __version__
 
-COMMANDS = ("convert", "run", "train", "verify", "profile", "compare", "package", "plugin", "doctor")
+COMMANDS = ("convert", "predict", "run", "train", "verify", "profile", "compare", "package", "plugin", "doctor")
 
 
 class LazyGroup(click.Group):

@@ -7,14 +7,14 @@ import click
 
 from evit_deploy.cli.options import Command, Option, struct_of, struct_options, tokens_of, tokens_options
 from evit_deploy.cli.output import Output, output_options
-from evit_deploy.cli.types import PATH
+from evit_deploy.cli.types import PATH, ModelName
 
 _MODEL = {"cls": Option, "group": "Model"}
 
 
 @click.command("convert", cls=Command, short_help="Turn a checkpoint into a verified, measured bundle.")
-@click.argument("checkpoint")
-@click.option("--model", metavar="NAME", help="timm name, where the tensors leave it open.", **_MODEL)
+@click.argument("checkpoint", type=click.Path())  # a timm name too: the type is for the shell, which completes files
+@click.option("--model", type=ModelName(), metavar="NAME", help="timm name, where the tensors leave it open.", **_MODEL)
 @click.option("--image-size", type=int, metavar="N", help="Pixels; the position embedding is resampled.", **_MODEL)
 @tokens_options
 @struct_options(

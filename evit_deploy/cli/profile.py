@@ -20,7 +20,7 @@ from evit_deploy.cli.types import Positive
 
 
 @click.command("profile", cls=Command, short_help="Measure a model against its dense and slice twins.")
-@click.argument("target")
+@click.argument("target", type=click.Path())
 @run_options
 @struct_options("ProfileOptions", "Measurement", "batch_sizes", "duration")
 @click.option(

@@ -159,3 +159,39 @@ class Choice(click.Choice[str]):
 
     def _known(self) -> list[str]:
         return self._registry.offered() if self._registry is not None else list(self.choices)
+
+
+class ModelName(click.ParamType):
+    """timm's name of an architecture; the shell completes those that there are, without importing timm."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name as it is; who builds the model says whether there is one."""
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Names that begin like what was typed."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(name) for name in model_names() if name.startswith(incomplete)]
+
+
+_FAMILIES = ("vision_transformer", "deit", "levit")
+"""timm's modules with models whose tokens can be reduced."""
+
+
+def model_names() -> list[str]:
+    """Architectures whose tokens may be reduced, read from timm's source: importing it takes seconds."""
+    import importlib.util
+    import re
+
+    timm, ours = importlib.util.find_spec("timm"), importlib.util.find_spec("evit_deploy")
+    places = [
+        Path(folder, "models") for spec in (timm, ours) if spec for folder in spec.submodule_search_locations or ()
+    ]
+    files = [place / f"{name}.py" for place in places for name in (*_FAMILIES, "lvvit")]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    return sorted(
+        {name for text in texts for name in re.findall(r"^@register_model\s+def (\w+)\(", text, re.MULTILINE)}
+    )

@@ -1,5 +1,6 @@
 """What was checked and what was measured: one structure for JSON and for the terminal."""
 
+import importlib
 from typing import Any, Literal
 
 import msgspec
@@ -364,6 +365,29 @@ class Report(msgspec.Struct, frozen=True):
     def passed(self) -> bool:
         """Whether every check held."""
         return all(check.passed for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """Whether every check held, in a few words."""
+        if not self.checks:
+            return "nothing to check"
+        if self.failed:
+            return f"FAILED: {len(self.failed)} of {len(self.checks)} checks"
+        return f"passed: {len(self.checks)} check{'s' * (len(self.checks) > 1)}"
+
+    def __repr__(self) -> str:
+        parts = {name: len(value) for name in self.__struct_fields__ if isinstance(value := getattr(self, name), tuple)}
+        said = [self.verdict, *(f"{count} {name}" for name, count in parts.items() if count and name != "checks")]
+        return f"Report({', '.join(said)})"
+
+    def _repr_html_(self) -> str:
+        from evit_deploy.report.html import Page
+
+        page = Page()
+        page.line(self.verdict, strong=True)
+        # By its name: tables are made of reports, and modules form no cycle.
+        importlib.import_module("evit_deploy.report.tables").render(self, page)
+        return str(page)
 
     @property
     def failed(self) -> tuple[Check, ...]:

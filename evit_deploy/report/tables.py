@@ -1,8 +1,10 @@
 """How a report looks on a terminal: tables that rather lose columns than letters."""
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
+from evit_deploy.report.html import Page, is_number
 from evit_deploy.report.lines import wrapped
 from evit_deploy.report.report import (
     BlockRow,
@@ -22,7 +24,7 @@ def render(report: Report, console: Any) -> None:
 
     Args:
         report: What to print.
-        console: A ``rich.console.Console``.
+        console: A ``rich.console.Console``; or a :class:`~evit_deploy.report.html.Page`, for a notebook.
     """
     if report.checks:
         _table(
@@ -103,6 +105,24 @@ def render(report: Report, console: Any) -> None:
         _table(console, header, [_gpu_cells(row) for row in report.gpu], ("GPU", "°C", "W"))
     for note in report.notes:
         _print(console, note)
+
+
+def text_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], width: int, dispensable: Sequence[str] = ()
+) -> str:
+    """A table as plain text, in the same manner.
+
+    Args:
+        header: Titles.
+        rows: Cells.
+        width: Characters of a line.
+        dispensable: Columns to leave out for want of width, the first first.
+    """
+    from rich.console import Console
+
+    text = io.StringIO()
+    _table(Console(file=text, width=width), header, rows, dispensable)
+    return text.getvalue().rstrip("\n")
 
 
 def _compared(console: Any, rows: Sequence[ComparedRow]) -> None:
@@ -277,8 +297,13 @@ def _table(
         dispensable: Columns to leave out for want of width, the first first.
         unsaid: Columns to leave out in any case.
     """
+    if isinstance(console, Page):  # it has room for all of them
+        shown = [i for i, title in enumerate(header) if title not in unsaid]
+        console.table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
+        return
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     table, hidden = Table(), set(unsaid)
     for name in (None, *dispensable):
@@ -286,21 +311,20 @@ def _table(
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
         shown = [i for i, title in enumerate(header) if title not in hidden]
         for i in shown:
-            numeric = all(_is_number(row[i]) for row in rows)
+            numeric = all(is_number(row[i]) for row in rows)
             table.add_column(header[i], justify="right" if numeric else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*(row[i] for i in shown))
+            table.add_row(*(Text(row[i]) for i in shown))  # a name in brackets is no markup
         wide = console.options.update(width=10_000)  # a measure is cut to the options' width
         if console.measure(table, options=wide).maximum <= console.width:
             break
     console.print(table)
 
 
-def _is_number(text: str) -> bool:
-    return not text or text.lstrip("+-")[:1].isdigit()
-
-
 def _print(console: Any, text: str) -> None:
     """A sentence, in lines where a person reads it and in one line where a program does."""
+    if isinstance(console, Page):
+        console.line(text)
+        return
     text = wrapped(text, console.width) if console.is_terminal else text
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -38,6 +38,7 @@ class OnnxRuntimeRunner(Runner):
     """What computes, in the order of preference, with options."""
     has_bf16: ClassVar[bool] = False
     """Whether the provider has kernels for bfloat16."""
+    concurrent = True  # ONNX Runtime promises it of a session's run
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:
@@ -147,6 +148,7 @@ class _GpuRunner(OnnxRuntimeRunner):
     provider: ClassVar[str]
     has_bf16 = True
     on_gpu = True
+    concurrent = False  # all its work is on one stream
     _stream: torch.cuda.Stream | None = None
 
     @classmethod

@@ -32,6 +32,8 @@ class Runner(ABC):
     """Whether it computes on a GPU, whatever it is given; PyTorch does so where its model's parameters are."""
     has_tf32: ClassVar[bool] = False
     """Whether it takes ``tf32=True``, with which FP32 tensors are multiplied in TF32."""
+    concurrent: ClassVar[bool] = False
+    """Whether several threads may call :meth:`infer` at a time."""
     served: ClassVar[bool] = False
     """Whether a server computes: it is given a :class:`~evit_deploy.triton.connection.Server` instead of a file."""
 

@@ -45,6 +45,30 @@ def patch_rows(choices: Sequence[Any], plan: TokenPlan) -> list[np.ndarray]:
     return found
 
 
+def patch_groups(choices: Sequence[Any], plan: TokenPlan) -> list[np.ndarray]:
+    """Names for every patch the token that it is in.
+
+    Args:
+        choices: One integer array for each of the plan's locations.
+        plan: The plan they come from.
+
+    Returns:
+        For each location int32 ``[B, patches]``: the lowest patch number in the token that the patch is in afterwards;
+        −1 where it was dropped. Patches with the same number were fused or merged.
+    """
+    return [_lowest(rows) for rows in patch_rows(choices, plan)]
+
+
+def _lowest(rows: np.ndarray) -> np.ndarray:
+    """The lowest patch number of each token, at every patch in it; −1 stays."""
+    images, patches = rows.shape
+    lowest = np.full((images, int(rows.max(initial=0)) + 1), patches, np.int32)
+    inside = np.where(rows < 0, 0, rows)
+    numbers = np.broadcast_to(np.arange(patches, dtype=np.int32), rows.shape)
+    np.minimum.at(lowest, (np.arange(images)[:, None], inside), np.where(rows < 0, patches, numbers))
+    return np.where(rows < 0, -1, np.take_along_axis(lowest, inside, axis=1)).astype(np.int32)
+
+
 def _tokens_after(plan: TokenPlan, location: int) -> int:
     """Tokens behind the prefix, those that wait included."""
     row = plan.locations[location]

@@ -328,15 +328,34 @@ class TokenPlan(msgspec.Struct, frozen=True):
             )
             yield (*cells, f"{self.block_macs(row.block) / 1e6:.1f}") if self.cost else cells
 
+    @property
+    def header(self) -> tuple[str, ...]:
+        """The table's titles."""
+        return ("block", "tokens in", "kept", "fused", "tokens out") + (("MMACs",) if self.cost else ())
+
+    @property
+    def total(self) -> str:
+        """Multiply-adds of the whole model and of its dense form, in words; empty where the costs are not known."""
+        if self.cost is None:
+            return ""
+        unit, name = (1e9, "GMACs") if self.macs() >= 1e9 else (1e6, "MMACs")
+        return f"total {self.macs() / unit:.2f} {name}, dense {self.dense().macs() / unit:.2f} {name}"
+
     def __str__(self) -> str:
-        header = ("block", "tokens in", "kept", "fused", "tokens out") + (("MMACs",) if self.cost else ())
-        lines = [header, *self.rows()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        lines = [self.header, *self.rows()]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
         text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        if self.cost:
-            unit, name = (1e9, "GMACs") if self.macs() >= 1e9 else (1e6, "MMACs")
-            text.append(f"total {self.macs() / unit:.2f} {name}, dense {self.dense().macs() / unit:.2f} {name}")
-        return "\n".join(text)
+        return "\n".join([*text, self.total] if self.cost else text)
+
+    def __repr__(self) -> str:
+        counts = [str(self.prefix + self.patches), *(str(row.tokens_out) for row in self.locations)]
+        where = f" at blocks {', '.join(str(row.block) for row in self.locations)}" if self.locations else ""
+        return f"TokenPlan({' → '.join(counts)} tokens{where}{', ' * bool(self.cost)}{self.total})"
+
+    def _repr_html_(self) -> str:
+        from evit_deploy.report.html import html_line, html_table
+
+        return html_table(self.header, list(self.rows())) + (html_line(self.total) if self.cost else "")
 
 
 def make_plan(

@@ -1,0 +1,72 @@
+"""``evit-deploy predict``."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from evit_deploy.cli.options import Command, Option
+from evit_deploy.cli.output import Output, output_options
+from evit_deploy.cli.types import PATH, Choice, Whole
+
+_RUNTIME = {"cls": Option, "group": "Runtime"}
+
+
+@click.command("predict", cls=Command, short_help="Ask a bundle what is on images.")
+@click.argument("bundle", type=PATH)
+@click.argument("images", nargs=-1, required=True, type=PATH, metavar="IMAGES...")
+@click.option(
+    "--top", cls=Option, group="Answers", type=Whole(1), default=5, metavar="N", help="Classes to name.  [default: 5]"
+)
+@click.option(
+    "--out", cls=Option, group="Answers", type=PATH, metavar="FILE.npy",
+    help="Write embeddings there, float32 [images, numbers], in the order in which they are listed.",
+)  # fmt: skip
+@click.option("--force", cls=Option, group="Answers", is_flag=True, help="Replace that file.")
+@click.option(
+    "--runtime", type=Choice(registry="RUNTIMES"), help="Runtime to use.  [default: the best one that runs here]",
+    **_RUNTIME,
+)  # fmt: skip
+@click.option(
+    "--threads", type=Whole(1), metavar="N", help="CPU threads.  [default: the runtime's own choice]", **_RUNTIME
+)
+@click.option(
+    "--batch-size",
+    type=Whole(1),
+    metavar="N",
+    help="Images a call at most.  [default: 32, or what an engine was tuned for]",
+    **_RUNTIME,
+)
+@click.option(
+    "--plugin",
+    type=PATH,
+    metavar="PATH",
+    help="TensorRT: library with the plugin.  [default: the one in the cache that the engine was built with]",
+    **_RUNTIME,
+)
+@output_options
+def command(
+    bundle: Path, images: tuple[Path, ...], top: int, out: Path | None, force: bool, output: Output, **options: Any
+) -> None:
+    """Ask BUNDLE what is on IMAGES: files, or folders with images anywhere below them.
+
+    An image that cannot be read is named, the others are answered, and the exit code is 1. A bundle of a model without
+    classes answers with embeddings.
+
+    \b
+    evit-deploy predict deit_s-evit-k0.7 cat.jpg holiday/
+    evit-deploy predict dinov2_s-evit-k0.7 holiday/ --out holiday.npy
+    """
+    from evit_deploy.inference.files import ask_about_files
+    from evit_deploy.inference.model import load
+    from evit_deploy.report.tables import text_table
+
+    with load(bundle, **options) as model:
+        answers = ask_about_files(model, images, top=top, out=out, force=force)
+    header, rows = answers.table()
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+    table = text_table(header, rows, width) if rows and not output.as_json else None
+    output.result(answers if output.as_json else None, table, bundle=str(bundle), runtime=model.runtime)
+    answers.raise_if_unreadable()

@@ -1,0 +1,144 @@
+"""A bundle's answers to files on disk; those that cannot be read are named, and the others answered."""
+
+import io
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from evit_deploy.errors import GateFailed, InputError, first_few
+from evit_deploy.files import write_atomically
+from evit_deploy.inference.inputs import image_paths
+from evit_deploy.inference.model import EMBEDDING, Model
+from evit_deploy.inference.prediction import Prediction
+
+_LOG = logging.getLogger(__name__)
+
+
+class Embedded(msgspec.Struct, frozen=True):
+    """What is said about one image's embedding.
+
+    Args:
+        image: Its file.
+        numbers: How many there are.
+        norm: Its Euclidean length.
+    """
+
+    image: str
+    numbers: int
+    norm: float
+
+
+class Unreadable(msgspec.Struct, frozen=True):
+    """An image that could not be read.
+
+    Args:
+        image: Its file.
+        message: Why.
+    """
+
+    image: str
+    message: str
+
+
+class FileAnswers(msgspec.Struct, frozen=True):
+    """Answers to files.
+
+    Args:
+        predictions: Of a model with classes, one for each image that could be read.
+        embeddings: Of a model without.
+        unreadable: The images that could not be read.
+        labelled: Whether the classes have names.
+    """
+
+    predictions: list[Prediction]
+    embeddings: list[Embedded]
+    unreadable: list[Unreadable]
+    labelled: bool
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Titles and cells; an image is named in the first of its rows."""
+        if self.embeddings:
+            rows = [(one.image, str(one.numbers), f"{one.norm:.4g}") for one in self.embeddings]
+            return ("image", "numbers", "norm"), rows
+        found: list[tuple[str, ...]] = []
+        for prediction in self.predictions:
+            for place, (label, percent, index) in enumerate(prediction.rows()):
+                named = (label,) if self.labelled else ()
+                found.append(((prediction.image or "") if place == 0 else "", *named, percent, index))
+        return ("image", *(("label",) if self.labelled else ()), "probability %", "class"), found
+
+    def raise_if_unreadable(self) -> None:
+        """Says at the end that not every image was answered.
+
+        Raises:
+            GateFailed: One could not be read.
+        """
+        if self.unreadable:
+            count = len(self.predictions) + len(self.embeddings) + len(self.unreadable)
+            raise GateFailed(
+                f"{len(self.unreadable)} of {count} images cannot be read",
+                seen=first_few(one.image for one in self.unreadable),
+                fix="Those that can be were answered." if count > len(self.unreadable) else None,
+            )
+
+
+def ask_about_files(
+    model: Model, paths: Iterable[str | Path], *, top: int = 5, out: Path | None = None, force: bool = False
+) -> FileAnswers:
+    """Asks a model about files.
+
+    Args:
+        model: The model, opened.
+        paths: Files, and folders that stand for all images anywhere below them.
+        top: Classes to name for each image.
+        out: Where to write embeddings, float32 ``[n, d]`` of the images that could be read, as NumPy's ``.npy``.
+        force: Whether to replace that file.
+
+    Raises:
+        InputError: A folder without images, or ``out`` cannot be written or is of no use to this model.
+        StageError: The runtime failed, or the disk.
+    """
+    embeds = model.bundle.manifest.answer == EMBEDDING
+    if out is not None:
+        _check_out(out, embeds=embeds, force=force)
+    files = image_paths(paths)
+    unreadable: dict[int, Unreadable] = {}
+
+    def note(number: int, error: InputError) -> None:
+        unreadable[number] = Unreadable(str(files[number]), str(error))
+        _LOG.warning(str(error))
+
+    predictions: list[Prediction] = []
+    embeddings: list[Embedded] = []
+    if embeds:
+        found = model.embed(files, on_error=note)
+        read = [str(file) for number, file in enumerate(files) if number not in unreadable]
+        norms = np.linalg.norm(found, axis=1).tolist()
+        embeddings = [Embedded(file, found.shape[1], norm) for file, norm in zip(read, norms, strict=True)]
+        if out is not None and len(found):
+            content = io.BytesIO()
+            np.save(content, found)
+            write_atomically(out, content.getvalue())
+    else:
+        predictions = model.predict(files, top=top, on_error=note)
+    return FileAnswers(predictions, embeddings, list(unreadable.values()), model.labels is not None)
+
+
+def _check_out(out: Path, *, embeds: bool, force: bool) -> None:
+    if not embeds:
+        raise InputError(
+            "--out is for embeddings, and this bundle answers with classes", where=out, fix="--json has all answers."
+        )
+    if out.suffix != ".npy":
+        raise InputError(
+            "embeddings are written as NumPy's .npy", where=out, fix=f"Say --out {out.with_suffix('.npy')}."
+        )
+    if out.is_dir():
+        raise InputError("this is a folder", where=out, wanted="a file")
+    if out.exists() and not force:
+        raise InputError("it exists already", where=out, fix="Give --force to replace it, or another --out.")
+    if not out.parent.is_dir():
+        raise InputError("its folder is not there", where=out, seen=out.parent)

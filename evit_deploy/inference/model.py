@@ -1,0 +1,342 @@
+"""A bundle that answers: labels with probabilities, embeddings, and which patches were kept."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, overload
+
+import numpy as np
+from PIL import Image
+
+from evit_deploy.bundle.bundle import Bundle, changed_files, read_bundle
+from evit_deploy.bundle.manifest import MODEL
+from evit_deploy.errors import InputError, MissingRequirement, first_few
+from evit_deploy.export.card import kept_name
+from evit_deploy.inference.batches import calls_for
+from evit_deploy.inference.choice import asked_for, check_plugin, in_order
+from evit_deploy.inference.inputs import Given, ImageLike
+from evit_deploy.inference.prediction import Prediction, predictions_of
+from evit_deploy.inference.session import Session
+from evit_deploy.tokens.choices import original_patches, patch_groups
+
+_LOG = logging.getLogger(__name__)
+
+EMBEDDING = "embedding"
+"""The answer of a model without classes, see :attr:`~evit_deploy.bundle.manifest.Manifest.answer`."""
+
+
+def load(
+    path: str | Path,
+    runtime: str | None = None,
+    *,
+    threads: int | None = None,
+    batch_size: int | None = None,
+    plugin: str | Path | None = None,
+    against: str | Path | None = None,
+) -> "Model":
+    """Opens a bundle, to ask it about images.
+
+    Without a wish, the first of these answers that runs here: the bundle's engine, ONNX Runtime on a GPU, the bundle's
+    OpenVINO model, ONNX Runtime on the CPU, OpenVINO on the ONNX file. :attr:`Model.runtime` says which, and a warning
+    says so where a file that was made for more speed does not run here.
+
+    Args:
+        path: The bundle.
+        runtime: Name in the registry of runtimes, to have that one and no other; ``eager`` is PyTorch itself.
+        threads: CPU threads, ``None`` for the runtime's own choice.
+        batch_size: Images a call at most; by default 32, or what the engine was tuned for.
+        plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
+            has.
+        against: For PyTorch's own runtimes: the checkpoint of the bundle, where it is no longer in its place.
+
+    Raises:
+        InputError: No bundle, one whose files have changed, an unknown runtime, or one that cannot run it.
+        MissingRequirement: The runtime that was asked for is not installed here, or nothing here runs any file of it.
+        StageError: The runtime refuses the file.
+    """
+    for name, number in (("threads", threads), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise InputError("this is no number of them", where=name, seen=number, wanted="a whole number from 1 up")
+    bundle = read_bundle(path)
+    _check(bundle)
+    if runtime is not None:
+        artifact = asked_for(bundle, runtime, Path(against) if against is not None else None)
+        check_plugin(bundle, runtime, plugin)
+        return Model(bundle, runtime, artifact, threads=threads, batch_size=batch_size)
+    if against is not None:
+        raise InputError(
+            "a checkpoint is of use to PyTorch's own runtimes alone", where="against", fix="Say runtime='eager' too."
+        )
+    reasons: dict[str, str] = {}
+    passed_over: dict[Path, str] = {}
+    for name, file, refusals in in_order(bundle):
+        if refusals:
+            reasons[name] = "; ".join(refusals)
+            passed_over.setdefault(file, reasons[name])  # another runtime of this file may have a better reason
+            continue
+        try:
+            check_plugin(bundle, name, plugin)
+            model = Model(bundle, name, file, threads=threads, batch_size=batch_size)
+        except (InputError, MissingRequirement) as error:  # an engine for another GPU, a package that is not there
+            reasons[name] = passed_over[file] = error.what
+            continue
+        for other, reason in passed_over.items():
+            if other not in (file, bundle.path / MODEL):
+                what = f"{other.relative_to(bundle.path)} does not run here ({reason})"
+                _LOG.warning(f"{what}; {name} answers in its place, from {file.relative_to(bundle.path)}.")
+        return model
+    said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise MissingRequirement(
+        f"nothing here runs any file of this bundle ({said})", where=bundle.path,
+        fix="evit-deploy doctor says what is missing.",
+    )  # fmt: skip
+
+
+def _check(bundle: Bundle) -> None:
+    """Whether the files are those that were verified, and the labels one a class."""
+    changed = changed_files(bundle)
+    if changed:
+        raise InputError(
+            f"files of the bundle have changed or are gone: {first_few(changed)}", where=bundle.path,
+            fix="Copy the bundle here again, or convert again.",
+        )  # fmt: skip
+    manifest = bundle.manifest
+    classes = manifest.outputs[0].shape[-1]
+    if manifest.labels is not None and manifest.answer != EMBEDDING and len(manifest.labels) != classes:
+        raise InputError(
+            "the manifest has not one label for each class", where=bundle.path, seen=f"{len(manifest.labels)} labels",
+            wanted=f"{classes}", fix="Convert again, with the right labels.",
+        )  # fmt: skip
+
+
+class Model:
+    """An opened bundle; made by :func:`load`, a context manager. Threads may share it.
+
+    An *image* is a path, the bytes of an image file, a PIL image, or an array: uint8 ``[H, W, 3]`` is an RGB picture,
+    and float32 ``[C, H, W]`` of the size of the model's input counts as prepared already (resized, cropped and
+    normalised). Several images are any iterable of these, mixed as you like, or one array with a dimension more.
+    Pictures go through the bundle's own preprocessing; grey and transparent ones become RGB first.
+
+    Args:
+        bundle: The bundle.
+        runtime: Name of the runtime that answers.
+        artifact: What it runs.
+        threads: CPU threads, ``None`` for the runtime's own choice.
+        batch_size: See :func:`load`.
+    """
+
+    def __init__(
+        self, bundle: Bundle, runtime: str, artifact: Any, *, threads: int | None = None, batch_size: int | None = None
+    ) -> None:
+        self.bundle, self.runtime, self.artifact = bundle, runtime, artifact
+        self._threads, self._batch_size = threads, batch_size
+        self._opening, self._turn = threading.Lock(), threading.Lock()
+        self._session = self._opened(with_indices=False)
+        self._telling: Session | None = None  # of what locations choose; opened when it is first asked for
+
+    @property
+    def labels(self) -> list[str] | None:
+        """Names of the classes; ``None`` where the bundle does not know them."""
+        return self.bundle.manifest.labels
+
+    @overload
+    def predict(self, images: str | Path | bytes | Image.Image, *, top: int = 5) -> Prediction: ...  # pyright: ignore[reportOverlappingOverload]
+
+    @overload
+    def predict(self, images: np.ndarray, *, top: int = 5) -> Any: ...
+
+    @overload
+    def predict(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        top: int = 5,
+        on_error: Callable[[int, InputError], None] | None = None,
+    ) -> list[Prediction]: ...
+
+    def predict(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        top: int = 5,
+        on_error: Callable[[int, InputError], None] | None = None,
+    ) -> Prediction | list[Prediction]:
+        """The most probable classes of each image.
+
+        Args:
+            images: One image or several, see :class:`Model`.
+            top: Classes to name for each image; all where there are fewer.
+            on_error: Is given the number of an image that cannot be used, and why; the image is left out. Without it
+                the first such image is an error.
+
+        Returns:
+            One prediction for one image, a list for several.
+
+        Raises:
+            InputError: The model has no classes, an image cannot be used, or the model is closed.
+            StageError: The runtime failed.
+        """
+        self._refuse_embedding()
+        given = Given(images, self.bundle.manifest)
+        logits, numbers = self._answers(given, on_error)
+        found = predictions_of(logits, self.labels, top, [given.name(number) for number in numbers])
+        return found[0] if given.single and found else found
+
+    def logits(self, images: ImageLike | Iterable[ImageLike]) -> np.ndarray:
+        """The logits of one image or several, float32 ``[n, classes]``.
+
+        Args:
+            images: See :class:`Model`.
+
+        Raises:
+            InputError: See :meth:`predict`.
+            StageError: The runtime failed.
+        """
+        self._refuse_embedding()
+        return self._answers(Given(images, self.bundle.manifest))[0]
+
+    def embed(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        on_error: Callable[[int, InputError], None] | None = None,
+    ) -> np.ndarray:
+        """The embeddings of one image or several, of a model without classes.
+
+        Args:
+            images: See :class:`Model`.
+            on_error: See :meth:`predict`.
+
+        Returns:
+            Float32 ``[n, d]``.
+
+        Raises:
+            InputError: The model has classes; or see :meth:`predict`.
+            StageError: The runtime failed.
+        """
+        if self.bundle.manifest.answer != EMBEDDING:
+            raise InputError(
+                "this model answers with classes, and its file gives no embedding out", where=self.bundle.path,
+                fix="Ask predict or logits; or convert the same weights without their classifier.",
+            )  # fmt: skip
+        return self._answers(Given(images, self.bundle.manifest), on_error)[0]
+
+    def kept(self, images: ImageLike | Iterable[ImageLike]) -> dict[int, np.ndarray]:
+        """Which patches of each image the model kept, location by location.
+
+        Patches are numbered row by row from the top left, from 0.
+
+        Args:
+            images: See :class:`Model`.
+
+        Returns:
+            By block int32 ``[n, K]``: the numbers of the patches that were kept, in the order of their tokens; −1 is a
+            token fused of others, also one of an earlier location. Of a location that merges, ``[n, patches]``: for
+            every patch the lowest number among the patches in its token, so that merged ones have the same; −1 where
+            it was dropped before.
+
+        Raises:
+            InputError: The runtime cannot tell, as with an engine that was built without these outputs; or see
+                :meth:`predict`.
+            StageError: The runtime failed.
+        """
+        plan, given = self.bundle.manifest.plan, Given(images, self.bundle.manifest)
+        names = [kept_name(row.block) for row in plan.locations]
+        if not names:
+            return {}
+        found = self._run(self._session_with(names), given, names)[0]
+        choices = [found[name] for name in names]
+        numbers, groups = original_patches(choices, plan), patch_groups(choices, plan)
+        return {row.block: groups[i] if row.choice == "merge" else numbers[i] for i, row in enumerate(plan.locations)}
+
+    def close(self) -> None:
+        """Gives up the runtime's memory, once the calls under way are done; afterwards the model refuses to answer."""
+        with self._opening:
+            for session in (self._telling, self._session):  # the last one opened first
+                if session is not None:
+                    session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        manifest = self.bundle.manifest
+        wide = manifest.outputs[0].shape[-1]
+        answers = f"embeddings of {wide} numbers" if manifest.answer == EMBEDDING else f"{wide} classes"
+        return f"Model({str(self.bundle.path)!r} on {self.runtime}: {manifest.model}, {manifest.precision}, {answers})"
+
+    def _refuse_embedding(self) -> None:
+        if self.bundle.manifest.answer == EMBEDDING:
+            raise InputError("this model has no classes", where=self.bundle.path, fix="Ask embed.")
+
+    def _answers(
+        self, given: Given, on_error: Callable[[int, InputError], None] | None = None
+    ) -> tuple[np.ndarray, list[int]]:
+        """Float32 ``[n, classes or d]``, and the numbers of the images they are of."""
+        name = self.bundle.manifest.answer
+        found, numbers = self._run(self._session, given, [name], on_error)
+        return found[name].astype(np.float32, copy=False), numbers
+
+    def _run(
+        self,
+        session: Session,
+        given: Given,
+        outputs: Sequence[str],
+        on_error: Callable[[int, InputError], None] | None = None,
+    ) -> tuple[dict[str, np.ndarray], list[int]]:
+        """Some outputs for all images that can be used, and the numbers of these."""
+        parts: list[dict[str, np.ndarray]] = []
+        numbers: list[int] = []
+        with session.used():
+            for start, count, size in calls_for(len(given), session.runner.profiles, self._batch_size):
+                images, unusable = given.prepared(start, start + count)
+                for number, error in unusable.items():
+                    if on_error is None:
+                        raise error
+                    on_error(number, error)
+                usable = [number for number in range(start, start + count) if number not in unusable]
+                if not usable:
+                    continue
+                if len(images) < size and session.runner.profiles:  # filled up with the same images
+                    images = np.resize(images, (size, *images.shape[1:]))
+                answers = session.infer(images)
+                parts.append({name: answers[name][: len(usable)] for name in outputs})
+                numbers += usable
+        if not parts:
+            return {name: self._nothing(session, name) for name in outputs}, []
+        if len(parts) == 1:
+            return parts[0], numbers
+        return {name: np.concatenate([part[name] for part in parts]) for name in outputs}, numbers
+
+    def _nothing(self, session: Session, name: str) -> np.ndarray:
+        spec = next(spec for spec in session.runner.outputs if spec.name == name)
+        return np.empty((0, *(int(size or 0) for size in spec.shape[1:])), spec.dtype)
+
+    def _opened(self, *, with_indices: bool) -> Session:
+        where = self.bundle.path
+        return Session(
+            self.runtime, self.artifact, self._threads, with_indices=with_indices, where=where, turn=self._turn
+        )
+
+    def _session_with(self, names: Sequence[str]) -> Session:
+        """A session that gives these outputs out."""
+        with self._opening, self._session.used():
+            for session in (self._session, self._telling):
+                if session is not None and set(names) <= {spec.name for spec in session.runner.outputs}:
+                    return session
+            told = self._opened(with_indices=True)
+            if not set(names) <= {spec.name for spec in told.runner.outputs}:
+                told.close()
+                raise InputError(
+                    f"{self.runtime} runs a file that does not say which patches it keeps", where=self.bundle.path,
+                    fix="Convert with --with-indices, or load with runtime='onnxruntime'.",
+                )  # fmt: skip
+            self._telling = told
+            return told

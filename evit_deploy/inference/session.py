@@ -1,0 +1,85 @@
+"""One opened runner that several threads may ask, and that is not closed under their feet."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evit_deploy.errors import InputError
+from evit_deploy.export.card import feeds
+from evit_deploy.runtimes.select import opened
+
+
+class Session:
+    """A runner, opened.
+
+    Args:
+        name: Its runtime.
+        artifact: What it runs.
+        threads: CPU threads, ``None`` for the runtime's own choice.
+        with_indices: Whether it is to give out what its locations choose.
+        where: What is run, for messages.
+        turn: Is held while the runner works, unless it takes several calls at a time; shared by sessions that run the
+            same thing.
+
+    Raises:
+        InputError: See :func:`~evit_deploy.runtimes.select.opened`.
+        MissingRequirement: Likewise.
+    """
+
+    def __init__(
+        self, name: str, artifact: Any, threads: int | None, *, with_indices: bool, where: Path, turn: threading.Lock
+    ) -> None:
+        self._where = where
+        self._open = contextlib.ExitStack()
+        self.runner = self._open.enter_context(opened(name, artifact, threads, with_indices=with_indices))
+        self._turn = contextlib.nullcontext() if self.runner.concurrent else turn
+        self._changed = threading.Condition()
+        self._users, self._closed = 0, False
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Keeps the runner open until the work inside is done.
+
+        Raises:
+            InputError: It is closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise InputError(
+                    "the model is closed", where=self._where, fix="Load it again, or ask it inside its `with`."
+                )
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs one batch, inside :meth:`used`; threads take turns where the runner cannot take several at a time.
+
+        Args:
+            images: Float32 ``[B, C, H, W]``, prepared, of a size that the runner covers.
+
+        Returns:
+            One array for each output.
+
+        Raises:
+            StageError: The runtime failed.
+        """
+        with self._turn:
+            return self.runner.infer(feeds(images))
+
+    def close(self) -> None:
+        """Closes the runner, after the work that is under way; does nothing the second time."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.wait_for(lambda: not self._users)
+        self._open.close()

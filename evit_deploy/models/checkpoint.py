@@ -16,9 +16,12 @@ from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
 from evit_deploy.files import sha256, write_atomically
 from evit_deploy.models.create import create_model
-from evit_deploy.models.identify import Identity, check_model_name, differences_of, identify
+from evit_deploy.models.identify import Identity, check_model_name, identify
+from evit_deploy.models.layouts.differences import differences_of
 from evit_deploy.models.layouts.found import Output
-from evit_deploy.models.safe_weights import read_weights
+from evit_deploy.models.layouts.known import SIGNS
+from evit_deploy.models.prefixes import inside
+from evit_deploy.models.safe_weights import read_weights, split_part
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import backbone_of, load_backbones
 from evit_deploy.tokens.plan import TokenOptions, TokenSpec
@@ -120,7 +123,8 @@ def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
     """Reads a checkpoint file, or fetches a timm name's pretrained weights.
 
     Args:
-        source: ``.pth``, ``.pt``, ``.pth.tar`` or ``.safetensors`` file, or a timm name.
+        source: ``.pth``, ``.pt``, ``.pth.tar`` or ``.safetensors`` file, or a timm name. Of a file that holds several
+            models, ``weights.pth#teacher`` is the one whose names begin with ``teacher``.
         model: timm name that decides the architecture instead of the tensors.
 
     Raises:
@@ -128,16 +132,17 @@ def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
         InputError: Neither a file nor a timm name; or an unknown ``model``.
         MissingRequirement: Pretrained weights of a timm name cannot be fetched.
     """
-    path = Path(source)
+    path, part = split_part(source)
     if not _looks_like_path(str(source)) and not _exists(path):
         return _from_timm(str(source), model)
-    weights = read_weights(path)
+    weights = read_weights(path, part)
     own = _own_metadata(path, weights.metadata[METADATA_KEY]) if METADATA_KEY in weights.metadata else None
-    tensors, method_weights = _split(weights.tensors, own.tokens.method if own and own.tokens else None)
+    held = inside(path, weights.tensors, SIGNS)
+    tensors, method_weights = _split(held.weights, own.tokens.method if own and own.tokens else None)
     if own is not None and model is None:
         identity = Identity(own.model, own.model_args, tensors, [])
     else:
-        identity = identify(path, tensors, model, method_weights)
+        identity = identify(path, msgspec.structs.replace(held, weights=tensors), model, method_weights)
     return Checkpoint(
         source=str(source),
         sha256=sha256(path),

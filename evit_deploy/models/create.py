@@ -1,5 +1,6 @@
 """Builds a model from a timm name and arguments that a file can hold."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,17 +12,21 @@ def create_model(name: str, args: Mapping[str, Any]) -> Any:
 
     Args:
         name: timm name.
-        args: Arguments of ``timm.create_model`` as JSON values. Beside them ``projection``: width of an embedding, made
-            of a model's features by a matrix, as CLIP does it; the model has no classes then.
+        args: Arguments of ``timm.create_model`` as JSON values; ``act_layer`` is timm's name of the activation. And
+            ``norm_eps``, the epsilon of every LayerNorm, which timm takes only within a function; and ``projection``,
+            the width of an embedding that a matrix makes of the features, as in CLIP: the model has no classes then.
 
     Raises:
         TypeError: The architecture has no such argument; others of timm's for values that do not fit.
     """
     import timm
+    from timm.layers import LayerNorm
 
-    made = dict(args)
-    projection = made.pop("projection", None)
-    model: Any = timm.create_model(name, pretrained=False, **made)
+    given = dict(args)
+    projection = given.pop("projection", None)
+    if "norm_eps" in given:
+        given["norm_layer"] = functools.partial(LayerNorm, eps=given.pop("norm_eps"))
+    model: Any = timm.create_model(name, pretrained=False, **given)
     if projection is not None:
         model.head = nn.Linear(model.num_features, projection, bias=False)
     return model

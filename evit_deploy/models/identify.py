@@ -1,57 +1,26 @@
-"""Which timm architecture a set of tensors belongs to, told from names and shapes alone."""
+"""What a set of tensors is: which layout they are in, and which timm architecture they belong to.
 
-import math
+A layout is told from names and shapes, and from the ``config.json`` beside the file where there is one. The layouts are
+in ``layouts/``, one a file.
+"""
+
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
-from evit_deploy.errors import CheckpointError, InputError, did_you_mean, first_few
+from evit_deploy.errors import CheckpointError, InputError, did_you_mean
 from evit_deploy.models.create import create_model
-from evit_deploy.models.layouts import evo_vit, levit
-from evit_deploy.models.layouts.found import Found, Output
+from evit_deploy.models.layouts import refusals
+from evit_deploy.models.layouts.differences import differences_of
+from evit_deploy.models.layouts.found import Found, Held, Output
+from evit_deploy.models.layouts.known import LAYOUTS, TYPES
+from evit_deploy.models.prefixes import Inside, what_was_left
 from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenSpec
-
-# (width, depth) -> the size's name in timm.
-_SIZES = {
-    (192, 12): "tiny",
-    (384, 12): "small",
-    (512, 12): "medium",
-    (768, 12): "base",
-    (1024, 24): "large",
-    (1280, 32): "huge",
-    (1408, 40): "giant",
-}
-# In order of preference: where several fit, the first is taken and the others are named.
-_FAMILIES = (
-    "deit_{size}_distilled_patch{patch}_{image}",
-    "deit_{size}_patch{patch}_{image}",
-    "deit3_{size}_patch{patch}_{image}",
-    "vit_{size}_patch{patch}_{image}",
-    "vit_{size}_patch{patch}_dinov2",
-    "vit_{size}_patch{patch}_reg4_dinov2",
-    "vit_{size}_patch{patch}_clip_{image}",
-    "vit_{size}_patch{patch}_clip_quickgelu_{image}",
-)
-_IMAGES = (224, 384)
-# LV-ViT is told by its stem; its names say nothing but the size, and heads and λ come with them.
-_LVVIT = {(240, 12): "lvvit_t", (384, 16): "lvvit_s", (512, 20): "lvvit_m", (768, 24): "lvvit_l"}
-# A DeiT that only DynamicViT's authors have released: tensors do not show how many heads it has.
-_DEIT_256 = ("deit_small_patch16_224", {"embed_dim": 256, "num_heads": 4})
-_LVVIT_STEM = "patch_embed.conv1.weight"
-# Other families by a tensor only they have.
-_FOREIGN = (
-    ("layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
-    ("layer1.0.conv1.", "ResNet"),
-    ("stages.0.", "ConvNeXt or another staged network"),
-    ("encoder.layer.0.", "a Hugging Face transformers ViT"),
-    ("vit.encoder.layer.0.", "a Hugging Face transformers ViT"),
-    ("encoder.layers.encoder_layer_0.", "a torchvision ViT"),
-)
 
 
 class Identity(msgspec.Struct):
@@ -75,191 +44,86 @@ class Identity(msgspec.Struct):
 
 
 def identify(
-    path: Path, weights: dict[str, Tensor], model: str | None = None, method_weights: Collection[str] = ()
+    path: Path,
+    weights: dict[str, Tensor] | Inside,
+    model: str | None = None,
+    method_weights: Collection[str] = (),
+    config: dict[str, Any] | None = None,
 ) -> Identity:
     """Finds the architecture, image size and class count.
 
     Args:
         path: Where the tensors come from, for messages.
-        weights: Tensors under the names the file has.
+        weights: Tensors under the names the file has, or what :func:`evit_deploy.models.prefixes.inside` made of them.
         model: timm name that decides, if the user gave one.
         method_weights: Names of the tensors that were set aside as a reduction method's own.
+        config: The ``config.json`` that lies beside the file: of transformers, or of timm's hub.
 
     Raises:
-        CheckpointError: The tensors are of no architecture known here.
+        CheckpointError: The tensors are of no architecture known here, or the config contradicts them.
         InputError: timm does not know ``model``.
     """
-
     load_backbones()
-    found = levit.find(path, weights)
-    if found is not None:
-        return _released(path, found, model)
-    args: dict[str, Any] = {}
-    tokens = None
-    if evo_vit.is_evo_vit(weights):
-        weights, tokens = evo_vit.to_timm(weights), TokenSpec(keep_rate=0.5, fuse=False, method="evo-vit")
-    if "fc_norm.weight" in weights:
-        args |= evo_vit.MODEL_ARGS
-    dimensions = {"pos_embed": 3, "patch_embed.proj.weight": 4, "cls_token": 3}
-    if any(name not in weights or weights[name].dim() != count for name, count in dimensions.items()):
-        _refuse(path, weights)
-    foreign = next((family for key, family in _FOREIGN if any(name.startswith(key) for name in weights)), None)
-    if foreign:
-        _refuse(path, weights)
+    held_inside = weights if isinstance(weights, Inside) else Inside(weights)
+    held = Held(path, held_inside.weights, config, model, frozenset(method_weights))
     if model is not None:
         check_model_name(model, where="--model")
-    names = [model] if model is not None else _candidates(weights)
-    if model is None and tokens is not None:  # its authors have trained DeiTs
-        names = [name for name in names if name.startswith("deit_")]
-    fitting = []
-    if model is None and _describe(weights)[:2] == (256, 12) and any("score_predictor." in n for n in method_weights):
-        (name, args) = _DEIT_256
-        names = [name]
-    for name in names:
-        found = _fit(path, name, weights, args)
+    refusals.check_config(held, TYPES)
+    refusals.check_tensors(held)
+    for layout in LAYOUTS:
+        found = layout.find(held)
         if found is not None:
-            fitting.append(found)
-    if not fitting:
-        _no_fit(path, weights, model, ", Evo-ViT's names" if tokens is not None else "")
-    first, notes = fitting[0], []
-    if len(fitting) > 1:
-        others = ", ".join(identity.model for identity in fitting[1:])
-        notes.append(
-            f"its tensors fit {first.model} and {others}, which differ in what tensors do not show (preprocessing, "
-            f"activation); {first.model} is assumed (--model decides)"
-        )
-    return msgspec.structs.replace(first, notes=first.notes + notes, tokens=tokens)
+            _check_kind(held, layout.name, layout.types)
+            return _identity(path, held_inside, found)
+    raise _refusal(path, held_inside.weights)
 
 
-def _released(path: Path, found: Found, model: str | None) -> Identity:
-    """What a file in its own released layout holds; its names tell the architecture."""
-    if model is not None and model != found.model:
-        check_model_name(model, where="--model")
-        raise CheckpointError(
-            f"the weights are not those of {model}", where=path, seen=f"the tensors of {found.model}",
-            fix="Leave out --model to have the architecture read from the tensors.",
-        )  # fmt: skip
+def _check_kind(held: Held, name: str, types: tuple[str, ...]) -> None:
+    """A config of transformers beside tensors that transformers does not write."""
+    kind = (held.config or {}).get("model_type")
+    if types or held.model is not None or kind in (None, "timm_wrapper"):
+        return
+    raise CheckpointError(
+        f"the tensors have the names of {name}, but its config.json is of another layout", where=held.where,
+        seen=f"model_type {kind!r}", fix="Take the config.json that was saved with these weights, or none.",
+    )  # fmt: skip
+
+
+def _identity(path: Path, held: Inside, found: Found) -> Identity:
+    """Makes sure that tensors are those of the architecture, all of them, and says what was left out."""
     with torch.device("meta"):
         wanted = create_model(found.model, found.model_args).state_dict()
     differences = differences_of(wanted, found.weights)
     if differences:
         raise CheckpointError(f"not the tensors of {found.model}, which it is most like", where=path, seen=differences)
-    return Identity(found.model, found.model_args, found.weights, list(found.notes), found.tokens, found.output)
+    notes = [*held.notes, *found.notes]
+    if found.left_out:
+        part = f"the model is the part of the file under {held.prefix!r}; " if held.prefix else ""
+        notes.append(f"{part}left out: {what_was_left(found.left_out)}")
+    output = found.output if found.model_args.get("num_classes", 1) else "embedding"
+    return Identity(found.model, found.model_args, found.weights, notes, found.tokens, output)
 
 
-def _describe(weights: dict[str, Tensor]) -> tuple[int, int, int]:
-    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
-    depth = 1 + max(
-        (int(n.split(".")[1]) for n in weights if n.startswith("blocks.") and n.split(".")[1].isdigit()), default=-1
-    )
-    return width, depth, patch
-
-
-def _classes(weights: dict[str, Tensor]) -> int:
-    head = weights.get("head.weight")
-    return head.shape[0] if head is not None and head.dim() == 2 else 0
-
-
-def _candidates(weights: dict[str, Tensor]) -> list[str]:
-    import timm
-
-    width, depth, patch = _describe(weights)
-    if _LVVIT_STEM in weights:
-        return [name for size, name in _LVVIT.items() if size == (width, depth)]
-    size = _SIZES.get((width, depth))
-    names = [family.format(size=size, patch=patch, image=image) for family in _FAMILIES for image in _IMAGES]
-    # One name a family: its image sizes are the same network, and the image size is read from the tensors.
-    found: dict[str, str] = {}
-    for family, name in zip([f for f in _FAMILIES for _ in _IMAGES], names, strict=True):
-        if family not in found and timm.is_model(name):
-            found[family] = name
-    return list(found.values())
-
-
-def _fit(path: Path, name: str, weights: dict[str, Tensor], more: dict[str, Any]) -> Identity | None:
-    """Builds the architecture without memory and compares names and shapes."""
-    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-
-    args: dict[str, Any] = {"num_classes": _classes(weights)} | more
-    with torch.device("meta"):
-        try:
-            model: Any = create_model(name, args)
-        except (TypeError, RuntimeError, AssertionError):
-            return None
-    if not isinstance(model, VisionTransformer) or model.pos_embed is None:
-        return None
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    renamed, positions = weights, weights["pos_embed"].shape[1]
-    if "mask_token" in weights or any(
-        key.endswith("gamma_1") for key in weights
-    ):  # as DINOv2 (a position for the class token, none for registers) and DeiT III (none for either) publish them
-        side = math.isqrt(max(positions - ("mask_token" in weights), 0))
-        if side == 0 or side * side + ("mask_token" in weights) != positions:
-            return None
-        args["img_size"] = side * model.patch_embed.patch_size[0]
-        with torch.device("meta"):
-            model = create_model(name, args)
-        try:
-            renamed = checkpoint_filter_fn(dict(weights), model, adapt_layer_scale=True)
-        except RuntimeError:  # its positions are not those of an architecture with these prefix tokens
-            return None
-    side = math.isqrt(max(renamed["pos_embed"].shape[1] - prefix, 0))
-    if side == 0 or side * side + prefix != renamed["pos_embed"].shape[1]:
-        return None
-    args["img_size"] = side * model.patch_embed.patch_size[0]
-    wanted = model.state_dict() | {"pos_embed": renamed["pos_embed"]}  # its length is the image size, read above
-    return None if differences_of(wanted, renamed) else Identity(name, args, renamed, [])
-
-
-def differences_of(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """How two sets of tensors differ in names and shapes, in words; empty if they do not."""
-    shapes = [
-        f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
-        for name in wanted
-        if name in given and wanted[name].shape != given[name].shape
-    ]
-    found = (
-        ("missing", [name for name in wanted if name not in given]),
-        ("unexpected", [name for name in given if name not in wanted]),
-        ("other shapes:", shapes),
-    )
-    return "; ".join(f"{label} {first_few(names)}" for label, names in found if names)
-
-
-def _refuse(path: Path, weights: dict[str, Tensor]) -> NoReturn:
-    family = next((family for key, family in _FOREIGN if any(name.startswith(key) for name in weights)), None)
-    raise CheckpointError(
-        f"a checkpoint of {family}" if family else "not a checkpoint of a vision transformer with a class token",
+def _refusal(path: Path, weights: dict[str, Tensor]) -> CheckpointError:
+    """The error of tensors that are in no layout; one that has some of their names is named."""
+    shares = {
+        layout.name: max(sum(_has(weights, name) for name in sign) / len(sign) for sign in layout.signs)
+        for layout in LAYOUTS
+    }
+    most = max(shares.values())
+    near = " or ".join(name for name, share in shares.items() if share == most)
+    what = "not a checkpoint of a vision transformer with a class token"
+    return CheckpointError(
+        f"only a part of the tensors of {near}" if 0 < most < 1 else what,
         where=path,
         seen="tensors " + ", ".join(list(weights)[:3]),
-        wanted="cls_token, pos_embed, patch_embed.proj, blocks.0 as in timm and DeiT",
+        wanted="cls_token, pos_embed, patch_embed.proj, blocks.0 as in timm and DeiT, or another layout of "
+        "docs/checkpoints.md",
     )
 
 
-def _no_fit(path: Path, weights: dict[str, Tensor], model: str | None, layout: str) -> NoReturn:
-    width, depth, patch = _describe(weights)
-    head = ", ".join(f"{name} {list(value.shape)}" for name, value in weights.items() if name.startswith("head"))
-    position = list(weights["pos_embed"].shape)
-    stem = ", LV-ViT's stem" if _LVVIT_STEM in weights else layout
-    seen = f"width {width}, {depth} blocks, patch {patch}{stem}, pos_embed {position}, {head or 'no head'}"
-    if model is None:
-        raise CheckpointError(
-            "no known architecture has these tensors",
-            where=path,
-            seen=seen,
-            wanted="a ViT, DeiT, DeiT III or DINOv2 of timm, an LV-ViT, a LeViT or an Evo-LeViT",
-            fix="Name the architecture with --model.",
-        )
-    with torch.device("meta"):
-        built = create_model(model, {"num_classes": _classes(weights)})
-    wanted = {name: value for name, value in built.state_dict().items() if name != "pos_embed"}
-    given = {name: value for name, value in weights.items() if name != "pos_embed"}
-    raise CheckpointError(
-        f"the weights are not those of {model}",
-        where=path,
-        seen="; ".join(filter(None, (seen, differences_of(wanted, given)))),
-        fix="Leave out --model to have the architecture read from the tensors.",
-    )
+def _has(weights: dict[str, Tensor], name: str) -> bool:
+    return any(given == name or given.endswith("." + name) for given in weights)
 
 
 def check_model_name(name: str, *, where: str, also: str | None = None) -> None:

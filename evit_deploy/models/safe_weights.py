@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, first_few
+from evit_deploy.models.prefixes import without_common
 
 # Which weights a file with several sets means by itself. DeiT and EViT save `model_ema` and never evaluate it; timm's
-# trainer saves `state_dict_ema` and evaluates that one when it is there.
-_WRAPPERS = ("model", "state_dict_ema", "state_dict", "model_ema")
-_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+# trainer saves `state_dict_ema` and evaluates that one when it is there. DINO and iBOT evaluate the teacher.
+_WRAPPERS = ("model", "state_dict_ema", "state_dict", "model_ema", "teacher", "student")
 
 
 class Weights(msgspec.Struct):
@@ -39,20 +39,69 @@ class Weights(msgspec.Struct):
     notes: list[str] = []
 
 
-def read_weights(path: Path) -> Weights:
+def split_part(source: str | Path) -> tuple[Path, str]:
+    """A source's path, and the part of the file that is meant: ``weights.pth#teacher`` is the teacher's.
+
+    Args:
+        source: As the user wrote it; a file whose name has a ``#`` is that file.
+    """
+    path = Path(source)
+    before, mark, part = path.name.rpartition("#")
+    try:
+        if not mark or not before or path.exists():
+            return path, ""
+    except OSError:  # a name too long for any file
+        return path, ""
+    return path.with_name(before), part.strip(".")
+
+
+def read_weights(path: Path, part: str = "") -> Weights:
     """Reads a file, by what is in it and not by its name.
 
+    Args:
+        path: The file.
+        part: What the names of the wanted tensors begin with, dictionaries of the file included; see
+            :func:`split_part`.
+
     Raises:
-        CheckpointError: Missing, empty, damaged, no weights, weights that are not finite, or a pickle that is more than
-            weights.
+        CheckpointError: Missing, empty, damaged, no weights, weights that are not finite, a pickle that is more than
+            weights, or no such part.
     """
     head = _read_head(path)
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         weights = _read_safetensors(path)
     else:
-        weights = _unwrap(path, _read_pickle(path, is_zip=head.startswith(b"PK")))
+        content = _read_pickle(path, is_zip=head.startswith(b"PK"))
+        flat = _flat(content) if part else {}
+        named = any(name.startswith(part + ".") for name in flat)
+        weights = Weights(flat, args=content.get("args")) if named else _unwrap(path, content)
+    if part:
+        weights.tensors = _part(path, weights.tensors, part)
+    weights.tensors = without_common(weights.tensors)
     _check_finite(path, weights.tensors)
     return weights
+
+
+def _flat(content: dict[str, Any], prefix: str = "", depth: int = 3) -> dict[str, Tensor]:
+    """All tensors of nested dictionaries, under names with dots between."""
+    found: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            found[f"{prefix}{key}"] = value
+        elif isinstance(value, dict) and depth:
+            found |= _flat(value, f"{prefix}{key}.", depth - 1)
+    return found
+
+
+def _part(path: Path, weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    found = {name[len(part) + 1 :]: value for name, value in weights.items() if name.startswith(part + ".")}
+    if not found:
+        begins = dict.fromkeys(name.split(".", 1)[0] for name in weights)
+        raise CheckpointError(
+            f"no tensors under {part!r}", where=path, seen="names that begin with " + first_few(begins, 6),
+            fix="Give the beginning of their names after '#'.",
+        )  # fmt: skip
+    return found
 
 
 def _read_head(path: Path) -> bytes:
@@ -84,7 +133,7 @@ def _read_safetensors(path: Path) -> Weights:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        return Weights(_without_prefixes(load_file(path)), metadata)
+        return Weights(load_file(path), metadata)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"not a whole safetensors file: {error}", where=path, fix="Download it again.") from None
 
@@ -158,13 +207,7 @@ def _unwrap(path: Path, content: dict[str, Any]) -> Weights:
             "no weights in it", where=path, seen=f"a dictionary with {keys}",
             wanted=f"tensors, bare or under one of {', '.join(_WRAPPERS)}",
         )  # fmt: skip
-    return Weights(_without_prefixes(weights), args=content.get("args"), notes=notes)
-
-
-def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    while prefix := next((p for p in _PREFIXES if weights and all(str(n).startswith(p) for n in weights)), None):
-        weights = {name[len(prefix) :]: value for name, value in weights.items()}
-    return dict(weights)
+    return Weights(weights, args=content.get("args"), notes=notes)
 
 
 def _check_finite(path: Path, weights: dict[str, Tensor]) -> None:

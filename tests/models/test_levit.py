@@ -21,6 +21,7 @@ from evit_deploy.models import levit
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, resolve_tokens
 from evit_deploy.models.identify import identify
 from evit_deploy.models.layouts import levit as layouts
+from evit_deploy.models.layouts.found import Held
 from evit_deploy.models.levit import HEADS, SIZES, Downsample, EvoLeViT
 from evit_deploy.models.levit_lowered import lower
 from evit_deploy.tokens.choices import original_patches, patch_margins, patch_rows
@@ -613,7 +614,7 @@ def test_a_levit_of_facebooks_is_timms(name):
     assert not layouts.is_evo_levit(released)
     found = layouts.find_levit("file", released)
     assert (found.model, found.model_args) == (name.removeprefix("evo_"), {"num_classes": 1000, "img_size": 224})
-    again = layouts.find("file", found.weights)  # a file that timm saved
+    again = layouts.find(Held("file", found.weights))  # a file that timm saved
     assert again is not None
     assert (again.model, again.model_args) == (found.model, found.model_args)
     assert again.weights.keys() == found.weights.keys()

@@ -1,14 +1,38 @@
-"""What a layout finds tensors to be: the value that every module of this folder gives."""
+"""What a layout is asked and what it gives: the values that every module of this folder takes and returns."""
 
 from typing import Any, Literal
 
 import msgspec
 from torch import Tensor
 
+from evit_deploy.models.layouts.table import Table
 from evit_deploy.tokens.plan import TokenSpec
 
 Output = Literal["logits", "embedding"]
 """What a model answers: one number a class, or a vector that images are compared by."""
+
+
+class Held(msgspec.Struct, frozen=True):
+    """What a file holds, as layouts are asked about it.
+
+    Args:
+        where: The file, for messages.
+        weights: Its tensors. Those of the model have the names they have within it, those beside it begin with ``../``
+            (``../classifier.weight`` beside ``vit.embeddings.cls_token``) or, elsewhere in the file, with ``/``.
+        config: The ``config.json`` beside the file, if there is one.
+        model: timm name that the user gave, if any; it goes before the config's architecture.
+        method_weights: Names of the tensors that were set aside as a reduction method's own.
+    """
+
+    where: object
+    weights: dict[str, Tensor]
+    config: dict[str, Any] | None = None
+    model: str | None = None
+    method_weights: frozenset[str] = frozenset()
+
+    def inside(self) -> dict[str, Tensor]:
+        """The tensors of the model alone."""
+        return {name: value for name, value in self.weights.items() if not name.startswith(("../", "/"))}
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -20,7 +44,10 @@ class Found(msgspec.Struct, frozen=True):
         weights: The tensors under timm's names.
         tokens: The reduction they were trained with, where the layout tells.
         output: What the model answers.
-        notes: What was left out or assumed; the user is warned of it.
+        notes: What was assumed; the user is warned of it.
+        left_out: Tensors of the file that the model has no place for, under the names they were asked about. The user
+            is warned of them too.
+        table: The names of the layout beside timm's, for the way back; ``None`` where a module of its own has it.
     """
 
     model: str
@@ -29,3 +56,5 @@ class Found(msgspec.Struct, frozen=True):
     tokens: TokenSpec | None = None
     output: Output = "logits"
     notes: tuple[str, ...] = ()
+    left_out: dict[str, Tensor] = {}
+    table: Table | None = None

@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, first_few
-from evit_deploy.models.layouts.found import Found
+from evit_deploy.models.layouts.found import Found, Held
 from evit_deploy.models.levit import HEADS, SIZES
 from evit_deploy.models.levit_reduction import DENSE_BLOCKS, METHOD
 from evit_deploy.tokens.plan import TokenSpec
@@ -25,26 +26,45 @@ _TABLE = "attention_bias_idxs"
 
 def is_evo_levit(weights: dict[str, Tensor]) -> bool:
     """Whether a file is an Evo-LeViT's: its stem, and the tokens that only it has."""
-    return {"patch_embed.0.c.weight", "cls_token", "poss"} <= weights.keys()
+    return weights.keys() >= set(SIGNS[0])
 
 
 def is_levit(weights: dict[str, Tensor]) -> bool:
     """Whether a file is a LeViT's as Facebook released it."""
-    return {"patch_embed.0.c.weight", "blocks.0.m.attention_biases"} <= weights.keys()
+    return weights.keys() >= set(SIGNS[1])
 
 
 def is_timm_levit(weights: dict[str, Tensor]) -> bool:
     """Whether a file is a LeViT's under timm's own names."""
-    return {"stem.conv1.linear.weight", "stages.0.blocks.0.attn.attention_biases"} <= weights.keys()
+    return weights.keys() >= set(SIGNS[2])
 
 
-def find(where: object, weights: dict[str, Tensor]) -> Found | None:
+SIGNS = (
+    ("patch_embed.0.c.weight", "cls_token", "poss"),
+    ("patch_embed.0.c.weight", "blocks.0.m.attention_biases"),
+    ("stem.conv1.linear.weight", "stages.0.blocks.0.attn.attention_biases"),
+)
+"""Names that all files have: Evo-LeViT's, LeViT's and timm's."""
+
+
+def find(held: Held) -> Found | None:
     """Which of the three a file is, and its size; ``None`` for another family's."""
+    weights, where = held.inside(), held.where
     if is_evo_levit(weights):
-        return find_evo_levit(where, weights)
-    if is_levit(weights):
-        return find_levit(where, weights)
-    return find_timm_levit(where, weights) if is_timm_levit(weights) else None
+        found = find_evo_levit(where, weights)
+    elif is_levit(weights):
+        found = find_levit(where, weights)
+    elif is_timm_levit(weights):
+        found = find_timm_levit(where, weights)
+    else:
+        return None
+    named = held.model or (held.config or {}).get("architecture")
+    if named is not None and named != found.model:
+        raise CheckpointError(
+            f"the weights are not those of {named}", where=where, seen=f"the tensors of {found.model}",
+            fix="Leave out --model to have the architecture read from the tensors.",
+        )  # fmt: skip
+    return msgspec.structs.replace(found, left_out={n: v for n, v in held.weights.items() if n not in weights})
 
 
 # ---- Evo-LeViT

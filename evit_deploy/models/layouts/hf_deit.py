@@ -1,0 +1,49 @@
+"""Hugging Face's DeiT, whose files have a distillation token: with both classifiers, with the class token's, or none.
+
+With one classifier the distillation token is one that the head does not see: a register token, as timm calls it.
+"""
+
+from evit_deploy.models.layouts import hugging_face
+from evit_deploy.models.layouts.found import Found, Held
+from evit_deploy.models.layouts.hf_vit import NEW_BLOCKS, OLD_BLOCKS, POOLER, POSITIONS, has_vit_blocks
+from evit_deploy.models.layouts.hugging_face import EMBEDDINGS, SIGN, Family
+from evit_deploy.models.layouts.table import Same, Table, layers
+
+SIGNS = ((*SIGN, "embeddings.distillation_token"),)
+_TEACHER = (
+    POSITIONS,
+    *EMBEDDINGS,
+    Same("embeddings.distillation_token", "dist_token"),
+    *layers({"../cls_classifier": "head", "../distillation_classifier": "head_dist"}),
+)
+_ALONE = (
+    POSITIONS,
+    *EMBEDDINGS,
+    Same("embeddings.distillation_token", "reg_token"),
+    *layers({"../classifier": "head"}),
+)
+
+
+def _family(rows: tuple, families: tuple[str, ...]) -> Family:
+    return Family(
+        name="Hugging Face's DeiT",
+        types=("deit",),
+        tables=(Table((*rows, *OLD_BLOCKS)), Table((*rows, *NEW_BLOCKS))),
+        families=families,
+        norm_eps=1e-12,
+        spare=("pooler.", "embeddings.mask_token"),
+    )
+
+
+_WITH_TEACHER = _family(_TEACHER, ("deit_{size}_distilled_patch{patch}_224",))
+_WITHOUT = _family(_ALONE, ("deit_{size}_patch{patch}_224",))
+
+
+def find(held: Held) -> Found | None:
+    """A file of this layout; ``None`` for another's."""
+    if not has_vit_blocks(held) or "embeddings.distillation_token" not in held.weights:
+        return None
+    notes = [POOLER] if "pooler.dense.weight" in held.weights else []
+    return hugging_face.find(
+        held, _WITH_TEACHER if "../cls_classifier.weight" in held.weights else _WITHOUT, notes=notes
+    )

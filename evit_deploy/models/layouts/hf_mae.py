@@ -1,0 +1,24 @@
+"""Hugging Face's ViT-MAE: the encoder, whose names are ViT's. The decoder serves pre-training alone and is left out."""
+
+from evit_deploy.models.layouts import hugging_face
+from evit_deploy.models.layouts.found import Found, Held
+from evit_deploy.models.layouts.hf_vit import TABLES, has_vit_blocks
+from evit_deploy.models.layouts.hugging_face import SIGN, Family
+
+SIGNS = (SIGN,)
+_MAE = Family(
+    name="Hugging Face's ViT-MAE",
+    types=("vit_mae",),
+    tables=TABLES,
+    # DeiT's preprocessing is MAE's, where timm has no name for the size.
+    families=("vit_{size}_patch{patch}_224.mae", "deit_{size}_patch{patch}_224", "vit_{size}_patch{patch}_224"),
+    norm_eps=1e-12,
+)
+
+
+def find(held: Held) -> Found | None:
+    """A file of this layout; ``None`` for another's."""
+    typed = held.config is not None and held.config.get("model_type") == "vit_mae"
+    if not has_vit_blocks(held) or not (typed or "../decoder.decoder_embed.weight" in held.weights):
+        return None
+    return hugging_face.find(held, _MAE)

@@ -1,0 +1,51 @@
+"""Hugging Face's ViT, and ViT-MSN, whose names are the same: ViTModel, ViTForImageClassification and others on it."""
+
+from evit_deploy.models.layouts import hugging_face
+from evit_deploy.models.layouts.found import Found, Held
+from evit_deploy.models.layouts.hugging_face import EMBEDDINGS, NEW_ATTENTION, OLD_ATTENTION, SIGN, Family, blocks
+from evit_deploy.models.layouts.table import Same, Table, layers
+
+SIGNS = (SIGN,)
+_NORMS = {"layernorm_before": "norm1", "layernorm_after": "norm2"}
+OLD_BLOCKS = blocks(
+    "encoder.layer.{}", OLD_ATTENTION, _NORMS | {"intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}
+)
+"""Rows of the blocks as files have them."""
+NEW_BLOCKS = blocks("layers.{}", NEW_ATTENTION, _NORMS | {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"})
+"""Rows of the blocks as a model of transformers 5 has them in memory."""
+POSITIONS = Same("embeddings.position_embeddings", "pos_embed")
+_OTHERS = (POSITIONS, *EMBEDDINGS, *layers({"../classifier": "head"}))
+TABLES = (Table((*_OTHERS, *OLD_BLOCKS)), Table((*_OTHERS, *NEW_BLOCKS)))
+POOLER = "the embedding is the class token, last_hidden_state[:, 0], and not the pooler's tanh of a linear layer of it"
+
+_VIT = Family(
+    name="Hugging Face's ViT",
+    types=("vit",),
+    tables=TABLES,
+    families=("vit_{size}_patch{patch}_224",),
+    norm_eps=1e-12,
+    spare=("pooler.", "embeddings.mask_token"),
+)
+_MSN = Family(
+    name="Hugging Face's ViT-MSN",
+    types=("vit_msn",),
+    tables=TABLES,
+    families=("deit_{size}_patch{patch}_224", "vit_{size}_patch{patch}_224"),  # of ImageNet's preprocessing
+    norm_eps=1e-6,
+    spare=("embeddings.mask_token",),
+)
+
+
+def find(held: Held) -> Found | None:
+    """A file of this layout; ``None`` for another's."""
+    if not has_vit_blocks(held):
+        return None
+    of_msn = held.config is not None and held.config.get("model_type") == "vit_msn"
+    notes = [POOLER] if "pooler.dense.weight" in held.weights else []
+    return hugging_face.find(held, _MSN if of_msn else _VIT, notes=notes)
+
+
+def has_vit_blocks(held: Held) -> bool:
+    """Whether a file has the names of ViT's embeddings and blocks, which DeiT and ViT-MAE share."""
+    norms = {"encoder.layer.0.layernorm_before.weight", "layers.0.layernorm_before.weight"}
+    return set(SIGN) <= held.weights.keys() and bool(norms & held.weights.keys())

@@ -30,6 +30,9 @@ TABLES = tuple(
 # What a config leaves out is what transformers takes by default.
 _DEFAULTS: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
 
+# Written into every config, also of models that have no classes.
+_LABELS = ("id2label", "label2id", "num_labels")
+
 
 def find(held: Held) -> Found | None:
     """A file of this layout; ``None`` for another's.
@@ -87,7 +90,8 @@ def _config(held: Held) -> dict[str, Any] | None:
     tower = config.get("vision_config") if config["model_type"] != TYPES[0] else config
     if not isinstance(tower, dict) or "model_type" not in tower:  # written before configs within configs had a type
         tower = {"model_type": TYPES[0], **(tower if isinstance(tower, dict) else {})}
-    return _DEFAULTS | tower
+    said = {name: value for name, value in tower.items() if name not in _LABELS}
+    return _DEFAULTS | said
 
 
 def _check_classifier(held: Held) -> None:

@@ -44,7 +44,7 @@ _PUBLIC = {
     },
     "Verification and profiling": {
         "verification.verify": "verify",
-        "profiling.profile": "profile",
+        "pipeline.profile": "profile",
         "pipeline.compare": "compare",
         "triton.connection": "Server",
         "report.report": "Report Check ProfileRow LatencyRow Summary BlockRow LoadRow "

@@ -31,8 +31,8 @@ from evit_deploy.models.checkpoint import build_model as build_model
 from evit_deploy.models.checkpoint import read_checkpoint as read_checkpoint
 from evit_deploy.pipeline.compare import compare as compare
 from evit_deploy.pipeline.convert import convert as convert
+from evit_deploy.pipeline.profile import profile as profile
 from evit_deploy.pipeline.run import run as run
-from evit_deploy.profiling.profile import profile as profile
 from evit_deploy.recipe.options import BatchProfile as BatchProfile
 from evit_deploy.recipe.options import BuildOptions as BuildOptions
 from evit_deploy.recipe.options import CompareOptions as CompareOptions

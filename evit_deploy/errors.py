@@ -11,6 +11,8 @@
     ├── StageError             4   a stage failed for a reason outside the input (full disk, exporter, runtime)
     └── GateFailed             1   everything ran and a check did not hold
 
+:class:`Interrupted` (130) is no error: a training was asked to stop, and left behind what it goes on from.
+
 A message says what happened, where, what was seen, what was wanted and what to do about it, in that order.
 """
 
@@ -95,6 +97,15 @@ class GateFailed(EvitDeployError):  # noqa: N818 -- a result, not a malfunction
     """Everything ran, and a check did not hold."""
 
     exit_code = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    """A training that was stopped by Ctrl-C or SIGTERM and can go on from a file: a ``KeyboardInterrupt`` with words.
+
+    Its text says how far the training has come, and where its state is.
+    """
+
+    exit_code = 130
 
 
 def did_you_mean(name: object, known: Iterable[str], *, prefix: str = "", choices: int = 1) -> str | None:

@@ -1,6 +1,10 @@
 """What the documentation says is what the program does: every block is run, every link leads somewhere."""
 
+import ast
+import contextlib
+import doctest
 import importlib.util
+import io
 import os
 import re
 import shlex
@@ -106,6 +110,42 @@ def test_python_blocks_run(page: str, package: str | None, run_block):
     assert found
     for block in found:
         run_block(block, page)
+
+
+def cells(page: Path) -> list[tuple[str, str | None]]:
+    """A notebook-style page's blocks of Python, each with what the page says that it shows."""
+    fences = re.findall(r"^```(python|text)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    following = [*fences[1:], ("", "")]
+    return [
+        (code, shown if kind == "text" else None)
+        for (language, code), (kind, shown) in zip(fences, following, strict=True)
+        if language == "python"
+    ]
+
+
+def shown_by(code: str, names: dict[str, object]) -> str:
+    """Runs a cell and gives what a notebook would show below it: what it prints, and the value of its last line."""
+    tree, printed = ast.parse(code), io.StringIO()
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    with contextlib.redirect_stdout(printed):
+        exec(compile(tree, "python.md", "exec"), names)
+        value = eval(compile(ast.Expression(last.value), "python.md", "eval"), names) if last is not None else None
+    return printed.getvalue() + ("" if value is None else f"{value!r}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_walk_through_in_python_shows_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    found, names = cells(ROOT / "docs" / "python.md"), {"__name__": "__main__"}
+    assert len(found) > 12
+    differing = []
+    for code, wanted in found:
+        got = shown_by(code, names)
+        options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        if not doctest.OutputChecker().check_output(wanted or "", got, options):
+            differing.append(f"{code}\nshows\n{got}\ninstead of\n{wanted}")
+    assert differing == []
 
 
 def test_the_documented_method_works(run_block):

@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib
+import os
+import shlex
 import signal
 import sys
 from typing import Any
@@ -74,8 +76,8 @@ def run(args: list[str] | None = None) -> int:
         return 0
     except click.exceptions.Exit as error:
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return _say("interrupted; nothing was left half-written", 130, "Interrupted", as_json)
+    except (click.Abort, KeyboardInterrupt) as error:
+        return _interrupted(error.__cause__ or error, list(arguments), as_json)
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             click.echo(error.ctx.get_usage(), err=True)
@@ -85,6 +87,25 @@ def run(args: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         return _failed(error, "--debug" in arguments, as_json)
+
+
+def _interrupted(error: BaseException, arguments: list[str], as_json: bool) -> int:
+    from evit_deploy.errors import Interrupted
+
+    if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
+        return 130
+    text = "interrupted; nothing was left half-written"
+    if isinstance(error, Interrupted):
+        text = f"interrupted: {error}. {_how_to_go_on(arguments)}"
+    return _say(text, 130, "Interrupted", as_json)
+
+
+def _how_to_go_on(arguments: list[str]) -> str:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by a launcher, whose own line is not known here
+        return "Go on by starting it in the same way with --resume."
+    program = ["python", "-m", "evit_deploy"] if os.path.basename(sys.argv[0]) == "__main__.py" else ["evit-deploy"]
+    rest = [argument for argument in arguments if argument not in ("--force", "--resume")]
+    return f"Go on with: {shlex.join([*program, *rest, '--resume'])}"
 
 
 def _failed(error: Exception, debug: bool, as_json: bool) -> int:

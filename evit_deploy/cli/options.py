@@ -238,6 +238,19 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def data_option(group: str) -> Callable[..., Any]:
+    """``--data`` of the commands that take a bundle.
+
+    Args:
+        group: Heading on the help page.
+    """
+    return click.option(
+        "--data", cls=Option, group=group, type=PATH, metavar="DIR",
+        help="Images to hold the answers against the dense twin's on: top-1 and top-5 where they lie in class folders "
+        "(class/image); of a model without classes cosine and retrieval.",
+    )  # fmt: skip
+
+
 def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--url --model-name --model-version --shared-memory --timeout``."""
     server = functools.partial(click.option, cls=Option, group="Server")
@@ -272,8 +285,13 @@ def server_of(options: dict[str, Any]) -> Any:
 
 
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--set --out --force`` of the commands that take a recipe."""
+    """``--set --out --force --resume`` of the commands that take a recipe."""
     for option in (
+        click.option(
+            "--resume",
+            is_flag=True,
+            help="Go on from where a training of the same recipe was interrupted; begin it if nothing was saved yet.",
+        ),
         click.option("--force", is_flag=True, help="Run every stage again."),
         click.option("--out", type=PATH, metavar="DIR", help="Where everything goes.  [default: runs/<recipe's name>]"),
         click.option(
@@ -282,3 +300,9 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ):
         function = option(function)
     return function
+
+
+def check_resume(force: bool, resume: bool) -> None:
+    """Refuses to begin anew and to go on at once."""
+    if force and resume:
+        raise click.UsageError("--force begins anew and --resume goes on: give one of them")

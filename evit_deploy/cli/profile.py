@@ -7,6 +7,7 @@ import click
 from evit_deploy.cli.options import (
     Command,
     Option,
+    data_option,
     run_options,
     server_of,
     server_options,
@@ -31,6 +32,7 @@ from evit_deploy.cli.types import Positive
     metavar="F",
     help="Fail unless it is this many times as fast as the dense twin.",
 )
+@data_option("Measurement")
 @tokens_options
 @server_options
 @output_options
@@ -42,11 +44,13 @@ def command(target: str, min_speedup: float | None, output: Output, **options: A
 
     \b
     evit-deploy profile deit_s-evit-k0.7
+    evit-deploy profile deit_s-evit-k0.7 --data IMAGENET/val
     evit-deploy profile engine.plan --against dense.plan
     evit-deploy profile deit_s.pth --keep-rate 0.7 --threads 1
     """
     server, tokens, measure = server_of(options), tokens_of(options), struct_of("ProfileOptions", options)
-    from evit_deploy.profiling.profile import profile, speed_gate
+    from evit_deploy.pipeline.profile import profile
+    from evit_deploy.profiling.profile import speed_gate
 
     report = profile(target, measure=measure, server=server, **options, **tokens)
     report += speed_gate(report, min_speedup)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from evit_deploy.cli.options import recipe_options
+from evit_deploy.cli.options import check_resume, recipe_options
 from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import PATH
 
@@ -13,7 +13,9 @@ from evit_deploy.cli.types import PATH
 @click.argument("recipe", type=PATH)
 @recipe_options
 @output_options
-def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: bool, output: Output) -> None:
+def command(
+    recipe: Path, overrides: tuple[str, ...], out: Path | None, force: bool, resume: bool, output: Output
+) -> None:
     """Train, export, verify and profile as RECIPE says; stages that are up to date are skipped.
 
     A sweep (recipes/a100.yaml) and a comparison (recipes/compare.yaml) train nothing.
@@ -21,8 +23,11 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: b
     \b
     evit-deploy run recipes/digits.yaml
     """
+    check_resume(force, resume)
     from evit_deploy.recipe.recipe import is_comparison, is_sweep, load_comparison, load_recipe, load_sweep
 
+    if resume and (is_comparison(recipe) or is_sweep(recipe)):
+        raise click.UsageError("--resume goes on with a training, and this recipe trains nothing: leave it out")
     if is_comparison(recipe):
         from evit_deploy.pipeline.contenders import compare_recipe
 
@@ -39,6 +44,6 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, force: b
     from evit_deploy.pipeline.run import run
 
     folder = out or Path("runs") / loaded.name
-    bundle, report = run(loaded, folder, force=force)
+    bundle, report = run(loaded, folder, force=force, resume=resume)
     first = f"{bundle.manifest.plan}\n"
     output.result(report, f"\n{bundle.path}", first=first, bundle=str(bundle.path), plan=bundle.manifest.plan)

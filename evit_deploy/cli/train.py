@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from evit_deploy.cli.options import recipe_options
+from evit_deploy.cli.options import check_resume, recipe_options
 from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import PATH
 
@@ -13,7 +13,6 @@ from evit_deploy.cli.types import PATH
 @click.command("train", short_help="Fine-tune as a recipe says.")
 @click.argument("recipe", type=PATH)
 @recipe_options
-@click.option("--resume", is_flag=True, help="Go on from where a run of the same recipe was interrupted.")
 @output_options
 def command(
     recipe: Path, overrides: tuple[str, ...], out: Path | None, force: bool, resume: bool, output: Output
@@ -24,8 +23,7 @@ def command(
     evit-deploy train recipes/finetune.yaml --set model.checkpoint=deit_s.pth --set tokens.keep_rate=0.7
     accelerate launch -m evit_deploy train recipes/finetune.yaml --set model.checkpoint=deit_s.pth
     """
-    if force and resume:
-        raise click.UsageError("--force begins anew and --resume goes on: give one of them")
+    check_resume(force, resume)
     from evit_deploy.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)

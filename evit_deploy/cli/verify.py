@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.options import Command, Option, run_options, server_of, server_options
+from evit_deploy.cli.options import Command, Option, data_option, run_options, server_of, server_options
 from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import PATH, Numbers
 
@@ -22,14 +22,7 @@ from evit_deploy.cli.types import PATH, Numbers
     metavar="1,2,8",
     help="Images a call.  [default: 1,2,8; for an engine the ends of its profiles]",
 )
-@click.option(
-    "--data",
-    cls=Option,
-    group="Checks",
-    type=PATH,
-    metavar="DIR",
-    help="Labelled images (class/image) for top-1 and top-5.",
-)
+@data_option("Checks")
 @output_options
 def command(bundle: Path, output: Output, **options: Any) -> None:
     """Prove that BUNDLE answers like PyTorch, on every runtime it can use.

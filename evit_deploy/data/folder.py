@@ -47,12 +47,12 @@ class FolderData:
         self._section, self.preprocess = section, preprocess
         self._train = open_source(self._place("train"))
         self.classes = self._train.classes
-        self._validation = open_source(self._place("validation"), self.classes)
+        self._validation = self._held_out() if section.validation_share else self._opened_validation()
         present = self._validation.present()
         missing = [name for i, name in enumerate(self.classes) if i not in present]
         if missing:
-            named = first_few(missing, 5)
-            _LOG.warning(f"data.validation has no images of {len(missing)} of the {len(self.classes)} classes: {named}")
+            named, key = first_few(missing, 5), "validation_share" if section.validation_share else "validation"
+            _LOG.warning(f"data.{key} has no images of {len(missing)} of the {len(self.classes)} classes: {named}")
         self._maps = self._token_labels()
         if section.cache is not None:
             self._train = cached(self._train, Path(section.cache), section.cache_size, section.workers)
@@ -64,6 +64,7 @@ class FolderData:
             (3, *preprocess.size),
             is_training=True,
             scale=section.crop,
+            hflip=section.flip,
             color_jitter=section.color_jitter,
             auto_augment=section.auto_augment,
             interpolation=preprocess.interpolation,
@@ -74,9 +75,32 @@ class FolderData:
         keep_a_bit(transform if self._maps is None else transform[1])
         if self._maps is not None:
             _, varied, final = transform
-            crop = CropAndFlip(preprocess.size, section.crop, interpolation=preprocess.interpolation)
+            crop = CropAndFlip(preprocess.size, section.crop, flip=section.flip, interpolation=preprocess.interpolation)
             transform = FollowedTransform(crop, varied, final)
         self._transform = ErasedTransform(transform, section.random_erasing)
+
+    def _opened_validation(self) -> Source:
+        return open_source(self._place("validation"), self.classes)
+
+    def _held_out(self) -> Source:
+        """Takes its share out of the training images."""
+        share = self._section.validation_share
+        assert share is not None
+        if not isinstance(self._train, Folder):
+            raise RecipeError(
+                "a share can be held out of class folders only", where="data.validation_share",
+                seen=f"data.train={self._section.train}", wanted="one folder of images a class",
+                fix="Set data.validation to images of their own.",
+            )  # fmt: skip
+        images = len(self._train)
+        self._train, held = self._train.split(share)
+        if not len(held):
+            raise RecipeError(
+                "no class has an image to spare", where="data.validation_share", seen=f"{images} images, one a class",
+                fix="Add images, or set data.validation to images of their own.",
+            )  # fmt: skip
+        _LOG.info(f"data.validation_share: {len(held)} of {images} images are validated on and not trained on")
+        return held
 
     def _token_labels(self) -> TokenLabelMaps | None:
         root = self._section.token_labels
@@ -94,6 +118,8 @@ class FolderData:
         path = getattr(section, key)
         if path is None:
             fix = f"Set it in the recipe, or give --set data.{key}=FOLDER."
+            if key == "validation":
+                fix += " Without a folder of its own, --set data.validation_share=0.2 holds a fifth of data.train out."
             raise RecipeError("no folder of images given", where=f"data.{key}", fix=fix)
         split = getattr(section, f"{key}_split") or (key if path.startswith("hfds/") else None)
         return Place(path, split, section.input_key, section.target_key, section.num_classes)

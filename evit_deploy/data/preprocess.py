@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+CENTER_FLOOR = "center-floor"
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
@@ -20,7 +22,9 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         size: Height and width of the input in pixels.
         crop_pct: Share of the resized image's side that the crop keeps.
-        crop_mode: timm's name for the way of cropping: ``center``, ``squash`` or ``border``.
+        crop_mode: timm's name for the way of cropping: ``center``, ``squash`` or ``border``. And ``center-floor``, as
+            ``center``, but where the margins cannot be equal the smaller one is always left or above: Hugging Face's
+            processors round like that, and torchvision's half of such margins to the other side.
         interpolation: timm's name of the resampling filter.
         mean: One a channel, on images scaled to 0..1.
         std: One a channel.
@@ -66,7 +70,9 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 @functools.lru_cache(maxsize=8)
 def _transform(preprocess: Preprocess) -> "Callable[[Image.Image], torch.Tensor]":
     from timm.data import create_transform
+    from torchvision.transforms import CenterCrop
 
+    floors = preprocess.crop_mode == CENTER_FLOOR
     transform: Any = create_transform(
         (3, *preprocess.size),
         is_training=False,
@@ -74,6 +80,23 @@ def _transform(preprocess: Preprocess) -> "Callable[[Image.Image], torch.Tensor]
         mean=preprocess.mean,
         std=preprocess.std,
         crop_pct=preprocess.crop_pct,
-        crop_mode=preprocess.crop_mode,
+        crop_mode="center" if floors else preprocess.crop_mode,
     )
+    if floors:
+        transform.transforms = [
+            _floor_crop(one) if isinstance(one, CenterCrop) else one for one in transform.transforms
+        ]
     return transform
+
+
+def _floor_crop(crop: Any) -> "Callable[[Image.Image], Image.Image]":
+    """Torchvision's crop, with its margins rounded down."""
+
+    def cropped(image: "Image.Image") -> "Image.Image":
+        height, width = crop.size
+        if image.width < width or image.height < height:  # torchvision's border is as Hugging Face's
+            return crop(image)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
+
+    return cropped

@@ -9,6 +9,7 @@ from evit_deploy.errors import CheckpointError
 from evit_deploy.export.answer import normalize_
 from evit_deploy.files import sha256
 from evit_deploy.models.checkpoint import build_model, read_checkpoint
+from evit_deploy.models.safe_weights import split_part
 from evit_deploy.tokens.reduce import reduce_tokens_
 
 
@@ -25,13 +26,17 @@ def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[t
     manifest, parent = bundle.manifest, bundle.manifest.parents[0]
     if against is None and parent.sha256 is None:
         return None, f"it was made from {parent.source!r}, which would have to be fetched"
-    path = against or bundle.path / parent.source
+    source, part = split_part(bundle.path / parent.source)
+    path = against or source
     if not path.is_file():
         return None, f"its checkpoint {path} is gone; --against says where it is"
     if sha256(path) != parent.sha256:
         return None, f"{path} is not the checkpoint it was made from"
     try:
-        checkpoint = read_checkpoint(path, parent.model)
+        checkpoint = read_checkpoint(f"{path}#{part}" if part else path, parent.model)
+        if checkpoint.model == manifest.model:  # a config may have lain beside it that said more than the tensors do
+            own_size = {key: checkpoint.model_args[key] for key in ("img_size",) if key in checkpoint.model_args}
+            checkpoint.model_args = manifest.model_args | own_size
         size = manifest.preprocess.size[0]
         model = reduce_tokens_(build_model(checkpoint, size), manifest.tokens)
         if manifest.normalized:

@@ -76,7 +76,7 @@ def read_weights(path: Path, part: str = "") -> Weights:
         named = any(name.startswith(part + ".") for name in flat)
         weights = Weights(flat, args=content.get("args")) if named else _unwrap(path, content)
     if part:
-        weights.tensors = _part(path, weights.tensors, part)
+        weights = msgspec.structs.replace(weights, tensors=_part(path, weights.tensors, part), notes=[])
     weights.tensors = without_common(weights.tensors)
     _check_finite(path, weights.tensors)
     return weights

@@ -11,8 +11,8 @@ import numpy as np
 
 from evit_deploy.bundle.bundle import Bundle, changed_files, read_bundle
 from evit_deploy.bundle.manifest import Manifest
-from evit_deploy.data.images import image_batches, image_files, with_channels
-from evit_deploy.data.sources import Folder, labelled_batches
+from evit_deploy.data.images import image_files
+from evit_deploy.data.sources import is_labelled
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError, MissingRequirement, did_you_mean
 from evit_deploy.files import write_atomically
@@ -21,29 +21,15 @@ from evit_deploy.progress import doing, step
 from evit_deploy.recipe.options import CompareOptions
 from evit_deploy.report.comparison import as_csv, as_markdown, rounded
 from evit_deploy.report.report import ComparedRow, Report
-from evit_deploy.report.statistics import difference, hits_of, row_of_hits
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.runtimes.select import opened
-from evit_deploy.tokens.plan import TokenPlan, TokenSpec
-from evit_deploy.verification.accuracy import DATA_BATCH, folder_of, logits_of
+from evit_deploy.verification.accuracy import DATA_BATCH, outputs_of
+from evit_deploy.verification.cost import Answered, row_of_plan, settings_of, with_answers
+from evit_deploy.verification.pictures import Pictures, embeds, pictures_of
 
 _LOG = logging.getLogger(__name__)
 
 CSV, MARKDOWN, JSON = "compare.csv", "compare.md", "compare.json"
-
-
-class Answers(msgspec.Struct, frozen=True):
-    """What was answered to the images.
-
-    Args:
-        runtime: What answered.
-        logits: ``[n, classes]`` of every bundle and dense baseline, by name.
-        labels: int64 ``[n]``, where they are known.
-    """
-
-    runtime: str
-    logits: Mapping[str, np.ndarray]
-    labels: np.ndarray | None
 
 
 def compare(
@@ -96,10 +82,10 @@ def compare_named(bundles: Sequence[tuple[str, Bundle]], options: CompareOptions
     _check_bundles(bundles)
     contenders = named(bundles)
     reference = reference_of({name: str(bundle.path) for name, bundle in bundles}, options.reference)
-    _check_images(contenders, options)
+    told = _check_images(contenders, options)
     parents = Parents()
     runtimes, notes = choose_runtimes(contenders, options.runtimes, options.batch_sizes, parents)
-    report, answers = Report(notes=tuple(notes), versions=versions(), device=device()), None
+    report, answers = Report(notes=(*told, *notes), versions=versions(), device=device()), None
     failed: list[InputError | MissingRequirement] = []
     with tempfile.TemporaryDirectory(prefix="evit-deploy-") as scratch:
         for runtime in runtimes:
@@ -204,24 +190,37 @@ def reference_of(paths: Mapping[str, str], asked: str | None) -> str:
     return found[0]
 
 
-def _check_images(contenders: Sequence[Contender], options: CompareOptions) -> None:
-    """Refuses images that are none, and bundles whose accuracy on the same images does not mean the same."""
+def _check_images(contenders: Sequence[Contender], options: CompareOptions) -> tuple[str, ...]:
+    """Refuses images that are none, and bundles whose answers to the same images do not mean the same.
+
+    Returns:
+        What there is to say of the images.
+    """
+    first = contenders[0]
     if options.images is not None:
         image_files(Path(options.images))
+    for one in contenders if options.images is not None or options.data is not None else ():
+        if embeds(one.bundle.manifest) != embeds(first.bundle.manifest):
+            what = f"one of {first.name} and {one.name} answers with classes, the other with an embedding"
+            fix = "Leave the images out to compare speed alone."
+            raise InputError(what, wanted="bundles of the same task", fix=fix)
     if options.data is None:
-        return
-    first = contenders[0]
+        return ()
     for one in contenders:
         _check_same_task(first, one, own_preprocessing=options.own_preprocessing)
+    if not is_labelled(Path(options.data)):
+        fix = "Give such images with --images, for what needs no labels."
+        raise InputError("these images have no labels", where=options.data, wanted="<class>/<image> files", fix=fix)
     for one in contenders:
-        folder_of(Path(options.data), one.bundle.manifest)
+        pictures_of(Path(options.data), one.bundle.manifest)
+    return _pictures(contenders, options).notes
 
 
 def _check_same_task(first: Contender, other: Contender, *, own_preprocessing: bool) -> None:
     one, two = first.bundle.manifest, other.bundle.manifest
     names = f"{first.name} and {other.name}"
     classes = [manifest.outputs[0].shape[-1] for manifest in (one, two)]
-    if classes[0] != classes[1]:
+    if classes[0] != classes[1] and not embeds(one):
         raise InputError(f"{names} tell other classes apart", where="--data", seen=f"{classes[0]} and {classes[1]}",
                          wanted="bundles of the same task", fix="Leave --data out to compare speed alone.")  # fmt: skip
     if one.labels is not None and two.labels is not None and one.labels != two.labels:
@@ -242,8 +241,9 @@ def _check_same_task(first: Contender, other: Contender, *, own_preprocessing: b
 
 def _answers(
     lane: Lane, runners: Sequence[Runner], contenders: Sequence[Contender], options: CompareOptions
-) -> Answers:
+) -> Answered:
     """Shows the images to every bundle and dense baseline; each is read once for all that prepare it alike."""
+    pictures = _pictures(contenders, options)
     alike: dict[tuple[object, int], list[tuple[str, Runner]]] = {}
     manifests = {one.dense: one.bundle.manifest for one in reversed(contenders)}
     manifests |= {one.name: one.bundle.manifest for one in contenders}
@@ -251,39 +251,36 @@ def _answers(
         if entry.name is not None:
             manifest = manifests[entry.name]
             alike.setdefault((manifest.preprocess, _channels(manifest)), []).append((entry.name, runner))
-    logits: dict[str, list[np.ndarray]] = {}
+    answers: dict[str, list[np.ndarray]] = {}
     labels: np.ndarray | None = None
     for group in alike.values():
         truth: list[np.ndarray] = []
-        for images, known in _batches(manifests[group[0][0]], options):
+        done, total = 0, len(pictures)
+        for images, known in pictures.batches(manifests[group[0][0]], DATA_BATCH):
+            step(_LOG, "answering the images", done, total)
             for name, runner in group:
-                logits.setdefault(name, []).append(logits_of(runner, images))
+                answers.setdefault(name, []).append(outputs_of(runner, images)[manifests[name].answer])
             if known is not None:
                 truth.append(known)
+            done += len(images)
         labels = np.concatenate(truth) if truth else None
-    return Answers(lane.runtime, {name: np.concatenate(parts) for name, parts in logits.items()}, labels)
+    together = {name: np.concatenate(parts) for name, parts in answers.items()}
+    return Answered(lane.runtime, together, labels, embeds(contenders[0].bundle.manifest))
 
 
 def _channels(manifest: Manifest) -> int:
     return int(manifest.inputs[0].shape[1] or 3)
 
 
-def _batches(manifest: Manifest, options: CompareOptions) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    preprocess, channels = manifest.preprocess, _channels(manifest)
-    if options.data is not None:
-        source = Folder(options.data)
-        total, batches = len(source), labelled_batches(source, preprocess, DATA_BATCH)
-    else:
-        folder = Path(options.images or "")
-        total, batches = len(image_files(folder)), image_batches(folder, preprocess, channels, DATA_BATCH)
-    done = 0
-    for images, labels in batches:
-        step(_LOG, "answering the images", done, total)
-        yield with_channels(images, channels) if options.data is not None else images, labels
-        done += len(images)
+def _pictures(contenders: Sequence[Contender], options: CompareOptions) -> Pictures:
+    """The images, labelled as the bundles number their classes; those with names for them number them alike."""
+    if options.data is None:
+        return Pictures(Path(options.images or ""), None)
+    manifests = [one.bundle.manifest for one in contenders]
+    return pictures_of(Path(options.data), next((m for m in manifests if m.labels is not None), manifests[0]))
 
 
-def _compared(contenders: Sequence[Contender], reference: str, answers: Answers | None) -> Iterator[ComparedRow]:
+def _compared(contenders: Sequence[Contender], reference: str, answers: Answered | None) -> Iterator[ComparedRow]:
     """A row for each dense baseline, before the first bundle that is held against it, and for each bundle."""
     known: set[str] = set()
     for one in contenders:
@@ -291,64 +288,8 @@ def _compared(contenders: Sequence[Contender], reference: str, answers: Answers 
         if one.dense not in known:
             known.add(one.dense)
             plan = manifest.plan.dense()
-            row = _row_of_plan(one.dense, "dense", "", manifest.precision, plan)
-            yield rounded(_with_answers(row, None, answers))
-        row = _row_of_plan(one.name, manifest.kind, settings_of(manifest.tokens), manifest.precision, manifest.plan)
+            row = row_of_plan(one.dense, "dense", "", manifest.precision, plan)
+            yield rounded(with_answers(row, None, answers))
+        row = row_of_plan(one.name, manifest.kind, settings_of(manifest.tokens), manifest.precision, manifest.plan)
         row = msgspec.structs.replace(row, dense=one.dense)
-        yield rounded(_with_answers(row, reference, answers))
-
-
-def _row_of_plan(name: str, method: str, settings: str, precision: str, plan: TokenPlan) -> ComparedRow:
-    return ComparedRow(
-        name=name,
-        method=method,
-        settings=settings,
-        precision=precision,
-        gmacs=plan.macs() / 1e9,
-        mac_ratio=plan.mac_ratio(),
-        tokens=plan.blocks[-1].tokens_out,
-    )
-
-
-def settings_of(spec: TokenSpec) -> str:
-    """The settings of a method that are not its defaults.
-
-    >>> settings_of(TokenSpec(keep_rate=0.7, fuse=False))
-    'keep_rate=0.7, fuse=no'
-    """
-    defaults = {field.name: field.default for field in msgspec.structs.fields(TokenSpec)}
-    told = {}
-    for field, value in msgspec.structs.asdict(spec).items():
-        if field not in ("method", "options") and value is not None and value != defaults[field]:
-            told[field] = value
-    return ", ".join(f"{field}={_text(value)}" for field, value in (told | spec.options).items())
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return "/".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _with_answers(row: ComparedRow, reference: str | None, answers: Answers | None) -> ComparedRow:
-    if answers is None or row.name not in answers.logits:
-        return row
-    logits = answers.logits[row.name]
-    row = msgspec.structs.replace(row, images=len(logits), runtime=answers.runtime)
-    baseline = answers.logits.get(row.dense or "")
-    if baseline is not None:
-        row = msgspec.structs.replace(row, agreement=float((logits.argmax(1) == baseline.argmax(1)).mean()))
-    if answers.labels is None:
-        return row
-    hits = hits_of(logits, answers.labels)
-    found = row_of_hits(row.name, hits)
-    row = msgspec.structs.replace(row, top1=found.top1, top1_low=found.low, top1_high=found.high, top5=found.top5)
-    if baseline is not None and row.dense is not None:
-        to_dense = difference(row.dense, hits[:, 0], hits_of(baseline, answers.labels)[:, 0])
-        row = msgspec.structs.replace(row, to_dense=to_dense)
-    if reference not in (None, row.name):
-        to_reference = difference(reference, hits[:, 0], hits_of(answers.logits[reference], answers.labels)[:, 0])
-        row = msgspec.structs.replace(row, to_reference=to_reference)
-    return row
+        yield rounded(with_answers(row, reference, answers))

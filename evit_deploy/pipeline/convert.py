@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,13 +16,13 @@ from evit_deploy.bundle.bundle import Bundle, Staging
 from evit_deploy.bundle.manifest import GOLDEN, REPORT, Manifest, Parent, TensorSpec
 from evit_deploy.data.images import calibration_images, image_files, sample_inputs
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import Folder
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
 from evit_deploy.export.answer import answer_name, answer_size, has_classes, normalize_
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
 from evit_deploy.export.precision import QUANTIZED
 from evit_deploy.models.checkpoint import FILE_SUFFIXES, Checkpoint, build_model, read_checkpoint, resolve_tokens
+from evit_deploy.models.safe_weights import split_part
 from evit_deploy.pipeline.lowering import Lowering, export, lowering, write_targets
 from evit_deploy.profiling.batch_sizes import sizes_within
 from evit_deploy.profiling.candidates import bundle_candidates
@@ -36,7 +36,9 @@ from evit_deploy.targets.target import Exported
 from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.plan import TokenOptions, TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_label, token_plan
+from evit_deploy.verification.cost import MODEL_NAME
 from evit_deploy.verification.golden import Golden, make_golden
+from evit_deploy.verification.pictures import check_images, pictures_of
 from evit_deploy.verification.verify import Trial, prove, verify_precision
 
 _LOG = logging.getLogger(__name__)
@@ -48,7 +50,9 @@ FIRST_BATCHES, PROFILE_ROUNDS = (1, 8), 3
 FIRST_LOOK = ProfileOptions(batch_sizes=FIRST_BATCHES, duration=2.0)
 # Methods with their own recipe for fine-tuning.
 _RECIPES = {"dynamicvit": "recipes/paper/dynamicvit-deit-small-0.7.yaml --set model.name=null"}
-# Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training.
+# Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training. Of no other model.
+_DEIT_S, _DEIT_S_TASK = "deit_small_patch16_224", {"img_size": 224, "num_classes": 1000}
+_DEIT_S_LOCATIONS = (3, 6, 9)
 _UNTRAINED_DEIT_S = {0.9: 79.7, 0.8: 79.2, 0.7: 78.5, 0.6: 76.8, 0.5: 73.8}
 
 
@@ -176,6 +180,8 @@ def convert_checkpoint(
     for note in reduced.notes:
         _LOG.warning(note)
     manifest = _manifest(reduced, job, out)
+    if job.made.options.data is not None:
+        pictures_of(Path(job.made.options.data), manifest)  # what does not fit is refused before the work
     report = Report(notes=tuple(reduced.notes), versions=versions(), device=device())
     with Staging(out, force=job.force) as staging:
         exported, golden = _export(reduced, job, staging.path)
@@ -237,7 +243,7 @@ def _reduce(checkpoint: Checkpoint, spec: TokenSpec, job: Job, notes: Sequence[s
     if job.made.options.normalize:
         normalize_(model)
     checkpoint.weights = {}  # the model has its own copy by now
-    known = [*checkpoint.notes, *notes, *_training_notes(checkpoint, spec)]
+    known = [*checkpoint.notes, *notes, *_training_notes(checkpoint, spec, job.image_size)]
     preprocess = preprocess_of(checkpoint, model)
     return Reduced(checkpoint, model, dense_twin(model), spec, token_plan(model), preprocess, known)
 
@@ -322,11 +328,11 @@ def _reject(staging: Staging, report: Report) -> None:
 
 def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
     """``<stem>-<method>-k<rate>`` beside the checkpoint; in the current directory for a timm name."""
-    path = Path(checkpoint.source)
+    path, part = split_part(checkpoint.source)
     stem = path.name
     while checkpoint.sha256 and Path(stem).suffix in FILE_SUFFIXES:
         stem = Path(stem).stem
-    name = f"{stem}-{token_label(spec)}"
+    name = "-".join(filter(None, (stem, part, token_label(spec))))
     return path.with_name(name) if checkpoint.sha256 else Path(name)
 
 
@@ -346,10 +352,10 @@ def check_folders(options: ConvertOptions) -> list[str]:
         A note where there are few images to learn ranges from.
 
     Raises:
-        InputError: A folder of labelled images or of calibration images is none.
+        InputError: A folder of images or of calibration images is none.
     """
     if options.data is not None:
-        Folder(options.data)
+        check_images(Path(options.data))
     if options.calibration is None:
         return []
     count = len(image_files(Path(options.calibration)))
@@ -358,8 +364,7 @@ def check_folders(options: ConvertOptions) -> list[str]:
     return [f"Few images to learn ranges from ({count}): larger values than theirs will be cut off. Give 128 or more."]
 
 
-def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:
-    rates = set(spec.rates)
+def _training_notes(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | None) -> list[str]:
     if spec.dense:
         return []
     trained = checkpoint.tokens
@@ -369,7 +374,7 @@ def _training_notes(checkpoint: Checkpoint, spec: TokenSpec) -> list[str]:
         if trained.method == spec.method and trained.options != spec.options:
             return [f"These weights were trained with the options {trained.options} and run with {spec.options}."]
         return []
-    cost = _published_cost(checkpoint, rates) if spec.method == "evit" else ""
+    cost = _published_cost(checkpoint, spec, image_size) if spec.method == "evit" else ""
     command = _training_command(checkpoint, spec)
     return [f"These weights were never trained with token reduction. {cost}To fine-tune: {command}"]
 
@@ -392,10 +397,13 @@ def _training_command(checkpoint: Checkpoint, spec: TokenSpec) -> str:
     )
 
 
-def _published_cost(checkpoint: Checkpoint, rates: Collection[float]) -> str:
-    """What it cost others; nothing for a family without a published figure."""
-    if checkpoint.model.startswith("lvvit"):
+def _published_cost(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | None) -> str:
+    """What it cost others; nothing for a model or a way of reducing tokens other than what was measured."""
+    task = _DEIT_S_TASK | checkpoint.model_args | ({} if image_size is None else {"img_size": image_size})
+    measured = spec.locations in (None, _DEIT_S_LOCATIONS) and spec.fuse and not spec.options
+    if checkpoint.model.partition(".")[0] != _DEIT_S or task != _DEIT_S_TASK or not measured:
         return ""
+    rates = set(spec.rates)
     rate = next(iter(rates)) if len(rates) == 1 else None
     if rate in _UNTRAINED_DEIT_S:
         cost = f"For DeiT-S at {rate:g} that costs {79.8 - _UNTRAINED_DEIT_S[rate]:.1f} points of ImageNet top-1"
@@ -413,8 +421,11 @@ def _parent(checkpoint: Checkpoint, out: Path, model: str | None) -> Parent:
 
 
 def _results(report: Report) -> dict[str, Any]:
+    own = [row for row in report.compared if row.name == MODEL_NAME]
     return {
         "passed": report.passed,
         "speedup": {f"{r.runtime}, batch {r.batch}": r.speedup for r in report.rows if r.variant == "model"},
-        "accuracy": {row.name: row.top1 for row in report.accuracy},
+        "accuracy": {row.runtime: row.top1 for row in own if row.top1 is not None},
+        "to_dense": {row.runtime: row.to_dense.value for row in own if row.to_dense is not None},
+        "cosine": {row.runtime: row.cosine_centred for row in own if row.cosine_centred is not None},
     }

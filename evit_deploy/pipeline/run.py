@@ -48,13 +48,14 @@ class Record(msgspec.Struct):
     report: Report = Report()
 
 
-def run(recipe: Recipe, out: str | Path, *, force: bool = False) -> tuple[Bundle, Report]:
+def run(recipe: Recipe, out: str | Path, *, force: bool = False, resume: bool = False) -> tuple[Bundle, Report]:
     """Runs a recipe.
 
     Args:
         recipe: What to do.
         out: Folder for checkpoints and the bundle.
         force: Whether to run stages that are up to date too.
+        resume: Whether to go on from where the training of the same recipe was interrupted.
 
     Returns:
         The bundle in ``<out>/bundle`` and the report of all stages.
@@ -72,7 +73,7 @@ def run(recipe: Recipe, out: str | Path, *, force: bool = False) -> tuple[Bundle
     notes = check_folders(made.options)
     with stages(3):
         stage(_LOG, "training")
-        report = train_stage(recipe, out, force=force)
+        report = train_stage(recipe, out, force=force, resume=resume)
         stage(_LOG, "converting")
         checkpoint = out / EVIT
         bundle = None if force else _fresh_bundle(recipe, out / BUNDLE, checkpoint)
@@ -134,7 +135,8 @@ def train_stage(
         recipe: What to do.
         out: Folder for ``dense.safetensors`` and ``evit.safetensors``.
         force: Whether to train again what is up to date, and to replace checkpoints of unknown origin.
-        resume: Whether to go on from where a run of the same recipe was interrupted.
+        resume: Whether to go on from where a run of the same recipe was interrupted; if it saved nothing, it begins
+            anew.
 
     Returns:
         The comparison table, and the checks that the recipe's ``expect`` section asks for.
@@ -157,7 +159,10 @@ def train_stage(
         _LOG.info(f"up to date: {out / EVIT}")
         assert record is not None
         return _expected(recipe, record.report, out)
-    if not force and not resume:
+    interrupted = any(state_path(out, stage).exists() for stage in ("dense", "finetune"))
+    if resume and not interrupted:
+        _refuse_other_recipe(out, records, {"dense": dense_key, "evit": evit_key})
+    if not force and not (resume and interrupted):
         _refuse_strangers(out, records, (DENSE, EVIT))
     todo = recipe
     begun = resume and state_path(out, "dense").exists()  # the finetune.state beside it is of the whole recipe
@@ -195,18 +200,16 @@ def _published(recipe: Recipe) -> tuple[str, ...]:
 
 def _gained(recipe: Recipe, report: Report) -> list[Check]:
     """Fine-tuning has to gain accuracy, or at least to lose no more than chance takes: OpenGVLab/DiffRate#5."""
-    from evit_deploy.training.compare import finetuned_name, untrained_name
-
-    rows = {row.name: row for row in report.accuracy}
-    after = rows.get(finetuned_name(recipe.tokens))
-    before = rows.get(untrained_name(recipe.tokens))
-    if after is None or before is None:
+    allowed = recipe.expect.finetuned_loss
+    gained = next((row.gained for row in report.accuracy if row.gained is not None), None)
+    if allowed is None or gained is None or gained.high is None or gained.low is None:
         return []
-    # Two standard errors of the difference, as if the images were not the same: too wide rather than too narrow.
-    spread = sum(row.top1 * (1 - row.top1) / row.count for row in (before, after)) ** 0.5
-    limit = before.top1 - 2 * max(spread, 1 / after.count)
-    reason = "fine-tuning lost accuracy: a lower learning_rate, or a shorter run"
-    return [Check("top-1, fine-tuned against not", after.top1, limit, after.top1 >= limit, reason)]
+    reason = (
+        f"{100 * gained.value:+.2f} points, 95 % interval {100 * gained.low:+.2f} to {100 * gained.high:+.2f}. "
+        "Try a lower learning_rate or a shorter run; expect.finetuned_loss says what may be lost."
+    )
+    name = f"top-1, fine-tuned less {gained.other}: upper end of the interval"
+    return [Check(name, gained.high, 0.0 - allowed, gained.high >= -allowed, reason)]
 
 
 def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
@@ -220,7 +223,7 @@ def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
     expect, tokens = recipe.expect, recipe.tokens
     wanted = {DENSE_NAME: expect.dense, finetuned_name(tokens): expect.finetuned}
     checks = [
-        Check(f"top-1, {row.name}", row.top1, limit, row.top1 >= limit, "less accurate than expected")
+        Check(f"top-1, {row.name}", row.top1, limit, row.top1 >= limit, "Less accurate than expected.")
         for row in report.accuracy
         if (limit := wanted.get(row.name)) is not None
     ]
@@ -232,15 +235,14 @@ def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
         elif row.against is not None and row.name == own and expect.untrained_loss is not None:
             checks.append(_gap(f"{row.name} over {row.against.other}", 1, row.against, -expect.untrained_loss))
     report += Report(checks=(*checks, *_gained(recipe, report)))
-    report.raise_if_failed(
-        "{name}", where=out, seen="{value:.4f}", wanted="at least {limit}", fix="The checkpoints were kept."
-    )
+    fix = f"{report.failed[0].reason} The checkpoints were kept." if report.failed else None
+    report.raise_if_failed("{name}", where=out, seen="{value:.4f}", wanted="at least {limit}", fix=fix)
     return report
 
 
 def _gap(name: str, sign: int, found: Difference, limit: float) -> Check:
     value = sign * found.value
-    reason = f"{100 * value:+.2f} points, standard error {100 * found.error:.2f}"
+    reason = f"{100 * value:+.2f} points, standard error {100 * found.error:.2f}."
     return Check(f"top-1, {name}", value, limit, value >= limit, reason)
 
 
@@ -284,6 +286,18 @@ def _refuse_strangers(out: Path, records: dict[str, Record], names: tuple[str, .
                 f"there is a {name} that this recipe did not write", where=out,
                 fix="Give another --out, move it away, or replace it with --force.",
             )  # fmt: skip
+
+
+def _refuse_other_recipe(out: Path, records: dict[str, Record], keys: dict[str, str]) -> None:
+    """Where there is nothing to go on from, ``--resume`` begins this recipe, but takes no other one's folder.
+
+    Dense weights of this recipe may be there: its fine-tuning was killed before it saved anything.
+    """
+    if any(record.key != keys.get(name) for name, record in records.items()):
+        raise InputError(
+            "there is no interrupted run to go on from, and the results here are of another recipe", where=out,
+            fix="Give another --out, or leave --resume out to replace them.",
+        )  # fmt: skip
 
 
 def _fresh_bundle(recipe: Recipe, path: Path, checkpoint: Path) -> Bundle | None:

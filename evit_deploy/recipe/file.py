@@ -24,16 +24,18 @@ def load(path: str | Path, overrides: Sequence[str], kind: type[_Kind]) -> _Kind
 
     Args:
         path: A YAML file, or the name of a recipe that came with the package.
-        overrides: ``section.key=value`` each, applied in order; values are read as YAML.
+        overrides: ``section.key=value`` each, applied in order; values are read as YAML. One of two keys that are
+            alternatives, such as ``steps`` and ``epochs``, takes the place of the file's other one.
         kind: The struct that the file holds.
 
     Raises:
         RecipeError: The file cannot be read, or it or an override asks for something impossible.
     """
     path = _shipped(Path(path))
-    document = _read_yaml(path)
+    document = _read_yaml(path, kind)
+    asked: set[str] = set()
     for override in overrides:
-        _override(document, override)
+        _override(document, override, kind, asked)
     _check_keys(document, kind, "", path)
     _read_none(document, kind)
     try:
@@ -103,7 +105,7 @@ def read_document(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: The file cannot be read.
     """
-    return _read_yaml(_shipped(path))
+    return _read_yaml(_shipped(path), None)
 
 
 class _Loader(yaml.SafeLoader):
@@ -137,7 +139,7 @@ def _near_recipe(path: Path) -> str | None:
     return did_you_mean(path.as_posix().removeprefix("recipes/").removesuffix(".yaml"), names)
 
 
-def _read_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_yaml(path: Path, kind: type[msgspec.Struct] | None, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's mapping, laid over that of the file which it ``extends``, section by section."""
     document = _read_one(path)
     if "extends" not in document:
@@ -148,15 +150,32 @@ def _read_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = path.parent / name
     if base.resolve() in below:
         raise RecipeError("recipes extend each other in a circle", where=path, seen=name)
-    return _laid_over(_read_yaml(base, (*below, path.resolve())), document)
+    return _laid_over(_read_yaml(base, kind, (*below, path.resolve())), document, kind)
 
 
-def _laid_over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _laid_over(base: dict[str, Any], changes: dict[str, Any], kind: type[msgspec.Struct] | None) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _laid_over(merged[key], value) if both else value
+        if value is not None:
+            for other in _alternatives(kind, key):  # both in one file are left to be refused
+                if other not in changes:
+                    merged.pop(other, None)
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            value = _laid_over(merged[key], value, _section(kind, key))
+        merged[key] = value
     return merged
+
+
+def _section(kind: type[msgspec.Struct] | None, key: str) -> type[msgspec.Struct] | None:
+    """The struct that a key of another holds, if it holds one."""
+    kinds = {} if kind is None else {field.name: field.type for field in msgspec.structs.fields(kind)}
+    return struct_in(kinds[key]) if key in kinds else None
+
+
+def _alternatives(kind: type[msgspec.Struct] | None, key: str) -> tuple[str, ...]:
+    """The keys that one stands for instead, as the struct's ``alternatives`` has them."""
+    groups: tuple[tuple[str, ...], ...] = getattr(kind, "alternatives", ())
+    return tuple(other for group in groups if key in group for other in group if other != key)
 
 
 def _read_one(path: Path) -> dict[str, Any]:
@@ -180,7 +199,8 @@ def _read_one(path: Path) -> dict[str, Any]:
     return document
 
 
-def _override(document: dict[str, Any], override: str) -> None:
+def _override(document: dict[str, Any], override: str, kind: type[msgspec.Struct], asked: set[str]) -> None:
+    """Sets what is asked; ``asked`` has the keys of the overrides before, which do not give way to an alternative."""
     key, equals, text = override.partition("=")
     steps = [step.strip() for step in key.split(".")]
     if not equals or not all(steps):
@@ -195,7 +215,15 @@ def _override(document: dict[str, Any], override: str) -> None:
         document = document[step]
         if not isinstance(document, dict):
             raise RecipeError(f"{'.'.join(steps[: i + 1])} has no keys", where="--set", seen=repr(override))
+    struct: type[msgspec.Struct] | None = kind
+    for step in steps[:-1]:
+        struct = _section(struct, step)
     document[steps[-1]] = value
+    for other in _alternatives(struct, steps[-1]) if value is not None else ():
+        if ".".join((*steps[:-1], other)) not in asked:
+            document.pop(other, None)
+    place = ".".join(steps)
+    asked |= {place, *(f"{place}.{inner}" for inner in (value if isinstance(value, dict) else ()))}
 
 
 def _check_keys(document: Mapping[Any, Any], struct: type[msgspec.Struct], place: str, path: Path) -> None:

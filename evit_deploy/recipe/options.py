@@ -89,7 +89,8 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     normalize: bool = False
     """Scale the embedding of a model without classes to length 1, inside the exported files."""
     data: str | None = None
-    """Folder of labelled images (``class/image``) for top-1 and top-5."""
+    """Folder of images to hold the answers against the dense twin's on: top-1 and top-5 where they lie in class folders
+    (``class/image``); of a model without classes cosine and retrieval."""
     min_speedup: Annotated[float, Meta(gt=0)] | None = None
     """Fail unless every measured batch size is at least this many times as fast as the dense twin."""
     target_options: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
@@ -141,9 +142,10 @@ class CompareOptions(ProfileOptions, frozen=True, kw_only=True):
     """Runtime to compare on; several are possible, and the first one answers the images. [default: all that can run
     every bundle here]"""
     data: str | None = None
-    """Folder of labelled images (``class/image``) for top-1, top-5 and agreement with the dense baseline."""
+    """Folder of labelled images (``class/image``) for top-1, top-5 and agreement with the dense baseline; of models
+    without classes for recall@1 and cosine."""
     images: str | None = None
-    """Folder of images without labels, for agreement with the dense baseline alone."""
+    """Folder of images without labels, for agreement with the dense baseline alone, or cosine."""
     reference: str | None = None
     """Bundle that the others' top-1 is held against, by its name or its path. [default: the first]"""
     own_preprocessing: bool = False

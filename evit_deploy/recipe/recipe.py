@@ -44,6 +44,9 @@ class ExpectSection(Section, frozen=True, kw_only=True):
     """Least top-1 of the dense model, as a share."""
     finetuned: Share | None = None
     """Least top-1 of the fine-tuned model, as a share."""
+    finetuned_loss: Share | None = 0.0
+    """Most that the fine-tuned model's top-1 may be below that of the weights it started from, their tokens reduced
+    alike: it fails where the whole 95 % interval of the difference lies below; ``null`` lets it lose."""
     untrained_loss: Share | None = None
     """Most that the dense model's top-1 may be above that of its weights with tokens reduced but not fine-tuned."""
     over: dict[str, Share] = msgspec.field(default_factory=dict)

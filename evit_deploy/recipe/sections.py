@@ -3,7 +3,7 @@
 :mod:`evit_deploy.recipe.recipe` puts them together.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,6 +16,9 @@ Count = Annotated[int, Meta(ge=1)]
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What all sections have in common."""
+
+    # Keys of which a recipe gives one: set over a file, it takes the place of the others there.
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
 
 class ModelSection(Section, frozen=True, kw_only=True):
@@ -50,6 +53,8 @@ class ModelSection(Section, frozen=True, kw_only=True):
 class DataSection(Section, frozen=True, kw_only=True):
     """The labelled images to train and to evaluate on, and how training images are varied."""
 
+    alternatives = (("validation", "validation_share"),)
+
     name: Literal["digits", "digits-in-the-wild", "folder"]
     """``digits``: the 1,797 digits inside scikit-learn. ``digits-in-the-wild``: the same digits on crops of photographs
     inside scikit-learn and scikit-image; nothing to download for either. ``folder``: images of your own."""
@@ -58,6 +63,9 @@ class DataSection(Section, frozen=True, kw_only=True):
     a class, ``wds/FOLDER`` (WebDataset shards on a disk) or ``hfds/NAME`` (Hugging Face dataset, or its folder)."""
     validation: str | None = None
     """Validation images, likewise; classes are named as in ``train`` (``folder`` only)."""
+    validation_share: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    """Instead of ``validation``: share of each class of ``train``, a folder of class folders, that is held out of
+    training and validated on. Names decide which images, so it is the same ones every time."""
     train_split: str | None = None
     """``wds``: shards such as ``train-{0000..0009}.tar``, or a split of ``_info.json``; by default every shard.
     ``hfds``: the split, by default ``train``."""
@@ -111,6 +119,8 @@ class DataSection(Section, frozen=True, kw_only=True):
     """RandAugment or AutoAugment in timm's notation, or ``null`` (``folder`` only)."""
     color_jitter: Share = 0.4
     """Strength of colour jitter; has no effect beside ``auto_augment`` (``folder`` only)."""
+    flip: Share = 0.5
+    """Probability that a training image is mirrored; 0 where left and right differ, as in writing (``folder`` only)."""
     random_erasing: Share = 0.25
     """Probability that a rectangle of a training image is replaced by noise (``folder`` only)."""
     mixup: Annotated[float, Meta(ge=0)] = 0.8
@@ -126,8 +136,13 @@ class DataSection(Section, frozen=True, kw_only=True):
         if self.max_corrupt >= 1 and self.max_corrupt % 1:
             raise RecipeError("max_corrupt is neither a share nor a number", seen=self.max_corrupt,
                               wanted="below 1, or a whole number")  # fmt: skip
-        if self.name != "folder" and (self.train or self.validation or self.token_labels):
+        if self.name != "folder" and (self.train or self.validation or self.validation_share or self.token_labels):
             raise RecipeError("the digits have no folders", where="data", fix="Set data.name=folder to use images.")
+        if self.validation is not None and self.validation_share is not None:
+            raise RecipeError(
+                "it is not clear what to validate on", where="data", seen="validation and validation_share",
+                wanted="one of them",
+            )  # fmt: skip
         if self.token_labels is not None and (self.mixup or self.cutmix):
             raise RecipeError(
                 "mixup and CutMix mix images, and a token label map is of one image", where="data",
@@ -169,6 +184,8 @@ class DynamicViTSection(Section, frozen=True, kw_only=True):
 class TrainSection(Section, frozen=True, kw_only=True):
     """One training run: AdamW, linear warm-up, cosine decay. Exactly one of ``steps`` and ``epochs`` is needed."""
 
+    alternatives = (("steps", "epochs"),)
+
     steps: Count | None = None
     """Length in optimiser steps."""
     epochs: Annotated[float, Meta(gt=0, le=1e6)] | None = None
@@ -186,7 +203,8 @@ class TrainSection(Section, frozen=True, kw_only=True):
     """Images a step that ``learning_rate`` is meant for: it is scaled by the step's images over this number. ``null``:
     used as it is."""
     min_learning_rate: Annotated[float, Meta(ge=0, le=1e3)] = 0.0
-    """Learning rate at the end; never scaled."""
+    """Learning rate at the end, whatever the images of a step. Only where so few scale the highest rate below it is it
+    scaled like that one, with a warning."""
     warmup: Share = 0.0
     """Share of the run over which the learning rate rises from 0."""
     betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.999)
@@ -238,13 +256,12 @@ class TrainSection(Section, frozen=True, kw_only=True):
         if (self.steps is None) == (self.epochs is None):
             seen = "neither" if self.steps is None else "both"
             raise RecipeError("the length of the run is not clear", seen=seen, wanted="either steps or epochs")
-        if self.min_learning_rate > self.effective_learning_rate():
+        if self.lowest_learning_rate() > self.effective_learning_rate():
             raise RecipeError(
-                "min_learning_rate is above the highest learning rate",
-                seen=self.min_learning_rate,
-                wanted=f"at most {self.effective_learning_rate():g}",
-                fix="Lower it, or raise learning_rate or the batch_size that scales it.",
-            )
+                "min_learning_rate is above the highest learning rate", seen=self.min_learning_rate,
+                wanted=f"at most {max(self.learning_rate, self.effective_learning_rate()):g}",
+                fix="Lower it, or raise learning_rate.",
+            )  # fmt: skip
 
     def images_per_step(self, world: int = 1) -> int:
         """Images of one optimiser step, over all processes."""
@@ -254,6 +271,11 @@ class TrainSection(Section, frozen=True, kw_only=True):
         """The highest learning rate after scaling to the images of a step."""
         images = self.images_per_step(world)
         return self.learning_rate * images / (self.learning_rate_batch or images)
+
+    def lowest_learning_rate(self, world: int = 1) -> float:
+        """The learning rate at the end: ``min_learning_rate``, scaled only where that is above the highest rate."""
+        highest = self.effective_learning_rate(world)
+        return self.min_learning_rate * (1.0 if self.min_learning_rate <= highest else highest / self.learning_rate)
 
 
 class TeacherSection(Section, frozen=True, kw_only=True):

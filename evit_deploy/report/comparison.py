@@ -104,6 +104,7 @@ def as_markdown(report: Report, title: str = "Comparison") -> str:
 
 def _answers(rows: Sequence[ComparedRow]) -> tuple[list[str], list[list[str]]]:
     reference = next((row.to_reference.other for row in rows if row.to_reference is not None), "reference")
+    share = "recall@1" if any(row.recall is not None for row in rows) else "top-1"
     columns = {
         "bundle": [row.name for row in rows],
         "method": [row.method for row in rows],
@@ -118,8 +119,14 @@ def _answers(rows: Sequence[ComparedRow]) -> tuple[list[str], list[list[str]]]:
         "top-1": [_cell(row.top1) for row in rows],
         "95 % interval": [_span(row.top1_low, row.top1_high) for row in rows],
         "top-5": [_cell(row.top5) for row in rows],
-        "top-1 less the dense baseline's": [_difference(row, "to_dense") for row in rows],
-        f"top-1 less that of {reference}": [_difference(row, "to_reference") for row in rows],
+        "cosine with it": [_cell(row.cosine) for row in rows],
+        "5 % of the cosines below": [_cell(row.cosine_low) for row in rows],
+        "centred cosine": [_cell(row.cosine_centred) for row in rows],
+        "same nearest image": [_cell(row.neighbours) for row in rows],
+        "recall@1": [_cell(row.recall) for row in rows],
+        "its 95 % interval": [_span(row.recall_low, row.recall_high) for row in rows],
+        f"{share} less the dense baseline's": [_difference(row, "to_dense") for row in rows],
+        f"{share} less that of {reference}": [_difference(row, "to_reference") for row in rows],
     }
     filled = {name: cells for name, cells in columns.items() if any(cells)}
     return list(filled), [list(cells) for cells in zip(*filled.values(), strict=True)]

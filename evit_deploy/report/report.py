@@ -213,29 +213,35 @@ class AccuracyRow(msgspec.Struct, frozen=True):
     Args:
         name: Which model.
         top1: Share of images whose label came first.
-        top5: Share of images whose label was among the first five.
+        top5: Share of images whose label was among the first five; ``None`` where there are fewer than six classes.
         count: Images.
         low: Lower end of top-1's 95 % interval (Wilson).
         high: Upper end.
         gmacs: Multiply-adds for one image, in 10⁹.
         against: The difference to the row that this one is to be held against.
+        gained: Of a fine-tuned model: the difference to the weights it started from, their tokens reduced alike.
     """
 
     name: str
     top1: float
-    top5: float
+    top5: float | None
     count: int
     low: float
     high: float
     gmacs: float | None = None
     against: Difference | None = None
+    gained: Difference | None = None
 
 
 class ComparedRow(msgspec.Struct, frozen=True):
-    """What one bundle of a comparison is and answers; how fast it is stands in the profile rows of the same name.
+    """What a model is and answers, and what that costs beside its dense baseline on the same images.
+
+    How fast it is stands in the profile rows of the same name, on :attr:`runtime`. The fields from :attr:`cosine` to
+    :attr:`recall_high` are of models that answer with an embedding, in place of agreement and top-1.
 
     Args:
-        name: The bundle's, or the dense baseline's; ``variant`` of its :class:`ProfileRow`.
+        name: The bundle's, or the dense baseline's; ``model`` or ``dense`` where one bundle is held against its own
+            twin. ``variant`` of its :class:`ProfileRow`.
         method: How its tokens are reduced; ``dense`` of a baseline.
         settings: The settings of the method, ``keep_rate=0.7, locations=2/5/8``.
         precision: Of its files.
@@ -249,9 +255,17 @@ class ComparedRow(msgspec.Struct, frozen=True):
         top1: Share of images whose label came first.
         top1_low: Lower end of top-1's 95 % interval (Wilson).
         top1_high: Upper end.
-        top5: Share of images whose label was among the first five.
-        to_dense: Difference of top-1 to the dense baseline, on the same images.
-        to_reference: Difference of top-1 to the reference bundle, on the same images.
+        top5: Share of images whose label was among the first five; ``None`` where there are fewer than six classes.
+        to_dense: Difference of top-1, or of recall@1, to the dense baseline, on the same images.
+        to_reference: The same difference to the reference bundle.
+        cosine: Cosine of an image's embedding and the dense baseline's, mean over the images.
+        cosine_low: The cosine that one image in twenty stays below.
+        cosine_centred: Mean cosine after the mean of the dense baseline's embeddings is taken from both: what images
+            have in common makes plain cosines large.
+        neighbours: Share of the images to which the nearest other image is the same as for the dense baseline.
+        recall: Recall@1: share of the images whose nearest other image is of their class.
+        recall_low: Lower end of recall's 95 % interval (Wilson).
+        recall_high: Upper end.
     """
 
     name: str
@@ -271,6 +285,20 @@ class ComparedRow(msgspec.Struct, frozen=True):
     top5: float | None = None
     to_dense: Difference | None = None
     to_reference: Difference | None = None
+    cosine: float | None = None
+    cosine_low: float | None = None
+    cosine_centred: float | None = None
+    neighbours: float | None = None
+    recall: float | None = None
+    recall_low: float | None = None
+    recall_high: float | None = None
+
+    @property
+    def share(self) -> tuple[float | None, float | None, float | None] | None:
+        """Top-1, or recall@1 of embeddings, and the ends of its interval; ``None`` without labels."""
+        if self.top1 is not None:
+            return self.top1, self.top1_low, self.top1_high
+        return None if self.recall is None else (self.recall, self.recall_low, self.recall_high)
 
 
 class AgreementRow(msgspec.Struct, frozen=True):
@@ -280,18 +308,20 @@ class AgreementRow(msgspec.Struct, frozen=True):
         first: One of them.
         second: The other.
         images: How many.
-        top1: Share of the images with the same top-1.
+        top1: Share of the images with the same top-1; ``None`` where the answer is an embedding.
         kept: By block, kept patches in common over kept patches of either (Jaccard, original patch numbers), mean over
             the images; empty where one of them does not tell.
-        logits: Largest difference of a logit.
+        logits: Largest difference of a number of the answer, a logit or one of an embedding.
+        cosine: Lowest cosine of the two embeddings of an image; ``None`` where the answer is logits.
     """
 
     first: str
     second: str
     images: int
-    top1: float
+    top1: float | None
     kept: dict[str, float]
     logits: float
+    cosine: float | None = None
 
 
 class GpuSummary(msgspec.Struct, frozen=True):
@@ -335,13 +365,13 @@ class Report(msgspec.Struct, frozen=True):
 
     Args:
         checks: What had to hold.
-        compared: Bundles side by side: what they are, and how right their answers are.
+        compared: Models beside their dense baselines: what they are, and how right their answers are.
         rows: What was measured; each row says by which clock.
         latencies: Engines: where the time of a call goes.
         blocks: Engines: time by transformer block.
         load: Servers: many clients at a time.
         gpu: What the GPU's clocks did meanwhile, by batch size.
-        accuracy: What was right.
+        accuracy: What was right while training.
         agreement: Which runtimes agree.
         notes: Sentences for the reader.
         versions: Packages.
@@ -370,7 +400,7 @@ class Report(msgspec.Struct, frozen=True):
     def verdict(self) -> str:
         """Whether every check held, in a few words."""
         if not self.checks:
-            return "nothing to check"
+            return "no checks"
         if self.failed:
             return f"FAILED: {len(self.failed)} of {len(self.checks)} checks"
         return f"passed: {len(self.checks)} check{'s' * (len(self.checks) > 1)}"
@@ -384,7 +414,8 @@ class Report(msgspec.Struct, frozen=True):
         from evit_deploy.report.html import Page
 
         page = Page()
-        page.line(self.verdict, strong=True)
+        if self.checks:
+            page.line(self.verdict, strong=True)
         # By its name: tables are made of reports, and modules form no cycle.
         importlib.import_module("evit_deploy.report.tables").render(self, page)
         return str(page)

@@ -72,16 +72,27 @@ def accuracy_row(
 
 
 def hits_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether the label came first, and whether it was among the first five: bool ``[B, 2]``."""
+    """Whether the label came first, and whether it was among the first five.
+
+    Args:
+        logits: ``[B, classes]``.
+        labels: int64 ``[B]``.
+
+    Returns:
+        bool ``[B, 2]``; ``[B, 1]`` where there are no more than five classes, among which every label would be.
+    """
     hits = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]
+    if logits.shape[1] <= 5:
+        return hits[:, :1]
     return np.stack([hits[:, 0], hits.any(axis=1)], axis=1)
 
 
 def row_of_hits(name: str, hits: np.ndarray, gmacs: float | None = None) -> AccuracyRow:
     """The row of a model from what :func:`hits_of` said of all images."""
-    right1, right5 = (int(count) for count in hits.sum(axis=0))
+    right1, *right5 = (int(count) for count in hits.sum(axis=0))
     low, high = wilson(right1, len(hits))
-    return AccuracyRow(name, right1 / len(hits), right5 / len(hits), len(hits), low, high, gmacs)
+    top5 = right5[0] / len(hits) if right5 else None
+    return AccuracyRow(name, right1 / len(hits), top5, len(hits), low, high, gmacs)
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float]:

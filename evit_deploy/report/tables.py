@@ -34,43 +34,60 @@ def render(report: Report, console: Any) -> None:
         )
         for check in report.failed:
             _print(console, f"FAILED {check.name}: {check.reason}")
-    if report.compared:
-        _compared(console, report.compared)
+    for runtime in dict.fromkeys(row.runtime for row in report.compared):
+        rows = [row for row in report.compared if row.runtime == runtime]
+        _compared(console, rows, [row for row in report.rows if row.runtime == runtime])
     if report.accuracy:
         _table(
             console,
-            ("accuracy", "top-1 %", "95 % interval", "top-5 %", "images", "GMACs", "difference", "to"),
+            (
+                "accuracy",
+                "top-1 %",
+                "95 % interval",
+                "top-5 %",
+                "images",
+                "GMACs",
+                "difference",
+                "to",
+                "by fine-tuning",
+            ),
             [
                 (
                     row.name,
                     f"{100 * row.top1:.2f}",
                     f"{100 * row.low:.1f} - {100 * row.high:.1f}",
-                    f"{100 * row.top5:.2f}",
+                    _percent(row.top5),
                     str(row.count),
                     "" if row.gmacs is None else f"{row.gmacs:.4g}",
                     "" if row.against is None else f"{100 * row.against.value:+.2f} ± {100 * row.against.error:.2f}",
                     "" if row.against is None else row.against.other,
+                    _points(row.gained),
                 )
                 for row in report.accuracy
             ],
             dispensable=("top-5 %", "95 % interval", "GMACs", "to"),
-            unsaid=() if any(row.against for row in report.accuracy) else ("difference", "to"),
+            unsaid=_empty(
+                {"top-5 %": "top5", "difference": "against", "to": "against", "by fine-tuning": "gained"},
+                report.accuracy,
+            ),
         )
     if report.agreement:
         _table(
             console,
-            ("agreement of", "with", "images", "top-1 %", "kept patches %", "largest logit difference"),
+            ("agreement of", "with", "images", "top-1 %", "lowest cosine", "kept patches %", "largest difference"),
             [
                 (
                     row.first,
                     row.second,
                     str(row.images),
-                    f"{100 * row.top1:.2f}",
+                    _percent(row.top1),
+                    _shown(row.cosine, ".6f"),
                     " / ".join(f"{100 * share:.1f}" for share in row.kept.values()) or "not told",
                     f"{row.logits:.2e}",
                 )
                 for row in report.agreement
             ],
+            unsaid=_empty({"top-1 %": "top1", "lowest cosine": "cosine"}, report.agreement),
         )
     if report.rows:
         _print(console, _clocks(report.rows))
@@ -125,22 +142,25 @@ def text_table(
     return text.getvalue().rstrip("\n")
 
 
-def _compared(console: Any, rows: Sequence[ComparedRow]) -> None:
+def _compared(console: Any, rows: Sequence[ComparedRow], speeds: Sequence[ProfileRow]) -> None:
+    """Prints what models are and answer, and how fast the runtime that answered runs them.
+
+    Args:
+        console: A ``rich.console.Console``.
+        rows: What was answered on one runtime, or without one what there is.
+        speeds: What was measured on that runtime.
+    """
     answered = next((row for row in rows if row.images is not None), None)
-    reference = next((row.to_reference.other for row in rows if row.to_reference is not None), "")
     if answered is not None:
-        said = f"{answered.images} images, answered by {answered.runtime}"
-        if answered.top1 is not None:
-            said += f"; differences of top-1 in points, with their 95 % intervals; the reference is {reference}"
-        _print(console, f"{said}:")
-    header = ("bundle", "method", "settings", "precision", "GMACs", "MAC ratio", "tokens", "agreement\n%", "top-1 %",
-              "95 % interval", "top-5 %", "to dense", "to the\nreference")  # fmt: skip
-    unsaid = {"agreement\n%": "agreement", "top-1 %": "top1", "95 % interval": "top1", "top-5 %": "top5",
-              "to dense": "to_dense", "to the\nreference": "to_reference"}  # fmt: skip
+        _print(console, _what_was_answered(rows, answered))
+    measured = _speeds(rows, speeds)
+    alone = {row.name for row in rows} <= {"model", "dense"}
+    header = ("variant" if alone else "bundle", *_COMPARED, *measured)
+    unsaid = _empty({title: field for title, field in _COMPARED.items() if field}, rows)
     _table(
         console,
         header,
-        [_compared_cells(row) for row in rows],
+        [(*_compared_cells(row), *(cells.get(row.name, "") for cells in measured.values())) for row in rows],
         dispensable=(
             "95 % interval",
             "top-5 %",
@@ -148,23 +168,51 @@ def _compared(console: Any, rows: Sequence[ComparedRow]) -> None:
             "precision",
             "tokens",
             "method",
-            "GMACs",
+            "settings" if alone else "GMACs",
+            "5 % below",
             "to the\nreference",
-            "settings",
+            "GMACs" if alone else "settings",
+            "cosine",
+            *measured,
         ),
-        unsaid=[title for title, field in unsaid.items() if all(getattr(row, field) is None for row in rows)],
+        unsaid=unsaid,
     )
 
 
+_COMPARED = {
+    "method": "", "settings": "", "precision": "", "GMACs": "", "MAC ratio": "", "tokens": "",
+    "agreement\n%": "agreement", "cosine": "cosine", "5 % below": "cosine_low", "centred\ncosine": "cosine_centred",
+    "same\nneighbour %": "neighbours", "top-1 %": "top1", "recall@1 %": "recall", "95 % interval": "share",
+    "top-5 %": "top5", "to dense": "to_dense", "to the\nreference": "to_reference",
+}  # fmt: skip
+"""Columns of a comparison, each with the field without which it is left out."""
+
+
+def _what_was_answered(rows: Sequence[ComparedRow], answered: ComparedRow) -> str:
+    said = f"{answered.images} images, answered by {answered.runtime}"
+    reference = next((row.to_reference.other for row in rows if row.to_reference is not None), None)
+    share = "top-1" if answered.top1 is not None else "recall@1"
+    if any(row.to_dense is not None or row.to_reference is not None for row in rows):
+        said += f"; differences of {share} in points, with their 95 % intervals"
+    if reference is not None:
+        said += f"; the reference is {reference}"
+    return f"{said}:"
+
+
+def _speeds(rows: Sequence[ComparedRow], speeds: Sequence[ProfileRow]) -> dict[str, dict[str, str]]:
+    """Columns of latency at the smallest batch size and of images a second at the largest: title -> name -> cell."""
+    names = {row.name for row in rows}
+    own = [speed for speed in speeds if speed.variant in names]
+    if not own:
+        return {}
+    small, large = min(row.batch for row in own), max(row.batch for row in own)
+    return {
+        f"ms\nbatch {small}": {row.variant: f"{row.p50:.2f}" for row in own if row.batch == small},
+        f"images/s\nbatch {large}": {row.variant: f"{row.images_per_second:.1f}" for row in own if row.batch == large},
+    }
+
+
 def _compared_cells(row: ComparedRow) -> tuple[str, ...]:
-    def percent(share: float | None, digits: int = 2) -> str:
-        return "" if share is None else f"{100 * share:.{digits}f}"
-
-    def points(found: Difference | None) -> str:
-        if found is None or found.low is None or found.high is None:
-            return ""
-        return f"{100 * found.value:+.2f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
-
     return (
         row.name,
         row.method,
@@ -173,13 +221,33 @@ def _compared_cells(row: ComparedRow) -> tuple[str, ...]:
         f"{row.gmacs:.4g}",
         f"{row.mac_ratio:.2f}x",
         str(row.tokens),
-        percent(row.agreement),
-        percent(row.top1),
-        "" if row.top1 is None else f"{percent(row.top1_low, 1)} - {percent(row.top1_high, 1)}",
-        percent(row.top5),
-        points(row.to_dense),
-        points(row.to_reference),
+        _percent(row.agreement),
+        _shown(row.cosine, ".4f"),
+        _shown(row.cosine_low, ".4f"),
+        _shown(row.cosine_centred, ".4f"),
+        _percent(row.neighbours),
+        _percent(row.top1),
+        _percent(row.recall),
+        "" if row.share is None else " - ".join(_percent(end, 1) for end in row.share[1:]),
+        _percent(row.top5),
+        _points(row.to_dense),
+        _points(row.to_reference),
     )
+
+
+def _percent(share: float | None, digits: int = 2) -> str:
+    return "" if share is None else f"{100 * share:.{digits}f}"
+
+
+def _points(found: Difference | None) -> str:
+    if found is None or found.low is None or found.high is None:
+        return ""
+    return f"{100 * found.value:+.2f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+
+
+def _empty(columns: dict[str, str], rows: Sequence[Any]) -> list[str]:
+    """Columns whose field is ``None`` in every row."""
+    return [title for title, field in columns.items() if all(getattr(row, field) is None for row in rows)]
 
 
 _CLOCKS = {

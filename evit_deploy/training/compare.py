@@ -77,8 +77,9 @@ def compare(
     """The comparison table: dense, the dense weights with tokens reduced in several ways, the fine-tuned model.
 
     Every row has its paired difference to another: a baseline to the recipe's own method at the same rate on the same
-    weights, all others to the dense model. Only what was evaluated on the same images is comparable, and a gain by
-    fine-tuning is the reduction's merit only beside a dense model that was trained as much longer.
+    weights, all others to the dense model; the fine-tuned model's has one to what it started from as well. Only what
+    was evaluated on the same images is comparable, and a gain by fine-tuning is the reduction's merit only beside a
+    dense model that was trained as much longer.
 
     Args:
         dense: The dense model; left dense. ``None`` where the reduced one started from nothing.
@@ -111,6 +112,10 @@ def compare(
             add(name, dense, other)
         reduce_tokens_(dense, TokenSpec(keep_rate=1.0))
     add(finetuned_name(spec), evit, DENSE_NAME if dense is not None else None)
+    start = untrained_name(spec)
+    if start in right:
+        gained = difference(start, right[rows[-1].name], right[start])
+        rows[-1] = msgspec.structs.replace(rows[-1], gained=gained)
     return rows
 
 

@@ -13,11 +13,18 @@ from evit_deploy.files import write_atomically
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.training.step import StepResult
 
-COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "tokens", "images_per_second", "loader_wait", "gpu_memory")
+COLUMNS = (
+    "step", "epoch", "loss", "validation_top1", "learning_rate", "gradient_norm", "tokens", "images_per_second",
+    "loader_wait", "gpu_memory",
+)  # fmt: skip
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 class TrainingLog:
-    """Writes one row for every ``every`` steps: means of the steps in between.
+    """Writes a row for every ``every`` steps, for every evaluation and for the last step.
+
+    A row has means of the steps since the row before it; ``validation_top1``, a share, is empty where nothing was
+    evaluated.
 
     Args:
         folder: Where ``<stage>.csv`` and ``tensorboard/<stage>`` go.
@@ -27,15 +34,23 @@ class TrainingLog:
 
     def __init__(self, folder: Path, stage: str, every: int = 10) -> None:
         self.path, self.every = folder / f"{stage}.csv", every
-        self._board_path = folder / "tensorboard" / stage
+        self._board_path, self._stage = folder / "tensorboard" / stage, stage
         self._rows: list[dict[str, str]] = []
         self._steps: list[StepResult] = []
+        self._latest: dict[str, Any] = {}  # what the row of the last step takes from that step alone
+        self._losses: Sequence[float] = ()
+        self._per_epoch = 1
         self._board: Any = None
 
-    def begin(self, step: int) -> None:
-        """Goes on after a number of steps; later rows of an earlier attempt are dropped."""
+    def begin(self, step: int, per_epoch: int = 1) -> None:
+        """Goes on after a number of steps; later rows of an earlier attempt are dropped.
+
+        Args:
+            step: The number.
+            per_epoch: Steps of an epoch.
+        """
         self._rows = [row for row in _read(self.path) if int(row["step"]) <= step]
-        self._steps = []
+        self._steps, self._per_epoch = [], per_epoch
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -51,17 +66,25 @@ class TrainingLog:
             plan: Its token counts; the row has those at the end.
         """
         self._steps.append(done)
-        if len(losses) % self.every:
+        self._losses, self._latest = losses, {"learning_rate": rate, "tokens": plan.blocks[-1].tokens_out}
+        if len(losses) % self.every == 0:
+            self.row()
+
+    def row(self) -> None:
+        """Ends a row at the last step, where none has ended there."""
+        if not self._steps:
             return
-        latest = losses[-self.every :]
-        self._rows = [row for row in self._rows if int(row["step"]) < len(losses)]  # the run may have gone back
-        seconds = sum(one.seconds for one in self._steps)
+        step, seconds = len(self._losses), sum(one.seconds for one in self._steps)
+        self._rows = [row for row in self._rows if int(row["step"]) < step]  # the run may have gone back
+        latest = self._losses[int(self._rows[-1]["step"]) if self._rows else 0 :]
         row = {
-            "step": len(losses),
+            "step": step,
+            "epoch": step / self._per_epoch,
             "loss": sum(latest) / len(latest),
-            "learning_rate": rate,
+            "validation_top1": "",
+            "learning_rate": self._latest["learning_rate"],
             "gradient_norm": sum(one.norm for one in self._steps) / len(self._steps),
-            "tokens": plan.blocks[-1].tokens_out,
+            "tokens": self._latest["tokens"],
             "images_per_second": sum(one.images for one in self._steps) / seconds,
             "loader_wait": sum(one.waited for one in self._steps) / seconds,
             "gpu_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
@@ -72,8 +95,28 @@ class TrainingLog:
         )
         if self._board is not None:
             for key, value in row.items():
-                if key != "step":
-                    self._board.add_scalar(key, value, len(losses))
+                if key not in ("step", "validation_top1"):
+                    self._board.add_scalar(key, value, step)
+
+    def evaluated(self, top1: float) -> None:
+        """Notes a share of right answers to the validation images in the row of the last step."""
+        self.row()
+        if not self._rows:
+            return
+        self._rows[-1]["validation_top1"] = f"{top1:.6g}"
+        if self._board is not None:
+            self._board.add_scalar("validation_top1", top1, int(self._rows[-1]["step"]))
+
+    def curve(self) -> str | None:
+        """The evaluations so far as one line of text; ``None`` where there are fewer than two."""
+        points = [(float(row["epoch"]), float(row["validation_top1"])) for row in self._rows if row["validation_top1"]]
+        if len(points) < 2:
+            return None
+        (first, start), (last, end) = points[0], points[-1]
+        at, best = max(points, key=lambda point: point[1])
+        text = f"{self._stage}: validation top-1 {start:.2%} {sparkline([top1 for _, top1 in points])} {end:.2%}"
+        text += f", epochs {first:.3g} to {last:.3g}"
+        return text if best == end else f"{text}; highest at epoch {at:.3g}: {best:.2%}"
 
     def write(self) -> None:
         """Puts what there is on disk.
@@ -93,6 +136,19 @@ class TrainingLog:
         """Ends TensorBoard's file; the CSV file is whole after every :meth:`write`."""
         if self._board is not None:
             self._board.close()
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """Values as bars of one line, the lowest and the highest one at its bounds.
+
+    Args:
+        values: At least one; of more than ``width`` as many, evenly spaced, the first and the last among them.
+        width: The most bars.
+    """
+    if len(values) > width:
+        values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
+    low, span = min(values), max(values) - min(values)
+    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1)) if span else 3] for value in values)
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -21,15 +21,15 @@ from evit_deploy import progress
 from evit_deploy.data.digits.curriculum import Curriculum
 from evit_deploy.data.sampling import worker_deaths_told
 from evit_deploy.data.training_data import TrainingData, curriculum_of
-from evit_deploy.errors import InputError, StageError
+from evit_deploy.errors import InputError, Interrupted, StageError
 from evit_deploy.models.checkpoint import save_checkpoint
 from evit_deploy.models.levit import EvoLeViT
 from evit_deploy.recipe.recipe import Recipe
 from evit_deploy.recipe.sections import TrainSection
-from evit_deploy.report.report import Report
+from evit_deploy.report.report import AccuracyRow, Report
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_, token_plan
-from evit_deploy.training.compare import compare, evaluate
+from evit_deploy.training.compare import DENSE_NAME, compare, evaluate, finetuned_name
 from evit_deploy.training.log import TrainingLog
 from evit_deploy.training.schedules import backbone_rate_scale, is_layer_wise, keep_rate_progress, learning_rate
 from evit_deploy.training.setup import open_teacher, own_teacher, setup
@@ -101,7 +101,8 @@ def train(
     Args:
         recipe: What to do.
         out: Folder for the checkpoints; made if it is missing. An interrupted run leaves ``<stage>.state`` there.
-        resume: Whether to go on from where a run of the same recipe was interrupted.
+        resume: Whether to go on from where a run of the same recipe was interrupted; if it saved nothing, it begins
+            anew.
         device: PyTorch device; ``auto`` takes a GPU if there is one.
         dense_saved: Called once ``dense.safetensors`` is there, before the fine-tuning begins.
 
@@ -110,13 +111,31 @@ def train(
             interrupted run lies in ``out`` and ``resume`` was not given.
         StageError: The loss is no longer finite, a batch does not fit into memory, a process that reads images died, or
             a file cannot be written.
+        Interrupted: Ctrl-C or SIGTERM; what ``resume`` goes on from was written.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise InputError("this is a file", where=out, wanted="a folder for the checkpoints")
     processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    with _first_process_logs(processes), progress.stages(3 if recipe.dense is not None else 2):
-        return _train(recipe, out, processes, resume, device, dense_saved)
+    files = {stage: StateFile(state_path(out, stage), recipe, stage) for stage in ("dense", "finetune")}
+    stages = progress.stages(3 if recipe.dense is not None else 2)
+    with _first_process_logs(processes), stages, _told_where(files), _logged(out, recipe) as logs:
+        _check_interrupted(files, resume)
+        return _train(recipe, out, files, logs, device, dense_saved)
+
+
+@contextmanager
+def _told_where(files: dict[str, StateFile]) -> Iterator[None]:
+    """Whatever is being done when a run is interrupted: what was saved of it is named."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        saved = [file.path for file in files.values() if file.path.exists()]
+        if not saved:
+            raise
+        raise Interrupted(f"what was saved last is {saved[-1]}") from None
 
 
 @contextmanager
@@ -135,13 +154,12 @@ def _first_process_logs(processes: PartialState) -> Iterator[None]:
 def _train(
     recipe: Recipe,
     out: Path,
-    processes: PartialState,
-    resume: bool,
+    files: dict[str, StateFile],
+    logs: dict[str, TrainingLog],
     device: str,
     dense_saved: Callable[[Path], None] | None,
 ) -> TrainResult:
-    files = {stage: StateFile(state_path(out, stage), recipe, stage) for stage in ("dense", "finetune")}
-    _check_interrupted(files, resume)
+    processes = PartialState()
     where = processes.device if device == "auto" else torch.device(device)
     _seed(recipe.seed)
     model, checkpoint, data = setup(recipe)
@@ -154,11 +172,10 @@ def _train(
     if recipe.dense is not None:
         progress.stage(_LOG, "training the dense model")
         start = time.process_time()
-        with _logged(out, "dense") as log:
-            fit(
-                model, data, recipe.dense, seed=recipe.seed, stage=Stage("dense", files["dense"], log),
-                curriculum=curriculum_of(data), **common,
-            )  # fmt: skip
+        fit(
+            model, data, recipe.dense, seed=recipe.seed, stage=Stage("dense", files["dense"], logs.get("dense")),
+            curriculum=curriculum_of(data), **common,
+        )  # fmt: skip
         cpu_seconds["dense"] = time.process_time() - start
     if processes.is_main_process:
         evit.unlink(missing_ok=True)  # an earlier run's must not stand beside this run's dense weights
@@ -175,12 +192,11 @@ def _train(
     reduce_tokens_(model, recipe.tokens)
     teacher = teacher or own_teacher(recipe, model, dense_model, data.preprocess)
     _seed(recipe.seed + 1)
-    with _logged(out, "finetune") as log:
-        fit(
-            model, data, recipe.finetune, seed=recipe.seed + 1, stage=Stage("finetune", files["finetune"], log),
-            teacher=teacher,
-            curriculum=None if recipe.starts_from_weights else curriculum_of(data), **common,
-        )  # fmt: skip
+    fit(
+        model, data, recipe.finetune, seed=recipe.seed + 1,
+        stage=Stage("finetune", files["finetune"], logs.get("finetune")), teacher=teacher,
+        curriculum=None if recipe.starts_from_weights else curriculum_of(data), **common,
+    )  # fmt: skip
     cpu_seconds["finetune"] = time.process_time() - start
     if processes.is_main_process:
         save_checkpoint(evit, model, msgspec.structs.replace(checkpoint, tokens=recipe.tokens))
@@ -189,6 +205,7 @@ def _train(
     start = time.process_time()
     rows = compare(dense_model, model, data, recipe.compare, recipe.data.evaluation_batch_size)
     cpu_seconds["compare"] = time.process_time() - start
+    _note_results(logs, {"dense": DENSE_NAME, "finetune": finetuned_name(recipe.tokens)}, rows)
     if processes.is_main_process:
         for file in files.values():
             file.remove()
@@ -196,13 +213,25 @@ def _train(
     return TrainResult(evit, dense if dense_model is not None else None, token_plan(model), report, cpu_seconds)
 
 
+def _note_results(logs: dict[str, TrainingLog], names: dict[str, str], rows: list[AccuracyRow]) -> None:
+    """Writes what the comparison found beside the last step of each stage, and says how each has come there."""
+    top1 = {row.name: row.top1 for row in rows}
+    for stage, log in logs.items():
+        log.evaluated(top1[names[stage]])
+        try:
+            log.write()
+        except StageError as error:
+            _LOG.warning(f"the last row of the log could not be saved: {error}")
+        curve = log.curve()
+        if curve is not None:
+            _LOG.info(curve)
+
+
 def _check_interrupted(files: dict[str, StateFile], resume: bool) -> None:
     found = [file.path for file in files.values() if file.path.exists()]
     if resume and not found:
-        raise InputError(
-            "there is no interrupted run to go on from", where=next(iter(files.values())).path.parent,
-            wanted="dense.state or finetune.state", fix="Leave --resume out.",
-        )  # fmt: skip
+        out = next(iter(files.values())).path.parent
+        _LOG.info(f"{out}: nothing was saved yet that could be gone on from; the run begins anew")
     if resume:
         for file in files.values():
             file.read()  # one of another recipe is told before the work
@@ -213,15 +242,15 @@ def _check_interrupted(files: dict[str, StateFile], resume: bool) -> None:
 
 
 @contextmanager
-def _logged(out: Path, stage: str) -> Iterator[TrainingLog | None]:
-    if not PartialState().is_main_process:
-        yield None
-        return
-    log = TrainingLog(out, stage)
+def _logged(out: Path, recipe: Recipe) -> Iterator[dict[str, TrainingLog]]:
+    """The logs of the stages, in the first process alone."""
+    stages = [stage for stage in ("dense", "finetune") if getattr(recipe, stage) is not None]
+    logs = {stage: TrainingLog(out, stage) for stage in stages if PartialState().is_main_process}
     try:
-        yield log
+        yield logs
     finally:
-        log.close()
+        for log in logs.values():
+            log.close()
 
 
 def fit(
@@ -254,7 +283,7 @@ def fit(
         InputError: The state is of another run.
         StageError: The loss or a gradient is no longer finite, also after going back to the last good state; or a batch
             does not fit into memory.
-        KeyboardInterrupt: The run was stopped; its state was written.
+        KeyboardInterrupt: The run was stopped; an :class:`~evit_deploy.errors.Interrupted` where its state was written.
     """
     name, state, log = stage.name, stage.state, stage.log
     world, rank = PartialState().num_processes, PartialState().process_index
@@ -263,6 +292,8 @@ def fit(
     _LOG.info(f"{name}: {steps} steps ({steps / per_epoch:.3g} epochs), {_rate_text(section, world)}")
     if section.processes not in (None, world):
         _LOG.warning(_processes_text(section, world))
+    if section.lowest_learning_rate(world) != section.min_learning_rate:
+        _LOG.warning(_lowest_text(section, world, name))
     run = TrainingRun(model, section, teacher)
     found = state.read() if state is not None else None
     if found is not None:
@@ -272,7 +303,7 @@ def fit(
         complete = run.step >= steps
         _LOG.info(f"{name}: was complete" if complete else f"{name}: goes on at step {run.step + 1} of {steps}")
     if log is not None:
-        log.begin(run.step)
+        log.begin(run.step, per_epoch)
     batches = data.training(
         section.batch_size * world, seed, rank=rank, world=world, start_step=run.drawn, curriculum=curriculum,
         device=run.device,
@@ -306,14 +337,18 @@ def fit(
                 if evaluates:
                     row = evaluate(model, data, evaluation_batch_size)
                     _LOG.info(
-                        f"{name}: after {run.step / per_epoch:.3g} epochs top-1 is {row.top1:.2%}, "
-                        f"{plan.blocks[-1].tokens_out} tokens at the end"
+                        f"{name}: after {run.step / per_epoch:.3g} epochs validation top-1 is {row.top1:.2%}, loss "
+                        f"{run.losses[-1]:.3g}, {plan.blocks[-1].tokens_out} tokens at the end"
                     )
+                    if log is not None:
+                        log.evaluated(row.top1)
                 if stopped or saves:
                     results.good = run.state()
-                    _write(state, log, results.good, curriculum)
-                if stopped:
-                    raise KeyboardInterrupt
+                    saved = _write(state, log, results.good, curriculum)
+                    if stopped:
+                        raise _stopped(f"{name} stopped after step {run.step} of {steps}", state, saved)
+        if log is not None:
+            log.row()
         _write(state, log, run.state(), curriculum)
         run.finish()
         if curriculum is not None and curriculum.level < 1:
@@ -443,16 +478,25 @@ def _write(
     log: TrainingLog | None,
     content: dict[str, Any],
     curriculum: Curriculum | None,
-) -> None:
-    """A full disk does not end a run: the last state that was written is still there."""
+) -> bool:
+    """Whether it was saved. A full disk does not end a run: the last state that was written is still there."""
     if state is None or not PartialState().is_main_process:
-        return
+        return False
     try:
         if log is not None:  # before the state: rows that it does not know of are dropped, missing ones would stay so
             log.write()
         state.write(content | {"curriculum": curriculum.state_dict() if curriculum is not None else None})
     except StageError as error:
         _LOG.warning(f"the state could not be saved; training goes on without: {error}")
+        return False
+    return True
+
+
+def _stopped(text: str, state: StateFile | None, saved: bool) -> KeyboardInterrupt:
+    """What ends a run that was asked to stop, in every process."""
+    if state is None or not state.path.exists():
+        return KeyboardInterrupt()
+    return Interrupted(f"{text}, {'saved as' if saved else 'and what was saved last is'} {state.path}")
 
 
 def _falls_due(every: float | None, step: int, per_epoch: int) -> bool:
@@ -479,6 +523,14 @@ def _rate_text(section: TrainSection, world: int) -> str:
     if section.learning_rate_batch is None:
         return text
     return f"{text} = {section.learning_rate:g} × {images} / {section.learning_rate_batch}"
+
+
+def _lowest_text(section: TrainSection, world: int, name: str) -> str:
+    highest, lowest = section.effective_learning_rate(world), section.lowest_learning_rate(world)
+    return (
+        f"{name}: min_learning_rate {section.min_learning_rate:g} is above the highest rate of a step of "
+        f"{section.images_per_step(world)} images, {highest:.4g}; it is scaled like that one, to {lowest:.4g}"
+    )
 
 
 def _processes_text(section: TrainSection, world: int) -> str:

@@ -14,7 +14,7 @@ def learning_rate(section: TrainSection, step: int, steps: int, world: int = 1) 
         steps: Length of the run.
         world: Processes that share the work.
     """
-    highest, lowest = section.effective_learning_rate(world), section.min_learning_rate
+    highest, lowest = section.effective_learning_rate(world), section.lowest_learning_rate(world)
     warmup = round(section.warmup * steps)
     if step < warmup:
         return highest * (step + 1) / warmup

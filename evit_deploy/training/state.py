@@ -9,6 +9,7 @@ import io
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,8 @@ _FREE = {
     "dense": ("save_every", "threads"),
     "finetune": ("save_every", "threads"),
 }
+TOGETHER = 2.0
+"""Seconds in which several signals are one request: a launcher hands on to its processes what they got themselves."""
 _DENSE = ("seed", "model", "data", "dense")
 _STAGES = {"dense": _DENSE, "finetune": (*_DENSE, "tokens", "finetune", "teacher")}
 
@@ -146,7 +149,10 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Lets SIGINT and SIGTERM wait for the end of a step, so that a whole state can be written; a second one does not.
+    """Lets SIGINT and SIGTERM wait for the end of a step, so that a whole state can be written; a later one does not.
+
+    What comes within :data:`TOGETHER` seconds of the first belongs to it: Ctrl-C reaches the processes of ``torchrun``
+    from the terminal, and as SIGTERM from ``torchrun``.
 
     Only the main thread gets signals; elsewhere nothing changes.
     """
@@ -155,8 +161,13 @@ def interruptible() -> Iterator[Interruption]:
         yield found
         return
 
+    first = 0.0
+
     def note(number: int, frame: FrameType | None) -> None:
-        if found.asked:
+        nonlocal first
+        if not found.asked:
+            first = time.monotonic()
+        elif time.monotonic() - first >= TOGETHER:
             raise KeyboardInterrupt
         found.asked = True
 

@@ -6,12 +6,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.export.answer import answer_in
 from evit_deploy.export.card import kept_name
 from evit_deploy.report.report import AgreementRow
 from evit_deploy.tokens.choices import original_patches
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.verification.golden import Golden
+from evit_deploy.verification.pictures import embeds
+from evit_deploy.verification.retrieval import cosines
 from evit_deploy.verification.tolerances import distance
 
 
@@ -171,14 +174,25 @@ def answer_error(golden: Golden, which: np.ndarray, answers: np.ndarray) -> floa
     return distance(answers, golden.reference[which]) if len(which) else float("nan")
 
 
-def agreement_row(first: str, one: Answers, second: str, other: Answers, merging: Collection[int] = ()) -> AgreementRow:
-    """Compares what two runtimes said to the same images; ``merging`` has the blocks that merge tokens."""
+def agreement_row(first: str, one: Answers, second: str, other: Answers, manifest: Manifest) -> AgreementRow:
+    """Compares what two runtimes said to the same images.
+
+    Args:
+        first: Name of the one.
+        one: What it said.
+        second: Name of the other.
+        other: What that said.
+        manifest: Of the bundle that both run.
+    """
+    merging, embedding = manifest.plan.merging, embeds(manifest)
     kept = {str(b): overlap(one.kept[b], other.kept[b], b in merging) for b in one.kept if b in other.kept}
+    same = one.logits.argmax(axis=1) == other.logits.argmax(axis=1)
     return AgreementRow(
         first=first,
         second=second,
         images=len(one.logits),
-        top1=float((one.logits.argmax(axis=1) == other.logits.argmax(axis=1)).mean()),
+        top1=None if embedding else float(same.mean()),
         kept=kept,
         logits=float(np.abs(one.logits - other.logits).max()),
+        cosine=float(cosines(one.logits, other.logits).min()) if embedding else None,
     )

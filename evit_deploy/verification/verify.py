@@ -28,10 +28,12 @@ from evit_deploy.runtimes.select import artifact_of, check_server, opened, subje
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.triton.connection import Server
 from evit_deploy.triton.find import find_model
-from evit_deploy.verification.accuracy import accuracy, folder_of, infer_all
+from evit_deploy.verification.accuracy import infer_all
 from evit_deploy.verification.agreement import Answers, agreement, agreement_row, named_patches, same_choice
+from evit_deploy.verification.cost import Pair, dense_of, side_by_side
 from evit_deploy.verification.ensemble import verify_ensemble
 from evit_deploy.verification.golden import Golden, load_golden
+from evit_deploy.verification.pictures import pictures_of
 from evit_deploy.verification.tolerances import NOISE_LIMIT
 
 _LOG = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class Trial(msgspec.Struct, frozen=True):
     Args:
         batch_sizes: Batches to try; by default those of :func:`default_batches`.
         threads: CPU threads, ``None`` for each runtime's own choice.
-        data: Folder of labelled images for top-1 and top-5.
+        data: Folder of images to hold the model against its dense twin on.
     """
 
     batch_sizes: Sequence[int] | None = None
@@ -77,7 +79,9 @@ def verify(
         batch_sizes: Batches to try; by default 1, 2 and 8, or the ends and the optimum of every profile of a plan.
         threads: CPU threads, ``None`` for each runtime's own choice.
         against: Checkpoint that the bundle was made from, where it is no longer in its place.
-        data: Folder of labelled images (class/image) for top-1 and top-5, and for comparing runtimes on.
+        data: Folder of images to hold the model against its dense twin on, and runtimes against one another: top-1,
+            top-5 and agreement, of a model without classes cosine and retrieval. Without class folders (class/image)
+            only what needs no labels.
         plugin: Library that the engine needs; by default the one in the user's cache whose hash the manifest has.
         server: A running Triton server; its model is verified like any other runtime, and with the name of an ensemble
             that takes files, so is what that makes of them.
@@ -100,7 +104,7 @@ def verify(
     if changed:  # what follows would be about other files than the manifest's
         return Report(checks=(check,), versions=versions(), device=device())
     if data is not None:
-        folder_of(data, bundle.manifest)  # a wrong folder is told before the work, not after it
+        pictures_of(data, bundle.manifest)  # a wrong folder is told before the work, not after it
     golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
     report = Report(checks=(check,), versions=versions(), device=device()) + verify_precision(
         golden, bundle.manifest.answer
@@ -189,10 +193,10 @@ def prove(
         MissingRequirement: A runtime is not there, or its processor lacks the precision.
     """
     manifest, report, threads = bundle.manifest, Report(), trial.threads
-    folder = folder_of(trial.data, manifest) if trial.data is not None else None
+    pictures = pictures_of(trial.data, manifest) if trial.data is not None else None
     if model is not None and torch.cuda.is_available():
         model = copy.deepcopy(model).to("cuda")
-    answers = {} if folder else {"pytorch fp32": Answers(golden.logits, golden.kept)}
+    answers = {} if pictures is not None else {"pytorch fp32": Answers(golden.logits, golden.kept)}
     for name in in_stages(runtimes):
         runtime = RUNTIMES.get(name)
         artifact = subject_of(bundle, runtime, model, server)
@@ -213,13 +217,13 @@ def prove(
         dense = artifact_of(bundle, runtime, dense=True)
         if dense is not None:
             report += verify_dense(name, dense, golden, threads)
-        if folder is not None:
-            doing(_LOG, f"accuracy on {name}")
-            found, answers[name] = accuracy(name, artifact, manifest, folder, threads)
+        if pictures is not None:
+            doing(_LOG, f"answering the images on {name}")
+            pair = Pair(name, artifact, dense_of(artifact, dense))
+            found, answers[name] = side_by_side(pair, manifest, pictures, threads)
             report += found
-    merging = manifest.plan.merging
-    rows = (agreement_row(one, answers[one], other, answers[other], merging) for one, other in combinations(answers, 2))
-    return report + Report(agreement=tuple(rows))
+    pairs = combinations(answers.items(), 2)
+    return report + Report(agreement=tuple(agreement_row(*one, *other, manifest) for one, other in pairs))
 
 
 def verify_precision(golden: Golden, answer: str = LOGITS) -> Report:

@@ -71,29 +71,32 @@ struct Axis {               // how one side of an image becomes one side of the 
 // Half goes to the even neighbour, as in Python.
 std::int64_t Round(double value) { return static_cast<std::int64_t>(std::nearbyint(value)); }
 
-Axis Centre(double resized, int size) {
+Axis Centre(double resized, int size, bool floor) {
   const double border = resized - size;
-  return {resized, border >= 0 ? Round(border / 2) : -(static_cast<std::int64_t>(-border) / 2)};
+  if (border < 0) return {resized, -(static_cast<std::int64_t>(-border) / 2)};
+  return {resized, floor ? static_cast<std::int64_t>(border / 2) : Round(border / 2)};
 }
 
 // timm's evaluation transform: how large the image becomes, and which part of it the input shows.
 std::pair<Axis, Axis> Geometry(const Image& image, const Preprocess& to, const std::string& where) {
   const double high = image.height, wide = image.width;
   const double scaled_high = std::floor(to.height / to.crop_pct), scaled_wide = std::floor(to.width / to.crop_pct);
+  const bool floor = to.crop_mode == "center-floor", center = floor || to.crop_mode == "center";
   double height = scaled_high, width = scaled_wide;  // "squash"
-  if (to.crop_mode == "border" || (to.crop_mode == "center" && scaled_high != scaled_wide)) {
+  if (to.crop_mode == "border" || (center && scaled_high != scaled_wide)) {
     const double down = high / scaled_high, across = wide / scaled_wide;
     const double ratio = to.crop_mode == "border" ? std::max(down, across) : std::min(down, across);
     height = std::nearbyint(high / ratio);
     width = std::nearbyint(wide / ratio);
-  } else if (to.crop_mode == "center") {  // the longer side is rounded down
+  } else if (center) {  // the longer side is rounded down
     (wide <= high ? height : width) = std::floor(scaled_high * std::max(high, wide) / std::min(high, wide));
   } else if (to.crop_mode != "squash") {
     throw Error(Exit::kInput, "manifest.json",
-                "this program has no such crop_mode (got '" + to.crop_mode + "', expected center, squash or border)");
+                "this program has no such crop_mode (got '" + to.crop_mode +
+                    "', expected center, center-floor, squash or border)");
   }
   if (height < 1 || width < 1) throw Error(Exit::kInput, where, "the image is too narrow to be resized");
-  return {Centre(height, to.height), Centre(width, to.width)};
+  return {Centre(height, to.height, floor), Centre(width, to.width, floor)};
 }
 
 double Bilinear(double x) { return std::max(0.0, 1 - std::abs(x)); }

@@ -82,7 +82,7 @@ def test_convert(made):
     places = [next(i for i, line in enumerate(lines) if f"] {stage}" in line) for stage in stages]
     assert places == sorted(places)
     assert not any(stage in result.out for stage in stages)
-    assert "never trained with token reduction. For DeiT-S at 0.6 that costs 3.0 points" in result.err
+    assert "never trained with token reduction. To fine-tune: evit-deploy train" in result.err
     bundle = read_bundle(path)
     assert bundle.manifest.tokens.keep_rate == 0.6
     assert bundle.manifest.model_args == SMALLEST[1]

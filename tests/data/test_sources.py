@@ -14,7 +14,7 @@ from PIL import Image
 
 from evit_deploy.data import folder as folder_data
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import Place, _expanded, open_source
+from evit_deploy.data.sources import Folder, Place, _expanded, open_source
 from evit_deploy.data.training_data import open_data
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement, RecipeError
@@ -326,3 +326,117 @@ def test_values_that_cannot_be_are_refused_by_the_recipe():
     with pytest.raises(RecipeError, match="no folders"):
         DataSection(name="digits-in-the-wild", train="x")
     assert folder_data.Unreadable("x", 1000, 0.01)._allowed == 10
+
+
+def test_the_folder_above_train_and_val_is_no_training_data(tmp_path):
+    for split in ("train", "val"):
+        make_folder(tmp_path / "data" / split)
+    good = {"train": str(tmp_path / "data" / "train"), "validation": str(tmp_path / "data" / "val")}
+    assert open_data(DataSection(name="folder", **good), SMALL).classes == CLASSES
+    for key in good:
+        with pytest.raises(InputError, match=r"parts of a data set.*got val, train.*data/val or .*data/train\.$"):
+            open_data(DataSection(name="folder", **(good | {key: str(tmp_path / "data")})), SMALL)
+
+
+def names_of(source):
+    return {source.name(i) for i in range(len(source))}
+
+
+def class_folder(root, counts):
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            (root / name / f"{number}.png").write_bytes(png(shade(label, number)))
+    return root
+
+
+def test_a_share_of_every_class_is_held_out_always_the_same(tmp_path):
+    counts = {"cat": 10, "dog": 25, "eel": 3, "fox": 1}
+    source = Folder(class_folder(tmp_path / "a", counts))
+    rest, held = source.split(0.2)
+    assert rest.classes == held.classes == source.classes
+    assert not names_of(rest) & names_of(held)
+    assert names_of(rest) | names_of(held) == names_of(source)
+    labels = [held.load(i)[1] for i in range(len(held))]
+    assert [labels.count(label) for label in range(4)] == [2, 5, 1, 0]  # of three images one, of a single one none
+    moved = shutil.copytree(tmp_path / "a", tmp_path / "b")
+    there = {name.replace(str(tmp_path / "a"), str(moved)) for name in names_of(held)}
+    assert names_of(Folder(moved).split(0.2)[1]) == there
+    numbers = sorted(int(name.rpartition("/")[2].removesuffix(".png")) for name in names_of(held) if "/dog/" in name)
+    assert numbers not in ([0, 1, 2, 3, 4], [20, 21, 22, 23, 24])  # neither the first nor the last
+    for share, count in ((0.01, 1), (0.99, 24)):
+        assert sum("/dog/" in name for name in names_of(source.split(share)[1])) == count
+
+
+def test_an_added_image_moves_one_other_at_most(tmp_path):
+    root = class_folder(tmp_path, {"cat": 40, "dog": 40})
+    before = names_of(Folder(root).split(0.25)[1])
+    for number in range(40, 44):
+        (root / "cat" / f"{number}.png").write_bytes(png(0))
+    after = names_of(Folder(root).split(0.25)[1])
+    old = {name for name in after if int(name.rpartition("/")[2].removesuffix(".png")) < 40}
+    assert len(before - after) <= 4
+    assert len(old - before) <= 1
+    assert {name for name in before if "/dog/" in name} <= after
+
+
+def test_what_is_held_out_is_validated_on_and_not_trained_on(tmp_path):
+    root, told = class_folder(tmp_path, {"cat": 8, "dog": 8}), notices()
+    section = DataSection(
+        name="folder", train=str(root), validation_share=0.25, workers=0, mixup=0, cutmix=0, auto_augment=None,
+        color_jitter=0, random_erasing=0,
+    )  # fmt: skip
+    data = open_data(section, SMALL)
+    assert told == ["data.validation_share: 4 of 16 images are validated on and not trained on"]
+
+    def shades(batches):
+        return [
+            round(value) for images, _ in batches for value in ((images[:, 0, 8, 8] * 0.229 + 0.485) * 255).tolist()
+        ]
+
+    trained = shades(itertools.islice(data.training(6, 0), 4))  # two passes
+    validated = shades(data.validation(3))
+    assert sorted(validated + trained[:12]) == sorted(shade(*pair) for pair in itertools.product(range(2), range(8)))
+    assert sorted(trained[:12]) == sorted(trained[12:])
+    assert data.steps_per_epoch(6) == 2
+    assert set(shades([(torch.from_numpy(data.calibration(99)), None)])) == set(trained)
+
+
+def test_a_share_that_leaves_a_class_out_is_told(tmp_path):
+    told = notices()
+    section = DataSection(name="folder", train=str(class_folder(tmp_path, {"cat": 4, "dog": 1})), validation_share=0.5)
+    open_data(section, SMALL)
+    assert told[1:] == ["data.validation_share has no images of 1 of the 2 classes: dog"]
+
+
+def test_what_no_share_can_be_held_out_of_is_refused(tmp_path):
+    for make, word in ((make_tar, "class folders only"), (make_shards, "class folders only")):
+        section = DataSection(name="folder", train=make(tmp_path / make.__name__), validation_share=0.5, num_classes=3)
+        with pytest.raises(RecipeError, match=rf"data\.validation_share.*{word}.*Set data\.validation"):
+            open_data(section, SMALL)
+    single = class_folder(tmp_path / "single", {"cat": 1, "dog": 1})
+    with pytest.raises(RecipeError, match=r"no class has an image to spare \(got 2 images, one a class\)"):
+        open_data(DataSection(name="folder", train=str(single), validation_share=0.5), SMALL)
+
+
+def test_without_images_to_validate_on_a_share_is_proposed(tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"data\.validation: no folder.*--set data\.validation_share=0\.2 holds a fifth"
+    ):
+        open_data(DataSection(name="folder", train=make_folder(tmp_path / "a")), SMALL)
+
+
+@pytest.mark.parametrize(("flip", "sides"), [(0.0, {False}), (1.0, {True}), (0.5, {False, True})])
+def test_images_are_mirrored_as_often_as_asked(flip, sides, tmp_path):
+    picture = Image.new("RGB", (16, 16))
+    picture.paste((255, 255, 255), (0, 0, 8, 16))  # white on the left
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            picture.save(tmp_path / name / f"{number}.png")
+    section = DataSection(
+        name="folder", train=str(tmp_path), validation=str(tmp_path), workers=0, mixup=0, cutmix=0, auto_augment=None,
+        color_jitter=0, random_erasing=0, crop=(1.0, 1.0), flip=flip,
+    )  # fmt: skip
+    images, _ = next(open_data(section, SMALL).training(12, 0))
+    assert set((images[:, 0, :, 2].mean(1) < images[:, 0, :, 13].mean(1)).tolist()) == sides

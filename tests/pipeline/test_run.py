@@ -141,6 +141,33 @@ def test_dense_weights_are_known_when_the_fine_tuning_broke_off(tmp_path: Path):
     assert (again / "evit.safetensors").exists()
 
 
+def test_a_run_that_was_killed_before_it_saved_anything_begins_with_resume(tmp_path: Path):
+    told = notices()
+    train_stage(digits(), tmp_path / "run", resume=True)
+    assert trained(told) == {"dense", "finetune"}
+    assert any("nothing was saved yet" in text for text in told)
+
+    told = notices()
+    train_stage(digits(), tmp_path / "run", resume=True)  # and what is done is not begun again
+    assert trained(told) == set()
+
+
+def test_resume_takes_no_other_recipes_folder(tmp_path: Path):
+    train_stage(digits(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for other in (digits("tokens.keep_rate=0.5"), digits("seed=1")):
+        with pytest.raises(InputError, match=r"no interrupted run to go on from, and the results here are of another"):
+            train_stage(other, tmp_path, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "evit.safetensors").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"evit\.safetensors that this recipe did not write"):
+        train_stage(digits(), strange, resume=True)
+    assert (strange / "evit.safetensors").read_bytes() == b"mine"
+
+
 def test_a_damaged_checkpoint_is_not_up_to_date(tmp_path: Path):
     train_stage(digits(), tmp_path)
     right = (tmp_path / "evit.safetensors").read_bytes()

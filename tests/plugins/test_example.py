@@ -145,6 +145,7 @@ def test_an_embedding_that_an_earlier_version_called_logits(program, broken, ima
 PREPROCESSES = [
     Preprocess((96, 96)),
     Preprocess((96, 96), 1.0, "center", "bilinear"),
+    Preprocess((96, 96), 0.9, "center-floor"),
     Preprocess((64, 112), 0.9),
     Preprocess((112, 64), 0.9, "center", "bilinear"),
     Preprocess((96, 80), 0.95, "squash"),

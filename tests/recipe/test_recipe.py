@@ -92,7 +92,6 @@ def test_later_override_wins_and_begins_an_absent_section():
         ("convert.batches=[[1, 2, 0]]", ["convert.batches[0][2]", "got 0", ">= 1"]),
         ("model.args=3", ["model.args", "got 3", "timm.create_model"]),
         ("tokens=3", ["tokens", "got 3", "How tokens are reduced"]),
-        ("finetune.epochs=3", ["length of the run", "both"]),
         ("finetune.steps=null", ["length of the run", "neither"]),
         ("finetune.min_learning_rate=1", ["min_learning_rate", "0.0003"]),
         ("data.name=mnist", ["mnist", "data.name", "'folder': images of your own"]),
@@ -113,6 +112,58 @@ def test_bad_override_is_refused_with_reason(override, words):
     for word in words:
         assert word in str(error.value)
     assert error.value.exit_code == 2
+
+
+def test_one_of_two_alternatives_takes_the_place_of_the_other():
+    finetune = load_recipe(DIGITS, ["finetune.epochs=3"]).finetune
+    assert (finetune.steps, finetune.epochs) == (None, 3)
+    finetune = load_recipe("finetune", ["finetune.steps=24"]).finetune
+    assert (finetune.steps, finetune.epochs) == (24, None)
+    data = load_recipe("small", ["data.train=a", "data.validation=b"]).data
+    assert (data.validation, data.validation_share) == ("b", None)
+
+
+def test_null_is_no_alternative():
+    with pytest.raises(RecipeError, match="neither"):
+        load_recipe(DIGITS, ["finetune.epochs=null", "finetune.steps=null"])
+    assert load_recipe(DIGITS, ["finetune.epochs=null"]).finetune.steps == 200
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["finetune.steps=24", "finetune.epochs=3"], ["finetune={steps: 24, learning_rate: 1e-3}", "finetune.epochs=3"],
+     ["finetune={steps: 24, epochs: 3, learning_rate: 1e-3}"]],
+)  # fmt: skip
+def test_both_alternatives_on_the_command_line_are_refused(overrides):
+    with pytest.raises(RecipeError, match=r"length of the run is not clear \(got both"):
+        load_recipe(DIGITS, overrides)
+
+
+def test_a_recipe_that_extends_another_replaces_its_alternative(tmp_path):
+    (tmp_path / "base.yaml").write_text(DIGITS.read_text())
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: base.yaml\nfinetune: {epochs: 2}\n")
+    recipe = load_recipe(own)
+    assert (recipe.finetune.steps, recipe.finetune.epochs, recipe.finetune.clip) == (None, 2, 1)
+    assert recipe.dense is not None
+    assert recipe.dense.steps == 1000
+    own.write_text("extends: base.yaml\nfinetune: {epochs: 2, steps: 24}\n")
+    with pytest.raises(RecipeError, match="both"):
+        load_recipe(own)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("data.validation_share=0", ["data.validation_share", "> 0"]),
+     ("data.validation_share=1", ["data.validation_share", "< 1"]),
+     ("data={name: folder, train: a, validation: b, validation_share: 0.2}", ["not clear what to validate on"]),
+     ("data={name: digits, validation_share: 0.2}", ["digits have no folders"])],
+)  # fmt: skip
+def test_shares_to_validate_on_that_cannot_be(override, words):
+    with pytest.raises(RecipeError) as error:
+        load_recipe("small", [override])
+    for word in words:
+        assert word in str(error.value)
 
 
 def test_mixup_needs_an_even_batch():
@@ -156,6 +207,21 @@ def test_learning_rate_is_scaled_only_where_asked():
     plain = TrainSection(steps=1, learning_rate=2e-5, batch_size=256)
     assert plain.effective_learning_rate() == 2e-5
     assert msgspec.structs.replace(plain, learning_rate_batch=512).effective_learning_rate() == 1e-5
+
+
+@pytest.mark.parametrize("name", ["finetune", "paper/deit-small-0.7", "small"])
+def test_small_batches_are_legal(name):
+    finetune = load_recipe(name, ["finetune.batch_size=8"]).finetune
+    assert 0 < finetune.lowest_learning_rate() < finetune.effective_learning_rate()
+
+
+def test_the_lowest_rate_is_scaled_only_where_it_is_above_the_highest():
+    run = load_recipe("finetune").finetune
+    assert run.lowest_learning_rate() == run.lowest_learning_rate(8) == 2e-6  # the paper's, at 1e-5 and at 8e-5
+    few = msgspec.structs.replace(run, batch_size=8)
+    assert few.effective_learning_rate() == 2e-5 * 8 / 512
+    assert few.lowest_learning_rate() == pytest.approx(2e-6 * 8 / 512, rel=1e-12)
+    assert few.lowest_learning_rate(32) == 2e-6  # 32 processes make the step large enough
 
 
 def test_schema_documents_every_field():

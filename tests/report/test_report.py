@@ -78,6 +78,13 @@ def test_accuracy_counts_the_first_and_the_first_five():
     assert (row.low, row.high) == wilson(2, 4)
 
 
+@pytest.mark.parametrize(("classes", "told"), [(2, False), (5, False), (6, True)])
+def test_of_few_classes_there_is_no_top_5(classes, told):
+    logits, labels = np.random.default_rng(0).random((12, classes)), np.arange(12) % classes
+    row = accuracy_row("x", [(logits, labels)])
+    assert (row.top1, row.top5 is not None) == ((logits.argmax(1) == labels).mean(), told)
+
+
 @pytest.mark.parametrize("count", [1, 5, 9, 360, 50000])
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.983, 1])
 def test_wilson_interval(count, share):

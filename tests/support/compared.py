@@ -35,6 +35,17 @@ def fewer(checkpoint_file: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def embedding() -> Bundle:
+    """A model with registers and without classes. Read only."""
+
+    def make(path: Path) -> None:
+        write_checkpoint(path, "registers, no classes")
+
+    checkpoint = made_once("embedding/registers.safetensors", make)
+    return bundle_of(checkpoint, "embedding", TokenSpec(keep_rate=0.6))
+
+
+@pytest.fixture(scope="session")
 def half(checkpoint_file: Path) -> Bundle:
     """What ``converted`` is, in FP16. Read only."""
     return bundle_of(checkpoint_file, "half", TokenSpec(keep_rate=0.6), "fp16")

@@ -1,6 +1,7 @@
 """Nothing lost: runs that are killed, stopped, or meet a full disk, and go on; states that do not belong."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import msgspec
 import pytest
 import torch
 
-from evit_deploy.errors import InputError, StageError
+from evit_deploy.errors import InputError, Interrupted, StageError
 from evit_deploy.recipe.recipe import dump_recipe
 from evit_deploy.recipe.sections import DataSection, ModelSection
 from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.training.log import TrainingLog
 from evit_deploy.training.loop import DENSE, EVIT, Stage, fit, train
-from evit_deploy.training.state import StateFile, state_path
+from evit_deploy.training.state import StateFile, interruptible, state_path
 from tests.support.logs import listening, notices
 from tests.support.training import RUN, SPEC, TINY, FixedBatch, Killed, recipe, section, tiny
 
@@ -35,7 +36,7 @@ def assert_same_results(out: Path, whole: Path) -> None:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert not list(out.glob("*.state"))
     for stage in ("dense", "finetune"):  # but for its timings, the log is whole too
-        rows = [[row.split(",")[:2] for row in (at / f"{stage}.csv").read_text().splitlines()] for at in (out, whole)]
+        rows = [[row.split(",")[:4] for row in (at / f"{stage}.csv").read_text().splitlines()] for at in (out, whole)]
         assert rows[0] == rows[1]
 
 
@@ -92,6 +93,10 @@ def test_the_command_goes_on_after_a_signal(number, tmp_path):
     assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), said
     stopped_at = torch.load(state, weights_only=True)["step"]
     assert 0 < stopped_at < 400
+    if number == signal.SIGTERM:
+        line = shlex.join(["python", "-m", "evit_deploy", *command[3:], "--resume"])
+        stopped = f"dense stopped after step {stopped_at} of 400, saved as {state}"
+        assert said.splitlines()[-1] == f"evit-deploy: interrupted: {stopped}. Go on with: {line}"
 
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
@@ -185,9 +190,87 @@ def test_a_damaged_state_is_refused_and_runs_no_code(content, tmp_path):
         train(recipe(), tmp_path, resume=True, device="cpu")
 
 
-def test_resume_without_anything_to_go_on_from_is_refused(tmp_path):
-    with pytest.raises(InputError, match="there is no interrupted run to go on from"):
-        train(recipe(), tmp_path, resume=True, device="cpu")
+def test_resume_where_nothing_was_saved_yet_begins_anew(whole, tmp_path):
+    told, out = notices(), tmp_path / "killed early"
+    train(recipe(), out, resume=True, device="cpu")
+    assert told[0] == f"{out}: nothing was saved yet that could be gone on from; the run begins anew"
+    assert_same_results(out, whole)
+
+
+def ask_after(step: int, monkeypatch, stage: int = 0) -> None:
+    """Sends SIGINT to this process in a step of one of the runs."""
+    from evit_deploy.training import step as training_run
+
+    advance, runs = training_run.TrainingRun.advance, []
+
+    def asking(self, *arguments, **named):
+        if self not in runs:
+            runs.append(self)
+        if runs.index(self) == stage and self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(self, *arguments, **named)
+
+    monkeypatch.setattr(training_run.TrainingRun, "advance", asking)
+
+
+@pytest.mark.parametrize(("number", "stage"), [(0, "dense"), (1, "finetune")])
+def test_who_interrupts_a_run_hears_the_step_and_the_file(number, stage, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        ask_after(5, patch, number)
+        with pytest.raises(Interrupted) as error:
+            train(recipe(), tmp_path, device="cpu")
+    assert str(error.value) == f"{stage} stopped after step 5 of 12, saved as {state_path(tmp_path, stage)}"
+    told = notices()
+    train(recipe(), tmp_path, resume=True, device="cpu")
+    assert f"{stage}: goes on at step 6 of 12" in told
+    assert_same_results(tmp_path, whole)
+
+
+def test_who_interrupts_while_the_disk_is_full_hears_what_was_saved_last(tmp_path, monkeypatch):
+    write = StateFile.write
+
+    def once(self, content):
+        if self.path.exists():
+            raise StageError("could not be written (No space left on device)", where=self.path)
+        write(self, content)
+
+    monkeypatch.setattr(StateFile, "write", once)
+    ask_after(5, monkeypatch)
+    with pytest.raises(Interrupted, match=r"stopped after step 5 of 12, and what was saved last is .*dense\.state"):
+        train(recipe(), tmp_path, device="cpu")
+    assert torch.load(state_path(tmp_path, "dense"), weights_only=True)["step"] == 3
+
+
+def test_who_interrupts_without_a_file_hears_nothing_of_one(monkeypatch):
+    ask_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt) as error:
+        fit(tiny(), FixedBatch(), section())
+    assert not isinstance(error.value, Interrupted)
+
+
+def test_who_interrupts_between_the_steps_hears_what_was_saved_last(tmp_path, monkeypatch):
+    def comparing(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["evit_deploy.training.loop"], "compare", comparing)
+    with pytest.raises(Interrupted, match=r"what was saved last is .*finetune\.state"):
+        train(recipe(), tmp_path, device="cpu")
+    monkeypatch.setattr(sys.modules["evit_deploy.training.loop"], "setup", comparing)
+    with pytest.raises(KeyboardInterrupt) as error:
+        train(recipe(), tmp_path / "nothing yet", device="cpu")
+    assert not isinstance(error.value, Interrupted)
+
+
+def test_signals_that_come_together_are_one_request(monkeypatch):
+    """Ctrl-C reaches a process from the terminal, and as SIGTERM from what started it."""
+    with interruptible() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        monkeypatch.setattr(sys.modules["evit_deploy.training.state"], "TOGETHER", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 class SecondOfTwo:

@@ -4,8 +4,10 @@ import csv
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import msgspec
 import numpy as np
@@ -333,7 +335,8 @@ def test_tensorboard_shows_what_the_csv_file_has(tmp_path):
     assert set(events.Tags()["scalars"]) == set(rows[0]) - {"step"}
     for name in events.Tags()["scalars"]:
         shown = [(event.step, event.value) for event in events.Scalars(name)]
-        assert shown == [(int(row["step"]), pytest.approx(float(row[name]), rel=1e-5)) for row in rows]
+        wanted = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        assert shown == [(step, pytest.approx(value, rel=1e-5)) for step, value in wanted]
     assert [row["step"] for row in rows] == ["10", "20", "30"]
 
 
@@ -346,6 +349,33 @@ LAUNCHERS = {
     "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                    "--main_process_port", "0"],
 }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_two_processes_stop_at_one_step_and_say_so_once(number, tmp_path):
+    long = msgspec.structs.replace(RUN, steps=5000, save_every=20)
+    (tmp_path / "tiny.yaml").write_text(dump_recipe(recipe(dense=long)))
+    arguments = ["-m", "evit_deploy", "train", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, *LAUNCHERS["torchrun"], *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    state = tmp_path / "run" / "dense.state"
+    deadline = time.monotonic() + 200
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if number == signal.SIGINT:  # as a terminal sends it: to the launcher and to its processes
+        os.killpg(process.pid, number)
+    else:  # as a scheduler sends it: to the launcher, which hands it on
+        process.send_signal(number)
+    _, said = process.communicate(timeout=90)
+    lines = [line for line in said.splitlines() if line.startswith("evit-deploy: ")]
+    step = torch.load(state, weights_only=True)["step"]
+    stopped = f"dense stopped after step {step} of 5000, saved as {state}"
+    assert lines == [f"evit-deploy: interrupted: {stopped}. Go on by starting it in the same way with --resume."], said
+    assert process.returncode != 0
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Verification has to catch a broken model, and nothing else: each kind of damage fails the check that is about it."""
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -260,17 +261,18 @@ def image_folder(folder: Path, classes: int = 3, each: int = 3) -> Path:
 def test_accuracy_on_a_folder(bundle, tmp_path):
     folder = image_folder(tmp_path / "images")
     report = checked(bundle, data=folder)
-    (row,) = report.accuracy
+    dense, row = report.compared
     model: Any = reduce_tokens_(of_kind("plain"), bundle.manifest.tokens)
     inputs = [independent(Image.open(path), bundle.manifest.preprocess) for path in sorted(folder.rglob("*.png"))]
     with torch.inference_mode():
         ranked = model(torch.from_numpy(np.stack(inputs)).float()).argsort(1, descending=True).numpy()
     labels = np.repeat(np.arange(3), 3)[:, None]
-    assert row.count == 9
+    assert (dense.name, row.name, row.runtime, row.images) == ("dense", "model", "onnxruntime", 9)
     assert row.top1 == (ranked[:, :1] == labels).mean()
     assert row.top5 == (ranked[:, :5] == labels).any(1).mean()
-    assert (row.low, row.high) == wilson(round(9 * row.top1), 9)
+    assert (row.top1_low, row.top1_high) == wilson(round(9 * row.top1), 9)
     assert report.agreement == ()  # there is only one
+    assert any("taken for its first 3" in note for note in report.notes)
 
 
 def test_runtimes_are_compared_on_the_folder(bundle, tmp_path):
@@ -282,7 +284,7 @@ def test_runtimes_are_compared_on_the_folder(bundle, tmp_path):
     assert list(row.kept) == [str(location.block) for location in bundle.manifest.plan.locations]
     assert set(row.kept.values()) == {1}
     assert 0 <= row.logits < 1e-5
-    assert [row.name for row in report.accuracy] == names
+    assert [(row.runtime, row.name) for row in report.compared] == list(itertools.product(names, ("dense", "model")))
     rewrite(bundle, keep_the_lowest)
     (row,) = verify(bundle.path, runtimes=names, batch_sizes=(1,), threads=1, data=folder).agreement
     assert max(row.kept.values()) < 0.5

@@ -8,17 +8,20 @@ from evit_deploy.models.layouts.table import PositionsWithoutRegisters, Row, Sam
 
 SIGNS = (SIGN,)
 _BLOCK = "encoder.layer.{}"
-_LAYERS = {"norm1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+_NORMS = {"norm1": "norm1", "norm2": "norm2"}
+_PLAIN = _NORMS | {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 _SCALES: tuple[Row, ...] = tuple(Same(f"{_BLOCK}.layer_scale{i}.lambda1", f"blocks.{{}}.ls{i}.gamma") for i in (1, 2))
-_OLD = (
-    *blocks(_BLOCK, OLD_ATTENTION, _LAYERS | {"mlp.weights_in": "mlp.fc1", "mlp.weights_out": "mlp.fc2"}),
-    *_SCALES,
-)
-_NEW = (
-    *blocks(_BLOCK, NEW_ATTENTION, _LAYERS | {"mlp.down_proj": "mlp.fc2"}),
-    *joined_layers((f"{_BLOCK}.mlp.gate_proj", f"{_BLOCK}.mlp.up_proj"), "blocks.{}.mlp.fc1"),
-    *_SCALES,
-)
+# With the plain MLP and with the gated one; each as files have it, and as a model of transformers 5 has it in memory.
+_BLOCKS: dict[bool, tuple[tuple[Row, ...], tuple[Row, ...]]] = {
+    False: (blocks(_BLOCK, OLD_ATTENTION, _PLAIN), blocks(_BLOCK, NEW_ATTENTION, _PLAIN)),
+    True: (
+        blocks(_BLOCK, OLD_ATTENTION, _NORMS | {"mlp.weights_in": "mlp.fc1", "mlp.weights_out": "mlp.fc2"}),
+        (
+            *blocks(_BLOCK, NEW_ATTENTION, _NORMS | {"mlp.down_proj": "mlp.fc2"}),
+            *joined_layers((f"{_BLOCK}.mlp.gate_proj", f"{_BLOCK}.mlp.up_proj"), "blocks.{}.mlp.fc1"),
+        ),
+    ),
+}
 
 
 def find(held: Held) -> Found | None:
@@ -33,22 +36,19 @@ def find(held: Held) -> Found | None:
     _check_head(held)
     gated = bool({"encoder.layer.0.mlp.weights_in.weight", "encoder.layer.0.mlp.gate_proj.weight"} & names)
     registers = held.weights.get("embeddings.register_tokens")
-    return hugging_face.find(
-        held,
-        _family(0 if registers is None else registers.shape[1], gated=gated),
-        **({"act_layer": "silu"} if gated else {}),
-    )
+    family = _family(0 if registers is None else registers.shape[1], gated=gated)
+    return hugging_face.find(held, family, **({"act_layer": "silu"} if gated else {}))
 
 
 def _family(registers: int, *, gated: bool) -> Family:
     positions = PositionsWithoutRegisters("embeddings.position_embeddings", "pos_embed", registers)
     token = (Same("embeddings.register_tokens", "reg_token"),) if registers else ()
-    rows = (positions, *EMBEDDINGS, *token)
+    rows = (positions, *EMBEDDINGS, *token, *_SCALES)
     name = "vit_{size}_patch{patch}_reg4_dinov2" if registers else "vit_{size}_patch{patch}_dinov2"
     return Family(
         name="Hugging Face's DINOv2" + (" with registers" if registers else ""),
         types=("dinov2_with_registers",) if registers else ("dinov2",),
-        tables=(Table((*rows, *_OLD)), Table((*rows, *_NEW))),
+        tables=tuple(Table((*rows, *form)) for form in _BLOCKS[gated]),
         # Only the giant of timm has the gated MLP, and only the others have the plain one.
         families=(name.format(size="giant" if gated else "{size}", patch="{patch}"),),
         norm_eps=1e-6,

@@ -129,7 +129,7 @@ def activation(held: Held, config: Mapping[str, Any], default: str = "gelu") -> 
         CheckpointError: timm has none like it.
     """
     name = config.get("hidden_act", default)
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise CheckpointError(
             "an activation that is not known here", where=held.where, seen=f"hidden_act {name!r}",
             wanted=", ".join(sorted(_ACTIVATIONS)),

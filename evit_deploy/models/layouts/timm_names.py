@@ -202,7 +202,10 @@ def _of_any_size(held: Held, weights: dict[str, Tensor]) -> Found | None:
 
 
 def _words(args: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in args.items() if name not in ("num_classes", "img_size"))
+    shown = {name: value for name, value in args.items() if name not in ("num_classes", "img_size")}
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
+    )
 
 
 def _check_head(held: Held) -> None:

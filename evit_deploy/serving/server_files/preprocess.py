@@ -115,7 +115,9 @@ class ImagePreprocess:
             padded = Image.new("RGB", size, self.fill)
             padded.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
             image = padded
-        left, top = round((image.width - self.width) / 2.0), round((image.height - self.height) / 2.0)
+        margins = image.width - self.width, image.height - self.height
+        floors = self.crop_mode == "center-floor"
+        left, top = (margin // 2 if floors else round(margin / 2.0) for margin in margins)
         return image.crop((left, top, left + self.width, top + self.height))
 
 

@@ -27,6 +27,7 @@ PREPROCESS = {
     "digits": Preprocess((32, 32), crop_pct=1.0, mean=HALF, std=HALF),
     "squash": Preprocess((96, 128), crop_pct=0.95, crop_mode="squash", interpolation="bilinear"),
     "border": Preprocess((112, 96), crop_pct=0.9, crop_mode="border", mean=(0.48, 0.46, 0.41)),
+    "CLIP of Hugging Face": Preprocess((96, 96), crop_pct=1.0, crop_mode="center-floor"),
     "not square": Preprocess((64, 96), crop_pct=0.9, interpolation="lanczos"),
     "crop larger than the image": Preprocess((80, 80), crop_pct=1.25),
 }
@@ -80,7 +81,7 @@ sides = st.integers(1, 90)
 
 @given(
     height=sides, width=sides, size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
-    crop_pct=st.floats(0.3, 1.6), crop_mode=st.sampled_from(["center", "squash", "border"]),
+    crop_pct=st.floats(0.3, 1.6), crop_mode=st.sampled_from(["center", "center-floor", "squash", "border"]),
     interpolation=st.sampled_from(["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]),
     mean=st.tuples(*[st.floats(0, 1)] * 3), std=st.tuples(*[st.floats(0.05, 1)] * 3),
 )  # fmt: skip

@@ -1,0 +1,127 @@
+"""The images that models are held against each other on: class folders that fit the model, or images without labels."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from evit_deploy.bundle.manifest import Manifest
+from evit_deploy.data.images import image_batches, image_files, with_channels
+from evit_deploy.data.sources import Folder, class_folders, is_labelled, labelled_batches
+from evit_deploy.errors import InputError, first_few
+from evit_deploy.export.card import LOGITS
+
+
+class Pictures(msgspec.Struct, frozen=True):
+    """Images to answer.
+
+    Args:
+        path: Folder that they lie in.
+        folder: The same as class folders, whose labels are the model's classes; ``None`` of images without labels.
+        notes: How class folders were taken for the model's classes, where their names leave it open.
+    """
+
+    path: Path
+    folder: Folder | None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.folder if self.folder is not None else image_files(self.path))
+
+    def batches(self, manifest: Manifest, size: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Every image once, in order, as a model takes it.
+
+        Args:
+            manifest: The model's.
+            size: Images a batch; the last one may be smaller.
+
+        Yields:
+            Images float32 ``[B, channels, H, W]`` and labels int64 ``[B]``, ``None`` where there are none.
+
+        Raises:
+            InputError: An image cannot be read.
+        """
+        channels = int(manifest.inputs[0].shape[1] or 3)
+        if self.folder is None:
+            yield from image_batches(self.path, manifest.preprocess, channels, size)
+        else:
+            for images, labels in labelled_batches(self.folder, manifest.preprocess, size):
+                yield with_channels(images, channels), labels
+
+
+def embeds(manifest: Manifest) -> bool:
+    """Whether a model answers with an embedding, and not with a number for each class."""
+    return manifest.answer != LOGITS or manifest.model_args.get("num_classes") == 0
+
+
+def check_images(data: Path) -> None:
+    """Makes sure, before there is a model, that a folder holds images that some model could answer.
+
+    Raises:
+        InputError: See :func:`pictures_of`.
+    """
+    if is_labelled(data):
+        Folder(data)
+
+
+def pictures_of(data: Path, manifest: Manifest) -> Pictures:
+    """Images to answer, of a folder with or without class folders.
+
+    Class folders are taken for the model's classes by their names where all of them are among its labels, and else in
+    order. A model without classes takes any class folders.
+
+    Raises:
+        InputError: No such folder, no images in it, ``train`` and ``val`` instead of classes, or class folders that do
+            not fit the model.
+    """
+    if not is_labelled(data):
+        return Pictures(data, None)
+    if embeds(manifest):
+        return Pictures(data, Folder(data))
+    labels, names = manifest.labels, class_folders(data) if data.is_dir() else []
+    if labels is not None and names and not _unlike(names, labels):
+        return Pictures(data, Folder(data, labels))
+    folder = Folder(data)
+    return Pictures(data, folder, _in_order(data, folder.classes, manifest))
+
+
+def _in_order(data: Path, names: tuple[str, ...], manifest: Manifest) -> tuple[str, ...]:
+    """What is to be said where class folders are taken for the model's classes in order.
+
+    Raises:
+        InputError: They are too many, or so few that their names would have to say which classes they are, and do not.
+    """
+    labels, classes = manifest.labels, int(manifest.outputs[0].shape[-1] or len(names))
+    if len(names) > classes:
+        raise InputError(
+            "more class folders than the model has classes", where=data, seen=len(names), wanted=f"at most {classes}"
+        )
+    if len(names) == classes:
+        first = next(
+            (i for i, pair in enumerate(zip(names, labels or names, strict=False)) if pair[0] != pair[1]), None
+        )
+        if labels is None or first is None:
+            return ()
+        return (
+            f"The {classes} class folders of {data.name} are not called as the model's labels, and were taken for its "
+            f"classes in order: {names[first]!r} for {labels[first]!r}.",
+        )
+    if labels is not None:
+        strange = first_few(_unlike(names, labels), 5)
+        raise InputError(
+            "these class folders are not among the model's labels", where=data, seen=strange,
+            wanted=f"some of its {classes} labels, such as {first_few(labels, 5)}, or a folder for each",
+            fix="Call the folders as the labels, or give the images without class folders for agreement alone.",
+        )  # fmt: skip
+    return (
+        f"The model has {classes} classes without names, and {data.name} has {len(names)} class folders: they were "
+        f"taken for its first {len(names)}.",
+    )
+
+
+def _unlike(names: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """Names that are no label, or that of several classes (ImageNet has two cranes)."""
+    counts = Counter(labels)
+    return [name for name in names if counts[name] != 1]

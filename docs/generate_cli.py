@@ -14,6 +14,17 @@ HEADER = """# Commands
 Written by `python docs/generate_cli.py`. stdout carries the result, stderr progress and notices; `--json` makes the
 result one JSON document. Exit codes: 0 ok · 1 a gate failed · 2 usage, recipe or input · 3 environment ·
 4 a stage failed · 130 interrupted.
+
+The shell completes commands, options, files and folders (a bundle is a folder), and the names that options take:
+`--runtime`, `--target`, `--method`, `--precision`, and timm's architectures for `--model`. One line in `~/.bashrc`
+turns it on:
+
+```bash
+eval "$(_EVIT_DEPLOY_COMPLETE=bash_source evit-deploy)"
+```
+
+In `~/.zshrc` it is `eval "$(_EVIT_DEPLOY_COMPLETE=zsh_source evit-deploy)"`, and for fish
+`_EVIT_DEPLOY_COMPLETE=fish_source evit-deploy | source` in `~/.config/fish/completions/evit-deploy.fish`.
 """
 
 

@@ -16,7 +16,8 @@ _PUBLIC = {
     },
     "Recipes and training": {
         "recipe.recipe": "load_recipe Recipe CompareSection ExpectSection",
-        "recipe.sections": "ModelSection DataSection TrainSection TokenLabelSection DynamicViTSection TeacherSection",
+        "recipe.sections": "ModelSection PreprocessOptions DataSection TrainSection TokenLabelSection "
+        "DynamicViTSection TeacherSection",
         "recipe.options": "ConvertSection ProfileSection",
         "training.loop": "train TrainResult",
         "pipeline.run": "run",

@@ -47,6 +47,7 @@ from evit_deploy.recipe.recipe import load_recipe as load_recipe
 from evit_deploy.recipe.sections import DataSection as DataSection
 from evit_deploy.recipe.sections import DynamicViTSection as DynamicViTSection
 from evit_deploy.recipe.sections import ModelSection as ModelSection
+from evit_deploy.recipe.sections import PreprocessOptions as PreprocessOptions
 from evit_deploy.recipe.sections import TeacherSection as TeacherSection
 from evit_deploy.recipe.sections import TokenLabelSection as TokenLabelSection
 from evit_deploy.recipe.sections import TrainSection as TrainSection

@@ -23,6 +23,7 @@ import torch
 import evit_deploy
 from evit_deploy import BACKBONES, METHODS, RUNTIMES, TARGETS, ConvertOptions, ProfileOptions
 from evit_deploy.cli import COMMANDS
+from evit_deploy.data.images import sample_photographs
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("[!.]*/README.md"))]
@@ -48,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "recipes", path / "recipes")
     torch.manual_seed(0)
     torch.save({"model": timm.create_model("deit_tiny_patch16_224").state_dict()}, path / "deit_s.pth")
+    sample_photographs()[0].save(path / "photograph.jpg")
     return path
 
 
@@ -61,7 +63,7 @@ def test_readme_begins_with_the_two_commands():
 @pytest.mark.timeout(600)
 def test_every_command_of_the_readme_runs(folder: Path):
     commands = commands_of_readme()
-    assert {command.split()[1] for command in commands} >= {"run", "convert", "verify", "profile", "doctor"}
+    assert {command.split()[1] for command in commands} >= {"run", "convert", "verify", "profile", "predict", "doctor"}
     for command in commands:
         arguments = shlex.split(command.replace("digits.yaml", f"digits.yaml {SHORT}"))[1:]
         if arguments[0] == "profile":

@@ -98,6 +98,7 @@ class Manifest(msgspec.Struct, frozen=True):
         notes: What was assumed.
         engine: What ``engine.plan`` was built with, if there is one.
         normalized: Whether the embedding is scaled to length 1, inside the files.
+        origins: Where ``preprocess`` and ``labels`` come from, for people.
     """
 
     kind: str
@@ -119,6 +120,7 @@ class Manifest(msgspec.Struct, frozen=True):
     notes: list[str] = []
     engine: Engine | None = None
     normalized: bool = False
+    origins: dict[str, str] = {}
     format: int = FORMAT
 
     @property

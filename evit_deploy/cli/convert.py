@@ -16,6 +16,7 @@ _MODEL = {"cls": Option, "group": "Model"}
 @click.argument("checkpoint", type=click.Path())  # a timm name too: the type is for the shell, which completes files
 @click.option("--model", type=ModelName(), metavar="NAME", help="timm name, where the tensors leave it open.", **_MODEL)
 @click.option("--image-size", type=int, metavar="N", help="Pixels; the position embedding is resampled.", **_MODEL)
+@struct_options("PreprocessOptions", "Preprocessing and labels")
 @tokens_options
 @struct_options(
     "ConvertOptions",
@@ -35,14 +36,16 @@ _MODEL = {"cls": Option, "group": "Model"}
 @click.option("--force", is_flag=True, help="Replace an older bundle there.")
 @output_options
 def command(checkpoint: str, out: Path | None, force: bool, output: Output, **options: Any) -> None:
-    """Turn CHECKPOINT (a file or a timm name) into a verified, measured bundle.
+    """Turn CHECKPOINT (a file, folder, hub id or timm name) into a verified, measured bundle.
 
     \b
     evit-deploy convert deit_s.pth --keep-rate 0.7
+    evit-deploy convert google/vit-base-patch16-224 --keep-rate 0.7
     evit-deploy convert deit_s.pth --keep-rate 0.74,0.7,0.7 --locations 2,6,9
     evit-deploy convert deit_s.pth --keep-rate 0.7 --target tensorrt-rtx --gpu sm80
     """
-    tokens, asked = tokens_of(options), struct_of("ConvertOptions", options)
+    tokens, preprocess = tokens_of(options), struct_of("PreprocessOptions", options)
+    asked = struct_of("ConvertOptions", options, preprocess=preprocess)
     import msgspec
 
     from evit_deploy.pipeline.convert import FIRST_LOOK, convert

@@ -52,10 +52,11 @@ _FLAGS = {
 }  # fmt: skip
 """Fields that are called otherwise on the command line."""
 _METAVARS = {
-    "batch_sizes": "1,8,32", "calibration": "DIR", "data": "DIR", "duration": "S", "gpus": "SM", "images": "DIR",
-    "instances": "N", "labels": "FILE", "max_batch": "N", "min_speedup": "F", "name": "NAME",
-    "optimization_level": "0-5", "plugin": "PATH|auto|none", "queue_delay": "µS", "reference": "BUNDLE",
-    "server": "YY.MM", "server_tensorrt": "VERSION", "threads": "N", "timing_cache": "FILE", "workspace": "MIB",
+    "batch_sizes": "1,8,32", "calibration": "DIR", "crop_pct": "F", "data": "DIR", "duration": "S", "gpus": "SM",
+    "images": "DIR", "instances": "N", "labels": "FILE", "max_batch": "N", "mean": "R,G,B", "min_speedup": "F",
+    "name": "NAME", "optimization_level": "0-5", "plugin": "PATH|auto|none", "queue_delay": "µS",
+    "reference": "BUNDLE", "server": "YY.MM", "server_tensorrt": "VERSION", "std": "R,G,B", "threads": "N",
+    "timing_cache": "FILE", "workspace": "MIB",
 }  # fmt: skip
 _REGISTRIES = {"targets": "TARGETS", "runtimes": "RUNTIMES"}
 _PATHS = ("calibration", "data", "images", "labels", "reference", "timing_cache")

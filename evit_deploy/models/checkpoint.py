@@ -1,6 +1,7 @@
 """A checkpoint: weights, and what they are. Architecture, image size, classes and token reduction are read from it.
 
-How a file is read without trusting it: ``safe_weights.py``. How tensors are recognised: ``identify.py``.
+Where its files are: ``sources.py``. How a file is read without trusting it: ``safe_weights.py``. How tensors are
+recognised: ``identify.py``. What says how images were prepared: ``preprocessing.py``.
 """
 
 import ast
@@ -14,14 +15,17 @@ from torch import Tensor
 
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
-from evit_deploy.files import sha256, write_atomically
+from evit_deploy.files import write_atomically
+from evit_deploy.models import hub
 from evit_deploy.models.create import create_model
 from evit_deploy.models.identify import Identity, check_model_name, identify
 from evit_deploy.models.layouts.differences import differences_of
 from evit_deploy.models.layouts.found import Output
 from evit_deploy.models.layouts.known import SIGNS
 from evit_deploy.models.prefixes import inside
-from evit_deploy.models.safe_weights import read_weights, split_part
+from evit_deploy.models.preprocessing import Said, labels_in, preprocess_in, resolve_inputs
+from evit_deploy.models.sources import find_source
+from evit_deploy.recipe.options import PreprocessOptions
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import backbone_of, load_backbones
 from evit_deploy.tokens.plan import TokenOptions, TokenSpec
@@ -29,23 +33,24 @@ from evit_deploy.tokens.reducer import options_of
 
 METADATA_KEY = "evit_deploy"
 _FLAGS = {"keep_rate": "--keep-rate", "options": "--method-option"}
-FILE_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".bin", ".ckpt")
 
 
 class Checkpoint(msgspec.Struct):
     """Weights and what they are.
 
     Args:
-        source: File path or timm name.
-        sha256: Hash of the file; ``None`` for a timm name.
+        source: Path of a file or folder, ``hf-hub:org/name``, or timm name.
+        sha256: Hash of the weights, see :attr:`~evit_deploy.models.sources.Source.digest`; ``None`` for a timm name.
         weights: Tensors under timm's names.
         model: timm architecture.
         model_args: What :func:`evit_deploy.models.create.create_model` needs besides the name.
         tokens: The reduction the weights were trained with, if the file says so.
-        preprocess: The preprocessing the file asks for; ``None`` for the architecture's own.
-        labels: Class names, if the file has them.
+        preprocess: How images become inputs; ``None`` for the architecture's own.
+        labels: Class names, if they are known.
         notes: What was assumed or chosen; the user is warned of it.
         method_weights: Tensors of the reduction method's own layers, under their names.
+        output: What the model answers: one number a class, or a vector that images are compared by.
+        origins: Where ``preprocess`` and ``labels`` come from, for people.
     """
 
     source: str
@@ -58,6 +63,7 @@ class Checkpoint(msgspec.Struct):
     labels: list[str] | None = None
     notes: list[str] = []
     method_weights: dict[str, Tensor] = {}
+    origins: dict[str, str] = {}
 
     @property
     def output(self) -> Output:
@@ -119,41 +125,55 @@ def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tup
     return TokenSpec(**(base | values)), notes
 
 
-def read_checkpoint(source: str | Path, model: str | None = None) -> Checkpoint:
-    """Reads a checkpoint file, or fetches a timm name's pretrained weights.
+def read_checkpoint(
+    source: str | Path, model: str | None = None, preprocess: PreprocessOptions | None = None
+) -> Checkpoint:
+    """Reads a checkpoint, or fetches a timm name's pretrained weights.
 
     Args:
-        source: ``.pth``, ``.pt``, ``.pth.tar`` or ``.safetensors`` file, or a timm name. Of a file that holds several
-            models, ``weights.pth#teacher`` is the one whose names begin with ``teacher``.
+        source: ``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors`` file; folder as Hugging Face,
+            timm or OpenCLIP save it; ``hf-hub:org/name`` or ``org/name``, from the local cache where it is there; or a
+            timm name. Of a file that holds several models, ``weights.pth#teacher`` is the one whose names begin with
+            ``teacher``.
         model: timm name that decides the architecture instead of the tensors.
+        preprocess: Preprocessing and labels that replace the checkpoint's.
 
     Raises:
-        CheckpointError: The file cannot be read as weights, holds weights that are not finite, or fits no model.
-        InputError: Neither a file nor a timm name; or an unknown ``model``.
-        MissingRequirement: Pretrained weights of a timm name cannot be fetched.
+        CheckpointError: The file cannot be read as weights, holds weights that are not finite, or fits no model; or
+            what lies beside it contradicts it.
+        InputError: Neither a file nor a timm name; an unknown ``model``; or labels that do not fit the classes.
+        MissingRequirement: Weights cannot be fetched.
     """
-    path, part = split_part(source)
-    if not _looks_like_path(str(source)) and not _exists(path):
-        return _from_timm(str(source), model)
-    weights = read_weights(path, part)
-    own = _own_metadata(path, weights.metadata[METADATA_KEY]) if METADATA_KEY in weights.metadata else None
-    held = inside(path, weights.tensors, SIGNS)
+    found, asked = find_source(source), preprocess or PreprocessOptions()
+    if found is None:
+        return _from_timm(str(source), model, asked)
+    weights, where = found.read(), found.path
+    own = _own_metadata(where, weights.metadata[METADATA_KEY]) if METADATA_KEY in weights.metadata else None
+    held = inside(where, weights.tensors, SIGNS)
     tensors, method_weights = _split(held.weights, own.tokens.method if own and own.tokens else None)
     if own is not None and model is None:
-        identity = Identity(own.model, own.model_args, tensors, [])
+        identity = Identity(own.model, own.model_args, tensors, [], output=own.output)
     else:
-        identity = identify(path, msgspec.structs.replace(held, weights=tensors), model, method_weights)
+        held = msgspec.structs.replace(held, weights=tensors)
+        identity = identify(where, held, model, method_weights, found.config)
+    said = Said(own.preprocess, "the checkpoint") if own else preprocess_in(found.configs, weights.args, where)
+    if said is None and identity.preprocess is not None and model is None:
+        said = Said(identity.preprocess, "that of all weights with these names")
+    names = Said(own.labels, "the checkpoint") if own and own.labels else labels_in(found.configs, where)
+    classes = identity.model_args.get("num_classes")
+    inputs = resolve_inputs(identity.model, classes, said, names, asked, chosen=model is not None or identity.prepared)
     return Checkpoint(
-        source=str(source),
-        sha256=sha256(path),
+        source=found.name,
+        sha256=found.digest,
         weights=identity.weights,
         model=identity.model,
         model_args=identity.model_args,
-        tokens=own.tokens if own else identity.tokens or _tokens_of_args(path, weights.args, method_weights),
-        preprocess=own.preprocess if own else None,
-        labels=own.labels if own else None,
-        notes=weights.notes + identity.notes,
+        tokens=own.tokens if own else identity.tokens or _tokens_of_args(where, weights.args, method_weights),
+        preprocess=inputs.preprocess,
+        labels=inputs.labels,
+        notes=[*found.notes, *weights.notes, *identity.notes, *inputs.notes],
         method_weights=method_weights,
+        origins=inputs.origins,
     )
 
 
@@ -232,18 +252,7 @@ def set_image_size_(model: Any, image_size: int) -> None:
             raise InputError("the image size is too large for memory", where="--image-size", seen=image_size) from error
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name too long for any file
-        return False
-
-
-def _looks_like_path(source: str) -> bool:
-    return "/" in source or "\\" in source or source.endswith(FILE_SUFFIXES) or source.startswith((".", "~"))
-
-
-def _from_timm(name: str, model: str | None) -> Checkpoint:
+def _from_timm(name: str, model: str | None, asked: PreprocessOptions) -> Checkpoint:
     import timm
 
     if model is not None and model != name:
@@ -260,36 +269,45 @@ def _from_timm(name: str, model: str | None) -> Checkpoint:
             fix=f"Download a checkpoint and give its path with --model {name}.",
         )
     fix = f"Connect to the network once, or download the checkpoint and give its path with --model {name}."
-    why_not = _hub_unreachable()
+    cfg: Any = timm.get_pretrained_cfg(name)
+    repository = hub.repository_of(cfg.hf_hub_id) if cfg is not None and cfg.hf_hub_id else None
+    why_not = "" if repository is not None and hub.cached(repository) is not None else hub.unreachable()
     if why_not:
         raise MissingRequirement(
-            f"the pretrained weights of {name!r} cannot be fetched: the Hugging Face hub does not answer ({why_not})",
-            fix=fix + " If they are in your cache already, set HF_HUB_OFFLINE=1.",
+            f"the pretrained weights of {name!r} are not in the hub's cache, and the Hugging Face hub does not answer "
+            f"({why_not})",
+            fix=fix,
         )
     try:
         pretrained = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network and cache raise their own kinds
         what = f"the pretrained weights of {name!r} could not be fetched ({type(error).__name__})"
         raise MissingRequirement(what, fix=fix) from error
-    cfg: Any = pretrained.pretrained_cfg
-    size = cfg["input_size"][1]
-    args = {"num_classes": cfg["num_classes"], "img_size": size}
+    cfg = pretrained.pretrained_cfg
+    size, classes = cfg["input_size"][1], cfg["num_classes"]
+    said = Said(Preprocess.from_model(pretrained, size), f"timm's {name}")
+    inputs = resolve_inputs(name, classes, said, _imagenet_labels(cfg), asked)
     return Checkpoint(
-        name, None, pretrained.state_dict(), name, args, preprocess=Preprocess.from_model(pretrained, size)
+        source=name,
+        sha256=None,
+        weights=pretrained.state_dict(),
+        model=name,
+        model_args={"num_classes": classes, "img_size": size},
+        preprocess=inputs.preprocess,
+        labels=inputs.labels,
+        notes=list(inputs.notes),
+        origins=inputs.origins,
     )
 
 
-def _hub_unreachable() -> str:
-    """Why the hub cannot be asked; empty when it can. One short question instead of the hub's minute of retries."""
-    from huggingface_hub import constants, get_session
+def _imagenet_labels(cfg: Any) -> Said | None:
+    """Class names of weights that timm says were trained on ImageNet."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
 
-    if constants.HF_HUB_OFFLINE:
-        return ""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:  # of whichever HTTP library the hub uses
-        return type(error).__name__
-    return ""
+    subset = infer_imagenet_subset(cfg)
+    if not subset:
+        return None
+    return Said(ImageNetInfo(subset).label_descriptions(), f"timm's {subset}")
 
 
 class _OwnMetadata(msgspec.Struct):
@@ -299,6 +317,7 @@ class _OwnMetadata(msgspec.Struct):
     preprocess: Preprocess
     labels: list[str] | None
     tokens: TokenSpec | None
+    output: Output = "logits"
 
 
 def _own_metadata(path: Path, text: str) -> _OwnMetadata:
@@ -320,7 +339,13 @@ def save_checkpoint(path: Path, model: torch.nn.Module, checkpoint: Checkpoint) 
 
     assert checkpoint.preprocess is not None
     own = _OwnMetadata(
-        1, checkpoint.model, checkpoint.model_args, checkpoint.preprocess, checkpoint.labels, checkpoint.tokens
+        format=1,
+        model=checkpoint.model,
+        model_args=checkpoint.model_args,
+        preprocess=checkpoint.preprocess,
+        labels=checkpoint.labels,
+        tokens=checkpoint.tokens,
+        output=checkpoint.output,
     )
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, save(weights, metadata={METADATA_KEY: msgspec.json.encode(own).decode()}))

@@ -12,6 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import CheckpointError, InputError, did_you_mean
 from evit_deploy.models.create import create_model
 from evit_deploy.models.layouts import refusals
@@ -33,6 +34,8 @@ class Identity(msgspec.Struct):
         notes: What was assumed.
         tokens: The reduction such weights were trained with, where their names tell.
         output: What the model answers.
+        prepared: See :class:`~evit_deploy.models.layouts.found.Found`; ``preprocess`` likewise.
+        preprocess: See ``prepared``.
     """
 
     model: str
@@ -41,6 +44,8 @@ class Identity(msgspec.Struct):
     notes: list[str]
     tokens: TokenSpec | None = None
     output: Output = "logits"
+    prepared: bool = True
+    preprocess: Preprocess | None = None
 
 
 def identify(
@@ -75,6 +80,7 @@ def identify(
         if found is not None:
             _check_kind(held, layout.name, layout.types)
             return _identity(path, held_inside, found)
+    refusals.check_tensors(held, in_no_layout=True)
     raise _refusal(path, held_inside.weights)
 
 
@@ -101,7 +107,9 @@ def _identity(path: Path, held: Inside, found: Found) -> Identity:
         part = f"the model is the part of the file under {held.prefix!r}; " if held.prefix else ""
         notes.append(f"{part}left out: {what_was_left(found.left_out)}")
     output = found.output if found.model_args.get("num_classes", 1) else "embedding"
-    return Identity(found.model, found.model_args, found.weights, notes, found.tokens, output)
+    return Identity(
+        found.model, found.model_args, found.weights, notes, found.tokens, output, found.prepared, found.preprocess
+    )
 
 
 def _refusal(path: Path, weights: dict[str, Tensor]) -> CheckpointError:

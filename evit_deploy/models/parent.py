@@ -7,9 +7,10 @@ import torch
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.errors import CheckpointError
 from evit_deploy.export.answer import normalize_
-from evit_deploy.files import sha256
+from evit_deploy.models import hub
 from evit_deploy.models.checkpoint import build_model, read_checkpoint
 from evit_deploy.models.safe_weights import split_part
+from evit_deploy.models.sources import find_source
 from evit_deploy.tokens.reduce import reduce_tokens_
 
 
@@ -26,13 +27,15 @@ def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[t
     manifest, parent = bundle.manifest, bundle.manifest.parents[0]
     if against is None and parent.sha256 is None:
         return None, f"it was made from {parent.source!r}, which would have to be fetched"
-    source, part = split_part(bundle.path / parent.source)
-    path = against or source
-    if not path.is_file():
-        return None, f"its checkpoint {path} is gone; --against says where it is"
-    if sha256(path) != parent.sha256:
-        return None, f"{path} is not the checkpoint it was made from"
+    path, part = _place(bundle, against)
+    if path is None or not path.exists():
+        gone = path or parent.source
+        return None, f"its checkpoint {gone} is gone; --against says where it is"
     try:
+        source = find_source(path)
+        assert source is not None  # the path exists
+        if source.digest != parent.sha256:
+            return None, f"{path} is not the checkpoint it was made from"
         checkpoint = read_checkpoint(f"{path}#{part}" if part else path, parent.model)
         if checkpoint.model == manifest.model:  # a config may have lain beside it that said more than the tensors do
             own_size = {key: checkpoint.model_args[key] for key in ("img_size",) if key in checkpoint.model_args}
@@ -44,3 +47,14 @@ def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[t
     except CheckpointError as error:
         return None, str(error)
     return model, ""
+
+
+def _place(bundle: bundles.Bundle, against: Path | None) -> tuple[Path | None, str]:
+    """Where a bundle's checkpoint is now, and which part of it is meant; what came from the hub is in its cache."""
+    source = bundle.manifest.parents[0].source
+    if source.startswith(hub.PREFIX):
+        name, _, part = source.partition("#")
+        repository = hub.repository_of(name)
+        return against or (hub.cached(repository) if repository is not None else None), part
+    path, part = split_part(bundle.path / source)
+    return against or path, part

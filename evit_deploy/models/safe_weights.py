@@ -8,6 +8,7 @@ import argparse
 import pickle
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,36 @@ def read_weights(path: Path, part: str = "") -> Weights:
     weights.tensors = without_common(weights.tensors)
     _check_finite(path, weights.tensors)
     return weights
+
+
+def read_shards(where: Path, files: Sequence[Path], index: Mapping[str, str], part: str = "") -> Weights:
+    """Reads tensors that lie in several files.
+
+    Args:
+        where: Their index or folder, for messages.
+        files: The files.
+        index: Name of the file of each tensor.
+        part: See :func:`read_weights`.
+
+    Raises:
+        CheckpointError: See :func:`read_weights`; or a file lacks a tensor that the index promises, or holds another.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        head = _read_head(file)
+        held = (
+            _read_safetensors(file) if head[8:9] == b"{" else _unwrap(file, _read_pickle(file, is_zip=head[:1] == b"P"))
+        )
+        promised = {name for name, home in index.items() if home == file.name}
+        if promised != held.tensors.keys():
+            raise CheckpointError(
+                f"{file.name} does not hold the tensors that its index names", where=where,
+                seen=first_few(sorted(promised ^ held.tensors.keys())), fix="Download all files again.",
+            )  # fmt: skip
+        tensors |= held.tensors
+    tensors = without_common(_part(where, tensors, part) if part else tensors)
+    _check_finite(where, tensors)
+    return Weights(tensors)
 
 
 def _flat(content: dict[str, Any], prefix: str = "", depth: int = 3) -> dict[str, Tensor]:

@@ -16,13 +16,17 @@ from evit_deploy.bundle.bundle import Bundle, Staging
 from evit_deploy.bundle.manifest import GOLDEN, REPORT, Manifest, Parent, TensorSpec
 from evit_deploy.data.images import calibration_images, image_files, sample_inputs
 from evit_deploy.data.preprocess import Preprocess
+from evit_deploy.data.sources import Folder, is_labelled
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
 from evit_deploy.export.answer import answer_name, answer_size, has_classes, normalize_
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
 from evit_deploy.export.precision import QUANTIZED
-from evit_deploy.models.checkpoint import FILE_SUFFIXES, Checkpoint, build_model, read_checkpoint, resolve_tokens
+from evit_deploy.models import hub
+from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, resolve_tokens
+from evit_deploy.models.preprocessing import described
 from evit_deploy.models.safe_weights import split_part
+from evit_deploy.models.sources import FILE_SUFFIXES
 from evit_deploy.pipeline.lowering import Lowering, export, lowering, write_targets
 from evit_deploy.profiling.batch_sizes import sizes_within
 from evit_deploy.profiling.candidates import bundle_candidates
@@ -122,10 +126,10 @@ def convert(
     """Reduces, exports, verifies and profiles a checkpoint, and writes the bundle.
 
     Args:
-        source: Checkpoint file or timm name.
+        source: File, folder, hub id or timm name, see :func:`~evit_deploy.models.checkpoint.read_checkpoint`.
         model: timm name that decides the architecture.
         image_size: Pixels, if not the checkpoint's.
-        options: What to make: targets, precision, options of the builder, gates.
+        options: What to make: targets, precision, options of the builder, gates; and preprocessing and labels.
         measure: How to measure speed; two seconds for each of two batch sizes are enough for a first look.
         out: Folder for the bundle; ``<stem>-<method>-k<rate>`` beside the checkpoint by default.
         force: Whether to replace an older bundle there.
@@ -146,7 +150,8 @@ def convert(
     calibration = check_folders(made.options)
     with stages(stages_of(made)):
         stage(_LOG, "reading the checkpoint")
-        checkpoint = read_checkpoint(source, model)
+        checkpoint = read_checkpoint(source, model, made.options.preprocess)
+        _label_by_folders(checkpoint, made.options.data)
         spec, notes = resolve_tokens(checkpoint, **tokens)
         job = Job(made, image_size, None, measure, Path(out) if out is not None else None, force, model)
         return convert_checkpoint(checkpoint, spec, job, [*notes, *calibration])
@@ -179,6 +184,7 @@ def convert_checkpoint(
     reduced = _reduce(checkpoint, spec, job, notes)
     for note in reduced.notes:
         _LOG.warning(note)
+    _LOG.info(described(reduced.preprocess, checkpoint.labels, checkpoint.origins))
     manifest = _manifest(reduced, job, out)
     if job.made.options.data is not None:
         pictures_of(Path(job.made.options.data), manifest)  # what does not fit is refused before the work
@@ -202,6 +208,17 @@ def convert_checkpoint(
         else:
             _reject(staging, report)
     return bundles.read_bundle(out), report
+
+
+def _label_by_folders(checkpoint: Checkpoint, data: str | None) -> None:
+    """Without another source, classes are called like the folders of labelled images, one for each class."""
+    known = checkpoint.labels is not None or checkpoint.output != "logits"
+    if data is None or known or not is_labelled(Path(data)):
+        return
+    names = Folder(data).classes
+    if len(names) == checkpoint.model_args.get("num_classes"):
+        checkpoint.labels = list(names)
+        checkpoint.origins = checkpoint.origins | {"labels": "the folders of --data"}
 
 
 def check_own_weights(checkpoint: Checkpoint, spec: TokenSpec) -> None:
@@ -273,6 +290,7 @@ def _manifest(reduced: Reduced, job: Job, out: Path) -> Manifest:
         results={},
         notes=reduced.notes,
         normalized=job.made.options.normalize,
+        origins=checkpoint.origins,
     )
 
 
@@ -327,22 +345,32 @@ def _reject(staging: Staging, report: Report) -> None:
 
 
 def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
-    """``<stem>-<method>-k<rate>`` beside the checkpoint; in the current directory for a timm name."""
-    path, part = split_part(checkpoint.source)
+    """``<stem>-<method>-k<rate>`` beside the checkpoint; in the current directory for a timm name or a hub id."""
+    if checkpoint.source.startswith(hub.PREFIX):
+        name, _, part = checkpoint.source.partition("#")
+        path, local = Path(name.partition("@")[0].rpartition("/")[2]), False
+    else:
+        path, part = split_part(checkpoint.source)
+        local = checkpoint.sha256 is not None
     stem = path.name
-    while checkpoint.sha256 and Path(stem).suffix in FILE_SUFFIXES:
+    while local and Path(stem).suffix in FILE_SUFFIXES:
         stem = Path(stem).stem
     name = "-".join(filter(None, (stem, part, token_label(spec))))
-    return path.with_name(name) if checkpoint.sha256 else Path(name)
+    return path.with_name(name) if local else Path(name)
 
 
 def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
-    """The checkpoint's own preprocessing, or timm's for the architecture, at the model's image size."""
+    """The checkpoint's preprocessing at the model's image size; timm's for one that says nothing."""
     own = checkpoint.preprocess
-    size = backbone_of(model).image_size(model)
-    if own is not None:
-        return msgspec.structs.replace(own, size=size)
-    return Preprocess.from_model(model, size)
+    backbone = backbone_of(model)
+    size, channels = backbone.image_size(model), backbone.channels(model)
+    if own is None:
+        return Preprocess.from_model(model, size)
+    if channels != len(own.mean) and len(own.mean) > 1:
+        raise InputError(
+            "one number for each of the model's channels", where="--mean and --std", seen=len(own.mean), wanted=channels
+        )
+    return msgspec.structs.replace(own, size=size)
 
 
 def check_folders(options: ConvertOptions) -> list[str]:
@@ -414,8 +442,8 @@ def _published_cost(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | N
 
 
 def _parent(checkpoint: Checkpoint, out: Path, model: str | None) -> Parent:
-    if checkpoint.sha256 is None:
-        return Parent(checkpoint.source, None)
+    if checkpoint.sha256 is None or checkpoint.source.startswith(hub.PREFIX):
+        return Parent(checkpoint.source, checkpoint.sha256, model)
     # Relative to the bundle: the two can move together, and the manifest names no folder of this machine above them.
     return Parent(os.path.relpath(Path(checkpoint.source).absolute(), out.absolute()), checkpoint.sha256, model)
 

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from evit_deploy.errors import InputError
 from evit_deploy.recipe.sections import Count, Section
+from evit_deploy.recipe.sections import PreprocessOptions as PreprocessOptions
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 Linear = Literal["gemm", "matmul"]
@@ -95,6 +96,8 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     """Fail unless every measured batch size is at least this many times as fast as the dense twin."""
     target_options: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
     """Option of a target that another package adds; several are possible."""
+    preprocess: PreprocessOptions = PreprocessOptions()
+    """How images become inputs, and what classes are called, where the checkpoint is not to decide."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,14 @@ from msgspec import Meta
 from evit_deploy.errors import RecipeError
 from evit_deploy.recipe.fields import field_docs, structs_in
 from evit_deploy.recipe.file import load, read_document
-from evit_deploy.recipe.options import CompareOptions, ConvertOptions, ConvertSection, Precision, ProfileSection
+from evit_deploy.recipe.options import (
+    CompareOptions,
+    ConvertOptions,
+    ConvertSection,
+    Precision,
+    PreprocessOptions,
+    ProfileSection,
+)
 from evit_deploy.recipe.sections import Count, Section, Share
 from evit_deploy.recipe.sections import DataSection as DataSection
 from evit_deploy.recipe.sections import ModelSection as ModelSection
@@ -94,6 +101,15 @@ class Recipe(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         data = self.data
         expect, compare = self.expect, self.compare
+        if self.convert.preprocess != PreprocessOptions():
+            raise RecipeError(
+                "the model is converted with the preprocessing that it is trained with", where="convert.preprocess",
+                fix="Use model.preprocess.",
+            )  # fmt: skip
+        if self.model.preprocess != PreprocessOptions() and data.name != "folder":
+            raise RecipeError(
+                f"the images of {data.name} are made in one way", where="model.preprocess", fix="Leave it out."
+            )
         strange = next((name for name in expect.over if name not in compare.baselines), None)
         if strange is not None:
             names = ", ".join(compare.baselines) or "none"

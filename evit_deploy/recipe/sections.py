@@ -3,6 +3,8 @@
 :mod:`evit_deploy.recipe.recipe` puts them together.
 """
 
+import math
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -12,6 +14,8 @@ from evit_deploy.errors import RecipeError
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
+CropMode = Literal["center", "squash", "border"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -19,6 +23,37 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     # Keys of which a recipe gives one: set over a file, it takes the place of the others there.
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+
+
+class PreprocessOptions(Section, frozen=True, kw_only=True):
+    """How images become inputs, and what classes are called, where the checkpoint is not to decide."""
+
+    mean: tuple[float, ...] | None = None
+    """Mean that is subtracted, one a channel, on images scaled to 0..1. [default: the checkpoint's]"""
+    std: tuple[float, ...] | None = None
+    """Deviation that is divided by, one a channel. [default: the checkpoint's]"""
+    crop_pct: Annotated[float, Meta(gt=0, le=1)] | None = None
+    """Share of the resized image's side that the crop keeps, 0.875 for 224 of 256. [default: the checkpoint's]"""
+    crop_mode: CropMode | None = None
+    """How images are cropped: center, after resizing the shorter side; squash, after resizing both; border, with a
+    border. [default: the checkpoint's]"""
+    interpolation: Interpolation | None = None
+    """Resampling filter. [default: the checkpoint's]"""
+    labels: str | None = None
+    """File of class names, one on each line or JSON. [default: the checkpoint's; with labelled images and no other
+    source, their folders' names]"""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.labels, Path):  # a Path is as good as its text
+            msgspec.structs.force_setattr(self, "labels", str(self.labels))
+        for field in ("mean", "std"):
+            values = getattr(self, field)
+            if values is not None and not all(math.isfinite(value) for value in values):
+                raise RecipeError("not a finite number", where=field, seen=values)
+        if self.std is not None and not all(value > 0 for value in self.std):
+            raise RecipeError("images are divided by it", where="std", seen=self.std, wanted="numbers above 0")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise RecipeError("not a share", where="crop_pct", seen=self.crop_pct, wanted="a number in (0, 1]")
 
 
 class ModelSection(Section, frozen=True, kw_only=True):
@@ -39,8 +74,15 @@ class ModelSection(Section, frozen=True, kw_only=True):
     init: Literal["timm", "scaled"] = "timm"
     """First weights of a model trained from scratch. ``scaled``: Xavier with smaller residual branches and larger
     position embeddings, which learns several times faster on small data."""
+    preprocess: PreprocessOptions = PreprocessOptions()
+    """How images become inputs, where the checkpoint is not to decide; its ``labels`` come from the data here."""
 
     def __post_init__(self) -> None:
+        if self.preprocess.labels is not None:
+            raise RecipeError(
+                "classes are called as in the training images", where="model.preprocess.labels",
+                seen=self.preprocess.labels, fix="Leave it out.",
+            )  # fmt: skip
         if not self.pretrained and (self.checkpoint is not None or self.name is None):
             raise RecipeError("from scratch takes a name and no checkpoint", where="model.pretrained", seen=False)
         elsewhere = {"num_classes": "the data decides it", "pretrained": "it is model.pretrained",

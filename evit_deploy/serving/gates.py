@@ -9,6 +9,7 @@ import msgspec
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle
 from evit_deploy.bundle.manifest import ENGINE, MANIFEST, REPORT, Engine, Manifest
+from evit_deploy.data.labels import check_labels, read_labels
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import EMBEDDING, INPUT, LOGITS
@@ -166,18 +167,14 @@ def labels_of(bundle: Bundle, path: Path | None) -> list[str] | None:
 
     Args:
         bundle: Whose manifest may have them.
-        path: Text file with one on each line, in place of the manifest's.
+        path: File of labels in place of the manifest's, see :func:`~evit_deploy.data.labels.read_labels`.
 
     Raises:
         InputError: The file cannot be read, there are more or fewer names than classes, or one of them has two lines.
     """
     names, where = bundle.manifest.labels, f"{bundle.path / MANIFEST}: labels"
     if path is not None:
-        where = str(path)
-        try:
-            names = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"the labels cannot be read ({error})", where=f"--labels {path}") from None
+        names, where = read_labels(path), str(path)
     if names is None:
         return None
     classes = bundle.manifest.outputs[0].shape[-1]
@@ -189,9 +186,7 @@ def labels_of(bundle: Bundle, path: Path | None) -> list[str] | None:
             "the labels do not match the classes", where=where, seen=f"{len(names)} labels", wanted=f"{classes}",
             fix="Give a file with one label on each line, in the order of the model's outputs: --labels FILE.",
         )  # fmt: skip
-    broken = next((name for name in names if len(name.splitlines()) > 1), None)
-    if broken is not None:
-        raise InputError("a label has to fit on one line", where=where, seen=repr(broken))
+    check_labels(names, where)
     return names
 
 

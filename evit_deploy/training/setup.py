@@ -7,11 +7,13 @@ from typing import Any
 import msgspec
 from torch import nn
 
+from evit_deploy.data.labels import same_classes
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.training_data import TrainingData, open_data
 from evit_deploy.errors import RecipeError, did_you_mean
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint
 from evit_deploy.models.identify import check_model_name
+from evit_deploy.models.preprocessing import resolve_inputs
 from evit_deploy.recipe.recipe import Recipe
 from evit_deploy.recipe.sections import DynamicViTSection, ModelSection, TeacherSection, TrainSection
 from evit_deploy.registry import METHODS
@@ -138,8 +140,9 @@ def _from_scratch(recipe: Recipe) -> tuple[nn.Module, TrainingData]:
     section = recipe.model
     assert section.name is not None
     check_model_name(section.name, where="model.name")
-    cfg = timm.get_pretrained_cfg(section.name)
-    preprocess = Preprocess.from_model(cfg.to_dict() if cfg else {}, section.image_size)
+    chosen = resolve_inputs(section.name, None, None, None, section.preprocess, chosen=True).preprocess
+    side = section.image_size
+    preprocess = chosen if side is None else msgspec.structs.replace(chosen, size=(side, side))
     data = open_data(recipe.data, preprocess)
     try:
         model = timm.create_model(
@@ -158,15 +161,17 @@ def _from_checkpoint(recipe: Recipe) -> tuple[nn.Module, Checkpoint, TrainingDat
         raise RecipeError("init has no effect on a model that starts from trained weights", where="model.init")
     source = section.checkpoint or section.name
     assert source is not None
-    checkpoint = read_checkpoint(source, section.name)
+    checkpoint = read_checkpoint(source, section.name, section.preprocess)
     for note in checkpoint.notes:
         _LOG.warning(note)
     checkpoint = msgspec.structs.replace(checkpoint, model_args=checkpoint.model_args | section.args)
     model: Any = build_model(checkpoint, section.image_size)
     size = backbone_of(model).image_size(model)
-    preprocess = checkpoint.preprocess or Preprocess.from_model(model)
+    preprocess = checkpoint.preprocess
+    assert preprocess is not None  # of a checkpoint that was read
     data = open_data(recipe.data, msgspec.structs.replace(preprocess, size=size))
-    if model.num_classes != len(data.classes) or checkpoint.labels not in (None, list(data.classes)):
+    known = checkpoint.labels is None or same_classes(checkpoint.labels, data.classes)
+    if model.num_classes != len(data.classes) or not known:
         _LOG.warning(
             f"the classifier begins anew: the data has {len(data.classes)} classes that the checkpoint does not know"
         )

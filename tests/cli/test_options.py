@@ -22,6 +22,7 @@ from evit_deploy.recipe.options import (
     CompareOptions,
     ConvertOptions,
     ConvertSection,
+    PreprocessOptions,
     ProfileOptions,
     ProfileSection,
 )
@@ -38,6 +39,7 @@ STRUCTS = [
     (compare, CompareOptions),
     (package, PackageOptions),
     (package, TritonOptions),
+    (convert, PreprocessOptions),
 ]
 VALUES = {  # as they are given on the command line, and what comes of it
     "batches": (["1:4:8", "2"], ((1, 4, 8), (2, 2, 2))),
@@ -59,6 +61,16 @@ VALUES = {  # as they are given on the command line, and what comes of it
 }
 
 
+PREPROCESS = {
+    "mean": (["0.5,0.4,-0.1"], (0.5, 0.4, -0.1)),
+    "std": (["0.5,0.4,0.1"], (0.5, 0.4, 0.1)),
+    "crop_pct": (["0.9"], 0.9),
+    "crop_mode": (["squash"], "squash"),
+    "interpolation": (["bilinear"], "bilinear"),
+    "labels": (["names.txt"], "names.txt"),
+}
+
+
 def flag(field: str) -> str:
     return _FLAGS.get(field, "--" + field.replace("_", "-"))
 
@@ -66,14 +78,22 @@ def flag(field: str) -> str:
 @pytest.mark.parametrize(("command", "struct"), STRUCTS, ids=lambda value: getattr(value, "__name__", ""))
 def test_every_field_is_an_option_with_its_own_documentation(command, struct):
     options = {name: option for option in command.params for name in option.opts}
-    for field in struct.__struct_fields__:
+    for field in set(struct.__struct_fields__) - {"preprocess"}:  # a struct of its own
         help_text = re.sub(r"\s*One of .*?\.(?= |$)", "", options[flag(field)].help).split()
         assert help_text == field_docs(struct)[field].replace("``", "").split()
 
 
+def test_preprocessing_and_labels_are_options_of_convert():
+    assert set(PREPROCESS) == set(PreprocessOptions.__struct_fields__)
+    arguments = [part for field, (given, _) in PREPROCESS.items() for part in (flag(field), given[0])]
+    with context_of(["model.pth", *arguments]) as context:
+        asked = struct_of("PreprocessOptions", dict(context.params))
+    assert asked == PreprocessOptions(**{field: value for field, (_, value) in PREPROCESS.items()})
+
+
 def test_what_the_command_line_can_ask_for_a_recipe_can_too_and_the_reverse():
     fields = set(ConvertOptions.__struct_fields__)
-    assert set(VALUES) == fields
+    assert set(VALUES) == fields - {"preprocess"}
     assert set(ConvertSection.__struct_fields__) - fields == {"calibration_images"}  # training images stand in
     arguments, overrides, wanted = [], [], {}
     for field, (given, value) in VALUES.items():
@@ -113,7 +133,8 @@ def test_what_is_not_given_is_the_default():
 def test_options_stand_under_headings():
     page = CliRunner().invoke(cli, ["convert", "--help"]).output
     headings = re.findall(r"^(\w[\w ]*):$", page, flags=re.M)
-    assert headings == ["Model", "Token reduction", "Target", "Engine", "Checks", "Output"]
+    wanted = ["Model", "Preprocessing and labels", "Token reduction", "Target", "Engine", "Checks", "Output"]
+    assert headings == wanted
     engine = page[page.index("Engine:") : page.index("Checks:")]
     assert all(flag(field) in engine for field in BuildOptions.__struct_fields__)
 

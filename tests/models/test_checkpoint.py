@@ -110,8 +110,9 @@ def test_deit_or_augreg_vit_is_said_and_model_decides(tmp_path):
     path = saved(tmp_path, {"model": hollow("vit_small_patch16_224")})
     checkpoint = read_checkpoint(path)
     assert checkpoint.model == "deit_small_patch16_224"
-    (note,) = checkpoint.notes
+    note, warning = checkpoint.notes
     assert "deit_small_patch16_224 and vit_small_patch16_224" in note
+    assert warning.startswith("Warning: nothing in the checkpoint says how its images were normalized. mean 0.485")
     assert "--model" in note
     decided = read_checkpoint(path, "vit_small_patch16_224")
     assert decided.model == "vit_small_patch16_224"

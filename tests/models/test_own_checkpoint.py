@@ -20,7 +20,7 @@ from tests.support.models import KEEP, KINDS, of_kind, preprocess_for
 def test_saving_and_reading_again(tmp_path, kind, tokens):
     name, model_args = KINDS[kind]
     model = of_kind(kind)
-    labels = None if tokens is None else [f"class {i}" for i in range(10)]
+    labels = [f"class {i}" for i in range(10)] if tokens is not None and model_args.get("num_classes") else None
     about = Checkpoint("x", None, {}, name, model_args, tokens, preprocess_for(model), labels)
     save_checkpoint(tmp_path / "own.safetensors", model, about)
     again = read_checkpoint(tmp_path / "own.safetensors")

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import msgspec
 from torch import Tensor
 
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.models.layouts.table import Table
 from evit_deploy.tokens.plan import TokenSpec
 
@@ -47,6 +48,9 @@ class Found(msgspec.Struct, frozen=True):
         notes: What was assumed; the user is warned of it.
         left_out: Tensors of the file that the model has no place for, under the names they were asked about. The user
             is warned of them too.
+        prepared: Whether images for such weights were surely prepared as timm says of the architecture, or as
+            ``preprocess`` says.
+        preprocess: How all files of the layout had their images prepared, where that is another way than timm's.
         table: The names of the layout beside timm's, for the way back; ``None`` where a module of its own has it.
     """
 
@@ -57,4 +61,6 @@ class Found(msgspec.Struct, frozen=True):
     output: Output = "logits"
     notes: tuple[str, ...] = ()
     left_out: dict[str, Tensor] = {}
+    prepared: bool = True
+    preprocess: Preprocess | None = None
     table: Table | None = None

@@ -222,7 +222,8 @@ def find(held: Held, family: Family, *, notes: Collection[str] = (), **more: Any
         said.append(f"no config.json says more of it: LayerNorm eps {family.norm_eps:g} and GELU are assumed")
     name = held.model or architecture.nearest(family.families, wanted)
     args, assumed = architecture.arguments(held, name, wanted, heads)
-    return Found(name, args, ours, notes=(*said, *assumed), left_out=left, table=table)
+    notes = (*said, *assumed)
+    return Found(name, args, ours, notes=notes, left_out=left, prepared=False, table=table)
 
 
 def _shown(ours: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Any]:

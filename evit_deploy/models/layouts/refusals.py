@@ -89,7 +89,7 @@ _TYPES: dict[str, Refusal] = {
     "vit_hybrid": Refusal("a hybrid ViT", "its patches come from a ResNet", _CLASSIFIER),
 }
 
-# Names of tensors that only such families have.
+# Names of tensors that only such families have, beside those of a layout or not.
 _TENSORS: tuple[tuple[str, Refusal], ...] = (
     (r"(^|\.)layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table$", _SWIN),
     (r"(^|\.)encoder\.layers\.\d+\.blocks\.\d+\.attention\.self\.relative_position_bias_table$", _SWIN),
@@ -98,14 +98,17 @@ _TENSORS: tuple[tuple[str, Refusal], ...] = (
     (r"(^|\.)(encoder\.layer|layers)\.\d+\.lambda_1$", _BEIT),
     (r"(^|\.)head\.probe$", _SIGLIP),
     (r"(^|\.)attn_pool\.latent$", _SIGLIP),
-    (r"(^|\.)embeddings\.patch_embeddings\.weight$", _DINOV3),
+    (r"^(?!(.*\.)?encoder\.)(.*\.)?layer\.\d+\.layer_scale1\.lambda1$", _DINOV3),
     (r"(^|\.)rope_embed\.periods$", _DINOV3),
     (r"(^|\.)blocks\.\d+\.attn\.(rope\.|q_bias$|inner_attn_ln)", _EVA),
     (r"(^|\.)blocks\.\d+\.attn\.rel_pos_h$", _SAM),
     (r"(^|\.)layers\.\d+\.attn\.rel_pos_h$", _SAM),
+    (r"(^|\.)embeddings\.detection_tokens$", _DETECTOR),
+)
+# Names that say so of tensors which are in no layout; LeViT has stages too.
+_TENSORS_OF_NO_LAYOUT: tuple[tuple[str, Refusal], ...] = (
     (r"(^|\.)layer1\.0\.conv1\.", _staged("ResNet")),
     (r"(^|\.)stages\.0\.", _staged("ConvNeXt or another staged network")),
-    (r"(^|\.)embeddings\.detection_tokens$", _DETECTOR),
 )
 
 
@@ -171,13 +174,17 @@ def _check_timm(held: Held, config: Mapping[str, Any]) -> None:
                      "the architecture in its config.json")  # fmt: skip
 
 
-def check_tensors(held: Held) -> None:
+def check_tensors(held: Held, *, in_no_layout: bool = False) -> None:
     """Refuses tensors that only a family has that cannot be converted.
+
+    Args:
+        held: What the file holds.
+        in_no_layout: Whether no layout knows them.
 
     Raises:
         CheckpointError: There are such.
     """
-    for pattern, refusal in _TENSORS:
+    for pattern, refusal in _TENSORS_OF_NO_LAYOUT if in_no_layout else _TENSORS:
         search = re.compile(pattern).search
         name = next((name for name in held.inside() if search(name)), None)
         if name is not None:

@@ -17,6 +17,7 @@ from evit_deploy.models.layouts import architecture, evo_vit
 from evit_deploy.models.layouts.architecture import SIZES, classes_of, depth_of
 from evit_deploy.models.layouts.differences import differences_of
 from evit_deploy.models.layouts.found import Found, Held
+from evit_deploy.models.preprocessing import of_architecture
 from evit_deploy.tokens.plan import TokenSpec
 
 SIGNS = (("cls_token", "pos_embed", "patch_embed.proj.weight"),)
@@ -32,7 +33,7 @@ _FAMILIES = (
     "vit_{size}_patch{patch}_clip_quickgelu_{image}",
 )
 _IMAGES = (224, 384)
-# LV-ViT is told by its stem; its names say nothing but the size, and heads and λ come with them.
+# LV-ViT is known by its stem; its names say nothing but the size, and heads and λ come with them.
 _LVVIT = {(240, 12): "lvvit_t", (384, 16): "lvvit_s", (512, 20): "lvvit_m", (768, 24): "lvvit_l"}
 _LVVIT_STEM = "patch_embed.conv1.weight"
 # A DeiT that only DynamicViT's authors have released: tensors do not show how many heads it has.
@@ -72,18 +73,26 @@ def find(held: Held) -> Found | None:
         name, more = _DEIT_256
         names = [name]
     fitting = [found for found in (_fit(name, weights, more) for name in names) if found is not None]
-    if not fitting and held.model is None and not own_args and tokens is None and _LVVIT_STEM not in weights:
+    named = held.model is not None or "architecture" in (held.config or {})
+    if not fitting and not named and tokens is None and _LVVIT_STEM not in weights:
         fitting = [found for found in [_of_any_size(held, weights)] if found is not None]
     if not fitting:
         raise _no_fit(held, weights, ", Evo-ViT's names" if tokens is not None else "")
     first, notes = fitting[0], []
+    prepared = {msgspec.structs.replace(of_architecture(found.model), size=(1, 1)) for found in fitting}
     if len(fitting) > 1:
         others = ", ".join(found.model for found in fitting[1:])
         notes.append(
             f"its tensors fit {first.model} and {others}, which differ in what tensors do not show (preprocessing, "
             f"activation); {first.model} is assumed (--model decides)"
         )
-    return msgspec.structs.replace(first, notes=(*first.notes, *notes), tokens=tokens, left_out=left | first.left_out)
+    return msgspec.structs.replace(
+        first,
+        notes=(*first.notes, *notes),
+        tokens=tokens,
+        left_out=left | first.left_out,
+        prepared=len(prepared) == 1 and first.prepared,
+    )
 
 
 def _names(held: Held, weights: dict[str, Tensor]) -> tuple[list[str], dict[str, Any]]:
@@ -92,7 +101,7 @@ def _names(held: Held, weights: dict[str, Tensor]) -> tuple[list[str], dict[str,
         return [held.model], {}
     architecture_of_config = (held.config or {}).get("architecture")
     if isinstance(architecture_of_config, str):
-        return [architecture_of_config], _args_of_config(held)
+        return [architecture_of_config], _args_of_config(held, classes_of(weights))
     if any(name.startswith(_DINO_HEAD) for name in held.weights):
         import timm
 
@@ -102,9 +111,23 @@ def _names(held: Held, weights: dict[str, Tensor]) -> tuple[list[str], dict[str,
     return _candidates(weights), {}
 
 
-def _args_of_config(held: Held) -> dict[str, Any]:
-    """What a config of timm's hub says of the model: its arguments, the pooling."""
+def _args_of_config(held: Held, classes: int) -> dict[str, Any]:
+    """What a config of timm's hub says of the model: its arguments, the pooling.
+
+    Args:
+        held: What the file holds.
+        classes: Rows of the classifier.
+
+    Raises:
+        CheckpointError: Its arguments make no sense, or it has another number of classes.
+    """
     config = held.config or {}
+    if classes and config.get("num_classes") not in (None, classes):
+        raise CheckpointError(
+            "its config.json contradicts the tensors", where=held.where,
+            seen=f"num_classes {config['num_classes']} in the config and {classes} rows in the classifier",
+            fix="Take the config.json that was saved with these weights.",
+        )  # fmt: skip
     args = config.get("model_args") or {}
     if not isinstance(args, dict):
         raise CheckpointError(
@@ -197,7 +220,7 @@ def _of_any_size(held: Held, weights: dict[str, Tensor]) -> Found | None:
         found = _fit(name, weights, args)
         if found is not None:
             what = f"no architecture of timm has this size: {name} with {_words(args)} is taken"
-            return msgspec.structs.replace(found, notes=(what, *notes))
+            return msgspec.structs.replace(found, notes=(what, *notes), prepared=False)
     return None
 
 

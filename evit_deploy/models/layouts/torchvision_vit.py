@@ -1,5 +1,6 @@
 """torchvision's ViT: vit_b_16, vit_b_32, vit_l_16, vit_l_32 and vit_h_14."""
 
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import CheckpointError
 from evit_deploy.models.layouts import architecture
 from evit_deploy.models.layouts.found import Found, Held
@@ -58,4 +59,15 @@ def find(held: Held) -> Found | None:
     families = ("deit_{size}_patch{patch}_224", "vit_{size}_patch{patch}_224")
     name = held.model or architecture.nearest(families, wanted)
     args, assumed = architecture.arguments(held, name, wanted, None)
-    return Found(name, args, ours, notes=tuple(assumed), left_out=left, table=table)
+    preprocess = _prepared(wanted["img_size"])
+    return Found(name, args, ours, notes=tuple(assumed), left_out=left, preprocess=preprocess, table=table)
+
+
+def _prepared(size: int) -> Preprocess:
+    """How torchvision's own transforms prepare images.
+
+    Mean and deviation are the same for all of its ViTs. The first weights, of 224 pixels, are for 224 of 256, bilinear;
+    the larger ones of SWAG for the whole image, bicubic.
+    """
+    first = size <= 224
+    return Preprocess((size, size), 0.875 if first else 1.0, "center", "bilinear" if first else "bicubic")

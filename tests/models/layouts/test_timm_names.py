@@ -32,11 +32,23 @@ def test_the_config_of_the_hub_decides(name, args):
 
 
 def test_the_config_of_the_hub_contradicts_the_tensors():
+    weights = hollow("vit_small_patch16_224", num_classes=5)
     with pytest.raises(CheckpointError) as caught:
-        identified(hollow("vit_small_patch16_224"), config("vit_tiny_patch16_224"))
+        identified(weights, config("vit_tiny_patch16_224"))
     assert "the weights are not those of vit_tiny_patch16_224, which its config.json names" in str(caught.value)
+    with pytest.raises(CheckpointError, match="weights are not those of vit_tiny_patch16_224"):
+        identified(weights, {"architecture": "vit_tiny_patch16_224"})
+    with pytest.raises(CheckpointError, match="num_classes 5 in the config and 1000 rows in the classifier"):
+        identified(hollow("vit_small_patch16_224"), config("vit_small_patch16_224"))
     with pytest.raises(CheckpointError, match=r"model_args in its config\.json that make no sense"):
-        identified(hollow("vit_small_patch16_224"), config("vit_small_patch16_224") | {"model_args": [1]})
+        identified(weights, config("vit_small_patch16_224") | {"model_args": [1]})
+
+
+def test_a_levit_that_timm_saved_is_no_other_staged_network():
+    assert identified(hollow("levit_128s")).model == "levit_128s"
+    assert identified(hollow("levit_128s"), {"architecture": "levit_128s", "num_classes": 1000}).model == "levit_128s"
+    with pytest.raises(CheckpointError, match="weights are not those of levit_128"):
+        identified(hollow("levit_128s"), {"architecture": "levit_128"})
 
 
 def test_model_goes_before_the_config():

@@ -1,0 +1,348 @@
+"""What lies beside weights and says how their images were prepared, and what their classes are called.
+
+``preprocessor_config.json`` of Hugging Face transformers, ``config.json`` of timm's and OpenCLIP's hub layouts, the
+arguments that a training script left in the checkpoint.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from evit_deploy.data.labels import check_labels, read_labels
+from evit_deploy.data.preprocess import Preprocess
+from evit_deploy.errors import CheckpointError, InputError
+from evit_deploy.recipe.options import PreprocessOptions
+
+# PIL's numbers of resampling filters, under timm's names.
+_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_HALF = (0.5, 0.5, 0.5)
+_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class _Processor(msgspec.Struct, frozen=True):
+    """What one of transformers' image processors does where its file does not say."""
+
+    interpolation: str = "bicubic"
+    shorter_side: bool = False
+    """Whether ``size: 224`` is the shorter side of the resized image, and not both."""
+    crops: bool = False
+    mean: tuple[float, ...] = _HALF
+    std: tuple[float, ...] = _HALF
+
+
+_PROCESSORS = {
+    "ViT": _Processor("bilinear"),
+    "DeiT": _Processor(crops=True),
+    "CLIP": _Processor("bicubic", True, True, *_CLIP),
+    "Bit": _Processor("bicubic", True, True, *_CLIP),  # of DINOv2
+}
+_PROCESSOR = "preprocessor_config.json"
+
+
+class Said(msgspec.Struct, frozen=True):
+    """One thing that is said about a checkpoint.
+
+    Args:
+        value: What.
+        origin: Where, for people: the file, or ``the checkpoint's arguments``.
+    """
+
+    value: Any
+    origin: str
+
+
+class Inputs(msgspec.Struct, frozen=True):
+    """What a model's inputs and classes are, and how that is known.
+
+    Args:
+        preprocess: From image file to input.
+        labels: Class names, if they are known.
+        origins: Where each comes from, for people.
+        notes: What was guessed.
+    """
+
+    preprocess: Preprocess
+    labels: list[str] | None
+    origins: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def resolve_inputs(
+    architecture: str,
+    classes: int | None,
+    said: Said | None,
+    names: Said | None,
+    asked: PreprocessOptions,
+    *,
+    chosen: bool = False,
+) -> Inputs:
+    """Joins what is asked for with what the checkpoint says, and with what timm says of the architecture.
+
+    Args:
+        architecture: timm name.
+        classes: How many the model has; 0 for a model that gives an embedding, ``None`` if that is not known.
+        said: The preprocessing that the checkpoint asks for.
+        names: Its class names.
+        asked: What replaces them.
+        chosen: Whether timm's preprocessing of the architecture is surely that of the weights, which the user named or
+            which fit no other.
+
+    Raises:
+        InputError: Labels for another number of classes, or a mean without the length of the deviation.
+    """
+    notes: list[str] = []
+    base = said.value if said is not None else of_architecture(architecture)
+    origin = said.origin if said is not None else f"timm's {architecture}"
+    fields = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+    given = {field: value for field in fields if (value := getattr(asked, field)) is not None}
+    preprocess = msgspec.structs.replace(base, **given)
+    if len(preprocess.mean) != len(preprocess.std):
+        raise InputError(
+            "one number a channel for each of the two", where="--mean and --std",
+            seen=f"{len(preprocess.mean)} and {len(preprocess.std)}", wanted=f"{len(base.mean)} each",
+        )  # fmt: skip
+    if said is None and not chosen and not {"mean", "std"} <= given.keys():
+        notes.append(
+            f"Warning: nothing in the checkpoint says how its images were normalized. {_normalized(preprocess)} of "
+            f"{origin} is assumed; if that is wrong, accuracy suffers and no check here notices. Give --mean and "
+            "--std, or the architecture with --model."
+        )
+        origin += ", assumed"
+    if given:
+        flags = ", ".join("--" + field.replace("_", "-") for field in given)
+        origin = flags if len(given) == len(fields) else f"{flags}; the rest from {origin}"
+    found = Said(read_labels(asked.labels), f"--labels {asked.labels}") if asked.labels is not None else names
+    if found is not None and classes is not None and len(found.value) != classes:
+        if classes == 0 and asked.labels is None:
+            found = None  # transformers writes two labels into every configuration
+        else:
+            raise InputError(
+                "labels for another number of classes" if classes else "labels, and the model has no classes",
+                where=found.origin, seen=f"{len(found.value)} labels", wanted=str(classes),
+                fix="Give a file with one label on each line: --labels FILE." if classes else None,
+            )  # fmt: skip
+    origins = {"preprocess": origin} | ({"labels": found.origin} if found is not None else {})
+    return Inputs(preprocess, found.value if found is not None else None, origins, tuple(notes))
+
+
+def described(preprocess: Preprocess, labels: list[str] | None, origins: Mapping[str, str]) -> str:
+    """Preprocessing and labels in one line, with where they come from."""
+    height, width = preprocess.size
+    resized = [math.floor(side / preprocess.crop_pct) for side in preprocess.size]
+    if preprocess.crop_mode == "squash":
+        steps = f"resize to {resized[0]}×{resized[1]}"
+    else:
+        steps = f"resize the shorter side to {min(resized)}"
+    if preprocess.crop_mode != "squash" or preprocess.crop_pct < 1:
+        steps += f", {'center' if preprocess.crop_mode == 'squash' else preprocess.crop_mode} crop {height}×{width}"
+    known = f"{len(labels)} ({origins.get('labels', 'not recorded where from')})" if labels else "none"
+    return (
+        f"Preprocessing: {steps}, {preprocess.interpolation}, {_normalized(preprocess)} "
+        f"({origins.get('preprocess', 'not recorded where from')}). Labels: {known}."
+    )
+
+
+def _normalized(preprocess: Preprocess) -> str:
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (preprocess.mean, preprocess.std))
+    return f"mean {mean}, std {std}"
+
+
+def of_architecture(name: str) -> Preprocess:
+    """How images are prepared for an architecture, as timm says."""
+    import timm
+
+    cfg = timm.get_pretrained_cfg(name)
+    return Preprocess.from_model(cfg.to_dict() if cfg is not None else {})
+
+
+def preprocess_in(configs: Mapping[str, dict[str, Any]], args: Any, where: object) -> Said | None:
+    """The preprocessing that files beside the weights ask for, or else the training script's arguments.
+
+    Args:
+        configs: Files by name, see :data:`evit_deploy.models.sources.CONFIGS`.
+        args: What a training script left in the checkpoint, a mapping or a namespace.
+        where: The checkpoint, for messages.
+
+    Returns:
+        A :class:`~evit_deploy.data.preprocess.Preprocess`, and where it stands.
+
+    Raises:
+        CheckpointError: It says something that cannot be done, or nothing that can be understood.
+    """
+    for name, read in (
+        (_PROCESSOR, _of_processor),
+        ("config.json", _of_timm),
+        ("open_clip_config.json", _of_open_clip),
+    ):
+        if name in configs:
+            try:
+                found = read(configs[name])
+            except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
+                raise CheckpointError(
+                    f"its preprocessing cannot be understood: {error}", where=f"{where}/{name}"
+                ) from None
+            if found is not None:
+                return Said(found, name)
+    found = _of_args(args if isinstance(args, Mapping) else getattr(args, "__dict__", {}), where)
+    return None if found is None else Said(found, "the checkpoint's own arguments")
+
+
+def labels_in(configs: Mapping[str, dict[str, Any]], where: object) -> Said | None:
+    """Class names that a configuration beside the weights gives; none where they are transformers' ``LABEL_0`` …
+
+    Raises:
+        CheckpointError: They are no names, or numbers are missing among them.
+    """
+    config = configs.get("config.json", {})
+    place = f"{where}/config.json"
+    if isinstance(config.get("id2label"), dict):
+        names = _numbered(config["id2label"], place)
+        if all(name == f"LABEL_{number}" for number, name in enumerate(names)):
+            return None
+        return Said(names, "config.json, id2label")
+    for holder in (config, config.get("pretrained_cfg")):
+        if isinstance(holder, dict) and isinstance(names := holder.get("label_names"), list):
+            check_labels(names, f"{place}, label_names")
+            return Said(names, "config.json, label_names")
+    return None
+
+
+def _numbered(names: dict[Any, Any], where: str) -> list[str]:
+    ordered = [names.get(str(number)) for number in range(len(names))]
+    if not ordered or not all(isinstance(name, str) for name in ordered):
+        missing = next((n for n, name in enumerate(ordered) if not isinstance(name, str)), 0)
+        raise CheckpointError(
+            "id2label does not name every class", where=where, seen=f"{len(names)} names, none for {missing}",
+            wanted='{"0": name, "1": name, ...}',
+        )  # fmt: skip
+    return [str(name) for name in ordered]
+
+
+# ---- Hugging Face transformers
+
+
+def _of_processor(config: dict[str, Any]) -> Preprocess:
+    """An image processor's file, of any version: sizes are numbers in old ones and mappings in new ones."""
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    usual = next((value for name, value in _PROCESSORS.items() if kind.startswith(name)), _PROCESSORS["ViT"])
+    if not config.get("do_resize", True):
+        raise ValueError("images are not resized (do_resize is false), and a model takes one size")
+    if config.get("do_pad", False):
+        raise ValueError("images are padded (do_pad is true)")
+    height, width, shorter = _size(config.get("size") or 224, usual.shorter_side)
+    crops = config.get("do_center_crop", usual.crops)
+    final = _size(config.get("crop_size") or 224, False)[:2] if crops else (height, width)
+    if shorter and not crops:
+        raise ValueError("only the shorter side of the image is resized, and a model takes one size")
+    number = config.get("resample")
+    resample = usual.interpolation if number is None else _FILTERS[int(number)]
+    shares = {_crop_share(side, whole) for side, whole in zip(final, (height, width), strict=True)}
+    if len(shares) > 1:
+        raise ValueError(f"crop_size {final} and size {(height, width)} have different shapes")
+    return Preprocess(final, shares.pop(), "center" if shorter else "squash", resample, *_normalization(config, usual))
+
+
+def _size(size: Any, shorter_by_default: bool) -> tuple[int, int, bool]:
+    """Height and width of the resized image, and whether they are those of its shorter side."""
+    if isinstance(size, dict):
+        if "shortest_edge" in size and set(size) <= {"shortest_edge"}:
+            edge = _whole(size["shortest_edge"])
+            return edge, edge, True
+        return _whole(size["height"]), _whole(size["width"]), False
+    if isinstance(size, list | tuple):
+        height, width = size
+        return _whole(height), _whole(width), False
+    return _whole(size), _whole(size), shorter_by_default
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 16:
+        raise ValueError(f"{value!r} is not a number of pixels")
+    return value
+
+
+def _crop_share(side: int, whole: int) -> float:
+    """timm's ``crop_pct``, which gives exactly this size: it resizes to ``floor(side / crop_pct)``."""
+    if side > whole:
+        raise ValueError(f"crop_size {side} is larger than size {whole}")
+    share = side / whole
+    while math.floor(side / share) < whole:  # rounding fell on the wrong side
+        share = math.nextafter(share, 0)
+    return share
+
+
+def _normalization(config: dict[str, Any], usual: _Processor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation on images scaled to 0..1, whatever the file's own scale is."""
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if config.get("do_normalize", True):
+        mean = _numbers(config.get("image_mean"), usual.mean)
+        std = _numbers(config.get("image_std"), usual.std)
+    factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
+    scale = float(factor) * 255
+    if not 0 < scale < math.inf:
+        raise ValueError(f"rescale_factor is {factor}")
+    if abs(scale - 1) < 1e-6:
+        return mean, std
+    # (f·x − mean) / std on bytes is (x/255 − mean/(255·f)) / (std/(255·f)).
+    return tuple(value / scale for value in mean), tuple(value / scale for value in std)
+
+
+def _numbers(value: Any, default: tuple[float, ...]) -> tuple[float, ...]:
+    if value is None:
+        return default
+    values = tuple(float(one) for one in (value if isinstance(value, list | tuple) else [value] * 3))
+    check_normalization(values, "image_mean or image_std")
+    return values
+
+
+# ---- timm, OpenCLIP, training scripts
+
+
+def _of_timm(config: dict[str, Any]) -> Preprocess | None:
+    settings = config.get("pretrained_cfg")
+    if not isinstance(settings, dict) or "mean" not in settings:
+        return None
+    known = {name: value for name, value in settings.items() if value is not None}
+    found = Preprocess.from_model(known)
+    check_normalization((*found.mean, *found.std), "mean or std")
+    return found
+
+
+def _of_open_clip(config: dict[str, Any]) -> Preprocess | None:
+    settings, model = config.get("preprocess_cfg"), config.get("model_cfg")
+    if not isinstance(settings, dict) or "mean" not in settings:
+        return None
+    size = settings.get("size") or (model or {}).get("vision_cfg", {}).get("image_size", 224)
+    height, width, _ = _size(size, False)
+    mode = {"shortest": "center", "squash": "squash"}.get(settings.get("resize_mode", "shortest"))
+    if mode is None:
+        raise ValueError(f"resize_mode {settings['resize_mode']!r} pads images")
+    interpolation = str(settings.get("interpolation", "bicubic"))
+    mean, std = (_numbers(settings.get(name), default) for name, default in zip(("mean", "std"), _CLIP, strict=True))
+    return Preprocess((height, width), 1.0, mode, interpolation, mean, std)
+
+
+def _of_args(args: Mapping[str, Any], where: object) -> Preprocess | None:
+    """timm's training script leaves what it was asked for, and ``None`` for what the architecture decided."""
+    fields = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    given = {name: args[name] for name in fields if args.get(name) is not None}
+    if not {"mean", "std"} <= given.keys():
+        return None
+    size = args.get("img_size") or args.get("input_size") or 224
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    try:
+        return msgspec.convert(given | {"size": (height, width)}, Preprocess, strict=False)
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
+        raise CheckpointError(f"its arguments name no preprocessing that can be used: {error}", where=where) from None
+
+
+def check_normalization(values: tuple[float, ...], where: str) -> None:
+    """Makes sure that numbers can be means or deviations.
+
+    Raises:
+        InputError: One is not finite.
+    """
+    if not all(math.isfinite(value) for value in values):
+        raise InputError("not finite", where=where, seen=values)

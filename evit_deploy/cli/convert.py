@@ -66,7 +66,7 @@ class _Several(Command):
     multiple=True,
     help="Precision of the files; of several, a bundle each.  [default: fp16 for an engine, else fp32]",
 )
-@struct_options("ConvertOptions", "Target", "linear", "calibration", "indices", "target_options")
+@struct_options("ConvertOptions", "Target", "linear", "calibration", "indices", "normalize", "target_options")
 @struct_options("BuildOptions", "Engine")
 @struct_options("ConvertOptions", "Checks", "data", "min_speedup")
 @struct_options("ProfileOptions", "Checks", "threads")

@@ -25,8 +25,9 @@ from torch import Tensor
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.environment.machine import versions
 from evit_deploy.errors import InputError, StageError
+from evit_deploy.export.answer import answer_name
 from evit_deploy.export.blocks import Known, assemble
-from evit_deploy.export.card import INPUT, LOGITS, ModelCard, kept_name, write_card
+from evit_deploy.export.card import INPUT, ModelCard, kept_name, write_card
 from evit_deploy.export.outline import write_onnx
 from evit_deploy.export.variants import with_indices
 from evit_deploy.recipe.options import Linear
@@ -73,8 +74,8 @@ class Portable(msgspec.Struct, frozen=True):
 def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess, linear: Linear = "gemm") -> ModelProto:
     """Exports a model, reduced or dense, into the portable form.
 
-    Input ``input`` is float32 NCHW, normalised, with a dynamic batch; output ``logits`` is float32 (features, when the
-    model has no classes).
+    Input ``input`` is float32 NCHW, normalised, with a dynamic batch; output ``logits`` is float32, or
+    ``embedding`` of a model without classes.
 
     Args:
         model: A model of a registered backbone.
@@ -132,7 +133,7 @@ def portable(
     example = torch.zeros(2, backbone.channels(model), *size)  # batch 2: a 1 would be baked in as a constant
 
     def run(module: torch.nn.Module) -> ModelProto:
-        found = _run_exporter(module, example)
+        found = _run_exporter(module, example, answer_name(model))
         _name_nodes(found)
         return found
 
@@ -153,7 +154,7 @@ def portable(
     return Portable(proto, weights)
 
 
-def _run_exporter(model: torch.nn.Module, example: torch.Tensor) -> ModelProto:
+def _run_exporter(model: torch.nn.Module, example: torch.Tensor, answer: str) -> ModelProto:
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -167,7 +168,7 @@ def _run_exporter(model: torch.nn.Module, example: torch.Tensor) -> ModelProto:
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[LOGITS],
+                output_names=[answer],
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )

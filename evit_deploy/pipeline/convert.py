@@ -20,6 +20,7 @@ from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sources import Folder, is_labelled
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
+from evit_deploy.export.answer import answer_name, answer_size, has_classes, normalize_
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
 from evit_deploy.export.precision import QUANTIZED
 from evit_deploy.models import hub
@@ -249,6 +250,8 @@ def convert_all(checkpoint: Checkpoint, variants: Sequence[Variant]) -> list[Con
     """
     for variant in variants:
         check_own_weights(checkpoint, variant.spec)
+        if variant.job.made.options.normalize and checkpoint.output == LOGITS:
+            raise has_classes(checkpoint.model_args.get("num_classes", "its"))
     outs = [variant.job.out or default_out(checkpoint, variant.spec) for variant in variants]
     twice = next((out for out in outs if outs.count(out) > 1), None)
     if twice is not None:
@@ -298,7 +301,7 @@ def _make(one: _Work, shared: _Shared) -> None:
     """Exports a variant, asks PyTorch, and makes its targets unless its precision breaks the model."""
     made, folder = one.variant.job.made, one.staging.path
     one.golden = _export(one, shared)
-    one.report += verify_precision(one.golden)
+    one.report += verify_precision(one.golden, one.manifest.answer)
     if one.report.passed:
         exported = Exported(one.reduced.model, one.reduced.dense, one.reduced.plan, made.precision, folder)
         written = write_targets(exported, made)
@@ -367,17 +370,18 @@ def stages_of(made: Lowering) -> int:
 
 
 def _reduce(checkpoint: Checkpoint, variant: Variant, dense: torch.nn.Module) -> Reduced:
-    spec = variant.spec
+    spec, job = variant.spec, variant.job
     model = reduce_tokens_(dense, spec)
-    known = [*checkpoint.notes, *variant.notes, *_training_notes(checkpoint, spec, variant.job.image_size)]
+    if job.made.options.normalize:
+        normalize_(model)
+    known = [*checkpoint.notes, *variant.notes, *_training_notes(checkpoint, spec, job.image_size)]
     preprocess = preprocess_of(checkpoint, model)
     return Reduced(checkpoint, model, dense_twin(model), spec, token_plan(model), preprocess, known)
 
 
 def _manifest(reduced: Reduced, job: Job, out: Path) -> Manifest:
     model, checkpoint, preprocess = reduced.model, reduced.checkpoint, reduced.preprocess
-    classes = getattr(model, "num_classes", 0) or getattr(model, "num_features", 0)
-    outputs = (TensorSpec(LOGITS, "float32", (None, int(classes))),)
+    outputs = (TensorSpec(answer_name(model), "float32", (None, answer_size(model))),)
     if job.made.options.indices:
         lengths = {kept_name(row.block): row.choice_length for row in reduced.plan.locations}
         outputs += tuple(TensorSpec(name, "int32", (None, length)) for name, length in lengths.items())
@@ -399,6 +403,7 @@ def _manifest(reduced: Reduced, job: Job, out: Path) -> Manifest:
         device=device(),
         results={},
         notes=reduced.notes,
+        normalized=job.made.options.normalize,
         origins=checkpoint.origins,
     )
 

@@ -59,9 +59,9 @@ def runs(monkeypatch):
     """How many blocks each run of the exporter was given."""
     found, real = [], exporting._run_exporter
 
-    def counted(model, example):
+    def counted(model, *more):
         found.append(len(model.blocks))
-        return real(model, example)
+        return real(model, *more)
 
     monkeypatch.setattr(exporting, "_run_exporter", counted)
     return found

@@ -11,7 +11,7 @@
     ├── StageError             4   a stage failed for a reason outside the input (full disk, exporter, runtime)
     └── GateFailed             1   everything ran and a check did not hold
 
-:class:`Interrupted` (130) is no error: a training was asked to stop, and left behind what it goes on from.
+:class:`Interrupted` (130) is no error: a training was asked to stop, and left behind what it can continue from.
 
 A message says what happened, where, what was seen, what was wanted and what to do about it, in that order.
 """
@@ -100,7 +100,7 @@ class GateFailed(EvitDeployError):  # noqa: N818 -- a result, not a malfunction
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training that was stopped by Ctrl-C or SIGTERM and can go on from a file: a ``KeyboardInterrupt`` with words.
+    """A training that Ctrl-C or SIGTERM stopped and that can continue from a file: a ``KeyboardInterrupt`` with words.
 
     Its text says how far the training has come, and where its state is.
     """

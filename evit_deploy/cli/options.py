@@ -306,4 +306,4 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def check_resume(force: bool, resume: bool) -> None:
     """Refuses to begin anew and to go on at once."""
     if force and resume:
-        raise click.UsageError("--force begins anew and --resume goes on: give one of them")
+        raise click.UsageError("--force begins anew and --resume continues: give one of them")

@@ -27,7 +27,7 @@ def command(
     from evit_deploy.recipe.recipe import is_comparison, is_sweep, load_comparison, load_recipe, load_sweep
 
     if resume and (is_comparison(recipe) or is_sweep(recipe)):
-        raise click.UsageError("--resume goes on with a training, and this recipe trains nothing: leave it out")
+        raise click.UsageError("--resume continues a training, and this recipe trains nothing: leave it out")
     if is_comparison(recipe):
         from evit_deploy.pipeline.contenders import compare_recipe
 

@@ -119,7 +119,9 @@ class FolderData:
         if path is None:
             fix = f"Set it in the recipe, or give --set data.{key}=FOLDER."
             if key == "validation":
-                fix += " Without a folder of its own, --set data.validation_share=0.2 holds a fifth of data.train out."
+                fix += (
+                    " Where there is no second folder, --set data.validation_share=0.2 holds a fifth of data.train out."
+                )
             raise RecipeError("no folder of images given", where=f"data.{key}", fix=fix)
         split = getattr(section, f"{key}_split") or (key if path.startswith("hfds/") else None)
         return Place(path, split, section.input_key, section.target_key, section.num_classes)

@@ -113,7 +113,10 @@ def whole_batches(images: int, batch_size: int) -> int:
         InputError: Not even one.
     """
     if images < batch_size:
-        raise InputError("a batch is larger than the training set", seen=batch_size, wanted=f"at most {images}")
+        raise InputError(
+            "a batch is larger than the training set", seen=batch_size, wanted=f"at most {images}",
+            fix="Set a smaller batch_size; recipes/small.yaml has settings for a few hundred images.",
+        )  # fmt: skip
     return images // batch_size
 
 

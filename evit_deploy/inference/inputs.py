@@ -27,12 +27,14 @@ class Given:
     Args:
         images: One image or several, see :class:`~evit_deploy.inference.model.Model`.
         manifest: Of the bundle that they are for.
+        threads: CPU threads that read and prepare pictures; by default one for each core.
 
     Raises:
         InputError: It is no image, or an array of which it is not clear what is meant.
     """
 
-    def __init__(self, images: Any, manifest: Manifest) -> None:
+    def __init__(self, images: Any, manifest: Manifest, threads: int | None = None) -> None:
+        self._workers = threads or _cores()
         self._preprocess = manifest.preprocess
         self._shape: tuple[int, ...] = tuple(int(size or 0) for size in manifest.inputs[0].shape[1:])
         self.single = isinstance(images, str | Path | bytes | bytearray | Image.Image)
@@ -71,7 +73,7 @@ class Given:
         if isinstance(part, np.ndarray) and part.dtype == np.float32:
             return part, {}
         numbers = range(start, stop)
-        workers = min(len(part), _cores())
+        workers = min(len(part), self._workers)
         if workers > 1 and any(not isinstance(image, np.ndarray) or image.dtype == np.uint8 for image in part):
             with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without Python's lock
                 found = list(pool.map(self._one, part, numbers))

@@ -45,7 +45,8 @@ def load(
     Args:
         path: The bundle.
         runtime: Name in the registry of runtimes, to have that one and no other; ``eager`` is PyTorch itself.
-        threads: CPU threads, ``None`` for the runtime's own choice.
+        threads: CPU threads, of the runtime and to read pictures; ``None`` for the runtime's own choice, and as many as
+            there are cores.
         batch_size: Images a call at most; by default 32, or what the engine was tuned for.
         plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
             has.
@@ -179,7 +180,7 @@ class Model:
             StageError: The runtime failed.
         """
         self._refuse_embedding()
-        given = Given(images, self.bundle.manifest)
+        given = self._given(images)
         logits, numbers = self._answers(given, on_error)
         found = predictions_of(logits, self.labels, top, [given.name(number) for number in numbers])
         return found[0] if given.single and found else found
@@ -195,7 +196,7 @@ class Model:
             StageError: The runtime failed.
         """
         self._refuse_embedding()
-        return self._answers(Given(images, self.bundle.manifest))[0]
+        return self._answers(self._given(images))[0]
 
     def embed(
         self,
@@ -221,7 +222,7 @@ class Model:
                 "this model answers with classes, and its file gives no embedding out", where=self.bundle.path,
                 fix="Ask predict or logits; or convert the same weights without their classifier.",
             )  # fmt: skip
-        return self._answers(Given(images, self.bundle.manifest), on_error)[0]
+        return self._answers(self._given(images), on_error)[0]
 
     def kept(self, images: ImageLike | Iterable[ImageLike]) -> dict[int, np.ndarray]:
         """Which patches of each image the model kept, location by location.
@@ -242,7 +243,7 @@ class Model:
                 :meth:`predict`.
             StageError: The runtime failed.
         """
-        plan, given = self.bundle.manifest.plan, Given(images, self.bundle.manifest)
+        plan, given = self.bundle.manifest.plan, self._given(images)
         names = [kept_name(row.block) for row in plan.locations]
         if not names:
             return {}
@@ -318,6 +319,9 @@ class Model:
     def _nothing(self, session: Session, name: str) -> np.ndarray:
         spec = next(spec for spec in session.runner.outputs if spec.name == name)
         return np.empty((0, *(int(size or 0) for size in spec.shape[1:])), spec.dtype)
+
+    def _given(self, images: Any) -> Given:
+        return Given(images, self.bundle.manifest, self._threads)
 
     def _opened(self, *, with_indices: bool) -> Session:
         where = self.bundle.path

@@ -179,12 +179,12 @@ def convert_checkpoint(
     out = job.out or default_out(checkpoint, spec)
     bundles.check_out(out, force=job.force)
     reduced = _reduce(checkpoint, spec, job.image_size, notes)
-    for note in reduced.notes:
-        _LOG.warning(note)
-    _LOG.info(described(reduced.preprocess, checkpoint.labels, checkpoint.origins))
     manifest = _manifest(reduced, job, out)
     if job.made.options.data is not None:
         pictures_of(Path(job.made.options.data), manifest)  # what does not fit is refused before the work
+    for note in reduced.notes:
+        _LOG.warning(note)
+    _LOG.info(described(reduced.preprocess, checkpoint.labels, checkpoint.origins))
     report = Report(notes=tuple(reduced.notes), versions=versions(), device=device())
     with Staging(out, force=job.force) as staging:
         exported, golden = _export(reduced, job, staging.path)
@@ -372,14 +372,14 @@ def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
 def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
     """The checkpoint's preprocessing at the model's image size; timm's for one that says nothing."""
     own = checkpoint.preprocess
-    backbone = backbone_of(model)
-    size, channels = backbone.image_size(model), backbone.channels(model)
+    size = backbone_of(model).image_size(model)
     if own is None:
         return Preprocess.from_model(model, size)
-    if channels != len(own.mean) and len(own.mean) > 1:
+    if len(own.mean) not in (1, 3):  # whatever the model takes: see evit_deploy.data.images.with_channels
         raise InputError(
-            "one number for each of the model's channels", where="--mean and --std", seen=len(own.mean), wanted=channels
-        )
+            "pictures have three colours when they are normalised", where="--mean and --std", seen=len(own.mean),
+            wanted="three numbers, or one for all",
+        )  # fmt: skip
     return msgspec.structs.replace(own, size=size)
 
 

@@ -111,7 +111,7 @@ def train(
             interrupted run lies in ``out`` and ``resume`` was not given.
         StageError: The loss is no longer finite, a batch does not fit into memory, a process that reads images died, or
             a file cannot be written.
-        Interrupted: Ctrl-C or SIGTERM; what ``resume`` goes on from was written.
+        Interrupted: Ctrl-C or SIGTERM; what ``resume`` continues from was written.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -119,13 +119,13 @@ def train(
     processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     files = {stage: StateFile(state_path(out, stage), recipe, stage) for stage in ("dense", "finetune")}
     stages = progress.stages(3 if recipe.dense is not None else 2)
-    with _first_process_logs(processes), stages, _told_where(files), _logged(out, recipe) as logs:
+    with _first_process_logs(processes), stages, _naming_what_was_saved(files), _logged(out, recipe) as logs:
         _check_interrupted(files, resume)
         return _train(recipe, out, files, logs, device, dense_saved)
 
 
 @contextmanager
-def _told_where(files: dict[str, StateFile]) -> Iterator[None]:
+def _naming_what_was_saved(files: dict[str, StateFile]) -> Iterator[None]:
     """Whatever is being done when a run is interrupted: what was saved of it is named."""
     try:
         yield

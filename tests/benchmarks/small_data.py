@@ -27,25 +27,26 @@ from evit_deploy.training.compare import DENSE_NAME, finetuned_name, untrained_n
 from evit_deploy.training.loop import train
 
 
-def class_folders(root: Path, split: Split, count: int, size: int, seed: int) -> Path:
-    """Writes images as ``<class>/<number>.png``."""
+def class_folders(root: Path, split: Split, count: int, seed: int, name: str, size: int = 64) -> None:
+    """Writes images as ``<name><class>/<number>.png``."""
     images = WildDigits(split, count, size, seed=seed)
     for number in range(count):
         pixels, label = images[number]
-        path = root / str(label) / f"{number}.png"
+        path = root / f"{name}{label}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(path)
-    return root
 
 
 def measure(checkpoint: Path, seed: int, rate: float, arguments: Any, work: Path) -> dict[str, Any]:
     """One fine-tune and what it is held against."""
     overrides = [
         f"seed={seed}", f"model.checkpoint={checkpoint}", f"data.train={work / 'train'}",
-        f"data.validation={work / 'validation'}", "data.workers=0", "dense=null", f"tokens.keep_rate={rate}",
+        f"data.validation={work / 'validation'}", "data.workers=0", f"tokens.keep_rate={rate}",
         "data.flip=0", "data.crop=[1,1]", "data.color_jitter=0",  # these digits lie on the grid of the patches
         "finetune.evaluate_every=null", "finetune.threads=1", *arguments.overrides,
     ]  # fmt: skip
+    new = ["dense.evaluate_every=null", "dense.threads=1"]
+    overrides += new if arguments.new_classes else ["dense=null"]
     recipe = load_recipe("recipes/small.yaml", overrides)
     started = time.perf_counter()
     result = train(recipe, work / f"run-{rate:g}", device="cpu")
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300, help="to train on")
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--keep-rates", nargs="+", type=float, default=[0.7, 0.5])
+    parser.add_argument("--new-classes", action="store_true", help="under names that the model does not know")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -71,8 +73,9 @@ def main() -> None:
     for seed, checkpoint in enumerate(arguments.checkpoints):
         with TemporaryDirectory() as folder:
             work = Path(folder)
-            class_folders(work / "train", "train", arguments.images, 64, seed=1000 + seed)
-            class_folders(work / "validation", "test", arguments.test_images, 64, seed=0)
+            name = "digit " if arguments.new_classes else ""
+            class_folders(work / "train", "train", arguments.images, 1000 + seed, name)
+            class_folders(work / "validation", "test", arguments.test_images, 0, name)
             for rate in arguments.keep_rates:
                 rows.append(measure(checkpoint, seed, rate, arguments, work))
                 print(rows[-1])

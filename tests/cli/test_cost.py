@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from evit_deploy.bundle.bundle import read_bundle
 from evit_deploy.bundle.manifest import MODEL
 from evit_deploy.data.sources import Folder
 from tests.support.models import tree
@@ -41,6 +42,10 @@ def test_convert_tells_what_it_costs(cli, checkpoint_file, pictures, tmp_path):
     assert (dense["images"], dense["name"], model["name"]) == (40, "dense", "model")
     results = cli("verify", out, *VERIFY, "--data", pictures, "--json").document["compared"]
     assert results == document["compared"]
+    kept = read_bundle(out).manifest.results
+    assert kept["accuracy"] == {"onnxruntime": model["top1"]}
+    assert kept["to_dense"] == {"onnxruntime": model["to_dense"]["value"]}
+    assert kept["cosine"] == {}
 
 
 def test_convert_of_a_model_without_classes_tells_cosine_and_recall(cli, embedding, pictures, tmp_path):

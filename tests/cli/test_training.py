@@ -16,7 +16,9 @@ from tests.support.training import recipe
 
 @pytest.mark.parametrize("command", ["train", "run"])
 def test_anew_and_on_at_once_is_refused(cli, command):
-    cli(command, RECIPES / "digits.yaml", "--force", "--resume").refused(2, "--force begins anew and --resume goes on")
+    cli(command, RECIPES / "digits.yaml", "--force", "--resume").refused(
+        2, "--force begins anew and --resume continues"
+    )
 
 
 @pytest.mark.parametrize("name", ["compare", "a100"])

@@ -310,3 +310,30 @@ def test_a_reference_is_found_by_name_or_path(tmp_path, monkeypatch):
 )
 def test_settings_say_what_was_asked_for(spec, text):
     assert settings_of(spec) == text
+
+
+def test_models_without_classes_are_compared_by_cosine_and_recall(embedding, embedding_fewer, pictures, tmp_path):
+    paths = [embedding.path, embedding_fewer.path]
+    report = compare(paths, options=options(data=pictures, batch_sizes=(1,)), out=tmp_path / "out")
+    dense, first, second = report.compared
+    assert 1 > first.cosine_centred > second.cosine_centred > 0  # fewer tokens, further away
+    assert first.cosine > first.cosine_centred
+    for row in (first, second):
+        assert row.to_dense.value == pytest.approx(row.recall - dense.recall, abs=1e-4)
+        assert (row.top1, row.top5, row.agreement) == (None,) * 3
+    assert second.to_reference.value == pytest.approx(second.recall - first.recall, abs=1e-4)
+    (line, *_) = csv.DictReader(io.StringIO((tmp_path / "out" / CSV).read_text()))
+    assert float(line["recall"]) == dense.recall
+    markdown = (tmp_path / "out" / MARKDOWN).read_text()
+    for word in ("recall@1 less the dense baseline's", "recall@1 less that of embedding", "centred cosine"):
+        assert f"| {word} |" in markdown
+    assert "top-1" not in markdown
+    bare = compare(paths, options=options(images=pictures, batch_sizes=(1,))).compared
+    assert [row.cosine for row in bare] == [row.cosine for row in report.compared]
+    assert {row.recall for row in bare} == {None}
+
+
+def test_answers_of_different_kinds_are_not_compared(converted, embedding, pictures):
+    for images in ({"images": pictures}, {"data": pictures}):
+        with pytest.raises(InputError, match="answers with classes, the other with an embedding"):
+            compare([converted.path, embedding.path], options=options(**images))

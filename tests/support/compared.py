@@ -46,6 +46,13 @@ def embedding() -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def embedding_fewer(embedding: Bundle) -> Bundle:
+    """The weights of ``embedding`` with fewer tokens. Read only."""
+    checkpoint = embedding.path.parent / "registers.safetensors"
+    return bundle_of(checkpoint, "embedding-fewer", TokenSpec(keep_rate=0.4))
+
+
+@pytest.fixture(scope="session")
 def half(checkpoint_file: Path) -> Bundle:
     """What ``converted`` is, in FP16. Read only."""
     return bundle_of(checkpoint_file, "half", TokenSpec(keep_rate=0.6), "fp16")

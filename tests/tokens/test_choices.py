@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from evit_deploy.tokens.choices import (
     linear_margin,
     original_patches,
+    patch_groups,
     patch_margins,
     patch_rows,
     share_margin,
@@ -39,6 +40,7 @@ def test_kept_patches_and_those_in_the_fused_token():
     plan = kept_plan(4, 2, 1, fused=True)
     choices = [np.array([[3, 1]]), np.array([[2]])]  # then the fused token of 0 and 2 is kept, 3 and 1 are fused
     assert [rows.tolist() for rows in patch_rows(choices, plan)] == [[[2, 1, 2, 0]], [[0, 1, 0, 1]]]
+    assert [groups.tolist() for groups in patch_groups(choices, plan)] == [[[0, 1, 0, 3]], [[0, 1, 0, 1]]]
     assert [numbers.tolist() for numbers in original_patches(choices, plan)] == [[[3, 1, -1]], [[-1, -1]]]
 
 
@@ -46,6 +48,7 @@ def test_without_fusion_a_dropped_patch_is_nowhere_from_then_on():
     plan = kept_plan(4, 3, 2, fused=False)
     choices = [np.array([[3, 1, 0]]), np.array([[2, 0]])]
     assert [rows.tolist() for rows in patch_rows(choices, plan)] == [[[2, 1, -1, 0]], [[0, -1, -1, 1]]]
+    assert [groups.tolist() for groups in patch_groups(choices, plan)] == [[[0, 1, -1, 3]], [[0, -1, -1, 3]]]
 
 
 def test_tokens_that_wait_come_back_and_are_chosen_from_again():

@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused_before_the_work(folder, tmp_path):
     for asked, what in (
         (PreprocessOptions(labels=str(tmp_path / "names.txt")), "labels for another number of classes"),
         (PreprocessOptions(mean=(0.5, 0.5)), "one number a channel"),
-        (PreprocessOptions(mean=(0.5, 0.5), std=(0.5, 0.5)), "one number for each of the model's channels"),
+        (PreprocessOptions(mean=(0.5, 0.5), std=(0.5, 0.5)), "pictures have three colours"),
     ):
         with pytest.raises(InputError, match=what):
             convert(folder, keep_rate=0.7, out=tmp_path / "out", options=ConvertOptions(preprocess=asked))

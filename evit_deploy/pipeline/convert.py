@@ -374,9 +374,24 @@ def _reduce(checkpoint: Checkpoint, variant: Variant, dense: torch.nn.Module) ->
     model = reduce_tokens_(dense, spec)
     if job.made.options.normalize:
         normalize_(model)
-    known = [*checkpoint.notes, *variant.notes, *_training_notes(checkpoint, spec, job.image_size)]
+    known = [*checkpoint.notes, *_size_notes(checkpoint, model, job.image_size), *variant.notes]
+    known += _training_notes(checkpoint, spec, job.image_size)
     preprocess = preprocess_of(checkpoint, model)
     return Reduced(checkpoint, model, dense_twin(model), spec, token_plan(model), preprocess, known)
+
+
+def _size_notes(checkpoint: Checkpoint, model: torch.nn.Module, image_size: int | None) -> list[str]:
+    """What a configuration says of the image size, where the position embedding is for another."""
+    origin, size = checkpoint.origins.get("preprocess", ""), backbone_of(model).image_size(model)
+    if image_size is not None or checkpoint.preprocess is None or not origin.endswith(".json"):
+        return []
+    said = checkpoint.preprocess.size
+    if said == size:
+        return []
+    return [
+        f"Its {origin} makes images of {said[0]}×{said[1]} pixels, and its position embedding is for "
+        f"{size[0]}×{size[1]}, which the bundle takes. --image-size {said[0]} resamples the position embedding."
+    ]
 
 
 def _manifest(reduced: Reduced, job: Job, out: Path) -> Manifest:

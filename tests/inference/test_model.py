@@ -16,7 +16,7 @@ import torch
 import evit_deploy
 from evit_deploy.bundle.bundle import read_bundle, write_manifest
 from evit_deploy.bundle.manifest import ENGINE, MODEL, TensorSpec
-from evit_deploy.data.images import sample_inputs, sample_photographs
+from evit_deploy.data.images import preprocess_image, sample_inputs, sample_photographs
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.inference.model import load
 from evit_deploy.models.checkpoint import build_model, read_checkpoint
@@ -25,6 +25,7 @@ from evit_deploy.registry import RUNTIMES
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_
+from tests.support.models import write_checkpoint
 from tests.support.plans import rtx_plan, tiny_blocks
 
 ON_CPU = [
@@ -337,6 +338,22 @@ def test_a_model_without_classes_answers_with_embeddings(copy, inputs, logits):
         for question in (model.predict, model.logits):
             with pytest.raises(InputError, match=r"this model has no classes\. Ask embed\."):
                 question(inputs)
+
+
+def test_a_model_of_one_channel_takes_pictures(tmp_path):
+    source = write_checkpoint(tmp_path / "grey.safetensors", "qk-norm, one channel")
+    measure = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
+    bundle, _ = evit_deploy.convert(source, keep_rate=0.6, out=tmp_path / "grey", measure=measure)
+    pytorch = reduce_tokens_(build_model(read_checkpoint(source)), TokenSpec(keep_rate=0.6))
+    images = sample_photographs()
+    colours = np.stack([preprocess_image(image, bundle.manifest.preprocess) for image in images])
+    grey = colours.mean(axis=1, keepdims=True)
+    with load(bundle.path) as model, torch.inference_mode():
+        expected = pytorch(torch.from_numpy(grey)).numpy()
+        np.testing.assert_allclose(model.logits(images), expected, atol=2e-5)
+        np.testing.assert_allclose(model.logits(grey), expected, atol=2e-5)
+        with pytest.raises(InputError, match=r"got \[3, 96, 96\], expected \[1, 96, 96\]"):
+            model.logits(colours)
 
 
 def test_a_classifier_has_no_embedding(converted, inputs):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import transformers
 
 from evit_deploy.errors import CheckpointError
-from evit_deploy.models.checkpoint import build_model
-from tests.support.layouts import apart, checkpoint_of, identified, pictures
+from evit_deploy.models.checkpoint import build_model, read_checkpoint
+from tests.support.layouts import apart, checkpoint_of, draw_, identified, pictures
 from tests.support.models import hollow, seeded
 
 
@@ -29,6 +30,18 @@ def test_the_config_of_the_hub_decides(name, args):
     assert identity.model == name
     assert identity.notes == []
     assert apart(build_model(checkpoint_of(identity))(pictures(2, 64)), model(pictures(2, 64))) == 0
+
+
+@torch.inference_mode()
+def test_timm_within_transformers(tmp_path):
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", num_labels=5, model_args={"img_size": 64, "depth": 2}
+    )
+    model = draw_(transformers.TimmWrapperForImageClassification(config))
+    model.save_pretrained(tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
+    assert (checkpoint.model, checkpoint.model_args["depth"]) == ("vit_tiny_patch16_224", 2)
+    assert apart(build_model(checkpoint)(pictures(2, 64)), model(pictures(2, 64)).logits) <= 1e-6
 
 
 def test_the_config_of_the_hub_contradicts_the_tensors():

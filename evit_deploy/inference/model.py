@@ -332,15 +332,15 @@ class Model:
     def _session_with(self, names: Sequence[str]) -> Session:
         """A session that gives these outputs out."""
         with self._opening, self._session.used():
-            for session in (self._session, self._telling):
-                if session is not None and set(names) <= {spec.name for spec in session.runner.outputs}:
-                    return session
-            told = self._opened(with_indices=True)
-            if not set(names) <= {spec.name for spec in told.runner.outputs}:
-                told.close()
+            for known in (self._session, self._telling):
+                if known is not None and set(names) <= {spec.name for spec in known.runner.outputs}:
+                    return known
+            session = self._opened(with_indices=True)
+            if not set(names) <= {spec.name for spec in session.runner.outputs}:
+                session.close()
                 raise InputError(
                     f"{self.runtime} runs a file that does not say which patches it keeps", where=self.bundle.path,
                     fix="Convert with --with-indices, or load with runtime='onnxruntime'.",
                 )  # fmt: skip
-            self._telling = told
-            return told
+            self._telling = session
+            return session

@@ -139,16 +139,16 @@ def test_one_image_has_one_prediction_and_none_has_none(converted, inputs, tmp_p
         assert {block: rows.shape for block, rows in model.kept([]).items()} == {1: (0, 23), 2: (0, 15), 3: (0, 10)}
 
 
-def test_an_image_that_cannot_be_used_is_an_error_or_is_told(converted, inputs):
+def test_an_image_that_cannot_be_used_is_an_error_or_is_noted(converted, inputs):
     images = [inputs[0], b"no image", inputs[1], "gone.png"]
     with load(converted.path, batch_size=2) as model:
         with pytest.raises(InputError, match=r"images\[1\]: the image cannot be read"):
             model.predict(images)
-        told = {}
-        found = model.predict(images, on_error=told.__setitem__)
+        noted = {}
+        found = model.predict(images, on_error=noted.__setitem__)
         assert [one.index for one in found] == [one.index for one in model.predict(inputs[:2])]
-        assert list(told) == [1, 3]
-        assert model.predict([b""], on_error=told.__setitem__) == []
+        assert list(noted) == [1, 3]
+        assert model.predict([b""], on_error=noted.__setitem__) == []
 
 
 class _FewSizes(OnnxRuntimeRunner):

@@ -97,6 +97,7 @@ class Manifest(msgspec.Struct, frozen=True):
         results: The figures that matter, from the report.
         notes: What was assumed.
         engine: What ``engine.plan`` was built with, if there is one.
+        normalized: Whether the embedding is scaled to length 1, inside the files.
         origins: Where ``preprocess`` and ``labels`` come from, for people.
     """
 
@@ -118,6 +119,7 @@ class Manifest(msgspec.Struct, frozen=True):
     results: dict[str, Any]
     notes: list[str] = []
     engine: Engine | None = None
+    normalized: bool = False
     origins: dict[str, str] = {}
     format: int = FORMAT
 

@@ -19,7 +19,15 @@ _MODEL = {"cls": Option, "group": "Model"}
 @struct_options("PreprocessOptions", "Preprocessing and labels")
 @tokens_options
 @struct_options(
-    "ConvertOptions", "Target", "targets", "precision", "linear", "calibration", "indices", "target_options"
+    "ConvertOptions",
+    "Target",
+    "targets",
+    "precision",
+    "linear",
+    "calibration",
+    "indices",
+    "normalize",
+    "target_options",
 )
 @struct_options("BuildOptions", "Engine")
 @struct_options("ConvertOptions", "Checks", "data", "min_speedup")

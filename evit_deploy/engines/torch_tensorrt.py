@@ -24,6 +24,7 @@ from evit_deploy.bundle.manifest import Engine
 from evit_deploy.environment.nvidia import nvidia
 from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
+from evit_deploy.export.answer import answer_name
 from evit_deploy.export.card import INPUT, LOGITS
 from evit_deploy.export.precision import DTYPES
 from evit_deploy.files import write_atomically
@@ -94,7 +95,8 @@ def build_torch_tensorrt(
 ) -> Engine:
     """Lowers a model into a plan and an exported program around an engine of the same graph.
 
-    Both take float32 images and give float32 logits; in the plan they are called ``input`` and ``logits``.
+    Both take float32 images and give float32 answers; in the plan they are called ``input`` and ``logits`` or
+    ``embedding``.
 
     Args:
         model: Reduced or dense, FP32; it stays as it is.
@@ -136,7 +138,7 @@ def build_torch_tensorrt(
         # The cache belongs to this build: by default it lies in a folder that all users of the machine share.
         settings["timing_cache_path"] = str(Path(room) / "timing" / "cache.bin")
         exported = export_program(model, precision, profile, device="cuda")
-        plan = lower_to_plan(package, exported, profile, settings)
+        plan = lower_to_plan(package, exported, profile, settings, answer_name(model))
         program = Path(room) / program_path.name
         lower_to_program(package, exported, profile, settings, program)
         os.replace(program, program_path)
@@ -217,7 +219,7 @@ def _only(profiles: Sequence[BatchProfile]) -> BatchProfile:
 
 
 class _Images(nn.Module):
-    """A model that computes in its own precision between float32 images and float32 logits."""
+    """A model that computes in its own precision between float32 images and float32 answers."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -240,7 +242,7 @@ def export_program(
         device: Where the constants lie.
 
     Returns:
-        A program from float32 images to float32 logits.
+        A program from float32 images to float32 answers.
     """
     size = (backbone_of(model).channels(model), *backbone_of(model).image_size(model))
     dtype = DTYPES[precision]
@@ -286,14 +288,16 @@ def lower_to_plan(
     exported: torch.export.ExportedProgram,
     profile: BatchProfile,
     options: dict[str, Any],
+    answer: str = LOGITS,
 ) -> bytes:
-    """Builds a plain plan with the input ``input`` and the output ``logits``.
+    """Builds a plain plan with the input ``input`` and one output.
 
     Args:
         package: ``torch_tensorrt``.
         exported: From :func:`export_program`.
         profile: The same as there.
         options: Compilation settings.
+        answer: Name of the output.
 
     Returns:
         The serialized engine.
@@ -302,7 +306,7 @@ def lower_to_plan(
         exported,
         arg_inputs=(_input(package, exported, profile),),
         arg_input_binding_names=(INPUT,),
-        output_binding_names=LOGITS,
+        output_binding_names=answer,
         require_full_compilation=True,
         **options,
     )

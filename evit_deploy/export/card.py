@@ -14,7 +14,7 @@ from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import InputError
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 
-INPUT, LOGITS = "input", "logits"
+INPUT, LOGITS, EMBEDDING = "input", "logits", "embedding"
 _PROPERTY = "evit_deploy."
 
 

@@ -20,7 +20,8 @@ from onnx import ModelProto, helper
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.environment.machine import versions
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.export.card import INPUT, LOGITS, ModelCard, kept_name, write_card
+from evit_deploy.export.answer import answer_name
+from evit_deploy.export.card import INPUT, ModelCard, kept_name, write_card
 from evit_deploy.recipe.options import Linear
 from evit_deploy.tokens import merge, op
 from evit_deploy.tokens.backbone import backbone_of
@@ -34,8 +35,8 @@ _ONE_FILE_LIMIT = 2**31 - 1  # a protobuf message cannot be larger
 def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess, linear: Linear = "gemm") -> ModelProto:
     """Exports a model, reduced or dense, into the portable form.
 
-    Input ``input`` is float32 NCHW, normalised, with a dynamic batch; output ``logits`` is float32 (features, when the
-    model has no classes).
+    Input ``input`` is float32 NCHW, normalised, with a dynamic batch; output ``logits`` is float32, or
+    ``embedding`` of a model without classes.
 
     Args:
         model: A model of a registered backbone.
@@ -68,7 +69,7 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess, li
         if isinstance(getattr(module, "flat", None), bool):
             module.flat = linear == "gemm"
     example = torch.zeros(2, backbone.channels(model), *size)  # batch 2: a 1 would be baked in as a constant
-    proto = _run_exporter(lowered, example)
+    proto = _run_exporter(lowered, example, answer_name(model))
     _name_nodes(proto)
     form = _linear_form(proto)
     if linear == "matmul" and form != linear:
@@ -86,7 +87,7 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess, li
     return proto
 
 
-def _run_exporter(model: torch.nn.Module, example: torch.Tensor) -> ModelProto:
+def _run_exporter(model: torch.nn.Module, example: torch.Tensor, answer: str) -> ModelProto:
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -100,7 +101,7 @@ def _run_exporter(model: torch.nn.Module, example: torch.Tensor) -> ModelProto:
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[LOGITS],
+                output_names=[answer],
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )

@@ -1,8 +1,8 @@
 """Precision as part of the graph: typed weights and casts for FP16 and BF16, Q/DQ pairs for INT8 and FP8.
 
-TensorRT 11 knows no other way, and every other runtime understands it too. Input and logits stay float32 whatever
-happens between them. Scores, selection and the fused sum stay in FP32, because half precision is too coarse to rank
-patches by; LayerNorm keeps its statistics in FP32 (``stash_type``).
+TensorRT 11 knows no other way, and every other runtime understands it too. Input and answer stay float32 whatever
+happens between them, and a normalised embedding is scaled in FP32. Scores, selection and the fused sum stay in FP32,
+because half precision is too coarse to rank patches by; LayerNorm keeps its statistics in FP32 (``stash_type``).
 
 How INT8 and FP8 are laid on top: :mod:`evit_deploy.export.quantization`.
 """
@@ -27,6 +27,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 QUANTIZED = ("int8", "fp8")
 _TYPES = {"fp16": DataType.FLOAT16, "bf16": DataType.BFLOAT16}
 _EXACT = re.compile(r"blocks\.\d+\.reducer\.exact/")
+_NORMALIZE = re.compile(r"normalize/")
 _LARGEST = {"fp16": 65504.0, "bf16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -151,7 +152,8 @@ def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
             and all(_is_exact(value, found) for value in numbers)
         ):
             found.add(node)
-    return found
+    # Last, so that it draws nothing else along: an embedding is computed in the precision asked for, then scaled.
+    return found | {node for node in graph if _NORMALIZE.match(node.name or "")}
 
 
 def _is_linear(node: onnx_ir.Node) -> bool:

@@ -63,8 +63,12 @@ class Checkpoint(msgspec.Struct):
     labels: list[str] | None = None
     notes: list[str] = []
     method_weights: dict[str, Tensor] = {}
-    output: Output = "logits"
     origins: dict[str, str] = {}
+
+    @property
+    def output(self) -> Output:
+        """What the model answers: one number a class, or without classes a vector that images are compared by."""
+        return "logits" if self.model_args.get("num_classes", 1) else "embedding"
 
 
 def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tuple[TokenSpec, list[str]]:
@@ -169,7 +173,6 @@ def read_checkpoint(
         labels=inputs.labels,
         notes=[*found.notes, *weights.notes, *identity.notes, *inputs.notes],
         method_weights=method_weights,
-        output=identity.output,
         origins=inputs.origins,
     )
 
@@ -293,7 +296,6 @@ def _from_timm(name: str, model: str | None, asked: PreprocessOptions) -> Checkp
         preprocess=inputs.preprocess,
         labels=inputs.labels,
         notes=list(inputs.notes),
-        output="logits" if classes else "embedding",
         origins=inputs.origins,
     )
 

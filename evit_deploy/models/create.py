@@ -4,6 +4,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 
 def create_model(name: str, args: Mapping[str, Any]) -> Any:
     """Builds a model with random weights.
@@ -11,7 +13,8 @@ def create_model(name: str, args: Mapping[str, Any]) -> Any:
     Args:
         name: timm name.
         args: Arguments of ``timm.create_model`` as JSON values; ``act_layer`` is timm's name of the activation. And
-            ``norm_eps``, the epsilon of every LayerNorm, which timm takes only within a function.
+            ``norm_eps``, the epsilon of every LayerNorm, which timm takes only within a function; and ``projection``,
+            the width of an embedding that a matrix makes of the features, as in CLIP: the model has no classes then.
 
     Raises:
         TypeError: The architecture has no such argument; others of timm's for values that do not fit.
@@ -20,6 +23,10 @@ def create_model(name: str, args: Mapping[str, Any]) -> Any:
     from timm.layers import LayerNorm
 
     given = dict(args)
+    projection = given.pop("projection", None)
     if "norm_eps" in given:
         given["norm_layer"] = functools.partial(LayerNorm, eps=given.pop("norm_eps"))
-    return timm.create_model(name, pretrained=False, **given)
+    model: Any = timm.create_model(name, pretrained=False, **given)
+    if projection is not None:
+        model.head = nn.Linear(model.num_features, projection, bias=False)
+    return model

@@ -6,6 +6,7 @@ import torch
 
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.errors import CheckpointError
+from evit_deploy.export.answer import normalize_
 from evit_deploy.models import hub
 from evit_deploy.models.checkpoint import build_model, read_checkpoint
 from evit_deploy.models.safe_weights import split_part
@@ -41,6 +42,8 @@ def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[t
             checkpoint.model_args = manifest.model_args | own_size
         size = manifest.preprocess.size[0]
         model = reduce_tokens_(build_model(checkpoint, size), manifest.tokens)
+        if manifest.normalized:
+            normalize_(model)
     except CheckpointError as error:
         return None, str(error)
     return model, ""

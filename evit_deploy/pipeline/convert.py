@@ -19,6 +19,7 @@ from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sources import Folder, is_labelled
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
+from evit_deploy.export.answer import answer_name, answer_size, has_classes, normalize_
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
 from evit_deploy.export.precision import QUANTIZED
 from evit_deploy.models import hub
@@ -176,9 +177,11 @@ def convert_checkpoint(
         StageError: See :func:`convert`.
     """
     check_own_weights(checkpoint, spec)
+    if job.made.options.normalize and checkpoint.output == LOGITS:
+        raise has_classes(checkpoint.model_args.get("num_classes", "its"))
     out = job.out or default_out(checkpoint, spec)
     bundles.check_out(out, force=job.force)
-    reduced = _reduce(checkpoint, spec, job.image_size, notes)
+    reduced = _reduce(checkpoint, spec, job, notes)
     manifest = _manifest(reduced, job, out)
     if job.made.options.data is not None:
         pictures_of(Path(job.made.options.data), manifest)  # what does not fit is refused before the work
@@ -188,7 +191,7 @@ def convert_checkpoint(
     report = Report(notes=tuple(reduced.notes), versions=versions(), device=device())
     with Staging(out, force=job.force) as staging:
         exported, golden = _export(reduced, job, staging.path)
-        report += verify_precision(golden)
+        report += verify_precision(golden, manifest.answer)
         if report.passed:
             written = write_targets(exported, job.made)
             manifest = msgspec.structs.replace(manifest, engine=written.engine)
@@ -252,18 +255,19 @@ def stages_of(made: Lowering) -> int:
     return 6 + len(made.targets) - 1  # the portable target is the export
 
 
-def _reduce(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | None, notes: Sequence[str]) -> Reduced:
-    model = reduce_tokens_(build_model(checkpoint, image_size), spec)
+def _reduce(checkpoint: Checkpoint, spec: TokenSpec, job: Job, notes: Sequence[str]) -> Reduced:
+    model = reduce_tokens_(build_model(checkpoint, job.image_size), spec)
+    if job.made.options.normalize:
+        normalize_(model)
     checkpoint.weights = {}  # the model has its own copy by now
-    known = [*checkpoint.notes, *notes, *_training_notes(checkpoint, spec, image_size)]
+    known = [*checkpoint.notes, *notes, *_training_notes(checkpoint, spec, job.image_size)]
     preprocess = preprocess_of(checkpoint, model)
     return Reduced(checkpoint, model, dense_twin(model), spec, token_plan(model), preprocess, known)
 
 
 def _manifest(reduced: Reduced, job: Job, out: Path) -> Manifest:
     model, checkpoint, preprocess = reduced.model, reduced.checkpoint, reduced.preprocess
-    classes = getattr(model, "num_classes", 0) or getattr(model, "num_features", 0)
-    outputs = (TensorSpec(LOGITS, "float32", (None, int(classes))),)
+    outputs = (TensorSpec(answer_name(model), "float32", (None, answer_size(model))),)
     if job.made.options.indices:
         lengths = {kept_name(row.block): row.choice_length for row in reduced.plan.locations}
         outputs += tuple(TensorSpec(name, "int32", (None, length)) for name, length in lengths.items())
@@ -285,6 +289,7 @@ def _manifest(reduced: Reduced, job: Job, out: Path) -> Manifest:
         device=device(),
         results={},
         notes=reduced.notes,
+        normalized=job.made.options.normalize,
         origins=checkpoint.origins,
     )
 

@@ -92,6 +92,11 @@ def _lowering(recipe: Recipe) -> Any:
     from evit_deploy.pipeline.lowering import lowering
 
     options = recipe.convert
+    if options.normalize:
+        raise InputError(
+            "what is trained has classes, and logits are not normalised", where="convert.normalize", seen="true",
+            fix="Leave it out.",
+        )  # fmt: skip
     return lowering(options, calibrated=options.precision in QUANTIZED and options.calibration is None)
 
 

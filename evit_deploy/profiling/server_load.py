@@ -7,7 +7,7 @@ import numpy as np
 
 from evit_deploy.errors import StageError
 from evit_deploy.report.report import LoadRow
-from evit_deploy.triton.client import LOGITS, Answer, ask
+from evit_deploy.triton.client import Answer, answer_of, ask
 from evit_deploy.triton.connection import Connection, Server
 
 CLIENTS = 16
@@ -29,8 +29,11 @@ def measure_load(served: Server, feeds: Mapping[str, np.ndarray], duration: floa
         MissingRequirement: The server is not there.
     """
 
+    with Connection(served.url, served.timeout) as connection:
+        answer = answer_of(connection.describe(served.model, served.version))
+
     def send(connection: Connection, content: Mapping[str, np.ndarray]) -> np.ndarray:
-        return connection.infer(served.model, content, [LOGITS], served.version)[LOGITS]
+        return connection.infer(served.model, content, [answer], served.version)[answer]
 
     def run(count: int) -> tuple[list[Answer], float]:
         started = time.perf_counter()

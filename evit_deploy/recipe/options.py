@@ -87,6 +87,8 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     """Folder of real images, for ``int8`` and ``fp8``: the range of every activation is learned from them."""
     indices: bool = False
     """Give out the kept candidates as outputs ``kept_<block>`` of ``model.onnx``."""
+    normalize: bool = False
+    """Scale the embedding of a model without classes to length 1, inside the exported files."""
     data: str | None = None
     """Folder of images to hold the answers against the dense twin's on: top-1 and top-5 where they lie in class folders
     (``class/image``); of a model without classes cosine and retrieval."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.errors import UnsupportedModelError
-from evit_deploy.export.card import INPUT, LOGITS, kept_name
+from evit_deploy.export.answer import answer_name, answer_size
+from evit_deploy.export.card import INPUT, kept_name
 from evit_deploy.runtimes.fp32 import fp32_products, missing_tf32
 from evit_deploy.runtimes.resident import TensorResident, as_told
 from evit_deploy.runtimes.runner import Resident, Runner
@@ -81,16 +82,15 @@ class EagerRunner(Runner):
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The logits, then the kept candidates if they were asked for."""
-        classes = self.artifact.num_classes or self.artifact.num_features
-        specs = [TensorSpec(LOGITS, "float32", (None, classes))]
+        """The answer, then the kept candidates if they were asked for."""
+        specs = [TensorSpec(answer_name(self.artifact), "float32", (None, answer_size(self.artifact)))]
         if self.with_indices:
             plan = token_plan(self.artifact)
             specs += [TensorSpec(kept_name(row.block), "int32", (None, row.choice_length)) for row in plan.locations]
         return tuple(specs)
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs one batch; logits come back in float32 (float64 from a float64 model)."""
+        """Runs one batch; answers come back in float32 (float64 from a float64 model)."""
         parameter, images = self._parameter, torch.from_numpy(np.ascontiguousarray(feeds[INPUT]))
         if parameter.is_cuda:
             images = images.pin_memory()
@@ -111,12 +111,13 @@ class EagerRunner(Runner):
     def _call(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Answers on the device to images on the device."""
         with fp32_products(tf32=self.tf32), torch.inference_mode():
-            logits, kept = self._forward(inputs[INPUT])
+            answer, kept = self._forward(inputs[INPUT])
         blocks = [row.block for row in token_plan(self.artifact).locations] if self.with_indices else []
-        return {LOGITS: logits} | {kept_name(block): row for block, row in zip(blocks, kept, strict=True)}
+        named = {kept_name(block): row for block, row in zip(blocks, kept, strict=True)}
+        return {answer_name(self.artifact): answer} | named
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Logits, and with indices what each location keeps."""
+        """The answer, and with indices what each location keeps."""
         if not self.with_indices:
             return self.artifact(images), ()
         with capture(self.artifact) as seen:

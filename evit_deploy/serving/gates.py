@@ -12,7 +12,7 @@ from evit_deploy.bundle.manifest import ENGINE, MANIFEST, REPORT, Engine, Manife
 from evit_deploy.data.labels import check_labels, read_labels
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.errors import InputError, first_few
-from evit_deploy.export.card import INPUT, LOGITS
+from evit_deploy.export.card import EMBEDDING, INPUT, LOGITS
 from evit_deploy.report.report import Report
 from evit_deploy.serving.deployment import RELEASES, TritonRelease, declared_server, older, same
 from evit_deploy.serving.options import Purpose
@@ -78,7 +78,8 @@ def _lacks(bundle: Bundle, platform: str) -> str | None:
 
 
 def check_tensors(bundle: Bundle) -> None:
-    """Makes sure that the manifest describes a model as ``convert`` makes them: ``input`` in, ``logits`` out.
+    """Makes sure that the manifest describes a model as ``convert`` makes them: ``input`` in, ``logits`` or
+    ``embedding`` out.
 
     Raises:
         InputError: It does not.
@@ -87,10 +88,11 @@ def check_tensors(bundle: Bundle) -> None:
     inputs = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in manifest.inputs]
     outputs = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in manifest.outputs]
     kept = all(dtype == "int32" and rank == 2 for _, dtype, rank in outputs[1:])
-    if inputs != [(INPUT, "float32", 4)] or outputs[:1] != [(LOGITS, "float32", 2)] or not kept:
+    answers = [(LOGITS, "float32", 2)], [(EMBEDDING, "float32", 2)]
+    if inputs != [(INPUT, "float32", 4)] or outputs[:1] not in answers or not kept:
         raise InputError(
             "the manifest describes another model than convert makes", where=bundle.path,
-            seen=f"{inputs} to {outputs}", wanted=f"{INPUT} to {LOGITS}", fix="Convert again.",
+            seen=f"{inputs} to {outputs}", wanted=f"{INPUT} to {LOGITS} or {EMBEDDING}", fix="Convert again.",
         )  # fmt: skip
 
 
@@ -176,6 +178,9 @@ def labels_of(bundle: Bundle, path: Path | None) -> list[str] | None:
     if names is None:
         return None
     classes = bundle.manifest.outputs[0].shape[-1]
+    if bundle.manifest.answer == EMBEDDING:
+        raise InputError("the model has no classes, and so no labels", where=where, seen=f"{len(names)} labels",
+                         fix="Leave --labels out.")  # fmt: skip
     if len(names) != classes:
         raise InputError(
             "the labels do not match the classes", where=where, seen=f"{len(names)} labels", wanted=f"{classes}",

@@ -14,7 +14,7 @@ import tritonclient.http as triton
 client = triton.InferenceServerClient("localhost:{http}")
 image = triton.InferInput("IMAGE", [1, 1], "BYTES")
 image.set_data_from_numpy(np.array([[open("photograph.jpg", "rb").read()]], dtype=object))
-logits = client.infer("{name}", [image]).as_numpy("logits")  # float32 [1, {classes}]
+{answer} = client.infer("{name}", [image]).as_numpy("{answer}")  # float32 [1, {classes}]
 ```
 
 Up to {batch} images a request: `[n, 1]` of them. An image that is none, is cut short or has more pixels than the
@@ -36,7 +36,7 @@ client = triton.InferenceServerClient("localhost:{http}")
 file = np.fromfile("photograph.jpg", np.uint8)[None]  # up to {batch} of them, [n, longest]
 image = triton.InferInput("IMAGE", file.shape, "UINT8")
 image.set_data_from_numpy(file)
-logits = client.infer("{name}", [image]).as_numpy("logits")  # float32 [1, {classes}]
+{answer} = client.infer("{name}", [image]).as_numpy("{answer}")  # float32 [1, {classes}]
 ```
 
 DALI decodes and resizes on the GPU, by arithmetic of its own: the model sees nearly, and not exactly, the pixels that
@@ -57,7 +57,7 @@ import tritonclient.http as triton
 client = triton.InferenceServerClient("localhost:{http}")
 image = triton.InferInput("input", {shape}, "FP32")
 image.set_data_from_numpy(np.load("golden.npz")["inputs"][:1])
-logits = client.infer("{name}_model", [image]).as_numpy("logits")  # float32 [1, {classes}]
+{answer} = client.infer("{name}_model", [image]).as_numpy("{answer}")  # float32 [1, {classes}]
 ```
 """
 
@@ -69,12 +69,13 @@ _DECODERS = {
 
 def triton_readme(serving: Serving, launch: Launch, notes: list[str]) -> str:
     """The whole page."""
-    tensor, logits = serving.inputs[0], serving.outputs[0]
+    tensor, answer = serving.inputs[0], serving.outputs[0]
     fields = {
         "name": serving.name,
         "http": HTTP,
         "batch": serving.max_batch,
-        "classes": logits.shape[-1],
+        "answer": answer.name,
+        "classes": answer.shape[-1],
         "shape": [1, *tensor.shape[1:]],
         "input": f"{tensor.dtype} [n, {', '.join(map(str, tensor.shape[1:]))}], normalised as `manifest.json` says",
     }

@@ -153,7 +153,7 @@ def _write_preprocessing(preprocess: Preprocess, serving: Serving, folder: Path)
 
 
 def model_config(serving: Serving, *, on_cpu: bool = False) -> Any:
-    """The model itself: input ``input``, output ``logits``.
+    """The model itself: input ``input``, output ``logits`` or ``embedding``.
 
     Args:
         serving: See :class:`Serving`.

@@ -58,6 +58,7 @@ def setup(recipe: Recipe) -> tuple[nn.Module, Checkpoint, TrainingData]:
                 fix=f"Take an LV-ViT (model.name=lvvit_s), or set {stage}.token_labels=null.",
             )  # fmt: skip
     height, width = backbone_of(model).image_size(model)
+    checkpoint.model_args.pop("projection", None)  # a new classifier took its place
     checkpoint.model_args |= {
         "num_classes": len(data.classes),
         "img_size": height if height == width else [height, width],

@@ -26,7 +26,7 @@ from evit_deploy.errors import EvitDeployError, InputError
 from evit_deploy.triton.connection import TIMEOUT, Connection, ServedModel
 from evit_deploy.triton.failures import RequestLost, ServerUnreachable
 
-LOGITS = "logits"
+LOGITS, EMBEDDING = "logits", "embedding"
 PAUSE = 0.2
 """Seconds between two looks whether the server is back."""
 
@@ -38,14 +38,14 @@ class Answer(msgspec.Struct, frozen=True):
         name: What was sent.
         state: ``answered``; ``refused`` by the server, with a reason; ``lost`` in its hands; ``unsent``, because no
             server came back in time.
-        logits: ``[classes]``; ``None`` unless it was answered.
+        output: Logits ``[classes]`` or an embedding ``[width]``; ``None`` unless it was answered.
         reason: Why it was not.
         seconds: From sending it to the answer.
     """
 
     name: str
     state: Literal["answered", "refused", "lost", "unsent"]
-    logits: np.ndarray | None = None
+    output: np.ndarray | None = None
     reason: str = ""
     seconds: float = 0.0
 
@@ -63,7 +63,7 @@ def ask(
     Args:
         requests: For each its name and what makes its content, an InputError of which counts as refused.
         url: The server's address.
-        send: Sends one content and gives the logits.
+        send: Sends one content and gives the answer.
         in_flight: Connections, each with one request at a time.
         timeout: Seconds to wait for an answer, and for a server to come back.
 
@@ -107,8 +107,8 @@ def _ask_once(
         started = time.perf_counter()
         try:
             made = content() if made is None else made
-            logits = send(connection, made)
-            return Answer(name, "answered", logits, seconds=time.perf_counter() - started)
+            output = send(connection, made)
+            return Answer(name, "answered", output, seconds=time.perf_counter() - started)
         except ServerUnreachable as error:
             if given_up.is_set() or time.monotonic() > end:
                 given_up.set()  # for all: each waiting its own time would take many times the limit
@@ -151,25 +151,35 @@ def classify_files(
         InputError: No such model, or one that takes no files.
         MissingRequirement: The server is not there.
     """
+    served = _ensemble(url, model, timeout)
+    requests = [(str(path), _reader(path)) for path in paths]
+    return ask(requests, url, file_sender(served), in_flight=in_flight, timeout=timeout)
+
+
+def _ensemble(url: str, model: str, timeout: float) -> ServedModel:
     with Connection(url, timeout) as connection:
         connection.wait_ready()
         served = connection.describe(model)
     if served.inputs[0].dtype not in ("object", "uint8"):
         raise InputError(f"the model {model!r} takes tensors, not files", where=url, fix="Give the ensemble's name.")
-    requests = [(str(path), _reader(path)) for path in paths]
-    return ask(requests, url, file_sender(served), in_flight=in_flight, timeout=timeout)
+    return served
 
 
 def file_sender(served: ServedModel) -> Callable[[Connection, Any], np.ndarray]:
-    """What sends the bytes of one file to an ensemble and gives its logits ``[classes]``."""
-    image = served.inputs[0]
+    """What sends the bytes of one file to an ensemble and gives its answer, a vector."""
+    image, name = served.inputs[0], answer_of(served)
 
     def send(connection: Connection, content: bytes) -> np.ndarray:
         one = np.frombuffer(content, np.uint8) if image.dtype == "uint8" else np.array([content], object)
         feeds = {image.name: one.reshape((1,) * (len(image.shape) - 1) + one.shape)}
-        return connection.infer(served.name, feeds, [LOGITS])[LOGITS].reshape(-1)
+        return connection.infer(served.name, feeds, [name])[name].reshape(-1)
 
     return send
+
+
+def answer_of(served: ServedModel) -> str:
+    """Name of the output that answers: ``embedding`` of a model without classes, else ``logits``."""
+    return EMBEDDING if any(spec.name == EMBEDDING for spec in served.outputs) else LOGITS
 
 
 def _reader(path: Path) -> Callable[[], bytes]:
@@ -192,31 +202,55 @@ def _told() -> Iterator[None]:
         sys.exit(error.exit_code)
 
 
+def _check_use(model: str, embeds: bool, labels: Path | None, out: Path | None) -> None:
+    if embeds and labels is not None:
+        raise InputError(f"the model {model!r} has no classes, and so no labels", where="--labels", fix="Leave it out.")
+    if not embeds and out is not None:
+        raise InputError(f"the model {model!r} gives classes, not embeddings", where="--out", fix="Leave it out.")
+
+
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
 @click.option("--url", required=True, help="http://HOST:8000 or grpc://HOST:8001.")
 @click.option("--model-name", required=True, help="The ensemble.")
 @click.option("--labels", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Class names, one a line.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File for embeddings, .npy.")
 @click.option("--in-flight", type=click.IntRange(1), default=4, show_default=True, help="Files under way at a time.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=TIMEOUT, show_default=True, help="Seconds.")
 def main(
-    paths: tuple[Path, ...], url: str, model_name: str, labels: Path | None, in_flight: int, timeout: float
+    paths: tuple[Path, ...],
+    url: str,
+    model_name: str,
+    labels: Path | None,
+    out: Path | None,
+    in_flight: int,
+    timeout: float,
 ) -> None:
     """Send image files to an ensemble; one line each on stdout: file, class, probability.
+
+    Of a model without classes: file, width of its embedding, its length; --out keeps the embeddings, a row a line.
 
     Exit code 0: all answered. 2: some were refused. 3: no server. 4: some were lost.
     """
     with _told():
         names = labels.read_text(encoding="utf-8").splitlines() if labels else None
+        embeds = answer_of(_ensemble(url, model_name, timeout)) == EMBEDDING
+        _check_use(model_name, embeds, labels, out)
         answers = classify_files(paths, url, model_name, in_flight=in_flight, timeout=timeout)
     for answer in answers:
-        if answer.logits is not None:
-            best = int(answer.logits.argmax())
-            shares = np.exp(answer.logits - answer.logits.max())
+        if answer.output is None:
+            print(f"{answer.state}: {answer.name}: {answer.reason}", file=sys.stderr)
+        elif embeds:
+            print(f"{answer.name}\t{len(answer.output)}\t{np.linalg.norm(answer.output):.3f}")
+        else:
+            best = int(answer.output.argmax())
+            shares = np.exp(answer.output - answer.output.max())
             label = names[best] if names and best < len(names) else str(best)
             print(f"{answer.name}\t{label}\t{shares[best] / shares.sum():.3f}")
-        else:
-            print(f"{answer.state}: {answer.name}: {answer.reason}", file=sys.stderr)
+    if out is not None:
+        rows = [answer.output for answer in answers if answer.output is not None]
+        with out.open("wb") as file:  # by its name alone, numpy would add .npy to it
+            np.save(file, np.stack(rows) if rows else np.empty((0, 0), np.float32))
     left = {state: sum(answer.state == state for answer in answers) for state in ("lost", "unsent", "refused")}
     if any(left.values()):
         told = ", ".join(f"{count} {state}" for state, count in left.items() if count)

@@ -4,7 +4,6 @@ import msgspec
 
 from evit_deploy.bundle.manifest import Manifest, TensorSpec
 from evit_deploy.errors import InputError
-from evit_deploy.export.card import LOGITS
 from evit_deploy.triton.connection import Connection, ServedModel, Server
 
 
@@ -84,7 +83,7 @@ def misfits(model: ServedModel, manifest: Manifest) -> list[str]:
     reasons = []
     for kind, there, wanted in (
         ("input", model.inputs, manifest.inputs),
-        ("output", model.outputs, [spec for spec in manifest.outputs if spec.name == LOGITS]),
+        ("output", model.outputs, manifest.outputs[:1]),
     ):
         found = {spec.name: spec for spec in there}
         for spec in wanted:

@@ -7,7 +7,8 @@ import msgspec
 import numpy as np
 
 from evit_deploy.bundle.manifest import Manifest
-from evit_deploy.export.card import LOGITS, kept_name
+from evit_deploy.export.answer import answer_in
+from evit_deploy.export.card import kept_name
 from evit_deploy.report.report import AgreementRow
 from evit_deploy.tokens.choices import original_patches
 from evit_deploy.tokens.plan import TokenPlan
@@ -21,7 +22,8 @@ class Agreement(msgspec.Struct, frozen=True):
     """How one runtime's answers compare with the golden ones.
 
     Args:
-        error: Largest logit error against FP64, over the images with equal kept sets; NaN if there is none.
+        error: Largest error of any number of the answers against FP64, over the images with equal kept sets; NaN if
+            there is none.
         limit: What it may be.
         tie_error: The same of the image on a tie (of any, where the runtime gives no kept patches out) that comes
             closest to its own limit.
@@ -48,7 +50,7 @@ class Answers(msgspec.Struct, frozen=True):
     """What one runtime said to some images.
 
     Args:
-        logits: ``[n, classes]``.
+        logits: ``[n, classes]``, or embeddings ``[n, width]``.
         kept: By block, original patch numbers ``[n, K(+1)]``; empty where the runtime gives none out.
     """
 
@@ -71,18 +73,18 @@ def agreement(golden: Golden, which: np.ndarray, outputs: Mapping[str, np.ndarra
     Args:
         golden: The answers.
         which: For every row of the outputs, the number of the golden image it belongs to.
-        outputs: ``logits`` and, where the runner gives them out, ``kept_<block>`` for every location of the plan.
+        outputs: The answer and, where the runner gives them out, ``kept_<block>`` for every location of the plan.
         plan: The model's plan.
     """
-    kept = named_patches(outputs, plan)
+    kept, answer = named_patches(outputs, plan), outputs[answer_in(outputs)]
     told = bool(kept) or not plan.locations
     same, tie = same_choice(golden, which, kept, {b: golden.kept[b][which] for b in kept}, plan.merging)
     overlaps = [overlap(numbers, golden.kept[block][which], block in plan.merging) for block, numbers in kept.items()]
     if not told:  # it may have kept others within rounding
         same, tie = ~same, same
-    tie_error, tie_limit = _closest_to_limit(golden, which[tie], outputs[LOGITS][tie])
+    tie_error, tie_limit = _closest_to_limit(golden, which[tie], answer[tie])
     return Agreement(
-        error=logit_error(golden, which[same], outputs[LOGITS][same]),
+        error=answer_error(golden, which[same], answer[same]),
         limit=golden.limit(),
         tie_error=tie_error,
         tie_limit=tie_limit,
@@ -90,7 +92,7 @@ def agreement(golden: Golden, which: np.ndarray, outputs: Mapping[str, np.ndarra
         ties=float(tie.mean()) if told else float("nan"),
         wrong=float((~same & ~tie).mean()),
         overlap=float(np.mean(overlaps)) if overlaps else float("nan" if not told else 1.0),
-        top1=float((outputs[LOGITS].argmax(axis=1) == golden.logits[which].argmax(axis=1)).mean()),
+        top1=float((answer.argmax(axis=1) == golden.logits[which].argmax(axis=1)).mean()),
     )
 
 
@@ -161,13 +163,13 @@ def overlap(kept: np.ndarray, others: np.ndarray, merging: bool = False) -> floa
     return float((np.minimum(one, other).sum(axis=1) / np.maximum(either, 1)).mean())
 
 
-def logit_error(golden: Golden, which: np.ndarray, answers: np.ndarray) -> float:
-    """Largest error of some logits against FP64; NaN with none to judge.
+def answer_error(golden: Golden, which: np.ndarray, answers: np.ndarray) -> float:
+    """Largest error of some answers against FP64; NaN with none to judge.
 
     Args:
         golden: The answers.
         which: Golden image of every row of ``answers``.
-        answers: Logits to judge.
+        answers: What to judge.
     """
     return distance(answers, golden.reference[which]) if len(which) else float("nan")
 

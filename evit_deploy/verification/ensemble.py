@@ -6,7 +6,7 @@ import numpy as np
 
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.data.images import preprocess_image, sample_photographs
-from evit_deploy.export.card import INPUT, LOGITS, feeds
+from evit_deploy.export.card import INPUT, feeds
 from evit_deploy.report.report import Check, Report
 from evit_deploy.runtimes.triton import TritonRunner
 from evit_deploy.triton.client import file_sender
@@ -18,7 +18,7 @@ from evit_deploy.verification.golden import Golden
 def verify_ensemble(found: Found, manifest: Manifest, golden: Golden) -> Report:
     """Holds what an ensemble says of two photographs, sent as files, against what it says of evit-deploy's own tensors.
 
-    The limit is that of the logits: the same model computes both, so that only the preprocessing can differ.
+    The limit is that of the answers: the same model computes both, so that only the preprocessing can differ.
 
     Args:
         found: An ensemble and the step of it that takes tensors.
@@ -32,7 +32,7 @@ def verify_ensemble(found: Found, manifest: Manifest, golden: Golden) -> Report:
         note = f"The ensemble {found.ensemble} was not sent any file: the model does not take three colours."
         return Report(notes=(note,))
     with TritonRunner(found.served) as runner, Connection(found.served.url, found.served.timeout) as connection:
-        expected = np.concatenate([runner.infer(feeds(tensor[None]))[LOGITS] for tensor in tensors])
+        expected = np.concatenate([runner.infer(feeds(tensor[None]))[manifest.answer] for tensor in tensors])
         model = connection.describe(found.ensemble)
         send, answers = file_sender(model), []
         for photograph in photographs:
@@ -42,7 +42,8 @@ def verify_ensemble(found: Found, manifest: Manifest, golden: Golden) -> Report:
     with np.errstate(invalid="ignore"):
         error = float(np.nan_to_num(np.abs(np.stack(answers) - expected), nan=np.inf).max())
     if model.inputs[0].dtype == "uint8":  # DALI, whose decoder and resize are others than those of training
-        note = f"The ensemble {found.ensemble} reads files in DALI's way: logits of photographs move by {error:.2e}."
+        moved = f"the largest difference of {manifest.answer} of photographs is {error:.2e}"
+        note = f"The ensemble {found.ensemble} reads files in DALI's way: {moved}."
         return Report(notes=(note,))
     held = error <= golden.limit()
     reason = "" if held else f"its preprocessing makes another {INPUT} of a file than evit-deploy does"

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import InputError
-from evit_deploy.export.card import LOGITS, feeds
+from evit_deploy.export.answer import answer_in, is_normalized
+from evit_deploy.export.card import feeds
 from evit_deploy.export.precision import DTYPES
 from evit_deploy.registry import METHODS
 from evit_deploy.runtimes.fp32 import fp32_products
@@ -32,8 +33,9 @@ from evit_deploy.verification.tolerances import error_limit, noise, tie_limits
 class Golden(msgspec.Struct):
     """Golden inputs and answers; ``golden.npz`` holds the fields by name, per-location ones as ``<field>_<block>``.
 
-    *Expected* is what the bundle's precision itself says: PyTorch cast to it, or the Q/DQ graph in float arithmetic.
-    In an FP32 bundle that is ``logits``.
+    Of a model without classes, ``logits`` and all that is called so is its embedding. *Expected* is what the bundle's
+    precision itself says: PyTorch cast to it, or the Q/DQ graph in float arithmetic. In an FP32 bundle that is
+    ``logits``.
 
     Args:
         precision: Of the bundle.
@@ -81,7 +83,7 @@ class Golden(msgspec.Struct):
         return plain | kept | {f"margin_{block}": value for block, value in self.margin.items()}
 
     def limit(self) -> float:
-        """Largest logit error against FP64 of answers with the golden kept sets: twice the precision's own."""
+        """Largest error against FP64 of answers with the golden kept sets: twice the precision's own."""
         return error_limit(self.expected, self.reference, self.terms)
 
     def tie_limits(self) -> np.ndarray:
@@ -100,9 +102,9 @@ class Golden(msgspec.Struct):
         """The same for the dense twin."""
         return error_limit(self.dense_expected, self.dense_reference, self.dense_terms)
 
-    def noise(self) -> float:
-        """What the precision costs: its error over the spread of the logits, both as root mean squares."""
-        return noise(self.expected, self.reference)
+    def noise(self, *, embedding: bool = False) -> float:
+        """What the precision costs: see :func:`evit_deploy.verification.tolerances.noise`."""
+        return noise(self.expected, self.reference, embedding=embedding)
 
 
 _PLAIN = tuple(field for field in Golden.__struct_fields__ if field not in ("kept", "margin"))
@@ -205,7 +207,10 @@ def make_golden(
 
 @contextmanager
 def _classifier_terms(model: Any) -> Iterator[list[np.ndarray]]:
-    """Collects Σ|weight · feature| + |bias| of the logits ``[n, classes]``, an array a classifier, while it is open."""
+    """Collects Σ|weight · feature| + |bias| of the answer ``[n, classes]``, an array a classifier, while it is open.
+
+    Of a normalised embedding the terms are scaled as it is.
+    """
     found: list[np.ndarray] = []
 
     def note(layer: torch.nn.Linear, given: tuple[Tensor, ...]) -> None:
@@ -215,6 +220,12 @@ def _classifier_terms(model: Any) -> Iterator[list[np.ndarray]]:
     classifier = model.get_classifier()
     layers = classifier if isinstance(classifier, tuple) else (classifier,)
     handles = [layer.register_forward_pre_hook(note) for layer in layers if isinstance(layer, torch.nn.Linear)]
+
+    def scale(layer: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+        found[:] = [terms / given[0].norm(dim=-1, keepdim=True).numpy() for terms in found]
+
+    if is_normalized(model):
+        handles.append(model.normalize.register_forward_pre_hook(scale))
     try:
         yield found
     finally:
@@ -279,5 +290,6 @@ def _quantized_answers(model: Any, dense: Any, inputs: np.ndarray, kept: list[np
             replayed[name] for name in replayed if name.startswith(f"scores_{block}_") or name == f"scores_{block}"
         ]
         scores.append(found[0] if len(found) == 1 else tuple(found))
-    free, dense_logits = run(model, feeds(inputs))[LOGITS], run(dense, feeds(inputs))[LOGITS]
-    return Expected(replayed[LOGITS], scores, free, dense_logits)
+    answer = answer_in(replayed)
+    free, dense_logits = run(model, feeds(inputs))[answer], run(dense, feeds(inputs))[answer]
+    return Expected(replayed[answer], scores, free, dense_logits)

@@ -2,10 +2,10 @@
 
 The reference is the model in FP64. How far PyTorch lies from it, computing in the bundle's precision, sets the limit
 for every other runtime: twice that, and never less than :data:`~evit_deploy.tokens.choices.FLOOR` roundings of the
-largest sum of terms of a logit.
+largest sum of terms of a number of the answer.
 
 Where scores lie closer together than rounding, either choice of patches is right: such an image counts as a tie. Its
-logits answer another question, and have more room: as much as it moves the FP64 answer to make the next best choice at
+numbers answer another question, and have more room: as much as it moves the FP64 answer to make the next best choice at
 every location, such as to keep the first dropped patch in place of the last kept one.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from evit_deploy.tokens.choices import FLOOR
 
 NOISE_LIMIT = 0.5
-"""A precision whose error is half of what tells one class from another has broken the model."""
+"""A precision whose error is half of what tells one class, or image, from another has broken the model."""
 
 
 def distance(answers: np.ndarray, reference: np.ndarray) -> float:
@@ -63,14 +63,18 @@ def tie_limits(
     return np.where(np.any([np.zeros(len(room), bool), *possible], axis=0), room, limit)
 
 
-def noise(expected: np.ndarray, reference: np.ndarray) -> float:
-    """What a precision costs: its error over the spread of the logits, both as root mean squares.
+def noise(expected: np.ndarray, reference: np.ndarray, *, embedding: bool = False) -> float:
+    """What a precision costs: its error over the spread of the answers, both as root mean squares.
+
+    Logits are told from one another, embeddings from those of other images: what all images have in
+    common is no spread.
 
     Args:
-        expected: ``[n, classes]`` in that precision.
+        expected: ``[n, classes]`` in that precision, or embeddings ``[n, width]``.
         reference: The same in FP64.
+        embedding: Which of the two they are.
     """
-    axis = 0 if reference.shape[1] == 1 else 1  # a single logit has no others to stand out from
+    axis = 0 if embedding or reference.shape[1] == 1 else 1  # a single logit has no others to stand out from
     spread = reference - reference.mean(axis=axis, keepdims=True)
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.linalg.norm(expected - reference)

@@ -17,7 +17,8 @@ from evit_deploy.engines.plugin.library import provide_plugin
 from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.export.card import LOGITS, feeds
+from evit_deploy.export.answer import answer_in
+from evit_deploy.export.card import EMBEDDING, LOGITS, feeds
 from evit_deploy.models.parent import parent_model
 from evit_deploy.progress import doing, in_stages, stage
 from evit_deploy.registry import RUNTIMES
@@ -105,7 +106,9 @@ def verify(
     if data is not None:
         pictures_of(data, bundle.manifest)  # a wrong folder is told before the work, not after it
     golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
-    report = Report(checks=(check,), versions=versions(), device=device()) + verify_precision(golden)
+    report = Report(checks=(check,), versions=versions(), device=device()) + verify_precision(
+        golden, bundle.manifest.answer
+    )
     model, why_not = parent_model(bundle, against)
     if why_not and (against or "eager" in runtimes):
         raise InputError(
@@ -223,16 +226,23 @@ def prove(
     return report + Report(agreement=tuple(agreement_row(*one, *other, manifest) for one, other in pairs))
 
 
-def verify_precision(golden: Golden) -> Report:
-    """Whether the precision itself leaves the model intact, whoever computes it."""
+def verify_precision(golden: Golden, answer: str = LOGITS) -> Report:
+    """Whether the precision itself leaves the model intact, whoever computes it.
+
+    Args:
+        golden: The answers.
+        answer: What they are, see :attr:`evit_deploy.bundle.manifest.Manifest.answer`.
+    """
     if golden.precision == "fp32":
         return Report()
-    noise = golden.noise()
+    noise = golden.noise(embedding=answer == EMBEDDING)
     held = noise <= NOISE_LIMIT
     reason = (
         "" if held else "This precision breaks the model. For fp16 try bf16, for int8 and fp8 other calibration images."
     )
-    return Report(checks=(Check(f"{golden.precision}: error over spread of logits", noise, NOISE_LIMIT, held, reason),))
+    return Report(
+        checks=(Check(f"{golden.precision}: error over spread of {answer}", noise, NOISE_LIMIT, held, reason),)
+    )
 
 
 def verify_runtime(
@@ -269,10 +279,11 @@ def verify_runtime(
             checks += _answer_checks(f"{name}, batch {batch}", golden, which, outputs, plan)
             checks.append(_place_check(f"{name}, batch {batch}", runner, golden, batch, plan))
             first = slice(len(golden.inputs))
-            answers = Answers(outputs[LOGITS][first], {block: numbers[first] for block, numbers in kept.items()})
-    note = (
-        f"{name} does not say which patches it keeps, so that only logits were compared; convert --with-indices tells."
-    )
+            answers = Answers(
+                outputs[answer_in(outputs)][first], {block: numbers[first] for block, numbers in kept.items()}
+            )
+    what = "only its answers were compared"
+    note = f"{name} does not say which patches it keeps, so that {what}; convert --with-indices tells."
     return Report(checks=tuple(checks), notes=() if told else (note,)), answers
 
 
@@ -285,7 +296,7 @@ def default_batches(runner: Runner) -> tuple[int, ...]:
 def _answer_checks(label: str, golden: Golden, which: np.ndarray, outputs: Any, plan: TokenPlan) -> list[Check]:
     found = agreement(golden, which, outputs, plan)
     told = not np.isnan(found.same)
-    checks = []
+    checks, answer = [], answer_in(outputs)
     if told:
         reason = f"{found.ties:.0%} of the images differ within rounding (ties)" if found.ties else ""
         reason = f"{found.wrong:.0%} of the images keep other patches than PyTorch" if found.wrong else reason
@@ -293,33 +304,33 @@ def _answer_checks(label: str, golden: Golden, which: np.ndarray, outputs: Any, 
         checks.append(Check(f"{label}: kept patches", share, "100%", found.wrong == 0, reason))
     compared = []
     if told and found.same:
-        compared.append(("logits", found.error, found.limit))
+        compared.append((answer, found.error, found.limit))
     if not told or found.ties:
-        compared.append(("logits on ties" if told else "logits", found.tie_error, found.tie_limit))
+        compared.append((f"{answer} on ties" if told else answer, found.tie_error, found.tie_limit))
     for what, error, limit in compared:
         held = error <= limit
         reason = "" if held else f"the largest error against FP64 is {error:.2e}, allowed is {limit:.2e}"
         checks.append(Check(f"{label}: {what}", error, limit, held, reason))
     if not compared:
-        checks.append(Check(f"{label}: logits", None, None, False, "no image keeps PyTorch's patches"))
+        checks.append(Check(f"{label}: {answer}", None, None, False, "no image keeps PyTorch's patches"))
     return checks
 
 
 def _place_check(label: str, runner: Runner, golden: Golden, batch: int, plan: TokenPlan) -> Check:
     """The same image at every place of a batch has to give the same answer (NVIDIA/TensorRT#4813, #4853)."""
-    worst, limit, moved = 0.0, golden.limit(), 0
+    worst, limit, moved, answer = 0.0, golden.limit(), 0, LOGITS
     for image in range(min(2, len(golden.inputs))):
         outputs = runner.infer(feeds(np.repeat(golden.inputs[image : image + 1], batch, axis=0)))
-        kept = named_patches(outputs, plan)
+        kept, answer = named_patches(outputs, plan), answer_in(outputs)
         first = {block: np.broadcast_to(numbers[:1], numbers.shape) for block, numbers in kept.items()}
         same, tie = same_choice(golden, np.full(batch, image), kept, first, plan.merging)
         moved += int((~same & ~tie).sum())
         if tie.any() or not kept:
             limit = max(limit, float(golden.tie_limits()[image]))
         with np.errstate(invalid="ignore"):
-            moves = np.abs(outputs[LOGITS] - outputs[LOGITS][0])
+            moves = np.abs(outputs[answer] - outputs[answer][0])
         worst = max(worst, float(np.nan_to_num(moves, nan=np.inf).max()))
-    reason = f"its logits move by {worst:.2e} with its place" if worst > limit else ""
+    reason = f"{answer}: moved by {worst:.2e} with its place" if worst > limit else ""
     reason = f"at {moved} places other patches are kept" if moved else reason
     return Check(f"{label}: same answer at every place", worst, limit, worst <= limit and not moved, reason)
 
@@ -328,8 +339,9 @@ def verify_dense(name: str, artifact: Any, golden: Golden, threads: int | None =
     """Holds the dense twin against the dense PyTorch model: a wrong twin would make every speed-up worthless."""
     with opened(name, artifact, threads) as runner:
         batch = max((p.maximum for p in runner.profiles), default=len(golden.inputs))
-        logits = infer_all(runner, golden.inputs, min(batch, len(golden.inputs)))[LOGITS]
-    error, limit = float(np.abs(logits - golden.dense_reference).max()), golden.dense_limit()
+        outputs = infer_all(runner, golden.inputs, min(batch, len(golden.inputs)))
+    answer = answer_in(outputs)
+    error, limit = float(np.abs(outputs[answer] - golden.dense_reference).max()), golden.dense_limit()
     held = error <= limit
     reason = "" if held else "the twin that every speed-up is measured against is not the dense model"
-    return Report(checks=(Check(f"{name}: dense twin's logits", error, limit, held, reason),))
+    return Report(checks=(Check(f"{name}: dense twin's {answer}", error, limit, held, reason),))

@@ -79,6 +79,7 @@ Bundle ReadBundle(const std::filesystem::path& path) {
     bundle.preprocess = ReadPreprocess(fields.at("preprocess"));
     bundle.precision = fields.at("precision").get<std::string>();
     bundle.has_classes = fields.at("model_args").value("num_classes", 1) > 0;
+    bundle.answer = fields.at("outputs").at(0).at("name").get<std::string>();
     if (!fields.at("labels").is_null()) bundle.labels = fields.at("labels").get<std::vector<std::string>>();
     if (!fields.at("engine").is_null()) bundle.engine = ReadEngine(fields.at("engine"));
   } catch (const Error&) {

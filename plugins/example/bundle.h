@@ -31,7 +31,8 @@ struct Bundle {
   Preprocess preprocess;
   std::string precision;
   std::vector<std::string> labels;           // empty where the classes have no names
-  bool has_classes = true;                   // without, the model gives features
+  bool has_classes = true;                   // without, the model gives an embedding
+  std::string answer;                        // name of the output that answers: "logits" or "embedding"
   std::optional<EngineRecord> engine;        // none in a bundle without engine.plan
   std::map<std::string, std::string> files;  // name inside the bundle -> SHA-256
 };

@@ -20,15 +20,16 @@ using evit::Exit;
 constexpr char kUsage[] =
     "Usage: evit_example BUNDLE [--plugin LIBRARY] [--json] [IMAGE...]\n"
     "\n"
-    "Checks the bundle's engine against its golden answers, then says what is in each image (JPEG or PNG).\n"
+    "Checks the bundle's engine against its golden answers, then says what is in each image (JPEG or PNG),\n"
+    "or what its embedding is.\n"
     "\n"
     "  --plugin LIBRARY  a TensorRT plugin library, loaded into this program: give only what you trust\n"
-    "  --json            print one JSON document, with all logits\n"
+    "  --json            print one JSON document, with all logits or embeddings\n"
     "  --help            print this text\n"
     "\n"
     "Exit code: 0 all is well, 1 the golden check failed, 2 usage or input, 3 the machine lacks something,\n"
     "4 a stage failed.\n";
-constexpr std::size_t kTop = 5, kFeatures = 5;
+constexpr std::size_t kTop = 5, kNumbers = 5;
 constexpr std::size_t kImagesAtATime = 32;
 
 struct Arguments {
@@ -91,22 +92,27 @@ nlohmann::json Top(std::span<const float> logits, const std::vector<std::string>
   return top;
 }
 
-nlohmann::json Describe(const std::string& file, std::span<const float> logits, const evit::Bundle& bundle) {
-  if (!std::all_of(logits.begin(), logits.end(), [](float logit) { return std::isfinite(logit); })) {
+double Length(std::span<const float> embedding) {
+  const auto square = [](double sum, float number) { return sum + static_cast<double>(number) * number; };
+  return std::sqrt(std::accumulate(embedding.begin(), embedding.end(), 0.0, square));
+}
+
+nlohmann::json Describe(const std::string& file, std::span<const float> answer, const evit::Bundle& bundle) {
+  if (!std::all_of(answer.begin(), answer.end(), [](float number) { return std::isfinite(number); })) {
     throw Error(Exit::kStage, file, "the engine's answer is not finite: the image overflows its precision");
   }
-  nlohmann::json description{{"file", file}, {"logits", std::vector<float>(logits.begin(), logits.end())}};
-  if (bundle.has_classes) description["top"] = Top(logits, bundle.labels);
-  return description;
+  const std::vector<float> numbers(answer.begin(), answer.end());
+  if (!bundle.has_classes) return {{"file", file}, {"embedding", numbers}, {"length", Length(answer)}};
+  return {{"file", file}, {"logits", numbers}, {"top", Top(answer, bundle.labels)}};
 }
 
 void Print(const nlohmann::json& description) {
   std::cout << description["file"].get<std::string>() << "\n";
   if (!description.contains("top")) {
-    const auto& features = description["logits"];
-    std::cout << "  " << features.size() << " features:";
-    for (std::size_t i = 0; i < std::min(kFeatures, features.size()); ++i) std::cout << " " << features[i];
-    std::cout << (features.size() > kFeatures ? " …\n" : "\n");
+    const auto& numbers = description["embedding"];
+    std::printf("  %zu numbers of length %.4g:", numbers.size(), description["length"].get<double>());
+    for (std::size_t i = 0; i < std::min(kNumbers, numbers.size()); ++i) std::printf(" %.4g", numbers[i].get<double>());
+    std::printf(numbers.size() > kNumbers ? " …\n" : "\n");
     return;
   }
   for (const auto& guess : description["top"]) {
@@ -115,7 +121,7 @@ void Print(const nlohmann::json& description) {
 }
 
 // Reads, runs and describes images, as many at a time as the engine takes well.
-nlohmann::json Classify(const std::vector<std::string>& files, const evit::Bundle& bundle, evit::Runner& runner) {
+nlohmann::json Ask(const std::vector<std::string>& files, const evit::Bundle& bundle, evit::Runner& runner) {
   nlohmann::json descriptions = nlohmann::json::array();
   for (std::size_t start = 0; start < files.size(); start += kImagesAtATime) {
     const std::size_t end = std::min(start + kImagesAtATime, files.size());
@@ -125,10 +131,10 @@ nlohmann::json Classify(const std::vector<std::string>& files, const evit::Bundl
       const std::vector<float> input = evit::PreprocessImage(image, bundle.preprocess, files[i]);
       inputs.insert(inputs.end(), input.begin(), input.end());
     }
-    const std::vector<float> logits = runner.Infer(inputs.data(), static_cast<int>(end - start));
-    const std::size_t classes = logits.size() / (end - start);
+    const std::vector<float> answers = runner.Infer(inputs.data(), static_cast<int>(end - start));
+    const std::size_t width = answers.size() / (end - start);
     for (std::size_t i = start; i < end; ++i) {
-      descriptions.push_back(Describe(files[i], std::span(logits).subspan((i - start) * classes, classes), bundle));
+      descriptions.push_back(Describe(files[i], std::span(answers).subspan((i - start) * width, width), bundle));
     }
   }
   return descriptions;
@@ -164,7 +170,7 @@ Exit Main(const Arguments& arguments) {
   }
   // An engine that fails is not asked about images: whatever it says would be wrong.
   document["images"] = nlohmann::json::array();
-  if (verdict.passed) document["images"] = Classify(arguments.images, bundle, *runner);
+  if (verdict.passed) document["images"] = Ask(arguments.images, bundle, *runner);
   if (arguments.json) {
     // file names need not be UTF-8
     std::cout << document.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";

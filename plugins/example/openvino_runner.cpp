@@ -32,15 +32,15 @@ std::string OneLine(const std::exception& error) {
   return text.substr(0, 300);
 }
 
-ModelShape ShapeOf(const ov::CompiledModel& model, const std::string& where) {
-  const auto input = model.input("input").get_partial_shape(), output = model.output("logits").get_partial_shape();
+ModelShape ShapeOf(const ov::CompiledModel& model, const std::string& answer, const std::string& where) {
+  const auto input = model.input("input").get_partial_shape(), output = model.output(answer).get_partial_shape();
   const auto is_static = [](const ov::Dimension& side) { return side.is_static(); };
   if (input.size() != 4 || output.size() != 2 || !std::all_of(input.begin() + 1, input.end(), is_static) ||
       !is_static(output[1]) || model.input("input").get_element_type() != ov::element::f32 ||
-      model.output("logits").get_element_type() != ov::element::f32) {
+      model.output(answer).get_element_type() != ov::element::f32) {
     throw Error(Exit::kInput, where,
-                "not a model of this kind (expected float32 input [batch, channels, height, width] and logits "
-                "[batch, classes])");
+                "not a model of this kind (expected float32 input [batch, channels, height, width] and " + answer +
+                    " [batch, numbers])");
   }
   const auto side = [](const ov::Dimension& dimension) { return static_cast<int>(dimension.get_length()); };
   return {side(input[1]), side(input[2]), side(input[3]), side(output[1]), {kAnyBatch}};
@@ -48,11 +48,14 @@ ModelShape ShapeOf(const ov::CompiledModel& model, const std::string& where) {
 
 class OpenVinoRunner : public Runner {
  public:
-  OpenVinoRunner(ov::CompiledModel model, const std::string& where)
-      : Runner(ShapeOf(model, where)), model_(std::move(model)), request_(model_.create_infer_request()) {}
+  OpenVinoRunner(ov::CompiledModel model, std::string answer, const std::string& where)
+      : Runner(ShapeOf(model, answer, where)),
+        model_(std::move(model)),
+        request_(model_.create_infer_request()),
+        answer_(std::move(answer)) {}
 
  private:
-  void Run(const float* nchw, int batch, float* logits) override {
+  void Run(const float* nchw, int batch, float* answers) override {
     const auto size = [](int side) { return static_cast<std::size_t>(side); };
     const ov::Shape sizes{size(batch), size(shape().channels), size(shape().height), size(shape().width)};
     try {
@@ -60,8 +63,8 @@ class OpenVinoRunner : public Runner {
       std::copy_n(nchw, images.get_size(), images.data<float>());
       request_.set_tensor("input", images);
       request_.infer();
-      const ov::Tensor answers = request_.get_tensor("logits");
-      std::copy_n(answers.data<const float>(), answers.get_size(), logits);
+      const ov::Tensor found = request_.get_tensor(answer_);
+      std::copy_n(found.data<const float>(), found.get_size(), answers);
     } catch (const std::exception& error) {
       throw Error(Exit::kStage, kXml, "OpenVINO failed: " + OneLine(error));
     }
@@ -69,6 +72,7 @@ class OpenVinoRunner : public Runner {
 
   ov::CompiledModel model_;
   ov::InferRequest request_;
+  std::string answer_;
 };
 
 }  // namespace
@@ -96,7 +100,7 @@ std::unique_ptr<Runner> MakeRunner(const Bundle& bundle, const std::string& plug
                   "this processor cannot compute in " + precision + ", and OpenVINO would take another precision",
                   "Convert with --precision fp32, or run it on another machine.");
     }
-    return std::make_unique<OpenVinoRunner>(std::move(compiled), where);
+    return std::make_unique<OpenVinoRunner>(std::move(compiled), bundle.answer, where);
   } catch (const Error&) {
     throw;
   } catch (const std::exception& error) {

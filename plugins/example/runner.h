@@ -1,4 +1,4 @@
-// What an engine is to the rest of a program: images in, logits out. CMake chooses the library behind it.
+// What an engine is to the rest of a program: images in, logits or embeddings out. CMake chooses the library behind it.
 #pragma once
 
 #include <memory>
@@ -14,7 +14,7 @@ struct BatchProfile {
 };
 
 struct ModelShape {
-  int channels, height, width, classes;
+  int channels, height, width, classes;  // without classes: numbers of the embedding
   std::vector<BatchProfile> profiles;  // batch sizes that the engine takes
 };
 
@@ -26,14 +26,14 @@ class Runner {
 
   const ModelShape& shape() const { return shape_; }
 
-  // Runs `count` normalised images, in as many batches as it takes: count × classes logits. One call at a time.
+  // Runs `count` normalised images, in as many batches as it takes: count × classes numbers. One call at a time.
   std::vector<float> Infer(const float* nchw, int count);
 
  protected:
   explicit Runner(ModelShape shape) : shape_(std::move(shape)) {}
 
   // Runs one batch, of a size that some profile covers.
-  virtual void Run(const float* nchw, int batch, float* logits) = 0;
+  virtual void Run(const float* nchw, int batch, float* answers) = 0;
 
  private:
   ModelShape shape_;

@@ -80,16 +80,16 @@ std::size_t Count(const nvinfer1::Dims& dims) {
   return count;
 }
 
-ModelShape ShapeOf(const nvinfer1::ICudaEngine& engine, const std::string& where) {
-  const auto input = engine.getTensorShape("input"), output = engine.getTensorShape("logits");
+ModelShape ShapeOf(const nvinfer1::ICudaEngine& engine, const std::string& answer, const std::string& where) {
+  const auto input = engine.getTensorShape("input"), output = engine.getTensorShape(answer.c_str());
   const auto whole = [](const nvinfer1::Dims& dims, int count) {  // of known size, but for the batch
     return dims.nbDims == count && std::all_of(dims.d + 1, dims.d + count, [](std::int64_t side) { return side > 0; });
   };
   if (!whole(input, 4) || !whole(output, 2) || engine.getTensorDataType("input") != nvinfer1::DataType::kFLOAT ||
-      engine.getTensorDataType("logits") != nvinfer1::DataType::kFLOAT) {
+      engine.getTensorDataType(answer.c_str()) != nvinfer1::DataType::kFLOAT) {
     throw Error(Exit::kInput, where,
-                "not an engine of this kind (expected float32 input [batch, channels, height, width] and logits "
-                "[batch, classes])");
+                "not an engine of this kind (expected float32 input [batch, channels, height, width] and " + answer +
+                    " [batch, numbers])");
   }
   const auto side = [](std::int64_t size) { return static_cast<int>(size); };
   ModelShape shape{side(input.d[1]), side(input.d[2]), side(input.d[3]), side(output.d[1]), {}};
@@ -107,21 +107,22 @@ ModelShape ShapeOf(const nvinfer1::ICudaEngine& engine, const std::string& where
 // Everything that one batch size needs, with its addresses fixed, so that the work can be replayed as a CUDA graph.
 struct Lane {
   std::unique_ptr<nvinfer1::IExecutionContext> context;
-  PinnedMemory images, logits;
+  PinnedMemory images, answers;
   std::vector<DeviceMemory> tensors;
-  void *device_images = nullptr, *device_logits = nullptr;
-  std::size_t image_bytes = 0, logit_bytes = 0;
+  void *device_images = nullptr, *device_answers = nullptr;
+  std::size_t image_bytes = 0, answer_bytes = 0;
   GraphExec graph;  // empty where the engine cannot be captured
 };
 
 class TensorRtRunner : public Runner {
  public:
   TensorRtRunner(std::unique_ptr<Logger> logger, std::unique_ptr<nvinfer1::IRuntime> runtime,
-                 std::unique_ptr<nvinfer1::ICudaEngine> engine, const std::string& where)
-      : Runner(ShapeOf(*engine, where)),
+                 std::unique_ptr<nvinfer1::ICudaEngine> engine, std::string answer, const std::string& where)
+      : Runner(ShapeOf(*engine, answer, where)),
         logger_(std::move(logger)),
         runtime_(std::move(runtime)),
-        engine_(std::move(engine)) {
+        engine_(std::move(engine)),
+        answer_(std::move(answer)) {
     cudaStream_t stream = nullptr;
     Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
     stream_.reset(stream);
@@ -130,7 +131,7 @@ class TensorRtRunner : public Runner {
   ~TensorRtRunner() override { cudaStreamSynchronize(stream_.get()); }
 
  private:
-  void Run(const float* nchw, int batch, float* logits) override {
+  void Run(const float* nchw, int batch, float* answers) override {
     Lane& lane = LaneFor(batch);
     cudaStream_t stream = stream_.get();
     std::memcpy(lane.images.get(), nchw, lane.image_bytes);
@@ -141,10 +142,10 @@ class TensorRtRunner : public Runner {
     } else {
       Enqueue(lane);
     }
-    Check(cudaMemcpyAsync(lane.logits.get(), lane.device_logits, lane.logit_bytes, cudaMemcpyDeviceToHost, stream),
-          "copying logits");
+    Check(cudaMemcpyAsync(lane.answers.get(), lane.device_answers, lane.answer_bytes, cudaMemcpyDeviceToHost, stream),
+          "copying answers");
     Check(cudaStreamSynchronize(stream), "running the engine");
-    std::memcpy(logits, lane.logits.get(), lane.logit_bytes);
+    std::memcpy(answers, lane.answers.get(), lane.answer_bytes);
   }
 
   void Enqueue(const Lane& lane) {
@@ -195,10 +196,10 @@ class TensorRtRunner : public Runner {
       void* const memory = lane.tensors.back().get();
       if (!lane.context->setTensorAddress(name.c_str(), memory)) throw Failed("the engine takes no memory");
       if (name == "input") std::tie(lane.device_images, lane.image_bytes) = std::pair(memory, numbers * sizeof(float));
-      if (name == "logits") std::tie(lane.device_logits, lane.logit_bytes) = std::pair(memory, numbers * sizeof(float));
+      if (name == answer_) std::tie(lane.device_answers, lane.answer_bytes) = std::pair(memory, numbers * sizeof(float));
     }
     lane.images = Pinned(lane.image_bytes);
-    lane.logits = Pinned(lane.logit_bytes);
+    lane.answers = Pinned(lane.answer_bytes);
     Check(cudaMemsetAsync(lane.device_images, 0, lane.image_bytes, stream_.get()), "clearing memory");
     Enqueue(lane);  // the first call prepares what must not happen in a capture
     Check(cudaStreamSynchronize(stream_.get()), "running the engine");
@@ -225,6 +226,7 @@ class TensorRtRunner : public Runner {
   std::unique_ptr<Logger> logger_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
+  std::string answer_;
   Stream stream_;
   std::map<int, Lane> lanes_;
 };
@@ -346,7 +348,7 @@ std::unique_ptr<Runner> MakeRunner(const Bundle& bundle, const std::string& plug
   }
   std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime->deserializeCudaEngine(plan.data(), plan.size()));
   if (!engine) throw Refusal(bundle, logger->Take(), gpu);
-  return std::make_unique<TensorRtRunner>(std::move(logger), std::move(runtime), std::move(engine), where);
+  return std::make_unique<TensorRtRunner>(std::move(logger), std::move(runtime), std::move(engine), bundle.answer, where);
 }
 
 }  // namespace evit

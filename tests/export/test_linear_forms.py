@@ -18,6 +18,7 @@ from evit_deploy.engines.audit import engine_checks
 from evit_deploy.engines.build import build_engine
 from evit_deploy.engines.rtx_listing import plan_layers
 from evit_deploy.errors import InputError
+from evit_deploy.export.answer import answer_name
 from evit_deploy.export.card import ModelCard, card_fields, parse_card, read_card
 from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import QUANTIZED, set_precision
@@ -146,18 +147,19 @@ def test_both_answer_like_pytorch(kind, batch):
     model = reduced(kind)
     inputs = images(model, batch)
     found = {linear: answers(form(kind, linear), inputs, indices=True) for linear in FORMS}
-    assert_close(found["matmul"]["logits"], model, inputs)
+    answer = answer_name(model)
+    assert_close(found["matmul"][answer], model, inputs)
     for name, kept in found["gemm"].items():
-        if name != "logits":
+        if name != answer:
             np.testing.assert_array_equal(kept, found["matmul"][name])
-    spread = np.ptp(found["gemm"]["logits"])
-    assert np.abs(found["gemm"]["logits"] - found["matmul"]["logits"]).max() <= 1e-5 * spread
+    spread = np.ptp(found["gemm"][answer])
+    assert np.abs(found["gemm"][answer] - found["matmul"][answer]).max() <= 1e-5 * spread
 
 
 @each_kind
 def test_the_dense_twin_answers_like_pytorch(kind):
     model = of_kind(kind)
-    assert_close(answers(matmul(kind, dense=True), images(model, 2))["logits"], model, images(model, 2))
+    assert_close(answers(matmul(kind, dense=True), images(model, 2))[answer_name(model)], model, images(model, 2))
 
 
 @pytest.mark.parametrize("kind", ["plain", "LV-ViT"])

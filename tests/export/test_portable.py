@@ -8,7 +8,8 @@ import torch
 
 from evit_deploy.environment.machine import versions
 from evit_deploy.errors import InputError, StageError
-from evit_deploy.export.card import INPUT, LOGITS, ModelCard, kept_name, load_onnx, read_card
+from evit_deploy.export.answer import answer_in, answer_name
+from evit_deploy.export.card import INPUT, ModelCard, kept_name, load_onnx, read_card
 from evit_deploy.export.portable import OPSET, export_onnx
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.backbone import backbone_of
@@ -52,7 +53,7 @@ def test_the_file_is_valid(kind, spec):
 def test_one_input_and_one_output(kind, spec):
     proto, model = exported(kind, spec), of_kind(kind)
     (given,), (answer,) = proto.graph.input, proto.graph.output
-    assert (given.name, answer.name) == (INPUT, LOGITS)
+    assert (given.name, answer.name) == (INPUT, "embedding" if kind == "registers, no classes" else "logits")
     channels, size = backbone_of(model).channels(model), model.patch_embed.img_size
     batch, *rest = shape(given)
     assert isinstance(batch, str)
@@ -148,7 +149,7 @@ def test_it_answers_like_pytorch_at_every_batch_size(kind, spec):
     with OnnxRuntimeRunner(proto, threads=1, with_indices=True) as runner:
         for batch in BATCHES:
             outputs = runner.infer({INPUT: inputs[:batch]})
-            assert_close(outputs[LOGITS], model, inputs[:batch])
+            assert_close(outputs[answer_in(outputs)], model, inputs[:batch])
             for row, kept in zip(token_plan(model).locations, seen.kept, strict=True):
                 found = outputs[kept_name(row.block)]
                 assert found.dtype == np.int32
@@ -205,7 +206,7 @@ def test_the_dense_twin_is_the_dense_model(kind):
     assert not twin.functions
     assert len(nodes(twin, "Attention")) == len(model.blocks)
     inputs = images(model, 3)
-    assert_close(answers(twin, inputs)[LOGITS], model, inputs)
+    assert_close(answers(twin, inputs)[answer_name(model)], model, inputs)
     card = read_card(twin)
     assert card is not None
     assert (card.kind, card.plan) == ("dense", token_plan(model))

@@ -30,8 +30,8 @@ PILLOW = int(PIL.__version__.split(".")[0])
 def python_verdict(bundle: Bundle, golden: Golden) -> tuple[float, float]:
     """Error and limit of the image that comes closest to its limit, as ``verify`` finds them without kept patches."""
     with OpenVINORunner(bundle.file(OPENVINO), threads=1) as runner:
-        logits = runner.infer({"input": golden.inputs})["logits"]
-    errors, limits = np.abs(logits - golden.reference).max(axis=1), golden.tie_limits()
+        answers = runner.infer({"input": golden.inputs})[bundle.manifest.answer]
+    errors, limits = np.abs(answers - golden.reference).max(axis=1), golden.tie_limits()
     worst = int(np.argmax(errors / limits))
     return float(errors[worst]), float(limits[worst])
 
@@ -100,13 +100,16 @@ def test_images_get_the_answers_of_python(program, bundles, image_files, kind):
     assert [answer["file"] for answer in answers] == [str(file) for file in files * 2]
     inputs = np.stack([preprocess_image(file, bundle.manifest.preprocess) for file in files])
     with OpenVINORunner(bundle.file(OPENVINO), threads=1) as runner:
-        wanted = runner.infer({"input": inputs})["logits"]
+        wanted = runner.infer({"input": inputs})[bundle.manifest.answer]
+    key = bundle.manifest.answer
+    assert key == ("embedding" if kind == "registers, no classes" else "logits")
     for file, answer, again, logits in zip(files, answers, answers[len(files) :], wanted, strict=False):
         room = 1e-2 if may_differ(file.name) else 1e-4
-        np.testing.assert_allclose(answer["logits"], logits, rtol=0, atol=room, err_msg=file.name)
-        np.testing.assert_allclose(answer["logits"], again["logits"], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(answer[key], logits, rtol=0, atol=room, err_msg=file.name)
+        np.testing.assert_allclose(answer[key], again[key], rtol=0, atol=1e-4)
         if kind == "registers, no classes":
             assert "top" not in answer
+            assert answer["length"] == pytest.approx(np.linalg.norm(answer[key]), rel=1e-6)
             continue
         top = answer["top"]
         shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
@@ -116,7 +119,7 @@ def test_images_get_the_answers_of_python(program, bundles, image_files, kind):
             assert guess["probability"] == pytest.approx(shares[guess["class"]], abs=5e-3)
 
 
-def test_labels_and_features_in_print(program, bundles, broken, image_files):
+def test_labels_and_embeddings_in_print(program, bundles, broken, image_files):
     change_manifest(broken, labels=[f"label of {number}" for number in range(10)])
     photograph = image_files["china.jpg"]
     check, name, *lines = program(broken, photograph).out.splitlines()
@@ -124,8 +127,19 @@ def test_labels_and_features_in_print(program, bundles, broken, image_files):
     assert name == str(photograph)
     assert len(lines) == 5
     assert all(" %  label of " in line for line in lines)
-    _, _, features = program(bundles("registers, no classes").path, photograph).out.splitlines()
-    assert "48 features:" in features
+    plain = bundles("registers, no classes")
+    _, _, embedding = program(plain.path, photograph).out.splitlines()
+    with OpenVINORunner(plain.file(OPENVINO), threads=1) as runner:
+        (wanted,) = runner.infer({"input": preprocess_image(photograph, plain.manifest.preprocess)[None]})["embedding"]
+    assert embedding.startswith(f"  48 numbers of length {np.linalg.norm(wanted):.4g}: {wanted[0]:.4g} ")
+    assert embedding.endswith("…")
+
+
+def test_an_embedding_that_an_earlier_version_called_logits(program, broken, image_files):
+    """As every output was called."""
+    change_manifest(broken, model_args={"num_classes": 0})
+    document = json.loads(program(broken, image_files["china.jpg"], "--json").out)
+    assert len(document["images"][0]["embedding"]) == 10
 
 
 PREPROCESSES = [

@@ -408,6 +408,21 @@ def test_another_number_of_processes_is_told():
     assert "written for 8 processes, 64 images a step; with 1 it is 8. For as many set accumulate=8" in told[1]
 
 
+@pytest.mark.parametrize(("lowest", "said"), [(1e-4, True), (4e-5, False)])
+def test_a_lowest_rate_that_a_small_step_scales_is_told(lowest, said):
+    told = notices()
+    run = section(steps=4, learning_rate_batch=512, min_learning_rate=lowest)
+    fit(tiny(), FixedBatch(), run)
+    text = (
+        "finetune: min_learning_rate 0.0001 is above the highest rate of a step of 8 images, 4.688e-05; it is scaled "
+    )
+    assert (f"{text}like that one, to 1.563e-06" in told) is said
+    rates = [learning_rate(run, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(3e-3 * 8 / 512)
+    assert rates[99] == pytest.approx(1e-4 * 8 / 512 if said else 4e-5, rel=0.02)
+    assert rates == sorted(rates, reverse=True)
+
+
 def test_a_rate_on_the_way_is_evaluated_at_that_rate():
     told = notices()
     model = reduce_tokens_(tiny(), TokenSpec(keep_rate=0.5, locations=(1,)))

@@ -54,7 +54,7 @@ def test_photographs_are_answered_as_by_pytorch(triton, converted, golden, tmp_p
     for url in (triton.http, triton.grpc):
         answers = classify_files(paths, url, NAME)
         assert [answer.name for answer in answers] == [str(path) for path in paths]
-        logits = np.stack([answer.logits for answer in answers if answer.logits is not None])
+        logits = np.stack([answer.output for answer in answers if answer.output is not None])
         np.testing.assert_allclose(logits, wanted, rtol=0, atol=2 * golden.limit())
 
 
@@ -103,8 +103,8 @@ def test_answers_under_load_are_right_and_put_together(triton, golden):
             after = settled(connection, before, sum(map(len, which)))
         assert {answer.state for answer in answers} == {"answered"}
         for answer, numbers in zip(answers, which, strict=True):
-            assert answer.logits is not None
-            np.testing.assert_allclose(answer.logits, golden.logits[numbers], rtol=0, atol=2 * golden.limit())
+            assert answer.output is not None
+            np.testing.assert_allclose(answer.output, golden.logits[numbers], rtol=0, atol=2 * golden.limit())
         images = after["inference_count"] - before["inference_count"]
         runs = after["execution_count"] - before["execution_count"]
         assert images == sum(map(len, which))
@@ -216,9 +216,9 @@ def test_a_server_that_is_killed_costs_what_was_in_its_hands_and_nothing_else(pa
     assert 1 <= states.count("lost") <= in_flight
     assert states.count("answered") == count - states.count("lost")
     for number, answer in enumerate(found):
-        if answer.logits is not None:
+        if answer.output is not None:
             right = golden.logits[number % len(golden.inputs)]
-            np.testing.assert_allclose(answer.logits[0], right, rtol=0, atol=2 * golden.limit())
+            np.testing.assert_allclose(answer.output[0], right, rtol=0, atol=2 * golden.limit())
         else:
             assert "went away with this request in its hands" in answer.reason
 

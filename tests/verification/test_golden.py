@@ -12,7 +12,7 @@ from evit_deploy.report.report import Report
 from evit_deploy.tokens.choices import FLOOR, original_patches
 from evit_deploy.tokens.plan import TokenSpec, make_plan
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
-from evit_deploy.verification.agreement import agreement, logit_error, overlap, same_choice
+from evit_deploy.verification.agreement import agreement, answer_error, overlap, same_choice
 from evit_deploy.verification.golden import Golden, make_golden
 from evit_deploy.verification.tolerances import NOISE_LIMIT
 from evit_deploy.verification.verify import verify_precision
@@ -220,8 +220,8 @@ def test_terms_that_cancel_leave_room_for_their_own_rounding():
 def test_the_error_is_the_largest_of_the_given_rows():
     golden = synthetic()
     answers = golden.reference[[2, 0]] + np.array([[0.5, 0], [-0.75, 0]])
-    assert logit_error(golden, np.array([2, 0]), answers) == 0.75
-    assert np.isnan(logit_error(golden, np.array([], int), np.empty((0, 2))))
+    assert answer_error(golden, np.array([2, 0]), answers) == 0.75
+    assert np.isnan(answer_error(golden, np.array([], int), np.empty((0, 2))))
 
 
 # The precision itself.
@@ -270,7 +270,7 @@ def test_the_reference_keeps_what_the_fp32_model_kept():
     model, dense = without_places()
     noise = np.random.default_rng(0).standard_normal(images(model, 3).shape)
     golden = make_golden(model, dense, 0.5 + 1e-7 * noise.astype(np.float32))
-    assert logit_error(golden, np.arange(3), golden.logits) <= golden.limit() < 1e-4
+    assert answer_error(golden, np.arange(3), golden.logits) <= golden.limit() < 1e-4
 
 
 def test_equal_patches_are_a_tie_in_the_golden_file():

@@ -21,6 +21,7 @@ SIZES = {
     (1280, 32): "huge",
     (1408, 40): "giant",
     (1536, 40): "giant",
+    (1664, 48): "gigantic",
 }
 HEAD_WIDTH = 64
 """Of all released sizes up to ``large``; tensors do not show it."""

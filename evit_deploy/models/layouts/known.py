@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from evit_deploy.models.layouts import (
+    hf_clip,
     hf_deit,
     hf_dinov2,
     hf_mae,
     hf_vit,
     levit,
+    openclip,
     timm_names,
     torchvision_vit,
 )
@@ -38,6 +40,8 @@ LAYOUTS = (
     Layout("Hugging Face's ViT-MAE", hf_mae.SIGNS, hf_mae.find, ("vit_mae",)),
     Layout("Hugging Face's ViT", hf_vit.SIGNS, hf_vit.find, ("vit", "vit_msn")),
     Layout("Hugging Face's DINOv2", hf_dinov2.SIGNS, hf_dinov2.find, ("dinov2", "dinov2_with_registers")),
+    Layout("Hugging Face's CLIP", hf_clip.SIGNS, hf_clip.find, hf_clip.TYPES),
+    Layout("OpenCLIP's ViT", openclip.SIGNS, openclip.find, openclip.TYPES),
     Layout("torchvision's ViT", torchvision_vit.SIGNS, torchvision_vit.find),
     Layout("timm's names", timm_names.SIGNS, timm_names.find),
 )

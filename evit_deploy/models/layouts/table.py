@@ -58,6 +58,30 @@ class Joined(msgspec.Struct, frozen=True):
         return [part.clone() for part in whole.chunk(len(self.theirs))]
 
 
+class Transposed(msgspec.Struct, frozen=True):
+    """A matrix that a layout multiplies by from the right, and timm's linear layer has the other way round.
+
+    Args:
+        theirs: Name in the layout.
+        ours: Name in timm.
+    """
+
+    theirs: str
+    ours: str
+
+    def names(self) -> tuple[str, ...]:
+        """Names in the layout."""
+        return (self.theirs,)
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """``[D, E]`` to ``[E, D]``."""
+        return parts[0].T.contiguous()
+
+    def cut(self, whole: Tensor) -> list[Tensor]:
+        """The way back."""
+        return [whole.T.contiguous()]
+
+
 class PositionsWithoutRegisters(msgspec.Struct, frozen=True):
     """Positions of class token and patches; in timm, registers between them have positions too, and theirs are zero.
 
@@ -86,7 +110,7 @@ class PositionsWithoutRegisters(msgspec.Struct, frozen=True):
         return [torch.cat([whole[:, :1], whole[:, 1 + self.registers :]], 1)]
 
 
-Row = Same | Joined | PositionsWithoutRegisters
+Row = Same | Joined | Transposed | PositionsWithoutRegisters
 
 
 class Table(msgspec.Struct, frozen=True):

@@ -56,9 +56,9 @@ class Echo : public evit::Runner {
   explicit Echo(std::vector<evit::BatchProfile> profiles) : Runner({1, 1, 1, 1, std::move(profiles)}) {}
 
  private:
-  void Run(const float* nchw, int batch, float* logits) override {
+  void Run(const float* nchw, int batch, float* answers) override {
     std::printf("%d ", batch);
-    std::copy_n(nchw, batch, logits);
+    std::copy_n(nchw, batch, answers);
   }
 };
 

@@ -13,7 +13,7 @@ from PIL import Image
 from evit_deploy.bundle.bundle import Bundle, changed_files, read_bundle
 from evit_deploy.bundle.manifest import MODEL
 from evit_deploy.errors import InputError, MissingRequirement, first_few
-from evit_deploy.export.card import kept_name
+from evit_deploy.export.card import EMBEDDING, kept_name
 from evit_deploy.inference.batches import calls_for
 from evit_deploy.inference.choice import asked_for, check_plugin, in_order
 from evit_deploy.inference.inputs import Given, ImageLike
@@ -22,9 +22,6 @@ from evit_deploy.inference.session import Session
 from evit_deploy.tokens.choices import original_patches, patch_groups
 
 _LOG = logging.getLogger(__name__)
-
-EMBEDDING = "embedding"
-"""The answer of a model without classes, see :attr:`~evit_deploy.bundle.manifest.Manifest.answer`."""
 
 
 def load(

@@ -9,13 +9,12 @@ from typing import ClassVar
 
 import msgspec
 import numpy as np
-import onnx
 import pytest
 import torch
 
 import evit_deploy
 from evit_deploy.bundle.bundle import read_bundle, write_manifest
-from evit_deploy.bundle.manifest import ENGINE, MODEL, TensorSpec
+from evit_deploy.bundle.manifest import ENGINE, MODEL
 from evit_deploy.data.images import preprocess_image, sample_inputs, sample_photographs
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.inference.model import load
@@ -322,18 +321,18 @@ def test_labels_are_the_manifests(copy, inputs):
         load(rewritten(copy, labels=names[:3]))
 
 
-def test_a_model_without_classes_answers_with_embeddings(copy, inputs, logits):
-    proto = onnx.load(copy / MODEL)
-    proto.graph.output[0].name = "embedding"
-    for node in proto.graph.node:
-        node.output[:] = ["embedding" if name == "logits" else name for name in node.output]
-    onnx.save(proto, copy / MODEL)
-    with load(rewritten(copy, outputs=(TensorSpec("embedding", "float32", (None, 10)),))) as model:
+def test_a_model_without_classes_answers_with_embeddings(tmp_path):
+    source = write_checkpoint(tmp_path / "registers.safetensors", "registers, no classes")
+    measure = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
+    bundle, _ = evit_deploy.convert(source, keep_rate=0.6, out=tmp_path / "bundle", measure=measure)
+    pytorch = reduce_tokens_(build_model(read_checkpoint(source)), TokenSpec(keep_rate=0.6))
+    inputs = sample_inputs(bundle.manifest.preprocess, 4)
+    with load(bundle.path) as model, torch.inference_mode():
         found = model.embed(inputs)
-        np.testing.assert_allclose(found, logits, atol=2e-5)
+        np.testing.assert_allclose(found, pytorch(torch.from_numpy(inputs)).numpy(), atol=2e-5)
         assert found.dtype == np.float32
-        assert model.embed(sample_photographs()[0]).shape == (1, 10)
-        assert "embeddings of 10 numbers" in repr(model)
+        assert model.embed(sample_photographs()[0]).shape == (1, 48)
+        assert "embeddings of 48 numbers" in repr(model)
         assert set(model.kept(inputs[:1])) == {1, 2, 3}
         for question in (model.predict, model.logits):
             with pytest.raises(InputError, match=r"this model has no classes\. Ask embed\."):

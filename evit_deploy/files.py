@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from evit_deploy.errors import StageError
@@ -14,9 +15,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """Hashes of everything in a folder, by name."""
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+def hashes(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Hashes of everything in a folder, by name.
+
+    Args:
+        folder: The folder.
+        known: Hashes that are known already, by name.
+    """
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    return {name: (known or {}).get(name) or sha256(folder / name) for name in names}
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Self
 
@@ -233,9 +234,19 @@ class Staging:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def write_manifest(staging: Path, manifest: Manifest) -> None:
-    """Hashes everything in a staging folder, and writes the manifest that lists it."""
-    files = hashes(staging)
+def write_manifest(staging: Path, manifest: Manifest, unchanged: Mapping[str, str] | None = None) -> Manifest:
+    """Hashes everything in a staging folder, and writes the manifest that lists it.
+
+    Args:
+        staging: The folder.
+        manifest: What to write.
+        unchanged: Files whose hashes are known.
+
+    Returns:
+        What was written.
+    """
+    files = hashes(staging, unchanged)
     files.pop(MANIFEST, None)  # written before, with less in it
     manifest = msgspec.structs.replace(manifest, files=files)
     (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+    return manifest

@@ -105,6 +105,26 @@ class Output(logging.Handler):
             self._display = None
         self._live = False
 
+    def table(self, render: Callable[[Any], None], text: str | None = None) -> None:
+        """Ends the live display and prints a table of its own making.
+
+        Args:
+            render: Prints on a rich console.
+            text: What a person reads last.
+        """
+        from rich.console import Console
+
+        self._stop()
+        self.printed = True
+        render(Console(width=self._width()))
+        if text:
+            click.echo(text)
+
+    @staticmethod
+    def _width() -> int | None:
+        """A pipe has no width, and tables must not be cut there."""
+        return None if sys.stdout.isatty() else 160
+
     def result(self, report: Any, text: str | None = None, *, first: str | None = None, **extra: Any) -> None:
         """Ends the live display and prints the result.
 
@@ -131,9 +151,8 @@ class Output(logging.Handler):
             from evit_deploy.report.report import Report
             from evit_deploy.report.tables import render
 
-            width = None if sys.stdout.isatty() else 160  # a pipe has no width; tables must not be cut there
             if isinstance(report, Report):
-                render(report, Console(width=width))
+                render(report, Console(width=self._width()))
         if text:
             click.echo(text)
 

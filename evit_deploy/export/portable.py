@@ -4,24 +4,32 @@ The file holds ``evit::TokenReorg`` nodes *and* the function that says what they
 OpenVINO and TensorRT-RTX run the function, TensorRT takes a plugin for it when one is loaded. Batch is the one dynamic
 dimension. Everything a consumer must know (plan, preprocessing, versions) stands in the model's own properties.
 
-The *dense twin* is the same model without token reduction, exported by the same code.
+The *dense twin* is the same model without token reduction, exported by the same code: what a block is in one file,
+it is in the other (:mod:`evit_deploy.export.blocks`).
 """
 
 import ast
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
+import msgspec
 import onnx
+import onnx.numpy_helper
 import torch
 from onnx import ModelProto, helper
+from torch import Tensor
 
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.environment.machine import versions
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.export.answer import answer_name
+from evit_deploy.export.blocks import Known, assemble
 from evit_deploy.export.card import INPUT, ModelCard, kept_name, write_card
+from evit_deploy.export.outline import write_onnx
+from evit_deploy.export.variants import with_indices
 from evit_deploy.recipe.options import Linear
 from evit_deploy.tokens import merge, op
 from evit_deploy.tokens.backbone import backbone_of
@@ -30,6 +38,37 @@ from evit_deploy.tokens.reducer import TokenReducer
 
 OPSET = 23  # the first with Attention; Gelu came with 20
 _ONE_FILE_LIMIT = 2**31 - 1  # a protobuf message cannot be larger
+
+
+class Portable(msgspec.Struct, frozen=True):
+    """An exported model whose large weights are still the PyTorch model's own.
+
+    Args:
+        proto: The file's content but for these.
+        weights: The initializers that it lacks, by name.
+    """
+
+    proto: ModelProto
+    weights: dict[str, Tensor]
+
+    def whole(self) -> ModelProto:
+        """The checked model, in one piece."""
+        proto = ModelProto()
+        proto.CopyFrom(self.proto)
+        for name, tensor in self.weights.items():
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(tensor.numpy(), name))
+        onnx.checker.check_model(proto)
+        return proto
+
+    def save(self, path: Path, *, indices: bool = False) -> None:
+        """Writes the checked model as one file.
+
+        Args:
+            path: The file.
+            indices: Whether its choices are outputs too; see :func:`~evit_deploy.export.variants.with_indices`.
+        """
+        write_onnx(with_indices(self.proto) if indices else self.proto, self.weights, path)
+        onnx.checker.check_model(path)
 
 
 def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess, linear: Linear = "gemm") -> ModelProto:
@@ -54,6 +93,29 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess, li
             has no such form of linear layers.
         StageError: The exporter failed.
     """
+    return portable(model, name=name, preprocess=preprocess, linear=linear).whole()
+
+
+def portable(
+    model: torch.nn.Module,
+    *,
+    name: str,
+    preprocess: Preprocess,
+    linear: Linear = "gemm",
+    known: Known | None = None,
+) -> Portable:
+    """:func:`export_onnx` without a copy of the weights, and without exporting what was exported before.
+
+    Args:
+        model: See :func:`export_onnx`.
+        name: See :func:`export_onnx`.
+        preprocess: See :func:`export_onnx`.
+        linear: See :func:`export_onnx`.
+        known: What was exported before of the same weights in the same form of linear layers; takes what is new.
+
+    Raises:
+        EvitDeployError: See :func:`export_onnx`.
+    """
     backbone = backbone_of(model)
     size = backbone.image_size(model)
     if tuple(preprocess.size) != size:
@@ -69,9 +131,15 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess, li
         if isinstance(getattr(module, "flat", None), bool):
             module.flat = linear == "gemm"
     example = torch.zeros(2, backbone.channels(model), *size)  # batch 2: a 1 would be baked in as a constant
-    proto = _run_exporter(lowered, example, answer_name(model))
-    _name_nodes(proto)
-    form = _linear_form(proto)
+
+    def run(module: torch.nn.Module) -> ModelProto:
+        found = _run_exporter(module, example, answer_name(model))
+        _name_nodes(found)
+        return found
+
+    assembled = assemble(lowered, backbone, plan, run, known if known is not None else Known())
+    proto, weights = assembled if assembled is not None else (run(lowered), {})
+    form = _linear_form(proto, weights)
     if linear == "matmul" and form != linear:
         raise InputError(
             "models of this family have one form of linear layers", where="--linear", seen=linear, wanted=form
@@ -83,8 +151,7 @@ def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess, li
         _attach_functions(proto, nodes)
     kind = "reduced" if plan.locations else "dense"
     write_card(proto, ModelCard(kind, name, spec, plan, preprocess, "fp32", versions(), form))
-    onnx.checker.check_model(proto)
-    return proto
+    return Portable(proto, weights)
 
 
 def _run_exporter(model: torch.nn.Module, example: torch.Tensor, answer: str) -> ModelProto:
@@ -142,14 +209,20 @@ def _name_nodes(proto: ModelProto) -> None:
     del proto.graph.metadata_props[:]
 
 
-def _linear_form(proto: ModelProto) -> str:
-    """The form of the linear layers in the blocks; names the weights that the exporter transposed for it."""
+def _linear_form(proto: ModelProto, others: Collection[str]) -> str:
+    """The form of the linear layers in the blocks; names the weights that the exporter transposed for it.
+
+    Args:
+        proto: The file.
+        others: Names of the weights that it lacks.
+    """
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
     uses = Counter(value for node in proto.graph.node for value in node.input)
-    products = [node for node in proto.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    named = {*weights, *others}
+    products = [node for node in proto.graph.node if node.op_type == "MatMul" and node.input[1] in named]
     for node in products:  # the exporter calls what it folds val_13
         name = f"{node.name.rpartition('/')[0]}.weight"
-        if name not in weights and uses[node.input[1]] == 1:
+        if name not in named and uses[node.input[1]] == 1:
             weights[node.input[1]].name = node.input[1] = name
     return "matmul" if products else "gemm"
 

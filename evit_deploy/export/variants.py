@@ -109,7 +109,8 @@ def slice_twin(proto: ModelProto) -> ModelProto:
     card = read_card(proto)
     if card is not None:
         write_card(twin, msgspec.structs.replace(card, kind="slice"))
-    onnx.checker.check_model(twin)
+    if not any(tensor.external_data for tensor in twin.graph.initializer):  # of an outline the checker finds no data
+        onnx.checker.check_model(twin)
     return twin
 
 

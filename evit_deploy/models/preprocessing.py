@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from evit_deploy.data.labels import check_labels, read_labels
-from evit_deploy.data.preprocess import Preprocess
+from evit_deploy.data.preprocess import CENTER_FLOOR, Preprocess
 from evit_deploy.errors import CheckpointError, InputError
 from evit_deploy.recipe.options import PreprocessOptions
 
@@ -136,7 +136,7 @@ def described(preprocess: Preprocess, labels: list[str] | None, origins: Mapping
     else:
         steps = f"resize the shorter side to {min(resized)}"
     if preprocess.crop_mode != "squash" or preprocess.crop_pct < 1:
-        steps += f", {'center' if preprocess.crop_mode == 'squash' else preprocess.crop_mode} crop {height}×{width}"
+        steps += f", {'border' if preprocess.crop_mode == 'border' else 'center'} crop {height}×{width}"
     known = f"{len(labels)} ({origins.get('labels', 'not recorded where from')})" if labels else "none"
     return (
         f"Preprocessing: {steps}, {preprocess.interpolation}, {_normalized(preprocess)} "
@@ -179,6 +179,7 @@ def preprocess_in(configs: Mapping[str, dict[str, Any]], args: Any, where: objec
         if name in configs:
             try:
                 found = read(configs[name])
+                _check(found)
             except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
                 raise CheckpointError(
                     f"its preprocessing cannot be understood: {error}", where=f"{where}/{name}"
@@ -241,7 +242,8 @@ def _of_processor(config: dict[str, Any]) -> Preprocess:
     shares = {_crop_share(side, whole) for side, whole in zip(final, (height, width), strict=True)}
     if len(shares) > 1:
         raise ValueError(f"crop_size {final} and size {(height, width)} have different shapes")
-    return Preprocess(final, shares.pop(), "center" if shorter else "squash", resample, *_normalization(config, usual))
+    mode = CENTER_FLOOR if shorter else "squash"
+    return Preprocess(final, shares.pop(), mode, resample, *_normalization(config, usual))
 
 
 def _size(size: Any, shorter_by_default: bool) -> tuple[int, int, bool]:
@@ -292,9 +294,7 @@ def _normalization(config: dict[str, Any], usual: _Processor) -> tuple[tuple[flo
 def _numbers(value: Any, default: tuple[float, ...]) -> tuple[float, ...]:
     if value is None:
         return default
-    values = tuple(float(one) for one in (value if isinstance(value, list | tuple) else [value] * 3))
-    check_normalization(values, "image_mean or image_std")
-    return values
+    return tuple(float(one) for one in (value if isinstance(value, list | tuple) else [value] * 3))
 
 
 # ---- timm, OpenCLIP, training scripts
@@ -305,9 +305,7 @@ def _of_timm(config: dict[str, Any]) -> Preprocess | None:
     if not isinstance(settings, dict) or "mean" not in settings:
         return None
     known = {name: value for name, value in settings.items() if value is not None}
-    found = Preprocess.from_model(known)
-    check_normalization((*found.mean, *found.std), "mean or std")
-    return found
+    return Preprocess.from_model(known)
 
 
 def _of_open_clip(config: dict[str, Any]) -> Preprocess | None:
@@ -333,16 +331,22 @@ def _of_args(args: Mapping[str, Any], where: object) -> Preprocess | None:
     size = args.get("img_size") or args.get("input_size") or 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     try:
-        return msgspec.convert(given | {"size": (height, width)}, Preprocess, strict=False)
+        found = msgspec.convert(given | {"size": (height, width)}, Preprocess, strict=False)
+        _check(found)
+        return found
     except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise CheckpointError(f"its arguments name no preprocessing that can be used: {error}", where=where) from None
 
 
-def check_normalization(values: tuple[float, ...], where: str) -> None:
-    """Makes sure that numbers can be means or deviations.
-
-    Raises:
-        InputError: One is not finite.
-    """
-    if not all(math.isfinite(value) for value in values):
-        raise InputError("not finite", where=where, seen=values)
+def _check(preprocess: Preprocess | None) -> None:
+    """Makes sure that images can be normalised like this."""
+    if preprocess is None:
+        return
+    if not all(math.isfinite(value) for value in (*preprocess.mean, *preprocess.std)):
+        raise ValueError(f"mean {preprocess.mean} and std {preprocess.std} are not all finite")
+    if not all(value > 0 for value in preprocess.std):
+        raise ValueError(f"images are divided by std, {preprocess.std}")
+    if not preprocess.mean or len(preprocess.mean) != len(preprocess.std):
+        raise ValueError(f"mean {preprocess.mean} and std {preprocess.std} are of different lengths")
+    if not 0 < preprocess.crop_pct <= 4:
+        raise ValueError(f"crop_pct is {preprocess.crop_pct}")

@@ -1,6 +1,7 @@
 """From what was asked for to what is made: defaults, refusals before any work, the export, and each target in turn."""
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.engines.options import flag
 from evit_deploy.engines.plugin.library import choose_plugin
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.export.portable import export_onnx
+from evit_deploy.export.blocks import Known
+from evit_deploy.export.portable import portable
 from evit_deploy.export.precision import PRECISIONS, QUANTIZED, set_precision
 from evit_deploy.export.variants import with_indices
 from evit_deploy.progress import doing, stage
@@ -187,38 +189,61 @@ class Written(msgspec.Struct, frozen=True):
     report: Report
 
 
+class Exports(msgspec.Struct):
+    """What exports of the same weights have in common; :func:`export` reads it and adds to it.
+
+    Args:
+        known: What was exported before, by form of linear layers.
+        dense: Dense twins that were written before, by precision, base and form.
+    """
+
+    known: dict[str, Known] = {}
+    dense: dict[tuple[str, ...], Path] = {}
+
+
 def export(
     models: tuple[Any, Any],
     made: Lowering,
-    name: str,
-    preprocess: Preprocess,
+    about: tuple[str, Preprocess],
     calibration: np.ndarray | None,
     folder: Path,
-) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    exports: Exports,
+) -> tuple[onnx.ModelProto, onnx.ModelProto | None] | None:
     """Exports a model and its dense twin, sets their precision and writes both.
 
     Args:
         models: The reduced model and its dense twin, FP32.
         made: What to make.
-        name: timm name.
-        preprocess: From image file to input tensor.
+        about: timm name, and how an image file becomes an input tensor.
         calibration: Images for ``int8`` and ``fp8``.
         folder: Folder of the bundle in the making.
+        exports: What was exported before.
 
     Returns:
-        The two files' content, without index outputs.
+        For ``int8`` and ``fp8`` the two files' content, without index outputs; the twin's only if it was made now.
     """
-    protos = []
+    known = exports.known.setdefault(made.linear, Known())
+    kind = made.precision, made.base, made.linear
     (folder / DENSE).parent.mkdir()
+    protos: list[onnx.ModelProto | None] = []
     for model, file, label in zip(models, (MODEL, DENSE), ("to ONNX", "the dense twin"), strict=True):
+        earlier = exports.dense.get(kind) if file == DENSE else None
+        if earlier is not None:
+            shutil.copyfile(earlier, folder / file)
+            continue
         doing(_LOG, f"exporting {label}")
-        proto = export_onnx(model, name=name, preprocess=preprocess, linear=made.linear)
-        if made.precision != "fp32":
-            doing(_LOG, f"setting {made.precision}")
-            proto = set_precision(proto, made.precision, base=made.base, calibration=calibration)
-        onnx.save(with_indices(proto) if made.options.indices else proto, folder / file)
+        exported = portable(model, name=about[0], preprocess=about[1], linear=made.linear, known=known)
+        indices = made.options.indices
+        if made.precision == "fp32":
+            exported.save(folder / file, indices=indices)
+            continue
+        doing(_LOG, f"setting {made.precision}")
+        proto = set_precision(exported.whole(), made.precision, base=made.base, calibration=calibration)
+        onnx.save(with_indices(proto) if indices else proto, folder / file)
         protos.append(proto)
-    return protos[0], protos[1]
+    if made.precision not in QUANTIZED:
+        return None
+    return protos[0], protos[1] if len(protos) > 1 else None  # type: ignore[return-value]
 
 
 def write_targets(exported: Exported, made: Lowering) -> Written:

@@ -19,6 +19,7 @@ from evit_deploy.engines.rebuild import other_body, slice_engine
 from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import load_onnx, read_card
+from evit_deploy.export.outline import Outline, read_outline
 from evit_deploy.export.precision import DTYPES, QUANTIZED
 from evit_deploy.export.variants import reorganizations, slice_twin
 from evit_deploy.files import sha256
@@ -133,11 +134,11 @@ def is_plan(path: Path) -> bool:
 
 
 def _of_onnx(path: Path, against: Path | None, runtimes: Sequence[str]) -> Comparison:
-    card = read_card(load_onnx(path))
+    card = read_card(read_outline(path).proto)
     if card is None:
         raise InputError("evit-deploy did not write this file, so its token plan is unknown", where=path)
     if against is not None:
-        load_onnx(against)  # refuses what is no model
+        read_outline(against)  # refuses what is no model
     notes = [] if against else ["Speed-up not available: --against DENSE.onnx gives the dense twin."]
     names = [name for name in RUNTIMES.names() if MODEL in RUNTIMES.get(name).files]
     chosen = [name for name in names if takes_part(name, path, runtimes)]
@@ -344,8 +345,12 @@ def onnx_candidates(model: Path, dense: Path | None, runtime: str = "onnxruntime
 
 
 def _slice(model: Path, runtime: str) -> list[Candidate]:
-    proto = load_onnx(model)
-    return [Candidate(runtime, "slice", slice_twin(proto))] if reorganizations(proto) else []
+    outline = read_outline(model)
+    if not reorganizations(outline.proto):
+        return []
+    if RUNTIMES.get(runtime).accepts(outline):
+        return [Candidate(runtime, "slice", slice_twin(load_onnx(model)))]
+    return [Candidate(runtime, "slice", Outline(slice_twin(outline.proto), outline.folder))]
 
 
 def torch_candidates(model: torch.nn.Module, runtime: str, precision: str = "fp32") -> list[Candidate]:

@@ -105,6 +105,54 @@ def measure_all(
     return report
 
 
+def measure_variants(
+    variants: Sequence[tuple[Sequence[Candidate], TokenPlan]],
+    batch_sizes: Sequence[int],
+    threads: int | None,
+    duration: float,
+    minimum_rounds: int,
+) -> list[Report]:
+    """Runs variants of one model in turn on the CPU; they have one dense twin, which runs once.
+
+    Args:
+        variants: Of each, the candidates and the token plan. Dense twins on the same runtime have to be equal.
+        batch_sizes: Images a call.
+        threads: CPU threads.
+        duration: Seconds for each batch size.
+        minimum_rounds: Rounds to run even if that takes longer.
+
+    Returns:
+        A report for each variant.
+
+    Raises:
+        MissingRequirement: A runtime is not here.
+    """
+    everyone: list[Candidate] = []
+    places: list[list[int]] = []
+    twins: dict[str, int] = {}
+    for candidates, _ in variants:
+        own = []
+        for candidate in candidates:
+            place = twins.get(candidate.runtime) if candidate.variant == "dense" else None
+            if place is None:
+                place = len(everyone)
+                everyone.append(candidate)
+            if candidate.variant == "dense":
+                twins[candidate.runtime] = place
+            own.append(place)
+        places.append(own)
+    reports = [Report() for _ in variants]
+    with ExitStack() as stack:
+        (group,), _ = open_all(stack, everyone, threads, None)
+        for batch in in_stages(batch_sizes):
+            stage(_LOG, f"profiling batch {batch}")
+            times = measure_on_cpu(group.runners, batch, duration, minimum_rounds, threads)
+            for index, ((candidates, plan), own) in enumerate(zip(variants, places, strict=True)):
+                rows = rows_of(candidates, plan, batch, [times[place] for place in own])
+                reports[index] += Report(rows=tuple(rows))
+    return [report + Report(notes=(*verdict(report.rows), *hidden_gains(report.rows))) for report in reports]
+
+
 def open_all(
     stack: ExitStack, candidates: Sequence[Candidate], threads: int | None, required: frozenset[str] | None
 ) -> tuple[list[Group], list[str]]:

@@ -14,7 +14,7 @@ from evit_deploy.errors import RecipeError
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
-CropMode = Literal["center", "squash", "border"]
+CropMode = Literal["center", "center-floor", "squash", "border"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 
@@ -35,8 +35,8 @@ class PreprocessOptions(Section, frozen=True, kw_only=True):
     crop_pct: Annotated[float, Meta(gt=0, le=1)] | None = None
     """Share of the resized image's side that the crop keeps, 0.875 for 224 of 256. [default: the checkpoint's]"""
     crop_mode: CropMode | None = None
-    """How images are cropped: center, after resizing the shorter side; squash, after resizing both; border, with a
-    border. [default: the checkpoint's]"""
+    """How images are cropped: center, after resizing the shorter side; center-floor, likewise, margins rounded as
+    Hugging Face's processors do; squash, after resizing both; border, with a border. [default: the checkpoint's]"""
     interpolation: Interpolation | None = None
     """Resampling filter. [default: the checkpoint's]"""
     labels: str | None = None

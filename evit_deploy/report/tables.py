@@ -349,6 +349,36 @@ def _number(value: float | int | str | None) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
+def render_variants(variants: Sequence[tuple[str, float, float, Report]], console: Any) -> None:
+    """Prints a line for each of several variants of a model.
+
+    Args:
+        variants: Name, multiply-adds in 10⁹, the dense twin's over them, and report of each.
+        console: See :func:`render`.
+    """
+    timed = {row.batch for *_, report in variants for row in report.rows if row.speedup is not None}
+    header = ("variant", "GMACs", "MAC ratio", *(f"speed-up at {batch}" for batch in sorted(timed)), "agreement %",
+              "top-1 %", "checks")  # fmt: skip
+    lines = []
+    for name, gmacs, ratio, report in variants:
+        speeds = {row.batch: row.speedup for row in reversed(report.rows) if row.variant == "model"}
+        answered = next((row for row in report.compared if row.agreement is not None), None)
+        agreement, top1 = (answered.agreement, answered.top1) if answered is not None else (None, None)
+        lines.append(
+            (
+                name,
+                f"{gmacs:.4g}",
+                f"{ratio:.3f}",
+                *(_shown(speeds.get(batch), ".2f", "x") for batch in sorted(timed)),
+                _shown(None if agreement is None else 100 * agreement, ".1f"),
+                _shown(None if top1 is None else 100 * top1, ".2f"),
+                "ok" if report.passed else f"{len(report.failed)} FAILED",
+            )
+        )
+    unsaid = [header[i] for i in range(3, len(header) - 1) if not any(line[i] for line in lines)]
+    _table(console, header, lines, dispensable=("MAC ratio", "agreement %"), unsaid=unsaid)
+
+
 def _table(
     console: Any,
     header: Sequence[str],

@@ -22,15 +22,17 @@ import torch
 from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.errors import MissingRequirement, StageError
 from evit_deploy.export.card import load_onnx, read_card
+from evit_deploy.export.outline import Outline, read_outline
 from evit_deploy.export.variants import with_indices
 from evit_deploy.runtimes.resident import TensorResident
 from evit_deploy.runtimes.runner import Resident, Runner
 
+_FOLDER = "session.model_external_initializers_file_folder_path"
 _NUMPY_NAMES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int32)": "int32"}
 
 
 class OnnxRuntimeRunner(Runner):
-    """Runs an ONNX file, or a model in memory, on the CPU provider."""
+    """Runs an ONNX file, its outline, or a model in memory, on the CPU provider."""
 
     name = "onnxruntime"
     files = ("model.onnx",)
@@ -38,6 +40,8 @@ class OnnxRuntimeRunner(Runner):
     """What computes, in the order of preference, with options."""
     has_bf16: ClassVar[bool] = False
     """Whether the provider has kernels for bfloat16."""
+    takes_outlines: ClassVar[bool] = True
+    """Whether it opens a file by its outline: then the weights are mapped, not read and copied three times."""
     concurrent = True  # ONNX Runtime promises it of a session's run
 
     @classmethod
@@ -45,7 +49,11 @@ class OnnxRuntimeRunner(Runner):
         """ONNX models, by path or in memory."""
         model = artifact
         if isinstance(artifact, str | Path) and Path(artifact).suffix == ".onnx":
-            model = load_onnx(Path(artifact))
+            model = read_outline(Path(artifact)).proto
+        if isinstance(artifact, Outline):
+            if not cls.takes_outlines:
+                return ["it takes a model in one piece"]
+            model = artifact.proto
         if isinstance(model, onnx.ModelProto):
             card = read_card(model)
             low = card is not None and card.precision == "bf16" and not cls.has_bf16
@@ -60,17 +68,25 @@ class OnnxRuntimeRunner(Runner):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self.threads:
             options.intra_op_num_threads = self.threads
-        model = self.artifact
-        if self.with_indices:
-            model = with_indices(model if isinstance(model, onnx.ModelProto) else load_onnx(Path(model)))
-        source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
         try:
-            self._session = self._open(source, options)
+            self._session = self._open(self._source(options), options)
         except Exception as error:  # ONNX Runtime raises its own undocumented classes
             raise StageError(
                 f"ONNX Runtime refuses the model: {_first_line(error)}", where=_name(self.artifact)
             ) from error
         return self
+
+    def _source(self, options: onnxruntime.SessionOptions) -> str | bytes:
+        """The model as a session takes it; where weights stay in their file, the options say in which folder."""
+        model = self.artifact
+        if isinstance(model, str | Path):
+            if not self.takes_outlines and not self.with_indices:
+                return str(model)
+            model = read_outline(Path(model)) if self.takes_outlines else load_onnx(Path(model))
+        if isinstance(model, Outline):
+            options.add_session_config_entry(_FOLDER, str(model.folder))
+            model = model.proto
+        return (with_indices(model) if self.with_indices else model).SerializeToString()
 
     def _open(self, source: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(source, options, providers=list(self.providers), enable_fallback=0)
@@ -147,6 +163,7 @@ class _GpuRunner(OnnxRuntimeRunner):
 
     provider: ClassVar[str]
     has_bf16 = True
+    takes_outlines = False
     on_gpu = True
     concurrent = False  # all its work is on one stream
     _stream: torch.cuda.Stream | None = None
@@ -334,6 +351,8 @@ def _spec(node: Any) -> TensorSpec:
 
 
 def _name(artifact: Any) -> str:
+    if isinstance(artifact, Outline):
+        return str(artifact.folder)
     return str(artifact) if isinstance(artifact, str | Path) else "model in memory"
 
 

@@ -5,9 +5,8 @@ in float arithmetic), sets the limits of :mod:`evit_deploy.verification.toleranc
 patch numbers.
 """
 
-import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from evit_deploy.export.card import feeds
 from evit_deploy.export.precision import DTYPES
 from evit_deploy.registry import METHODS
 from evit_deploy.runtimes.fp32 import fp32_products
+from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
 from evit_deploy.tokens.choices import original_patches, patch_margins
 from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import capture, token_plan, token_spec
@@ -156,12 +156,51 @@ class Expected(msgspec.Struct, frozen=True):
     dense: np.ndarray
 
 
+class _InFull(msgspec.Struct, frozen=True):
+    """What a model says in FP32 and in FP64.
+
+    Args:
+        logits: FP32.
+        kept: What the FP32 model chose, a location each.
+        scores: By what it chose.
+        reference: FP64, with the choices of the FP32 model.
+        exact_scores: The scores on the way there.
+        swapped: FP64, with the next best choices.
+        terms: See :class:`Golden`.
+    """
+
+    logits: np.ndarray
+    kept: list[np.ndarray]
+    scores: list[Any]
+    reference: np.ndarray
+    exact_scores: list[Any]
+    swapped: np.ndarray
+    terms: np.ndarray
+
+
+class KnownAnswers(msgspec.Struct):
+    """What PyTorch said before to the same inputs with the same weights; :func:`make_golden` reads it and adds to it.
+
+    Args:
+        found: Answers by what was asked.
+    """
+
+    found: dict[Any, Any] = {}
+
+    def once(self, key: Any, ask: Callable[[], Any]) -> Any:
+        """What was found under a key, or is found now."""
+        if key not in self.found:
+            self.found[key] = ask()
+        return self.found[key]
+
+
 def make_golden(
     model: torch.nn.Module,
     dense: torch.nn.Module,
     inputs: np.ndarray,
     precision: str = "fp32",
     quantized: tuple[Any, Any] | None = None,
+    known: KnownAnswers | None = None,
 ) -> Golden:
     """Runs PyTorch in FP32, in FP64 and in the bundle's precision.
 
@@ -171,38 +210,141 @@ def make_golden(
         inputs: float32 ``[n, C, H, W]``.
         precision: Of the bundle.
         quantized: For ``int8`` and ``fp8``: the quantised model and its dense twin, ONNX, which say themselves what is
-            rounded where.
+            rounded where; the twin is not needed where its answers are known.
+        known: What is known already of these weights and inputs.
     """
+    known = known if known is not None else KnownAnswers()
     plan = token_plan(model)
-    logits, kept, scores = _answers(model, inputs)
-    dense_logits = _answers(dense, inputs)[0]
-    expected = Expected(logits, scores, logits, dense_logits)
+    first = _first_of(model)
+    begun: dict[int, Tensor] = known.once("begun", dict)
+    twin: _InFull = known.once("dense", lambda: _in_full(dense, inputs, first, begun))
+    own: _InFull = known.once(repr(token_spec(model)), lambda: _in_full(model, inputs, first, begun))
+    expected = Expected(own.logits, own.scores, own.logits, twin.logits)
     if quantized is not None:
-        expected = _quantized_answers(*quantized, inputs, kept, plan)
+        dense_logits = known.once(("dense", precision), lambda: _answer_of(quantized[1], inputs))
+        expected = _quantized_answers(quantized[0], dense_logits, inputs, own.kept, plan)
     elif precision != "fp32":
-        low, low_dense = (copy.deepcopy(m).to(DTYPES[precision]) for m in (model, dense))
-        free, low_logits = _answers(low, inputs)[0], _answers(low_dense, inputs)[0]
-        expected = Expected(*_replayed(low, inputs, kept), free, low_logits)
-    # The FP64 model keeps what the FP32 model kept: otherwise it answers another question wherever scores nearly tie.
-    exact = copy.deepcopy(model).double()
-    with _classifier_terms(exact) as terms:
-        reference, exact_scores = _replayed(exact, inputs, kept)
+        dtype = DTYPES[precision]
+        dense_logits = known.once(("dense", precision), lambda: _low_answers(dense, inputs, [], dtype)[2])
+        expected = Expected(*_low_answers(model, inputs, own.kept, dtype), dense_logits)
     method: type[TokenReducer] = METHODS.get(token_spec(model).method)
-    decided = list(zip(kept, exact_scores, plan.locations, strict=True))
-    swapped, _ = _replayed(exact, inputs, [method.nearest_choice(*decision) for decision in decided])
-    exact_dense = copy.deepcopy(dense).double()
-    with _classifier_terms(exact_dense) as dense_terms:
-        dense_reference = _answers(exact_dense, inputs)[0]
     clear = [
-        method.margin(low, true, choice, row) for low, (choice, true, row) in zip(expected.scores, decided, strict=True)
+        method.margin(low, true, choice, row)
+        for low, choice, true, row in zip(expected.scores, own.kept, own.exact_scores, plan.locations, strict=True)
     ]
     blocks = [row.block for row in plan.locations]
-    margins = dict(zip(blocks, patch_margins(clear, kept, plan), strict=True))
-    kept_patches = dict(zip(blocks, original_patches(kept, plan), strict=True))
+    margins = dict(zip(blocks, patch_margins(clear, own.kept, plan), strict=True))
+    kept_patches = dict(zip(blocks, original_patches(own.kept, plan), strict=True))
     return Golden(
-        precision, inputs, logits, reference, swapped, expected.logits, expected.free, _largest(terms, reference),
-        dense_logits, dense_reference, expected.dense, _largest(dense_terms, dense_reference), kept_patches, margins,
+        precision, inputs, own.logits, own.reference, own.swapped, expected.logits, expected.free, own.terms,
+        twin.logits, twin.reference, expected.dense, twin.terms, kept_patches, margins,
     )  # fmt: skip
+
+
+def _first_of(model: Any) -> int:
+    """The first block that is not the dense model's own; 0 where the blocks before it cannot be left out."""
+    blocks = backbone_of(model).blocks(model)
+    stateful = any(isinstance(part, TokenReducer) and part.stateful for part in model.modules())
+    locations = token_plan(model).locations
+    return locations[0].block if locations and not stateful and type(blocks) is torch.nn.Sequential else 0
+
+
+def _in_full(model: torch.nn.Module, inputs: np.ndarray, first: int, begun: dict[int, Tensor]) -> _InFull:
+    """Runs a model in FP32 and FP64.
+
+    Args:
+        model: The reduced model or its dense twin.
+        inputs: float32 ``[n, C, H, W]``.
+        first: See :func:`_first_of`; of the reduced model.
+        begun: What such a block takes in FP64, which is the same for all that the dense model's blocks lead to.
+    """
+    logits, kept, scores = _answers(model, inputs)
+    method: type[TokenReducer] = METHODS.get(token_spec(model).method)
+    # The FP64 model keeps what the FP32 model kept: otherwise it answers another question wherever scores nearly tie.
+    with _computing_in(model, torch.float64) as exact:
+        blocks = backbone_of(model).blocks(exact)
+        _begin_at(blocks, first, begun)
+        with _classifier_terms(exact) as terms:
+            reference, exact_scores = _replayed(exact, inputs, kept)
+        _begin_at(blocks, first, begun)
+        decided = zip(kept, exact_scores, token_plan(model).locations, strict=True)
+        nearest = [method.nearest_choice(*decision) for decision in decided]
+        swapped = _replayed(exact, inputs, nearest)[0] if nearest else reference
+    return _InFull(logits, kept, scores, reference, exact_scores, swapped, _largest(terms, reference))
+
+
+class _Begun(torch.nn.Module):
+    """Stands in the place of a block and gives out what the blocks up to here gave before."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = (value,)  # in a tuple: it is no weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value[0]
+
+
+def _begin_at(blocks: Any, first: int, begun: dict[int, Tensor]) -> None:
+    """Leaves out the blocks before the first one that reduces, if what they give is known; else takes note of it."""
+    if first and first in begun:
+        for index in range(first):
+            blocks[index] = _Begun(begun[first])
+    elif first:
+
+        def note(block: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+            begun[first] = given[0].clone()
+
+        blocks[first].register_forward_pre_hook(note)
+
+
+def _low_answers(
+    model: torch.nn.Module, inputs: np.ndarray, kept: list[np.ndarray], dtype: torch.dtype
+) -> tuple[np.ndarray, list[Any], np.ndarray]:
+    """What PyTorch says in half precision: logits and scores with given choices, and logits with its own."""
+    with _computing_in(model, dtype) as low:
+        free = _answers(low, inputs)[0]
+        logits, scores = _replayed(low, inputs, kept) if kept else (free, [])
+    return logits, scores, free
+
+
+@contextmanager
+def _computing_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[torch.nn.Module]:
+    """A twin of a model that computes in another type.
+
+    A block's weights are cast when it is called and no longer: a second copy of them all is never in memory.
+    """
+    twin = copy_sharing_weights(model)
+    blocks = list(backbone_of(model).blocks(twin))
+    inside = {part for block in blocks for part in block.modules()}
+    for part in twin.modules():
+        if part not in inside:
+            _cast(part, dtype)
+    uncast: dict[torch.nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}
+
+    def enter(block: torch.nn.Module, given: Any) -> None:
+        for part in block.modules():
+            uncast[part] = dict(part._parameters), dict(part._buffers)
+            _cast(part, dtype)
+
+    def leave(block: torch.nn.Module, given: Any, made: Any) -> None:
+        for part in block.modules():
+            parameters, buffers = uncast.pop(part)
+            part._parameters.update(parameters)
+            part._buffers.update(buffers)
+
+    for block in blocks:
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave, always_call=True)
+    yield twin
+
+
+def _cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    for name, value in module._parameters.items():
+        if value is not None and value.is_floating_point():
+            module._parameters[name] = torch.nn.Parameter(value.detach().to(dtype), requires_grad=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.is_floating_point():
+            module._buffers[name] = buffer.to(dtype)
 
 
 @contextmanager
@@ -266,24 +408,15 @@ def _as_numpy(scores: Any) -> Any:
     return tuple(map(_as_numpy, scores)) if isinstance(scores, tuple) else scores.numpy()
 
 
-def _quantized_answers(model: Any, dense: Any, inputs: np.ndarray, kept: list[np.ndarray], plan: TokenPlan) -> Expected:
+def _quantized_answers(
+    model: Any, dense_logits: np.ndarray, inputs: np.ndarray, kept: list[np.ndarray], plan: TokenPlan
+) -> Expected:
     """A Q/DQ graph as it is written: every rounding where the graph has it, everything between in float arithmetic."""
-    import onnxruntime
-
     from evit_deploy.export.variants import with_choice
-
-    def run(proto: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # or int8 kernels run
-        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
-        answers: Any = session.run(names, feeds)
-        return dict(zip(names, answers, strict=True))
 
     blocks = [row.block for row in plan.locations]
     choices = {f"choice_{block}": choice for block, choice in zip(blocks, kept, strict=True)}
-    replayed = run(with_choice(model) if blocks else model, feeds(inputs) | choices)
+    replayed = _run_graph(with_choice(model) if blocks else model, feeds(inputs) | choices)
     scores = []
     for block in blocks:
         found = [
@@ -291,5 +424,22 @@ def _quantized_answers(model: Any, dense: Any, inputs: np.ndarray, kept: list[np
         ]
         scores.append(found[0] if len(found) == 1 else tuple(found))
     answer = answer_in(replayed)
-    free, dense_logits = run(model, feeds(inputs))[answer], run(dense, feeds(inputs))[answer]
-    return Expected(replayed[answer], scores, free, dense_logits)
+    return Expected(replayed[answer], scores, _run_graph(model, feeds(inputs))[answer], dense_logits)
+
+
+def _answer_of(proto: Any, inputs: np.ndarray) -> np.ndarray:
+    answers = _run_graph(proto, feeds(inputs))
+    return answers[answer_in(answers)]
+
+
+def _run_graph(proto: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What an ONNX graph says when it is computed as it is written."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # or int8 kernels run
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    answers: Any = session.run(names, given)
+    return dict(zip(names, answers, strict=True))

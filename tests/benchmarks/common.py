@@ -13,19 +13,24 @@ from evit_deploy.environment.machine import device, versions
 
 
 def deit_small() -> Any:
-    """DeiT-S with weights from a seed that are as general as trained ones.
+    """DeiT-S with weights from a seed that are as general as trained ones."""
+    return general_weights("deit_small_patch16_224")
+
+
+def general_weights(name: str) -> Any:
+    """A timm VisionTransformer with weights from a seed that are as general as trained ones.
 
     timm's first weights are not: their biases are 0 and their norms 1, which an exporter folds away; and their queries
     and keys are so small that all scores are alike.
     """
     torch.manual_seed(0)
-    model = timm.create_model("deit_small_patch16_224")
+    model = timm.create_model(name)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
         for block in model.blocks:
-            block.attn.qkv.weight[: 2 * 384] *= 4
+            block.attn.qkv.weight[: 2 * model.embed_dim] *= 4
     return model.eval()
 
 

@@ -62,7 +62,7 @@ def test_version(cli):
 def test_an_unknown_command_has_a_near_name(cli):
     cli("convrt").refused(2, "no command 'convrt'", "Did you mean 'convert'?")
     cli("xyz").refused(2, "There are: convert")
-    cli("convert", "--keep-rates", "0.7").refused(2, "--keep-rates", "--keep-rate")
+    cli("convert", "--kep-rate", "0.7").refused(2, "--kep-rate", "--keep-rate")
     cli("convert").refused(2, "CHECKPOINT")
 
 

@@ -309,3 +309,23 @@ def test_a_reduced_tower_through_convert(tmp_path, normalize, precision):
     assert bundle.manifest.normalized is normalize
     assert bundle.manifest.preprocess.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
     assert [row.keep for row in bundle.manifest.plan.locations] == [26, 19, 14]
+
+
+@pytest.mark.tensorrt_rtx
+@pytest.mark.slow
+def test_an_engine_of_a_tower_with_quick_gelu_is_built_and_audited(tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    owner, config = hugging_face("CLIPModel")
+    identity = identified(tmp_path, owner.state_dict(), config)
+    checkpoint = Checkpoint(
+        str(tmp_path / "clip.safetensors"), "0", identity.weights, identity.model, identity.model_args
+    )
+    options = ConvertOptions(
+        targets=("tensorrt-rtx",), gpus=("sm80",), batches=((1, 2, 4),), precision="fp16", normalize=True
+    )
+    bundle, report = convert_checkpoint(checkpoint, KEEP, Job(lowering(options), measure=MEASURE))
+    assert report.passed
+    assert bundle.manifest.engine is not None
+    assert bundle.manifest.engine.gpus == ("sm80",)
+    audited = {check.name for check in report.checks if "attention" in check.name or "fus" in check.name}
+    assert audited

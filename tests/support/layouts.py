@@ -184,7 +184,7 @@ def identified(weights: dict[str, Tensor], config: dict[str, Any] | None = None,
 
 def checkpoint_of(identity: Identity, source: str = "weights") -> Checkpoint:
     """A checkpoint of what was identified."""
-    return Checkpoint(source, None, identity.weights, identity.model, identity.model_args, output=identity.output)
+    return Checkpoint(source, None, identity.weights, identity.model, identity.model_args)
 
 
 def name_in_file(name: str, prefix: str) -> str:

@@ -14,6 +14,7 @@ from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.training_data import open_data
 from evit_deploy.errors import InputError, RecipeError, StageError
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, save_checkpoint
+from evit_deploy.models.create import create_model
 from evit_deploy.recipe.recipe import CompareSection, Recipe
 from evit_deploy.recipe.sections import DataSection, ModelSection, TrainSection
 from evit_deploy.tokens.backbone import backbone_of
@@ -276,6 +277,20 @@ def test_other_classes_get_a_new_classifier(tmp_path):
     model, checkpoint, _ = setup(recipe(model=ModelSection(checkpoint=str(source)), dense=None))
     assert any("classifier begins anew" in text for text in told)
     assert model.head.out_features == checkpoint.model_args["num_classes"] == 10
+
+
+def test_a_classifier_takes_the_place_of_a_projection(tmp_path):
+    """As after training a CLIP tower: what is saved is a classifier's, and answers logits."""
+    args = TINY | {"num_classes": 0, "projection": 24, "img_size": 16}
+    source = tmp_path / "tower.safetensors"
+    about = Checkpoint("", None, {}, "deit_tiny_patch16_224", args, preprocess=Preprocess(size=(16, 16)))
+    save_checkpoint(source, create_model("deit_tiny_patch16_224", args), about)
+    assert read_checkpoint(source).output == "embedding"
+    model, checkpoint, _ = setup(recipe(model=ModelSection(checkpoint=str(source)), dense=None))
+    assert (model.head.out_features, checkpoint.output) == (10, "logits")
+    save_checkpoint(tmp_path / "trained.safetensors", model, checkpoint)
+    trained = build_model(read_checkpoint(tmp_path / "trained.safetensors"))
+    assert torch.equal(trained.head.weight, model.head.weight)  # type: ignore[union-attr]
 
 
 def test_a_run_that_breaks_off_leaves_no_result_behind(tmp_path, monkeypatch):

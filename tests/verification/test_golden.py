@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from evit_deploy.export.answer import normalize_
 from evit_deploy.export.card import LOGITS, kept_name
+from evit_deploy.models.create import create_model
 from evit_deploy.report.report import Report
 from evit_deploy.tokens.choices import FLOOR, original_patches
 from evit_deploy.tokens.plan import TokenSpec, make_plan
@@ -17,7 +19,7 @@ from evit_deploy.verification.golden import Golden, make_golden
 from evit_deploy.verification.tolerances import NOISE_LIMIT
 from evit_deploy.verification.verify import verify_precision
 from tests.support.exports import lowered, reduced
-from tests.support.models import images, of_kind
+from tests.support.models import TINY, images, of_kind
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -215,6 +217,19 @@ def test_terms_that_cancel_leave_room_for_their_own_rounding():
     np.testing.assert_array_equal(golden.dense_terms, golden.terms)
     assert golden.terms.min() > 5 * np.abs(golden.reference).max()
     assert golden.limit() == pytest.approx(FLOOR * EPS * golden.terms.max())
+
+
+def test_terms_of_a_normalised_embedding_are_scaled_as_it_is():
+    model = create_model("vit_tiny_patch16_224", TINY | {"num_classes": 0, "projection": 20}).eval()
+    inputs = images(model, 2)
+    plain = make_golden(model, model, inputs)
+    normalize_(model)
+    scaled = make_golden(model, model, inputs)
+    lengths = np.linalg.norm(plain.reference, axis=1)
+    assert abs(lengths - 1).min() > 0.1
+    np.testing.assert_allclose(scaled.terms, plain.terms / lengths)
+    np.testing.assert_allclose(scaled.reference, plain.reference / lengths[:, None])
+    np.testing.assert_array_equal(scaled.dense_terms, scaled.terms)
 
 
 def test_the_error_is_the_largest_of_the_given_rows():

@@ -52,3 +52,11 @@ def test_noise_is_relative_to_what_tells_classes_apart(scale):
     reference = scale * np.array([[1.0, -1.0], [5.0, 3.0]])  # the mean of an image's logits tells nothing
     assert noise(reference, reference) == 0
     assert noise(reference + scale * np.array([[0.5, -0.5], [0.5, -0.5]]), reference) == pytest.approx(0.5)
+
+
+def test_noise_of_embeddings_is_relative_to_what_tells_images_apart():
+    common = np.array([100.0, -50.0, 25.0])  # of all images: large, and no help
+    reference = common + np.array([[1.0, 0, 0], [-1.0, 0, 0]])
+    expected = reference + np.array([[0, 0.5, 0], [0, 0.5, 0]])
+    assert noise(expected, reference, embedding=True) == pytest.approx(0.5)
+    assert noise(expected, reference) < 0.01

@@ -1,0 +1,106 @@
+"""Kinds of blocks: which blocks of a model an exporter would write alike, but for their weights and token counts."""
+
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from evit_deploy.tokens.plan import BlockPlan
+from evit_deploy.tokens.reducer import TokenReducer
+
+SMALL = 8
+"""Up to here a number is an axis, a sign or a count of prefix tokens, and never taken for a count of tokens."""
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_NOT_EXPORTED = frozenset(("replaced", "plan", "given", "drop_prob"))
+"""Attributes that an export does not see, or that are compared otherwise."""
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """Blocks that differ in nothing but weights and token counts.
+
+    Args:
+        signature: What an export sees of them; see :func:`signature_of`.
+        row: Plan of the first of them, the one that is exported.
+        prefix: Tokens in front.
+    """
+
+    signature: Any
+    row: BlockPlan
+    prefix: int
+
+    def takes(self, signature: Any, row: BlockPlan) -> bool:
+        """Whether a block is of this kind, and what was exported can be given its counts."""
+        return self.signature == signature and renumbered(self.row, row, self.prefix, numbers_in(signature)) is not None
+
+
+def renumbered(old: BlockPlan, new: BlockPlan, prefix: int, others: set[int]) -> dict[int, int] | None:
+    """What becomes of each token count where one block's plan takes the place of another's.
+
+    Args:
+        old: Plan of what was exported.
+        new: The other.
+        prefix: Tokens in front.
+        others: Numbers that stand beside the counts and mean something else.
+
+    Returns:
+        Old count -> new count; ``None`` where a number could be a count or something else, or two counts.
+    """
+    pairs = set(zip(_counts(old, prefix), _counts(new, prefix), strict=True))
+    if all(one == other for one, other in pairs):
+        return {}
+    found = dict(pairs)
+    clear = len(found) == len(pairs) and min(found) > SMALL and not found.keys() & others
+    return found if clear else None
+
+
+def _counts(row: BlockPlan, prefix: int) -> tuple[int, ...]:
+    kept = () if row.keep is None else (row.keep,)
+    return (row.tokens_in, row.tokens_in - prefix, *kept, row.tokens_out, row.tokens_out - prefix)
+
+
+def signature_of(module: nn.Module) -> Any:
+    """All that an export sees of a module but the values of its parameters.
+
+    Modules with buffers, with hooks, with attributes that cannot be compared, and reducers that carry state or have
+    layers elsewhere are like no other.
+
+    Args:
+        module: A block in export form.
+
+    Returns:
+        Nested tuples, to be compared.
+    """
+    own: list[Any] = [type(module)]
+    for name, value in vars(module).items():
+        if name in _OF_EVERY_MODULE:
+            if "hooks" in name and value:
+                return object()
+        elif name not in _NOT_EXPORTED:
+            own.append((name, _comparable(value)))
+    if isinstance(module, TokenReducer):
+        if module.stateful or module.own_parameters:
+            return object()
+        own.append(("plan", module.plan.keep is None, module.plan.fused, module.plan.choice))
+    drops = module.training and getattr(module, "drop_prob", 0)
+    if drops or any(buffer is not None for buffer in module._buffers.values()):
+        return object()
+    for name, tensor in module._parameters.items():
+        own.append((name, None if tensor is None else (tuple(tensor.shape), tensor.dtype)))
+    return (*own, *((name, signature_of(child)) for name, child in module.named_children()))
+
+
+def _comparable(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | msgspec.Struct):
+        return value
+    if isinstance(value, tuple) and all(isinstance(item, bool | int | float | str) for item in value):
+        return tuple(value)
+    return value if callable(value) and not isinstance(value, nn.Module) else object()
+
+
+def numbers_in(signature: Any) -> set[int]:
+    """Every whole number in a signature: sizes of weights, numbers of heads."""
+    if isinstance(signature, tuple):
+        return {number for part in signature for number in numbers_in(part)}
+    return {signature} if isinstance(signature, int) and not isinstance(signature, bool) else set()

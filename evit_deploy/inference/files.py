@@ -9,9 +9,10 @@ import msgspec
 import numpy as np
 
 from evit_deploy.errors import GateFailed, InputError, first_few
+from evit_deploy.export.card import EMBEDDING
 from evit_deploy.files import write_atomically
 from evit_deploy.inference.inputs import image_paths
-from evit_deploy.inference.model import EMBEDDING, Model
+from evit_deploy.inference.model import Model
 from evit_deploy.inference.prediction import Prediction
 
 _LOG = logging.getLogger(__name__)

@@ -55,7 +55,7 @@ class Given:
         return len(self._images)
 
     def name(self, number: int) -> str | None:
-        """The file of an image; ``None`` where it is none."""
+        """The file of an image; ``None`` for an image in memory."""
         image = self._images[number]
         return str(image) if isinstance(image, str | Path) else None
 

@@ -13,7 +13,7 @@ from PIL import Image
 from evit_deploy.bundle.bundle import Bundle, changed_files, read_bundle
 from evit_deploy.bundle.manifest import MODEL
 from evit_deploy.errors import InputError, MissingRequirement, first_few
-from evit_deploy.export.card import kept_name
+from evit_deploy.export.card import EMBEDDING, kept_name
 from evit_deploy.inference.batches import calls_for
 from evit_deploy.inference.choice import asked_for, check_plugin, in_order
 from evit_deploy.inference.inputs import Given, ImageLike
@@ -22,9 +22,6 @@ from evit_deploy.inference.session import Session
 from evit_deploy.tokens.choices import original_patches, patch_groups
 
 _LOG = logging.getLogger(__name__)
-
-EMBEDDING = "embedding"
-"""The answer of a model without classes, see :attr:`~evit_deploy.bundle.manifest.Manifest.answer`."""
 
 
 def load(
@@ -332,15 +329,15 @@ class Model:
     def _session_with(self, names: Sequence[str]) -> Session:
         """A session that gives these outputs out."""
         with self._opening, self._session.used():
-            for session in (self._session, self._telling):
-                if session is not None and set(names) <= {spec.name for spec in session.runner.outputs}:
-                    return session
-            told = self._opened(with_indices=True)
-            if not set(names) <= {spec.name for spec in told.runner.outputs}:
-                told.close()
+            for known in (self._session, self._telling):
+                if known is not None and set(names) <= {spec.name for spec in known.runner.outputs}:
+                    return known
+            session = self._opened(with_indices=True)
+            if not set(names) <= {spec.name for spec in session.runner.outputs}:
+                session.close()
                 raise InputError(
                     f"{self.runtime} runs a file that does not say which patches it keeps", where=self.bundle.path,
                     fix="Convert with --with-indices, or load with runtime='onnxruntime'.",
                 )  # fmt: skip
-            self._telling = told
-            return told
+            self._telling = session
+            return session

@@ -68,7 +68,7 @@ def predictions_of(
         logits: Float32 ``[n, classes]``.
         labels: One a class; ``None`` where they are not known.
         top: Classes to name for each image; all where there are fewer.
-        images: File of each image, ``None`` where there is none.
+        images: File of each image, ``None`` for an image in memory.
 
     Raises:
         InputError: ``top`` is below 1.

@@ -65,7 +65,7 @@ def render(report: Report, console: Any) -> None:
                 )
                 for row in report.accuracy
             ],
-            dispensable=("top-5 %", "95 % interval", "GMACs", "to"),
+            dispensable=("top-5 %", "95 % interval", "GMACs", "to", "by fine-tuning"),
             unsaid=_empty(
                 {"top-5 %": "top5", "difference": "against", "to": "against", "by fine-tuning": "gained"},
                 report.accuracy,

@@ -15,7 +15,7 @@ from evit_deploy.inference.model import load
 
 @pytest.fixture
 def photographs(tmp_path):
-    """A folder with two photographs and a file that is none."""
+    """A folder with two photographs and a file that is no image."""
     folder = tmp_path / "holiday"
     (folder / "more").mkdir(parents=True)
     for name, image in zip(("china.png", "more/flower[1].png"), sample_photographs(), strict=True):

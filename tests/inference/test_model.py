@@ -9,13 +9,12 @@ from typing import ClassVar
 
 import msgspec
 import numpy as np
-import onnx
 import pytest
 import torch
 
 import evit_deploy
 from evit_deploy.bundle.bundle import read_bundle, write_manifest
-from evit_deploy.bundle.manifest import ENGINE, MODEL, TensorSpec
+from evit_deploy.bundle.manifest import ENGINE, MODEL
 from evit_deploy.data.images import preprocess_image, sample_inputs, sample_photographs
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.inference.model import load
@@ -139,16 +138,16 @@ def test_one_image_has_one_prediction_and_none_has_none(converted, inputs, tmp_p
         assert {block: rows.shape for block, rows in model.kept([]).items()} == {1: (0, 23), 2: (0, 15), 3: (0, 10)}
 
 
-def test_an_image_that_cannot_be_used_is_an_error_or_is_told(converted, inputs):
+def test_an_image_that_cannot_be_used_is_an_error_or_is_noted(converted, inputs):
     images = [inputs[0], b"no image", inputs[1], "gone.png"]
     with load(converted.path, batch_size=2) as model:
         with pytest.raises(InputError, match=r"images\[1\]: the image cannot be read"):
             model.predict(images)
-        told = {}
-        found = model.predict(images, on_error=told.__setitem__)
+        noted = {}
+        found = model.predict(images, on_error=noted.__setitem__)
         assert [one.index for one in found] == [one.index for one in model.predict(inputs[:2])]
-        assert list(told) == [1, 3]
-        assert model.predict([b""], on_error=told.__setitem__) == []
+        assert list(noted) == [1, 3]
+        assert model.predict([b""], on_error=noted.__setitem__) == []
 
 
 class _FewSizes(OnnxRuntimeRunner):
@@ -322,18 +321,18 @@ def test_labels_are_the_manifests(copy, inputs):
         load(rewritten(copy, labels=names[:3]))
 
 
-def test_a_model_without_classes_answers_with_embeddings(copy, inputs, logits):
-    proto = onnx.load(copy / MODEL)
-    proto.graph.output[0].name = "embedding"
-    for node in proto.graph.node:
-        node.output[:] = ["embedding" if name == "logits" else name for name in node.output]
-    onnx.save(proto, copy / MODEL)
-    with load(rewritten(copy, outputs=(TensorSpec("embedding", "float32", (None, 10)),))) as model:
+def test_a_model_without_classes_answers_with_embeddings(tmp_path):
+    source = write_checkpoint(tmp_path / "registers.safetensors", "registers, no classes")
+    measure = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
+    bundle, _ = evit_deploy.convert(source, keep_rate=0.6, out=tmp_path / "bundle", measure=measure)
+    pytorch = reduce_tokens_(build_model(read_checkpoint(source)), TokenSpec(keep_rate=0.6))
+    inputs = sample_inputs(bundle.manifest.preprocess, 4)
+    with load(bundle.path) as model, torch.inference_mode():
         found = model.embed(inputs)
-        np.testing.assert_allclose(found, logits, atol=2e-5)
+        np.testing.assert_allclose(found, pytorch(torch.from_numpy(inputs)).numpy(), atol=2e-5)
         assert found.dtype == np.float32
-        assert model.embed(sample_photographs()[0]).shape == (1, 10)
-        assert "embeddings of 10 numbers" in repr(model)
+        assert model.embed(sample_photographs()[0]).shape == (1, 48)
+        assert "embeddings of 48 numbers" in repr(model)
         assert set(model.kept(inputs[:1])) == {1, 2, 3}
         for question in (model.predict, model.logits):
             with pytest.raises(InputError, match=r"this model has no classes\. Ask embed\."):

@@ -1,4 +1,4 @@
-"""What a notebook shows: the numbers of the terminal's tables, escaped, without colours of its own."""
+"""What a notebook shows: the numbers of the terminal's tables, escaped, in the page's colours."""
 
 import io
 import re

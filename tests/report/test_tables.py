@@ -90,6 +90,10 @@ def test_embeddings_have_columns_of_their_own():
         assert word in text
     assert "top-1" not in text
     assert "agreement" not in text
+    narrow = shown(Report(compared=(dense, model), rows=SPEEDS), 80)
+    assert "…" not in narrow
+    for word in ("0.8765", "77.50", "62.50", "-5.00 (-12.0 to +2.0)", "3.25"):
+        assert word in narrow
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
@@ -117,5 +121,7 @@ def test_what_fine_tuning_gained_is_told_with_its_interval():
     row = AccuracyRow(
         "evit 0.7, fine-tuned", 0.7, 0.9, 1000, 0.67, 0.73, gained=Difference("x", 0.02, 0.01, 0.001, 0.04)
     )
+    row = msgspec.structs.replace(row, gmacs=3.0, against=Difference("dense", -0.01, 0.004))
     assert "+2.00 (+0.1 to +4.0)" in shown(Report(accuracy=(row,)))
+    assert "…" not in shown(Report(accuracy=(row,)), 80)
     assert "by fine-tuning" not in shown(Report(accuracy=(msgspec.structs.replace(row, gained=None),)))

@@ -87,6 +87,7 @@ def test_pytorch_is_held_against_its_own_twin(converted, half, pictures):
 
 
 def test_embeddings_beside_those_of_the_dense_twin(embedding, pictures):
+    assert embedding.manifest.answer == "embedding"
     dense, model = rows(embedding, pictures)
     found, labels = answers(embedding.file(MODEL), embedding, pictures)
     other, _ = answers(embedding.file(DENSE), embedding, pictures)

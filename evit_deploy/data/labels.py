@@ -27,8 +27,10 @@ def read_labels(path: str | Path) -> list[str]:
         if path.stat().st_size > _LARGEST:
             raise InputError("too large for a list of labels", where=where, wanted=f"at most {_LARGEST} bytes")
         text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the labels cannot be read ({error})", where=where) from None
+    except OSError as error:
+        raise InputError(f"the labels cannot be read ({error.strerror or error})", where=where) from None
+    except UnicodeDecodeError:
+        raise InputError("the labels cannot be read (not UTF-8 text)", where=where) from None
     if path.suffix.lower() == ".json":
         return _of_json(text, where)
     # Not str.splitlines, which also parts a name at a form feed or at U+0085.

@@ -157,7 +157,7 @@ def test_a_timm_name_without_network(cli, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     result = cli("convert", "deit_tiny_patch16_224", "--keep-rate", "0.7")
-    result.refused(3, "'deit_tiny_patch16_224' could not be fetched", "give its path")
+    result.refused(3, "'deit_tiny_patch16_224' are not in the hub's cache", "give its path")
     assert [name for name in tree(tmp_path) if not name.startswith("cache")] == []
 
 

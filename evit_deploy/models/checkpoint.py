@@ -20,7 +20,7 @@ from evit_deploy.models import hub
 from evit_deploy.models.create import create_model
 from evit_deploy.models.identify import Identity, check_model_name, identify
 from evit_deploy.models.layouts.differences import differences_of
-from evit_deploy.models.layouts.found import Output
+from evit_deploy.models.layouts.found import Output, output_of
 from evit_deploy.models.layouts.known import SIGNS
 from evit_deploy.models.prefixes import inside
 from evit_deploy.models.preprocessing import Said, labels_in, preprocess_in, resolve_inputs
@@ -68,7 +68,7 @@ class Checkpoint(msgspec.Struct):
     @property
     def output(self) -> Output:
         """What the model answers: one number a class, or without classes a vector that images are compared by."""
-        return "logits" if self.model_args.get("num_classes", 1) else "embedding"
+        return output_of(self.model_args)
 
 
 def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tuple[TokenSpec, list[str]]:
@@ -152,7 +152,7 @@ def read_checkpoint(
     held = inside(where, weights.tensors, SIGNS)
     tensors, method_weights = _split(held.weights, own.tokens.method if own and own.tokens else None)
     if own is not None and model is None:
-        identity = Identity(own.model, own.model_args, tensors, [], output=own.output)
+        identity = Identity(own.model, own.model_args, tensors, [])
     else:
         held = msgspec.structs.replace(held, weights=tensors)
         identity = identify(where, held, model, method_weights, found.config)
@@ -317,7 +317,6 @@ class _OwnMetadata(msgspec.Struct):
     preprocess: Preprocess
     labels: list[str] | None
     tokens: TokenSpec | None
-    output: Output = "logits"
 
 
 def _own_metadata(path: Path, text: str) -> _OwnMetadata:
@@ -345,7 +344,6 @@ def save_checkpoint(path: Path, model: torch.nn.Module, checkpoint: Checkpoint) 
         preprocess=checkpoint.preprocess,
         labels=checkpoint.labels,
         tokens=checkpoint.tokens,
-        output=checkpoint.output,
     )
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, save(weights, metadata={METADATA_KEY: msgspec.json.encode(own).decode()}))

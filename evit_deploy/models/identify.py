@@ -17,7 +17,7 @@ from evit_deploy.errors import CheckpointError, InputError, did_you_mean
 from evit_deploy.models.create import create_model
 from evit_deploy.models.layouts import refusals
 from evit_deploy.models.layouts.differences import differences_of
-from evit_deploy.models.layouts.found import Found, Held, Output
+from evit_deploy.models.layouts.found import Found, Held, Output, output_of
 from evit_deploy.models.layouts.known import LAYOUTS, TYPES
 from evit_deploy.models.prefixes import Inside, what_was_left
 from evit_deploy.tokens.backbone import load_backbones
@@ -33,7 +33,6 @@ class Identity(msgspec.Struct):
         weights: The tensors under timm's names.
         notes: What was assumed.
         tokens: The reduction such weights were trained with, where their names tell.
-        output: What the model answers.
         prepared: See :class:`~evit_deploy.models.layouts.found.Found`; ``preprocess`` likewise.
         preprocess: See ``prepared``.
     """
@@ -43,9 +42,13 @@ class Identity(msgspec.Struct):
     weights: dict[str, Tensor]
     notes: list[str]
     tokens: TokenSpec | None = None
-    output: Output = "logits"
     prepared: bool = True
     preprocess: Preprocess | None = None
+
+    @property
+    def output(self) -> Output:
+        """What the model answers."""
+        return output_of(self.model_args)
 
 
 def identify(
@@ -106,10 +109,7 @@ def _identity(path: Path, held: Inside, found: Found) -> Identity:
     if found.left_out:
         part = f"the model is the part of the file under {held.prefix!r}; " if held.prefix else ""
         notes.append(f"{part}left out: {what_was_left(found.left_out)}")
-    output = found.output if found.model_args.get("num_classes", 1) else "embedding"
-    return Identity(
-        found.model, found.model_args, found.weights, notes, found.tokens, output, found.prepared, found.preprocess
-    )
+    return Identity(found.model, found.model_args, found.weights, notes, found.tokens, found.prepared, found.preprocess)
 
 
 def _refusal(path: Path, weights: dict[str, Tensor]) -> CheckpointError:

@@ -1,5 +1,6 @@
 """What a layout is asked and what it gives: the values that every module of this folder takes and returns."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -11,6 +12,11 @@ from evit_deploy.tokens.plan import TokenSpec
 
 Output = Literal["logits", "embedding"]
 """What a model answers: one number a class, or a vector that images are compared by."""
+
+
+def output_of(model_args: Mapping[str, Any]) -> Output:
+    """What a model with these arguments answers: without classes, a vector."""
+    return "logits" if model_args.get("num_classes", 1) else "embedding"
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -44,7 +50,6 @@ class Found(msgspec.Struct, frozen=True):
         model_args: What :func:`evit_deploy.models.create.create_model` needs besides; JSON values alone.
         weights: The tensors under timm's names.
         tokens: The reduction they were trained with, where the layout tells.
-        output: What the model answers.
         notes: What was assumed; the user is warned of it.
         left_out: Tensors of the file that the model has no place for, under the names they were asked about. The user
             is warned of them too.
@@ -58,7 +63,6 @@ class Found(msgspec.Struct, frozen=True):
     model_args: dict[str, Any]
     weights: dict[str, Tensor]
     tokens: TokenSpec | None = None
-    output: Output = "logits"
     notes: tuple[str, ...] = ()
     left_out: dict[str, Tensor] = {}
     prepared: bool = True

@@ -79,7 +79,7 @@ def families(quick: bool) -> tuple[str, ...]:
 def projected(found: Found) -> Found:
     """The same with the matrix at its end as a projection, which is no classifier."""
     args = found.model_args | {"num_classes": 0, "projection": found.weights["head.weight"].shape[0]}
-    return msgspec.structs.replace(found, model_args=args, output="embedding")
+    return msgspec.structs.replace(found, model_args=args)
 
 
 def _config(held: Held) -> dict[str, Any] | None:

@@ -16,15 +16,15 @@ from torch import Tensor
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
 from evit_deploy.files import write_atomically
-from evit_deploy.models import hub
 from evit_deploy.models.create import create_model
+from evit_deploy.models.files import hub
+from evit_deploy.models.files.prefixes import inside
+from evit_deploy.models.files.sources import find_source
 from evit_deploy.models.identify import Identity, check_model_name, identify
 from evit_deploy.models.layouts.differences import differences_of
 from evit_deploy.models.layouts.found import Output, output_of
 from evit_deploy.models.layouts.known import SIGNS
-from evit_deploy.models.prefixes import inside
 from evit_deploy.models.preprocessing import Said, labels_in, preprocess_in, resolve_inputs
-from evit_deploy.models.sources import find_source
 from evit_deploy.recipe.options import PreprocessOptions
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import backbone_of, load_backbones
@@ -40,7 +40,7 @@ class Checkpoint(msgspec.Struct):
 
     Args:
         source: Path of a file or folder, ``hf-hub:org/name``, or timm name.
-        sha256: Hash of the weights, see :attr:`~evit_deploy.models.sources.Source.digest`; ``None`` for a timm name.
+        sha256: Hash of the weights (:attr:`evit_deploy.models.files.sources.Source.digest`); ``None`` for a timm name.
         weights: Tensors under timm's names.
         model: timm architecture.
         model_args: What :func:`evit_deploy.models.create.create_model` needs besides the name.

@@ -15,11 +15,11 @@ from torch import Tensor
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import CheckpointError, InputError, did_you_mean
 from evit_deploy.models.create import create_model
+from evit_deploy.models.files.prefixes import Inside, what_was_left
 from evit_deploy.models.layouts import refusals
 from evit_deploy.models.layouts.differences import differences_of
 from evit_deploy.models.layouts.found import Found, Held, Output, output_of
 from evit_deploy.models.layouts.known import LAYOUTS, TYPES
-from evit_deploy.models.prefixes import Inside, what_was_left
 from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenSpec
 
@@ -62,7 +62,8 @@ def identify(
 
     Args:
         path: Where the tensors come from, for messages.
-        weights: Tensors under the names the file has, or what :func:`evit_deploy.models.prefixes.inside` made of them.
+        weights: Tensors under the names the file has, or what :func:`evit_deploy.models.files.prefixes.inside` made of
+            them.
         model: timm name that decides, if the user gave one.
         method_weights: Names of the tensors that were set aside as a reduction method's own.
         config: The ``config.json`` that lies beside the file: of transformers, or of timm's hub.

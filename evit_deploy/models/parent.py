@@ -7,10 +7,10 @@ import torch
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.errors import CheckpointError
 from evit_deploy.export.answer import normalize_
-from evit_deploy.models import hub
 from evit_deploy.models.checkpoint import build_model, read_checkpoint
-from evit_deploy.models.safe_weights import split_part
-from evit_deploy.models.sources import find_source
+from evit_deploy.models.files import hub
+from evit_deploy.models.files.safe_weights import split_part
+from evit_deploy.models.files.sources import find_source
 from evit_deploy.tokens.reduce import reduce_tokens_
 
 

@@ -161,7 +161,7 @@ def preprocess_in(configs: Mapping[str, dict[str, Any]], args: Any, where: objec
     """The preprocessing that files beside the weights ask for, or else the training script's arguments.
 
     Args:
-        configs: Files by name, see :data:`evit_deploy.models.sources.CONFIGS`.
+        configs: Files by name, see :data:`evit_deploy.models.files.sources.CONFIGS`.
         args: What a training script left in the checkpoint, a mapping or a namespace.
         where: The checkpoint, for messages.
 

@@ -23,11 +23,11 @@ from evit_deploy.errors import InputError
 from evit_deploy.export.answer import answer_name, answer_size, has_classes, normalize_
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
 from evit_deploy.export.precision import QUANTIZED
-from evit_deploy.models import hub
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, resolve_tokens
+from evit_deploy.models.files import hub
+from evit_deploy.models.files.safe_weights import split_part
+from evit_deploy.models.files.sources import FILE_SUFFIXES
 from evit_deploy.models.preprocessing import described
-from evit_deploy.models.safe_weights import split_part
-from evit_deploy.models.sources import FILE_SUFFIXES
 from evit_deploy.pipeline.lowering import Exports, Lowering, export, lowering, write_targets
 from evit_deploy.profiling.batch_sizes import sizes_within
 from evit_deploy.profiling.candidates import bundle_candidates

@@ -15,7 +15,7 @@ struct BatchProfile {
 
 struct ModelShape {
   int channels, height, width, classes;  // without classes: numbers of the embedding
-  std::vector<BatchProfile> profiles;  // batch sizes that the engine takes
+  std::vector<BatchProfile> profiles;    // batch sizes that the engine takes
 };
 
 class Runner {

@@ -196,7 +196,8 @@ class TensorRtRunner : public Runner {
       void* const memory = lane.tensors.back().get();
       if (!lane.context->setTensorAddress(name.c_str(), memory)) throw Failed("the engine takes no memory");
       if (name == "input") std::tie(lane.device_images, lane.image_bytes) = std::pair(memory, numbers * sizeof(float));
-      if (name == answer_) std::tie(lane.device_answers, lane.answer_bytes) = std::pair(memory, numbers * sizeof(float));
+      if (name == answer_)
+        std::tie(lane.device_answers, lane.answer_bytes) = std::pair(memory, numbers * sizeof(float));
     }
     lane.images = Pinned(lane.image_bytes);
     lane.answers = Pinned(lane.answer_bytes);
@@ -348,7 +349,8 @@ std::unique_ptr<Runner> MakeRunner(const Bundle& bundle, const std::string& plug
   }
   std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime->deserializeCudaEngine(plan.data(), plan.size()));
   if (!engine) throw Refusal(bundle, logger->Take(), gpu);
-  return std::make_unique<TensorRtRunner>(std::move(logger), std::move(runtime), std::move(engine), bundle.answer, where);
+  return std::make_unique<TensorRtRunner>(std::move(logger), std::move(runtime), std::move(engine), bundle.answer,
+                                          where);
 }
 
 }  // namespace evit

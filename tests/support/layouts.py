@@ -13,10 +13,10 @@ import transformers
 from torch import Tensor, nn
 
 from evit_deploy.models.checkpoint import Checkpoint
+from evit_deploy.models.files.prefixes import inside
 from evit_deploy.models.identify import Identity, identify
 from evit_deploy.models.layouts.found import Found, Held
 from evit_deploy.models.layouts.known import LAYOUTS, SIGNS
-from evit_deploy.models.prefixes import inside
 
 SIZE = 96
 _SMALL: dict[str, Any] = {
@@ -188,7 +188,7 @@ def checkpoint_of(identity: Identity, source: str = "weights") -> Checkpoint:
 
 
 def name_in_file(name: str, prefix: str) -> str:
-    """A tensor's name in the file; see :class:`evit_deploy.models.prefixes.Inside`."""
+    """A tensor's name in the file; see :class:`evit_deploy.models.files.prefixes.Inside`."""
     parent = prefix[: prefix[:-1].rfind(".") + 1] if prefix else ""
     if name.startswith("../"):
         return parent + name[3:]

@@ -1,21 +1,12 @@
-"""The layouts that files are known in, one a module of this folder, in the order in which they are asked."""
+"""The layouts that files are known in, one a module here or in ``hugging_face``, in the order of asking."""
 
 from collections.abc import Callable, Sequence
 
 import msgspec
 
-from evit_deploy.models.layouts import (
-    hf_clip,
-    hf_deit,
-    hf_dinov2,
-    hf_mae,
-    hf_vit,
-    levit,
-    openclip,
-    timm_names,
-    torchvision_vit,
-)
+from evit_deploy.models.layouts import levit, openclip, timm_names, torchvision_vit
 from evit_deploy.models.layouts.found import Found, Held
+from evit_deploy.models.layouts.hugging_face import clip, deit, dinov2, mae, vit
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -36,11 +27,11 @@ class Layout(msgspec.Struct, frozen=True):
 
 LAYOUTS = (
     Layout("LeViT", levit.SIGNS, levit.find),
-    Layout("Hugging Face's DeiT", hf_deit.SIGNS, hf_deit.find, ("deit",)),
-    Layout("Hugging Face's ViT-MAE", hf_mae.SIGNS, hf_mae.find, ("vit_mae",)),
-    Layout("Hugging Face's ViT", hf_vit.SIGNS, hf_vit.find, ("vit", "vit_msn")),
-    Layout("Hugging Face's DINOv2", hf_dinov2.SIGNS, hf_dinov2.find, ("dinov2", "dinov2_with_registers")),
-    Layout("Hugging Face's CLIP", hf_clip.SIGNS, hf_clip.find, hf_clip.TYPES),
+    Layout("Hugging Face's DeiT", deit.SIGNS, deit.find, ("deit",)),
+    Layout("Hugging Face's ViT-MAE", mae.SIGNS, mae.find, ("vit_mae",)),
+    Layout("Hugging Face's ViT", vit.SIGNS, vit.find, ("vit", "vit_msn")),
+    Layout("Hugging Face's DINOv2", dinov2.SIGNS, dinov2.find, ("dinov2", "dinov2_with_registers")),
+    Layout("Hugging Face's CLIP", clip.SIGNS, clip.find, clip.TYPES),
     Layout("OpenCLIP's ViT", openclip.SIGNS, openclip.find, openclip.TYPES),
     Layout("torchvision's ViT", torchvision_vit.SIGNS, torchvision_vit.find),
     Layout("timm's names", timm_names.SIGNS, timm_names.find),

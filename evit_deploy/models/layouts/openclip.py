@@ -8,7 +8,7 @@ from torch import Tensor
 from evit_deploy.errors import CheckpointError
 from evit_deploy.models.layouts import architecture
 from evit_deploy.models.layouts.found import Found, Held
-from evit_deploy.models.layouts.hf_clip import families, projected
+from evit_deploy.models.layouts.hugging_face.clip import families, projected
 from evit_deploy.models.layouts.table import Same, Table, Transposed, layers
 
 SIGNS = (("class_embedding", "positional_embedding", "conv1.weight", "ln_post.weight"),)

@@ -5,7 +5,7 @@ import torch
 
 from evit_deploy.errors import CheckpointError
 from evit_deploy.models.checkpoint import build_model, read_checkpoint
-from evit_deploy.models.prefixes import what_was_left, without_common
+from evit_deploy.models.files.prefixes import what_was_left, without_common
 from evit_deploy.pipeline.convert import default_out
 from evit_deploy.tokens.plan import TokenSpec
 from tests.support.checkpoints import refusal, saved

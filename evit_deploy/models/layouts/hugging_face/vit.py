@@ -1,8 +1,15 @@
 """Hugging Face's ViT, and ViT-MSN, whose names are the same: ViTModel, ViTForImageClassification and others on it."""
 
-from evit_deploy.models.layouts import hugging_face
 from evit_deploy.models.layouts.found import Found, Held
-from evit_deploy.models.layouts.hugging_face import EMBEDDINGS, NEW_ATTENTION, OLD_ATTENTION, SIGN, Family, blocks
+from evit_deploy.models.layouts.hugging_face import family as of_transformers
+from evit_deploy.models.layouts.hugging_face.family import (
+    EMBEDDINGS,
+    NEW_ATTENTION,
+    OLD_ATTENTION,
+    SIGN,
+    Family,
+    blocks,
+)
 from evit_deploy.models.layouts.table import Same, Table, layers
 
 SIGNS = (SIGN,)
@@ -42,7 +49,7 @@ def find(held: Held) -> Found | None:
         return None
     of_msn = held.config is not None and held.config.get("model_type") == "vit_msn"
     notes = [POOLER] if "pooler.dense.weight" in held.weights else []
-    return hugging_face.find(held, _MSN if of_msn else _VIT, notes=notes)
+    return of_transformers.find(held, _MSN if of_msn else _VIT, notes=notes)
 
 
 def has_vit_blocks(held: Held) -> bool:

@@ -3,10 +3,10 @@
 With one classifier the distillation token is one that the head does not see: a register token, as timm calls it.
 """
 
-from evit_deploy.models.layouts import hugging_face
 from evit_deploy.models.layouts.found import Found, Held
-from evit_deploy.models.layouts.hf_vit import NEW_BLOCKS, OLD_BLOCKS, POOLER, POSITIONS, has_vit_blocks
-from evit_deploy.models.layouts.hugging_face import EMBEDDINGS, SIGN, Family
+from evit_deploy.models.layouts.hugging_face import family as of_transformers
+from evit_deploy.models.layouts.hugging_face.family import EMBEDDINGS, SIGN, Family
+from evit_deploy.models.layouts.hugging_face.vit import NEW_BLOCKS, OLD_BLOCKS, POOLER, POSITIONS, has_vit_blocks
 from evit_deploy.models.layouts.table import Same, Table, layers
 
 SIGNS = ((*SIGN, "embeddings.distillation_token"),)
@@ -44,6 +44,6 @@ def find(held: Held) -> Found | None:
     if not has_vit_blocks(held) or "embeddings.distillation_token" not in held.weights:
         return None
     notes = [POOLER] if "pooler.dense.weight" in held.weights else []
-    return hugging_face.find(
+    return of_transformers.find(
         held, _WITH_TEACHER if "../cls_classifier.weight" in held.weights else _WITHOUT, notes=notes
     )

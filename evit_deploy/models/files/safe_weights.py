@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, first_few
-from evit_deploy.models.prefixes import without_common
+from evit_deploy.models.files.prefixes import without_common
 
 # Which weights a file with several sets means by itself. DeiT and EViT save `model_ema` and never evaluate it; timm's
 # trainer saves `state_dict_ema` and evaluates that one when it is there. DINO and iBOT evaluate the teacher.

@@ -5,9 +5,9 @@ from typing import Any
 import msgspec
 
 from evit_deploy.errors import CheckpointError
-from evit_deploy.models.layouts import hugging_face
 from evit_deploy.models.layouts.found import Found, Held
-from evit_deploy.models.layouts.hugging_face import Family, blocks
+from evit_deploy.models.layouts.hugging_face import family as of_transformers
+from evit_deploy.models.layouts.hugging_face.family import Family, blocks
 from evit_deploy.models.layouts.table import Same, Table, layers
 
 SIGNS = (("embeddings.class_embedding", "embeddings.patch_embedding.weight", "pre_layrnorm.weight"),)
@@ -59,7 +59,7 @@ def find(held: Held) -> Found | None:
         config = {"model_type": TYPES[0], "hidden_act": "quick_gelu" if quick else "gelu"}
         if held.model is None:
             notes = ["no config.json says more of it: LayerNorm eps 1e-05 and OpenAI's quick GELU are assumed"]
-    found = hugging_face.find(msgspec.structs.replace(held, config=config), family, notes=notes)
+    found = of_transformers.find(msgspec.structs.replace(held, config=config), family, notes=notes)
     if "head.weight" not in found.weights:
         notes = (*found.notes, "the file has no projection: the embedding is the pooler_output, the tower's own")
         return msgspec.structs.replace(found, notes=notes)

@@ -14,8 +14,8 @@ import msgspec
 
 from evit_deploy.errors import CheckpointError, first_few
 from evit_deploy.files import sha256
-from evit_deploy.models import hub
-from evit_deploy.models.safe_weights import Weights, read_shards, read_weights, split_part
+from evit_deploy.models.files import hub
+from evit_deploy.models.files.safe_weights import Weights, read_shards, read_weights, split_part
 
 FILE_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".bin", ".ckpt")
 # Weights in the order in which the libraries that save them look for them; an index names the shards.
@@ -44,7 +44,8 @@ class Source(msgspec.Struct, frozen=True):
         configs: Content of each of :data:`CONFIGS` that lies beside the weights.
         index: The index that names the shards, with the shard of each tensor.
         notes: What was chosen among several.
-        part: What the names of the wanted tensors begin with, see :func:`~evit_deploy.models.safe_weights.split_part`.
+        part: What the names of the wanted tensors begin with, see
+            :func:`~evit_deploy.models.files.safe_weights.split_part`.
     """
 
     name: str
@@ -77,8 +78,8 @@ class Source(msgspec.Struct, frozen=True):
         """Reads the tensors.
 
         Raises:
-            CheckpointError: See :func:`~evit_deploy.models.safe_weights.read_weights`; or the shards do not hold what
-                their index says.
+            CheckpointError: See :func:`~evit_deploy.models.files.safe_weights.read_weights`; or the shards do not hold
+                what their index says.
         """
         if not self.index:
             return read_weights(self.files[0], self.part)

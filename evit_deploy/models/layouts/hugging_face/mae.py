@@ -1,9 +1,9 @@
 """Hugging Face's ViT-MAE: the encoder, whose names are ViT's. The decoder serves pre-training alone and is left out."""
 
-from evit_deploy.models.layouts import hugging_face
 from evit_deploy.models.layouts.found import Found, Held
-from evit_deploy.models.layouts.hf_vit import TABLES, has_vit_blocks
-from evit_deploy.models.layouts.hugging_face import SIGN, Family
+from evit_deploy.models.layouts.hugging_face import family as of_transformers
+from evit_deploy.models.layouts.hugging_face.family import SIGN, Family
+from evit_deploy.models.layouts.hugging_face.vit import TABLES, has_vit_blocks
 
 SIGNS = (SIGN,)
 _MAE = Family(
@@ -21,4 +21,4 @@ def find(held: Held) -> Found | None:
     typed = held.config is not None and held.config.get("model_type") == "vit_mae"
     if not has_vit_blocks(held) or not (typed or "../decoder.decoder_embed.weight" in held.weights):
         return None
-    return hugging_face.find(held, _MAE)
+    return of_transformers.find(held, _MAE)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from evit_deploy.errors import CheckpointError
-from evit_deploy.models.safe_weights import read_weights
+from evit_deploy.models.files.safe_weights import read_weights
 
 TENSORS = {
     "cls_token": torch.arange(4.0).reshape(1, 1, 4),

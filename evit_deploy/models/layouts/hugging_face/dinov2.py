@@ -1,9 +1,16 @@
 """Hugging Face's DINOv2, with and without registers, up to the giant with its SwiGLU."""
 
 from evit_deploy.errors import CheckpointError
-from evit_deploy.models.layouts import hugging_face
 from evit_deploy.models.layouts.found import Found, Held
-from evit_deploy.models.layouts.hugging_face import EMBEDDINGS, NEW_ATTENTION, OLD_ATTENTION, SIGN, Family, blocks
+from evit_deploy.models.layouts.hugging_face import family as of_transformers
+from evit_deploy.models.layouts.hugging_face.family import (
+    EMBEDDINGS,
+    NEW_ATTENTION,
+    OLD_ATTENTION,
+    SIGN,
+    Family,
+    blocks,
+)
 from evit_deploy.models.layouts.table import PositionsWithoutRegisters, Row, Same, Table, joined_layers
 
 SIGNS = (SIGN,)
@@ -37,7 +44,7 @@ def find(held: Held) -> Found | None:
     gated = bool({"encoder.layer.0.mlp.weights_in.weight", "encoder.layer.0.mlp.gate_proj.weight"} & names)
     registers = held.weights.get("embeddings.register_tokens")
     family = _family(0 if registers is None else registers.shape[1], gated=gated)
-    return hugging_face.find(held, family, **({"act_layer": "silu"} if gated else {}))
+    return of_transformers.find(held, family, **({"act_layer": "silu"} if gated else {}))
 
 
 def _family(registers: int, *, gated: bool) -> Family:

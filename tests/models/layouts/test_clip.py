@@ -16,10 +16,11 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from evit_deploy.errors import CheckpointError
 from evit_deploy.export.portable import export_onnx
 from evit_deploy.models.checkpoint import Checkpoint, build_model
+from evit_deploy.models.files.prefixes import inside, without_common
 from evit_deploy.models.identify import Identity, identify
-from evit_deploy.models.layouts import hf_clip, openclip
+from evit_deploy.models.layouts import openclip
+from evit_deploy.models.layouts.hugging_face import clip
 from evit_deploy.models.layouts.known import SIGNS
-from evit_deploy.models.prefixes import inside, without_common
 from evit_deploy.pipeline.convert import Job, convert_checkpoint
 from evit_deploy.pipeline.lowering import lowering
 from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
@@ -152,7 +153,7 @@ def test_the_way_back_to_transformers(tmp_path, kind):
     owner, config = hugging_face(kind)
     weights = owner.state_dict()
     identity = identified(tmp_path, weights, config)
-    back = hf_clip.TABLES[0].to_released(identity.weights)
+    back = clip.TABLES[0].to_released(identity.weights)
     tower = {name.removeprefix("vision_model."): value for name, value in weights.items() if "vision_model." in name}
     tower |= {name: value for name, value in weights.items() if kind == "CLIPVisionModel"}
     if kind == "CLIPModel":

@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
 from evit_deploy.models.checkpoint import build_model, read_checkpoint
-from evit_deploy.models.sources import find_source
+from evit_deploy.models.files.sources import find_source
 
 LABELS = ["cat", "dog", "cow", "fox", "owl"]
 

@@ -1,0 +1,1 @@
+"""Layouts of Hugging Face transformers, one model a file."""

@@ -106,7 +106,7 @@ class Output(logging.Handler):
         self._live = False
 
     def table(self, render: Callable[[Any], None], text: str | None = None) -> None:
-        """Ends the live display and prints a table of its own making.
+        """Ends the live display and prints a table that the caller renders.
 
         Args:
             render: Prints on a rich console.

@@ -174,7 +174,7 @@ class Folder:
 
     Raises:
         InputError: The path is missing, is a file, holds no images in class folders, holds ``train`` and ``val`` rather
-            than classes, or has a class of its own.
+            than classes, or has a class that is not among ``classes``.
     """
 
     def __init__(self, path: str | Path, classes: Sequence[str] | None = None) -> None:

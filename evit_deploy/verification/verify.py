@@ -104,7 +104,7 @@ def verify(
     if changed:  # what follows would be about other files than the manifest's
         return Report(checks=(check,), versions=versions(), device=device())
     if data is not None:
-        pictures_of(data, bundle.manifest)  # a wrong folder is told before the work, not after it
+        pictures_of(data, bundle.manifest)  # a wrong folder is refused before the work, not after it
     golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
     report = Report(checks=(check,), versions=versions(), device=device()) + verify_precision(
         golden, bundle.manifest.answer

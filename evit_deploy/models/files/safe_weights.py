@@ -1,4 +1,4 @@
-"""Reads tensors out of a file that nobody vouches for: safetensors, or a pickle that is not allowed to do anything.
+"""Reads tensors out of an untrusted file: safetensors, or a pickle that is not allowed to do anything.
 
 ``torch.load(weights_only=True)`` with ``argparse.Namespace`` as the one class let through: official EViT checkpoints
 keep their keep rate in one. Nothing in a file is ever executed.

@@ -56,7 +56,7 @@ class Found(msgspec.Struct, frozen=True):
         prepared: Whether images for such weights were surely prepared as timm says of the architecture, or as
             ``preprocess`` says.
         preprocess: How all files of the layout had their images prepared, where that is another way than timm's.
-        table: The names of the layout beside timm's, for the way back; ``None`` where a module of its own has it.
+        table: The names of the layout beside timm's, for the way back; ``None`` where the layout's module has another.
     """
 
     model: str

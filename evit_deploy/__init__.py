@@ -35,7 +35,7 @@ _PUBLIC = {
     },
     "Conversion and bundles": {
         "pipeline.convert": "convert",
-        "pipeline.variants": "convert_variants",
+        "pipeline.variants": "convert_variants VariantOptions",
         "recipe.options": "ConvertOptions ProfileOptions CompareOptions",
         "bundle.bundle": "read_bundle Bundle",
         "bundle.manifest": "Manifest Parent TensorSpec",

@@ -33,6 +33,7 @@ from evit_deploy.pipeline.compare import compare as compare
 from evit_deploy.pipeline.convert import convert as convert
 from evit_deploy.pipeline.profile import profile as profile
 from evit_deploy.pipeline.run import run as run
+from evit_deploy.pipeline.variants import VariantOptions as VariantOptions
 from evit_deploy.pipeline.variants import convert_variants as convert_variants
 from evit_deploy.recipe.options import BatchProfile as BatchProfile
 from evit_deploy.recipe.options import BuildOptions as BuildOptions

@@ -37,8 +37,10 @@ def options(*profiles: BatchProfile, **others: Any) -> BuildOptions:
 
 
 def build(folder: Path, *, precision: str = "fp16", profiles: Sequence[BatchProfile] = (RANGE,), **others: Any) -> Any:
+    model: Any = torch.nn.Identity()
+    model.num_classes = 10  # by which the engine's output is named
     return target.build_torch_tensorrt(
-        torch.nn.Identity(), folder / "engine.plan", folder / "model.pt2", precision=precision,
+        model, folder / "engine.plan", folder / "model.pt2", precision=precision,
         options=options(*profiles, **others),
     )  # fmt: skip
 

@@ -205,13 +205,13 @@ def test_the_last_batch_is_filled_up_and_cut_off():
     assert Doubling.sizes == [3, 3, 3]
 
 
-def test_runtimes_agree_by_top_1_by_patches_and_by_logits():
+def test_runtimes_agree_by_top_1_by_patches_and_by_logits(converted):
     one = Answers(np.array([[1.0, 0.0], [0.0, 1.0]]), {1: np.array([[0, 1, -1]] * 2), 2: np.array([[0, -1]] * 2)})
     other = Answers(np.array([[1.0, 0.5], [1.0, 0.0]]), {1: np.array([[1, 0, -1], [1, 2, -1]])})
-    row = agreement_row("a", one, "b", other)
+    row = agreement_row("a", one, "b", other, converted.manifest)
     assert (row.first, row.second, row.images, row.top1, row.logits) == ("a", "b", 2, 0.5, 1.0)
     assert row.kept == {"1": (1 + 1 / 3) / 2}  # the other does not tell the second location
-    assert agreement_row("a", one, "c", Answers(other.logits, {})).kept == {}
+    assert agreement_row("a", one, "c", Answers(other.logits, {}), converted.manifest).kept == {}
 
 
 def test_a_runtime_that_does_not_run_a_file_is_refused():

@@ -71,7 +71,7 @@ def test_a_lane_has_each_baseline_once_and_every_bundle_with_its_slice_twin(conv
         assert dense.name == ("dense of o" if name == "o" else "dense of a")
         assert own[name].candidate.artifact == bundle.file(MODEL)
         assert own[name].mac_ratio == bundle.manifest.plan.mac_ratio()
-        steps = [node.op_type for node in sliced.candidate.artifact.graph.node]
+        steps = [node.op_type for node in sliced.candidate.artifact.proto.graph.node]
         assert steps.count("Slice") >= len(bundle.manifest.plan.locations) > 0
         assert "TokenReorg" not in steps
     assert own["dense of a"].candidate.artifact == converted.file(DENSE)

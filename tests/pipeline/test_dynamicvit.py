@@ -88,11 +88,12 @@ def test_a_released_file_is_recognised(tmp_path, form):
     assert [row.block for row in token_plan(model).locations] == [depth // 4, depth // 2, 3 * depth // 4]
 
 
-def test_a_width_of_256_without_predictors_is_no_known_model(tmp_path):
+def test_a_width_of_256_without_predictors_is_taken_with_a_note(tmp_path):
     """How many heads such a model has cannot be seen; only one of DynamicViT's is known."""
-    assert "width 256" in refusal(
-        saved(tmp_path, {"model": hollow("deit_small_patch16_224", embed_dim=256, num_heads=4)})
-    )
+    weights = hollow("deit_small_patch16_224", embed_dim=256, num_heads=4)
+    checkpoint = read_checkpoint(saved(tmp_path, {"model": weights}))
+    assert checkpoint.model_args["embed_dim"] == 256
+    assert any("how many heads an attention has; 4 are assumed, 64 wide" in note for note in checkpoint.notes)
 
 
 def test_the_rate_has_to_be_said_where_the_file_does_not(tmp_path, cli):

@@ -83,7 +83,7 @@ def test_each_is_what_it_would_be_alone(made, tmp_path):
 def test_a_failed_gate_does_not_stop_the_others(tmp_path, monkeypatch):
     checkpoint = write_checkpoint(tmp_path / "tiny.safetensors", "smallest")
     broken = Report(checks=(Check("fp16", 1.0, 0.0, False, "It breaks the model."),))
-    monkeypatch.setattr(converting, "verify_precision", lambda g: broken if g.precision == "fp16" else Report())
+    monkeypatch.setattr(converting, "verify_precision", lambda g, answer: broken if g.precision == "fp16" else Report())
     found = convert_variants(checkpoint, keep_rate=0.6, precisions=("fp16", "fp32"), options=ONNX, measure=QUICK)
     assert [report.passed for _, report in found] == [False, True]
     places = [bundle.path.name for bundle, _ in found]

@@ -6,6 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from evit_deploy.errors import CheckpointError
+
+# Arguments of timm.create_model that are no architecture's: they read files, ask networks or change what is built.
+_OUTSIDE = {"checkpoint_path", "cache_dir", "features_only", "feature_cfg", "scriptable", "exportable", "no_jit"}
+
 
 def create_model(name: str, args: Mapping[str, Any]) -> Any:
     """Builds a model with random weights.
@@ -17,11 +22,18 @@ def create_model(name: str, args: Mapping[str, Any]) -> Any:
             the width of an embedding that a matrix makes of the features, as in CLIP: the model has no classes then.
 
     Raises:
+        CheckpointError: The name or an argument would have timm read a file or ask a network.
         TypeError: The architecture has no such argument; others of timm's for values that do not fit.
     """
     import timm
     from timm.layers import LayerNorm
 
+    outside = [key for key in args if key in _OUTSIDE or key.startswith("pretrained")]
+    if ":" in name or outside:  # `hf-hub:` and `local-dir:` in a name
+        raise CheckpointError(
+            "a checkpoint may say what a model is, not where timm gets one from", where=name,
+            seen=", ".join(outside) or name, wanted="an architecture's name and its arguments",
+        )  # fmt: skip
     given = dict(args)
     projection = given.pop("projection", None)
     if "norm_eps" in given:

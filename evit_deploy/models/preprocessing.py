@@ -5,6 +5,7 @@ arguments that a training script left in the checkpoint.
 """
 
 import math
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from evit_deploy.data.labels import check_labels, read_labels
 from evit_deploy.data.preprocess import CENTER_FLOOR, Preprocess
 from evit_deploy.errors import CheckpointError, InputError
 from evit_deploy.recipe.options import PreprocessOptions
+from evit_deploy.recipe.sections import CropMode, Interpolation
 
 # PIL's numbers of resampling filters, under timm's names.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
@@ -238,12 +240,18 @@ def _of_processor(config: dict[str, Any]) -> Preprocess:
     if shorter and not crops:
         raise ValueError("only the shorter side of the image is resized, and a model takes one size")
     number = config.get("resample")
-    resample = usual.interpolation if number is None else _FILTERS[int(number)]
+    resample = usual.interpolation if number is None else _filter(number)
     shares = {_crop_share(side, whole) for side, whole in zip(final, (height, width), strict=True)}
     if len(shares) > 1:
         raise ValueError(f"crop_size {final} and size {(height, width)} have different shapes")
     mode = CENTER_FLOOR if shorter else "squash"
     return Preprocess(final, shares.pop(), mode, resample, *_normalization(config, usual))
+
+
+def _filter(number: Any) -> str:
+    if number not in _FILTERS:
+        raise ValueError(f"resample is {number!r}, none of PIL's filters 0 to 5")
+    return _FILTERS[number]
 
 
 def _size(size: Any, shorter_by_default: bool) -> tuple[int, int, bool]:
@@ -325,7 +333,7 @@ def _of_open_clip(config: dict[str, Any]) -> Preprocess | None:
 def _of_args(args: Mapping[str, Any], where: object) -> Preprocess | None:
     """timm's training script leaves what it was asked for, and ``None`` for what the architecture decided."""
     fields = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    given = {name: args[name] for name in fields if args.get(name) is not None}
+    given = {name: args[name] for name in fields if args.get(name) not in (None, "")}
     if not {"mean", "std"} <= given.keys():
         return None
     size = args.get("img_size") or args.get("input_size") or 224
@@ -342,6 +350,10 @@ def _check(preprocess: Preprocess | None) -> None:
     """Makes sure that images can be normalised like this."""
     if preprocess is None:
         return
+    for field, known in (("interpolation", Interpolation), ("crop_mode", CropMode)):
+        value = getattr(preprocess, field)
+        if value not in typing.get_args(known):
+            raise ValueError(f"{field} is {value!r}, none of {', '.join(typing.get_args(known))}")
     if not all(math.isfinite(value) for value in (*preprocess.mean, *preprocess.std)):
         raise ValueError(f"mean {preprocess.mean} and std {preprocess.std} are not all finite")
     if not all(value > 0 for value in preprocess.std):

@@ -92,6 +92,28 @@ def test_a_folder_of_timm_keeps_its_preprocessing_and_labels(tmp_path):
         assert torch.equal(build_model(found)(images), model.eval()(images))
 
 
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"architecture": "vit_tiny_patch16_224", "model_args": {"checkpoint_path": "PATH"}}, "not where timm gets"),
+        (
+            {"architecture": "vit_tiny_patch16_224", "model_args": {"pretrained_cfg": {"file": "PATH"}}},
+            "not where timm",
+        ),
+        ({"architecture": "local-dir:PATH"}, "an architecture that timm does not know"),
+        ({"architecture": "hf-hub:someone/vit"}, "an architecture that timm does not know"),
+    ],
+)
+def test_a_configuration_reaches_for_nothing_else(tmp_path, config, what):
+    other = tmp_path / "other.pth"
+    other.write_text("not to be opened")
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=5).state_dict(), tmp_path / "model.pth")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "model.pth").rename(tmp_path / "folder" / "model.pth")
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config).replace("PATH", str(other)))
+    refused(tmp_path / "folder", what)
+
+
 def test_the_same_weights_in_two_forms_are_read_once(copy):
     torch.save({}, copy / "pytorch_model.bin")
     assert find_source(copy).notes == ("model.safetensors is read; pytorch_model.bin is left alone",)
@@ -133,6 +155,7 @@ def test_folders_that_hold_no_one_checkpoint(copy):
         ("preprocessor_config.json", '{"size": -3}', "not a number of pixels"),
         ("preprocessor_config.json", '{"do_resize": false}', "not resized"),
         ("preprocessor_config.json", '{"image_std": [0, 1, 1]}', "divided"),
+        ("preprocessor_config.json", '{"resample": 17}', "resample is 17, none of PIL's filters"),
         ("preprocessor_config.json", '{"image_mean": [NaN, 1, 1]}', "not JSON"),
     ],
 )

@@ -176,7 +176,7 @@ def _lock(room: Path) -> int:
 
 
 def _discard(room: Path) -> None:
-    """Removes a draft; what it had moved aside goes back, unless its place was taken. If it cannot go back, all stays."""
+    """Removes a draft. What it had moved aside goes back where its place is free; all stays if that cannot be done."""
     try:
         for old in (room / "old").iterdir():
             with suppress(FileExistsError):

@@ -9,9 +9,9 @@ before its second, and so on, and after each, until one comes through alive:
 - ``forced``: a bundle where there is one
 - ``file``: one file, by :func:`evit_deploy.files.write_atomically`
 
-``HOW`` is ``exchange``, or ``aside`` for a kernel or file system that cannot exchange. Prints JSON: what each child left
-in view (``old``, ``new`` or ``nothing``), what :func:`evit_deploy.bundle.bundle.read_bundle` then found, and whatever is
-wrong: a bundle that is not whole, or anything hidden that is there after the next run.
+``HOW`` is ``exchange``, or ``aside`` for a kernel or file system that cannot exchange. Prints JSON: what each child
+left in view (``old``, ``new`` or ``nothing``), what :func:`evit_deploy.bundle.bundle.read_bundle` then found, and
+whatever is wrong: a bundle that is not whole, or anything hidden that is there after the next run.
 """
 
 import ctypes

@@ -8,7 +8,7 @@ import click
 
 from evit_deploy.cli.options import Command, Option, struct_of, struct_options, tokens_of, tokens_options
 from evit_deploy.cli.output import Output, output_options
-from evit_deploy.cli.types import PATH, Choice, ModelName, Numbers
+from evit_deploy.cli.types import NAME, PATH, Choice, ModelName, Numbers, Whole
 from evit_deploy.recipe.options import Precision
 from evit_deploy.report.lines import printable
 
@@ -43,9 +43,11 @@ class _Several(Command):
 
 
 @click.command("convert", cls=_Several, short_help="Turn a checkpoint into a verified, measured bundle.")
-@click.argument("checkpoint", type=click.Path())  # a timm name too: the type is for the shell, which completes files
+@click.argument("checkpoint", type=NAME)  # a timm name too: the type is for the shell, which completes files
 @click.option("--model", type=ModelName(), metavar="NAME", help="timm name, where the tensors leave it open.", **_MODEL)
-@click.option("--image-size", type=int, metavar="N", help="Pixels; the position embedding is resampled.", **_MODEL)
+@click.option(
+    "--image-size", type=Whole(1, 4_096), metavar="N", help="Pixels; the position embedding is resampled.", **_MODEL
+)
 @struct_options("PreprocessOptions", "Preprocessing and labels")
 @tokens_options
 @click.option(

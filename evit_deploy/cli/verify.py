@@ -19,7 +19,7 @@ from evit_deploy.report.lines import printable
     "--batch-sizes",
     cls=Option,
     group="Checks",
-    type=Numbers(int, 1),
+    type=Numbers(int, 1, 65_536),
     metavar="1,2,8",
     help="Images a call.  [default: 1,2,8; for an engine the ends of its profiles]",
 )

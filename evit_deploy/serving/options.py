@@ -72,7 +72,7 @@ class TritonOptions(Section, frozen=True, kw_only=True):
     """Let clients on the same machine pass tensors through shared memory, where they can also read each other's."""
     server_digest: str | None = None
     """Digest of the server's image, ``sha256:…``, which pins it. [default: its release alone]"""
-    cpus: Annotated[int, Meta(ge=1)] = 4
+    cpus: Annotated[int, Meta(ge=1, le=4_096)] = 4
     """Processors that the server may use. [default: 4]"""
-    memory: Annotated[int, Meta(ge=1)] | None = None
+    memory: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     """Memory that the server may use, GiB. [default: by the model's size]"""

@@ -10,14 +10,13 @@ import click
 import msgspec
 import pytest
 
-from evit_deploy.cli import COMMANDS
+from evit_deploy.cli import COMMANDS, run
 from evit_deploy.cli import cli as group
 from evit_deploy.cli.types import BatchRange, Numbers, Positive, Whole
 from evit_deploy.errors import InputError
 from evit_deploy.recipe.fields import check_numbers, numeric_fields
 from evit_deploy.recipe.sections import Section
 from evit_deploy.tokens.plan import TokenSpec
-from tests.support.command_line import cli as cli  # a fixture
 
 NUMBERS = (-1, 0, -0.0, 10**18, 10**400, -(10**400), 10**5_000, math.nan, math.inf, -math.inf, 1e308, True)
 TEXTS = ("-1", "nan", "inf", "-inf", "1e999", str(10**18), "1" + "0" * 400, "1" * 5_000, "one", "")
@@ -143,13 +142,15 @@ ARGUMENTS = {"convert": ["absent.pth"], "predict": ["absent", "image.png"], "pac
 
 
 @pytest.mark.parametrize(("name", "flag", "param"), FLAGS, ids=lambda part: part if isinstance(part, str) else "")
-def test_a_flag_refuses_what_is_no_number_or_out_of_range(cli, name, flag, param):
+def test_a_flag_refuses_what_is_no_number_or_out_of_range(capsys, monkeypatch, name, flag, param):
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the test's process keeps its own
     for text in TEXTS:
         if flag == "--mean" and text == "-1":
             continue
-        result = cli(name, f"{flag}={text}", *ARGUMENTS.get(name, ["absent"]))
-        assert result.code == 2
-        assert "Traceback" not in result.err
+        code = run([name, f"{flag}={text}", *ARGUMENTS.get(name, ["absent"])])
+        said = capsys.readouterr().err
+        assert code == 2
+        assert "Traceback" not in said
+        assert said.splitlines()[-1].startswith("evit-deploy: ")
         if flag not in METHODS:
-            assert flag in result.err.splitlines()[-1]
-        assert len(result.err.splitlines()[-1]) < 6_000
+            assert flag in said.splitlines()[-1]

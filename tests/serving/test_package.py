@@ -69,7 +69,7 @@ def test_what_is_in_a_package(packaged, converted):
     folder = "model_repository/tiny"
     assert {name for name, content in tree(packaged).items() if content is not None} == {
         "Dockerfile", "README.md", "closed.sh", "compose.yaml", "golden.npz", "kubernetes.yaml",
-        MANIFEST, PACKAGE, "report.json",
+        MANIFEST, PACKAGE, "report.json", "sbom.json",
         f"{folder}/config.pbtxt", f"{folder}/1/.keep",
         f"{folder}_preprocess/config.pbtxt", f"{folder}_preprocess/1/model.py",
         f"{folder}_model/config.pbtxt", f"{folder}_model/1/model.onnx",

@@ -45,7 +45,7 @@ from evit_deploy.serving.gates import (
 from evit_deploy.serving.kubernetes import kubernetes
 from evit_deploy.serving.options import Device, PackageOptions, Publish, Purpose, TritonOptions
 from evit_deploy.serving.readme import triton_readme
-from evit_deploy.serving.releases import TritonRelease
+from evit_deploy.serving.releases import FREES_BODIES, TritonRelease
 from evit_deploy.serving.repository import MAX_BATCH, MODEL_FILES, Serving, covered, write_repository
 from evit_deploy.serving.sbom import SBOM, bill_of_materials, cpp_parts, triton_parts
 
@@ -378,6 +378,11 @@ def _notes(server: TritonRelease | None, platform: str, options: TritonOptions |
         notes.append(
             "With DALI the model sees pixels that are near those it was verified with, and not the same; "
             "Triton's DALI backend itself has not been tested."
+        )
+    if server is not None and server.release < FREES_BODIES:
+        notes.append(
+            f"Triton {server.release} keeps the memory of compressed bodies that it refuses, until its limit ends it: "
+            f"take {FREES_BODIES} or later, or a gateway that refuses Content-Encoding."
         )
     if server is None or platform != "tensorrt" or server.tensorrt is None or "." in server.tensorrt:
         return notes

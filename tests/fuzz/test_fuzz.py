@@ -13,7 +13,7 @@ import pytest
 from tests.fuzz.formats import FORMATS
 from tests.fuzz.harness import Format, Violation, attempt, corpus, watch
 
-INPUTS = int(os.environ.get("EVIT_FUZZ_INPUTS", "60"))
+INPUTS = int(os.environ.get("EVIT_FUZZ_INPUTS", "40"))
 TROUBLE = [(form, path) for form in FORMATS.values() for path in corpus(form)]
 
 

@@ -16,6 +16,9 @@ def main() -> None:
         interrupts.ignore()
         sys.stderr.write(f"evit-deploy: {interrupts.SENTENCE}\n")
         sys.exit(interrupts.exit_code())
+    except (OSError, MemoryError) as error:  # so little is left that not even the command line can be imported
+        sys.stderr.write(f"evit-deploy: {error or 'not enough memory'}\n")
+        sys.exit(4)
 
 
 if __name__ == "__main__":

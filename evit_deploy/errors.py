@@ -135,7 +135,7 @@ _PROCESSES = _Shortage(
 _MEMORY = _Shortage(
     "not enough memory", (errno.ENOMEM,),
     ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "bad allocation", "out of memory",
-     "Unable to allocate", "Failed to allocate memory"),
+     "Unable to allocate", "Failed to allocate memory", "failed to map segment"),
     "Try a smaller batch size.",
 )  # fmt: skip
 
@@ -144,17 +144,19 @@ def exhausted(error: BaseException) -> StageError | None:
     """What the machine had run out of, if that is why something failed, in whichever library.
 
     Args:
-        error: What was raised. One that names the shortage already (a :class:`StageError`), or whose input was refused
-            for a reason of memory (a shape that no memory holds), stays as it is.
+        error: What was raised. One of ours stays as it is if it names the shortage, asks for a package, is a result, or
+            refuses an input for want of memory (a shape that no memory holds).
     """
-    if isinstance(error, EvitDeployError) and not isinstance(error, InputError):
+    known = (_FILES, _DISK, _PROCESSES, _MEMORY)
+    if isinstance(error, InputError):
+        known = (_FILES, _DISK)
+    elif isinstance(error, EvitDeployError) and (type(error) is not StageError or any(_says(error, s) for s in known)):
         return None
-    known = (_FILES, _DISK) if isinstance(error, InputError) else (_FILES, _DISK, _PROCESSES, _MEMORY)
     one: BaseException | None = error
     while one is not None:
         for shortage in known:
             if _shows(one, shortage):
-                where = one.filename if isinstance(one, OSError) else None
+                where = one.filename if isinstance(one, OSError) and shortage is _DISK else None
                 return StageError(shortage.what, where=where, fix=shortage.fix)
         one = one.__cause__ or one.__context__
     return None
@@ -165,6 +167,10 @@ def _shows(error: BaseException, shortage: _Shortage) -> bool:
         return error.errno in shortage.numbers
     if isinstance(error, MemoryError):
         return shortage is _MEMORY
+    return _says(error, shortage)
+
+
+def _says(error: BaseException, shortage: _Shortage) -> bool:
     return any(text.lower() in str(error).lower() for text in shortage.texts)
 
 

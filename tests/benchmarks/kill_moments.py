@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from evit_deploy.bundle.bundle import changed_files, check_out, read_bundle
 from evit_deploy.bundle.manifest import PACKAGE
-from evit_deploy.drafts import PREFIX, sweep
 from evit_deploy.files import hashes
+from evit_deploy.files.drafts import PREFIX, sweep
 from evit_deploy.recipe.recipe import dump_recipe
 from tests.benchmarks.common import save
 from tests.support.models import write_checkpoint

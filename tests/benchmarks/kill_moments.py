@@ -2,8 +2,8 @@
 
 python tests/benchmarks/kill_moments.py --out docs/results/kill_moments.json
 
-Each command is run once to its end, which says how long it takes; then it is started again and again, and killed at a
-moment drawn evenly from that time. After each kill what is in view is judged, before anything has tidied up: under
+Each command is run to its end, which says how long it takes; then it is started again and again, and killed at a moment
+drawn evenly from that time (of a training: since its folder is there). After each kill what is in view is judged, before anything has tidied up: under
 ``--force`` there has to be one whole bundle or package, every file with its hash. Then the first step of the next run
 is taken, after which nothing hidden may be left. A training is gone on with, and its checkpoints have to be those of a
 training that was not disturbed, bit for bit.
@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from evit_deploy.bundle.bundle import changed_files, check_out, read_bundle
@@ -33,7 +35,7 @@ from evit_deploy.files.drafts import PREFIX, sweep
 from evit_deploy.recipe.recipe import dump_recipe
 from tests.benchmarks.common import save
 from tests.support.models import write_checkpoint
-from tests.support.training import recipe
+from tests.support.training import RUN, recipe
 
 KILLS = {"convert": 80, "train": 50, "package": 40, "verify": 30}
 
@@ -48,16 +50,21 @@ class Case:
 
     def __init__(self, folder: Path, *arguments: object) -> None:
         self.folder, self.temporary = folder, folder / "temporary"
+        self.begins: Path | None = None
+        self.began = 0.0
         self.temporary.mkdir(exist_ok=True)
         self.command = [sys.executable, "-m", "evit_deploy", *map(str, arguments)]
         self.environment = os.environ | {"TMPDIR": str(self.temporary), "CUDA_VISIBLE_DEVICES": ""}
 
     def run(self, *more: str, kill_after: float | None = None) -> int:
-        """Runs it to its end, or kills it after some seconds; gives the exit code."""
+        """Runs it to its end, or kills it some seconds after it has begun; gives the exit code."""
         with subprocess.Popen(
             [*self.command, *more], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         ) as process:
             try:
+                while self.begins and not self.begins.exists() and process.poll() is None:
+                    time.sleep(0.01)
+                self.began = time.perf_counter()
                 _, said = process.communicate(timeout=kill_after)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
@@ -102,9 +109,8 @@ def kills(case: Case, count: int, wrong: Callable[[], str], clear: Callable[[], 
     whole = 0.0
     for _ in range(2):  # what is cached, and where a bundle is to be replaced, is there the second time
         clear()
-        started = time.perf_counter()
         assert case.run() == 0
-        whole = time.perf_counter() - started
+        whole = time.perf_counter() - case.began
     moments, seen, problems = random.Random(0), Counter[str](), []
     for _ in range(count):
         clear()
@@ -151,14 +157,16 @@ def a_bundle(folder: Path) -> Path:
 def train(folder: Path, count: int) -> dict[str, Any]:
     """Trains in two stages, and goes on where it was killed."""
     names, out, resumed = ("dense.safetensors", "evit.safetensors"), folder / "run", Counter[str]()
-    (folder / "tiny.yaml").write_text(dump_recipe(recipe()))
+    longer = msgspec.structs.replace(RUN, steps=100, save_every=5)
+    (folder / "tiny.yaml").write_text(dump_recipe(recipe(dense=longer, finetune=longer)))
     case = Case(folder, "train", folder / "tiny.yaml", "--out", out)
+    case.begins = out  # else most moments are those of imports
     assert case.run() == 0
     expected = {name: (out / name).read_bytes() for name in names}
 
     def wrong() -> str:
-        begun = out.is_dir() and any(name.endswith((".state", ".safetensors")) for name in os.listdir(out))
-        resumed["resumed from what was saved" if begun else "resumed from nothing"] += 1
+        saved = [name for name in ("finetune.state", "dense.safetensors", "dense.state") if (out / name).exists()]
+        resumed[f"resumed from {saved[0] if saved else 'nothing'}"] += 1
         if case.run("--resume"):
             return "it cannot be gone on with"
         left = [name for name in os.listdir(out) if name.startswith(".") or name.endswith(".state")]

@@ -5,7 +5,7 @@ python tests/benchmarks/kill_moments.py --out docs/results/kill_moments.json
 Each command is run to its end, which says how long it takes; then it is started again and again, and killed at a moment
 drawn evenly from that time (of a training: since its folder is there). After each kill what is in view is judged,
 before anything has tidied up: under ``--force`` there has to be one whole bundle or package, every file with its hash.
-Then the first step of the next run is taken, after which nothing hidden may be left. A training is gone on with, and its
+Then the first step of the next run is taken, after which nothing hidden may be left. A training is gone on with; its
 checkpoints have to be those of a training that was not disturbed, bit for bit.
 """
 

@@ -141,7 +141,7 @@ def _reach(launch: Launch) -> str:
     if launch.publish == "network":
         ports = (
             "HTTP and gRPC are open to whoever reaches this machine, in Kubernetes through a load balancer: the server "
-            "asks nobody who they are, so put a gateway with TLS and a login before it. Metrics stay local."
+            "does not ask who they are: put a gateway with TLS and a login before it. Metrics stay local."
         )
     else:
         ports = (

@@ -9,11 +9,12 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
 from evit_deploy.bundle.manifest import FORMAT, MANIFEST, PACKAGE, Manifest
+from evit_deploy.documents import converted, read_json
 from evit_deploy.errors import InputError, StageError, first_few
 from evit_deploy.files import hashes, sha256
 
@@ -85,12 +86,10 @@ def read_bundle(path: str | Path) -> Bundle:
             raise InputError(f"not a bundle (no {MANIFEST} in it)", where=path)
     except OSError as error:  # a name too long for any file, a folder that may not be entered
         raise InputError(f"no such bundle ({error.strerror})", where=path) from None
-    try:
-        manifest = msgspec.json.decode(manifest_path.read_bytes(), type=Manifest)
-    except (msgspec.DecodeError, OSError) as error:
-        raise InputError(f"the manifest cannot be read: {error}", where=manifest_path, fix="Convert again.") from None
-    if manifest.format != FORMAT:
-        raise InputError("a bundle of another version", where=manifest_path, seen=manifest.format, wanted=FORMAT)
+    document = read_json(manifest_path, dict[str, Any])
+    if document.get("format", FORMAT) != FORMAT:
+        raise InputError("a bundle of another version", where=manifest_path, seen=document["format"], wanted=FORMAT)
+    manifest = converted(document, Manifest, manifest_path)
     root = path.resolve()
     for name in manifest.files:
         if not _is_inside(root, name):
@@ -170,8 +169,8 @@ def _listed(out: Path) -> set[str]:
     except InputError:
         known = set()
     try:
-        listed = msgspec.json.decode((out / PACKAGE).read_bytes(), type=_Listed)
-    except (OSError, msgspec.DecodeError):
+        listed = read_json(out / PACKAGE, _Listed)
+    except InputError:
         return known
     return known | set(listed.files) | {PACKAGE}
 

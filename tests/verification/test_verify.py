@@ -178,7 +178,7 @@ def test_keeping_the_second_best_fails_the_kept_patches(bundle):
 
 
 def test_a_wrong_pytorch_model_is_found(bundle):
-    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
     model: Any = reduce_tokens_(of_kind("plain"), bundle.manifest.tokens)
     assert verify_runtime("eager", model, golden, bundle.manifest.plan, BATCHES, 1)[0].passed
     with torch.no_grad():
@@ -239,7 +239,7 @@ def independent(image: Image.Image, preprocess: Any) -> np.ndarray:
 
 
 def test_golden_inputs_are_the_sample_photographs(converted):
-    golden, preprocess = load_golden(converted.file(GOLDEN), converted.manifest.plan), converted.manifest.preprocess
+    golden, preprocess = load_golden(converted.file(GOLDEN), converted.manifest), converted.manifest.preprocess
     np.testing.assert_array_equal(golden.inputs, sample_inputs(preprocess, len(golden.inputs)))
     photographs = sample_photographs()
     assert [photograph.size for photograph in photographs] == [(640, 427)] * 2

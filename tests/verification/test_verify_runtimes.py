@@ -151,7 +151,7 @@ def test_a_file_that_another_runtime_ran_is_not_told(bundle, monkeypatch):
 
 def test_who_was_asked_for_has_to_run(bundle, monkeypatch):
     add(monkeypatch, Late)
-    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
     with pytest.raises(MissingRequirement, match="this processor is too old"):
         prove(bundle, golden, ["onnxruntime", "late"], Trial((1,), threads=1))
     with pytest.raises(MissingRequirement, match="this processor is too old"):

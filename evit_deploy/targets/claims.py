@@ -104,9 +104,14 @@ def _of_card(card: ModelCard | None, manifest: Manifest, *, dense: bool) -> Iter
 
 
 def _of_engine(path: Path, manifest: Manifest) -> Iterator[str]:
-    header, engine = read_header(path), manifest.engine
+    engine = manifest.engine
     if engine is None:
         yield "the manifest does not say what it was built with"
+        return
+    try:
+        header = read_header(path)
+    except InputError as error:
+        yield error.what
         return
     family = "tensorrt-rtx" if engine.target == "tensorrt-rtx" else "tensorrt"
     if header.family != family:

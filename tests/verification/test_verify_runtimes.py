@@ -145,7 +145,10 @@ def test_an_engine_that_fails_to_open_for_want_of_a_machine_is_told(bundle, monk
     add(monkeypatch, LateEngine)
     report = verify(engine.path, batch_sizes=(1,), threads=1)
     assert used(report) >= {"eager", "onnxruntime"}
-    assert report.notes == (FROM_CHECKPOINT, f"{ENGINE} was not verified here (late: this processor is too old).")
+    first, note = report.notes
+    assert first == FROM_CHECKPOINT
+    assert note.startswith(f"{ENGINE} was not verified here (")
+    assert "late: this processor is too old" in note
 
 
 def test_a_file_that_another_runtime_ran_is_not_told(bundle, monkeypatch):

@@ -10,6 +10,10 @@ Purpose = Literal["triton", "cpp"]
 """What a package is for."""
 Platform = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "openvino"]
 """What runs the model there."""
+Device = Literal["gpu", "cpu"]
+"""What the model runs on there."""
+Publish = Literal["local", "network"]
+"""Who reaches the server."""
 
 
 QUEUE_DELAY = 1000
@@ -55,3 +59,17 @@ class TritonOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Instances of the model, on each GPU or on the CPU. [default: 1]"""
     queue_delay: Annotated[int, Meta(ge=0)] = QUEUE_DELAY
     """Microseconds that a request may wait to be batched with others. [default: 1000]"""
+    device: Device | None = None
+    """What the server runs the model on: of its files those for the CPU ask for no GPU.
+    [default: cpu for OpenVINO, else gpu]"""
+    publish: Publish = "local"
+    """Who reaches the server: with local its own machine, in Kubernetes the pods of its namespace; with network
+    whoever reaches the machine, or the load balancer. [default: local]"""
+    shared_memory: bool = False
+    """Let clients on the same machine pass tensors through shared memory, where they can also read each other's."""
+    server_digest: str | None = None
+    """Digest of the server's image, ``sha256:…``, which pins it. [default: its release alone]"""
+    cpus: Annotated[int, Meta(ge=1)] = 4
+    """Processors that the server may use. [default: 4]"""
+    memory: Annotated[int, Meta(ge=1)] | None = None
+    """Memory that the server may use, GiB. [default: by the model's size]"""

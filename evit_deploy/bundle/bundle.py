@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import msgspec
 
-from evit_deploy.bundle.manifest import FORMAT, MANIFEST, PACKAGE, Manifest
+from evit_deploy.bundle.manifest import FORMAT, MANIFEST, PACKAGE, SIGNATURE, Manifest
 from evit_deploy.documents import converted, read_json
 from evit_deploy.drafts import draft, sweep, sync
 from evit_deploy.errors import InputError, StageError, first_few
@@ -167,7 +167,7 @@ def _strangers(out: Path) -> list[str]:
 def _listed(out: Path) -> set[str]:
     """Names of the files that a bundle's manifest or a package's list claims."""
     try:
-        known = set(read_bundle(out).manifest.files) | {MANIFEST}
+        known = set(read_bundle(out).manifest.files) | {MANIFEST, SIGNATURE}
     except InputError:
         known = set()
     try:
@@ -258,7 +258,8 @@ def write_manifest(staging: Path, manifest: Manifest, unchanged: Mapping[str, st
         What was written.
     """
     files = hashes(staging, unchanged)
-    files.pop(MANIFEST, None)  # written before, with less in it
+    for name in (MANIFEST, SIGNATURE):  # written before, with less in it
+        files.pop(name, None)
     manifest = msgspec.structs.replace(manifest, files=files)
     (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
     return manifest

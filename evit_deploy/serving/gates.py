@@ -5,6 +5,8 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle
 from evit_deploy.bundle.manifest import ENGINE, MANIFEST, REPORT, Engine, Manifest

@@ -65,7 +65,7 @@ _WIDER = 4
 
 
 def verify(
-    path: str | Path,
+    path: str | Path | bundles.Bundle,
     *,
     runtimes: Sequence[str] = (),
     batch_sizes: Sequence[int] | None = None,
@@ -80,7 +80,7 @@ def verify(
     PyTorch's own runtimes run on the GPU if there is one, in FP32 without TF32.
 
     Args:
-        path: The bundle.
+        path: The bundle, or its folder.
         runtimes: Names in the registry of runtimes; all that can run the bundle here when empty.
         batch_sizes: Batches to try; by default 1, 2 and 8, or the ends and the optimum of every profile of a plan.
         threads: CPU threads, ``None`` for each runtime's own choice.
@@ -103,7 +103,7 @@ def verify(
     data = Path(data) if data is not None else None
     trial = Trial(batch_sizes, threads, data)
     runtimes = check_server(runtimes, server)
-    bundle = bundles.read_bundle(path)
+    bundle = path if isinstance(path, bundles.Bundle) else bundles.read_bundle(path)
     changed = bundles.changed_files(bundle)
     reason = f"changed or gone: {', '.join(changed)}. Copy the bundle here again, or convert again." if changed else ""
     check = Check("files as written", len(changed), 0, not changed, reason)

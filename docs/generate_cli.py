@@ -13,7 +13,7 @@ HEADER = """# Commands
 
 Written by `python docs/generate_cli.py`. stdout carries the result, stderr progress and notices; `--json` makes the
 result one JSON document. Exit codes: 0 ok · 1 a gate failed · 2 usage, recipe or input · 3 environment ·
-4 a stage failed · 130 interrupted.
+4 a stage failed · 130 interrupted (Ctrl-C) · 143 terminated (SIGTERM).
 
 The shell completes commands, options, files and folders (a bundle is a folder), and the names that options take:
 `--runtime`, `--target`, `--method`, `--precision`, and timm's architectures for `--model`. One line in `~/.bashrc`

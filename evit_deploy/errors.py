@@ -11,12 +11,15 @@
     ├── StageError             4   a stage failed for a reason outside the input (full disk, exporter, runtime)
     └── GateFailed             1   everything ran and a check did not hold
 
-:class:`Interrupted` (130) is no error: a training was asked to stop, and left behind what it can continue from.
+:class:`Interrupted` is no error: a training was asked to stop, and left behind what it can continue from. The command
+line ends with 130 after Ctrl-C and with 143 after SIGTERM, whatever was being done.
 
 A message says what happened, where, what was seen, what was wanted and what to do about it, in that order.
 """
 
+import errno
 from collections.abc import Iterable
+from typing import NamedTuple
 
 
 class EvitDeployError(Exception):
@@ -105,7 +108,70 @@ class Interrupted(KeyboardInterrupt):
     Its text says how far the training has come, and where its state is.
     """
 
-    exit_code = 130
+
+class _Shortage(NamedTuple):
+    """Something that a machine runs out of."""
+
+    what: str
+    numbers: tuple[int, ...]
+    texts: tuple[str, ...]
+    fix: str
+
+
+_FILES = _Shortage(
+    "out of file descriptors", (errno.EMFILE, errno.ENFILE), ("Too many open files",),
+    "Raise the limit (ulimit -n), or close what holds files open.",
+)  # fmt: skip
+_DISK = _Shortage(
+    "no space left to write", (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    ("No space left on device", "Disk quota exceeded", "File too large"),
+    "Free some space, or raise the quota; the limit of a single file is ulimit -f.",
+)  # fmt: skip
+_PROCESSES = _Shortage(
+    "no more threads or processes may be started", (errno.EAGAIN,),
+    ("can't start new thread", "pthread_create", "Resource temporarily unavailable"),
+    "Raise the limit (ulimit -u), or use fewer threads and workers.",
+)  # fmt: skip
+_MEMORY = _Shortage(
+    "not enough memory", (errno.ENOMEM,),
+    ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "bad allocation", "out of memory",
+     "Unable to allocate", "Failed to allocate memory", "failed to map segment"),
+    "Try a smaller batch size.",
+)  # fmt: skip
+
+
+def exhausted(error: BaseException) -> StageError | None:
+    """What the machine had run out of, if that is why something failed, in whichever library.
+
+    Args:
+        error: What was raised. One of ours stays as it is if it names the shortage, asks for a package, is a result, or
+            refuses an input for want of memory (a shape that no memory holds).
+    """
+    known = (_FILES, _DISK, _PROCESSES, _MEMORY)
+    if isinstance(error, InputError):
+        known = (_FILES, _DISK)
+    elif isinstance(error, EvitDeployError) and (type(error) is not StageError or any(_says(error, s) for s in known)):
+        return None
+    one: BaseException | None = error
+    while one is not None:
+        for shortage in known:
+            if _shows(one, shortage):
+                where = one.filename if isinstance(one, OSError) and shortage is _DISK else None
+                return StageError(shortage.what, where=where, fix=shortage.fix)
+        one = one.__cause__ or one.__context__
+    return None
+
+
+def _shows(error: BaseException, shortage: _Shortage) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in shortage.numbers
+    if isinstance(error, MemoryError):
+        return shortage is _MEMORY
+    return _says(error, shortage)
+
+
+def _says(error: BaseException, shortage: _Shortage) -> bool:
+    return any(text.lower() in str(error).lower() for text in shortage.texts)
 
 
 def did_you_mean(name: object, known: Iterable[str], *, prefix: str = "", choices: int = 1) -> str | None:

@@ -1,7 +1,7 @@
 """A bundle: one folder with the model, its twin, golden answers and a manifest that says what everything is.
 
 A bundle appears whole or not at all: it is made in a draft beside its place and moved there in one step; what that
-means where, :mod:`evit_deploy.drafts` says.
+means where, :mod:`evit_deploy.files.drafts` says.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import msgspec
 
 from evit_deploy.bundle.manifest import FORMAT, MANIFEST, PACKAGE, SIGNATURE, Manifest
 from evit_deploy.documents import converted, read_json
-from evit_deploy.drafts import draft, sweep, sync
 from evit_deploy.errors import InputError, StageError, first_few
 from evit_deploy.files import hashes, sha256
+from evit_deploy.files.drafts import draft, sweep, sync
 
 
 class Bundle(msgspec.Struct, frozen=True):

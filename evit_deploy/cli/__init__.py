@@ -1,16 +1,13 @@
 """The command line: a thin skin over the library. Importing it, and every ``--help``, loads nothing but click."""
 
-import contextlib
 import importlib
 import os
 import shlex
-import signal
 import sys
-from typing import Any
 
 import click
 
-from evit_deploy import __version__
+from evit_deploy import __version__, interrupts
 
 COMMANDS = ("convert", "predict", "run", "train", "verify", "profile", "compare", "package", "plugin", "doctor")
 
@@ -49,13 +46,16 @@ def cli() -> None:
     evit-deploy convert deit_s.pth --keep-rate 0.7
     evit-deploy profile deit_s-evit-k0.7
 
-    Exit codes: 0 ok, 1 a gate failed, 2 usage, recipe or input, 3 environment, 4 a stage failed, 130 interrupted.
+    Exit codes: 0 ok, 1 a gate failed, 2 usage, recipe or input, 3 environment, 4 a stage failed, 130 interrupted
+    (Ctrl-C), 143 terminated (SIGTERM).
     """
 
 
-def main(args: list[str] | None = None) -> None:
+def main() -> None:
     """Runs the command line and exits with the contract's codes; no traceback without ``--debug``."""
-    sys.exit(run(args))
+    code = run()
+    interrupts.ignore()  # the interpreter takes a second to end, and what was asked for is done
+    sys.exit(code)
 
 
 def run(args: list[str] | None = None) -> int:
@@ -67,17 +67,19 @@ def run(args: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    with contextlib.suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGTERM, _terminate)  # a stopped job cleans up like an interrupted one
-    arguments = sys.argv[1:] if args is None else args
-    as_json = "--json" in arguments
+    arguments = list(sys.argv[1:] if args is None else args)
+    with interrupts.listening():
+        return _run(arguments, as_json="--json" in arguments)
+
+
+def _run(arguments: list[str], as_json: bool) -> int:
     try:
-        cli.main(args=list(arguments), standalone_mode=False)
+        cli.main(args=arguments, standalone_mode=False)
         return 0
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
-        return _interrupted(error.__cause__ or error, list(arguments), as_json)
+        return _interrupted(error.__cause__ or error, arguments, as_json)
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             click.echo(error.ctx.get_usage(), err=True)
@@ -86,6 +88,8 @@ def run(args: list[str] | None = None) -> int:
         sys.stderr.close()  # `evit-deploy ... | head` is no error
         return 0
     except Exception as error:
+        if interrupts.asked():  # a library has made something else of it
+            return _interrupted(error, arguments, as_json)
         return _failed(error, "--debug" in arguments, as_json)
 
 
@@ -93,11 +97,11 @@ def _interrupted(error: BaseException, arguments: list[str], as_json: bool) -> i
     from evit_deploy.errors import Interrupted
 
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
-        return 130
-    text = "interrupted; nothing was left half-written"
+        return interrupts.exit_code()
+    text = interrupts.SENTENCE
     if isinstance(error, Interrupted):
         text = f"interrupted: {error}. {_how_to_go_on(arguments)}"
-    return _say(text, 130, "Interrupted", as_json)
+    return _say(text, interrupts.exit_code(), "Interrupted", as_json)
 
 
 def _how_to_go_on(arguments: list[str]) -> str:
@@ -109,7 +113,7 @@ def _how_to_go_on(arguments: list[str]) -> str:
 
 
 def _failed(error: Exception, debug: bool, as_json: bool) -> int:
-    from evit_deploy.errors import EvitDeployError
+    from evit_deploy.errors import EvitDeployError, exhausted
 
     if debug:
         import traceback
@@ -117,10 +121,9 @@ def _failed(error: Exception, debug: bool, as_json: bool) -> int:
         from evit_deploy.report.lines import printable_lines
 
         click.echo(printable_lines("".join(traceback.format_exception(error))), err=True)
-    if isinstance(error, EvitDeployError):
-        code, text, kind = error.exit_code, str(error), type(error).__name__
-    elif isinstance(error, MemoryError):
-        code, text, kind = 4, "not enough memory. Try a smaller batch size.", "StageError"
+    known = exhausted(error) or error
+    if isinstance(known, EvitDeployError):
+        code, text, kind = known.exit_code, str(known), type(known).__name__
     else:
         kind = type(error).__name__
         code, text = 4, f"unexpected {kind}: {error}. Please report it, with what --debug prints."
@@ -136,7 +139,3 @@ def _say(text: str, code: int, kind: str, as_json: bool) -> int:
 
     click.echo(f"evit-deploy: {printable(text)}", err=True)
     return code
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from evit_deploy import interrupts
 from evit_deploy.report.lines import printable, printable_lines, wrapped
 
 
@@ -76,7 +77,12 @@ class Output(logging.Handler):
         self._stop()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Shows one record of the library's logger."""
+        """Shows one record of the library's logger; work that has swallowed an interruption ends here.
+
+        Raises:
+            KeyboardInterrupt: A signal came before, and the work did not end.
+        """
+        interrupts.raise_if_asked()
         progress = getattr(record, "progress", None)
         if self.quiet and record.levelno < logging.ERROR:
             return

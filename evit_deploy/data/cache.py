@@ -14,8 +14,8 @@ from PIL import Image
 
 from evit_deploy.data.sampling import loader
 from evit_deploy.data.sources import Source
-from evit_deploy.drafts import draft
 from evit_deploy.errors import InputError, StageError
+from evit_deploy.files.drafts import draft
 
 PIXELS, INDEX = "pixels.bin", "index.npy"
 _FORMAT = 1

@@ -65,6 +65,9 @@ def ask(jobs: Sequence[str], patience: float = PATIENCE) -> dict[str, Answer]:
                 process.kill()
                 said, _ = process.communicate()
                 end = f"no answer within {patience:.0f} s"
+            except BaseException:  # interrupted: it would be waited for
+                process.kill()
+                raise
         for line in said.splitlines():
             answer = msgspec.json.decode(line, type=Answer)
             answers[answer.job] = answer

@@ -22,12 +22,12 @@ from typing import Any
 import msgspec
 
 from evit_deploy.bundle.manifest import Engine
-from evit_deploy.drafts import draft
 from evit_deploy.engines.options import BUILDERS, TENSORRT_RTX, check_options, gpus_of
 from evit_deploy.engines.plugin.library import CREATORS, PLUGIN, choose_plugin, load_plugin
 from evit_deploy.environment import nvidia as gpu
 from evit_deploy.environment.nvidia import nvidia
 from evit_deploy.errors import EvitDeployError, InputError, StageError
+from evit_deploy.files.drafts import draft
 from evit_deploy.recipe.options import BuildOptions
 
 TIME_LIMIT = 3600.0

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from evit_deploy.bundle.manifest import Engine
-from evit_deploy.drafts import draft
 from evit_deploy.environment.nvidia import nvidia
 from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
@@ -27,6 +26,7 @@ from evit_deploy.export.answer import answer_name
 from evit_deploy.export.card import INPUT, LOGITS
 from evit_deploy.export.precision import DTYPES
 from evit_deploy.files import write_atomically
+from evit_deploy.files.drafts import draft
 from evit_deploy.recipe.options import BatchProfile, BuildOptions
 from evit_deploy.tokens.backbone import backbone_of
 

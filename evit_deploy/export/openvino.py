@@ -21,10 +21,10 @@ import msgspec
 from onnx import ModelProto
 from onnx.inliner import inline_local_functions
 
-from evit_deploy.drafts import draft
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.export.card import ModelCard, card_fields, kept_name, load_onnx, parse_card, read_card
 from evit_deploy.export.variants import with_indices
+from evit_deploy.files.drafts import draft
 
 if TYPE_CHECKING:
     import openvino

@@ -15,9 +15,9 @@ import onnx_ir
 from onnx import ModelProto
 from onnx_ir import DataType
 
-from evit_deploy.drafts import draft
 from evit_deploy.errors import StageError
 from evit_deploy.export.card import INPUT
+from evit_deploy.files.drafts import draft
 
 _LINEAR = ("MatMul", "Gemm")
 _CALIBRATION_BATCH = 8

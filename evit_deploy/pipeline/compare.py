@@ -12,10 +12,10 @@ from evit_deploy.bundle.bundle import Bundle, changed_files, read_bundle
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.data.images import image_files
 from evit_deploy.data.sources import is_labelled
-from evit_deploy.drafts import draft
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError, MissingRequirement, did_you_mean
 from evit_deploy.files import write_atomically
+from evit_deploy.files.drafts import draft
 from evit_deploy.profiling.side_by_side import Contender, Lane, Parents, choose_runtimes, lane_of, measure_lane, named
 from evit_deploy.progress import doing, step
 from evit_deploy.recipe.options import CompareOptions

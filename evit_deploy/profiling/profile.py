@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Unpack
 
 from evit_deploy.bundle.manifest import ENGINE
-from evit_deploy.drafts import draft
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
+from evit_deploy.files.drafts import draft
 from evit_deploy.profiling.candidates import candidates_of
 from evit_deploy.profiling.timing import measure_all
 from evit_deploy.progress import doing

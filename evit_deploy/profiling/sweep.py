@@ -17,7 +17,6 @@ import timm
 import torch
 
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.drafts import draft
 from evit_deploy.engines import build
 from evit_deploy.engines.options import BUILDERS, check_options
 from evit_deploy.environment.machine import device, versions
@@ -25,6 +24,7 @@ from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import InputError
 from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import DTYPES, set_precision
+from evit_deploy.files.drafts import draft
 from evit_deploy.models.identify import check_model_name
 from evit_deploy.profiling.candidates import Candidate
 from evit_deploy.profiling.clocks.gpu_times import measure_on_gpu

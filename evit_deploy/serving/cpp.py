@@ -11,7 +11,7 @@ _README = """# {name}: {platform}, in C++
 
 `bundle/` is what runs: the files that `bundle/manifest.json` lists with their hashes, the answers that they have to
 give (`golden.npz`), and the report that proves it. The rest is a program that runs it, to be copied into yours;
-[EXAMPLE.md](EXAMPLE.md) says what each file is for and which libraries it needs.
+[EXAMPLE.md](EXAMPLE.md) says what each file is for and which libraries it needs; `sbom.json` is the bill of materials.
 
 ```bash
 cmake -S . -B build -DEVIT_RUNTIME={platform}

@@ -83,7 +83,7 @@ class Launch(msgspec.Struct, frozen=True):
 
     @property
     def closed(self) -> tuple[str, ...]:
-        """Interfaces that nobody is to use."""
+        """Interfaces that no client may use."""
         return tuple(name for name in CLOSED if not (name == "shared-memory" and self.shared_memory))
 
     def arguments(self, models: str = MODELS, plugins: str = PLUGINS) -> list[str]:

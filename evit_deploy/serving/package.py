@@ -45,8 +45,9 @@ from evit_deploy.serving.gates import (
 from evit_deploy.serving.kubernetes import kubernetes
 from evit_deploy.serving.options import Device, PackageOptions, Publish, Purpose, TritonOptions
 from evit_deploy.serving.readme import triton_readme
-from evit_deploy.serving.releases import TritonRelease
+from evit_deploy.serving.releases import FREES_BODIES, TritonRelease
 from evit_deploy.serving.repository import MAX_BATCH, MODEL_FILES, Serving, covered, write_repository
+from evit_deploy.serving.sbom import SBOM, bill_of_materials, cpp_parts, triton_parts
 
 _LOG = logging.getLogger(__name__)
 
@@ -171,13 +172,17 @@ def package(
         else:
             cpp_folder.write_example(staging.path, name, platform, plugin=library is not None)
             _write_rest(first, names, files_of(platform), staging.path / cpp_folder.BUNDLE, place / cpp_folder.BUNDLE)
+        parents = [Parent(_relative(b.path, place), sha256(b.path / MANIFEST)) for b in found]
+        parts = cpp_parts(platform, first.manifest) if launch is None else triton_parts(launch.server, launch.pillow)
+        bill = bill_of_materials(name, first.manifest, parents, hashes(staging.path), parts)
+        (staging.path / SBOM).write_bytes(bill)
         made = Package(
             target=target,
             name=name,
             platform=platform,
             verified=not doubts,
             doubts=doubts,
-            parents=[Parent(_relative(b.path, place), sha256(b.path / MANIFEST)) for b in found],
+            parents=parents,
             gpus=list(gpus),
             server=server,
             plugin=sha256(library) if library is not None else None,
@@ -227,11 +232,6 @@ def _check_options(options: TritonOptions, target: str) -> None:
             raise InputError(
                 "not one of these", where=where, seen=repr(seen), wanted=" or ".join(typing.get_args(kinds))
             )
-    least = {"--max-batch": (options.max_batch, 1), "--instances": (options.instances, 1)}
-    least |= {"--cpus": (options.cpus, 1), "--memory": (options.memory, 1)}
-    for where, (value, low) in (least | {"--queue-delay": (options.queue_delay, 0)}).items():
-        if value is not None and value < low:
-            raise InputError("too small", where=where, seen=value, wanted=f"{low} or more")
 
 
 def _serving(
@@ -373,6 +373,11 @@ def _notes(server: TritonRelease | None, platform: str, options: TritonOptions |
         notes.append(
             "With DALI the model sees pixels that are near those it was verified with, and not the same; "
             "Triton's DALI backend itself has not been tested."
+        )
+    if server is not None and server.release < FREES_BODIES:
+        notes.append(
+            f"Triton {server.release} keeps the memory of compressed bodies that it refuses, until its limit ends it: "
+            f"take {FREES_BODIES} or later, or a gateway that refuses Content-Encoding."
         )
     if server is None or platform != "tensorrt" or server.tensorrt is None or "." in server.tensorrt:
         return notes

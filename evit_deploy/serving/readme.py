@@ -3,6 +3,7 @@
 from evit_deploy.serving.deployment import CLOSED_SCRIPT, GRPC, HTTP, METRIC_NAMES, METRICS, Launch
 from evit_deploy.serving.kubernetes import DRAIN
 from evit_deploy.serving.repository import Serving
+from evit_deploy.serving.sbom import SBOM
 
 _PHOTOGRAPHS = """## Ask it
 
@@ -102,7 +103,7 @@ def _contents(serving: Serving) -> str:
         ("compose.yaml, kubernetes.yaml", "the same image with ports, probes, limits and a GPU where it is used"),
         ("manifest.json, golden.npz", "what the model is, and the answers that it has to give"),
         ("package.json", "what this was made of, with hashes"),
-        ("sbom.json", "software bill of materials, CycloneDX"),
+        (SBOM, "software bill of materials, CycloneDX"),
     ]
     return "| | |\n|---|---|\n" + "".join(f"| `{name}` | {what} |\n" for name, what in rows)
 
@@ -140,7 +141,7 @@ def _reach(launch: Launch) -> str:
     if launch.publish == "network":
         ports = (
             "HTTP and gRPC are open to whoever reaches this machine, in Kubernetes through a load balancer: the server "
-            "asks nobody who they are, so put a gateway with TLS and a login before it. Metrics stay local."
+            "does not ask who they are: put a gateway with TLS and a login before it. Metrics stay local."
         )
     else:
         ports = (

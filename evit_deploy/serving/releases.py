@@ -44,6 +44,10 @@ a container in ``dpkg -l libnvinfer-bin``.
 """
 
 
+FREES_BODIES = "26.05"
+"""First release that frees what a compressed body became when it refuses the request (server#8764)."""
+
+
 class TritonRelease(msgspec.Struct, frozen=True):
     """The server a package is for.
 

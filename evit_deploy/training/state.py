@@ -9,7 +9,6 @@ import io
 import random
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import msgspec
 import numpy as np
 import torch
 
+from evit_deploy import interrupts
 from evit_deploy.errors import InputError
 from evit_deploy.files import write_atomically
 from evit_deploy.recipe.recipe import Recipe
@@ -31,8 +31,6 @@ _FREE = {
     "dense": ("save_every", "threads"),
     "finetune": ("save_every", "threads"),
 }
-TOGETHER = 2.0
-"""Seconds in which several signals are one request: a launcher hands on to its processes what they got themselves."""
 _DENSE = ("seed", "model", "data", "dense")
 _STAGES = {"dense": _DENSE, "finetune": (*_DENSE, "tokens", "finetune", "teacher")}
 
@@ -151,8 +149,8 @@ class Interruption:
 def interruptible() -> Iterator[Interruption]:
     """Lets SIGINT and SIGTERM wait for the end of a step, so that a whole state can be written; a later one does not.
 
-    What comes within :data:`TOGETHER` seconds of the first belongs to it: Ctrl-C reaches the processes of ``torchrun``
-    from the terminal, and as SIGTERM from ``torchrun``.
+    What comes shortly after the first belongs to it (:mod:`evit_deploy.interrupts`): Ctrl-C reaches the processes of
+    ``torchrun`` from the terminal, and as SIGTERM from ``torchrun``.
 
     Only the main thread gets signals; elsewhere nothing changes.
     """
@@ -161,13 +159,10 @@ def interruptible() -> Iterator[Interruption]:
         yield found
         return
 
-    first = 0.0
-
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal first
         if not found.asked:
-            first = time.monotonic()
-        elif time.monotonic() - first >= TOGETHER:
+            interrupts.note(number)
+        elif not interrupts.repeated():
             raise KeyboardInterrupt
         found.asked = True
 

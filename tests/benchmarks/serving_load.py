@@ -31,7 +31,7 @@ from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.pipeline.convert import convert
 from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
-from evit_deploy.serving.options import PackageOptions
+from evit_deploy.serving.options import PackageOptions, TritonOptions
 from evit_deploy.serving.package import package
 from evit_deploy.triton.client import Answer, ask, file_sender
 from evit_deploy.triton.connection import Connection
@@ -47,8 +47,9 @@ CLIENTS = 16
 def packaged(bundle: Bundle, folder: Path, name: str) -> Path:
     """The bundle's model repository for ONNX Runtime, as ``evit-deploy package`` writes it."""
     place, _ = package(
-        bundle.path, "triton", options=PackageOptions(platform="onnxruntime", name=name), out=folder / name
-    )
+        bundle.path, "triton", options=PackageOptions(platform="onnxruntime", name=name),
+        triton=TritonOptions(device="cpu"), out=folder / name,
+    )  # fmt: skip
     return place / "model_repository"
 
 
@@ -77,9 +78,9 @@ def batches_of(count: int, images: int) -> list[np.ndarray]:
 def judge(answers: Sequence[Answer], wanted: Sequence[np.ndarray], limit: float) -> dict[str, Any]:
     """Counts of answers by what became of them, and of those that are wrong."""
     errors = [
-        float(np.abs(answer.logits - right).max()) if answer.logits.shape == right.shape else float("inf")
+        float(np.abs(answer.output - right).max()) if answer.output.shape == right.shape else float("inf")
         for answer, right in zip(answers, wanted, strict=True)
-        if answer.logits is not None
+        if answer.output is not None
     ]
     counts = {state: sum(a.state == state for a in answers) for state in ("answered", "refused", "lost", "unsent")}
     return counts | {"wrong": sum(not error <= limit for error in errors), "worst error": max(errors, default=None)}
@@ -192,7 +193,7 @@ def files_load(server: TritonServer, bundle: Bundle, name: str, files: Sequence[
         "photographs": len(files), "wall s": round(wall, 2), **latencies([a.seconds for a in answers]),
         **judge(answers, list(right), tolerance(bundle)),
         "top-1 as in process": sum(
-            int(a.logits.argmax() == r.argmax()) for a, r in zip(answers, right, strict=True) if a.logits is not None
+            int(a.output.argmax() == r.argmax()) for a, r in zip(answers, right, strict=True) if a.output is not None
         ),
     }  # fmt: skip
 
@@ -239,7 +240,7 @@ def refusals(server: TritonServer, bundle: Bundle, name: str, model: str, count:
             reason = bad.reason.removeprefix(f"{server.http}: ")
             said.setdefault(kind, {}).setdefault(reason, 0)
             said[kind][reason] += 1
-            good_answers += after.logits is not None and float(np.abs(after.logits - right).max()) <= tolerance(bundle)
+            good_answers += after.output is not None and float(np.abs(after.output - right).max()) <= tolerance(bundle)
     return {
         "malformed": count, **states, "good requests after them answered right": good_answers, "messages": said,
         "memory MB": memory,

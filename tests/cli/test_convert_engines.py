@@ -266,8 +266,8 @@ def test_an_interrupted_build_leaves_nothing(tiny, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     checkpoint = Path(shutil.copy(tiny, tmp_path / tiny.name))
     result = interrupted(checkpoint, "building the engines", signal.SIGTERM, [*RTX, "--json"])
-    assert result.code == 130, result.err
-    assert result.document["error"]["exit_code"] == 130
+    assert result.code == 143, result.err
+    assert result.document["error"]["exit_code"] == 143
     assert list(tmp_path.iterdir()) == [checkpoint]
 
 

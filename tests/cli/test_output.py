@@ -38,13 +38,32 @@ with Output(**json.loads(sys.argv[1])) as output:
 """
 
 
-def on_a_terminal(columns: int, environment: Mapping[str, str] = {}, **options: bool) -> list[list[str]]:
+STRANGE = """
+import json, logging, sys, time
+from evit_deploy import progress
+from evit_deploy.cli.output import Output
+
+log = logging.getLogger("evit_deploy.work")
+name = "[red]:bug:\\x1b[2J\\u202egpj"
+with Output(**json.loads(sys.argv[1])) as output:
+    with progress.stages(1):
+        progress.stage(log, f"reading {name}")
+        time.sleep(0.5)
+        log.warning(f"{name} is strange")
+    output.result(None, f"made {name}")
+"""
+"""Work on what has a name that a terminal would obey."""
+
+
+def on_a_terminal(
+    columns: int, environment: Mapping[str, str] = {}, work: str = WORK, **options: bool
+) -> list[list[str]]:
     """Runs the work on a terminal; what its screen shows, at many moments and at the end."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     names = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "RANK")}
     process = subprocess.Popen(
-        [sys.executable, "-c", WORK, json.dumps(options)],
+        [sys.executable, "-c", work, json.dumps(options)],
         stdin=slave, stdout=slave, stderr=slave, env=names | {"TERM": "xterm-256color"} | environment,
     )  # fmt: skip
     os.close(slave)
@@ -104,6 +123,13 @@ def test_a_dumb_terminal_is_like_a_pipe():
     screens = on_a_terminal(200, {"TERM": "dumb"})
     assert len(screens[-1]) == 3
     assert not any("/2 " in line for screen in screens for line in screen)
+
+
+def test_a_name_is_shown_and_not_obeyed():
+    screens = on_a_terminal(100, work=STRANGE)
+    shown = r"[red]:bug:\x1b[2J\u202egpj"
+    assert screens[-1] == [f"{shown} is strange", f"made {shown}"]
+    assert any(f"reading {shown}" in line for screen in screens for line in screen)
 
 
 def test_no_color_is_heeded():

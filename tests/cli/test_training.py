@@ -51,7 +51,7 @@ def test_the_line_that_is_printed_goes_on(cli, command, stopped_at_five, tmp_pat
         f"evit-deploy: interrupted: dense stopped after step 5 of 12, saved as {state_path(out, 'dense')}. Go on with: "
     )
     last = result.err.splitlines()[-1]
-    assert (result.code, last[: len(said)]) == (130, said)
+    assert (result.code, last[: len(said)]) == (143, said)
     line = shlex.split(last[len(said) :])
     assert line == ["evit-deploy", command, str(file), "--out", str(out), *more, "--resume"]
 
@@ -67,6 +67,6 @@ def test_json_has_what_is_said(cli, stopped_at_five, tmp_path):
     stopped_at_five.setenv("WORLD_SIZE", "1")
     result = cli("train", tmp_path / "tiny.yaml", "--out", tmp_path / "out", "--json")
     error = result.document["error"]
-    assert (result.code, error["exit_code"], error["type"]) == (130, 130, "Interrupted")
+    assert (result.code, error["exit_code"], error["type"]) == (143, 143, "Interrupted")
     assert "stopped after step 5 of 12" in error["message"]
     assert error["message"].endswith("--json --resume")

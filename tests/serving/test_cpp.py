@@ -26,7 +26,7 @@ def test_what_is_in_a_folder_for_a_plan(planned, tmp_path):
     bundle = planned(plugin=sha256(built))
     place, made = make_package([bundle.path], "cpp", name="tiny", plugin=built, gpus=["sm80"])
     assert {name for name, content in tree(place).items() if content is not None} == EXAMPLE | {
-        "README.md", "EXAMPLE.md", PACKAGE, f"plugins/{LIBRARY}",
+        "README.md", "EXAMPLE.md", PACKAGE, "sbom.json", f"plugins/{LIBRARY}",
         f"bundle/{MANIFEST}", f"bundle/{ENGINE}", f"bundle/{GOLDEN}", "bundle/report.json",
     }  # fmt: skip
     assert (made.target, made.platform, made.plugin, made.server) == ("cpp", "tensorrt", sha256(built), None)

@@ -69,7 +69,7 @@ def test_what_is_in_a_package(packaged, converted):
     folder = "model_repository/tiny"
     assert {name for name, content in tree(packaged).items() if content is not None} == {
         "Dockerfile", "README.md", "closed.sh", "compose.yaml", "golden.npz", "kubernetes.yaml",
-        MANIFEST, PACKAGE, "report.json",
+        MANIFEST, PACKAGE, "report.json", "sbom.json",
         f"{folder}/config.pbtxt", f"{folder}/1/.keep",
         f"{folder}_preprocess/config.pbtxt", f"{folder}_preprocess/1/model.py",
         f"{folder}_model/config.pbtxt", f"{folder}_model/1/model.onnx",
@@ -93,6 +93,7 @@ def test_the_package_says_what_it_was_made_of(packaged, converted):
     assert not os.path.isabs(parent.source)
     assert parent.sha256 == sha256(converted.path / MANIFEST)
     assert made.server.release == max(RELEASES)
+    assert made.notes == []
     contents = {name: content for name, content in tree(packaged).items() if content is not None and name != PACKAGE}
     assert made.files == {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     assert made.launch == [
@@ -182,6 +183,7 @@ def test_options_reach_the_configuration(own):
     assert (model.max_batch_size, model.instance_group[0].count) == (7, 3)
     assert model.dynamic_batching.max_queue_delay_microseconds == 50
     assert (made.server.release, made.server.onnxruntime) == ("26.01", "1.23.2")
+    assert any("keeps the memory of compressed bodies" in note for note in made.notes)
     assert "tritonserver:26.01-py3" in (place / "Dockerfile").read_text()
 
 

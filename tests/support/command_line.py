@@ -62,12 +62,8 @@ def cli(capfd, monkeypatch) -> Callable[..., Result]:
     monkeypatch.setattr("evit_deploy.pipeline.convert.FIRST_LOOK", look)  # it takes 2 seconds a batch size
 
     def call(*arguments: object) -> Result:
-        before = signal.getsignal(signal.SIGTERM)
         capfd.readouterr()
-        try:
-            code = run([str(argument) for argument in arguments])
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        code = run([str(argument) for argument in arguments])
         return Result(code, *capfd.readouterr())
 
     return call

@@ -27,11 +27,10 @@ from typing import Any
 
 import msgspec
 
-from evit_deploy import drafts
 from evit_deploy.bundle.bundle import Staging, changed_files, read_bundle, write_manifest
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.errors import InputError
-from evit_deploy.files import write_atomically
+from evit_deploy.files import drafts, write_atomically
 
 # C functions of these modules are the system's; `_renameat2` reaches it through ctypes, which no profiler sees.
 _SYSTEM, _THROUGH_CTYPES = ("posix", "fcntl", "_io"), "_renameat2"

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 
+from evit_deploy import interrupts
 from evit_deploy.errors import InputError, Interrupted, StageError
 from evit_deploy.recipe.recipe import dump_recipe
 from evit_deploy.recipe.sections import DataSection, ModelSection
@@ -90,7 +91,7 @@ def test_the_command_goes_on_after_a_signal(number, tmp_path):
         time.sleep(0.05)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), said
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL), said
     stopped_at = torch.load(state, weights_only=True)["step"]
     assert 0 < stopped_at < 400
     if number == signal.SIGTERM:
@@ -268,7 +269,7 @@ def test_signals_that_come_together_are_one_request(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked
-        monkeypatch.setattr(sys.modules["evit_deploy.training.state"], "TOGETHER", 0.0)
+        monkeypatch.setattr(interrupts, "TOGETHER", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

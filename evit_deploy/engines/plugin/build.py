@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evit_deploy.drafts import draft
 from evit_deploy.engines.plugin import library as plugin
 from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
+from evit_deploy.files.drafts import draft
 from evit_deploy.progress import doing
 from evit_deploy.report.report import Check, Report
 from evit_deploy.tokens.kernel import DTYPES, TokenReorgKernel
@@ -140,18 +141,28 @@ def _install(built: Sequence[Path], out: Path) -> Path:
 
 
 def _run(command: list[str], failed: str) -> str:
-    """Runs a tool; gives what it said. The reason of a failure is the first complaint."""
+    """Runs a tool; gives what it said. The reason of a failure is the first complaint.
+
+    What the tool has started (make, compilers) ends with it when it takes too long or the user interrupts.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIME_LIMIT)
-    except subprocess.TimeoutExpired:
-        raise StageError(
-            f"{failed}: {command[0]} took more than {TIME_LIMIT:g} seconds", where="plugin build"
-        ) from None
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        )
     except OSError as error:
         raise MissingRequirement(f"{command[0]} cannot be run ({error.strerror})", where="plugin build") from None
-    if done.returncode:
-        raise StageError(f"{failed}: {_complaint(done.stdout + done.stderr)}", where="plugin build")
-    return done.stdout
+    with process:
+        try:
+            said, complaints = process.communicate(timeout=TIME_LIMIT)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            what = f"{failed}: {command[0]} took more than {TIME_LIMIT:g} seconds"
+            raise StageError(what, where="plugin build") from None
+    if process.returncode:
+        raise StageError(f"{failed}: {_complaint(said + complaints)}", where="plugin build")
+    return said
 
 
 def _complaint(said: str) -> str:

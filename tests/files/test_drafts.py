@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from evit_deploy import drafts
 from evit_deploy.bundle.bundle import Staging, check_out, read_bundle
 from evit_deploy.bundle.manifest import MANIFEST
-from evit_deploy.drafts import PREFIX, draft, sweep
 from evit_deploy.errors import InputError
-from evit_deploy.files import write_atomically
+from evit_deploy.files import drafts, write_atomically
+from evit_deploy.files.drafts import PREFIX, draft, sweep
 from tests.support.kill_points import cannot
 from tests.support.paths import ROOT
 
@@ -64,7 +63,7 @@ def other_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
     code = """
 import sys, time
 from pathlib import Path
-from evit_deploy.drafts import draft
+from evit_deploy.files.drafts import draft
 with draft(Path(sys.argv[1])) as made:
     (made.folder / "half").write_text("half")
     print(made.folder, flush=True)

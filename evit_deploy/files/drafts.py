@@ -97,9 +97,14 @@ def draft(parent: Path | None = None) -> Iterator[Draft]:
         made.folder.mkdir()
         yield made
     finally:
-        _discard(room)
-        if lock is not None:
-            os.close(lock)
+        try:
+            _discard(room)
+        except BaseException:  # interrupted: the second signal of the same request does not interrupt again
+            _discard(room)
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 def sweep(parent: Path) -> None:

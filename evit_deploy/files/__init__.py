@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from evit_deploy.drafts import draft
 from evit_deploy.errors import StageError
+from evit_deploy.files.drafts import draft
 
 
 def sha256(path: Path) -> str:

@@ -302,11 +302,6 @@ def test_batches_that_the_plan_does_not_take(profiles, max_batch, words, planned
     [
         ({"target": "torchserve"}, "unknown purpose.*expected triton or cpp"),
         ({"triton": TritonOptions(preprocess="torch")}, "unknown preprocessing.*'torch'"),
-        ({"triton": TritonOptions(max_batch=0)}, "--max-batch: too small"),
-        ({"triton": TritonOptions(instances=0)}, "--instances: too small"),
-        ({"triton": TritonOptions(queue_delay=-1)}, "--queue-delay: too small"),
-        ({"triton": TritonOptions(cpus=0)}, "--cpus: too small"),
-        ({"triton": TritonOptions(memory=0)}, "--memory: too small"),
         ({"triton": TritonOptions(device="npu")}, "--device: not one of these .*'npu'.*gpu or cpu"),
         ({"triton": TritonOptions(publish="all")}, "--publish: not one of these .*'all'.*local or network"),
         ({"triton": TritonOptions(preprocess="dali", device="cpu")}, "runs on the CPU, DALI on a GPU"),

@@ -30,6 +30,11 @@ def cached_environment(name: str, variable: str, commands: Callable[[Path], Sequ
     return folder
 
 
+def hashed(lock: Path) -> tuple[str, ...]:
+    """pip's arguments for exactly the files that a lock file lists, by their SHA-256."""
+    return "--require-hashes", "-r", str(lock)
+
+
 def _make(folder: Path, commands: Callable[[Path], Sequence[Sequence[str]]]) -> None:
     """Makes it beside its place and moves it there whole: test runs may be side by side, and be interrupted."""
     making = folder.with_name(f"{folder.name}.{os.getpid()}")

@@ -22,13 +22,13 @@ from typing import Any
 import pytest
 
 from tests.support import plugin_builds
-from tests.support.environments import cached_environment
+from tests.support.environments import cached_environment, hashed
 from tests.support.paths import PLUGINS, ROOT
 from tests.support.shared import made_once
 
 RELEASES = {10: "10.15.1.29", 11: "11.4.0.106"}
 """What is fetched, by major version: the oldest TensorRT that is supported, and the newest."""
-PACKAGES = ("tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-lean-cu13-libs")
+LOCKS = ROOT / "tests" / "environments"
 MISSING = (
     *("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createNvOnnxParser_INTERNAL"),
     *("createNvOnnxParserRefitter_INTERNAL", "getBuilderPluginRegistry", "getNvOnnxParserVersion"),
@@ -70,7 +70,7 @@ def packages(major: int) -> Path:
         "tensorrt",
         "EVIT_TENSORRT_ENVIRONMENT",
         lambda making: [
-            [*pip, "--target", str(making / release), *(f"{name}=={release}" for name in PACKAGES)]
+            [*pip, "--target", str(making / release), *hashed(LOCKS / f"tensorrt-{release}.lock")]
             for release in RELEASES.values()
         ],
     )

@@ -21,10 +21,11 @@ import pytest
 
 from evit_deploy.errors import EvitDeployError
 from evit_deploy.triton.connection import Connection
-from tests.support.environments import cached_environment
+from tests.support.environments import cached_environment, hashed
+from tests.support.paths import ROOT
 from tests.support.shared import made_once
 
-PACKAGES = ("nvidia-pytriton==0.7.0", "numpy<2", "onnxruntime>=1.23", "pillow>=10")
+LOCK = ROOT / "tests" / "environments" / "triton.lock"
 READY = 60.0
 SERVER = Path("pytriton") / "tritonserver"
 BACKENDS = ("onnxruntime", "tensorrt", "openvino")
@@ -38,7 +39,7 @@ def site_packages() -> Path:
         "EVIT_TRITON_ENVIRONMENT",
         lambda making: (
             [sys.executable, "-m", "venv", str(making)],
-            [str(making / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries", "1", *PACKAGES],
+            [str(making / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries", "1", *hashed(LOCK)],
         ),
     )
     found = next(iter(sorted(folder.glob("lib/python3.*/site-packages"))), None)

@@ -7,11 +7,12 @@ means where, :mod:`evit_deploy.files.drafts` says.
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
-from evit_deploy.bundle.manifest import FORMAT, MANIFEST, PACKAGE, Manifest
+from evit_deploy.bundle.manifest import FORMAT, MANIFEST, PACKAGE, SIGNATURE, Manifest
+from evit_deploy.documents import converted, read_json
 from evit_deploy.errors import InputError, StageError, first_few
 from evit_deploy.files import hashes, sha256
 from evit_deploy.files.drafts import draft, sweep, sync
@@ -86,12 +87,10 @@ def read_bundle(path: str | Path) -> Bundle:
             raise InputError(f"not a bundle (no {MANIFEST} in it)", where=path)
     except OSError as error:  # a name too long for any file, a folder that may not be entered
         raise InputError(f"no such bundle ({error.strerror})", where=path) from None
-    try:
-        manifest = msgspec.json.decode(manifest_path.read_bytes(), type=Manifest)
-    except (msgspec.DecodeError, OSError) as error:
-        raise InputError(f"the manifest cannot be read: {error}", where=manifest_path, fix="Convert again.") from None
-    if manifest.format != FORMAT:
-        raise InputError("a bundle of another version", where=manifest_path, seen=manifest.format, wanted=FORMAT)
+    document = read_json(manifest_path, dict[str, Any])
+    if document.get("format", FORMAT) != FORMAT:
+        raise InputError("a bundle of another version", where=manifest_path, seen=document["format"], wanted=FORMAT)
+    manifest = converted(document, Manifest, manifest_path)
     root = path.resolve()
     for name in manifest.files:
         if not _is_inside(root, name):
@@ -168,12 +167,12 @@ def _strangers(out: Path) -> list[str]:
 def _listed(out: Path) -> set[str]:
     """Names of the files that a bundle's manifest or a package's list claims."""
     try:
-        known = set(read_bundle(out).manifest.files) | {MANIFEST}
+        known = set(read_bundle(out).manifest.files) | {MANIFEST, SIGNATURE}
     except InputError:
         known = set()
     try:
-        listed = msgspec.json.decode((out / PACKAGE).read_bytes(), type=_Listed)
-    except (OSError, msgspec.DecodeError):
+        listed = read_json(out / PACKAGE, _Listed)
+    except InputError:
         return known
     return known | set(listed.files) | {PACKAGE}
 
@@ -259,7 +258,8 @@ def write_manifest(staging: Path, manifest: Manifest, unchanged: Mapping[str, st
         What was written.
     """
     files = hashes(staging, unchanged)
-    files.pop(MANIFEST, None)  # written before, with less in it
+    for name in (MANIFEST, SIGNATURE):  # written before, with less in it
+        files.pop(name, None)
     manifest = msgspec.structs.replace(manifest, files=files)
     (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
     return manifest

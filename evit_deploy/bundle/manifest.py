@@ -1,6 +1,7 @@
 """The types that travel between stages: what a bundle's manifest records, and the names of its files."""
 
 import math
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,12 +9,14 @@ import msgspec
 
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import InputError
-from evit_deploy.recipe.options import BatchProfile
+from evit_deploy.recipe.options import BatchProfile, Precision
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 
 FORMAT = 1
 MANIFEST, MODEL, DENSE, GOLDEN, REPORT = "manifest.json", "model.onnx", "dense/model.onnx", "golden.npz", "report.json"
 ENGINE, OPENVINO = "engine.plan", "openvino/model.xml"
+SIGNATURE = "manifest.sig"
+"""Of the manifest, which lists the hash of everything else; see :mod:`evit_deploy.bundle.signature`."""
 PACKAGE = "package.json"
 """Of a package, which is made of bundles: says what it was made of, and lists its files."""
 TWIN = "dense/"
@@ -99,6 +102,9 @@ class Manifest(msgspec.Struct, frozen=True):
         engine: What ``engine.plan`` was built with, if there is one.
         normalized: Whether the embedding is scaled to length 1, inside the files.
         origins: Where ``preprocess`` and ``labels`` come from, for people.
+
+    Raises:
+        InputError: It describes no model that evit-deploy makes.
     """
 
     kind: str
@@ -122,6 +128,25 @@ class Manifest(msgspec.Struct, frozen=True):
     normalized: bool = False
     origins: dict[str, str] = {}
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if [len(tensor.shape) for tensor in self.inputs] != [4] or not all(self.inputs[0].shape[1:]):
+            raise InputError("inputs are not one batch of images", seen=[tensor.shape for tensor in self.inputs])
+        if [len(tensor.shape) for tensor in self.outputs[:1]] != [2] or not self.outputs[0].shape[1]:
+            raise InputError("the first output is not one row an image", seen=[out.shape for out in self.outputs])
+        if self.inputs[0].shape[2:] != self.preprocess.size:
+            seen = f"{self.preprocess.size} for {self.inputs[0].shape[2:]}"
+            raise InputError("the preprocessing makes another size than the model takes", seen=seen)
+        if self.precision not in typing.get_args(Precision):
+            wanted = "one of " + ", ".join(typing.get_args(Precision))
+            raise InputError("unknown precision", seen=repr(self.precision), wanted=wanted)
+        if not self.parents:
+            raise InputError("it does not say what it was made from", wanted="one parent")
+        if self.labels is not None and len(self.labels) != self.outputs[0].shape[1]:
+            seen = f"{len(self.labels)} labels for {self.outputs[0].shape[1]} classes"
+            raise InputError("labels for another number of classes", seen=seen)
+        if self.plan.cost is not None and self.plan.macs() <= 0:
+            raise InputError("its plan costs nothing", seen=self.plan.macs())
 
     @property
     def answer(self) -> str:

@@ -71,7 +71,7 @@ class _Several(Command):
 )
 @struct_options("ConvertOptions", "Target", "linear", "calibration", "indices", "normalize", "target_options")
 @struct_options("BuildOptions", "Engine")
-@struct_options("ConvertOptions", "Checks", "data", "min_speedup")
+@struct_options("ConvertOptions", "Checks", "data", "min_speedup", "sign")
 @struct_options("ProfileOptions", "Checks", "threads")
 @click.option(
     "--out",

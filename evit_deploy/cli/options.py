@@ -55,11 +55,11 @@ _METAVARS = {
     "batch_sizes": "1,8,32", "calibration": "DIR", "crop_pct": "F", "data": "DIR", "duration": "S", "gpus": "SM",
     "images": "DIR", "instances": "N", "labels": "FILE", "max_batch": "N", "mean": "R,G,B", "min_speedup": "F",
     "name": "NAME", "optimization_level": "0-5", "plugin": "PATH|auto|none", "queue_delay": "µS",
-    "reference": "BUNDLE", "server": "YY.MM", "server_tensorrt": "VERSION", "std": "R,G,B", "threads": "N",
-    "timing_cache": "FILE", "workspace": "MIB",
+    "reference": "BUNDLE", "server": "YY.MM", "server_tensorrt": "VERSION", "sign": "KEY", "std": "R,G,B",
+    "threads": "N", "timing_cache": "FILE", "workspace": "MIB",
 }  # fmt: skip
 _REGISTRIES = {"targets": "TARGETS", "runtimes": "RUNTIMES"}
-_PATHS = ("calibration", "data", "images", "labels", "reference", "timing_cache")
+_PATHS = ("calibration", "data", "images", "labels", "reference", "sign", "timing_cache")
 _HOMES = ("evit_deploy.recipe.options", "evit_deploy.serving.options")
 """Where the structs of options are, which load nothing heavy."""
 

@@ -24,8 +24,16 @@ from evit_deploy.report.lines import printable
     help="Images a call.  [default: 1,2,8; for an engine the ends of its profiles]",
 )
 @data_option("Checks")
+@click.option(
+    "--trust",
+    cls=Option,
+    group="Checks",
+    type=PATH,
+    metavar="KEY",
+    help="Public key that the manifest has to be signed with (convert --sign).",
+)
 @output_options
-def command(bundle: Path, output: Output, **options: Any) -> None:
+def command(bundle: Path, output: Output, trust: Path | None, **options: Any) -> None:
     """Prove that BUNDLE answers like PyTorch, on every runtime it can use.
 
     \b
@@ -33,10 +41,13 @@ def command(bundle: Path, output: Output, **options: Any) -> None:
     evit-deploy verify deit_s-evit-k0.7 --url http://server:8000 --model-name deit_s
     """
     server = server_of(options)
+    from evit_deploy.bundle.bundle import read_bundle
+    from evit_deploy.bundle.signature import read_signed
     from evit_deploy.verification.verify import verify
 
-    report = verify(bundle, server=server, **options)
-    output.result(
-        report, f"\n{'verified' if report.passed else 'NOT verified'}: {printable(bundle)}", passed=report.passed
-    )
+    found = read_bundle(bundle) if trust is None else read_signed(bundle, trust)
+    report = verify(found, server=server, **options)
+    signed = f", signed with {printable(trust)}" if trust is not None else ""
+    verdict = f"\n{'verified' if report.passed else 'NOT verified'}: {printable(bundle)}{signed}"
+    output.result(report, verdict, passed=report.passed)
     report.raise_if_failed(where=bundle)

@@ -4,12 +4,19 @@ Thin over ``timm.data``, which is imported where it is used: a manifest is read 
 """
 
 import functools
+import math
+import typing
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from evit_deploy.errors import InputError
+from evit_deploy.recipe.sections import CropMode, Interpolation
+
 CENTER_FLOOR = "center-floor"
+LARGEST_IMAGE = 8192
+"""Pixels of a side; the position embeddings of real models end far below."""
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +35,9 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         interpolation: timm's name of the resampling filter.
         mean: One a channel, on images scaled to 0..1.
         std: One a channel.
+
+    Raises:
+        InputError: Images cannot be prepared like this.
     """
 
     size: tuple[int, int]
@@ -36,6 +46,22 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if not all(0 < side <= LARGEST_IMAGE for side in self.size):
+            raise InputError(f"size is {self.size}", wanted=f"two sides of 1 to {LARGEST_IMAGE} pixels")
+        for field, known in (("interpolation", Interpolation), ("crop_mode", CropMode)):
+            value = getattr(self, field)
+            if value not in typing.get_args(known):
+                raise InputError(f"{field} is {value!r}, none of {', '.join(typing.get_args(known))}")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise InputError(f"mean {self.mean} and std {self.std} are not all finite")
+        if not all(value > 0 for value in self.std):
+            raise InputError(f"images are divided by std, {self.std}")
+        if not self.mean or len(self.mean) != len(self.std):
+            raise InputError(f"mean {self.mean} and std {self.std} are of different lengths")
+        if not 0 < self.crop_pct <= 4:
+            raise InputError(f"crop_pct is {self.crop_pct}", wanted="more than 0, at most 4")
 
     @classmethod
     def from_model(cls, model: Any, image_size: int | tuple[int, int] | None = None) -> "Preprocess":

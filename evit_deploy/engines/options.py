@@ -87,12 +87,6 @@ def _check_values(options: BuildOptions) -> None:
             raise InputError(
                 "not a range of batch sizes", where="--batch", seen=profile, wanted="1 <= MIN <= OPT <= MAX"
             )
-    if options.workspace is not None and options.workspace < 1:
-        raise InputError("no room to work in", where="--workspace", seen=options.workspace, wanted="1 MiB or more")
-    if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
-        raise InputError(
-            "no such level", where="--optimization-level", seen=options.optimization_level, wanted="0 to 5"
-        )
     cache = Path(options.timing_cache) if options.timing_cache is not None else None
     if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
         raise InputError("no file can be written there", where="--timing-cache", seen=cache)

@@ -23,6 +23,7 @@ EXTRAS = {
     "tensorrt-rtx": "TensorRT-RTX engines",
     "triton": "packages for Triton Inference Server, and clients of it",
     "torch-tensorrt": "TensorRT engines by way of PyTorch; pins PyTorch, so give it an environment of its own",
+    "sign": "signatures of bundles",
     "data": "Hugging Face datasets as training data",
     "wild": "the photographs behind the digits of digits-in-the-wild",
 }

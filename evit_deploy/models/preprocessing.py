@@ -5,7 +5,6 @@ arguments that a training script left in the checkpoint.
 """
 
 import math
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,6 @@ from evit_deploy.data.labels import check_labels, read_labels
 from evit_deploy.data.preprocess import CENTER_FLOOR, Preprocess
 from evit_deploy.errors import CheckpointError, InputError
 from evit_deploy.recipe.options import PreprocessOptions
-from evit_deploy.recipe.sections import CropMode, Interpolation
 
 # PIL's numbers of resampling filters, under timm's names.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
@@ -99,12 +97,13 @@ def resolve_inputs(
     origin = said.origin if said is not None else f"timm's {architecture}"
     fields = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
     given = {field: value for field in fields if (value := getattr(asked, field)) is not None}
-    preprocess = msgspec.structs.replace(base, **given)
-    if len(preprocess.mean) != len(preprocess.std):
+    mean, std = given.get("mean", base.mean), given.get("std", base.std)
+    if len(mean) != len(std):
         raise InputError(
-            "one number a channel for each of the two", where="--mean and --std",
-            seen=f"{len(preprocess.mean)} and {len(preprocess.std)}", wanted=f"{len(base.mean)} each",
+            "one number a channel for each of the two", where="--mean and --std", seen=f"{len(mean)} and {len(std)}",
+            wanted=f"{len(base.mean)} each",
         )  # fmt: skip
+    preprocess = msgspec.structs.replace(base, **given)
     if said is None and not chosen and not {"mean", "std"} <= given.keys():
         notes.append(
             f"Warning: nothing in the checkpoint says how its images were normalized. {_normalized(preprocess)} of "
@@ -181,7 +180,6 @@ def preprocess_in(configs: Mapping[str, dict[str, Any]], args: Any, where: objec
         if name in configs:
             try:
                 found = read(configs[name])
-                _check(found)
             except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
                 raise CheckpointError(
                     f"its preprocessing cannot be understood: {error}", where=f"{where}/{name}"
@@ -339,26 +337,6 @@ def _of_args(args: Mapping[str, Any], where: object) -> Preprocess | None:
     size = args.get("img_size") or args.get("input_size") or 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     try:
-        found = msgspec.convert(given | {"size": (height, width)}, Preprocess, strict=False)
-        _check(found)
-        return found
+        return msgspec.convert(given | {"size": (height, width)}, Preprocess, strict=False)
     except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise CheckpointError(f"its arguments name no preprocessing that can be used: {error}", where=where) from None
-
-
-def _check(preprocess: Preprocess | None) -> None:
-    """Makes sure that images can be normalised like this."""
-    if preprocess is None:
-        return
-    for field, known in (("interpolation", Interpolation), ("crop_mode", CropMode)):
-        value = getattr(preprocess, field)
-        if value not in typing.get_args(known):
-            raise ValueError(f"{field} is {value!r}, none of {', '.join(typing.get_args(known))}")
-    if not all(math.isfinite(value) for value in (*preprocess.mean, *preprocess.std)):
-        raise ValueError(f"mean {preprocess.mean} and std {preprocess.std} are not all finite")
-    if not all(value > 0 for value in preprocess.std):
-        raise ValueError(f"images are divided by std, {preprocess.std}")
-    if not preprocess.mean or len(preprocess.mean) != len(preprocess.std):
-        raise ValueError(f"mean {preprocess.mean} and std {preprocess.std} are of different lengths")
-    if not 0 < preprocess.crop_pct <= 4:
-        raise ValueError(f"crop_pct is {preprocess.crop_pct}")

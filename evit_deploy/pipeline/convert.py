@@ -16,6 +16,7 @@ import torch
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle, Staging
 from evit_deploy.bundle.manifest import GOLDEN, REPORT, Manifest, Parent, TensorSpec
+from evit_deploy.bundle.signature import read_private_key, sign
 from evit_deploy.data.images import calibration_images, image_files, sample_inputs
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sources import Folder, is_labelled
@@ -253,6 +254,8 @@ def convert_all(checkpoint: Checkpoint, variants: Sequence[Variant]) -> list[Con
         check_own_weights(checkpoint, variant.spec)
         if variant.job.made.options.normalize and checkpoint.output == LOGITS:
             raise has_classes(checkpoint.model_args.get("num_classes", "its"))
+        if variant.job.made.options.sign is not None:
+            read_private_key(Path(variant.job.made.options.sign))  # a wrong key is refused before the work
     outs = [variant.job.out or default_out(checkpoint, variant.spec) for variant in variants]
     twice = next((out for out in outs if outs.count(out) > 1), None)
     if twice is not None:
@@ -319,6 +322,9 @@ def _finish(one: _Work) -> Converted:
     manifest = msgspec.structs.replace(one.manifest, results=_results(report))
     manifest = bundles.write_manifest(folder, manifest, one.manifest.files)
     if report.passed:
+        key = one.variant.job.made.options.sign
+        if key is not None:
+            sign(folder, read_private_key(Path(key)))
         one.staging.publish(one.out)
         return Converted(one.variant, bundles.read_bundle(one.out), report)
     place, kept = _reject(one.staging)

@@ -16,6 +16,7 @@ import evit_deploy
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle, read_bundle
 from evit_deploy.bundle.manifest import MODEL, REPORT
+from evit_deploy.documents import read_json
 from evit_deploy.errors import InputError
 from evit_deploy.files import sha256, write_atomically
 from evit_deploy.progress import stage, stages
@@ -81,7 +82,7 @@ def run(recipe: Recipe, out: str | Path, *, force: bool = False, resume: bool = 
             bundle, found = _convert(recipe, made, checkpoint, out / BUNDLE, notes)
         else:
             _LOG.info(f"up to date: {bundle.path}")
-            found = msgspec.json.decode(bundle.file(REPORT).read_bytes(), type=Report)
+            found = read_json(bundle.file(REPORT), Report)
         stage(_LOG, "accuracy of the exported model")
         report += found + Report(accuracy=(_exported_accuracy(recipe, bundle),))
     return bundle, report
@@ -262,8 +263,8 @@ def _file_hash(path: str | None) -> str | None:
 
 def _read_records(out: Path) -> dict[str, Record]:
     try:
-        return msgspec.json.decode((out / RECORD).read_bytes(), type=dict[str, Record])
-    except (OSError, msgspec.DecodeError):
+        return read_json(out / RECORD, dict[str, Record])
+    except InputError:
         return {}
 
 

@@ -95,6 +95,9 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     (``class/image``); of a model without classes cosine and retrieval."""
     min_speedup: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     """Fail unless every measured batch size is at least this many times as fast as the dense twin."""
+    sign: str | None = None
+    """Private key to sign the manifest with, for those who pass the bundle on: Ed25519, as OpenSSL (PEM) or OpenSSH
+    write it."""
     target_options: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
     """Option of a target that another package adds; several are possible."""
     preprocess: PreprocessOptions = PreprocessOptions()
@@ -102,7 +105,7 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("calibration", "data"):
+        for field in ("calibration", "data", "sign"):
             if isinstance(value := getattr(self, field), Path):
                 msgspec.structs.force_setattr(self, field, str(value))
 

@@ -11,6 +11,7 @@ from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle
 from evit_deploy.bundle.manifest import ENGINE, MANIFEST, REPORT, Engine, Manifest
 from evit_deploy.data.labels import check_labels, read_labels
+from evit_deploy.documents import read_json
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import EMBEDDING, INPUT, LOGITS
@@ -154,8 +155,8 @@ def doubt(bundle: Bundle, platform: str) -> str | None:
     if bundle.manifest.results["passed"] is not True:
         return "its verification failed"
     try:
-        report = msgspec.json.decode(bundle.file(REPORT).read_bytes(), type=Report)
-    except (OSError, msgspec.DecodeError) as error:
+        report = read_json(bundle.file(REPORT), Report)
+    except InputError as error:
         return f"its report cannot be read ({error})"
     if not report.passed:
         return f"a check failed: {report.failed[0].name}"

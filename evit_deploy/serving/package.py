@@ -232,11 +232,6 @@ def _check_options(options: TritonOptions, target: str) -> None:
             raise InputError(
                 "not one of these", where=where, seen=repr(seen), wanted=" or ".join(typing.get_args(kinds))
             )
-    least = {"--max-batch": (options.max_batch, 1), "--instances": (options.instances, 1)}
-    least |= {"--cpus": (options.cpus, 1), "--memory": (options.memory, 1)}
-    for where, (value, low) in (least | {"--queue-delay": (options.queue_delay, 0)}).items():
-        if value is not None and value < low:
-            raise InputError("too small", where=where, seen=value, wanted=f"{low} or more")
 
 
 def _serving(

@@ -247,6 +247,14 @@ class BlockPlan(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.choice_indices if self.choice_indices is not None else self.keep or 0
 
 
+_MOST_TOKENS = 1 << 20
+"""An image of 8,192 by 8,192 pixels in patches of 8."""
+
+
+def _counts(row: BlockPlan) -> tuple[int, ...]:
+    return row.tokens_in, row.keep or 0, row.tokens_out, row.aside, row.choice_length, *row.places
+
+
 class TokenPlan(msgspec.Struct, frozen=True):
     """Token counts of a whole model; prints as a table.
 
@@ -255,12 +263,26 @@ class TokenPlan(msgspec.Struct, frozen=True):
         patches: Patch tokens at the model's image size.
         blocks: One entry a block.
         cost: What the parts cost, if known; gives the table its multiply-adds.
+
+    Raises:
+        InputError: The numbers are no model's.
     """
 
     prefix: int
     patches: int
     blocks: tuple[BlockPlan, ...]
     cost: ModelCost | None = None
+
+    def __post_init__(self) -> None:
+        counts = [self.prefix, self.patches, *(count for row in self.blocks for count in _counts(row))]
+        if not all(0 <= count <= _MOST_TOKENS for count in counts):
+            raise InputError("a plan's token counts are out of range", wanted=f"0 to {_MOST_TOKENS}")
+        if [row.block for row in self.blocks] != list(range(len(self.blocks))) or not self.blocks:
+            raise InputError("a plan's blocks are not numbered from 0")
+        if any((row.keep or 0) > row.tokens_in or max(row.places, default=0) >= self.patches for row in self.blocks):
+            raise InputError("a block keeps tokens that it does not have")
+        if self.cost is not None and len(self.cost.blocks) not in (0, len(self.blocks)):
+            raise InputError("a plan's costs are those of another number of blocks", seen=len(self.cost.blocks))
 
     @property
     def attentions(self) -> int:

@@ -5,7 +5,6 @@ in float arithmetic), sets the limits of :mod:`evit_deploy.verification.toleranc
 patch numbers.
 """
 
-import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.errors import InputError
 from evit_deploy.export.answer import answer_in, is_normalized
 from evit_deploy.export.card import feeds
@@ -24,9 +24,10 @@ from evit_deploy.registry import METHODS
 from evit_deploy.runtimes.fp32 import fp32_products
 from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
 from evit_deploy.tokens.choices import original_patches, patch_margins
-from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.tokens.plan import FUSED, TokenPlan
 from evit_deploy.tokens.reduce import capture, token_plan, token_spec
 from evit_deploy.tokens.reducer import TokenReducer
+from evit_deploy.verification.arrays import ArraySpec, read_arrays
 from evit_deploy.verification.tolerances import error_limit, noise, tie_limits
 
 
@@ -107,37 +108,49 @@ class Golden(msgspec.Struct):
         return noise(self.expected, self.reference, embedding=embedding)
 
 
-_PLAIN = tuple(field for field in Golden.__struct_fields__ if field not in ("kept", "margin"))
+_LOCATED = ("kept", "margin")
+_PLAIN = tuple(field for field in Golden.__struct_fields__ if field not in _LOCATED)
+_IMAGES = 64
+"""More are never written."""
 
 
-def load_golden(path: Path, plan: TokenPlan) -> Golden:
-    """Reads ``golden.npz``; pickled arrays are refused.
+def load_golden(path: Path, manifest: Manifest) -> Golden:
+    """Reads ``golden.npz``.
 
     Args:
         path: The file.
-        plan: The plan of the model it belongs to.
+        manifest: Of the bundle it belongs to: it says what shapes the arrays have.
 
     Raises:
         InputError: The file is not a golden file, or not this model's.
     """
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-            arrays = dict(archive)
-        located: dict[str, dict[int, np.ndarray]] = {"kept": {}, "margin": {}}
-        for name in arrays.keys() - set(_PLAIN):
-            field, block = name.split("_")
-            located[field][int(block)] = arrays[name]
-        ordered = {field: dict(sorted(value.items())) for field, value in located.items()}
-        blocks = [row.block for row in plan.locations]
-        if any(list(value) != blocks for value in ordered.values()):
-            raise KeyError(f"its locations are not those of the plan, {blocks}")
-        plain: dict[str, Any] = {name: arrays[name] for name in _PLAIN}
-        plain["precision"] = str(plain["precision"])
-        return Golden(**plain, kept=ordered["kept"], margin=ordered["margin"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise InputError(f"not a golden file ({error})", where=path, fix="Convert again.") from None
-    except Exception as error:  # zipfile and zlib raise their own
-        raise InputError(f"the golden file is damaged ({type(error).__name__})", where=path) from None
+    plan, answers = manifest.plan, ("images", manifest.outputs[0].shape[-1] or 0)
+    channels = manifest.inputs[0].shape[1] or 0
+    floats = ("float32", "float64")
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "inputs": ("images", channels, *manifest.preprocess.size), "terms": ("images",), "dense_terms": ("images",)
+    }  # fmt: skip
+    wanted = {name: ArraySpec(floats, shapes.get(name, answers)) for name in _PLAIN}
+    wanted["precision"] = ArraySpec(("str",), ())
+    for row in plan.locations:
+        numbers = plan.patches if row.choice == "merge" else (row.keep or 0) + (row.fused and not row.aside)
+        wanted[f"kept_{row.block}"] = ArraySpec(("int32", "int64"), ("images", numbers))
+        wanted[f"margin_{row.block}"] = ArraySpec(floats, ("images", plan.patches + 1), infinite=True)
+    arrays = read_arrays(path, wanted, {"images": _IMAGES})
+    kept, margin = ({row.block: arrays[f"{field}_{row.block}"] for row in plan.locations} for field in _LOCATED)
+    for block, numbers in kept.items():
+        if numbers.min() < FUSED or numbers.max() >= plan.patches:
+            raise InputError(
+                "numbers of patches that the image does not have", where=f"{path}: kept_{block}",
+                seen=f"{numbers.min()} to {numbers.max()}", wanted=f"{FUSED} to {plan.patches - 1}",
+            )  # fmt: skip
+    plain: dict[str, Any] = {name: arrays[name] for name in _PLAIN} | {"precision": str(arrays["precision"])}
+    if plain["precision"] != manifest.precision:
+        raise InputError(
+            "the golden answers are of another precision than the manifest says", where=path, seen=plain["precision"],
+            wanted=manifest.precision,
+        )  # fmt: skip
+    return Golden(**plain, kept=kept, margin=margin)
 
 
 class Expected(msgspec.Struct, frozen=True):

@@ -12,29 +12,33 @@ import numpy as np
 import torch
 
 from evit_deploy.bundle import bundle as bundles
-from evit_deploy.bundle.manifest import GOLDEN
+from evit_deploy.bundle.manifest import DENSE, GOLDEN, MODEL
 from evit_deploy.engines.plugin.library import provide_plugin
 from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.answer import answer_in
-from evit_deploy.export.card import EMBEDDING, LOGITS, feeds
+from evit_deploy.export.card import EMBEDDING, LOGITS, feeds, load_onnx
+from evit_deploy.export.precision import QUANTIZED
 from evit_deploy.models.parent import parent_model
 from evit_deploy.progress import doing, in_stages, stage
 from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import Check, Report
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.runtimes.select import artifact_of, check_server, opened, subject_of
+from evit_deploy.targets.claims import check_claims
 from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.tokens.reduce import dense_twin
 from evit_deploy.triton.connection import Server
 from evit_deploy.triton.find import find_model
 from evit_deploy.verification.accuracy import infer_all
 from evit_deploy.verification.agreement import Answers, agreement, agreement_row, named_patches, same_choice
 from evit_deploy.verification.cost import Pair, dense_of, side_by_side
 from evit_deploy.verification.ensemble import verify_ensemble
-from evit_deploy.verification.golden import Golden, load_golden
+from evit_deploy.verification.golden import Golden, load_golden, make_golden
+from evit_deploy.verification.limits import own_limits
 from evit_deploy.verification.pictures import pictures_of
-from evit_deploy.verification.tolerances import NOISE_LIMIT
+from evit_deploy.verification.tolerances import NOISE_LIMIT, distance
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,10 +60,12 @@ class Trial(msgspec.Struct, frozen=True):
 
 
 USUAL = Trial()
+_WIDER = 4
+"""What a golden file records may be so many times what is found here: processors round differently, and so do draws."""
 
 
 def verify(
-    path: str | Path,
+    path: str | Path | bundles.Bundle,
     *,
     runtimes: Sequence[str] = (),
     batch_sizes: Sequence[int] | None = None,
@@ -74,7 +80,7 @@ def verify(
     PyTorch's own runtimes run on the GPU if there is one, in FP32 without TF32.
 
     Args:
-        path: The bundle.
+        path: The bundle, or its folder.
         runtimes: Names in the registry of runtimes; all that can run the bundle here when empty.
         batch_sizes: Batches to try; by default 1, 2 and 8, or the ends and the optimum of every profile of a plan.
         threads: CPU threads, ``None`` for each runtime's own choice.
@@ -97,7 +103,7 @@ def verify(
     data = Path(data) if data is not None else None
     trial = Trial(batch_sizes, threads, data)
     runtimes = check_server(runtimes, server)
-    bundle = bundles.read_bundle(path)
+    bundle = path if isinstance(path, bundles.Bundle) else bundles.read_bundle(path)
     changed = bundles.changed_files(bundle)
     reason = f"changed or gone: {', '.join(changed)}. Copy the bundle here again, or convert again." if changed else ""
     check = Check("files as written", len(changed), 0, not changed, reason)
@@ -105,30 +111,87 @@ def verify(
         return Report(checks=(check,), versions=versions(), device=device())
     if data is not None:
         pictures_of(data, bundle.manifest)  # a wrong folder is refused before the work, not after it
-    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
-    report = Report(checks=(check,), versions=versions(), device=device()) + verify_precision(
-        golden, bundle.manifest.answer
-    )
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
+    report = Report(checks=(check,), versions=versions(), device=device()) + check_claims(bundle)
     model, why_not = parent_model(bundle, against)
     if why_not and (against or "eager" in runtimes):
         raise InputError(
             f"the PyTorch model cannot be had: {why_not}", where="--against" if against else "--runtime eager"
         )
-    if why_not and not runtimes:
-        report += Report(notes=(f"PyTorch itself was not run again ({why_not}); its golden answers were used.",))
+    golden, found = hold_golden(bundle, golden, model, why_not)
+    report += found + verify_precision(golden, bundle.manifest.answer)
     lacking = provide_plugin(bundle.manifest.engine, plugin)
     if lacking is not None and TENSORRT in runtimes:
         raise lacking
-    found = find_model(server, bundle.manifest) if server is not None else None
+    on_server = find_model(server, bundle.manifest) if server is not None else None
     if runtimes:
-        served = found.served if found is not None else None
+        served = on_server.served if on_server is not None else None
         report += prove(bundle, golden, runtimes, trial, model=model, server=served)
-        if found is not None and found.ensemble is not None:
-            doing(_LOG, f"sending files to {found.ensemble}")
-            report += verify_ensemble(found, bundle.manifest, golden)
+        if on_server is not None and on_server.ensemble is not None:
+            doing(_LOG, f"sending files to {on_server.ensemble}")
+            report += verify_ensemble(on_server, bundle.manifest, golden)
         return report
     unable = {} if lacking is None else {TENSORRT: lacking}
     return report + _prove_all(bundle, golden, trial, model, unable)
+
+
+def hold_golden(
+    bundle: bundles.Bundle, golden: Golden, model: torch.nn.Module | None, why_not: str
+) -> tuple[Golden, Report]:
+    """Makes sure that golden answers are the model's, and finds what rounding may move them by; neither is believed.
+
+    With the PyTorch model both are computed anew. Without it, the answers have to be those of the bundle's own ONNX
+    files, by limits that their tensors set.
+
+    Args:
+        bundle: The bundle.
+        golden: What its golden file says.
+        model: The PyTorch model it was made from, FP32.
+        why_not: Why there is none.
+
+    Returns:
+        Golden answers to hold runtimes against, and the checks.
+
+    Raises:
+        InputError: The bundle's ONNX files cannot be computed.
+    """
+    plan, answer = bundle.manifest.plan, bundle.manifest.answer
+    which = np.arange(len(golden.inputs))
+    if model is not None:
+        doing(_LOG, "computing the golden answers anew")
+        dense = dense_twin(model)
+        files = None
+        if golden.precision in QUANTIZED:
+            files = load_onnx(bundle.file(MODEL)), load_onnx(bundle.file(DENSE))
+        fresh = make_golden(model, dense, golden.inputs, golden.precision, files)
+        same, tie = same_choice(fresh, which, golden.kept, fresh.kept, plan.merging)
+        error = distance(np.where(same[:, None], golden.reference, fresh.reference), fresh.reference)
+        checks = [_held(f"golden {answer}: PyTorch's", error, fresh.limit(), bool((same | tie).all()))]
+        twin = fresh.dense_reference
+        note = "The reference was computed anew, in FP64, from the checkpoint."
+    else:
+        doing(_LOG, "computing what rounding may change")
+        own = own_limits(golden, bundle.file(MODEL), bundle.file(DENSE), plan, bundle.manifest.tokens.method)
+        fresh, twin = own.golden, own.dense
+        checks = _answer_checks("golden answers, by model.onnx in FP32", fresh, which, own.outputs, plan)
+        note = f"Held against the bundle's own golden answers: PyTorch itself was not run again ({why_not})."
+    checks.append(
+        _held(f"golden {answer} of the dense twin", distance(golden.dense_reference, twin), fresh.dense_limit())
+    )
+    room = fresh.limit() + float(np.abs(fresh.swapped - fresh.reference).max())
+    for what, recorded, most in (
+        ("tolerance", golden.limit(), fresh.limit()),
+        ("tolerance on ties", float(golden.tie_limits().max()), room),
+        ("tolerance of the dense twin", golden.dense_limit(), fresh.dense_limit()),
+    ):
+        checks.append(_held(f"golden file: {what}", recorded, _WIDER * most))
+    return fresh, Report(checks=tuple(checks), notes=(note,))
+
+
+def _held(name: str, value: float, limit: float, also: bool = True) -> Check:
+    held = value <= limit and also
+    reason = "" if held else "the golden file is not this model's, or allows more than rounding explains"
+    return Check(name, value, limit, held, reason)
 
 
 def _prove_all(

@@ -61,7 +61,7 @@ def expected(bundle: Bundle, inputs: np.ndarray) -> np.ndarray:
 
 def tolerance(bundle: Bundle) -> float:
     """How far a right answer may lie from another one: twice what lies between each and FP64."""
-    return 2 * load_golden(bundle.file(GOLDEN), bundle.manifest.plan).limit()
+    return 2 * load_golden(bundle.file(GOLDEN), bundle.manifest).limit()
 
 
 def tensor_sender(model: str) -> Callable[[Connection, Any], np.ndarray]:
@@ -140,7 +140,7 @@ def _runs(connection: Connection, model: str) -> dict[int, int]:
 
 def overhead(server: TritonServer, bundle: Bundle, model: str, rounds: int) -> list[dict[str, Any]]:
     """One request at a time, by turns with ONNX Runtime in this process on one thread, as the server's backend has."""
-    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
     rows = []
     with (
         OnnxRuntimeRunner(bundle.file("model.onnx"), threads=1) as runner,
@@ -222,7 +222,7 @@ def malformed(channels: tuple[int, ...], largest: int) -> dict[str, tuple[bool, 
 
 def refusals(server: TritonServer, bundle: Bundle, name: str, model: str, count: int) -> dict[str, Any]:
     """Malformed requests of every kind in turn, each followed by a good one."""
-    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
     right, good = expected(bundle, golden.inputs[:1]), golden.inputs[:1]
     said: dict[str, dict[str, int]] = {}
     states = {"refused": 0, "other": 0}

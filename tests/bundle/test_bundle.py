@@ -83,7 +83,7 @@ def test_what_is_no_bundle(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"format": 1}', b"\xff\xfe", b"[" * 100000])
 def test_a_damaged_manifest(bundle, content):
     (bundle.path / MANIFEST).write_bytes(content)
-    with pytest.raises(InputError, match=r"manifest\.json.*cannot be read"):
+    with pytest.raises(InputError, match=r"manifest\.json: "):
         read_bundle(bundle.path)
 
 
@@ -91,7 +91,7 @@ def test_a_manifest_cut_short(bundle):
     content = (bundle.path / MANIFEST).read_bytes()
     for length in range(0, len(content) - 1, max(len(content) // 40, 1)):
         (bundle.path / MANIFEST).write_bytes(content[:length])
-        with pytest.raises(InputError, match="cannot be read"):
+        with pytest.raises(InputError, match=r"manifest\.json: not valid JSON"):
             read_bundle(bundle.path)
 
 
@@ -108,7 +108,7 @@ def test_a_manifest_cut_short(bundle):
 )
 def test_a_manifest_with_a_wrong_field(bundle, changes):
     rewrite_manifest(bundle, **changes)
-    with pytest.raises(InputError, match=r"manifest\.json.*cannot be read"):
+    with pytest.raises(InputError, match=r"manifest\.json: "):
         read_bundle(bundle.path)
 
 

@@ -42,7 +42,7 @@ def test_the_bundle_says_what_it_answers(bundle):
     assert manifest.normalized == (bundle.path.name == "normalised")
     session = onnxruntime.InferenceSession(bundle.file(MODEL))
     assert [output.name for output in session.get_outputs()] == [spec.name for spec in manifest.outputs]
-    golden = load_golden(bundle.file(GOLDEN), manifest.plan)
+    golden = load_golden(bundle.file(GOLDEN), manifest)
     (answer,) = session.run(["embedding"], {"input": golden.inputs})
     np.testing.assert_allclose(answer, golden.reference, rtol=0, atol=golden.limit())
     lengths = np.linalg.norm(golden.reference, axis=1)
@@ -67,7 +67,7 @@ def test_pytorch_and_the_file_agree(bundle):
 
 def test_a_file_that_is_not_normalised_is_found_out(bundle, tmp_path):
     """Another scale of the answers is another answer."""
-    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
     proto = onnx.load(bundle.file(MODEL))
     last = proto.graph.node[-1]
     assert last.output[0] == "embedding"
@@ -87,7 +87,7 @@ def test_half_precision(tmp_path, normalize):
     assert report.passed
     (spread,) = [check for check in report.checks if check.name == "fp16: error over spread of embedding"]
     assert 0 < spread.value < 0.05  # type: ignore[operator]
-    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
     assert spread.value == golden.noise(embedding=True)
 
 

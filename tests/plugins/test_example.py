@@ -42,7 +42,7 @@ def test_golden_answers(program, bundles, kind):
     result = program(bundle.path, "--json")
     assert result.code == 0, result.err
     verdict = json.loads(result.out)["golden"]
-    error, limit = python_verdict(bundle, load_golden(bundle.file(GOLDEN), bundle.manifest.plan))
+    error, limit = python_verdict(bundle, load_golden(bundle.file(GOLDEN), bundle.manifest))
     assert verdict["passed"]
     assert verdict["limit"] == pytest.approx(limit, rel=1e-6)
     assert verdict["error"] == pytest.approx(error, rel=0.5)  # another batch is summed in another order
@@ -53,7 +53,7 @@ def test_golden_answers(program, bundles, kind):
 def test_an_image_on_a_tie_has_more_room(program, broken, close, code):
     """One patch within rounding has nothing to change places with; two have."""
     bundle = read_bundle(broken)
-    golden = load_golden(broken / GOLDEN, bundle.manifest.plan)
+    golden = load_golden(broken / GOLDEN, bundle.manifest)
     margin = {block: np.full_like(rows, np.inf) for block, rows in golden.margin.items()}
     margin[2][3, :close] = 0.5
     reference, swapped = golden.reference.copy(), golden.reference.copy()
@@ -76,7 +76,7 @@ def test_an_image_on_a_tie_has_more_room(program, broken, close, code):
 
 @pytest.mark.parametrize("answer", [1.0, float("nan")])
 def test_an_engine_that_answers_otherwise_is_not_asked_about_images(program, broken, image_files, answer):
-    golden = load_golden(broken / GOLDEN, read_bundle(broken).manifest.plan)
+    golden = load_golden(broken / GOLDEN, read_bundle(broken).manifest)
     golden.reference[5, 0] = golden.expected[5, 0] = answer + golden.reference[5, 0]
     golden.save(broken / GOLDEN)
     change_manifest(broken, files={GOLDEN: sha256(broken / GOLDEN)})

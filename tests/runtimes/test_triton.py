@@ -147,7 +147,7 @@ def test_a_model_that_is_not_loaded(cli, several, converted):
 
 
 def test_shared_memory_grows_with_the_batch(triton, converted):
-    golden = load_golden(converted.file("golden.npz"), converted.manifest.plan)
+    golden = load_golden(converted.file("golden.npz"), converted.manifest)
     images = np.resize(golden.inputs, (32, *golden.inputs.shape[1:]))
     with (
         TritonRunner(Server(triton.grpc, MODEL, shared_memory=True)) as shared,
@@ -173,13 +173,13 @@ def test_a_server_without_our_shared_memory(packaged, converted):
         ):
             pass
         with TritonRunner(Server(server.http, MODEL)) as runner:
-            golden = load_golden(converted.file("golden.npz"), converted.manifest.plan)
+            golden = load_golden(converted.file("golden.npz"), converted.manifest)
             assert runner.infer(feeds(golden.inputs))[LOGITS].shape == (len(golden.inputs), 10)
 
 
 @pytest.mark.parametrize("way", ["http", "grpc"])
 def test_many_batches_at_a_time(triton, converted, way):
-    golden = load_golden(converted.file("golden.npz"), converted.manifest.plan)
+    golden = load_golden(converted.file("golden.npz"), converted.manifest)
     which = [np.arange(start, start + 1 + start % 3) % len(golden.inputs) for start in range(40)]
     with TritonRunner(Server(addresses(triton)[way], MODEL)) as runner:
         answers = runner.infer_many([feeds(golden.inputs[numbers]) for numbers in which])

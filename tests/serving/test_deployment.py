@@ -90,7 +90,7 @@ def served_as(bundle: Bundle, platform: str, tmp_path: Path, **more: object) -> 
 def test_the_server_accepts_every_packaged_configuration(converted, tmp_path, platform, more):
     """Parsed, checked and served by the real server; the ONNX file stands in for the plan and for OpenVINO's."""
     repository = served_as(converted, platform, tmp_path, **more)
-    golden = load_golden(converted.file("golden.npz"), converted.manifest.plan)
+    golden = load_golden(converted.file("golden.npz"), converted.manifest)
     with TritonServer(repository, onnx=converted.file("model.onnx")) as server, Connection(server.http) as connection:
         assert {name: reason for name, reason in connection.models().items() if reason} == {}
         assert connection.describe(MODEL).max_batch == 8
@@ -101,7 +101,7 @@ def test_the_server_accepts_every_packaged_configuration(converted, tmp_path, pl
 
 
 def test_the_labels_are_given_out(converted, tmp_path):
-    golden = load_golden(converted.file("golden.npz"), converted.manifest.plan)
+    golden = load_golden(converted.file("golden.npz"), converted.manifest)
     repository = served_as(converted, "onnxruntime", tmp_path)
     with TritonServer(repository) as server, Connection(server.http) as connection:
         ranked = connection._module.InferRequestedOutput(LOGITS, class_count=1)

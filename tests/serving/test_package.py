@@ -105,8 +105,8 @@ def test_a_package_is_a_bundle_of_golden_answers(packaged, converted):
     """So that a roll-out is checked with nothing but the package."""
     bundle = read_bundle(packaged)
     assert changed_files(bundle) == []
-    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
-    np.testing.assert_array_equal(golden.logits, load_golden(converted.file(GOLDEN), converted.manifest.plan).logits)
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
+    np.testing.assert_array_equal(golden.logits, load_golden(converted.file(GOLDEN), converted.manifest).logits)
     parent, original = bundle.manifest.parents[0], converted.manifest.parents[0]
     assert parent.sha256 == original.sha256
     assert (packaged / parent.source).resolve() == (converted.path / original.source).resolve()

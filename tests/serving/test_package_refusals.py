@@ -127,12 +127,11 @@ def test_a_plan_that_nobody_described(planned, refused):
     refused(bundle, match="does not say what engine.plan was built with", platform="tensorrt")
 
 
-@pytest.mark.parametrize("count", [0, 9, 11])
+@pytest.mark.parametrize("count", [9, 11])
 def test_labels_that_do_not_match_the_classes(count, own, refused, tmp_path):
     (tmp_path / "labels.txt").write_text("a\n" * count)
     wrong = f"labels do not match the classes .got {count} labels, expected 10"
     refused(own, match=wrong, labels=tmp_path / "labels.txt")
-    refused(change(own, labels=["a"] * count), match=wrong)
 
 
 def test_labels_that_are_none(own, refused, tmp_path):
@@ -145,8 +144,6 @@ def test_labels_that_are_none(own, refused, tmp_path):
 @pytest.mark.parametrize(
     "tensors",
     [
-        {"inputs": ()},
-        {"outputs": ()},
         {"outputs": (TensorSpec("features", "float32", (None, 10)),)},
         {"inputs": (TensorSpec("input", "float64", (None, 3, 96, 96)),)},
         {"outputs": (TensorSpec("logits", "float32", (None, 10)), TensorSpec("kept_1", "int64", (None, 4)))},
@@ -302,11 +299,6 @@ def test_batches_that_the_plan_does_not_take(profiles, max_batch, words, planned
     [
         ({"target": "torchserve"}, "unknown purpose.*expected triton or cpp"),
         ({"triton": TritonOptions(preprocess="torch")}, "unknown preprocessing.*'torch'"),
-        ({"triton": TritonOptions(max_batch=0)}, "--max-batch: too small"),
-        ({"triton": TritonOptions(instances=0)}, "--instances: too small"),
-        ({"triton": TritonOptions(queue_delay=-1)}, "--queue-delay: too small"),
-        ({"triton": TritonOptions(cpus=0)}, "--cpus: too small"),
-        ({"triton": TritonOptions(memory=0)}, "--memory: too small"),
         ({"triton": TritonOptions(device="npu")}, "--device: not one of these .*'npu'.*gpu or cpu"),
         ({"triton": TritonOptions(publish="all")}, "--publish: not one of these .*'all'.*local or network"),
         ({"triton": TritonOptions(preprocess="dali", device="cpu")}, "runs on the CPU, DALI on a GPU"),

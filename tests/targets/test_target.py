@@ -58,9 +58,9 @@ def test_values_out_of_range_are_refused_and_not_raised(name):
     if target.Options is not BuildOptions:
         assert target.refuse(target.precisions[0], target.Options()) == []
         return
-    for error in (found := target.refuse("fp16", BuildOptions(workspace=0))):
+    for error in (found := target.refuse("fp16", BuildOptions(batches=((8, 4, 1),)))):
         assert isinstance(error, EvitDeployError)
-    assert "--workspace" in str(found[0])
+    assert "--batch" in str(found[0])
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in TARGETS.names()])

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.triton
 
 @pytest.fixture(scope="module")
 def golden(converted: Bundle) -> Golden:
-    return load_golden(converted.file(GOLDEN), converted.manifest.plan)
+    return load_golden(converted.file(GOLDEN), converted.manifest)
 
 
 def client(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -4,11 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import pytest
 import torch
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
-from evit_deploy.bundle.manifest import ENGINE, GOLDEN
+from evit_deploy.bundle.manifest import ENGINE, GOLDEN, Engine
+from evit_deploy.engines.plan_file import read_header
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.models.parent import parent_model
 from evit_deploy.registry import RUNTIMES
@@ -24,6 +26,8 @@ from tests.support.plans import rtx_plan, tiny_blocks
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 ABSENT = "it was left at home"
+
+FROM_CHECKPOINT = "The reference was computed anew, in FP64, from the checkpoint."
 
 
 class Late(OnnxRuntimeRunner):
@@ -67,7 +71,9 @@ def fp8(tmp_path_factory, checkpoint_file: Path) -> Bundle:
 def with_file(bundle: Bundle, name: str, content: bytes) -> Bundle:
     """The same bundle with one file more, listed like the others."""
     (bundle.path / name).write_bytes(content)
-    write_manifest(bundle.path, bundle.manifest)
+    header = read_header(bundle.path / name)
+    engine = Engine(header.family, header.version, header.gpus, None, "fp32", (), None, {}, 0)
+    write_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, engine=engine))
     return read_bundle(bundle.path)
 
 
@@ -102,7 +108,7 @@ def test_an_fp8_bundle_is_verified_where_openvino_is_installed(fp8):
     report = verify(fp8.path, batch_sizes=(1,), threads=1)
     assert used(report) >= {"eager", "onnxruntime"}
     assert "openvino" not in used(report)
-    assert report.notes == ()
+    assert report.notes == (FROM_CHECKPOINT,)
     with pytest.raises(InputError, match=r"'openvino' cannot run this: it has no fp8"):
         verify(fp8.path, runtimes=["openvino"], threads=1)
 
@@ -124,7 +130,8 @@ def test_an_engine_that_is_not_run_here_is_told(cli, bundle):
     assert RUNTIMES.get("tensorrt-rtx").accepts(engine.file(ENGINE)) == []
     result = cli("verify", bundle.path, "--batch-sizes", "1", "--json", *QUICK)
     assert result.code == 0, result.err
-    (note,) = result.document["notes"]
+    first, note = result.document["notes"]
+    assert first == FROM_CHECKPOINT
     assert note.startswith(f"{ENGINE} was not verified here (tensorrt-rtx: ")
     assert "CUDA" in note
     names = [check["name"] for check in result.document["checks"]]
@@ -134,11 +141,14 @@ def test_an_engine_that_is_not_run_here_is_told(cli, bundle):
 
 
 def test_an_engine_that_fails_to_open_for_want_of_a_machine_is_told(bundle, monkeypatch):
-    engine = with_file(bundle, ENGINE, b"opened by nobody")
+    engine = with_file(bundle, ENGINE, rtx_plan(tiny_blocks(1)))
     add(monkeypatch, LateEngine)
     report = verify(engine.path, batch_sizes=(1,), threads=1)
     assert used(report) >= {"eager", "onnxruntime"}
-    assert report.notes == (f"{ENGINE} was not verified here (late: this processor is too old).",)
+    first, note = report.notes
+    assert first == FROM_CHECKPOINT
+    assert note.startswith(f"{ENGINE} was not verified here (")
+    assert "late: this processor is too old" in note
 
 
 def test_a_file_that_another_runtime_ran_is_not_told(bundle, monkeypatch):
@@ -146,12 +156,12 @@ def test_a_file_that_another_runtime_ran_is_not_told(bundle, monkeypatch):
     report = verify(bundle.path, batch_sizes=(1,), threads=1)
     assert used(report) >= {"eager", "onnxruntime"}
     assert "late" not in used(report)
-    assert report.notes == ()
+    assert report.notes == (FROM_CHECKPOINT,)
 
 
 def test_who_was_asked_for_has_to_run(bundle, monkeypatch):
     add(monkeypatch, Late)
-    golden = load_golden(bundle.file(GOLDEN), bundle.manifest.plan)
+    golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
     with pytest.raises(MissingRequirement, match="this processor is too old"):
         prove(bundle, golden, ["onnxruntime", "late"], Trial((1,), threads=1))
     with pytest.raises(MissingRequirement, match="this processor is too old"):

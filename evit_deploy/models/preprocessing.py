@@ -181,7 +181,7 @@ def preprocess_in(configs: Mapping[str, dict[str, Any]], args: Any, where: objec
         if name in configs:
             try:
                 found = read(configs[name])
-                _check(found)
+                check_preprocess(found)
             except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
                 raise CheckpointError(
                     f"its preprocessing cannot be understood: {error}", where=f"{where}/{name}"
@@ -340,14 +340,18 @@ def _of_args(args: Mapping[str, Any], where: object) -> Preprocess | None:
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     try:
         found = msgspec.convert(given | {"size": (height, width)}, Preprocess, strict=False)
-        _check(found)
+        check_preprocess(found)
         return found
     except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise CheckpointError(f"its arguments name no preprocessing that can be used: {error}", where=where) from None
 
 
-def _check(preprocess: Preprocess | None) -> None:
-    """Makes sure that images can be normalised like this."""
+def check_preprocess(preprocess: Preprocess | None) -> None:
+    """Makes sure that images can be normalised like this.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
     if preprocess is None:
         return
     for field, known in (("interpolation", Interpolation), ("crop_mode", CropMode)):

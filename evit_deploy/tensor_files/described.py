@@ -121,6 +121,25 @@ def check_dtype(name: str, dtype: object, where: object, error: type[EvitDeployE
         )  # fmt: skip
 
 
+def check_axes(name: str, axes: int, where: object, error: type[EvitDeployError] = InputError) -> None:
+    """Makes sure that a tensor has no more axes than one may have.
+
+    Args:
+        name: Of the tensor.
+        axes: How many it has.
+        where: The file, for messages.
+        error: Class of the errors to raise.
+
+    Raises:
+        EvitDeployError: Of the class ``error``.
+    """
+    if axes > _MOST_AXES:
+        raise error(
+            f"{name!r} has a shape that no tensor has", where=where, seen=f"{axes:,} axes",
+            wanted=f"at most {_MOST_AXES}", fix="Save the file again.",
+        )  # fmt: skip
+
+
 def check(name: str, tensor: Described, where: object, error: type[EvitDeployError] = InputError) -> None:
     """Makes sure that a tensor has a place in its storage for each of its elements.
 
@@ -136,12 +155,12 @@ def check(name: str, tensor: Described, where: object, error: type[EvitDeployErr
     """
     check_dtype(name, tensor.dtype, where, error)
     shape, stride = tensor.shape, tensor.stride
-    senseless = len(shape) != len(stride) or len(shape) > _MOST_AXES
-    if senseless or not all(0 <= number <= _LARGEST for number in (*shape, *stride, tensor.offset)):
+    check_axes(name, len(shape), where, error)
+    if len(shape) != len(stride) or not all(0 <= number <= _LARGEST for number in (*shape, *stride, tensor.offset)):
         raise error(
             f"{name!r} has a shape that no tensor has", where=where,
             seen=f"{len(shape)} axes {list(shape)!r:.80}, {len(stride)} strides {list(stride)!r:.80}",
-            wanted=f"at most {_MOST_AXES} axes, none longer than {_LARGEST}", fix="Save the file again.",
+            wanted=f"a stride for each axis, and nothing larger than {_LARGEST}", fix="Save the file again.",
         )  # fmt: skip
     reach = 0 if 0 in shape else 1  # elements of the storage from the tensor's first to its last
     for step, length in sorted((step, length) for step, length in zip(stride, shape, strict=True) if length > 1):

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from evit_deploy.errors import EvitDeployError, InputError
-from evit_deploy.tensor_files.described import check_name, check_total
+from evit_deploy.tensor_files.described import check_axes, check_name, check_total
 
 _LARGEST_HEADER = 16 << 20
 """Bytes: 100 or so a tensor, and the names of classes. The library reads up to 100 MB, and makes much more of them."""
@@ -36,7 +36,9 @@ def read_safetensors(path: Path, error: type[EvitDeployError] = InputError) -> t
             check_total(len(names), 0, 0, path, error)
             for name in names:
                 check_name(name, path, error)
-                _check_dtype(path, name, file.get_slice(name).get_dtype(), error)
+                part = file.get_slice(name)
+                check_axes(name, len(part.get_shape()), path, error)
+                _check_dtype(path, name, part.get_dtype(), error)
             metadata = file.metadata() or {}
         return load_file(path), metadata
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as failure:

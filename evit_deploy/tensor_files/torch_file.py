@@ -27,7 +27,7 @@ from evit_deploy.tensor_files.pickled import Forbidden, read_pickle
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before zip
 _LARGEST_DIRECTORY = 16 << 20
 """Bytes of a zip file's list of parts, more than MOST_TENSORS take; Python makes about ten times as much of it."""
-_DESCRIPTION, _SHARE = 4 << 20, 128
+_DESCRIPTION, _SHARE = 1 << 20, 1024
 _ALIGNED = 8
 """Bytes of the largest element: a storage that begins elsewhere is copied."""
 _SAVE = "Save the weights alone: torch.save(model.state_dict(), 'weights.pth')."
@@ -173,8 +173,7 @@ _Read = tuple[Any, dict[str, tuple[int, int]], bool]
 
 
 def _largest_description(size: int) -> int:
-    """Bytes of a pickle. Python's objects take up to 75 times as many, and reading is to stay within 1 GB and a file's
-    own size; that of a ViT-B with its optimizer is a tenth of a megabyte."""
+    """Bytes of a pickle, of which Python may make 75 times as much. A ViT-B's with its optimizer has 100,000."""
     return _DESCRIPTION + size // _SHARE
 
 

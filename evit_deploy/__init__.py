@@ -55,7 +55,7 @@ _PUBLIC = {
     "Packages": {
         "serving.package": "package Package",
         "serving.options": "PackageOptions TritonOptions",
-        "serving.deployment": "TritonRelease",
+        "serving.releases": "TritonRelease",
     },
     "Extension": {
         "registry": "METHODS BACKBONES TARGETS RUNTIMES Registry",

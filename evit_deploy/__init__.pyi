@@ -73,11 +73,11 @@ from evit_deploy.report.report import Summary as Summary
 from evit_deploy.runtimes.runner import Mark as Mark
 from evit_deploy.runtimes.runner import Resident as Resident
 from evit_deploy.runtimes.runner import Runner as Runner
-from evit_deploy.serving.deployment import TritonRelease as TritonRelease
 from evit_deploy.serving.options import PackageOptions as PackageOptions
 from evit_deploy.serving.options import TritonOptions as TritonOptions
 from evit_deploy.serving.package import Package as Package
 from evit_deploy.serving.package import package as package
+from evit_deploy.serving.releases import TritonRelease as TritonRelease
 from evit_deploy.targets.target import Artifact as Artifact
 from evit_deploy.targets.target import Exported as Exported
 from evit_deploy.targets.target import Target as Target

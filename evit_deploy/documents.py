@@ -60,6 +60,8 @@ def read_bytes(path: Path, limits: Limits = USUAL, error: type[EvitDeployError] 
         raise error("this is a folder", where=path, wanted="a file") from None
     except FileNotFoundError:
         raise error("no such file", where=path) from None
+    except EvitDeployError:  # an InputError is a ValueError
+        raise
     except ValueError:  # a zero byte in the name
         raise error("not the name of a file", where=repr(str(path))) from None
     except OSError as failure:

@@ -1,11 +1,10 @@
 """Hashes of files, and files that are written whole or not at all."""
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from evit_deploy.drafts import draft
 from evit_deploy.errors import StageError
 
 
@@ -32,16 +31,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         StageError: The disk is full or failed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft(path.parent) as making:
+            made = making.folder / "content"
+            made.write_bytes(content)
+            made.chmod(0o644)
+            making.publish(made, path, replace=True)
     except OSError as error:
         raise StageError(f"could not be written ({error.strerror or error})", where=path) from error
-    finally:
-        Path(name).unlink(missing_ok=True)

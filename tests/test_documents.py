@@ -90,7 +90,9 @@ def test_only_regular_files_are_read(kind, tmp_path):
         case "too long":
             path = tmp_path / ("a" * 300)
 
-    with pytest.raises(InputError):
+    reasons = {"folder": "this is a folder", "pipe": "this is a pipe", "device": "a device", "endless": "too large",
+               "zero byte": "not the name of a file", "absent": "no such file"}  # fmt: skip
+    with pytest.raises(InputError, match=reasons.get(kind, "cannot be read")):
         read_bytes(path, Limits(size=1 << 16))
 
 

@@ -1,19 +1,18 @@
 """A bundle: one folder with the model, its twin, golden answers and a manifest that says what everything is.
 
-A bundle appears whole or not at all: it is written beside its place under another name and moved there in one step.
+A bundle appears whole or not at all: it is made in a draft beside its place and moved there in one step; what that
+means where, :mod:`evit_deploy.drafts` says.
 """
 
 import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Self
 
 import msgspec
 
 from evit_deploy.bundle.manifest import FORMAT, MANIFEST, PACKAGE, Manifest
+from evit_deploy.drafts import draft, sweep, sync
 from evit_deploy.errors import InputError, StageError, first_few
 from evit_deploy.files import hashes, sha256
 
@@ -80,6 +79,8 @@ def read_bundle(path: str | Path) -> Bundle:
     manifest_path = path / MANIFEST
     try:
         if not path.exists():
+            sweep(path.parent)  # a process may have died while it put another one in its place
+        if not path.exists():
             raise InputError("no such bundle", where=path)
         if not manifest_path.is_file():
             raise InputError(f"not a bundle (no {MANIFEST} in it)", where=path)
@@ -126,6 +127,7 @@ def check_out(out: Path, *, force: bool) -> None:
             folder cannot be written to.
     """
     try:
+        sweep(out.parent)  # what a process that died had moved aside is there again
         exists = out.exists() or out.is_symlink()
     except OSError as error:  # a name too long for any file, a folder that may not be entered
         raise InputError(f"cannot write there ({error.strerror})", where=out, fix="Give another --out.") from None
@@ -146,7 +148,7 @@ def check_out(out: Path, *, force: bool) -> None:
     if not folder.is_dir():
         raise InputError("its parent is not a folder", where=out, seen=folder)
     try:  # asking os.access is not enough: read-only file systems, quotas, root
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".evit-deploy-"):
+        with draft(folder):
             pass
     except OSError as error:
         raise InputError(f"cannot write there ({error.strerror})", where=folder, fix="Give another --out.") from None
@@ -195,20 +197,19 @@ class Staging:
 
     def __init__(self, out: Path, *, force: bool) -> None:
         check_out(out, force=force)
-        self.out = out
+        self.out, self.force = out, force
 
     def __enter__(self) -> Self:
-        self._made = [folder for folder in self.out.parents if not folder.exists()]
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.path = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name[:40]}-"))
-        self.path.chmod(0o755)  # mkdtemp is private; a bundle is meant to be served by somebody else
+        with contextlib.ExitStack() as stack:
+            self._made = stack.enter_context(_folders_for(self.out))
+            self._draft = stack.enter_context(draft(self.out.parent))
+            self.path = self._draft.folder
+            self.path.chmod(0o755)  # a bundle is meant to be served by another user, whatever this one's umask is
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: something was published
-            for folder in self._made:
-                folder.rmdir()
+        self._stack.close()
         if isinstance(error, OSError):
             what = f"the files could not be written ({error.strerror or error})"
             raise StageError(what, where=self.out, fix="Nothing was left behind.") from error
@@ -217,21 +218,33 @@ class Staging:
         """Moves the folder to its place, in one step; an older bundle there is replaced or stays as it was.
 
         Args:
-            out: ``self.out``, or another place beside it.
+            out: ``self.out``, or another place beside it, where what is there is replaced.
+
+        Raises:
+            InputError: It is ``self.out``, and something has appeared there that is not to be replaced.
         """
-        if not out.exists():
-            os.replace(self.path, out)
-            return
-        old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name[:40]}-old-"))
+        replace = self.force or out != self.out
         try:
-            os.replace(out, old / out.name)
-            try:
-                os.replace(self.path, out)
-            except BaseException:
-                os.replace(old / out.name, out)
-                raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+            check_out(out, force=replace)  # it is long ago that somebody looked
+            self._draft.publish(self.path, out, replace=replace)
+        except FileExistsError:
+            what = "it appeared while this one was made, and stays"
+            raise InputError(what, where=out, fix="Give --force to replace it, or another --out.") from None
+        for folder in self._made:  # they are on the disk when their own parents are
+            sync(folder.parent)
+
+
+@contextlib.contextmanager
+def _folders_for(out: Path) -> Iterator[list[Path]]:
+    """Makes the folders that ``out`` is to lie in, and removes those again that stay empty."""
+    made = [folder for folder in out.parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield made
+    finally:
+        with contextlib.suppress(OSError):  # not empty: something was published
+            for folder in made:
+                folder.rmdir()
 
 
 def write_manifest(staging: Path, manifest: Manifest, unchanged: Mapping[str, str] | None = None) -> Manifest:

@@ -114,7 +114,9 @@ def _failed(error: Exception, debug: bool, as_json: bool) -> int:
     if debug:
         import traceback
 
-        traceback.print_exception(error)
+        from evit_deploy.report.lines import printable_lines
+
+        click.echo(printable_lines("".join(traceback.format_exception(error))), err=True)
     if isinstance(error, EvitDeployError):
         code, text, kind = error.exit_code, str(error), type(error).__name__
     elif isinstance(error, MemoryError):
@@ -130,7 +132,9 @@ def _say(text: str, code: int, kind: str, as_json: bool) -> int:
         import json
 
         click.echo(json.dumps({"error": {"type": kind, "message": text, "exit_code": code}}))
-    click.echo(f"evit-deploy: {text}", err=True)
+    from evit_deploy.report.lines import printable
+
+    click.echo(f"evit-deploy: {printable(text)}", err=True)
     return code
 
 

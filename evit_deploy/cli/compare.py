@@ -8,6 +8,7 @@ import click
 from evit_deploy.cli.options import Command, struct_of, struct_options
 from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import PATH
+from evit_deploy.report.lines import printable
 
 
 @click.command("compare", cls=Command, short_help="Compare bundles side by side in one interleaved run.")
@@ -31,4 +32,4 @@ def command(bundles: tuple[Path, ...], out: Path | None, force: bool, output: Ou
     from evit_deploy.pipeline.compare import compare
 
     report = compare(bundles, options=asked, out=out, force=force)
-    output.result(report, None if out is None else f"\n{out}")
+    output.result(report, None if out is None else f"\n{printable(out)}")

@@ -8,8 +8,9 @@ import click
 
 from evit_deploy.cli.options import Command, Option, struct_of, struct_options, tokens_of, tokens_options
 from evit_deploy.cli.output import Output, output_options
-from evit_deploy.cli.types import PATH, Choice, ModelName, Numbers
+from evit_deploy.cli.types import NAME, PATH, Choice, ModelName, Numbers, Whole
 from evit_deploy.recipe.options import Precision
+from evit_deploy.report.lines import printable
 
 PRECISIONS = get_args(Precision)
 _MODEL = {"cls": Option, "group": "Model"}
@@ -42,9 +43,11 @@ class _Several(Command):
 
 
 @click.command("convert", cls=_Several, short_help="Turn a checkpoint into a verified, measured bundle.")
-@click.argument("checkpoint", type=click.Path())  # a timm name too: the type is for the shell, which completes files
+@click.argument("checkpoint", type=NAME)  # a timm name too: the type is for the shell, which completes files
 @click.option("--model", type=ModelName(), metavar="NAME", help="timm name, where the tensors leave it open.", **_MODEL)
-@click.option("--image-size", type=int, metavar="N", help="Pixels; the position embedding is resampled.", **_MODEL)
+@click.option(
+    "--image-size", type=Whole(1, 4_096), metavar="N", help="Pixels; the position embedding is resampled.", **_MODEL
+)
 @struct_options("PreprocessOptions", "Preprocessing and labels")
 @tokens_options
 @click.option(
@@ -110,7 +113,9 @@ def command(checkpoint: str, out: Path | None, force: bool, output: Output, **op
         verdicts = tuple(note for note in report.notes if note not in bundle.manifest.notes)
         report = msgspec.structs.replace(report, notes=verdicts)
     first = f"{bundle.manifest.plan}\n"
-    output.result(report, f"\n{bundle.path}", first=first, bundle=str(bundle.path), plan=bundle.manifest.plan)
+    output.result(
+        report, f"\n{printable(bundle.path)}", first=first, bundle=str(bundle.path), plan=bundle.manifest.plan
+    )
 
 
 def _convert_several(
@@ -137,11 +142,11 @@ def _convert_several(
     else:
         for one in made:
             for check in one.report.failed:
-                click.echo(f"{one.variant.label}: FAILED {check.name}: {check.reason}")
+                click.echo(printable(f"{one.variant.label}: FAILED {check.name}: {check.reason}"))
         plans = [one.bundle.manifest.plan for one in made]
         costs = [(plan.macs() / 1e9, plan.mac_ratio()) for plan in plans]
         lines = [(one.variant.label, *cost, one.report) for one, cost in zip(made, costs, strict=True)]
-        paths = "\n".join(str(one.bundle.path) for one in made if one.report.passed)
+        paths = "\n".join(printable(one.bundle.path) for one in made if one.report.passed)
         output.table(lambda console: render_variants(lines, console), f"\n{paths}" if paths else None)
     failed = [one for one in made if not one.report.passed]
     if failed:

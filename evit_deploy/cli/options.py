@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.types import PATH, BatchRange, Choice, MethodOption, Numbers, Positive, TargetOption, Whole
+from evit_deploy.cli.types import IMAGES, PATH, BatchRange, Choice, MethodOption, Numbers, Positive, TargetOption, Whole
 
 _LAST = "Output"
 """Heading of the options that name none, which closes the page."""
@@ -115,8 +115,8 @@ def _kind(field: str, annotation: Any) -> dict[str, Any]:
         return {"multiple": repeated, "type": click.Path() if field in _PATHS else str}
     low, high = limits_in(annotation)
     if repeated:
-        return {"type": Numbers(kind, low)}
-    return {"type": Whole(low, high) if kind is int else Positive()}
+        return {"type": Numbers(kind, low, high)}
+    return {"type": Whole(low, high) if kind is int else Positive(high or 1e6)}
 
 
 def struct_of(name: str, values: dict[str, Any], **more: Any) -> Any:
@@ -221,7 +221,7 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--threads",
             cls=Option,
             group="Runtimes",
-            type=Whole(1),
+            type=Whole(1, 4_096),
             metavar="N",
             help="CPU threads.  [default: the runtime's own choice]",
         ),
@@ -246,7 +246,7 @@ def data_option(group: str) -> Callable[..., Any]:
         group: Heading on the help page.
     """
     return click.option(
-        "--data", cls=Option, group=group, type=PATH, metavar="DIR",
+        "--data", cls=Option, group=group, type=IMAGES, metavar="DIR",
         help="Images to hold the answers against the dense twin's on: top-1 and top-5 where they lie in class folders "
         "(class/image); of a model without classes cosine and retrieval.",
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import click
 
-from evit_deploy.report.lines import wrapped
+from evit_deploy.report.lines import printable, printable_lines, wrapped
 
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,6 +93,7 @@ class Output(logging.Handler):
                 self._display.show(record.getMessage(), progress)
 
     def _message(self, text: str) -> None:
+        text = printable(text)
         if self._display is not None:
             self._display.message(text)
         elif sys.stderr.isatty():
@@ -118,7 +120,7 @@ class Output(logging.Handler):
         self.printed = True
         render(Console(width=self._width()))
         if text:
-            click.echo(text)
+            click.echo(printable_lines(text))
 
     @staticmethod
     def _width() -> int | None:
@@ -130,7 +132,7 @@ class Output(logging.Handler):
 
         Args:
             report: A Report; for JSON anything msgspec can encode, ``None`` for nothing but the text.
-            text: What a person reads last.
+            text: What a person reads last; names in it go through :func:`~evit_deploy.report.lines.printable`.
             first: What a person reads first, unless quiet.
             extra: More keys for the JSON document.
         """
@@ -141,10 +143,13 @@ class Output(logging.Handler):
 
             document = msgspec.to_builtins(report)
             document = document if isinstance(document, dict) else {"items": document}
-            click.echo(msgspec.json.format(msgspec.json.encode(extra | document), indent=2).decode())
+            try:
+                click.echo(msgspec.json.format(msgspec.json.encode(extra | document), indent=2).decode())
+            except UnicodeEncodeError:  # bytes of a file name that are no UTF-8
+                click.echo(json.dumps(extra | document, indent=2))
             return
         if first and not self.quiet:
-            click.echo(first)
+            click.echo(printable_lines(first))
         if report is not None:
             from rich.console import Console
 
@@ -154,7 +159,7 @@ class Output(logging.Handler):
             if isinstance(report, Report):
                 render(report, Console(width=self._width()))
         if text:
-            click.echo(text)
+            click.echo(printable_lines(text))
 
 
 def _figures(progress: Any) -> list[str]:
@@ -176,7 +181,7 @@ class _Display:
 
         self._console = Console(stderr=True, highlight=False)
         text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-        stage, figures = TextColumn("{task.fields[stage]}", markup=False), TextColumn("{task.fields[figures]}")
+        stage, figures = (TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("stage", "figures"))
         columns = (SpinnerColumn(), stage, text, figures, TimeElapsedColumn())
         self._progress = Progress(*columns, console=self._console, transient=True)
         self._task = self._progress.add_task("", total=None, stage="", figures="")
@@ -185,7 +190,7 @@ class _Display:
 
     def show(self, text: str, progress: Any) -> None:
         stage = f"{progress.stage}/{progress.stages}" if progress.stage else ""
-        self._progress.update(self._task, description=text, stage=stage, figures=self._figures(progress))
+        self._progress.update(self._task, description=printable(text), stage=stage, figures=self._figures(progress))
 
     def _figures(self, progress: Any) -> str:
         if progress.total is None:
@@ -202,7 +207,7 @@ class _Display:
         return ", ".join(parts)
 
     def message(self, text: str) -> None:
-        self._console.print(wrapped(text, self._console.width), markup=False, soft_wrap=True)
+        self._console.print(wrapped(text, self._console.width), markup=False, emoji=False, soft_wrap=True)
 
     def stop(self) -> None:
         self._progress.stop()

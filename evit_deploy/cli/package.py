@@ -8,6 +8,7 @@ import click
 from evit_deploy.cli.options import Command, Option, struct_of, struct_options
 from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import PATH, Choice
+from evit_deploy.report.lines import printable
 
 
 @click.command("package", cls=Command, short_help="Make a folder that Triton or a C++ program runs.")
@@ -44,4 +45,4 @@ def command(
 
     served = triton if triton != TritonOptions() else None
     place, made = package(bundle, purpose, options=asked, triton=served, out=out, force=force)
-    output.result(made if output.as_json else None, str(place), path=str(place))
+    output.result(made if output.as_json else None, printable(place), path=str(place))

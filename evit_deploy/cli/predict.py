@@ -9,16 +9,22 @@ import click
 
 from evit_deploy.cli.options import Command, Option
 from evit_deploy.cli.output import Output, output_options
-from evit_deploy.cli.types import PATH, Choice, Whole
+from evit_deploy.cli.types import IMAGES, PATH, Choice, Whole
 
 _RUNTIME = {"cls": Option, "group": "Runtime"}
 
 
 @click.command("predict", cls=Command, short_help="Ask a bundle what is on images.")
 @click.argument("bundle", type=PATH)
-@click.argument("images", nargs=-1, required=True, type=PATH, metavar="IMAGES...")
+@click.argument("images", nargs=-1, required=True, type=IMAGES, metavar="IMAGES...")
 @click.option(
-    "--top", cls=Option, group="Answers", type=Whole(1), default=5, metavar="N", help="Classes to name.  [default: 5]"
+    "--top",
+    cls=Option,
+    group="Answers",
+    type=Whole(1, 2**31 - 1),
+    default=5,
+    metavar="N",
+    help="Classes to name.  [default: 5]",
 )
 @click.option(
     "--out", cls=Option, group="Answers", type=PATH, metavar="FILE.npy",
@@ -30,11 +36,11 @@ _RUNTIME = {"cls": Option, "group": "Runtime"}
     **_RUNTIME,
 )  # fmt: skip
 @click.option(
-    "--threads", type=Whole(1), metavar="N", help="CPU threads.  [default: the runtime's own choice]", **_RUNTIME
+    "--threads", type=Whole(1, 4_096), metavar="N", help="CPU threads.  [default: the runtime's own choice]", **_RUNTIME
 )
 @click.option(
     "--batch-size",
-    type=Whole(1),
+    type=Whole(1, 65_536),
     metavar="N",
     help="Images a call at most.  [default: 32, or what an engine was tuned for]",
     **_RUNTIME,

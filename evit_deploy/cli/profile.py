@@ -17,11 +17,11 @@ from evit_deploy.cli.options import (
     tokens_options,
 )
 from evit_deploy.cli.output import Output, output_options
-from evit_deploy.cli.types import Positive
+from evit_deploy.cli.types import NAME, Positive
 
 
 @click.command("profile", cls=Command, short_help="Measure a model against its dense and slice twins.")
-@click.argument("target", type=click.Path())
+@click.argument("target", type=NAME)
 @run_options
 @struct_options("ProfileOptions", "Measurement", "batch_sizes", "duration")
 @click.option(

@@ -7,6 +7,7 @@ import click
 from evit_deploy.cli.options import check_resume, recipe_options
 from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import PATH
+from evit_deploy.report.lines import printable
 
 
 @click.command("run", short_help="Train, export, verify and profile as a recipe says.")
@@ -33,7 +34,7 @@ def command(
 
         comparison = load_comparison(recipe, overrides)
         folder = out or Path("runs") / comparison.name
-        output.result(compare_recipe(comparison, folder, force=force), f"\n{folder}")
+        output.result(compare_recipe(comparison, folder, force=force), f"\n{printable(folder)}")
         return
     if is_sweep(recipe):
         from evit_deploy.profiling.sweep import sweep
@@ -46,4 +47,6 @@ def command(
     folder = out or Path("runs") / loaded.name
     bundle, report = run(loaded, folder, force=force, resume=resume)
     first = f"{bundle.manifest.plan}\n"
-    output.result(report, f"\n{bundle.path}", first=first, bundle=str(bundle.path), plan=bundle.manifest.plan)
+    output.result(
+        report, f"\n{printable(bundle.path)}", first=first, bundle=str(bundle.path), plan=bundle.manifest.plan
+    )

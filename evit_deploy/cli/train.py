@@ -8,6 +8,7 @@ import click
 from evit_deploy.cli.options import check_resume, recipe_options
 from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import PATH
+from evit_deploy.report.lines import printable
 
 
 @click.command("train", short_help="Fine-tune as a recipe says.")
@@ -34,4 +35,4 @@ def command(
     report = train_stage(loaded, folder, force=force, resume=resume)
     if int(os.environ.get("RANK", "0")):  # one of several processes: the first one speaks
         return
-    output.result(report, f"\n{folder / EVIT}", checkpoint=str(folder / EVIT))
+    output.result(report, f"\n{printable(folder / EVIT)}", checkpoint=str(folder / EVIT))

@@ -2,13 +2,33 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-PATH = click.Path(path_type=Path)
+
+class _Name(click.Path):
+    """A path whose name is UTF-8: the libraries that read weights and models take no other."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, or a refusal."""
+        path = super().convert(value, param, ctx)
+        try:
+            os.fsencode(path).decode()
+        except UnicodeDecodeError:
+            self.fail(f"got {value}, a name that is not UTF-8: rename the file or the folder", param, ctx)
+        return path
+
+
+PATH = _Name(path_type=Path)
+"""A path to write to, or of a model."""
+NAME = _Name()
+"""A path, or a name of something else."""
+IMAGES = click.Path(path_type=Path)
+"""A path of images, which may be called anything."""
 
 
 class Numbers(click.ParamType):
@@ -17,12 +37,13 @@ class Numbers(click.ParamType):
     Args:
         kind: ``int`` or ``float``.
         low: Least value, if there is one.
+        high: Largest value, if there is one.
     """
 
     name = "numbers"
 
-    def __init__(self, kind: type[int] | type[float], low: float | None = None) -> None:
-        self.kind, self.low = kind, low
+    def __init__(self, kind: type[int] | type[float], low: float | None = None, high: float | None = None) -> None:
+        self.kind, self.low, self.high = kind, low, high
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         """``"3,6,9"`` to ``(3, 6, 9)``."""
@@ -33,8 +54,10 @@ class Numbers(click.ParamType):
             numbers = tuple(self.kind(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"got {value!r}, expected {wanted} separated by commas", param, ctx)
-        if self.low is not None and any(not number >= self.low for number in numbers):
-            self.fail(f"got {value!r}, expected {wanted} from {self.low} up", param, ctx)
+        low, high = self.low, self.high
+        fits = (low is None or number >= low for number in numbers)
+        if not all(fits) or (high is not None and any(not number <= high for number in numbers)):
+            self.fail(f"got {value!r}, expected {wanted} {_ends(low, high)}", param, ctx)
         return numbers
 
 
@@ -46,18 +69,28 @@ class Whole(click.IntRange):
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter:
-            ends = f"from {self.min} up" if self.max is None else f"from {self.min} to {self.max}"
-            text = f"got {value}, expected a whole number {ends}"
+            text = f"got {value}, expected a whole number {_ends(self.min, self.max)}"
             raise click.BadParameter(text, ctx, param) from None
 
     def _describe_range(self) -> str:
         return ""
 
 
+def _ends(low: float | None, high: float | None) -> str:
+    return f"from {low:.10g} up" if high is None else f"from {low or 0:.10g} to {high:.10g}"
+
+
 class Positive(click.ParamType):
-    """A finite number above 0; click's own range lets ``nan`` through, which is neither in nor out of it."""
+    """A finite number above 0; click's own range lets ``nan`` through, which is neither in nor out of it.
+
+    Args:
+        high: Largest value.
+    """
 
     name = "float"
+
+    def __init__(self, high: float = 1e6) -> None:
+        self.high = high
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """``"1.5"`` to ``1.5``."""
@@ -65,8 +98,8 @@ class Positive(click.ParamType):
             number = float(value)
         except ValueError:
             number = math.nan
-        if not 0 < number < math.inf:
-            self.fail(f"got {value!r}, expected a number above 0", param, ctx)
+        if not 0 < number <= self.high:
+            self.fail(f"got {value!r}, expected a number above 0, at most {self.high:.10g}", param, ctx)
         return number
 
 
@@ -84,8 +117,8 @@ class BatchRange(click.ParamType):
         except ValueError:
             numbers = []
         numbers = numbers * 3 if len(numbers) == 1 else numbers
-        if len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
-            self.fail(f"got {value!r}, expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX", param, ctx)
+        if len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2] <= 65_536:
+            self.fail(f"got {value!r}, expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= 65536", param, ctx)
         return tuple(numbers)
 
 

@@ -8,6 +8,7 @@ import click
 from evit_deploy.cli.options import Command, Option, data_option, run_options, server_of, server_options
 from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import PATH, Numbers
+from evit_deploy.report.lines import printable
 
 
 @click.command("verify", cls=Command, short_help="Prove that a bundle answers like PyTorch.")
@@ -18,7 +19,7 @@ from evit_deploy.cli.types import PATH, Numbers
     "--batch-sizes",
     cls=Option,
     group="Checks",
-    type=Numbers(int, 1),
+    type=Numbers(int, 1, 65_536),
     metavar="1,2,8",
     help="Images a call.  [default: 1,2,8; for an engine the ends of its profiles]",
 )
@@ -35,5 +36,7 @@ def command(bundle: Path, output: Output, **options: Any) -> None:
     from evit_deploy.verification.verify import verify
 
     report = verify(bundle, server=server, **options)
-    output.result(report, f"\n{'verified' if report.passed else 'NOT verified'}: {bundle}", passed=report.passed)
+    output.result(
+        report, f"\n{'verified' if report.passed else 'NOT verified'}: {printable(bundle)}", passed=report.passed
+    )
     report.raise_if_failed(where=bundle)

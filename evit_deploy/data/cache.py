@@ -5,8 +5,6 @@ mapped into memory. The key of a cache is what the images are and the bound: a f
 """
 
 import hashlib
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from PIL import Image
 
 from evit_deploy.data.sampling import loader
 from evit_deploy.data.sources import Source
+from evit_deploy.drafts import draft
 from evit_deploy.errors import InputError, StageError
 
 PIXELS, INDEX = "pixels.bin", "index.npy"
@@ -79,15 +78,11 @@ def cached(source: Source, folder: Path, side: int, workers: int) -> CachedSourc
     if not (path / INDEX).is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
-            try:
-                _write(source, part, side, workers)
-                if not (path / INDEX).is_file():  # another process may have been faster
-                    part.replace(path)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+            with draft(folder) as making:
+                _write(source, making.folder, side, workers)
+                making.publish(making.folder, path, replace=False)
         except OSError as error:
-            if not (path / INDEX).is_file():
+            if not (path / INDEX).is_file():  # or another process was faster
                 fix = "Free some space, set data.cache to another folder, or to null."
                 raise StageError(f"decoded images cannot be kept: {error}", where=folder, fix=fix) from error
     return CachedSource(source, path)

@@ -1,40 +1,46 @@
 """Class names in a file: one on each line, or as JSON."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evit_deploy.documents import Limits, decode_json, read_bytes
 from evit_deploy.errors import InputError
 
-_LARGEST = 16 << 20
-"""Bytes: 21,843 ImageNet labels take 1 MB."""
+LIMITS = Limits(size=16 << 20, depth=8, items=1_000_000)
+"""Of a file of labels: 21,843 ImageNet labels take 1 MB, a ``config.json`` has more in it."""
+LONGEST = 1_000
+"""Letters of a label."""
 
 
 def read_labels(path: str | Path) -> list[str]:
     """Reads class names, in the order of the model's outputs.
 
     Args:
-        path: Text with one name on each line; or JSON, a list of names or ``{"0": name, "1": name, ...}``, bare or as
-            ``id2label`` of a ``config.json``.
+        path: Text in UTF-8 with one name on each line; or JSON, a list of names or ``{"0": name, "1": name, ...}``,
+            bare or as ``id2label`` of a ``config.json``. Only line feeds part names, with or without a carriage return.
+            Two classes may have one name, as two of ImageNet's.
 
     Raises:
         InputError: The file cannot be read, or holds no names.
     """
     path, where = Path(path), f"--labels {path}"
     try:
-        if path.stat().st_size > _LARGEST:
-            raise InputError("too large for a list of labels", where=where, wanted=f"at most {_LARGEST} bytes")
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"the labels cannot be read ({error.strerror or error})", where=where) from None
+        content = read_bytes(path, LIMITS)
+    except InputError as error:
+        what = f"the labels cannot be read: {error.what}"
+        raise InputError(what, where=where, seen=error.seen, wanted=error.wanted) from None
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError("the labels cannot be read (not UTF-8 text)", where=where) from None
     if path.suffix.lower() == ".json":
         return _of_json(text, where)
     # Not str.splitlines, which also parts a name at a form feed or at U+0085.
     names = text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
+    if not names:
+        raise InputError("no labels in it", where=where, wanted="one on each line")
     check_labels(names, where)
     return names
 
@@ -43,13 +49,18 @@ def check_labels(names: Sequence[Any], where: str) -> None:
     """Makes sure that class names can be shown and written one on each line.
 
     Raises:
-        InputError: One is no text, empty, or has a line break in it.
+        InputError: One is no text, empty, too long, or has a line break or a zero byte in it.
     """
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
-            raise InputError("a class without a name", where=where, seen=f"{name!r} for class {number}")
-        if any(end in name for end in "\r\n"):
+            raise InputError("a class without a name", where=where, seen=f"{name!r:.60} for class {number}")
+        if len(name) > LONGEST:
+            seen, wanted = f"{len(name):,} letters for class {number}", f"at most {LONGEST:,}"
+            raise InputError("a label is too long", where=where, seen=seen, wanted=wanted)
+        if any(end in name for end in "\r\n\0"):  # a server ends a name at a zero byte
             raise InputError("a label has to fit on one line", where=where, seen=repr(name))
+        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise InputError("a label has half a character in it", where=where, seen=repr(name))
 
 
 def same_classes(labels: Sequence[str], folders: Sequence[str]) -> bool:
@@ -70,10 +81,7 @@ def same_classes(labels: Sequence[str], folders: Sequence[str]) -> bool:
 
 
 def _of_json(text: str, where: str) -> list[str]:
-    try:
-        content: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the labels are not JSON ({error})", where=where) from None
+    content: Any = decode_json(text, object, where, LIMITS)
     if isinstance(content, dict) and isinstance(content.get("id2label"), dict):
         content = content["id2label"]
     if isinstance(content, dict):

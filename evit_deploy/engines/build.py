@@ -15,7 +15,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import msgspec
 
 from evit_deploy.bundle.manifest import Engine
+from evit_deploy.drafts import draft
 from evit_deploy.engines.options import BUILDERS, TENSORRT_RTX, check_options, gpus_of
 from evit_deploy.engines.plugin.library import CREATORS, PLUGIN, choose_plugin, load_plugin
 from evit_deploy.environment import nvidia as gpu
@@ -81,8 +81,8 @@ def build_engine(
     driver = nvidia().driver if gpu.compute_capability() else None
     started = time.perf_counter()
     try:
-        with tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}-") as room:
-            built = Path(room) / plan.name
+        with draft(plan.parent) as making:
+            built = making.folder / plan.name
             asked = msgspec.structs.replace(options.build, gpus=gpus, plugin=str(plugin) if plugin else None)
             answer = _ask_builder(model, built, target, precision, asked)
             if plugin is not None and answer["plugins"] != locations:
@@ -90,7 +90,7 @@ def build_engine(
                     "TensorRT did not take the plugin", where=plugin,
                     seen=f"{answer['plugins']} of {locations} reorganisations",
                 )  # fmt: skip
-            os.replace(built, plan)
+            making.publish(built, plan, replace=True)
     except OSError as error:
         raise StageError(f"the engine could not be written ({error.strerror})", where=plan) from error
     engine = Engine(

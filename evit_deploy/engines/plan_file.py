@@ -1,5 +1,6 @@
 """What the file of an engine says about itself, read without any TensorRT, and whether it fits this machine."""
 
+import shlex
 import struct
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def _stranger(path: Path, start: bytes) -> InputError:
     """The error for a file that does not start like a plan, with what it probably is."""
     length = int.from_bytes(start[:4], "little")
     if start[4:5] == b"{" and 2 <= length < 1 << 20:  # Ultralytics: the length of a JSON text, the text, the plan
-        fix = f"Cut it off: tail -c +{length + 5} {path.name} > engine.plan"
+        fix = f"Cut it off: tail -c +{length + 5} {shlex.quote(path.name)} > engine.plan"
         return InputError("metadata stands in front of the plan, as Ultralytics writes it", where=path, fix=fix)
     if start.startswith(b"version https://git-lfs"):
         return InputError("a Git LFS pointer, not the plan itself", where=path, fix="Fetch the file: git lfs pull.")

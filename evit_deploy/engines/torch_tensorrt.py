@@ -8,8 +8,6 @@ Nothing here imports it before :func:`require_torch_tensorrt` has looked for it.
 import copy
 import importlib
 import logging
-import os
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from evit_deploy.bundle.manifest import Engine
+from evit_deploy.drafts import draft
 from evit_deploy.environment.nvidia import nvidia
 from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
@@ -134,14 +133,14 @@ def build_torch_tensorrt(
         "truncate_double": True,
     }
     start = time.monotonic()
-    with _failures(), _quiet(), tempfile.TemporaryDirectory(dir=program_path.parent, prefix=".torch-tensorrt-") as room:
+    with _failures(), _quiet(), draft(program_path.parent) as making:
         # The cache belongs to this build: by default it lies in a folder that all users of the machine share.
-        settings["timing_cache_path"] = str(Path(room) / "timing" / "cache.bin")
+        settings["timing_cache_path"] = str(making.folder / "timing" / "cache.bin")
         exported = export_program(model, precision, profile, device="cuda")
         plan = lower_to_plan(package, exported, profile, settings, answer_name(model))
-        program = Path(room) / program_path.name
+        program = making.folder / program_path.name
         lower_to_program(package, exported, profile, settings, program)
-        os.replace(program, program_path)
+        making.publish(program, program_path, replace=True)
         try:
             write_atomically(plan_path, plan)
         except BaseException:

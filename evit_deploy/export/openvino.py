@@ -8,7 +8,6 @@ Two things are added to what OpenVINO's reader makes of the file:
   it computes the scores in FP32, and looking at the choice would change it.
 """
 
-import os
 import re
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import msgspec
 from onnx import ModelProto
 from onnx.inliner import inline_local_functions
 
+from evit_deploy.drafts import draft
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.export.card import ModelCard, card_fields, kept_name, load_onnx, parse_card, read_card
 from evit_deploy.export.variants import with_indices
@@ -71,10 +71,10 @@ def save_openvino(model: Path | ModelProto, xml: Path) -> None:
         raise InputError("evit-deploy did not write this file, so its precision is unknown", where=where)
     try:
         xml.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=xml.parent, prefix=".openvino-") as folder:
-            written = _write(proto, Path(folder), str(where))
-            os.replace(written.with_suffix(".bin"), xml.with_suffix(".bin"))
-            os.replace(written, xml)
+        with draft(xml.parent) as making:
+            written = _write(proto, making.folder, str(where))
+            making.publish(written.with_suffix(".bin"), xml.with_suffix(".bin"), replace=True)
+            making.publish(written, xml, replace=True)
     except OSError as error:
         raise StageError(f"could not be written ({error.strerror or error})", where=xml) from error
 
@@ -93,8 +93,8 @@ def openvino_model(proto: ModelProto, where: str = "model in memory") -> "openvi
     core.set_property({"ENABLE_MMAP": False})  # or the weights would be looked up in a file that is gone
     try:
         # The marks exist in the written form only; there is no function that sets them.
-        with tempfile.TemporaryDirectory(prefix="evit-deploy-openvino-") as folder:
-            return core.read_model(_write(proto, Path(folder), where))
+        with draft() as scratch:
+            return core.read_model(_write(proto, scratch.folder, where))
     except OSError as error:
         raise StageError(f"could not be written ({error.strerror or error})", where=tempfile.gettempdir()) from error
 

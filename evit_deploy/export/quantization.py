@@ -6,9 +6,7 @@ is not quantised is FP32 where a CPU runs it, FP16 where TensorRT does.
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ import onnx_ir
 from onnx import ModelProto
 from onnx_ir import DataType
 
+from evit_deploy.drafts import draft
 from evit_deploy.errors import StageError
 from evit_deploy.export.card import INPUT
 
@@ -48,8 +47,8 @@ def quantize(
             return next(self.batches, None)
 
     for_cpu = precision == "int8" and base == "fp32"
-    with tempfile.TemporaryDirectory() as folder, _silent():
-        source, target = Path(folder) / "source.onnx", Path(folder) / "target.onnx"
+    with draft() as scratch, _silent():
+        source, target = scratch.folder / "source.onnx", scratch.folder / "target.onnx"
         onnx.save(proto, source)
         try:
             quantize_static(

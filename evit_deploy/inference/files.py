@@ -2,6 +2,7 @@
 
 import io
 import logging
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -135,7 +136,9 @@ def _check_out(out: Path, *, embeds: bool, force: bool) -> None:
         )
     if out.suffix != ".npy":
         raise InputError(
-            "embeddings are written as NumPy's .npy", where=out, fix=f"Say --out {out.with_suffix('.npy')}."
+            "embeddings are written as NumPy's .npy",
+            where=out,
+            fix=f"Say --out {shlex.quote(str(out.with_suffix('.npy')))}.",
         )
     if out.is_dir():
         raise InputError("this is a folder", where=out, wanted="a file")

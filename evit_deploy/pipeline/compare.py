@@ -1,7 +1,6 @@
 """Bundles side by side: what each is, how right its answers are, and how fast it is, in one interleaved run."""
 
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from evit_deploy.bundle.bundle import Bundle, changed_files, read_bundle
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.data.images import image_files
 from evit_deploy.data.sources import is_labelled
+from evit_deploy.drafts import draft
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError, MissingRequirement, did_you_mean
 from evit_deploy.files import write_atomically
@@ -87,10 +87,10 @@ def compare_named(bundles: Sequence[tuple[str, Bundle]], options: CompareOptions
     runtimes, notes = choose_runtimes(contenders, options.runtimes, options.batch_sizes, parents)
     report, answers = Report(notes=(*told, *notes), versions=versions(), device=device()), None
     failed: list[InputError | MissingRequirement] = []
-    with tempfile.TemporaryDirectory(prefix="evit-deploy-") as scratch:
+    with draft() as scratch:
         for runtime in runtimes:
             doing(_LOG, f"preparing the models for {runtime}")
-            lane = lane_of(runtime, contenders, parents, Path(scratch))
+            lane = lane_of(runtime, contenders, parents, scratch.folder)
             with ExitStack() as stack:
                 try:
                     runners = [
@@ -133,7 +133,7 @@ def _check_place(place: Path, *, force: bool) -> None:
             fix = "Give --force to replace them, or another --out."
             raise InputError(f"there are results already ({', '.join(there)})", where=place, fix=fix)
         folder = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".evit-deploy-"):
+        with draft(folder):
             pass
     except OSError as error:  # a name too long for any file, a folder that may not be written to
         raise InputError(f"cannot write there ({error.strerror})", where=place, fix="Give another --out.") from None

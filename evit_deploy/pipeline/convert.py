@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -569,11 +570,10 @@ def _training_command(checkpoint: Checkpoint, spec: TokenSpec) -> str:
         texts = [f"{rate:g}" for rate in spec.rates]
         settings["keep_rate"] = f"[{','.join(texts)}]" if isinstance(spec.keep_rate, tuple) else ",".join(texts)
     settings |= {f"options.{name}": json.dumps(value) for name, value in spec.options.items()}
-    tokens = " ".join(f"--set tokens.{name}={value}" for name, value in settings.items())
-    return (
-        f"evit-deploy train {recipe} --set model.checkpoint={source} {tokens} "
-        f"--set data.train=DIR --set data.validation=DIR"
-    )
+    values = {"model.checkpoint": source} | {f"tokens.{name}": value for name, value in settings.items()}
+    values |= {"data.train": "DIR", "data.validation": "DIR"}
+    given = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    return shlex.join(["evit-deploy", "train", recipe, *given])
 
 
 def _published_cost(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | None) -> str:

@@ -6,12 +6,12 @@ gathered) gives what the reorganisation itself costs. :mod:`evit_deploy.profilin
 """
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
 from evit_deploy.bundle.manifest import ENGINE
+from evit_deploy.drafts import draft
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
 from evit_deploy.profiling.candidates import candidates_of
@@ -59,9 +59,9 @@ def profile(
     against = Path(against) if against is not None else None
     runtimes = check_server(runtimes, server)
     doing(_LOG, "reading the models")
-    with tempfile.TemporaryDirectory(prefix="evit-deploy-") as scratch:
+    with draft() as scratch:
         found = candidates_of(
-            target, against, tokens, runtimes, batch_sizes=measure.batch_sizes, scratch=Path(scratch), plugin=plugin,
+            target, against, tokens, runtimes, batch_sizes=measure.batch_sizes, scratch=scratch.folder, plugin=plugin,
             server=server,
         )  # fmt: skip
         if not found.candidates:

@@ -6,7 +6,6 @@ whose speed drifts.
 
 import copy
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ import timm
 import torch
 
 from evit_deploy.data.preprocess import Preprocess
+from evit_deploy.drafts import draft
 from evit_deploy.engines import build
 from evit_deploy.engines.options import BUILDERS, check_options
 from evit_deploy.environment.machine import device, versions
@@ -98,12 +98,12 @@ def sweep(recipe: Sweep) -> Report:
     for name in recipe.models:
         doing(_LOG, f"making {name}")
         variants = list(_variants(name, recipe))
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        with draft() as scratch, ExitStack() as stack:
             entries: list[Entry] = []
             for runtime, precision in pairs:
                 for variant in variants:
                     doing(_LOG, f"{name}, {variant.name}: preparing {runtime} in {precision}")
-                    place = Path(folder) / f"{len(entries)}"
+                    place = scratch.folder / f"{len(entries)}"
                     artifact = _artifact(variant, name, runtime, precision, recipe.batch_size, place)
                     runner = stack.enter_context(opened(runtime, artifact, recipe.threads, tf32=precision == TF32))
                     on_gpu = Candidate(runtime, variant.name, artifact).on_gpu

@@ -4,12 +4,15 @@ import ast
 import functools
 import itertools
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+
+from evit_deploy.errors import InputError
 
 _UNIONS = (types.UnionType, typing.Union)
 
@@ -73,6 +76,43 @@ def plain(annotation: Any) -> tuple[type, bool]:
     if typing.get_origin(annotation) is tuple:
         return plain(typing.get_args(annotation)[0])[0], True
     return annotation, False
+
+
+@functools.cache
+def numeric_fields(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """Fields that hold numbers, alone or in tuples and mappings, and their annotations."""
+    return {field.name: field.type for field in msgspec.structs.fields(struct) if _numeric(field.type)}
+
+
+def _numeric(annotation: Any) -> bool:
+    if typing.get_origin(annotation) is typing.Literal:
+        return False
+    parts = typing.get_args(annotation)
+    return any(map(_numeric, parts)) if parts else annotation in (int, float)
+
+
+def check_numbers(struct: msgspec.Struct) -> None:
+    """Makes sure that numbers are within their fields' limits: msgspec checks what it converts, and nothing in Python.
+
+    Raises:
+        InputError: One is of another type or out of its limits.
+    """
+    for field, annotation in numeric_fields(type(struct)).items():
+        value = getattr(struct, field)
+        try:
+            msgspec.convert(value, annotation)
+        except msgspec.ValidationError as error:
+            what = str(error).partition(" - at `")[0]
+            wanted = what.removeprefix("Expected ").partition(", got ")[0].replace("`", "")
+            seen = textwrap.shorten(_written(value), 60, placeholder=" ...")
+            raise InputError("this number does not fit", where=field, seen=seen, wanted=wanted) from None
+
+
+def _written(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def limits_in(annotation: Any) -> tuple[int | None, int | None]:

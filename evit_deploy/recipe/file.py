@@ -3,6 +3,8 @@
 What a recipe holds is in :mod:`evit_deploy.recipe.recipe`; nothing here knows of it.
 """
 
+import math
+import os
 import re
 import textwrap
 import typing
@@ -13,10 +15,16 @@ from typing import Any
 import msgspec
 import yaml
 
+from evit_deploy.documents import Limits, check_tree, read_bytes
 from evit_deploy.errors import RecipeError, did_you_mean
 from evit_deploy.recipe.fields import choices_in, field_docs, struct_in
 
 _Kind = typing.TypeVar("_Kind", bound=msgspec.Struct)
+
+LIMITS = Limits(size=256 << 10, depth=16, items=10_000)
+"""Of a recipe and of each value set over it; the longest that comes with the package has 4 KB, 4 levels, 90 items."""
+_CHAIN = 8
+"""Recipes that may extend one another."""
 
 
 def load(path: str | Path, overrides: Sequence[str], kind: type[_Kind]) -> _Kind:
@@ -36,6 +44,7 @@ def load(path: str | Path, overrides: Sequence[str], kind: type[_Kind]) -> _Kind
     asked: set[str] = set()
     for override in overrides:
         _override(document, override, kind, asked)
+    check_tree(document, path, LIMITS, RecipeError)
     _check_keys(document, kind, "", path)
     _read_none(document, kind)
     try:
@@ -109,23 +118,123 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """``yaml.safe_load`` that refuses a key written twice, of which YAML would silently drop the first."""
+    """``yaml.safe_load`` within limits, of texts, numbers, truth values, lists and mappings alone.
+
+    It refuses a key written twice, of which YAML would silently drop the first, and a key that is no text.
+    """
+
+    _nodes = _level = 0
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document's tree, which is no larger when every alias and merge in it is written out."""
+        root = super().get_single_node()
+        count, depth, level = 0, 0, [root] if root is not None else []
+        while level:
+            count, depth, inside = count + len(level), depth + 1, []
+            if depth > LIMITS.depth + 1:
+                raise _refused(root, f"nested too deeply (expected at most {LIMITS.depth} levels)")
+            for node in level:
+                if isinstance(node, yaml.CollectionNode):
+                    for part in node.value:
+                        inside += part if isinstance(part, tuple) else (part,)
+                if count + len(inside) > LIMITS.items:
+                    raise _refused(root, f"too many parts (expected at most {LIMITS.items:,}, aliases written out)")
+            level = inside
+        return root
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """A part of the tree; stops where the document is too long or too deep already."""
+        mark = self.peek_event().start_mark
+        self._nodes, self._level = self._nodes + 1, self._level + 1
+        if self._nodes > LIMITS.items:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"too many parts (expected at most {LIMITS.items:,})", mark
+            )
+        if self._level > LIMITS.depth + 1:
+            text = f"nested too deeply (expected at most {LIMITS.depth} levels)"
+            raise yaml.constructor.ConstructorError(None, None, text, mark)
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        if node is not None and node.tag not in _TAGS:
+            raise _refused(node, f"not a kind of value that a recipe has: {node.tag!r}")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands here twice", node.start_mark)
+        """A mapping with each key once."""
+        seen = set()
+        for key, _ in node.value:
+            if key.tag not in (_TEXT, _MERGE):
+                raise _refused(key, f"a key has to be text: put {_shown(key)} in quotes")
+            if key.value in seen:
+                raise _refused(node, f"the key {key.value!r} stands here twice")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        """A number that is finite, a whole one within 64 bits."""
+        if len(node.value) > _DIGITS:  # Python's conversions take longer the longer a number is, without bound
+            raise _refused(node, f"a number of {len(node.value):,} digits")
+        whole = node.tag.endswith(":int")
+        try:
+            value = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        except ValueError:  # of `!!int cat`
+            raise _refused(node, f"not a number: {node.value!r}") from None
+        if not math.isfinite(value) if not whole else not -(2**63) <= value < 2**64:
+            raise _refused(node, f"the number {node.value} is out of range")
+        return value
+
+
+_PREFIX = "tag:yaml.org,2002:"
+_TEXT, _MERGE = f"{_PREFIX}str", f"{_PREFIX}merge"
+_TAGS = {_TEXT, _MERGE, *(_PREFIX + kind for kind in ("int", "float", "bool", "null", "seq", "map"))}
+_DIGITS = 100
+for _tag in ("int", "float"):
+    _Loader.add_constructor(_PREFIX + _tag, _Loader.number)
+_Loader.yaml_implicit_resolvers = {  # a date is text: `name: 2026-11-27`
+    first: [pair for pair in pairs if not pair[0].endswith((":timestamp", ":value"))]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _refused(node: yaml.Node | None, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, None if node is None else node.start_mark)
+
+
+def _shown(node: yaml.Node) -> str:
+    return repr(node.value) if isinstance(node, yaml.ScalarNode) else "a list or a mapping"
+
+
+def _parse(text: str, where: object) -> Any:
+    """What YAML says.
+
+    Raises:
+        RecipeError: It is not valid, or beyond :data:`LIMITS`.
+    """
+    if len(text) > LIMITS.size:
+        raise RecipeError("too long", where=where, seen=f"{len(text):,} letters", wanted=f"at most {LIMITS.size:,}")
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
+    except yaml.MarkedYAMLError as error:  # in one line: PyYAML's own text is of several, with the file's content
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise RecipeError(f"this is not valid YAML{place}: {error.problem or error.context}", where=where) from None
+    except yaml.reader.ReaderError as error:
+        code = f"U+{error.character:04X}"
+        raise RecipeError(f"not valid YAML: the character {code} at {error.position}", where=where) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"this is not valid YAML: {error}", where=where) from None
 
 
 def _shipped(path: Path) -> Path:
     """Where an installed package keeps its recipes: the messages and pages name them as in a checkout."""
-    folders = (Path(), Path("recipes"), Path("paper"), Path("recipes/paper"))
-    if path.is_file() or path.parent not in folders:
-        return path
+    return path if os.path.lexists(path) else _of_package(path) or path
+
+
+def _of_package(path: Path) -> Path | None:
+    if path.parent not in (Path(), Path("recipes"), Path("paper"), Path("recipes/paper")):
+        return None
     found = _recipes() / ("paper" if path.parent.name == "paper" else "") / f"{path.name.removesuffix('.yaml')}.yaml"
-    return found if found.is_file() else path
+    return found if os.path.isfile(found) else None
 
 
 def _recipes() -> Path:
@@ -140,17 +249,34 @@ def _near_recipe(path: Path) -> str | None:
 
 
 def _read_yaml(path: Path, kind: type[msgspec.Struct] | None, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file's mapping, laid over that of the file which it ``extends``, section by section."""
+    """A file's mapping, laid over that of the file which it ``extends``, section by section.
+
+    Args:
+        path: The file.
+        kind: The struct it holds.
+        below: The files that extend it, the first recipe first.
+    """
     document = _read_one(path)
     if "extends" not in document:
         return document
     name = document.pop("extends")
     if not isinstance(name, str):
         raise RecipeError("extends is the path of a recipe", where=path, seen=repr(name), wanted="extends: other.yaml")
+    below = (*below, path)
     base = path.parent / name
-    if base.resolve() in below:
+    base = base if os.path.lexists(base) else _of_package(Path(name)) or base
+    real = Path(os.path.realpath(base))
+    trees = [Path(os.path.realpath(folder)) for folder in (below[0].parent, _recipes())]
+    if not any(real.is_relative_to(tree) for tree in trees):
+        raise RecipeError(
+            "a recipe extends recipes of its own folder, or those that came with the package", where=path, seen=name,
+            fix="Put it beside the recipe.",
+        )  # fmt: skip
+    if any(real == Path(os.path.realpath(other)) for other in below):
         raise RecipeError("recipes extend each other in a circle", where=path, seen=name)
-    return _laid_over(_read_yaml(base, kind, (*below, path.resolve())), document, kind)
+    if len(below) >= _CHAIN:
+        raise RecipeError("too many recipes extend each other", where=path, wanted=f"at most {_CHAIN}")
+    return _laid_over(_read_yaml(base, kind, below), document, kind)
 
 
 def _laid_over(base: dict[str, Any], changes: dict[str, Any], kind: type[msgspec.Struct] | None) -> dict[str, Any]:
@@ -179,19 +305,14 @@ def _alternatives(kind: type[msgspec.Struct] | None, key: str) -> tuple[str, ...
 
 
 def _read_one(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not os.path.exists(path):
         fix = _near_recipe(path) or "Give the path of a YAML file, or `digits`."
-        raise RecipeError("no such recipe", where=path, fix=fix) from None
-    except IsADirectoryError:
-        raise RecipeError("this is a folder", where=path, wanted="a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe cannot be read: {error}", where=path) from None
+        raise RecipeError("no such recipe", where=path, fix=fix)
     try:
-        document = yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"this is not valid YAML: {error}", where=path) from None
+        text = read_bytes(path, LIMITS, RecipeError).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the recipe cannot be read: not UTF-8 text at byte {error.start}", where=path) from None
+    document = _parse(text, path)
     if document is None:
         raise RecipeError("the recipe is empty", where=path)
     if not isinstance(document, dict):
@@ -205,10 +326,10 @@ def _override(document: dict[str, Any], override: str, kind: type[msgspec.Struct
     steps = [step.strip() for step in key.split(".")]
     if not equals or not all(steps):
         raise RecipeError("not an override", where="--set", seen=repr(override), wanted="section.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"the value is not valid YAML: {error}", where=f"--set {key}") from None
+    if len(steps) > LIMITS.depth:
+        what = "a key of too many parts"
+        raise RecipeError(what, where="--set", seen=f"{len(steps):,} of them", wanted=f"at most {LIMITS.depth}")
+    value = _parse(text, f"--set {key}")
     for i, step in enumerate(steps[:-1]):
         if document.get(step) is None:  # a section that is absent or null is begun by its first key
             document[step] = {}

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from evit_deploy.errors import InputError
-from evit_deploy.recipe.sections import Count, Section
+from evit_deploy.recipe.sections import BatchSize, Count, Section, Threads
 from evit_deploy.recipe.sections import PreprocessOptions as PreprocessOptions
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
@@ -38,11 +38,11 @@ class BatchProfile(msgspec.Struct, frozen=True):
 class BuildOptions(Section, frozen=True, kw_only=True):
     """Options of the builder of an engine."""
 
-    batches: tuple[tuple[Count, Count, Count], ...] = ((1, 32, 128),)
+    batches: tuple[tuple[BatchSize, BatchSize, BatchSize], ...] = ((1, 32, 128),)
     """Smallest, best and largest batch size of each optimization profile. [default: 1:32:128]"""
     gpus: tuple[str, ...] = ()
     """TensorRT-RTX: GPU to build for, ``sm80``; several are possible. [default: this machine's]"""
-    workspace: Annotated[int, Meta(ge=1)] | None = None
+    workspace: Count | None = None
     """Most scratch memory in MiB. [default: the builder's own limit]"""
     optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
     """How long to search for kernels, from 0 (quick) to 5 (thorough). [default: the builder's own]"""
@@ -57,6 +57,7 @@ class BuildOptions(Section, frozen=True, kw_only=True):
     [default: none]"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("timing_cache", "plugin"):  # a Path is as good as its text
             if isinstance(value := getattr(self, field), Path):
                 msgspec.structs.force_setattr(self, field, str(value))
@@ -92,7 +93,7 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     data: str | None = None
     """Folder of images to hold the answers against the dense twin's on: top-1 and top-5 where they lie in class folders
     (``class/image``); of a model without classes cosine and retrieval."""
-    min_speedup: Annotated[float, Meta(gt=0)] | None = None
+    min_speedup: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     """Fail unless every measured batch size is at least this many times as fast as the dense twin."""
     target_options: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
     """Option of a target that another package adds; several are possible."""
@@ -119,18 +120,18 @@ class ConvertSection(ConvertOptions, frozen=True, kw_only=True):
 class ProfileOptions(Section, frozen=True, kw_only=True):
     """How speed is measured."""
 
-    batch_sizes: Annotated[tuple[Count, ...], Meta(min_length=1)] | None = None
+    batch_sizes: Annotated[tuple[BatchSize, ...], Meta(min_length=1)] | None = None
     """Images a call, one row each. [default: 1,8,32, on a GPU 128 too; what an engine covers of them]"""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 10.0
     """Seconds of measurement for each batch size, CPU and GPU each, after the warm-up. [default: 10]"""
-    threads: Count | None = None
+    threads: Threads | None = None
     """CPU threads. [default: the runtime's own choice]"""
 
 
 class ProfileSection(ProfileOptions, frozen=True, kw_only=True):
     """How the speed of a run's result is measured."""
 
-    batch_sizes: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 8, 32)
+    batch_sizes: Annotated[tuple[BatchSize, ...], Meta(min_length=1)] = (1, 8, 32)
     """Images a call, one row each."""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 3.0
     """Seconds of measurement for each row, after the warm-up."""
@@ -156,6 +157,7 @@ class CompareOptions(ProfileOptions, frozen=True, kw_only=True):
     way."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("data", "images", "reference"):
             if isinstance(value := getattr(self, field), Path):
                 msgspec.structs.force_setattr(self, field, str(value))

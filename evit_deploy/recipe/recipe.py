@@ -24,12 +24,14 @@ from evit_deploy.recipe.options import (
     PreprocessOptions,
     ProfileSection,
 )
-from evit_deploy.recipe.sections import Count, Section, Share
+from evit_deploy.recipe.sections import BatchSize, Section, Share, Threads
 from evit_deploy.recipe.sections import DataSection as DataSection
 from evit_deploy.recipe.sections import ModelSection as ModelSection
 from evit_deploy.recipe.sections import TeacherSection as TeacherSection
 from evit_deploy.recipe.sections import TrainSection as TrainSection
 from evit_deploy.tokens.plan import TokenSpec
+
+Published = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class CompareSection(Section, frozen=True, kw_only=True):
@@ -81,7 +83,7 @@ class Recipe(Section, frozen=True, kw_only=True):
     """Training of the model with its tokens reduced."""
     teacher: TeacherSection | None = None
     """Teacher used for distillation during fine-tuning, in addition to the labels."""
-    published: dict[str, float] | None = None
+    published: dict[str, Published] | None = None
     """What the method's paper reports for this recipe: ``top1``, ``top5`` (percent) and others, of EViT's also the
     ``table``; printed beside the result."""
     compare: CompareSection = CompareSection()
@@ -99,6 +101,7 @@ class Recipe(Section, frozen=True, kw_only=True):
         return self.dense is not None or self.model.checkpoint is not None or self.model.pretrained
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         data = self.data
         expect, compare = self.expect, self.compare
         if self.convert.preprocess != PreprocessOptions():
@@ -215,13 +218,13 @@ class Sweep(Section, frozen=True, kw_only=True):
     runtimes: Annotated[tuple[str, ...], Meta(min_length=1)] = ("eager:fp32",)
     """``runtime:precision`` each: ``eager:fp32``, ``torch.compile:fp16``, ``tensorrt:fp16``. PyTorch's runtimes have
     ``tf32`` too, on a GPU: FP32 whose matrices are multiplied in TF32; ``fp32`` is FP32 everywhere."""
-    batch_size: Count = 128
+    batch_size: BatchSize = 128
     """Images a call."""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
     """Seconds of measurement for each model on each kind of device, all its variants there in turn."""
-    threads: Count | None = None
+    threads: Threads | None = None
     """CPU threads; ``null`` leaves the runtime's own choice."""
-    published: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
+    published: dict[str, dict[str, Published]] = msgspec.field(default_factory=dict)
     """Images a second that a paper gives, by model and variant (``dense``, ``0.7``, ``0.7 without fusion``)."""
 
 
@@ -243,6 +246,7 @@ class CompareEntry(Section, frozen=True, kw_only=True):
     """What the tables call it, and the folder it is made in. [default: model, method and keep rate]"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         others = (self.checkpoint, self.model, self.tokens, self.precision)
         if self.bundle is not None and any(other is not None for other in others):
             raise RecipeError("a bundle that there is takes nothing but a name", where="compare", seen=self.bundle)

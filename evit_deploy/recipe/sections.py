@@ -3,7 +3,6 @@
 :mod:`evit_deploy.recipe.recipe` puts them together.
 """
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,9 +10,14 @@ import msgspec
 from msgspec import Meta
 
 from evit_deploy.errors import RecipeError
+from evit_deploy.recipe.fields import check_numbers
 
 Share = Annotated[float, Meta(ge=0, le=1)]
-Count = Annotated[int, Meta(ge=1)]
+# Every number has both ends, so that neither `inf` nor 10**400 reaches a library: C's int takes the largest counts.
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+BatchSize = Annotated[int, Meta(ge=1, le=65_536)]
+Threads = Annotated[int, Meta(ge=1, le=4_096)]
+ImageSize = Annotated[int, Meta(ge=1, le=4_096)]
 CropMode = Literal["center", "center-floor", "squash", "border"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
@@ -24,13 +28,16 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Keys of which a recipe gives one: set over a file, it takes the place of the others there.
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
 
 class PreprocessOptions(Section, frozen=True, kw_only=True):
     """How images become inputs, and what classes are called, where the checkpoint is not to decide."""
 
-    mean: tuple[float, ...] | None = None
+    mean: tuple[Annotated[float, Meta(ge=-1e3, le=1e3)], ...] | None = None
     """Mean that is subtracted, one a channel, on images scaled to 0..1. [default: the checkpoint's]"""
-    std: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Meta(ge=1e-6, le=1e3)], ...] | None = None
     """Deviation that is divided by, one a channel. [default: the checkpoint's]"""
     crop_pct: Annotated[float, Meta(gt=0, le=1)] | None = None
     """Share of the resized image's side that the crop keeps, 0.875 for 224 of 256. [default: the checkpoint's]"""
@@ -46,14 +53,7 @@ class PreprocessOptions(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if isinstance(self.labels, Path):  # a Path is as good as its text
             msgspec.structs.force_setattr(self, "labels", str(self.labels))
-        for field in ("mean", "std"):
-            values = getattr(self, field)
-            if values is not None and not all(math.isfinite(value) for value in values):
-                raise RecipeError("not a finite number", where=field, seen=values)
-        if self.std is not None and not all(value > 0 for value in self.std):
-            raise RecipeError("images are divided by it", where="std", seen=self.std, wanted="numbers above 0")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise RecipeError("not a share", where="crop_pct", seen=self.crop_pct, wanted="a number in (0, 1]")
+        super().__post_init__()
 
 
 class ModelSection(Section, frozen=True, kw_only=True):
@@ -66,7 +66,7 @@ class ModelSection(Section, frozen=True, kw_only=True):
     args: dict[str, Any] = {}
     """Further arguments of ``timm.create_model`` (patch_size, embed_dim, depth, num_heads, mlp_ratio, ...). A
     ``global_pool`` other than ``token`` takes a method whose tokens serve heads that pool, and as baselines none."""
-    image_size: Annotated[int, Meta(ge=1)] | None = None
+    image_size: ImageSize | None = None
     """Side of the square input in pixels; ``null`` is the model's own."""
     pretrained: bool = True
     """Without a checkpoint and without a ``dense`` section: whether to start from timm's pretrained weights. ``false``
@@ -78,6 +78,7 @@ class ModelSection(Section, frozen=True, kw_only=True):
     """How images become inputs, where the checkpoint is not to decide; its ``labels`` come from the data here."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.preprocess.labels is not None:
             raise RecipeError(
                 "classes are called as in the training images", where="model.preprocess.labels",
@@ -125,9 +126,9 @@ class DataSection(Section, frozen=True, kw_only=True):
     ``train`` a folder of class folders). A run learns from them where it has ``token_labels``."""
     cache: str | None = None
     """Folder for decoded training images, made on first use (``folder`` only); ``null`` decodes anew in every pass."""
-    cache_size: Annotated[int, Meta(ge=16)] = 256
+    cache_size: Annotated[int, Meta(ge=16, le=16_384)] = 256
     """Longest shorter side of a cached image in pixels: crops are taken from no more detail than this."""
-    max_corrupt: Annotated[float, Meta(ge=0)] = 0.01
+    max_corrupt: Annotated[float, Meta(ge=0, le=1e9)] = 0.01
     """Images that may be unreadable before the run stops: below 1 a share, from 1 on a number. In training another
     image takes their place, in validation they are left out (``folder`` only)."""
     repeated_augmentation: Count = 1
@@ -145,9 +146,9 @@ class DataSection(Section, frozen=True, kw_only=True):
     the level at every step (``digits-in-the-wild`` only)."""
     curriculum_rate: Annotated[float, Meta(gt=0, le=1)] = 0.005
     """How much harder they become in one step, from 0 (centred, white on black) to 1 (``digits-in-the-wild`` only)."""
-    workers: Annotated[int, Meta(ge=0)] = 4
+    workers: Annotated[int, Meta(ge=0, le=1_024)] = 4
     """Processes that read or make images (not ``digits``); 0 does it in the main process."""
-    evaluation_batch_size: Count = 64
+    evaluation_batch_size: BatchSize = 64
     """Images a batch while evaluating; has no influence on the result."""
     rotation: Annotated[float, Meta(ge=0, le=180)] = 10.0
     """Largest rotation in degrees, either way (``digits`` only)."""
@@ -165,14 +166,15 @@ class DataSection(Section, frozen=True, kw_only=True):
     """Probability that a training image is mirrored; 0 where left and right differ, as in writing (``folder`` only)."""
     random_erasing: Share = 0.25
     """Probability that a rectangle of a training image is replaced by noise (``folder`` only)."""
-    mixup: Annotated[float, Meta(ge=0)] = 0.8
+    mixup: Annotated[float, Meta(ge=0, le=1e3)] = 0.8
     """Mixup's alpha; 0 switches it off (``folder`` only)."""
-    cutmix: Annotated[float, Meta(ge=0)] = 1.0
+    cutmix: Annotated[float, Meta(ge=0, le=1e3)] = 1.0
     """CutMix's alpha; 0 switches it off (``folder`` only)."""
     mix_switch: Share = 0.5
     """Probability of CutMix instead of mixup where both are on (``folder`` only)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.crop[0] <= self.crop[1]:
             raise RecipeError("crop is not a range", seen=list(self.crop), wanted="0 < smallest <= largest <= 1")
         if self.max_corrupt >= 1 and self.max_corrupt % 1:
@@ -206,7 +208,7 @@ class TokenLabelSection(Section, frozen=True, kw_only=True):
 
     weight: Annotated[float, Meta(ge=0, le=1e3)] = 1.0
     """Factor on the tokens' part of the loss; the class token's has 1."""
-    mix_token: Annotated[float, Meta(ge=0)] = 1.0
+    mix_token: Annotated[float, Meta(ge=0, le=1e3)] = 1.0
     """MixToken's alpha: a box of each image's patch tokens, with their labels, comes from another image of the batch.
     0 switches it off."""
 
@@ -232,7 +234,7 @@ class TrainSection(Section, frozen=True, kw_only=True):
     """Length in optimiser steps."""
     epochs: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     """Length in passes over the training images; incomplete batches are left out."""
-    batch_size: Annotated[int, Meta(ge=2)] = 64
+    batch_size: Annotated[int, Meta(ge=2, le=65_536)] = 64
     """Images at a time in every process; even where mixup or CutMix is on."""
     accumulate: Count = 1
     """Batches whose gradients are added up to one step: a step has processes × accumulate × batch_size images."""
@@ -291,10 +293,11 @@ class TrainSection(Section, frozen=True, kw_only=True):
     """Epochs between evaluations, at the keep rate of the moment; ``null`` evaluates at the end."""
     save_every: Count = 500
     """Steps between writes of the state that an interrupted run goes on from: the most that is ever lost."""
-    threads: Count | None = None
+    threads: Threads | None = None
     """CPU threads for PyTorch; ``null`` leaves its own choice."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.steps is None) == (self.epochs is None):
             seen = "neither" if self.steps is None else "both"
             raise RecipeError("the length of the run is not clear", seen=seen, wanted="either steps or epochs")
@@ -341,6 +344,7 @@ class TeacherSection(Section, frozen=True, kw_only=True):
     """Both sides' logits are divided by it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.name is None and self.checkpoint is None:
             raise RecipeError("no teacher given", where="teacher", wanted="a name, a checkpoint or both")
         factors = {"token_labels": "finetune.token_labels.weight", "dense": "finetune.dynamicvit"}

@@ -5,11 +5,13 @@ So that all three can be equal, numbers are rounded once, when the rows are made
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 
+from evit_deploy.report.lines import printable
 from evit_deploy.report.report import ComparedRow, ProfileRow, Report
 
 DIGITS = 5
@@ -45,12 +47,15 @@ def as_csv(report: Report) -> str:
 
     Columns are the fields of :class:`ComparedRow` and :class:`ProfileRow`; a difference takes four, ``to_dense``,
     ``to_dense_error``, ``to_dense_low`` and ``to_dense_high``. A bundle's own fields stand in each of its lines.
+
+    A spreadsheet computes what begins with ``=``, ``+``, ``-`` or ``@``: a text that does so stands behind an
+    apostrophe, and line ends and other control characters of names are written as escapes. JSON has the names exactly.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*_flat(ComparedRow), *_speed_columns()])
     for compared, row in pairs(report):
-        writer.writerow([*_flat_values(compared), *(_cell(getattr(row, name)) for name in _speed_columns())])
+        writer.writerow([*_flat_values(compared), *(_csv_cell(getattr(row, name)) for name in _speed_columns())])
     return text.getvalue()
 
 
@@ -75,7 +80,9 @@ def _flat_values(row: ComparedRow) -> list[str]:
     for field in row.__struct_fields__:
         value = getattr(row, field)
         cells += (
-            [_cell(getattr(value, part, None)) for part in _PARTS.values()] if field in _DIFFERENCES else [_cell(value)]
+            [_csv_cell(getattr(value, part, None)) for part in _PARTS.values()]
+            if field in _DIFFERENCES
+            else [_csv_cell(value)]
         )
     return cells
 
@@ -91,11 +98,11 @@ def as_markdown(report: Report, title: str = "Comparison") -> str:
         report: Of a comparison.
         title: Heading.
     """
-    parts = [f"# {title}"]
+    parts = [f"# {_markdown(title)}"]
     parts.append(_markdown_table(*_answers(report.compared)))
     parts.append(_markdown_table(*_speeds(report.rows)))
     if report.notes:
-        parts.append("\n".join(f"- {note}" for note in report.notes))
+        parts.append("\n".join(f"- {_markdown(note)}" for note in report.notes))
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     device = ", ".join(f"{name} {value}" for name, value in report.device.items())
     parts.append("; ".join(part for part in (versions, device) if part))
@@ -159,6 +166,19 @@ def _cell(value: float | str | None) -> str:
     return "" if value is None else str(value)
 
 
+def _csv_cell(value: float | str | None) -> str:
+    """A cell that a spreadsheet takes for a number or for text, never for a formula."""
+    if not isinstance(value, str):
+        return _cell(value)
+    text = printable(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def _markdown(text: str) -> str:
+    """Text of others, in which a page shows neither links nor tags."""
+    return re.sub(r"([\\`*<\[|])", r"\\\1", printable(text))
+
+
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_markdown, line)) + " |" for line in lines)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from html import escape
 
+from evit_deploy.report.lines import printable
+
 _LINE = "1px solid rgba(128, 128, 128, 0.35)"  # grey shows on white and on black
 _CELL = f"padding: 0.2em 0.7em; border-bottom: {_LINE}; vertical-align: top"
 
@@ -16,7 +18,11 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: st
         caption: A line above it.
     """
     flush = [all(is_number(row[i]) for row in rows) for i in range(len(rows[0]) if rows else len(header))]
-    titles = "".join(_cell("th", title, right) for title, right in zip(header, flush, strict=True)) if header else ""
+    titles = (
+        "".join(_cell("th", title.replace("\n", " "), right) for title, right in zip(header, flush, strict=True))
+        if header
+        else ""
+    )
     parts = [f'<table style="border-collapse: collapse; margin: 0.5em 0">{_caption(caption)}']
     parts += [f"<thead><tr>{titles}</tr></thead>"] if titles else []
     parts.append("<tbody>")
@@ -26,7 +32,8 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: st
 
 def html_line(text: str, *, strong: bool = False) -> str:
     """One paragraph."""
-    said = f"<strong>{escape(text)}</strong>" if strong else escape(text)
+    said = escape(printable(text))
+    said = f"<strong>{said}</strong>" if strong else said
     return f'<p style="margin: 0.3em 0">{said}</p>'
 
 
@@ -36,12 +43,12 @@ def is_number(text: str) -> bool:
 
 
 def _caption(text: str | None) -> str:
-    return "" if text is None else f'<caption style="text-align: left">{escape(text)}</caption>'
+    return "" if text is None else f'<caption style="text-align: left">{escape(printable(text))}</caption>'
 
 
 def _cell(tag: str, text: str, right: bool) -> str:
     side = "right; white-space: nowrap" if right else "left"
-    return f'<{tag} style="text-align: {side}; {_CELL}">{escape(text)}</{tag}>'
+    return f'<{tag} style="text-align: {side}; {_CELL}">{escape(printable(text))}</{tag}>'
 
 
 class Page:

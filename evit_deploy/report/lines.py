@@ -1,6 +1,28 @@
 """Lines of text on a terminal."""
 
 import textwrap
+import unicodedata
+
+_INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of control characters, marks of format and direction, halves of characters, line separators."""
+
+
+def printable(text: object) -> str:
+    """A name or a sentence on one line, in characters that a terminal shows and does not obey.
+
+    File names, labels, names of tensors and what libraries say of them may hold anything. What is invisible (control
+    characters, escape sequences, marks of direction, zero widths, line ends) is shown as Python writes it, ``\\x1b``;
+    a byte of a file name that is no UTF-8 as ``\\xff``.
+    """
+    said = str(text)
+    if said.isprintable():
+        return said
+    return "".join(_escaped(letter) if unicodedata.category(letter) in _INVISIBLE else letter for letter in said)
+
+
+def printable_lines(text: str) -> str:
+    """The same for a text of ours that has lines: what was put into it has none, see :func:`printable`."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def wrapped(text: str, width: int) -> str:
@@ -8,3 +30,8 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(
         textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.splitlines()
     )
+
+
+def _escaped(letter: str) -> str:
+    code = ord(letter)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else letter.encode("unicode_escape").decode()

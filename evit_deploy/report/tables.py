@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evit_deploy.report.html import Page, is_number
-from evit_deploy.report.lines import wrapped
+from evit_deploy.report.lines import printable, wrapped
 from evit_deploy.report.report import (
     BlockRow,
     ComparedRow,
@@ -395,6 +395,7 @@ def _table(
         dispensable: Columns to leave out for want of width, the first first.
         unsaid: Columns to leave out in any case.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     if isinstance(console, Page):  # it has room for all of them
         shown = [i for i, title in enumerate(header) if title not in unsaid]
         console.table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
@@ -421,8 +422,9 @@ def _table(
 
 def _print(console: Any, text: str) -> None:
     """A sentence, in lines where a person reads it and in one line where a program does."""
+    text = printable(text)
     if isinstance(console, Page):
         console.line(text)
         return
     text = wrapped(text, console.width) if console.is_terminal else text
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """What has to hold before bundles are packaged: files, proof, one model, the right platform, GPU and server."""
 
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ from evit_deploy.engines.plan_file import read_header
 from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import EMBEDDING, INPUT, LOGITS
 from evit_deploy.report.report import Report
-from evit_deploy.serving.deployment import RELEASES, TritonRelease, declared_server, older, same
-from evit_deploy.serving.options import Purpose
+from evit_deploy.serving.options import Device, Purpose, TritonOptions
+from evit_deploy.serving.releases import RELEASES, TritonRelease, declared_server, older, same
 from evit_deploy.targets.target import all_targets
 
 _ONE_MODEL = ("kind", "model", "model_args", "tokens", "plan", "preprocess", "labels", "inputs", "outputs", "precision")
+_DALI_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 DALI_FILTERS = ("bilinear", "bicubic", "lanczos")
 _AMPERE = 80
 CONTAINER = "nvcr.io/nvidia/tensorrt"
@@ -190,8 +192,32 @@ def labels_of(bundle: Bundle, path: Path | None) -> list[str] | None:
     return names
 
 
-def check_preprocess(manifest: Manifest, platform: str, choice: str) -> None:
+def device_for(platform: str, asked: Device | None) -> Device:
+    """What the server runs a model on.
+
+    Args:
+        platform: What runs it.
+        asked: As in ``--device``.
+
+    Raises:
+        InputError: The platform does not run there.
+    """
+    only: Device | None = {"openvino": "cpu", "tensorrt": "gpu"}.get(platform)  # type: ignore[assignment]
+    if asked is not None and only not in (asked, None):
+        raise InputError(
+            f"Triton runs {platform} on the {only.upper()} only", where="--device", seen=asked, wanted=only
+        )
+    return asked or only or "gpu"
+
+
+def check_preprocess(manifest: Manifest, name: str, device: Device, choice: str) -> None:
     """Makes sure that photographs can be made inputs of a model.
+
+    Args:
+        manifest: The model's.
+        name: Of the model.
+        device: What it is to run on.
+        choice: What makes them, as in ``--preprocess``.
 
     Raises:
         InputError: They cannot, or not with DALI.
@@ -205,7 +231,9 @@ def check_preprocess(manifest: Manifest, platform: str, choice: str) -> None:
     if choice != "dali":
         return
     reasons = {
-        f"{platform} runs on the CPU, DALI on a GPU": platform == "openvino",
+        "the model runs on the CPU, DALI on a GPU": device == "cpu",
+        # Its backend runs a shell command with the path, and takes no other character in that.
+        f"a name with other characters than letters, digits, _ and . ({name!r})": not _DALI_PATH.fullmatch(name),
         f"crop mode {preprocess.crop_mode}": preprocess.crop_mode not in ("center", "squash"),
         "an input that is not square": preprocess.crop_mode == "center" and len(set(preprocess.size)) > 1,
         f"crop_pct {preprocess.crop_pct:g}": preprocess.crop_pct > 1,
@@ -215,7 +243,7 @@ def check_preprocess(manifest: Manifest, platform: str, choice: str) -> None:
     if found:
         raise InputError(
             "the preprocessing cannot be done with DALI here", where="--preprocess dali", seen="; ".join(found),
-            fix="Give --preprocess python.",
+            fix="Give --preprocess python, or another --name.",
         )  # fmt: skip
 
 
@@ -277,18 +305,31 @@ def version_compatible(found: Sequence[Bundle]) -> bool:
     return all(each.get("version_compatible") and each.get("lean_runtime", True) for each in options)
 
 
-def server_for(found: Sequence[Bundle], platform: str, release: str | None, tensorrt: str | None) -> TritonRelease:
+def server_for(found: Sequence[Bundle], platform: str, options: TritonOptions) -> TritonRelease:
     """The server that was declared, which has to have what the plans want.
 
     Args:
         found: The bundles.
         platform: What runs them.
-        release: As in ``--server``.
-        tensorrt: As in ``--server-tensorrt``.
+        options: Its release, TensorRT and digest.
 
     Raises:
         InputError: It has another TensorRT than the plans were built with, or what it has is not known.
     """
+    server = _server_for(found, platform, options.server, options.server_tensorrt)
+    digest = options.server_digest
+    if digest is None:
+        return server
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+        raise InputError("not a digest", where="--server-digest", seen=repr(digest), wanted="sha256: and 64 digits")
+    if options.server is None:
+        raise InputError(
+            "a digest is one image's", where="--server-digest", fix="Say of which release: --server 26.07."
+        )
+    return msgspec.structs.replace(server, digest=digest)
+
+
+def _server_for(found: Sequence[Bundle], platform: str, release: str | None, tensorrt: str | None) -> TritonRelease:
     if platform != "tensorrt":
         if tensorrt is not None:
             raise InputError("only a plan depends on the server's TensorRT", where="--server-tensorrt", seen=tensorrt)

@@ -6,17 +6,23 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from evit_deploy.recipe.sections import BatchSize, Section
+
 Purpose = Literal["triton", "cpp"]
 """What a package is for."""
 Platform = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "openvino"]
 """What runs the model there."""
+Device = Literal["gpu", "cpu"]
+"""What the model runs on there."""
+Publish = Literal["local", "network"]
+"""Who reaches the server."""
 
 
 QUEUE_DELAY = 1000
 """Microseconds."""
 
 
-class PackageOptions(msgspec.Struct, frozen=True, kw_only=True):
+class PackageOptions(Section, frozen=True, kw_only=True):
     """How bundles are packaged."""
 
     platform: Platform | None = None
@@ -34,12 +40,13 @@ class PackageOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Package what was not verified on this platform too; the package records it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("labels", "plugin"):  # a Path is as good as its text
             if isinstance(value := getattr(self, field), Path):
                 msgspec.structs.force_setattr(self, field, str(value))
 
 
-class TritonOptions(msgspec.Struct, frozen=True, kw_only=True):
+class TritonOptions(Section, frozen=True, kw_only=True):
     """The Triton server, and how it is to serve."""
 
     server: str | None = None
@@ -49,9 +56,23 @@ class TritonOptions(msgspec.Struct, frozen=True, kw_only=True):
     preprocess: Literal["python", "dali", "none"] = "python"
     """What makes inputs of image files in the server: Pillow on the CPU as in training, or DALI on the GPU, which is
     nearly the same; with none, clients send inputs. [default: python]"""
-    max_batch: Annotated[int, Meta(ge=1)] | None = None
+    max_batch: BatchSize | None = None
     """Most images a call. [default: what the plan covers; 32 for ONNX Runtime, 1 for OpenVINO]"""
-    instances: Annotated[int, Meta(ge=1)] = 1
+    instances: Annotated[int, Meta(ge=1, le=1_024)] = 1
     """Instances of the model, on each GPU or on the CPU. [default: 1]"""
-    queue_delay: Annotated[int, Meta(ge=0)] = QUEUE_DELAY
+    queue_delay: Annotated[int, Meta(ge=0, le=60_000_000)] = QUEUE_DELAY
     """Microseconds that a request may wait to be batched with others. [default: 1000]"""
+    device: Device | None = None
+    """What the server runs the model on: of its files those for the CPU ask for no GPU.
+    [default: cpu for OpenVINO, else gpu]"""
+    publish: Publish = "local"
+    """Who reaches the server: with local its own machine, in Kubernetes the pods of its namespace; with network
+    whoever reaches the machine, or the load balancer. [default: local]"""
+    shared_memory: bool = False
+    """Let clients on the same machine pass tensors through shared memory, where they can also read each other's."""
+    server_digest: str | None = None
+    """Digest of the server's image, ``sha256:…``, which pins it. [default: its release alone]"""
+    cpus: Annotated[int, Meta(ge=1, le=4_096)] = 4
+    """Processors that the server may use. [default: 4]"""
+    memory: Annotated[int, Meta(ge=1, le=65_536)] | None = None
+    """Memory that the server may use, GiB. [default: by the model's size]"""

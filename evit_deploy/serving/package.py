@@ -4,11 +4,13 @@ Gates first (:mod:`evit_deploy.serving.gates`), files second; nothing is written
 """
 
 import logging
+import math
 import os
 import re
 import shutil
 import typing
 from collections.abc import Sequence
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from evit_deploy.errors import GateFailed, InputError
 from evit_deploy.files import hashes, sha256
 from evit_deploy.progress import doing
 from evit_deploy.serving import cpp as cpp_folder
-from evit_deploy.serving.deployment import Launch, TritonRelease
+from evit_deploy.serving.deployment import CLOSED_SCRIPT, Launch
 from evit_deploy.serving.gates import (
     check_files,
     check_gpus,
@@ -31,6 +33,7 @@ from evit_deploy.serving.gates import (
     check_same,
     check_tensors,
     compute_capability,
+    device_for,
     doubt,
     engine_of,
     files_of,
@@ -39,12 +42,18 @@ from evit_deploy.serving.gates import (
     server_for,
     version_compatible,
 )
-from evit_deploy.serving.options import PackageOptions, Purpose, TritonOptions
+from evit_deploy.serving.kubernetes import kubernetes
+from evit_deploy.serving.options import Device, PackageOptions, Publish, Purpose, TritonOptions
 from evit_deploy.serving.readme import triton_readme
+from evit_deploy.serving.releases import TritonRelease
 from evit_deploy.serving.repository import MAX_BATCH, MODEL_FILES, Serving, covered, write_repository
 
 _LOG = logging.getLogger(__name__)
 
+_HTTP_LIMIT = 64 << 20
+"""Bytes of a request that Triton takes over HTTP by itself."""
+_HTTP_HEADER = 1 << 20
+"""More than the description before the tensors takes."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -143,7 +152,7 @@ def package(
     served = (triton or TritonOptions()) if target == "triton" else None
     server = serving = None
     if served is not None:
-        server = server_for(found, platform, served.server, served.server_tensorrt)
+        server = server_for(found, platform, served)
         serving = _serving(found, name, platform, names, served)
     notes = [f"NOT verified on {platform}: {reason}" for reason in doubts] + _notes(server, platform, served)
     for note in notes:
@@ -155,8 +164,8 @@ def package(
             (staging.path / "plugins").mkdir()
             shutil.copyfile(library, staging.path / "plugins" / LIBRARY)
         launch = None
-        if serving is not None and server is not None:
-            launch = _launch(found, serving, server, plugin=library is not None)
+        if served is not None and serving is not None and server is not None:
+            launch = _launch(found, serving, server, served, plugin=library is not None)
             _write_triton(staging.path, found, serving, launch, notes)
             _write_rest(first, names, (), staging.path, place)
         else:
@@ -213,7 +222,13 @@ def _check_options(options: TritonOptions, target: str) -> None:
     if options.preprocess not in ("python", "dali", "none"):
         wanted = "python, dali or none"
         raise InputError("unknown preprocessing", where="--preprocess", seen=repr(options.preprocess), wanted=wanted)
+    for where, seen, kinds in (("--device", options.device, Device), ("--publish", options.publish, Publish)):
+        if seen is not None and seen not in typing.get_args(kinds):
+            raise InputError(
+                "not one of these", where=where, seen=repr(seen), wanted=" or ".join(typing.get_args(kinds))
+            )
     least = {"--max-batch": (options.max_batch, 1), "--instances": (options.instances, 1)}
+    least |= {"--cpus": (options.cpus, 1), "--memory": (options.memory, 1)}
     for where, (value, low) in (least | {"--queue-delay": (options.queue_delay, 0)}).items():
         if value is not None and value < low:
             raise InputError("too small", where=where, seen=value, wanted=f"{low} or more")
@@ -241,7 +256,8 @@ def _serving(
             "the plan does not take every batch up to this one", where="--max-batch", seen=max_batch,
             wanted=f"at most {most}",
         )  # fmt: skip
-    check_preprocess(manifest, platform, options.preprocess)
+    device = device_for(platform, options.device)
+    check_preprocess(manifest, name, device, options.preprocess)
     plans = {}
     if len(found) > 1:
         plans = {compute_capability(gpu): _plan_name(b) for b in found for gpu in engine_of(b).gpus}
@@ -256,6 +272,8 @@ def _serving(
         labels=labels,
         profiles=profiles,
         plans=plans,
+        on_gpu=device == "gpu",
+        cpus=options.cpus,
         instances=options.instances,
         queue_delay=options.queue_delay,
     )
@@ -266,15 +284,35 @@ def _plan_name(bundle: Bundle) -> str:
     return f"model_{'_'.join(engine_of(bundle).gpus)}.plan"
 
 
-def _launch(found: Sequence[Bundle], serving: Serving, server: TritonRelease, *, plugin: bool) -> Launch:
+def _launch(
+    found: Sequence[Bundle], serving: Serving, server: TritonRelease, options: TritonOptions, *, plugin: bool
+) -> Launch:
+    decodes = serving.preprocess is not None and serving.decoder == "python"
+    model = max(sum(b.file(name).stat().st_size for name in files_of(serving.platform)) for b in found)
+    largest = serving.max_batch * math.prod(size or 1 for size in serving.inputs[0].shape[1:]) * 4
     return Launch(
         name=serving.name,
         server=server,
-        on_gpu=serving.platform != "openvino",
+        on_gpu=serving.on_gpu,
         plugin=LIBRARY if plugin else None,
         version_compatible=serving.platform == "tensorrt" and version_compatible(found),
-        pillow=version("pillow") if serving.preprocess is not None and serving.decoder == "python" else None,
+        pillow=version("pillow") if decodes else None,
+        publish=options.publish,
+        shared_memory=options.shared_memory,
+        cpus=options.cpus,
+        memory=options.memory or _memory(model * options.instances, decodes=decodes),
+        http_limit=largest + _HTTP_HEADER if largest + _HTTP_HEADER > _HTTP_LIMIT else None,
     )
+
+
+def _memory(models: int, *, decodes: bool) -> int:
+    """GiB that a server needs: 3 for itself and CUDA, 3 for shared memory and four decoders, 3 times its models.
+
+    Args:
+        models: Bytes of the model's files, of all instances.
+        decodes: Whether it decodes images in Python.
+    """
+    return 3 + (3 if decodes else 0) + math.ceil(3 * models / 2**30)
 
 
 def _write_triton(folder: Path, found: Sequence[Bundle], serving: Serving, launch: Launch, notes: list[str]) -> None:
@@ -288,10 +326,15 @@ def _write_triton(folder: Path, found: Sequence[Bundle], serving: Serving, launc
     for name, text in (
         ("Dockerfile", launch.dockerfile()),
         ("compose.yaml", launch.compose()),
-        ("kubernetes.yaml", launch.kubernetes()),
+        ("kubernetes.yaml", kubernetes(launch)),
+        (CLOSED_SCRIPT, _closed_script()),
         ("README.md", triton_readme(serving, launch, notes)),
     ):
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _closed_script() -> str:
+    return (resources.files("evit_deploy.serving") / "server_files" / CLOSED_SCRIPT).read_text(encoding="utf-8")
 
 
 def _write_rest(bundle: Bundle, labels: list[str] | None, names: Sequence[str], folder: Path, place: Path) -> None:

@@ -1,6 +1,7 @@
 """``README.md`` of a package for Triton: what is in it, how it is started, asked, watched and checked."""
 
-from evit_deploy.serving.deployment import GRPC, HTTP, METRIC_NAMES, METRICS, Launch
+from evit_deploy.serving.deployment import CLOSED_SCRIPT, GRPC, HTTP, METRIC_NAMES, METRICS, Launch
+from evit_deploy.serving.kubernetes import DRAIN
 from evit_deploy.serving.repository import Serving
 
 _PHOTOGRAPHS = """## Ask it
@@ -97,9 +98,11 @@ def _contents(serving: Serving) -> str:
     rows += [
         (f"model_repository/{serving.model}", f"the model, on {serving.platform}"),
         ("Dockerfile", "the server's image with the models in it"),
-        ("compose.yaml, kubernetes.yaml", "the same image with ports, probes and a GPU where it is used"),
+        (CLOSED_SCRIPT, "starts the server with the interfaces closed that change it"),
+        ("compose.yaml, kubernetes.yaml", "the same image with ports, probes, limits and a GPU where it is used"),
         ("manifest.json, golden.npz", "what the model is, and the answers that it has to give"),
         ("package.json", "what this was made of, with hashes"),
+        ("sbom.json", "software bill of materials, CycloneDX"),
     ]
     return "| | |\n|---|---|\n" + "".join(f"| `{name}` | {what} |\n" for name, what in rows)
 
@@ -107,15 +110,11 @@ def _contents(serving: Serving) -> str:
 def _start(serving: Serving, launch: Launch) -> str:
     lines = [
         "## Start it\n",
-        f"```bash\ndocker build -t {launch.tag} .\n{launch.command()}\n```\n",
+        f"```bash\ndocker build -t {launch.tag} .\n" + " \\\n  ".join(launch.command()) + "\n```\n",
         "Or `docker compose up`; or push the image, write its name into `kubernetes.yaml` and `kubectl apply -f` that. "
         f"HTTP is on port {HTTP}, gRPC on {GRPC}, metrics on {METRICS}.\n",
     ]
-    if serving.platform == "onnxruntime" and serving.decoder != "dali":
-        lines.append(
-            "Without a GPU, with `configs/cpu.pbtxt` in the place of `config.pbtxt` (the same option goes into the "
-            f"YAML files, and what asks for a GPU out of them):\n\n```bash\n{launch.command(on_cpu=True)}\n```\n"
-        )
+    lines.append(_reach(launch))
     if serving.platform == "openvino":
         lines.append(
             "Triton's OpenVINO backend fills every batch up to `max_batch_size` and computes the whole of it, which is "
@@ -134,6 +133,34 @@ def _start(serving: Serving, launch: Launch) -> str:
         f"```bash\nevit-deploy verify . --url http://localhost:{HTTP} --model-name {name}\n```\n"
     )
     return "\n".join(lines)
+
+
+def _reach(launch: Launch) -> str:
+    """Who reaches the server, and what of it."""
+    if launch.publish == "network":
+        ports = (
+            "HTTP and gRPC are open to whoever reaches this machine, in Kubernetes through a load balancer: the server "
+            "asks nobody who they are, so put a gateway with TLS and a login before it. Metrics stay local."
+        )
+    else:
+        ports = (
+            "The ports are this machine's alone (127.0.0.1), in Kubernetes its namespace's; metrics go to Prometheus. "
+            "`package --publish network` opens them."
+        )
+    shared = (
+        "Clients of this machine may pass tensors through shared memory, as user 1000; all that do can read each "
+        "other's."
+        if launch.shared_memory
+        else "Shared memory is among them: `package --shared-memory` leaves it open."
+    )
+    return (
+        f"{ports}\n\nThe server runs as user 1000 on files that it cannot write, with {launch.cpus} processors and "
+        f"{launch.memory} GiB at most. These interfaces are closed, with a key that `{CLOSED_SCRIPT}` makes at every "
+        f"start and writes nowhere (`EVIT_KEY` from a secret is an operator's own): "
+        f"{', '.join(launch.closed)}. {shared}\n\n"
+        f"A pod that is to end leaves the Service first and serves for {DRAIN} s more. The PodDisruptionBudget keeps "
+        "all replicas but one; there is one until you raise `replicas`.\n"
+    )
 
 
 def _watch() -> str:

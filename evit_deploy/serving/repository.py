@@ -43,6 +43,8 @@ class Serving(msgspec.Struct, frozen=True):
         max_batch: Most images a call.
         preprocess: From image file to input; ``None`` for the model alone.
         decoder: What does it: ``python`` (with Pillow, on the CPU) or ``dali`` (on the GPU).
+        on_gpu: Whether the model runs on GPUs.
+        cpus: Processors that the server has.
         labels: Class names, if known.
         profiles: Batch sizes that each optimization profile of a plan covers.
         plans: Compute capability (``8.0``) -> file, when there is a plan for each of several GPUs.
@@ -57,6 +59,8 @@ class Serving(msgspec.Struct, frozen=True):
     max_batch: int
     preprocess: Preprocess | None = None
     decoder: str = "python"
+    on_gpu: bool = True
+    cpus: int = 4
     labels: list[str] | None = None
     profiles: tuple[BatchProfile, ...] = ()
     plans: dict[str, str] = {}
@@ -103,8 +107,6 @@ def configurations(serving: Serving) -> dict[str, Any]:
         MissingRequirement: ``tritonclient``, which brings the protocol buffers, is not installed.
     """
     configs = {f"{serving.model}/{CONFIG}": model_config(serving)}
-    if serving.platform == "onnxruntime":
-        configs[f"{serving.model}/configs/cpu.pbtxt"] = model_config(serving, on_cpu=True)
     if serving.preprocess is not None:
         configs[f"{serving.preprocessing}/{CONFIG}"] = preprocess_config(serving)
         configs[f"{serving.name}/{CONFIG}"] = ensemble_config(serving)
@@ -152,16 +154,10 @@ def _write_preprocessing(preprocess: Preprocess, serving: Serving, folder: Path)
     (folder / "preprocess.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def model_config(serving: Serving, *, on_cpu: bool = False) -> Any:
-    """The model itself: input ``input``, output ``logits`` or ``embedding``.
-
-    Args:
-        serving: See :class:`Serving`.
-        on_cpu: Whether it is to run on the CPU although its platform could use a GPU.
-    """
+def model_config(serving: Serving) -> Any:
+    """The model itself: input ``input``, output ``logits`` or ``embedding``."""
     pb = _protocol()
     config = _config(serving.model, serving.max_batch)
-    on_gpu = serving.platform != "openvino" and not on_cpu
     if serving.platform == "openvino":  # has a backend, and no name among the platforms
         config.backend = "openvino"
     else:
@@ -170,7 +166,7 @@ def model_config(serving: Serving, *, on_cpu: bool = False) -> Any:
     for tensor in serving.inputs:
         config.input.add(name=tensor.name, data_type=_TYPES[tensor.dtype], dims=_dims(tensor))
     _add_outputs(config, serving)
-    kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
+    kind = pb.ModelInstanceGroup.KIND_GPU if serving.on_gpu else pb.ModelInstanceGroup.KIND_CPU
     # Of several profiles Triton uses the first, unless they are named.
     profiles = [str(index) for index in range(len(serving.profiles))] if len(serving.profiles) > 1 else []
     config.instance_group.add(count=serving.instances, kind=kind, profile=profiles)
@@ -189,9 +185,13 @@ def model_config(serving: Serving, *, on_cpu: bool = False) -> Any:
             config.cc_model_filenames[capability] = name
     elif serving.platform == "openvino" and serving.max_batch > 1:
         config.parameters["ENABLE_BATCH_PADDING"].string_value = "YES"
-    elif on_gpu:  # FP32 means FP32, as it did when the model was verified; ONNX Runtime takes TF32 if it may
+    elif serving.platform == "onnxruntime" and serving.on_gpu:
+        # FP32 means FP32, as it did when the model was verified; ONNX Runtime takes TF32 if it may.
         accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
         accelerator.parameters["use_tf32"] = "0"
+    elif serving.platform == "onnxruntime":
+        # By itself it starts a thread for every processor of the machine, not of the container.
+        config.parameters["intra_op_thread_count"].string_value = str(max(serving.cpus // serving.instances, 1))
     return config
 
 

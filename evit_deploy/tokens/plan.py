@@ -17,6 +17,8 @@ from evit_deploy.errors import InputError
 
 SCHEDULE_DECIMALS = 6
 """A scheduled keep rate is rounded to this many decimals before it is used, so that every machine plans alike."""
+MOST_BLOCKS = 10_000
+"""More than any model has."""
 FUSED = -1
 """Patch number of a fused token."""
 
@@ -103,8 +105,9 @@ class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def _check_locations(locations: Sequence[int]) -> None:
     for location in locations:
-        if isinstance(location, bool) or not isinstance(location, int) or location < 0:
-            raise InputError("a location is not a block index", seen=repr(location), wanted="a whole number from 0 up")
+        if isinstance(location, bool) or not isinstance(location, int) or not 0 <= location < MOST_BLOCKS:
+            wanted = f"a whole number from 0 to {MOST_BLOCKS - 1}"
+            raise InputError("a location is not a block index", seen=f"{location!r:.60}", wanted=wanted)
     if any(b <= a for a, b in itertools.pairwise(locations)):
         raise InputError(
             "locations are not strictly rising",

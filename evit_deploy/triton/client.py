@@ -22,7 +22,9 @@ import click
 import msgspec
 import numpy as np
 
+from evit_deploy.data.labels import read_labels
 from evit_deploy.errors import EvitDeployError, InputError
+from evit_deploy.report.lines import printable
 from evit_deploy.triton.connection import TIMEOUT, Connection, ServedModel
 from evit_deploy.triton.failures import RequestLost, ServerUnreachable
 
@@ -198,7 +200,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except EvitDeployError as error:
-        print(f"triton_client: {error}", file=sys.stderr)
+        print(f"triton_client: {printable(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
@@ -233,20 +235,20 @@ def main(
     Exit code 0: all answered. 2: some were refused. 3: no server. 4: some were lost.
     """
     with _told():
-        names = labels.read_text(encoding="utf-8").splitlines() if labels else None
+        names = read_labels(labels) if labels else None
         embeds = answer_of(_ensemble(url, model_name, timeout)) == EMBEDDING
         _check_use(model_name, embeds, labels, out)
         answers = classify_files(paths, url, model_name, in_flight=in_flight, timeout=timeout)
     for answer in answers:
         if answer.output is None:
-            print(f"{answer.state}: {answer.name}: {answer.reason}", file=sys.stderr)
+            print(printable(f"{answer.state}: {answer.name}: {answer.reason}"), file=sys.stderr)
         elif embeds:
-            print(f"{answer.name}\t{len(answer.output)}\t{np.linalg.norm(answer.output):.3f}")
+            print(f"{printable(answer.name)}\t{len(answer.output)}\t{np.linalg.norm(answer.output):.3f}")
         else:
             best = int(answer.output.argmax())
             shares = np.exp(answer.output - answer.output.max())
             label = names[best] if names and best < len(names) else str(best)
-            print(f"{answer.name}\t{label}\t{shares[best] / shares.sum():.3f}")
+            print(f"{printable(answer.name)}\t{printable(label)}\t{shares[best] / shares.sum():.3f}")
     if out is not None:
         rows = [answer.output for answer in answers if answer.output is not None]
         with out.open("wb") as file:  # by its name alone, numpy would add .npy to it

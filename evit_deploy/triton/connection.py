@@ -18,7 +18,13 @@ import numpy as np
 from evit_deploy.bundle.manifest import TensorSpec
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, did_you_mean
-from evit_deploy.triton.failures import RequestRefused, ServerUnreachable, stranger, translated
+from evit_deploy.triton.failures import (
+    InterfaceClosed,
+    RequestRefused,
+    ServerUnreachable,
+    stranger,
+    translated,
+)
 
 PORTS = {"http": 8000, "https": 8000, "grpc": 8001, "grpcs": 8001}
 TIMEOUT = 60.0
@@ -159,7 +165,11 @@ class Connection:
         return str(self._json(self._client.get_server_metadata)["version"])
 
     def models(self) -> dict[str, str]:
-        """Names of the models in the server's repository, and why a model is not ready; empty where it is."""
+        """Names of the models in the server's repository, and why a model is not ready; empty where it is.
+
+        Raises:
+            InterfaceClosed: The server does not list them, as packaged ones do not.
+        """
         index = self._json(self._client.get_model_repository_index)
         rows = index if isinstance(index, list) else index.get("models", [])
         states: dict[str, str] = {}
@@ -180,21 +190,11 @@ class Connection:
             InputError: The server has no such model or version; the message has the nearest name.
             MissingRequirement: It has it, and it is not loaded.
         """
-        states = self.models()
-        if name not in states:
-            raise InputError(
-                "the server has no such model", where=self.url, seen=repr(name),
-                wanted="one of " + ", ".join(sorted(states)) if states else "a repository with models",
-                fix=did_you_mean(name, states),
-            )  # fmt: skip
-        if states[name]:
-            raise MissingRequirement(
-                f"the model {name!r} is not ready", where=self.url, seen=states[name], fix="The server's log says why."
-            )
         try:
             metadata = self._json(self._client.get_model_metadata, name, version)
             config = self._json(self._client.get_model_config, name, version)
         except (RequestRefused, ServerUnreachable) as error:
+            self._explain(name)
             if not version:
                 raise
             served = self._json(self._client.get_model_metadata, name).get("versions", [])
@@ -212,6 +212,23 @@ class Connection:
             tuple(int(size) for size in config.get("dynamic_batching", {}).get("preferred_batch_size", ())),
             tuple(step["model_name"] for step in config.get("ensemble_scheduling", {}).get("step", ())),
         )
+
+    def _explain(self, name: str) -> None:
+        """Says why a model cannot be described, where the server's list of models tells."""
+        try:
+            states = self.models()
+        except InterfaceClosed:
+            return
+        if name not in states:
+            raise InputError(
+                "the server has no such model", where=self.url, seen=repr(name),
+                wanted="one of " + ", ".join(sorted(states)) if states else "a repository with models",
+                fix=did_you_mean(name, states),
+            ) from None  # fmt: skip
+        if states[name]:
+            raise MissingRequirement(
+                f"the model {name!r} is not ready", where=self.url, seen=states[name], fix="The server's log says why."
+            ) from None
 
     def statistics(self, name: str) -> dict[str, Any]:
         """What a model has done since it was loaded, as the server counts it; every number is an ``int``."""

@@ -35,6 +35,10 @@ class RequestRefused(InputError):  # noqa: N818 -- likewise
     """The server read the request and declined it."""
 
 
+class InterfaceClosed(RequestRefused):
+    """The server keeps this interface to those who have its key."""
+
+
 def translated(error: Exception, url: str, timeout: float, *, sent: bool) -> EvitDeployError:
     """An error of ``tritonclient``, or of what lies below it, as one of ours.
 
@@ -61,6 +65,11 @@ def _answered(error: Any, url: str, timeout: float, sent: bool) -> EvitDeployErr
     """``tritonclient``'s own error: a status of HTTP or gRPC, and words."""
     status, said = str(error.status() or "").removeprefix("StatusCode."), _short(error.message())
     lower = said.lower()
+    if "is restricted, expecting header" in lower:
+        return InterfaceClosed(
+            "the server keeps this interface closed", where=url, seen=said,
+            fix="What was packaged with --shared-memory takes shared memory; nothing else is opened by an option.",
+        )  # fmt: skip
     if status == "503" or any(words in lower for words in _STOPPING):
         return ServerUnreachable(
             f"the server does not take it now: {said.rstrip('.')}", where=url,

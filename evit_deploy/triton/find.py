@@ -5,6 +5,7 @@ import msgspec
 from evit_deploy.bundle.manifest import Manifest, TensorSpec
 from evit_deploy.errors import InputError
 from evit_deploy.triton.connection import Connection, ServedModel, Server
+from evit_deploy.triton.failures import InterfaceClosed
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -54,7 +55,12 @@ def find_model(served: Server, manifest: Manifest) -> Found:
 
 
 def _only_fitting(connection: Connection, served: Server, manifest: Manifest) -> str:
-    ready = [name for name, reason in connection.models().items() if not reason]
+    try:
+        ready = [name for name, reason in connection.models().items() if not reason]
+    except InterfaceClosed:
+        raise InputError(
+            "this server does not list its models", where=served.url, fix="Say which one is meant: --model-name."
+        ) from None
     fitting = [name for name in ready if not misfits(connection.describe(name), manifest)]
     if len(fitting) == 1:
         return fitting[0]

@@ -154,7 +154,7 @@ def test_a_published_folder_is_whole_and_readable(tmp_path):
     with Staging(out, force=False) as staging:
         fill(staging)
         assert not out.exists()
-        assert staging.path.parent == out.parent
+        assert staging.path.parent.parent == out.parent
         staging.publish(out)
     assert tree(tmp_path) == {
         "new": None, "new/bundle": None, "new/bundle/dense": None, "new/bundle/dense/model.onnx": b"dense",

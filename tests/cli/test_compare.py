@@ -42,7 +42,7 @@ def test_json_is_one_document_with_the_numbers_of_the_file(cli, converted, fewer
         (["{a}", "{b}", "--data", "{data}", "--reference", "fewr"], ["--reference", "Did you mean 'fewer'?"]),
         (["{a}", "{b}", "--data", "absent"], ["absent", "no such folder"]),
         (["{a}", "{b}", "--data", "{data}", "--images", "{data}"], ["one of the two"]),
-        (["{a}", "{b}", "--batch-sizes", "0"], ["--batch-sizes", "from 1 up"]),
+        (["{a}", "{b}", "--batch-sizes", "0"], ["--batch-sizes", "from 1 to 65536"]),
         (["{a}", "{b}", "--threads", "0"], ["--threads"]),
         (["{a}", "{b}", "--out", "{model}"], ["this is a file", "--out"]),
         (["{a}", "{b}", "--out", "/proc/here"], ["cannot write there"]),

@@ -176,7 +176,7 @@ def test_annotations_are_read():
     assert plain(kinds["targets"]) == (str, True)
     assert plain(kinds["workspace"]) == (int, False)
     assert limits_in(kinds["optimization_level"]) == (0, 5)
-    assert limits_in(kinds["workspace"]) == (1, None)
+    assert limits_in(kinds["workspace"]) == (1, 2**31 - 1)
 
 
 def test_help_scans_no_other_packages():

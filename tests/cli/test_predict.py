@@ -116,7 +116,7 @@ def test_embeddings_are_listed_and_written(cli, embedding, photographs, tmp_path
     ("arguments", "hints"),
     [
         (["--out", "{tmp}/x.npy"], ["--out is for embeddings", "--json"]),
-        (["--top", "0"], ["--top", "got 0", "from 1 up"]),
+        (["--top", "0"], ["--top", "got 0", "from 1 to"]),
         (["--runtime", "onnxruntme"], ["'onnxruntme'", "Did you mean 'onnxruntime'?"]),
         (["--runtime", "triton"], ["asks a server"]),
         (["--threads", "no"], ["--threads"]),

@@ -79,7 +79,7 @@ def test_later_override_wins_and_begins_an_absent_section():
         ("tokens.keep_rates=0.5", ["Did you mean 'tokens.keep_rate'"]),
         ("tokens.keep_rate=0", ["keep rate is out of range", "tokens"]),
         ("tokens.keep_rate=1.5", ["keep rate is out of range"]),
-        ("tokens.keep_rate=.nan", ["keep rate is out of range"]),
+        ("tokens.keep_rate=.nan", ["--set tokens.keep_rate", "number .nan is out of range"]),
         ("finetune.learning_rate=.nan", ["finetune.learning_rate"]),
         ("finetune.learning_rate=.inf", ["finetune.learning_rate"]),
         ("finetune.learning_rate=fast", ["finetune.learning_rate", "got 'fast'", "float", "after the warm-up"]),
@@ -185,7 +185,7 @@ def test_mixup_needs_an_even_batch():
         ("name: a\nname: b\n", "twice"),
         ("? [a]\n: b\n", "YAML"),
         ("name: a\n", "missing required field"),
-        ("1: a\n", "unknown key '1'"),
+        ("1: a\n", "a key has to be text: put '1' in quotes"),
         ("[" * 3000, "not valid YAML"),
     ],
 )

@@ -166,3 +166,21 @@ def test_the_interval_holds_the_difference_as_often_as_it_says():
         low, high = paired_interval(one, two)
         held += low <= 0.05 <= high
     assert 930 <= held <= 980
+
+
+def test_a_name_is_neither_a_formula_nor_markup_in_the_files():
+    name = '=HYPERLINK("http://x")\n[a](b)|<b>`\x1b[31m'
+    dense, first, _ = report().compared
+    rows = [msgspec.structs.replace(row, variant=name) for row in report().rows if row.variant == "a|b"]
+    made = report(compared=(dense, msgspec.structs.replace(first, name=name)), rows=tuple(rows), notes=(name,))
+    found = list(csv.DictReader(io.StringIO(as_csv(made))))
+    assert len(found) == len(rows)
+    assert {line["name"] for line in found} == {'\'=HYPERLINK("http://x")\\n[a](b)|<b>`\\x1b[31m'}
+    assert {line["overhead"] for line in found} == {"-0.0012346"}  # a number stays one
+    page = as_markdown(made, title=name)
+    assert "\x1b" not in page
+    for line in page.splitlines():
+        assert not re.search(r"(?<!\\)[<`]|(?<!\\)\[a\]", line)
+    table = [line for line in page.splitlines() if "HYPERLINK" in line and line.startswith("| ")]
+    assert len(table) == 1 + len(rows)
+    assert json.loads(msgspec.json.encode(made))["notes"] == [name]

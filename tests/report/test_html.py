@@ -116,3 +116,9 @@ def test_a_table_as_text_takes_names_as_they_are_and_loses_columns_rather_than_l
     narrow = text_table(("image", "label", "n"), rows, 20, ["label"])
     assert "label" not in narrow
     assert "a[1].png" in narrow
+
+
+def test_a_notebook_shows_control_characters_as_escapes():
+    page = html_table(("a\nb",), [("\x1b[31m<script>\u202e\n",)], caption="\x1b")
+    assert Read(page).cells == ["a b", "\\x1b[31m<script>\\u202e\\n"]
+    assert "\x1b" not in page

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from evit_deploy.report.report import AccuracyRow, AgreementRow, ComparedRow, Difference, ProfileRow, Report
-from evit_deploy.report.tables import render
+from evit_deploy.report.report import AccuracyRow, AgreementRow, Check, ComparedRow, Difference, ProfileRow, Report
+from evit_deploy.report.tables import render, text_table
 
 
 def shown(report, width=300):
@@ -125,3 +125,19 @@ def test_what_fine_tuning_gained_is_told_with_its_interval():
     assert "+2.00 (+0.1 to +4.0)" in shown(Report(accuracy=(row,)))
     assert "…" not in shown(Report(accuracy=(row,)), 80)
     assert "by fine-tuning" not in shown(Report(accuracy=(msgspec.structs.replace(row, gained=None),)))
+
+
+def test_names_are_shown_and_not_obeyed():
+    name = "[red]\x1b[2J[link=x]:bug:\nNOT ok\u202e"
+    rows = [msgspec.structs.replace(row, name=name) for row in answered("onnxruntime")[1:]]
+    report = Report(
+        checks=(Check(name, passed=False, value=1.0, limit=0.5, reason=name),),
+        compared=tuple(rows), rows=(speed("onnxruntime", name, 1, 2.0),), notes=(name,),
+    )  # fmt: skip
+    safe = r"[red]\x1b[2J[link=x]:bug:\nNOT ok\u202e"
+    text = shown(report)
+    assert text.count(safe) >= 5
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert not any(line.startswith("NOT ok") for line in text.splitlines())
+    assert safe in text_table(("file",), [(name,)], 200)

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,9 +17,11 @@ from evit_deploy.bundle.manifest import ENGINE, GOLDEN, MANIFEST, PACKAGE
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.engines.plugin.library import LIBRARY
 from evit_deploy.files import sha256
-from evit_deploy.serving.deployment import METRIC_NAMES, RELEASES
+from evit_deploy.recipe.options import BatchProfile
+from evit_deploy.serving.deployment import METRIC_NAMES
 from evit_deploy.serving.options import TritonOptions
 from evit_deploy.serving.package import Package
+from evit_deploy.serving.releases import RELEASES
 from evit_deploy.verification.golden import load_golden
 from tests.support.models import tree
 from tests.support.packages import change_report, make_package, verified_on
@@ -30,6 +33,27 @@ pb = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
 def config(place: Path, name: str, file: str = "config.pbtxt"):
     return text_format.Parse((place / "model_repository" / name / file).read_text(), pb.ModelConfig())
+
+
+def objects(place: Path) -> dict[str, Any]:
+    """What stands in ``kubernetes.yaml``, by kind; the Service of the metrics as ``metrics``."""
+    documents = list(yaml.safe_load_all((place / "kubernetes.yaml").read_text()))
+    found = {document["kind"]: document for document in documents if "metrics" not in document["metadata"]["name"]}
+    (found["metrics"],) = [document for document in documents if document["metadata"]["name"].endswith("-metrics")]
+    assert len(found) == len(documents)
+    return found
+
+
+def compose(place: Path) -> dict[str, Any]:
+    """The one service in ``compose.yaml``."""
+    (service,) = yaml.safe_load((place / "compose.yaml").read_text())["services"].values()
+    return service
+
+
+def docker_line(place: Path) -> list[str]:
+    """The words of ``docker run`` in the page."""
+    (block,) = [part for part in (place / "README.md").read_text().split("```") if "docker run" in part]
+    return shlex.split(block[block.index("docker run") :])
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +68,11 @@ def packaged(converted, tmp_path_factory) -> Path:
 def test_what_is_in_a_package(packaged, converted):
     folder = "model_repository/tiny"
     assert {name for name, content in tree(packaged).items() if content is not None} == {
-        "Dockerfile", "README.md", "compose.yaml", "golden.npz", "kubernetes.yaml", MANIFEST, PACKAGE, "report.json",
+        "Dockerfile", "README.md", "closed.sh", "compose.yaml", "golden.npz", "kubernetes.yaml",
+        MANIFEST, PACKAGE, "report.json",
         f"{folder}/config.pbtxt", f"{folder}/1/.keep",
         f"{folder}_preprocess/config.pbtxt", f"{folder}_preprocess/1/model.py",
-        f"{folder}_model/config.pbtxt", f"{folder}_model/configs/cpu.pbtxt", f"{folder}_model/1/model.onnx",
+        f"{folder}_model/config.pbtxt", f"{folder}_model/1/model.onnx",
     }  # fmt: skip
     assert (packaged / folder.replace("tiny", "tiny_model") / "1" / "model.onnx").read_bytes() == converted.file(
         "model.onnx"
@@ -70,7 +95,9 @@ def test_the_package_says_what_it_was_made_of(packaged, converted):
     assert made.server.release == max(RELEASES)
     contents = {name: content for name, content in tree(packaged).items() if content is not None and name != PACKAGE}
     assert made.files == {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    assert made.launch == ["tritonserver", "--model-repository=/models"]
+    assert made.launch == [
+        "tritonserver", "--model-repository=/models", "--model-control-mode=none", "--exit-timeout-secs=30"
+    ]  # fmt: skip
 
 
 def test_a_package_is_a_bundle_of_golden_answers(packaged, converted):
@@ -228,10 +255,157 @@ def test_the_plugin_comes_along_and_is_loaded(planned, tmp_path):
     assert (place / "plugins" / LIBRARY).read_bytes() == built.read_bytes()
     assert made.plugin == sha256(built)
     assert made.launch[-1] == f"--backend-config=tensorrt,plugins=/plugins/{LIBRARY}"
-    assert "COPY plugins /plugins" in (place / "Dockerfile").read_text()
+    assert "COPY --chown=0:0 --chmod=755 plugins /plugins" in (place / "Dockerfile").read_text()
     assert made.launch[-1] in (place / "README.md").read_text()
     for document in ("compose.yaml", "kubernetes.yaml"):
         assert made.launch[-1] in (place / document).read_text()
+
+
+# ---- who reaches it, and what it may do
+
+
+def test_nothing_but_this_machine_reaches_the_ports_unless_asked(packaged):
+    ports = compose(packaged)["ports"]
+    assert ports == [f"127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002)]
+    words = docker_line(packaged)
+    assert [words[at + 1] for at, word in enumerate(words) if word == "-p"] == ports
+    found = objects(packaged)
+    assert found["Service"]["spec"]["type"] == found["metrics"]["spec"]["type"] == "ClusterIP"
+    policy = found["NetworkPolicy"]["spec"]
+    assert (policy["policyTypes"], policy["egress"]) == (["Ingress", "Egress"], [])
+    requests, metrics = policy["ingress"]
+    assert requests["from"] == [{"podSelector": {}}]  # of the same namespace: no namespaceSelector beside it
+    assert [port["port"] for port in requests["ports"]] == [8000, 8001]
+    assert metrics["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "prometheus"}
+    assert [port["port"] for port in metrics["ports"]] == [8002]
+
+
+def test_published_where_it_was_asked_and_metrics_never(own):
+    place, _ = make_package([own.path], "triton", name="tiny", triton=TritonOptions(publish="network"))
+    ports = ["8000:8000", "8001:8001", "127.0.0.1:8002:8002"]
+    assert compose(place)["ports"] == ports
+    words = docker_line(place)
+    assert [words[at + 1] for at, word in enumerate(words) if word == "-p"] == ports
+    found = objects(place)
+    assert (found["Service"]["spec"]["type"], found["metrics"]["spec"]["type"]) == ("LoadBalancer", "ClusterIP")
+    requests, metrics = found["NetworkPolicy"]["spec"]["ingress"]
+    assert "from" not in requests
+    assert metrics["from"]
+    assert "put a gateway" in (place / "README.md").read_text()
+
+
+def test_the_container_has_no_rights_and_no_files_to_write(packaged):
+    service, words = compose(packaged), docker_line(packaged)
+    assert (service["read_only"], service["user"], service["cap_drop"]) == (True, "1000:1000", ["ALL"])
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["deploy"]["resources"]["limits"] == {"cpus": "4", "memory": "7G"}
+    assert {"--read-only", "no-new-privileges", "ALL", "7g"} <= set(words)
+    pod = objects(packaged)["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"] == {
+        "runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }  # fmt: skip
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}
+    }  # fmt: skip
+    assert container["resources"]["limits"] == container["resources"]["requests"]
+    assert container["resources"]["limits"] == {"cpu": "4", "memory": "7Gi", "nvidia.com/gpu": 1}
+    assert pod["automountServiceAccountToken"] is False
+    written = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert written == {"/tmp", "/dev/shm"}
+    assert all("emptyDir" in volume and "sizeLimit" in volume["emptyDir"] for volume in pod["volumes"])
+    lines = (packaged / "Dockerfile").read_text().splitlines()
+    assert lines[0] == f"FROM nvcr.io/nvidia/tritonserver:{max(RELEASES)}-py3"
+    assert lines.index("USER 1000:1000") > max(at for at, line in enumerate(lines) if line.startswith(("COPY", "RUN")))
+
+
+def test_there_is_time_to_drain(packaged):
+    """Out of the Service first, asked to end then, ended by force last."""
+    pod = objects(packaged)["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    sleep, drain = container["lifecycle"]["preStop"]["exec"]["command"]
+    (waits,) = [int(word.split("=")[1]) for word in container["args"] if word.startswith("--exit-timeout-secs")]
+    assert sleep == "sleep"
+    assert int(drain) >= 2 * container["readinessProbe"]["periodSeconds"]
+    assert pod["terminationGracePeriodSeconds"] > int(drain) + waits
+    assert int(compose(packaged)["stop_grace_period"].removesuffix("s")) > waits
+
+
+def test_interfaces_are_closed(packaged):
+    entrypoint = next(
+        line for line in (packaged / "Dockerfile").read_text().splitlines() if line.startswith("ENTRYPOINT")
+    )
+    words = msgspec.json.decode(entrypoint.removeprefix("ENTRYPOINT "))
+    assert words[1:] == ["/closed.sh", "model-repository,shared-memory,trace,logging"]
+    assert "COPY --chown=0:0 --chmod=755 closed.sh /closed.sh" in (packaged / "Dockerfile").read_text()
+
+
+def test_shared_memory_where_it_was_asked(own, packaged):
+    assert "ipc" not in compose(packaged)
+    assert compose(packaged)["shm_size"] == "1gb"  # the server's own, for its Python processes
+    place, _ = make_package([own.path], "triton", name="tiny", triton=TritonOptions(shared_memory=True))
+    assert '"model-repository,trace,logging"' in (place / "Dockerfile").read_text()
+    assert compose(place)["ipc"] == "host"
+    assert "--ipc host" in " ".join(docker_line(place))
+
+
+def test_no_shared_memory_where_nothing_needs_it(own):
+    place, _ = make_package([own.path], "triton", name="tiny", triton=TritonOptions(preprocess="none"))
+    assert "shm" not in (place / "compose.yaml").read_text() + (place / "kubernetes.yaml").read_text()
+    assert "--shm-size" not in docker_line(place)
+
+
+def test_the_variant_for_the_cpu_asks_for_no_gpu(own):
+    options = TritonOptions(device="cpu", cpus=6, memory=5)
+    place, _ = make_package([own.path], "triton", name="tiny", triton=options)
+    for name in ("README.md", "compose.yaml", "kubernetes.yaml"):
+        text = (place / name).read_text().split("## Watch it")[0]
+        assert "gpu" not in text.lower().replace("and a gpu where it is used", "")
+    model = config(place, "tiny_model")
+    assert model.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
+    assert model.parameters["intra_op_thread_count"].string_value == "6"
+    assert compose(place)["deploy"] == {"resources": {"limits": {"cpus": "6", "memory": "5G"}}}
+
+
+def test_the_server_s_image_can_be_pinned_by_its_digest(own):
+    digest = "sha256:" + "a1" * 32
+    place, made = make_package(
+        [own.path], "triton", name="tiny", triton=TritonOptions(server="26.01", server_digest=digest)
+    )
+    assert (place / "Dockerfile").read_text().startswith(f"FROM nvcr.io/nvidia/tritonserver:26.01-py3@{digest}\n")
+    assert made.server.digest == digest
+
+
+def test_a_whole_batch_goes_over_http(planned):
+    """Triton takes 64 MiB of a request unless it is said to take more."""
+    bundle = planned(profiles=(BatchProfile(1, 8, 2000),))
+    _, made = make_package([bundle.path], "triton", name="tiny")
+    side = bundle.manifest.inputs[0].shape[-1]
+    (limit,) = [int(word.split("=")[1]) for word in made.launch if word.startswith("--http-max-input-size")]
+    assert limit == 2000 * 3 * side * side * 4 + (1 << 20)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        TritonOptions(),
+        TritonOptions(device="cpu"),
+        TritonOptions(publish="network", shared_memory=True),
+        TritonOptions(preprocess="none"),
+    ],
+    ids=["default", "cpu", "network", "inputs"],
+)
+def test_the_files_hold_to_their_schemas(own, options):
+    """Kubernetes' own schemas, unknown fields refused, and that of the Compose specification."""
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    jsonschema = pytest.importorskip("jsonschema")
+    vendored = pytest.importorskip("check_jsonschema.builtin_schemas")
+    place, _ = make_package([own.path], "triton", name="tiny", triton=options)
+    for document in yaml.safe_load_all((place / "kubernetes.yaml").read_text()):
+        kubernetes.validate(document, "1.30", strict=True)
+    schema = vendored.get_builtin_schema("vendor.compose-spec")
+    jsonschema.validate(yaml.safe_load((place / "compose.yaml").read_text()), schema)
 
 
 # ---- what starts it
@@ -239,31 +413,30 @@ def test_the_plugin_comes_along_and_is_loaded(planned, tmp_path):
 
 def test_the_launch_line_is_the_same_everywhere(packaged):
     made = msgspec.json.decode((packaged / PACKAGE).read_bytes(), type=Package)
-    (line,) = [
-        line for line in (packaged / "README.md").read_text().splitlines()
-        if line.startswith("docker run") and "cpu" not in line
-    ]  # fmt: skip
-    words = shlex.split(line)
+    words = docker_line(packaged)
     assert words[words.index("evit-tiny") + 1 :] == made.launch
     assert msgspec.json.decode((packaged / "Dockerfile").read_text().split("CMD ")[1]) == made.launch
-    (service,) = yaml.safe_load((packaged / "compose.yaml").read_text())["services"].values()
-    assert service["command"] == made.launch
-    deployment, _ = yaml.safe_load_all((packaged / "kubernetes.yaml").read_text())
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert compose(packaged)["command"] == made.launch
+    (container,) = objects(packaged)["Deployment"]["spec"]["template"]["spec"]["containers"]
     assert container["args"] == made.launch
 
 
 def test_probes_ports_and_metrics(packaged):
-    deployment, service = yaml.safe_load_all((packaged / "kubernetes.yaml").read_text())
+    found = objects(packaged)
+    deployment = found["Deployment"]
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     paths = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
     ready, live = "/v2/health/ready", "/v2/health/live"
     assert paths == {"startupProbe": ready, "readinessProbe": ready, "livenessProbe": live}
     assert {port["containerPort"] for port in container["ports"]} == {8000, 8001, 8002}
-    assert [port["targetPort"] for port in service["spec"]["ports"]] == [port["name"] for port in container["ports"]]
+    assert [port["targetPort"] for port in found["Service"]["spec"]["ports"]] == ["http", "grpc"]
+    assert [port["targetPort"] for port in found["metrics"]["spec"]["ports"]] == ["metrics"]
     labels = deployment["spec"]["template"]["metadata"]["labels"]
-    assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"] == labels
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
+    assert deployment["spec"]["selector"]["matchLabels"] == found["Service"]["spec"]["selector"] == labels
+    assert found["metrics"]["spec"]["selector"] == labels
+    for kind in ("NetworkPolicy", "PodDisruptionBudget"):
+        spec = found[kind]["spec"]
+        assert (spec.get("podSelector") or spec["selector"])["matchLabels"] == labels
     readme = (packaged / "README.md").read_text()
     assert all(name in readme for name in (*METRIC_NAMES, ready, live))
 
@@ -272,12 +445,12 @@ def test_probes_ports_and_metrics(packaged):
 def test_names_suit_images_and_kubernetes(name, own):
     place, made = make_package([own.path], "triton", name=name)
     assert (place / "model_repository" / f"{made.name}_model").is_dir()
-    _, service = yaml.safe_load_all((place / "kubernetes.yaml").read_text())
-    tag = service["metadata"]["name"]
-    assert len(tag) <= 63
-    assert tag[0].isalpha()
-    assert tag[-1].isalnum()
-    assert set(tag) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    for document in objects(place).values():
+        tag = document["metadata"]["name"]
+        assert len(tag) <= 63
+        assert tag[0].isalpha()
+        assert tag[-1].isalnum()
+        assert set(tag) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 
 def test_a_name_comes_from_the_folder(own):

@@ -16,9 +16,9 @@ from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import GateFailed, InputError, MissingRequirement
 from evit_deploy.recipe.options import BatchProfile
 from evit_deploy.report.report import Check
-from evit_deploy.serving.deployment import RELEASES, declared_server, same
 from evit_deploy.serving.options import PackageOptions, TritonOptions
 from evit_deploy.serving.package import Package
+from evit_deploy.serving.releases import RELEASES, declared_server, same
 from tests.support.logs import notices
 from tests.support.models import tree
 from tests.support.packages import change, change_report, make_package
@@ -272,6 +272,10 @@ def test_every_known_release_runs_these_models():
 # ---- plugin, batches and other options
 
 
+def test_a_plan_on_a_cpu(planned, refused):
+    refused(planned(), match="Triton runs tensorrt on the GPU only", triton=TritonOptions(device="cpu"))
+
+
 def test_a_plugin_that_is_not_here(planned, refused, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bundle = planned(plugin="5" * 64)
@@ -301,6 +305,14 @@ def test_batches_that_the_plan_does_not_take(profiles, max_batch, words, planned
         ({"triton": TritonOptions(max_batch=0)}, "--max-batch: too small"),
         ({"triton": TritonOptions(instances=0)}, "--instances: too small"),
         ({"triton": TritonOptions(queue_delay=-1)}, "--queue-delay: too small"),
+        ({"triton": TritonOptions(cpus=0)}, "--cpus: too small"),
+        ({"triton": TritonOptions(memory=0)}, "--memory: too small"),
+        ({"triton": TritonOptions(device="npu")}, "--device: not one of these .*'npu'.*gpu or cpu"),
+        ({"triton": TritonOptions(publish="all")}, "--publish: not one of these .*'all'.*local or network"),
+        ({"triton": TritonOptions(preprocess="dali", device="cpu")}, "runs on the CPU, DALI on a GPU"),
+        ({"triton": TritonOptions(preprocess="dali"), "name": "deit_s-evit"}, "other characters than .*'deit_s-evit'"),
+        ({"triton": TritonOptions(server_digest="sha256:" + "0" * 64)}, "a digest is one image's"),
+        ({"triton": TritonOptions(server="26.07", server_digest="latest")}, "not a digest .*'latest'"),
         ({"name": "a/b"}, "not a name that Triton takes.*'a/b'"),
         ({"name": ".."}, "not a name that Triton takes"),
         ({"name": "x" * 101}, "not a name that Triton takes"),

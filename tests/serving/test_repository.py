@@ -86,13 +86,15 @@ def test_the_preprocessing_is_told_everything():
 
 def test_a_processor_takes_the_place_of_a_gpu_and_nothing_else_changes():
     serving = MODELS["digits"]
-    on_gpu, on_cpu = model_config(serving), model_config(serving, on_cpu=True)
+    on_gpu, on_cpu = model_config(serving), model_config(msgspec.structs.replace(serving, on_gpu=False, cpus=3))
     assert on_gpu.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
     assert on_cpu.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
     (accelerator,) = on_gpu.optimization.execution_accelerators.gpu_execution_accelerator
     assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": "0"})
     on_cpu.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
     on_gpu.ClearField("optimization")
+    assert on_cpu.parameters["intra_op_thread_count"].string_value == "3"  # the container's, not the machine's
+    on_cpu.ClearField("parameters")
     assert on_cpu == on_gpu
 
 
@@ -117,7 +119,9 @@ def test_a_queue_is_never_cut_into_what_no_profile_takes(profiles):
 @given(profiles.filter(covered), st.sampled_from(["tensorrt", "onnxruntime", "openvino"]))
 def test_what_is_preferred_is_warmed_up_and_captured(profiles, platform):
     most = covered(profiles)
-    serving = Serving("model", platform, (image(32),), (), most, profiles=tuple(profiles))
+    serving = Serving(
+        "model", platform, (image(32),), (), most, profiles=tuple(profiles), on_gpu=platform != "openvino"
+    )
     config = model_config(serving)
     warmed = {warmup.batch_size for warmup in config.model_warmup}
     assert set(config.dynamic_batching.preferred_batch_size) | {1, most} == warmed

@@ -30,6 +30,19 @@ MODELS = {
         preprocess=Preprocess((32, 32), crop_pct=1.0, mean=HALF, std=HALF),
         labels=[str(digit) for digit in range(10)],
     ),
+    # The same on a processor.
+    "digits_cpu": Serving(
+        name="digits_cpu",
+        platform="onnxruntime",
+        inputs=(image(32),),
+        outputs=(logits(10),),
+        max_batch=32,
+        preprocess=Preprocess((32, 32), crop_pct=1.0, mean=HALF, std=HALF),
+        labels=[str(digit) for digit in range(10)],
+        on_gpu=False,
+        cpus=6,
+        instances=2,
+    ),
     # Two GPUs, a profile for single images beside one for batches.
     "deit_s-evit-k0.7": Serving(
         name="deit_s-evit-k0.7",
@@ -47,6 +60,7 @@ MODELS = {
     "lvvit_s": Serving(
         name="lvvit_s",
         platform="openvino",
+        on_gpu=False,
         inputs=(image(384, channels=1),),
         outputs=(logits(5), TensorSpec("kept_4", "int32", (None, 404)), TensorSpec("kept_8", "int32", (None, 284))),
         max_batch=4,

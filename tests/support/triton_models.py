@@ -13,7 +13,7 @@ from PIL import Image
 
 from evit_deploy.bundle.bundle import Bundle
 from evit_deploy.data.images import sample_photographs
-from evit_deploy.serving.options import PackageOptions
+from evit_deploy.serving.options import PackageOptions, TritonOptions
 from evit_deploy.serving.package import package
 from tests.support.triton_server import TritonServer
 
@@ -24,7 +24,10 @@ NAME, MODEL = "tiny", "tiny_model"
 def packaged(converted: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bundle as ``package --for triton`` writes it. Read only."""
     out = tmp_path_factory.mktemp("triton") / NAME
-    place, _ = package(converted.path, "triton", options=PackageOptions(platform="onnxruntime", name=NAME), out=out)
+    place, _ = package(
+        converted.path, "triton", options=PackageOptions(platform="onnxruntime", name=NAME),
+        triton=TritonOptions(device="cpu"), out=out,
+    )  # fmt: skip
     return place
 
 

@@ -157,7 +157,7 @@ class TritonServer:
             "--http-address=127.0.0.1", f"--http-port={http}", "--grpc-address=127.0.0.1", f"--grpc-port={grpc}",
             "--metrics-address=127.0.0.1", f"--metrics-port={metrics}", f"--model-control-mode={self.control}",
             f"--backend-config=python,shm-region-prefix-name={self._region}",
-            "--exit-timeout-secs=2", "--model-config-name=cpu", *explicit, *self.options,
+            "--exit-timeout-secs=2", *explicit, *self.options,
         ]  # fmt: skip
 
     def start(self) -> None:

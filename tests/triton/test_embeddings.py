@@ -10,6 +10,7 @@ from evit_deploy.data.images import preprocess_image
 from evit_deploy.pipeline.convert import convert
 from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
+from evit_deploy.serving.options import TritonOptions
 from tests.support.models import write_checkpoint
 from tests.support.packages import make_package
 from tests.support.triton_models import copied, encoded, photographs
@@ -23,7 +24,7 @@ def test_embeddings_from_tensors_and_from_files(cli, tmp_path):
     options = ConvertOptions(targets=("onnx",), normalize=True)
     measure = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
     bundle, _ = convert(checkpoint, keep_rate=0.7, options=options, measure=measure, out=tmp_path / "tiny")
-    place, _ = make_package([bundle.path], "triton", name="tiny")
+    place, _ = make_package([bundle.path], "triton", name="tiny", triton=TritonOptions(device="cpu"))
     assert not list(place.rglob("labels.txt"))
     assert 'as_numpy("embedding")' in (place / "README.md").read_text()
     file = tmp_path / "photograph.png"

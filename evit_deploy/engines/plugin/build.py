@@ -6,13 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from evit_deploy.drafts import draft
 from evit_deploy.engines.plugin import library as plugin
 from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.environment.machine import device, versions
@@ -95,8 +95,8 @@ def build_plugin(
         arguments.append("-DEVIT_TENSORRT=OFF")
     if architectures:
         arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(map(_architecture, architectures))}")
-    with tempfile.TemporaryDirectory(prefix="evit-deploy-plugin-") as scratch:
-        folder = Path(scratch)
+    with draft() as room:
+        folder, scratch = room.folder, str(room.folder)
         doing(_LOG, "looking for compilers and headers")
         said = _run(["cmake", "-S", str(sources()), "-B", scratch, *arguments], "the plugin cannot be configured")
         if not kernel_only and "evit: the plugin is not built" in said:
@@ -129,11 +129,11 @@ def _install(built: Sequence[Path], out: Path) -> Path:
     """Puts libraries in their place, each whole or not at all; a process that has an older one loaded keeps that."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as room:
+        with draft(out) as making:
             for library in built:
-                shutil.copy2(library, room)
+                shutil.copy2(library, making.folder)
             for library in built:
-                os.replace(Path(room) / library.name, out / library.name)
+                making.publish(making.folder / library.name, out / library.name, replace=True)
     except OSError as error:
         raise StageError(f"the libraries could not be written ({error.strerror})", where=out) from error
     return out

@@ -1,5 +1,6 @@
 """Where in a file the model is: names that all begin alike, and a model inside a larger one."""
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def _meant(where: Path, prefixes: Sequence[str]) -> str:
             return chosen[0]
     raise CheckpointError(
         "it holds several models", where=where, seen="tensors under " + first_few(map(repr, prefixes), 6),
-        wanted="one", fix=f"Say which one: '{where.name}#{prefixes[0][:-1]}'.",
+        wanted="one", fix=f"Say which one: {shlex.quote(f'{where.name}#{prefixes[0][:-1]}')}.",
     )  # fmt: skip
 
 

@@ -148,8 +148,8 @@ def test_folders_that_hold_no_one_checkpoint(copy):
     ("name", "content", "what"),
     [
         ("preprocessor_config.json", "{", r"preprocessor_config\.json: not valid JSON"),
-        ("config.json", "[" * 100_000, r"config\.json: not valid JSON"),
-        ("config.json", "[1]", r"config\.json: not a JSON object"),
+        ("config.json", "[" * 100_000, r"config\.json: nested too deeply"),
+        ("config.json", "[1]", r"config\.json: expected `object`"),
         ("preprocessor_config.json", '{"image_mean": [0.5, "x", 0.5]}', "cannot be understood"),
         ("preprocessor_config.json", '{"size": {"longest_edge": 224}}', "cannot be understood"),
         ("preprocessor_config.json", '{"size": -3}', "not a number of pixels"),

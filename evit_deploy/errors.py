@@ -21,6 +21,14 @@ import errno
 from collections.abc import Iterable
 from typing import NamedTuple
 
+_LONGEST = 1500
+"""Characters of a message before its fix: what others wrote stands in it, and may be of any length."""
+
+
+def _cut(text: str, length: int) -> str:
+    """A text that is too long, without its middle."""
+    return text if len(text) <= length else f"{text[: length * 2 // 3]} … {text[-length // 3 + 3 :]}"
+
 
 class EvitDeployError(Exception):
     """Base of all errors that evit-deploy raises on purpose.
@@ -50,6 +58,8 @@ class EvitDeployError(Exception):
         if details:
             text += " (" + ", ".join(details) + ")"
         text += "." if not text.endswith((".", "?", "!")) else ""
+        text = _cut(text, _LONGEST)
+        fix = _cut(fix, _LONGEST // 4) if fix else fix
         super().__init__(f"{text} {fix}" if fix else text)
 
 

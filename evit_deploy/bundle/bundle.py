@@ -5,6 +5,7 @@ means where, :mod:`evit_deploy.files.drafts` says.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
@@ -47,8 +48,8 @@ class Bundle(msgspec.Struct, frozen=True):
         return {name: text for name, text in facts.items() if text}
 
     def __repr__(self) -> str:
-        facts = self.facts()
-        return f"Bundle({facts['folder']!r}: {facts['model']}, {facts['method']}, {facts['precision']})"
+        manifest, facts = self.manifest, self.facts()
+        return f"Bundle({facts['folder']!r}: {manifest.model}, {facts['method']}, {manifest.precision})"
 
     def _repr_html_(self) -> str:
         from evit_deploy.report.html import html_table
@@ -65,7 +66,7 @@ class Bundle(msgspec.Struct, frozen=True):
         if name not in self.manifest.files:
             raise InputError(f"this bundle has no {name}", where=self.path)
         path = self.path / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"{name} is listed in the manifest and missing", where=self.path, fix="Convert again.")
         return path
 
@@ -113,7 +114,7 @@ def changed_files(bundle: Bundle) -> list[str]:
     changed = []
     for name, digest in bundle.manifest.files.items():
         path = bundle.path / name
-        if not path.is_file() or sha256(path) != digest:
+        if not os.path.isfile(path) or sha256(path) != digest:  # Path.is_file raises where a name is too long
             changed.append(name)
     return changed
 

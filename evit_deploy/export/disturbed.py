@@ -20,7 +20,7 @@ import onnxruntime
 from onnx import ModelProto
 from onnx_ir import DataType
 
-from evit_deploy.errors import InputError, StageError
+from evit_deploy.errors import EvitDeployError, InputError, StageError
 from evit_deploy.export.outline import Outline, read_outline
 from evit_deploy.export.variants import with_choice, with_indices
 from evit_deploy.tokens.choices import FLOOR
@@ -64,12 +64,18 @@ class OwnArithmetic:
 
     def __init__(self, path: Path, *, rounded: bool, chosen: bool) -> None:
         outline = read_outline(path)
-        proto = with_choice(outline.proto) if chosen else with_indices(outline.proto)
-        model = onnx_ir.from_proto(proto)
-        self._weights: dict[str, _Weight] = {}
-        _take_out_weights(model.graph, outline, self._weights)
-        _in_fp32(model.graph, rounded)
-        self._path, self._session = path, _session(onnx_ir.to_proto(model), path, plain=rounded)
+        self._path, self._weights = path, dict[str, _Weight]()
+        try:
+            proto = with_choice(outline.proto) if chosen else with_indices(outline.proto)
+            model = onnx_ir.from_proto(proto)
+            _take_out_weights(model.graph, outline, self._weights)
+            _in_fp32(model.graph, rounded)
+            changed = onnx_ir.to_proto(model)
+        except EvitDeployError:
+            raise
+        except Exception as error:  # whoever wrote the file, protobuf let it pass
+            raise InputError(f"no model as evit-deploy exports them ({type(error).__name__})", where=path) from error
+        self._session = _session(changed, path, plain=rounded)
 
     def answers(self, feeds: Mapping[str, np.ndarray], draw: int | None = None) -> dict[str, np.ndarray]:
         """What the file says.

@@ -124,5 +124,5 @@ def _goldens() -> SearchStrategy[bytes]:
 
 FORMATS = (
     Format("manifest", MANIFEST, _manifests, look_at, small_files),
-    Format("golden", GOLDEN, _goldens, lambda path: load_golden(path, manifest().plan)),
+    Format("golden", GOLDEN, _goldens, lambda path: load_golden(path, manifest())),
 )

@@ -13,7 +13,9 @@ import msgspec
 import torch
 from torch import Tensor
 
+from evit_deploy.data.labels import check_labels
 from evit_deploy.data.preprocess import Preprocess
+from evit_deploy.documents import converted, decode_json
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
 from evit_deploy.files import write_atomically
 from evit_deploy.models.create import create_model
@@ -201,13 +203,15 @@ def build_model(checkpoint: Checkpoint, image_size: int | None = None) -> torch.
     """
     load_backbones()
     try:
-        model = create_model(checkpoint.model, checkpoint.model_args)
+        with torch.device("meta"):  # a model that is larger than its weights would cost memory before it is refused
+            wanted = create_model(checkpoint.model, checkpoint.model_args).state_dict()
+        differences = differences_of(wanted, checkpoint.weights)
+        model = None if differences else create_model(checkpoint.model, checkpoint.model_args)
     except (TypeError, RuntimeError, AssertionError, ValueError) as error:
         raise CheckpointError(
             f"timm cannot build {checkpoint.model!r} with {checkpoint.model_args}: {error}", where=checkpoint.source
         ) from error
-    differences = differences_of(model.state_dict(), checkpoint.weights)
-    if differences:
+    if model is None:
         raise CheckpointError(
             "the weights do not fit the architecture",
             where=checkpoint.source,
@@ -310,6 +314,9 @@ def _imagenet_labels(cfg: Any) -> Said | None:
     return Said(ImageNetInfo(subset).label_descriptions(), f"timm's {subset}")
 
 
+_FORMAT = 1
+
+
 class _OwnMetadata(msgspec.Struct):
     format: int
     model: str
@@ -320,10 +327,21 @@ class _OwnMetadata(msgspec.Struct):
 
 
 def _own_metadata(path: Path, text: str) -> _OwnMetadata:
+    where = f"{path}: {METADATA_KEY} metadata"
+    content = decode_json(text, dict[str, Any], where, error=CheckpointError)
+    if content.get("format") != _FORMAT:
+        raise CheckpointError(
+            "metadata of a format that is not known", where=where, seen=reprlib.repr(content.get("format")),
+            wanted=_FORMAT, fix="Use the version of evit-deploy that wrote it, or a newer one.",
+        )  # fmt: skip
+    own = converted(content, _OwnMetadata, where, CheckpointError)
+    if own.labels is not None:
+        check_labels(own.labels, where)
     try:
-        return msgspec.json.decode(text, type=_OwnMetadata)
-    except msgspec.DecodeError as error:
-        raise CheckpointError(f"its {METADATA_KEY} metadata cannot be read: {error}", where=path) from error
+        check_model_name(own.model, where=where)
+    except InputError as error:
+        raise CheckpointError(error.what, where=where, seen=error.seen, wanted=error.wanted, fix=error.fix) from None
+    return own
 
 
 def save_checkpoint(path: Path, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
@@ -338,7 +356,7 @@ def save_checkpoint(path: Path, model: torch.nn.Module, checkpoint: Checkpoint) 
 
     assert checkpoint.preprocess is not None
     own = _OwnMetadata(
-        format=1,
+        format=_FORMAT,
         model=checkpoint.model,
         model_args=checkpoint.model_args,
         preprocess=checkpoint.preprocess,

@@ -2,11 +2,75 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta
 from torch import nn
 
-from evit_deploy.errors import CheckpointError
+from evit_deploy.documents import converted
+from evit_deploy.errors import CheckpointError, did_you_mean
+
+_Side = Annotated[int, Meta(ge=1, le=4096)]
+_Width = Annotated[int, Meta(ge=1, le=8192)]
+_Depth = Annotated[int, Meta(ge=1, le=256)]
+_Heads = Annotated[int, Meta(ge=1, le=256)]
+_Stages = Meta(min_length=1, max_length=8)
+_Ratio = Annotated[float, Meta(gt=0, le=64)]
+_Share = Annotated[float, Meta(ge=0, lt=1)]
+_Layer = Annotated[str, Meta(pattern=r"^[a-z0-9_]{0,40}$")]
+
+
+class _Arguments(msgspec.Struct):
+    """All that an architecture may be given, with ranges; the largest released models are at most half of each.
+
+    Of LeViT, a width, a depth and a number of heads are lists, one number a stage. ``None`` is timm's own value.
+    """
+
+    img_size: _Side | Annotated[tuple[_Side, ...], Meta(min_length=2, max_length=2)] | None = None
+    patch_size: _Side | Annotated[tuple[_Side, ...], Meta(min_length=2, max_length=2)] | None = None
+    in_chans: Annotated[int, Meta(ge=1, le=64)] | None = None
+    num_classes: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
+    projection: _Width | None = None
+    global_pool: Literal["", "avg", "avgmax", "max", "token", "map", "prr"] | None = None
+    embed_dim: _Width | Annotated[tuple[_Width, ...], _Stages] | None = None
+    depth: _Depth | Annotated[tuple[_Depth, ...], _Stages] | None = None
+    num_heads: _Heads | Annotated[tuple[_Heads, ...], _Stages] | None = None
+    key_dim: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    heads: Annotated[tuple[_Layer, ...], _Stages] | None = None
+    mlp_ratio: _Ratio | Annotated[tuple[_Ratio, ...], _Stages] | None = None
+    attn_ratio: _Ratio | Annotated[tuple[_Ratio, ...], _Stages] | None = None
+    qkv_bias: bool | None = None
+    qk_norm: bool | None = None
+    scale_attn_norm: bool | None = None
+    scale_mlp_norm: bool | None = None
+    proj_bias: bool | None = None
+    init_values: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    class_token: bool | None = None
+    pos_embed: Literal["", "none", "learn"] | None = None
+    no_embed_class: bool | None = None
+    reg_tokens: Annotated[int, Meta(ge=0, le=256)] | None = None
+    pre_norm: bool | None = None
+    final_norm: bool | None = None
+    fc_norm: bool | None = None
+    pool_include_prefix: bool | None = None
+    dynamic_img_size: bool | None = None
+    dynamic_img_pad: bool | None = None
+    strict_img_size: bool | None = None
+    drop_rate: _Share | None = None
+    pos_drop_rate: _Share | None = None
+    patch_drop_rate: _Share | None = None
+    proj_drop_rate: _Share | None = None
+    attn_drop_rate: _Share | None = None
+    drop_path_rate: _Share | None = None
+    weight_init: _Layer | None = None
+    fix_init: bool | None = None
+    act_layer: _Layer | None = None
+    norm_layer: _Layer | None = None
+    norm_eps: Annotated[float, Meta(gt=0, le=1)] | None = None
+    skip_lam: Annotated[float, Meta(gt=0, le=1000)] | None = None
+    stem_width: _Width | None = None
+
 
 # Arguments of timm.create_model that are no architecture's: they read files, ask networks or change what is built.
 _OUTSIDE = {"checkpoint_path", "cache_dir", "features_only", "feature_cfg", "scriptable", "exportable", "no_jit"}
@@ -22,7 +86,8 @@ def create_model(name: str, args: Mapping[str, Any]) -> Any:
             the width of an embedding that a matrix makes of the features, as in CLIP: the model has no classes then.
 
     Raises:
-        CheckpointError: The name or an argument would have timm read a file or ask a network.
+        CheckpointError: The name or an argument would have timm read a file or ask a network; an argument that no
+            architecture has, or one that is out of its range.
         TypeError: The architecture has no such argument; others of timm's for values that do not fit.
     """
     import timm
@@ -34,6 +99,14 @@ def create_model(name: str, args: Mapping[str, Any]) -> Any:
             "a checkpoint may say what a model is, not where timm gets one from", where=name,
             seen=", ".join(outside) or name, wanted="an architecture's name and its arguments",
         )  # fmt: skip
+    known = _Arguments.__struct_fields__
+    unknown = next((key for key in args if key not in known), None)
+    if unknown is not None:
+        raise CheckpointError(
+            "an argument that no architecture has", where=name, seen=repr(unknown)[:80], wanted=", ".join(known),
+            fix=did_you_mean(unknown, known),
+        )  # fmt: skip
+    converted(dict(args), _Arguments, name, CheckpointError)
     given = dict(args)
     projection = given.pop("projection", None)
     if "norm_eps" in given:

@@ -12,6 +12,7 @@ from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.training_data import TrainingData, open_data
 from evit_deploy.errors import RecipeError, did_you_mean
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint
+from evit_deploy.models.create import create_model
 from evit_deploy.models.identify import check_model_name
 from evit_deploy.models.preprocessing import resolve_inputs
 from evit_deploy.recipe.recipe import Recipe
@@ -135,7 +136,6 @@ def _check_token_label_sources(recipe: Recipe) -> None:
 
 
 def _from_scratch(recipe: Recipe) -> tuple[nn.Module, TrainingData]:
-    import timm
 
     section = recipe.model
     assert section.name is not None
@@ -145,9 +145,8 @@ def _from_scratch(recipe: Recipe) -> tuple[nn.Module, TrainingData]:
     preprocess = chosen if side is None else msgspec.structs.replace(chosen, size=(side, side))
     data = open_data(recipe.data, preprocess)
     try:
-        model = timm.create_model(
-            section.name, pretrained=False, num_classes=len(data.classes), img_size=preprocess.size, **section.args
-        )
+        own = {"num_classes": len(data.classes), "img_size": preprocess.size}
+        model = create_model(section.name, own | section.args)
     except (TypeError, RuntimeError, AssertionError, ValueError) as error:
         raise RecipeError(f"timm cannot build {section.name!r}: {error}", where="model", seen=section.args) from error
     if section.init == "scaled":

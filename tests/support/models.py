@@ -104,9 +104,9 @@ def _shapes(name: str, model_args: tuple[tuple[str, Any], ...]) -> dict[str, tor
 
 
 def hollow(name: str, **model_args: Any) -> dict[str, Tensor]:
-    """A real architecture's tensors with names and shapes but no content: a file of them takes a few kilobytes."""
+    """A real architecture's tensors, all of them zero."""
     shapes = _shapes(name, tuple(sorted(model_args.items())))
-    return {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    return {key: torch.zeros(shape) for key, shape in shapes.items()}
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

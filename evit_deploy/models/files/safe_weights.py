@@ -1,23 +1,23 @@
 """Reads tensors out of an untrusted file: safetensors, or a pickle that is not allowed to do anything.
 
-``torch.load(weights_only=True)`` with ``argparse.Namespace`` as the one class let through: official EViT checkpoints
-keep their keep rate in one. Nothing in a file is ever executed.
+Which of a file's tensors are the weights is decided on their descriptions (:mod:`evit_deploy.tensor_files`); only those
+are made, after they have been checked. Nothing in a file is ever executed.
 """
 
-import argparse
-import pickle
-import re
-import warnings
+import reprlib
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
-import torch
 from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, first_few
 from evit_deploy.models.files.prefixes import without_common
+from evit_deploy.tensor_files.described import MOST_TENSORS, Described, Odd
+from evit_deploy.tensor_files.safetensors_file import read_safetensors
+from evit_deploy.tensor_files.torch_file import TorchFile, open_torch
 
 # Which weights a file with several sets means by itself. DeiT and EViT save `model_ema` and never evaluate it; timm's
 # trainer saves `state_dict_ema` and evaluates that one when it is there. DINO and iBOT evaluate the teacher.
@@ -70,14 +70,10 @@ def read_weights(path: Path, part: str = "") -> Weights:
     """
     head = _read_head(path)
     if path.suffix == ".safetensors" or head[8:9] == b"{":
-        weights = _read_safetensors(path)
+        weights = Weights(*read_safetensors(path, CheckpointError))
+        weights.tensors = _part(path, weights.tensors, part) if part else weights.tensors
     else:
-        content = _read_pickle(path, is_zip=head.startswith(b"PK"))
-        flat = _flat(content) if part else {}
-        named = any(name.startswith(part + ".") for name in flat)
-        weights = Weights(flat, args=content.get("args")) if named else _unwrap(path, content)
-    if part:
-        weights = msgspec.structs.replace(weights, tensors=_part(path, weights.tensors, part), notes=[])
+        weights = _read_pickle(path, part)
     weights.tensors = without_common(weights.tensors)
     _check_finite(path, weights.tensors)
     return weights
@@ -98,36 +94,46 @@ def read_shards(where: Path, files: Sequence[Path], index: Mapping[str, str], pa
     tensors: dict[str, Tensor] = {}
     for file in files:
         head = _read_head(file)
-        held = (
-            _read_safetensors(file) if head[8:9] == b"{" else _unwrap(file, _read_pickle(file, is_zip=head[:1] == b"P"))
-        )
+        held = read_safetensors(file, CheckpointError)[0] if head[8:9] == b"{" else _read_pickle(file).tensors
         promised = {name for name, home in index.items() if home == file.name}
-        if promised != held.tensors.keys():
+        if promised != held.keys():
             raise CheckpointError(
                 f"{file.name} does not hold the tensors that its index names", where=where,
-                seen=first_few(sorted(promised ^ held.tensors.keys())), fix="Download all files again.",
+                seen=first_few(f"{name:.100}" for name in sorted(promised ^ held.keys())),
+                fix="Download all files again.",
             )  # fmt: skip
-        tensors |= held.tensors
+        tensors |= held
     tensors = without_common(_part(where, tensors, part) if part else tensors)
     _check_finite(where, tensors)
     return Weights(tensors)
 
 
-def _flat(content: dict[str, Any], prefix: str = "", depth: int = 3) -> dict[str, Tensor]:
-    """All tensors of nested dictionaries, under names with dots between."""
-    found: dict[str, Tensor] = {}
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            found[f"{prefix}{key}"] = value
-        elif isinstance(value, dict) and depth:
-            found |= _flat(value, f"{prefix}{key}.", depth - 1)
+def _flat(where: Path, content: dict[Any, Any]) -> dict[str, Described | Odd]:
+    """All tensors of nested dictionaries, under names with dots between; of four levels of them."""
+    found: dict[str, Described | Odd] = {}
+    level, entries = [("", content)], 0
+    for _ in range(4):
+        inside: list[tuple[str, dict[Any, Any]]] = []
+        for prefix, held in level:
+            entries += len(held)
+            if entries > 10 * MOST_TENSORS:  # a pickle may have one dictionary in many places
+                raise CheckpointError("too many dictionaries within one another", where=where)
+            for key, value in held.items():
+                if isinstance(value, Described | Odd):
+                    found[f"{prefix}{key}"] = value
+                elif isinstance(value, dict):
+                    inside.append((f"{prefix}{key}.", value))
+        level = inside
     return found
 
 
-def _part(path: Path, weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+_Value = TypeVar("_Value")
+
+
+def _part(path: Path, weights: dict[str, _Value], part: str) -> dict[str, _Value]:
     found = {name[len(part) + 1 :]: value for name, value in weights.items() if name.startswith(part + ".")}
     if not found:
-        begins = dict.fromkeys(name.split(".", 1)[0] for name in weights)
+        begins = dict.fromkeys(name.split(".", 1)[0][:60] for name in weights)
         raise CheckpointError(
             f"no tensors under {part!r}", where=path, seen="names that begin with " + first_few(begins, 6),
             fix="Give the beginning of their names after '#'.",
@@ -141,6 +147,8 @@ def _read_head(path: Path) -> bytes:
             raise CheckpointError("a folder, not a checkpoint file", where=path)
         if not path.exists():
             raise CheckpointError("no such file", where=path, fix="Check the path, or give a timm name.")
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
+            raise CheckpointError("a pipe, a socket or a device, not a checkpoint file", where=path)
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
@@ -157,88 +165,44 @@ def _read_head(path: Path) -> bytes:
     return head
 
 
-def _read_safetensors(path: Path) -> Weights:
-    import safetensors
-    from safetensors.torch import load_file
-
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return Weights(load_file(path), metadata)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"not a whole safetensors file: {error}", where=path, fix="Download it again.") from None
-
-
-def _read_pickle(path: Path, *, is_zip: bool) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch suspects aloud; what is wrong is said below
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise _refused_pickle(path, str(error)) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        if "TorchScript" in str(error):
-            raise CheckpointError(
-                "a TorchScript program, not weights", where=path, fix="Save the original model's state_dict()."
-            ) from None
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"the file is damaged or cut short ({first_line[:120]})", where=path, fix="Download or save it again."
-        ) from None
+def _read_pickle(path: Path, part: str = "") -> Weights:
+    file = open_torch(path, CheckpointError)
+    content = file.content
     if not isinstance(content, dict):
-        raise CheckpointError(
-            "not a dictionary of weights", where=path, seen=f"a {type(content).__name__}", wanted="a state_dict"
-        )
-    return content
-
-
-def _ends_within(path: Path, name: str) -> bool:
-    """Whether a file was cut short in the name of a class: the unpickler reads all of it but the last letter."""
-    module, _, attribute = name.rpartition(".")
-    with path.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(-min(file.tell(), len(name) + 2), 2)
-        return file.read()[:-1].endswith(f"{module}\n{attribute}".encode())
-
-
-def _refused_pickle(path: Path, reason: str) -> CheckpointError:
-    found = re.search(r"(?:GLOBAL|Unsupported global:|class) ([\w.]+)", reason.replace("GLOBAL GLOBAL", "GLOBAL"))
-    found = re.search(r"GLOBAL ([\w.]+) was not", reason) or found
-    name = found.group(1) if found else None
-    if name is None or _ends_within(path, name):
-        return CheckpointError("the file is damaged or not a PyTorch checkpoint", where=path, fix="Save it again.")
-    if name.startswith(("timm.", "torch.nn.", "torchvision.", "__main__")) or "VisionTransformer" in name:
-        return CheckpointError(
-            f"a whole pickled model ({name}), which would have to run code to be read",
-            where=path,
-            fix="Where it was made, run torch.save(model.state_dict(), 'weights.pth') and give that file.",
-        )
-    return CheckpointError(
-        f"it wants to run {name} while being read; it was not run", where=path, wanted="tensors only",
-        fix="Save the weights alone: torch.save(model.state_dict(), 'weights.pth'). Do not trust this file.",
-    )  # fmt: skip
+        kind = "Tensor" if isinstance(content, Described) else type(content).__name__
+        raise CheckpointError("not a dictionary of weights", where=path, seen=f"a {kind}", wanted="a state_dict")
+    if not part:
+        return _unwrap(file, content)
+    flat = _flat(path, content)
+    named = any(name.startswith(part + ".") for name in flat)
+    weights = flat if named else _chosen(path, content)[0]
+    return Weights(
+        file.tensors(_part(path, {str(name): value for name, value in weights.items()}, part)), args=content.get("args")
+    )
 
 
 def _is_weights(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, Described | Odd) for v in value.values())
 
 
-def _unwrap(path: Path, content: dict[str, Any]) -> Weights:
-    notes = []
+def _unwrap(file: TorchFile, content: dict[Any, Any]) -> Weights:
+    weights, notes = _chosen(file.path, content)
+    return Weights(file.tensors(weights), args=content.get("args"), notes=notes)
+
+
+def _chosen(path: Path, content: dict[Any, Any]) -> tuple[dict[Any, Described | Odd], list[str]]:
+    """The weights among what a file holds, and what was chosen among several."""
     present = [name for name in _WRAPPERS if _is_weights(content.get(name))]
     if present:
-        weights = content[present[0]]
-        if len(present) > 1:
-            notes.append(f"it holds {' and '.join(present)}; {present[0]!r} is used")
-    elif _is_weights(content):
-        weights = content
-    else:
-        keys = ", ".join(map(str, list(content)[:6])) or "nothing"
-        raise CheckpointError(
-            "no weights in it", where=path, seen=f"a dictionary with {keys}",
-            wanted=f"tensors, bare or under one of {', '.join(_WRAPPERS)}",
-        )  # fmt: skip
-    return Weights(weights, args=content.get("args"), notes=notes)
+        several = [f"it holds {' and '.join(present)}; {present[0]!r} is used"] if present[1:] else []
+        return content[present[0]], several
+    if _is_weights(content):
+        return content, []
+    keys = ", ".join(key if isinstance(key, str) and len(key) < 40 else reprlib.repr(key) for key in list(content)[:6])
+    raise CheckpointError(
+        "no weights in it", where=path, seen=f"a dictionary with {keys or 'nothing'}",
+        wanted=f"tensors, bare or under one of {', '.join(_WRAPPERS)}",
+    )  # fmt: skip
 
 
 def _check_finite(path: Path, weights: dict[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from evit_deploy.documents import read_json
 from evit_deploy.errors import CheckpointError, first_few
 from evit_deploy.files import sha256
 from evit_deploy.models.files import hub
@@ -30,8 +31,6 @@ _STANDARD = (
 _INDEX = ".index.json"
 CONFIGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 """What may lie beside weights and say what they are."""
-_LARGEST_JSON = 16 << 20
-"""Bytes: 21,843 ImageNet labels take 1 MB."""
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -177,7 +176,7 @@ def _sharded(index: Path, folder: Path) -> Source:
     Raises:
         CheckpointError: The index is none, or shards are missing.
     """
-    content = _read_json(index)
+    content = read_json(index, dict[str, Any], error=CheckpointError)
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError("an index without a weight_map", where=index, wanted='{"weight_map": {tensor: file}}')
@@ -204,24 +203,11 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         CheckpointError: A file of such a name holds no JSON object.
     """
-    return {name: _read_json(folder / name) for name in CONFIGS if (folder / name).is_file()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise CheckpointError(
-                "too large for a configuration", where=path, seen=f"{path.stat().st_size} bytes",
-                wanted=f"at most {_LARGEST_JSON}",
-            )  # fmt: skip
-        content = msgspec.json.decode(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({error.strerror})", where=path) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"not JSON: {error}", where=path, fix="Download it again, or remove it.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError("not a JSON object", where=path, seen=type(content).__name__, wanted="{...}")
-    return content
+    return {
+        name: read_json(folder / name, dict[str, Any], error=CheckpointError)
+        for name in CONFIGS
+        if (folder / name).is_file()
+    }
 
 
 def _complete(folder: Path) -> bool:

@@ -57,7 +57,7 @@ def described(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 def depth_of(weights: Mapping[str, Tensor]) -> int:
     """Number of blocks."""
     numbers = [name.split(".")[1] for name in weights if name.startswith("blocks.")]
-    return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
 
 
 def classes_of(weights: Mapping[str, Tensor]) -> int:

@@ -147,16 +147,16 @@ def test_folders_that_hold_no_one_checkpoint(copy):
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("preprocessor_config.json", "{", r"preprocessor_config\.json: not JSON"),
-        ("config.json", "[" * 100_000, r"config\.json: not JSON"),
-        ("config.json", "[1]", r"config\.json: not a JSON object"),
+        ("preprocessor_config.json", "{", r"preprocessor_config\.json: not valid JSON"),
+        ("config.json", "[" * 100_000, r"config\.json: nested too deeply"),
+        ("config.json", "[1]", r"config\.json: expected `object`"),
         ("preprocessor_config.json", '{"image_mean": [0.5, "x", 0.5]}', "cannot be understood"),
         ("preprocessor_config.json", '{"size": {"longest_edge": 224}}', "cannot be understood"),
         ("preprocessor_config.json", '{"size": -3}', "not a number of pixels"),
         ("preprocessor_config.json", '{"do_resize": false}', "not resized"),
         ("preprocessor_config.json", '{"image_std": [0, 1, 1]}', "divided"),
         ("preprocessor_config.json", '{"resample": 17}', "resample is 17, none of PIL's filters"),
-        ("preprocessor_config.json", '{"image_mean": [NaN, 1, 1]}', "not JSON"),
+        ("preprocessor_config.json", '{"image_mean": [NaN, 1, 1]}', "not valid JSON"),
     ],
 )
 def test_configurations_that_say_nothing_sensible(copy, name, content, what):

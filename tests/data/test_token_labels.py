@@ -168,7 +168,16 @@ def test_a_map_is_read_as_it_is_released(tmp_path):
 def test_files_that_are_no_maps(tmp_path):
     with pytest.raises(InputError, match="no token labels of this image"):
         read_token_labels(tmp_path / "none.pt", 10)
-    for content in ({"a": 1}, torch.zeros(3, 5, 2, 2), torch.zeros(2, 5, 2), torch.zeros(2, 5, 0, 0), Path("x")):
+    repeated, sparse = torch.zeros(2, 1, 1, 1).expand(2, 5, 30_000, 30_000), torch.zeros(2, 5, 2, 2).to_sparse()
+    for content in (
+        repeated,
+        sparse,
+        {"a": 1},
+        torch.zeros(3, 5, 2, 2),
+        torch.zeros(2, 5, 2),
+        torch.zeros(2, 5, 0, 0),
+        Path("x"),
+    ):
         with pytest.raises(InputError, match="not a token label map"):
             read_token_labels(write_map(tmp_path / "map.pt", content), 10)
     (tmp_path / "map.pt").write_bytes(b"PK\x03\x04 not a file")

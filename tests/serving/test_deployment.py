@@ -211,7 +211,7 @@ def test_a_closed_server_answers_verifies_and_says_what_it_keeps_closed(shut, pa
 
 def test_shared_memory_that_was_asked_for(packaged, converted):
     launch = launch_of(shared_memory=True)
-    golden = load_golden(converted.file("golden.npz"), converted.manifest.plan)
+    golden = load_golden(converted.file("golden.npz"), converted.manifest)
     with TritonServer(
         packaged / "model_repository", *launch.arguments()[2:], control="none", before=closed(packaged, launch)
     ) as server:
@@ -280,7 +280,7 @@ def test_it_serves_without_rights_and_with_a_root_that_it_cannot_write(packaged,
         packaged / "model_repository", *launch.arguments()[2:], control="none",
         before=(*before, *closed(packaged, launch)),
     )  # fmt: skip
-    golden = load_golden(converted.file("golden.npz"), converted.manifest.plan)
+    golden = load_golden(converted.file("golden.npz"), converted.manifest)
     with server, Connection(server.grpc) as connection:
         assert server.process is not None
         process = Path(f"/proc/{server.process.pid}")

@@ -22,7 +22,7 @@ ROUNDS, REQUESTS = 12, 1000
 
 def test_right_answers_and_no_more_memory_under_hostile_requests(packaged: Path, converted):
     closed = "model-repository,shared-memory,trace,logging"
-    golden = load_golden(converted.file(GOLDEN), converted.manifest.plan)
+    golden = load_golden(converted.file(GOLDEN), converted.manifest)
     which = np.random.default_rng(0).integers(0, len(golden.inputs), REQUESTS)
     requests = [(str(n), lambda n=n: golden.inputs[n : n + 1]) for n in which]
     before = ("sh", str(packaged / "closed.sh"), closed)

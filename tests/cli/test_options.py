@@ -58,6 +58,7 @@ VALUES = {  # as they are given on the command line, and what comes of it
     "normalize": (None, True),
     "data": (["labelled"], "labelled"),
     "min_speedup": (["1.25"], 1.25),
+    "sign": (["key.pem"], "key.pem"),
     "target_options": (["text.word=tokens", "text.size=3"], {"text": {"word": "tokens", "size": "3"}}),
 }
 

@@ -149,7 +149,7 @@ def test_verify_and_profile_refuse(cli, bundle, tmp_path):
     (bundle / MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
     cli("verify", bundle).refused(2, "another version")
     (bundle / MANIFEST).write_text("{")
-    cli("verify", bundle).refused(2, "cannot be read")
+    cli("verify", bundle).refused(2, "not valid JSON")
 
 
 def test_a_timm_name_without_network(cli, tmp_path, monkeypatch):

@@ -324,15 +324,9 @@ def test_turing_takes_no_fused_token(exported, plan, tmp_path_factory):
     assert read_header(plan).gpus == ("sm75",)
 
 
-@pytest.mark.parametrize(
-    ("options", "fix"),
-    [
-        ({"workspace": 1}, "Give a larger --workspace, or none."),
-        ({"batches": ((1, 1, 2**31 - 1),)}, "Give a --batch with a smaller maximum."),
-    ],
-)
-def test_what_the_builder_cannot_do(exported, plan, options, fix):
-    assert says(StageError, exported.file("fp16"), plan, BuildOptions(gpus=("sm80",), **options)).endswith(fix)
+def test_what_the_builder_cannot_do(exported, plan):
+    message = says(StageError, exported.file("fp16"), plan, BuildOptions(gpus=("sm80",), workspace=1))
+    assert message.endswith("Give a larger --workspace, or none.")
 
 
 # ---- a builder that comes to a bad end

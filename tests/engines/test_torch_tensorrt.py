@@ -103,7 +103,7 @@ def test_a_package_that_cannot_be_imported_is_an_environment_to_make_anew(monkey
         ({"profiles": []}, "got none, expected one MIN:OPT:MAX"),
         ({"profiles": [FIXED, RANGE]}, "no way to choose between optimization profiles (got 3:3:3, 1:4:8"),
         ({"profiles": [BatchProfile(1, 8, 4)]}, "got 1:8:4"),
-        ({"profiles": [BatchProfile(0, 1, 4)]}, "got 0:1:4"),
+        ({"profiles": [BatchProfile(0, 1, 4)]}, "batches: this number does not fit (got ((0, 1, 4),)"),
     ],
 )
 def test_what_cannot_be_had_is_refused_before_anything_else(tmp_path, asked, message):

@@ -39,7 +39,7 @@ def stated(extra: str | None = None) -> dict[str, str]:
     found = {}
     for line in importlib.metadata.requires("evit-deploy") or []:
         requirement, _, marker = line.partition("; extra == ")
-        package, versions = re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?([\d.,<>=~]+)", requirement).groups()
+        package, versions = re.fullmatch(r"([\w-]+)(?:\[[\w,-]+\])?([\d.,<>=~]+)", requirement).groups()
         if marker.strip("'\"") == (extra or ""):
             found[package] = versions
     return found

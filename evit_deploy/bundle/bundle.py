@@ -225,7 +225,7 @@ class Staging:
         """
         replace = self.force or out != self.out
         try:
-            check_out(out, force=replace)  # it is long ago that somebody looked
+            check_out(out, force=replace)  # the first look was long ago
             self._draft.publish(self.path, out, replace=replace)
         except FileExistsError:
             what = "it appeared while this one was made, and stays"

@@ -41,11 +41,10 @@ def command(bundle: Path, output: Output, trust: Path | None, **options: Any) ->
     evit-deploy verify deit_s-evit-k0.7 --url http://server:8000 --model-name deit_s
     """
     server = server_of(options)
-    from evit_deploy.bundle.bundle import read_bundle
     from evit_deploy.bundle.signature import read_signed
     from evit_deploy.verification.verify import verify
 
-    found = read_bundle(bundle) if trust is None else read_signed(bundle, trust)
+    found = bundle if trust is None else read_signed(bundle, trust)
     report = verify(found, server=server, **options)
     signed = f", signed with {printable(trust)}" if trust is not None else ""
     verdict = f"\n{'verified' if report.passed else 'NOT verified'}: {printable(bundle)}{signed}"

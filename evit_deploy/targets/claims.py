@@ -155,4 +155,5 @@ def _counts(node: Any) -> tuple[int, ...]:
 
 
 def _planned(row: BlockPlan) -> tuple[int, ...]:
-    return row.keep or 0, int(row.fused and not row.aside)
+    kept = row.choice_length if row.choice == "kept" else row.keep or 0
+    return kept, int(row.fused and not row.aside)

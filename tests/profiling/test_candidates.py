@@ -205,7 +205,7 @@ def damaged(folder: Path) -> None:
 @pytest.mark.usefixtures("present")
 @pytest.mark.parametrize(
     ("spoil", "why"),
-    [(changed, "another SHA-256"), (foreign, "does not list it"), (damaged, "the manifest cannot be read")],
+    [(changed, "another SHA-256"), (foreign, "does not list it"), (damaged, "not valid JSON")],
 )
 def test_a_manifest_that_does_not_list_this_very_file_does_not_count(engines, tmp_path, spoil, why):
     folder = tmp_path / "bundle"

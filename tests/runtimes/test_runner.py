@@ -59,7 +59,7 @@ def served(artifacts, tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
     file = folder / "model.onnx"
     with OnnxRuntimeRunner(artifacts[1], with_indices=True) as runner:
-        serving = Serving("tiny", "onnxruntime", runner.inputs, runner.outputs, max_batch=8)
+        serving = Serving("tiny", "onnxruntime", runner.inputs, runner.outputs, max_batch=8, on_gpu=False)
     onnx.save(with_indices(artifacts[1]), file)
     write_repository(serving, {file.name: file}, folder / "models")
     with TritonServer(folder / "models") as server:

@@ -34,6 +34,12 @@ def test_a_package_is_verified(cli, triton, packaged, way, shared):
     names = [check["name"] for check in result.document["checks"]]
     assert names == [
         "files as written",
+        "report.json as the manifest says",
+        "golden logits: PyTorch's",
+        "golden logits of the dense twin",
+        "golden file: tolerance",
+        "golden file: tolerance on ties",
+        "golden file: tolerance of the dense twin",
         "triton, batch 1: logits",
         "triton, batch 1: same answer at every place",
         "triton, batch 3: logits",
@@ -42,6 +48,13 @@ def test_a_package_is_verified(cli, triton, packaged, way, shared):
     ]
     regions = [name for name in os.listdir("/dev/shm") if name.startswith(f"evit-deploy-{os.getpid()}-")]
     assert regions == []
+
+
+def test_a_package_far_from_its_checkpoint_says_what_it_was_held_against(cli, triton, packaged, tmp_path):
+    alone = shutil.copytree(packaged, tmp_path / "a" / "b" / "c")
+    result = cli("verify", alone, "--url", triton.http, "--model-name", NAME, "--json", *QUICK)
+    assert result.code == 0, result.err
+    assert any("as they were written" in note and "--against" in note for note in result.document["notes"])
 
 
 def test_the_bundles_own_model_is_found(cli, triton, converted):

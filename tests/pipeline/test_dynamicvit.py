@@ -63,7 +63,7 @@ def predictors(width: int) -> dict[str, torch.Tensor]:
         "out_conv.2.weight": (width // 4, width // 2), "out_conv.2.bias": (width // 4,),
         "out_conv.4.weight": (2, width // 4), "out_conv.4.bias": (2,),
     }  # fmt: skip
-    return {f"score_predictor.{i}.{name}": torch.zeros(()).expand(s) for i in range(3) for name, s in shapes.items()}
+    return {f"score_predictor.{i}.{name}": torch.zeros(s) for i in range(3) for name, s in shapes.items()}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -178,7 +178,6 @@ def test_what_contradicts_itself_is_refused(arguments, hints):
 @pytest.mark.parametrize(
     ("options", "hints"),
     [
-        ({"batches": ((0, 1, 1),)}, ["--batch", "got 0:1:1", "1 <= MIN"]),
         (
             {
                 "batches": (
@@ -190,9 +189,6 @@ def test_what_contradicts_itself_is_refused(arguments, hints):
         ),
         ({"batches": ((4, 2, 8),)}, ["--batch", "got 4:2:8"]),
         ({"batches": ()}, ["--batch", "MIN:OPT:MAX"]),
-        ({"workspace": 0}, ["--workspace", "got 0"]),
-        ({"optimization_level": 6}, ["--optimization-level", "got 6", "0 to 5"]),
-        ({"optimization_level": -1}, ["--optimization-level", "got -1"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

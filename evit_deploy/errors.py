@@ -53,7 +53,7 @@ class EvitDeployError(Exception):
         fix: str | None = None,
     ) -> None:
         self.what, self.where, self.seen, self.wanted, self.fix = what, where, seen, wanted, fix
-        text = what if where is None else f"{where}: {what}"
+        text = what if where is None else f"{_cut(str(where), _LONGEST // 3)}: {what}"
         details = [f"{label} {value}" for label, value in (("got", seen), ("expected", wanted)) if value is not None]
         if details:
             text += " (" + ", ".join(details) + ")"

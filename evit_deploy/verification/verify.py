@@ -118,7 +118,7 @@ def verify(
         raise InputError(
             f"the PyTorch model cannot be had: {why_not}", where="--against" if against else "--runtime eager"
         )
-    golden, found = hold_golden(bundle, golden, model, why_not)
+    golden, found = hold_golden(bundle, golden, model, why_not, served=server is not None)
     report += found + verify_precision(golden, bundle.manifest.answer)
     lacking = provide_plugin(bundle.manifest.engine, plugin)
     if lacking is not None and TENSORRT in runtimes:
@@ -136,7 +136,7 @@ def verify(
 
 
 def hold_golden(
-    bundle: bundles.Bundle, golden: Golden, model: torch.nn.Module | None, why_not: str
+    bundle: bundles.Bundle, golden: Golden, model: torch.nn.Module | None, why_not: str, *, served: bool
 ) -> tuple[Golden, Report]:
     """Makes sure that golden answers are the model's, and finds what rounding may move them by; neither is believed.
 
@@ -148,6 +148,7 @@ def hold_golden(
         golden: What its golden file says.
         model: The PyTorch model it was made from, FP32.
         why_not: Why there is none.
+        served: Whether a server has the model: of a package then nothing but its golden file can be asked.
 
     Returns:
         Golden answers to hold runtimes against, and the checks.
@@ -161,7 +162,9 @@ def hold_golden(
     if not whole and (model is None or golden.precision in QUANTIZED):  # a package: the server has the model
         note = "Golden answers and tolerances are as they were written: the package has no model.onnx to find them by."
         fix = "Give --against CHECKPOINT, or verify the bundle." if model is None else "Verify the bundle."
-        return golden, Report(notes=(f"{note} {fix}",))
+        # Files that are here are not proven by tolerances that lie beside them.
+        checks = () if served else (Check("golden answers", None, None, False, f"{note} {fix}"),)
+        return golden, Report(checks=checks, notes=(f"{note} {fix}",))
     if model is not None:
         doing(_LOG, "computing the golden answers anew")
         dense = dense_twin(model)

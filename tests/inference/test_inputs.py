@@ -91,7 +91,7 @@ FLOAT = np.float32
         ([7], ["images[0]", "no image", "got int"]),
         (b"no image", ["images[0]", "cannot be read", "a whole image"]),
         ("gone.png", ["gone.png: no such image"]),
-        ("x" * 300, ["cannot be read"]),
+        ("x" * 5000, ["cannot be read"]),
         ("a\0b", ["a\0b"]),
     ],
     ids=lambda value: None if isinstance(value, list) else "image",

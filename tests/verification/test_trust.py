@@ -16,7 +16,8 @@ from evit_deploy.bundle.manifest import DENSE, GOLDEN, MANIFEST, MODEL
 from evit_deploy.errors import InputError
 from evit_deploy.files import sha256
 from evit_deploy.report.report import Report
-from evit_deploy.verification.verify import verify
+from evit_deploy.verification.golden import load_golden
+from evit_deploy.verification.verify import hold_golden, verify
 
 Arrays = dict[str, np.ndarray]
 
@@ -201,3 +202,18 @@ def test_a_manifest_that_is_none_is_refused(bundle, text):
     (bundle.path / MANIFEST).write_bytes(text)
     with pytest.raises(InputError, match=MANIFEST):
         read_bundle(bundle.path)
+
+
+def test_leaving_out_the_model_does_not_make_tolerances_believed(bundle):
+    """Local files of a bundle that lists no model.onnx have nothing to be proven by but the checkpoint."""
+    for name in (MODEL, DENSE):
+        (bundle.path / name).unlink()
+    manifest = msgspec.json.decode((bundle.path / MANIFEST).read_bytes())
+    del manifest["files"][MODEL], manifest["files"][DENSE]
+    (bundle.path / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+    left = read_bundle(bundle.path)
+    golden = load_golden(left.file(GOLDEN), left.manifest)
+    for served in (True, False):
+        _, report = hold_golden(left, golden, None, "it is gone", served=served)
+        assert report.passed == served
+        assert "as they were written" in report.notes[0]

@@ -22,6 +22,7 @@ from PIL import Image
 
 from evit_deploy.data.images import COPY_AGAIN, EXTENSIONS, decode_image, natural, preprocess_image
 from evit_deploy.data.preprocess import Preprocess
+from evit_deploy.data.tar_files import check_tar
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement, first_few
 
@@ -307,13 +308,15 @@ class Tar(_Timm):
         path = Path(place.path)
         if not path.exists():
             raise InputError("no such tar file", where=path)
+        self._files = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        for file in self._files:
+            check_tar(file)
         try:  # a tar that stays open would be shared by worker processes, position and all
             reader: Any = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False)
         except tarfile.TarError as error:
             raise InputError(f"the tar file cannot be read: {error}", where=path) from None
         except ValueError:  # timm's, of an empty list
             raise InputError("no images in this tar file", where=path, wanted="<class>/<image> members") from None
-        self._files = [path] if path.is_file() else sorted(path.glob("*.tar"))
         super().__init__(reader, place, list(reader.class_name_to_idx), classes)
 
     def name(self, index: int) -> str:
@@ -380,6 +383,7 @@ class Shards:
     def _indexed(self, number: int, file: Path) -> list[tuple[int, str, int, int, int]]:
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}
         found = []
+        check_tar(file)
         with tarfile.open(file, "r:") as tar:
             for member in tar:
                 folder, _, base = member.name.rpartition("/")

@@ -1,12 +1,14 @@
 """What a reader may do with a hostile input: read it, or refuse it in words; and what is watched while it does.
 
 A reader is called in this process, as the commands call it. It may not raise anything but an
-:class:`~evit_deploy.errors.EvitDeployError`, write outside the folder of the try, start a program or reach out, or take
-more memory than twice its input and 1 GB. Python's own audit events see writes; those of C libraries they do not see.
+:class:`~evit_deploy.errors.EvitDeployError`, write outside the folder of the try, start a program or reach out, take
+more memory than twice its input and 1 GB, or compute for more than a minute. Python's own audit events see writes, but
+not those of C libraries.
 """
 
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +24,8 @@ from evit_deploy.errors import EvitDeployError
 LONGEST_MESSAGE = 2000
 ROOM = 1 << 30
 """Bytes of memory that a reader may take besides twice its input."""
+LONGEST = 60
+"""Seconds of this process's CPU time, which do not pass while others use the machine; none takes more than two."""
 CORPUS = Path(__file__).parent / "corpus"
 _PAGE = resource.getpagesize()
 
@@ -89,7 +93,7 @@ def attempt(form: Format, content: bytes, folder: Path) -> Outcome:
     _WATCH.folder = os.fspath(folder)
     before, kind = time.perf_counter(), "read"
     try:
-        with limited_memory(ROOM + 2 * len(content)):
+        with limited_time(LONGEST), limited_memory(ROOM + 2 * len(content)):
             form.read(path)
     except EvitDeployError as error:
         kind = type(error).__name__
@@ -97,6 +101,8 @@ def attempt(form: Format, content: bytes, folder: Path) -> Outcome:
             raise Violation(f"a message of {len(str(error))} characters: {str(error)[:300]}") from error
         if error.exit_code not in (1, 2, 3, 4):
             raise Violation(f"exit code {error.exit_code}") from error
+    except Violation:
+        raise
     except Exception as error:
         raise Violation(f"{type(error).__name__}: {str(error)[:300]}") from error
     finally:
@@ -104,6 +110,25 @@ def attempt(form: Format, content: bytes, folder: Path) -> Outcome:
     if _WATCH.found:
         raise Violation("; ".join(_WATCH.found[:5]))
     return Outcome(kind, time.perf_counter() - before)
+
+
+@contextmanager
+def limited_time(seconds: float) -> Iterator[None]:
+    """What computes for longer is a violation.
+
+    pytest-timeout is no help here: Hypothesis runs once more what failed, and by then its time limit is spent.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        raise Violation(f"still not done after {seconds} s")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.fuzz import harness
 from tests.fuzz.formats import FORMATS
 from tests.fuzz.harness import Format, Violation, attempt, corpus, watch
 
@@ -55,6 +56,11 @@ def _write_outside(path: Path) -> None:
     path.parent.with_name("outside").write_text("x")
 
 
+def _never_end(path: Path) -> None:
+    while True:
+        pass
+
+
 def _reach_out(path: Path) -> None:
     os.system("true")
 
@@ -62,9 +68,10 @@ def _reach_out(path: Path) -> None:
 @pytest.mark.parametrize(
     ("reader", "hint"),
     [(lambda path: {}["x"], "KeyError"), (_allocate, "MemoryError"), (_write_outside, "outside the folder"),
-     (_reach_out, "os.system")],
+     (_reach_out, "os.system"), (_never_end, "still not done")],
 )  # fmt: skip
-def test_what_a_reader_may_not_do_is_seen(reader, hint, tmp_path):
+def test_what_a_reader_may_not_do_is_seen(reader, hint, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "LONGEST", 1)
     folder = tmp_path / "inside"
     folder.mkdir()
     with pytest.raises(Violation, match=hint):

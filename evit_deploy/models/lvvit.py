@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import msgspec
 from timm.layers import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -286,13 +287,11 @@ class LVViTBackbone(TimmViT):
         height, width = stem.img_size
         convolutions = sum(conv.weight.numel() for conv in (stem.conv1, stem.conv2, stem.conv3))
         aux = model.aux_head.weight.numel() if isinstance(model.aux_head, nn.Linear) else 0
-        return ModelCost(
+        return msgspec.structs.replace(
+            plain,
             stem=plain.stem + (height // 2) * (width // 2) * convolutions,
-            token_attention=plain.token_attention,
-            token_mlp=plain.token_mlp,
-            width=plain.width,
-            head=plain.head,
             token_head=aux,
+            head_tokens=0 if aux else plain.head_tokens,
         )
 
     @staticmethod

@@ -169,6 +169,11 @@ class TimmLeViT:
         return block
 
     @staticmethod
+    def ending(block: Any, rows: int) -> Any:
+        """Never asked for: its heads pool, and need every token."""
+        return block
+
+    @staticmethod
     def lower(model: Any) -> Any:
         """A copy in export form: norms folded, biases looked up, tokens in 2-D, the classifiers as one."""
         lowered: Any = copy_sharing_weights(model)

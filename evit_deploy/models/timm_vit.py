@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from evit_deploy.errors import UnsupportedModelError
 from evit_deploy.registry import METHODS
-from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights, shape_of
+from evit_deploy.tokens.backbone import backbone_of, shape_of
+from evit_deploy.tokens.ending import for_inference
 from evit_deploy.tokens.op import precise
 from evit_deploy.tokens.plan import ModelCost, ModelShape
 from evit_deploy.tokens.state import TokenBlocks, TokenState
@@ -94,6 +95,43 @@ class ReducedBlock(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), kept
 
 
+class EndingBlock(nn.Module):
+    """A model's last block, where its head sees the first tokens alone: queries, projection and MLP are theirs alone.
+
+    The others are still its keys and values. What comes out is equal but for the order of additions.
+
+    Args:
+        block: timm's ``Block`` or a :class:`ReducedBlock`, in evaluation.
+        rows: How many tokens the head sees.
+    """
+
+    norm1: Any
+    ls1: Any
+    norm2: Any
+    mlp: Any
+    ls2: Any
+
+    def __init__(self, block: nn.Module, rows: int) -> None:
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.rows = rows
+        self.eval()
+
+    def forward(self, x: Tensor, state: TokenState | None = None) -> Any:
+        """``[B, N, C]`` to ``[B, rows, C]``; with a state, that as well."""
+        reducer: Any = getattr(self, "reducer", None)
+        bias = None
+        if state is not None:
+            x, state = reducer.before(x, state)
+            bias = reducer.key_bias(state)
+        if reducer is not None:
+            _check_tokens(x, reducer)
+        x = x[:, : self.rows] + self.ls1(attend_from(self.attn, self.norm1(x), self.rows, bias))
+        x = x + self.ls2(self.mlp(self.norm2(x)))
+        return x if state is None else (x, state)
+
+
 def _check_tokens(x: Tensor, reducer: Any) -> None:
     wanted = reducer.plan.tokens_in
     if x.shape[1] != wanted:
@@ -115,7 +153,7 @@ def attend(attn: nn.Module, x: Tensor, key_bias: Tensor | None = None) -> tuple[
         The attention's output ``[B, N, C]``, q and k ``[B, N, H, d]`` after their norms.
     """
     if isinstance(attn, LoweredAttention):
-        return attn.attend(x, key_bias)
+        return attn.attend(x, x, key_bias)
     assert isinstance(attn, Attention)
     qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(2)
@@ -127,6 +165,36 @@ def attend(attn: nn.Module, x: Tensor, key_bias: Tensor | None = None) -> tuple[
     if attn.gate is not None:
         y = y * attn.gate(x).sigmoid()
     return attn.proj_drop(attn.proj(y)), q, k
+
+
+def attend_from(attn: Any, x: Tensor, rows: int, key_bias: Tensor | None = None) -> Tensor:
+    """The first rows of what :func:`attend` gives, for which alone there are queries.
+
+    Args:
+        attn: See :func:`attend`.
+        x: See :func:`attend`.
+        rows: How many.
+        key_bias: See :func:`attend`.
+
+    Returns:
+        ``[B, rows, C]``.
+    """
+    asking = x[:, :rows]
+    if isinstance(attn, LoweredAttention):
+        return attn.attend(asking, x, key_bias)[0]
+    widths = [attn.attn_dim, 2 * attn.attn_dim]
+    weights, biases = attn.qkv.weight.split(widths), (None, None)
+    if attn.qkv.bias is not None:
+        biases = attn.qkv.bias.split(widths)
+    q = F.linear(asking, weights[0], biases[0]).unflatten(-1, (attn.num_heads, attn.head_dim))
+    k, v = F.linear(x, weights[1], biases[1]).unflatten(-1, (2, attn.num_heads, attn.head_dim)).unbind(2)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    bias = None if key_bias is None else key_bias.to(q.dtype)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
+    y = attn.norm(y.transpose(1, 2).flatten(2))
+    if attn.gate is not None:
+        y = y * attn.gate(asking).sigmoid()
+    return attn.proj(y)
 
 
 def attend_masked(attn: Any, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,13 +255,13 @@ class LoweredAttention(nn.Module):
         self.gate, self.proj = attn.gate, attn.proj
         self.num_heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
 
-    def attend(self, x: Tensor, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """See :func:`attend`."""
-        seen = x.flatten(0, 1) if self.flat else x
-        q, queries = self._heads(self.q(seen), self.q_norm, x)
+    def attend(self, asking: Tensor, x: Tensor, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`attend`; the tokens that ask are all, or the first of them."""
+        asking_rows, seen = (tokens.flatten(0, 1) if self.flat else tokens for tokens in (asking, x))
+        q, queries = self._heads(self.q(asking_rows), self.q_norm, asking)
         k, keys = self._heads(self.k(seen), self.k_norm, x)
         # The operator broadcasts masks; ONNX Runtime's kernel refuses one that has not a row for each query.
-        mask = None if key_bias is None else key_bias.expand(-1, -1, x.shape[1], -1)
+        mask = None if key_bias is None else key_bias.expand(-1, -1, asking.shape[1], -1)
         y, *_ = torch.onnx.ops.attention(
             queries,
             keys,
@@ -205,8 +273,8 @@ class LoweredAttention(nn.Module):
         )
         y = self.norm(y.flatten(0, 1) if self.flat else y)
         if self.gate is not None:
-            y = y * self.gate(seen).sigmoid()
-        return self._tokens(self.proj(y), x), q, k
+            y = y * self.gate(asking_rows).sigmoid()
+        return self._tokens(self.proj(y), asking), q, k
 
     def _heads(self, rows: Tensor, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries or keys ``[B, N, H, d]``, and as the operator takes them, ``[B, N, H·d]``."""
@@ -221,7 +289,7 @@ class LoweredAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Like timm's ``Attention.forward``, without masks."""
-        return self.attend(x)[0]
+        return self.attend(x, x)[0]
 
 
 class LoweredMlp(nn.Module):
@@ -346,12 +414,15 @@ class TimmViT:
         block = model.blocks[0]
         linears = [m for name, m in block.attn.named_modules() if isinstance(m, nn.Linear)]
         heads = [m for m in (model.head, getattr(model, "head_dist", None)) if isinstance(m, nn.Linear)]
+        seen = 0 if model.global_pool != "token" else 2 if isinstance(model, VisionTransformerDistilled) else 1
         return ModelCost(
             stem=model.patch_embed.num_patches * model.patch_embed.proj.weight.numel(),
             token_attention=sum(m.weight.numel() for m in linears),
             token_mlp=sum(m.weight.numel() for m in block.mlp.modules() if isinstance(m, nn.Linear)),
             width=block.attn.attn_dim,
             head=sum(m.weight.numel() for m in heads),
+            head_tokens=seen,
+            key_value=2 * block.attn.attn_dim * model.embed_dim,
         )
 
     @staticmethod
@@ -365,9 +436,14 @@ class TimmViT:
         return block.replaced[0] if isinstance(block, ReducedBlock) else block
 
     @staticmethod
+    def ending(block: nn.Module, rows: int) -> nn.Module:
+        """The last block, computed for its first tokens alone."""
+        return EndingBlock(block, rows)
+
+    @staticmethod
     def lower(model: Any) -> Any:
         """A copy in export form; weights are shared where they need not be cut."""
-        lowered = copy_sharing_weights(model)
+        lowered = for_inference(model)
         for block in lowered.blocks:
             attn, mlp = LoweredAttention(block.attn), LoweredMlp(block.mlp)
             block.attn, block.mlp = attn, mlp

@@ -58,7 +58,7 @@ class CompiledRunner(EagerRunner):
         self._stack.enter_context(_limit(_PROGRAMS))  # not around each call: that alone takes half a second
         # dynamic=False: at the second batch size PyTorch would make one program for all, slower than each one's own.
         mode = "reduce-overhead" if self._on_gpu else None
-        forward = self._with_kept() if self.with_indices else _plain(self.artifact)
+        forward = self._with_kept() if self.with_indices else _plain(self._model)
         self._compiled = torch.compile(forward, fullgraph=True, dynamic=False, mode=mode)
         return self
 
@@ -90,7 +90,7 @@ class CompiledRunner(EagerRunner):
 
     def _with_kept(self) -> Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]:
         """The model and what its reducers keep; their hooks are compiled along with them."""
-        model, kept = self.artifact, []
+        model, kept = self._model, []
 
         def remember(reducer: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
             kept.append(output[1])

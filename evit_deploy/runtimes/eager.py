@@ -16,6 +16,7 @@ from evit_deploy.runtimes.fp32 import fp32_products, missing_tf32
 from evit_deploy.runtimes.resident import TensorResident, as_told
 from evit_deploy.runtimes.runner import Resident, Runner
 from evit_deploy.tokens.backbone import backbone_of
+from evit_deploy.tokens.ending import for_inference
 from evit_deploy.tokens.reduce import capture, token_plan
 
 
@@ -62,8 +63,7 @@ class EagerRunner(Runner):
         # without tensor cores, which was a sixth of DeiT-S on an H100.
         self._benchmark_before = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = True
-        self._training_before = self.artifact.training
-        self.artifact.eval()
+        self._model = for_inference(self.artifact)
         return self
 
     def __exit__(
@@ -71,7 +71,6 @@ class EagerRunner(Runner):
     ) -> None:
         torch.set_num_threads(self._threads_before)
         torch.backends.cudnn.benchmark = self._benchmark_before
-        self.artifact.train(self._training_before)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -119,9 +118,9 @@ class EagerRunner(Runner):
     def _forward(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """The answer, and with indices what each location keeps."""
         if not self.with_indices:
-            return self.artifact(images), ()
-        with capture(self.artifact) as seen:
-            logits = self.artifact(images)
+            return self._model(images), ()
+        with capture(self._model) as seen:
+            logits = self._model(images)
         return logits, seen.kept
 
     @property

@@ -82,6 +82,14 @@ class Backbone(Protocol):
         ...
 
     @staticmethod
+    def ending(block: Any, rows: int) -> Any:
+        """The last block in a form that gives its first tokens alone; of families with ``ModelCost.head_tokens``.
+
+        It has the children of the given block under their own names.
+        """
+        ...
+
+    @staticmethod
     def lower(model: Any) -> Any:
         """A copy in the form that exports best; the given model is left alone."""
         ...

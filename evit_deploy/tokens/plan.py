@@ -183,6 +183,8 @@ class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):
         head: Classifier, per image.
         token_head: Classifier that sees every token but the prefix, per token (LV-ViT has one).
         blocks: Each block's own, where they differ (LeViT); then those above are 0.
+        head_tokens: How many tokens the head sees, the first ones; 0 where it sees all.
+        key_value: Of ``token_attention`` what makes keys and values, which every token needs in any case.
     """
 
     stem: int
@@ -192,6 +194,8 @@ class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):
     head: int
     token_head: int = 0
     blocks: tuple[BlockCost, ...] = ()
+    head_tokens: int = 0
+    key_value: int = 0
 
 
 class ModelShape(msgspec.Struct, frozen=True):
@@ -337,6 +341,25 @@ class TokenPlan(msgspec.Struct, frozen=True):
         last = self.patches if end.aside else end.tokens_out - self.prefix
         return total + self.cost.stem + self.cost.head + last * self.cost.token_head
 
+    @property
+    def ends_early(self) -> bool:
+        """Whether the last block need only be computed for the tokens that the head sees."""
+        end = self.blocks[-1]
+        idle = end.keep is None and not end.aside and not end.ranks
+        return self.cost is not None and 0 < self.cost.head_tokens < end.tokens_in and idle
+
+    def computed_macs(self) -> int:
+        """Multiply-adds that exported files and runtimes compute; :meth:`macs` counts the last block whole.
+
+        They differ where the head sees only some of the last block's tokens; see :mod:`evit_deploy.tokens.ending`.
+        """
+        total = self.macs()
+        if self.cost is None or not self.ends_early:
+            return total
+        cost, end = self.cost, self.blocks[-1]
+        asking = cost.token_attention - cost.key_value + 2 * end.tokens_in * cost.width + cost.token_mlp
+        return total - (end.tokens_in - cost.head_tokens) * asking
+
     def mac_ratio(self) -> float:
         """Dense multiply-adds over this plan's: the speed-up if time followed arithmetic exactly."""
         return self.dense().macs() / self.macs()
@@ -364,7 +387,11 @@ class TokenPlan(msgspec.Struct, frozen=True):
         if self.cost is None:
             return ""
         unit, name = (1e9, "GMACs") if self.macs() >= 1e9 else (1e6, "MMACs")
-        return f"total {self.macs() / unit:.2f} {name}, dense {self.dense().macs() / unit:.2f} {name}"
+        dense = self.dense()
+        text = f"total {self.macs() / unit:.2f} {name}, dense {dense.macs() / unit:.2f} {name}"
+        if self.computed_macs() == self.macs() and dense.computed_macs() == dense.macs():
+            return text
+        return f"{text}; computed {self.computed_macs() / unit:.2f}, dense {dense.computed_macs() / unit:.2f}"
 
     def __str__(self) -> str:
         lines = [self.header, *self.rows()]

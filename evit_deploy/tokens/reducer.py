@@ -220,6 +220,15 @@ class TokenReducer(nn.Module):
             x, _, state = self(x, q, k, state)
         return x, state
 
+    @classmethod
+    def idle(cls, row: BlockPlan) -> bool:
+        """Whether :meth:`between` and :meth:`after` leave a block's tokens and their state alone.
+
+        If they do so in the last block, it is computed only for the tokens that the head sees
+        (:mod:`evit_deploy.tokens.ending`), and :meth:`finish` gets no others.
+        """
+        return row.keep is None and cls.between is TokenReducer.between and cls.after is TokenReducer.after
+
     def after(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """What happens after the block."""
         return x, state

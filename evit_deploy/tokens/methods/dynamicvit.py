@@ -145,6 +145,11 @@ class DynamicViT(TokenReducer):
         """The mask, with the prefix, which is always kept."""
         return None if state.mask is None else F.pad(state.mask, (self.prefix, 0), value=1.0)
 
+    @classmethod
+    def idle(cls, row: BlockPlan) -> bool:
+        """See :meth:`TokenReducer.idle`; what it removes, it removes before the attention."""
+        return row.keep is None
+
     def between(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Nothing: the location has decided before its attention."""
         return x, state

@@ -25,6 +25,8 @@ class _Request:
     number: int | None = None
     since = 0.0
     raised = False
+    held = False
+    waiting = False
 
 
 def listen() -> None:
@@ -51,6 +53,23 @@ def listening() -> Iterator[None]:
             for number, handler in before.items():
                 signal.signal(number, handler)
         _forget()
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Holds a request back until a short step is done, such as starting a process that has to be ended again.
+
+    Raises:
+        KeyboardInterrupt: At the end, if a signal came.
+    """
+    _Request.held = True
+    try:
+        yield
+    finally:
+        _Request.held = False
+    if _Request.waiting:
+        _Request.waiting = False
+        raise KeyboardInterrupt
 
 
 def ignore() -> None:
@@ -99,8 +118,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
         if not asked():
             note(number)
         _Request.raised = True
-        raise KeyboardInterrupt
+        if _Request.held:
+            _Request.waiting = True
+        else:
+            raise KeyboardInterrupt
 
 
 def _forget() -> None:
-    _Request.number, _Request.raised = None, False
+    _Request.number, _Request.raised, _Request.waiting = None, False, False

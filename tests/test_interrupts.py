@@ -177,6 +177,19 @@ def test_handlers_are_given_back():
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_what_comes_while_a_process_starts_comes_afterwards():
+    started = []
+
+    def start() -> None:
+        with interrupts.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            started.append(True)
+
+    with interrupts.listening(), pytest.raises(KeyboardInterrupt):
+        start()
+    assert started
+
+
 # ---- twice
 
 

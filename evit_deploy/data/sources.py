@@ -23,6 +23,7 @@ from PIL import Image
 from evit_deploy.data.images import COPY_AGAIN, EXTENSIONS, decode_image, natural, preprocess_image
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.tar_files import check_tar
+from evit_deploy.documents import decode_json
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement, first_few
 
@@ -405,9 +406,14 @@ class Shards:
 
     def _label(self, text: bytes, where: str) -> int:
         try:
-            label = int(json.loads(text)[self._target_key] if self._target_key else text)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"no label can be read: {error!r}", where=where, wanted="an integer") from None
+            found = decode_json(text, dict[str, Any], where)[self._target_key] if self._target_key else text
+            label = int(found)
+            if isinstance(found, float) and found != label:
+                raise ValueError(f"{found} is no whole number")
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise InputError(f"no label can be read: {error!r:.200}", where=where, wanted="an integer") from None
         if not 0 <= label < len(self.classes):
             raise _bad_label(label, len(self.classes), where)
         return label

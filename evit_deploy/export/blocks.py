@@ -148,13 +148,19 @@ def _sorted(signatures: list[Any], plan: TokenPlan, short: Short) -> list[tuple[
 
 
 def _kinds(signatures: list[Any], plan: TokenPlan) -> tuple[list[Kind], list[int]]:
-    """The kinds, and the first block of each, which has to take as many tokens as the one before it leaves."""
+    """The kinds, and the first block of each.
+
+    It has to take as many tokens as the one before it leaves; one that reduces nothing takes any number.
+    """
     kinds: list[Kind] = []
     chosen = []
     for index, (signature, row) in enumerate(zip(signatures, plan.blocks, strict=True)):
         if not any(kind.takes(signature, row) for kind in kinds):
-            if kinds and kinds[-1].row.tokens_out != row.tokens_in:
-                raise UnclearError
+            before = kinds[-1].row.tokens_out if kinds else row.tokens_in
+            if before != row.tokens_in:
+                if row.keep is not None:
+                    raise UnclearError
+                row = msgspec.structs.replace(row, tokens_in=before, tokens_out=before)
             kinds.append(Kind(signature, row, plan.prefix))
             chosen.append(index)
     return kinds, chosen

@@ -328,6 +328,11 @@ class EvoLeViTBackbone:
         return block
 
     @staticmethod
+    def ending(block: Any, rows: int) -> Any:
+        """Never asked for: its heads pool, and need every token."""
+        return block
+
+    @staticmethod
     def lower(model: EvoLeViT) -> Any:
         """A copy in export form; see :func:`lower`."""
         return lower(model)

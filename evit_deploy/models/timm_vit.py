@@ -18,6 +18,10 @@ from evit_deploy.tokens.op import precise
 from evit_deploy.tokens.plan import ModelCost, ModelShape
 from evit_deploy.tokens.state import TokenBlocks, TokenState
 
+HEAD_TOKENS = 2
+"""The class token, and the distillation token of models that have one. Of others the second is computed for nothing:
+TensorRT-RTX 1.7 has no fused attention for one query among 197 or 73 keys, and for two it has."""
+
 # Classes that are known not to fit, and why, so that the refusal teaches something.
 _KNOWN_REASONS = (
     ("Swin", "it computes attention in windows, which need every patch in its place"),
@@ -414,14 +418,13 @@ class TimmViT:
         block = model.blocks[0]
         linears = [m for name, m in block.attn.named_modules() if isinstance(m, nn.Linear)]
         heads = [m for m in (model.head, getattr(model, "head_dist", None)) if isinstance(m, nn.Linear)]
-        seen = 0 if model.global_pool != "token" else 2 if isinstance(model, VisionTransformerDistilled) else 1
         return ModelCost(
             stem=model.patch_embed.num_patches * model.patch_embed.proj.weight.numel(),
             token_attention=sum(m.weight.numel() for m in linears),
             token_mlp=sum(m.weight.numel() for m in block.mlp.modules() if isinstance(m, nn.Linear)),
             width=block.attn.attn_dim,
             head=sum(m.weight.numel() for m in heads),
-            head_tokens=seen,
+            head_tokens=HEAD_TOKENS if model.global_pool == "token" else 0,
             key_value=2 * block.attn.attn_dim * model.embed_dim,
         )
 

@@ -183,7 +183,7 @@ class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):
         head: Classifier, per image.
         token_head: Classifier that sees every token but the prefix, per token (LV-ViT has one).
         blocks: Each block's own, where they differ (LeViT); then those above are 0.
-        head_tokens: How many tokens the head sees, the first ones; 0 where it sees all.
+        head_tokens: The first so many tokens are all that the head may see; 0 where it sees the patches.
         key_value: Of ``token_attention`` what makes keys and values, which every token needs in any case.
     """
 

@@ -75,10 +75,10 @@ def test_the_slice_twin_slices(kind, spec):
 
 
 def tokens_seen(proto: ModelProto, plan: TokenPlan) -> list[int]:
-    """How many tokens each attention really gets, at run time."""
+    """How many tokens are each attention's keys, at run time."""
     spied = copied(proto)
     for node in nodes(spied, "Attention"):
-        spied.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
+        spied.graph.output.append(onnx.ValueInfoProto(name=node.input[1]))
     session = onnxruntime.InferenceSession(spied.SerializeToString(), providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     outputs = session.run(None, {INPUT: np.zeros((2, *given.shape[1:]), np.float32)})

@@ -1,5 +1,6 @@
 """``evit-deploy plugin``: compiles ``plugins/`` with CMake into the user's cache, and looks at what came out."""
 
+import contextlib
 import json
 import logging
 import os
@@ -9,10 +10,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import torch
 
+from evit_deploy import interrupts
 from evit_deploy.engines.plugin import library as plugin
 from evit_deploy.environment.availability import TENSORRT
 from evit_deploy.environment.machine import device, versions
@@ -145,24 +148,37 @@ def _run(command: list[str], failed: str) -> str:
 
     What the tool has started (make, compilers) ends with it when it takes too long or the user interrupts.
     """
-    try:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
-        )
-    except OSError as error:
-        raise MissingRequirement(f"{command[0]} cannot be run ({error.strerror})", where="plugin build") from None
-    with process:
+    with contextlib.ExitStack() as stack:
+        try:
+            with interrupts.held():  # or the process runs on that is interrupted before it has a name here
+                process = stack.enter_context(_Ended(command))
+        except OSError as error:
+            raise MissingRequirement(f"{command[0]} cannot be run ({error.strerror})", where="plugin build") from None
         try:
             said, complaints = process.communicate(timeout=TIME_LIMIT)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+        except subprocess.TimeoutExpired:
             what = f"{failed}: {command[0]} took more than {TIME_LIMIT:g} seconds"
             raise StageError(what, where="plugin build") from None
     if process.returncode:
         raise StageError(f"{failed}: {_complaint(said + complaints)}", where="plugin build")
     return said
+
+
+class _Ended(subprocess.Popen[str]):
+    """A tool that is ended, with all it has started, when what is done with it fails."""
+
+    def __init__(self, command: list[str]) -> None:
+        super().__init__(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+        super().__exit__(kind, error, trace)
 
 
 def _complaint(said: str) -> str:

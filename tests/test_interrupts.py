@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from evit_deploy import interrupts
-from evit_deploy.cli import run
+from evit_deploy.cli import invoke as run
 from evit_deploy.engines.plugin import build
 from evit_deploy.files import drafts
 from evit_deploy.files.drafts import PREFIX, draft

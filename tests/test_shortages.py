@@ -110,7 +110,7 @@ def test_out_of_file_descriptors(converted):
 def test_none_left_where_a_bundle_is_read(converted):
     code = """
 import os, sys
-from evit_deploy.cli import run
+from evit_deploy.cli import invoke as run
 import evit_deploy.cli.verify, evit_deploy.verification.verify
 try:
     while True:

@@ -53,12 +53,12 @@ def cli() -> None:
 
 def main() -> None:
     """Runs the command line and exits with the contract's codes; no traceback without ``--debug``."""
-    code = run()
+    code = invoke()
     interrupts.ignore()  # the interpreter takes a second to end, and what was asked for is done
     sys.exit(code)
 
 
-def run(args: list[str] | None = None) -> int:
+def invoke(args: list[str] | None = None) -> int:
     """Runs the command line.
 
     Args:

@@ -20,7 +20,7 @@ from evit_deploy.report.lines import printable, printable_lines, wrapped
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--json -v -q --debug``, handed to the command as one ``output``; the innermost decorator.
 
-    ``--debug`` itself is read by :func:`evit_deploy.cli.run`, which prints the traceback.
+    ``--debug`` itself is read by :func:`evit_deploy.cli.invoke`, which prints the traceback.
     """
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")

@@ -86,10 +86,10 @@ class Known(msgspec.Struct):
     """What was exported before of the same weights; :func:`assemble` reads it and adds to it.
 
     Args:
-        short: The last short model.
+        shorts: The short models so far.
     """
 
-    short: Short | None = None
+    shorts: list[Short] = []
 
 
 def assemble(
@@ -115,7 +115,9 @@ def assemble(
         return None
     signatures, around = [signature_of(block) for block in blocks], _around(lowered, path)
     try:
-        if known.short is None or known.short.around != around or not _sorted(signatures, plan, known.short):
+        alike = (short for short in known.shorts if short.around == around)
+        fitting = next((short for short in alike if _sorted(signatures, plan, short)), None)
+        if fitting is None:
             kinds, chosen = _kinds(signatures, plan)
             if len(chosen) == len(blocks):
                 return None
@@ -123,10 +125,10 @@ def assemble(
                 proto, standing = _run_short(lowered, backbone, [blocks[index] for index in chosen], run)
             finally:
                 backbone.set_blocks(lowered, container)
-            known.short = _taken_apart(proto, path, kinds, standing)
-            known.short.around = around
-        sorted_out = _sorted(signatures, plan, known.short)
-        return _joined(blocks, sorted_out, plan, path, known.short)
+            fitting = _taken_apart(proto, path, kinds, standing)
+            fitting.around = around
+            known.shorts.append(fitting)
+        return _joined(blocks, _sorted(signatures, plan, fitting), plan, path, fitting)
     except UnclearError:
         return None
 

@@ -25,7 +25,7 @@ from tests.support.models import SMALLEST, tree
 _HEAVY = ("torch", "timm", "numpy", "onnx", "onnxruntime", "rich", "sklearn", "PIL", "safetensors", "yaml")
 _HELP = """
 import json, sys
-from evit_deploy.cli import run
+from evit_deploy.cli import invoke as run
 code = run(sys.argv[2:])
 print(json.dumps([code, [name for name in json.loads(sys.argv[1]) if name in sys.modules]]), file=sys.stderr)
 """

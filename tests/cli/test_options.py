@@ -184,7 +184,7 @@ def test_help_scans_no_other_packages():
     """Entry points are looked up when a name is used, not for the page that lists ours."""
     code = (
         "import importlib.metadata as m, sys; m.entry_points = None\n"
-        "from evit_deploy.cli import run; sys.exit(run(['convert', '--help']))"
+        "from evit_deploy.cli import invoke as run; sys.exit(run(['convert', '--help']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

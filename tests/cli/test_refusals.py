@@ -80,7 +80,7 @@ def test_convert_refuses(cli, checkpoint, arguments, hints):
 
 def test_refusals_do_not_load_what_they_do_not_need(checkpoint):
     program = (
-        "import sys; from evit_deploy.cli import run; "
+        "import sys; from evit_deploy.cli import invoke as run; "
         "code = run(['convert', 'x.pth', '--keep-rate', '7']); sys.exit(code if 'torch' not in sys.modules else 99)"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 2

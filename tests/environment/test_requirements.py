@@ -187,7 +187,7 @@ def test_files_that_were_never_installed(tmp_path):
 
     root = Path(evit_deploy.__file__).parents[1]
     requirements = "from evit_deploy.environment.requirements import *\n"
-    assert said("import evit_deploy.cli as cli; cli.run(['--version'])") == evit_deploy.__version__
+    assert said("import evit_deploy.cli as cli; cli.invoke(['--version'])") == evit_deploy.__version__
     assert said(requirements + "print(install_line('triton'))") == f'pip install -e "{root}[triton]"'
     assert said(requirements + "print(install_line('torch'))") == f'pip install -e "{root}"'
     what = "evit-deploy is not installed, so which versions it needs is unknown"

@@ -54,7 +54,7 @@ def test_each_has_its_place_and_is_whole(made):
 
 def test_the_work_is_shared(made):
     _, found, (runs, asked) = made
-    assert runs == 1
+    assert runs == 2  # the dense model's last block is computed for its head alone; that of the others reduces
     assert asked == 3  # two keep rates and the dense model
     twins = [bundle.file(DENSE).read_bytes() for bundle, _ in found]
     assert twins[0] == twins[2]

@@ -14,7 +14,7 @@ import torch
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle, write_manifest
 from evit_deploy.bundle.manifest import DENSE, ENGINE, MANIFEST, MODEL, TWIN
-from evit_deploy.cli import run
+from evit_deploy.cli import invoke as run
 from evit_deploy.engines.build import build_engine
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.engines.rebuild import options_of, slice_engine

@@ -15,7 +15,7 @@ import click
 import pytest
 
 from evit_deploy.cli import cli as group
-from evit_deploy.cli import run
+from evit_deploy.cli import invoke as run
 from evit_deploy.cli.convert import command as convert
 from evit_deploy.recipe.options import ProfileOptions
 from tests.support import shared

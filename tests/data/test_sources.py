@@ -440,3 +440,14 @@ def test_images_are_mirrored_as_often_as_asked(flip, sides, tmp_path):
     )  # fmt: skip
     images, _ = next(open_data(section, SMALL).training(12, 0))
     assert set((images[:, 0, :, 2].mean(1) < images[:, 0, :, 13].mean(1)).tolist()) == sides
+
+
+@pytest.mark.parametrize(
+    "content", ['{"label": 1e400}', '{"label": 2.7}', '{"label": ' + "[" * 100_000, '{"label": [1]}']
+)
+def test_a_label_in_json_that_is_no_whole_number(content, tmp_path):
+    with tarfile.open(tmp_path / "0000.tar", "w") as tar:
+        add(tar, "1.png", png(9))
+        add(tar, "1.json", content.encode())
+    with pytest.raises(InputError, match=r"0000\.tar"):
+        open_source(Place(f"wds/{tmp_path}", split="0000.tar", num_classes=9, target_key="label"))

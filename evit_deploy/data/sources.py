@@ -310,6 +310,8 @@ class Tar(_Timm):
         if not path.exists():
             raise InputError("no such tar file", where=path)
         self._files = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        if not self._files:
+            raise InputError("neither a tar file nor a folder of tar files", where=path)
         for file in self._files:
             check_tar(file)
         try:  # a tar that stays open would be shared by worker processes, position and all

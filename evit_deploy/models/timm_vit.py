@@ -106,7 +106,7 @@ class EndingBlock(nn.Module):
 
     Args:
         block: timm's ``Block`` or a :class:`ReducedBlock`, in evaluation.
-        rows: How many tokens the head sees.
+        rows: How many tokens are computed: at least those that the head sees.
     """
 
     norm1: Any

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -451,3 +452,9 @@ def test_a_label_in_json_that_is_no_whole_number(content, tmp_path):
         add(tar, "1.json", content.encode())
     with pytest.raises(InputError, match=r"0000\.tar"):
         open_source(Place(f"wds/{tmp_path}", split="0000.tar", num_classes=9, target_key="label"))
+
+
+def test_a_pipe_that_is_called_a_tar_file(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(InputError, match="neither a tar file"):
+        open_source(Place(str(tmp_path / "a.tar")))

@@ -228,7 +228,7 @@ def _name_values(proto: ModelProto) -> None:
     places = {value: place for place, value in enumerate(values)}
     for holders in (proto.graph.initializer, proto.graph.value_info):
         holders.sort(key=lambda holder: places.get(holder.name, len(places)))
-    numbered = [tensor.name for tensor in proto.graph.initializer if re.fullmatch(r"val_\d+", tensor.name)]
+    numbered = [tensor.name for tensor in proto.graph.initializer if re.fullmatch(r"val_\d+|\w+/shape", tensor.name)]
     renamed |= {name: f"constant_{number}" for number, name in enumerate(numbered)}
     for node in proto.graph.node:
         node.input[:] = [renamed.get(value, value) for value in node.input]

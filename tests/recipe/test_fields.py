@@ -10,8 +10,9 @@ import click
 import msgspec
 import pytest
 
-from evit_deploy.cli import COMMANDS, run
+from evit_deploy.cli import COMMANDS
 from evit_deploy.cli import cli as group
+from evit_deploy.cli import invoke as run
 from evit_deploy.cli.types import BatchRange, Numbers, Positive, Whole
 from evit_deploy.errors import InputError
 from evit_deploy.recipe.fields import check_numbers, numeric_fields

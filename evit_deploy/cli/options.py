@@ -53,7 +53,8 @@ _FLAGS = {
 """Fields that are called otherwise on the command line."""
 _METAVARS = {
     "batch": "N", "batch_sizes": "1,8,32", "calibration": "DIR", "crop_pct": "F", "data": "DIR", "duration": "S",
-    "gpus": "SM", "images": "DIR", "instances": "N", "labels": "FILE", "max_batch": "N", "max_drop": "POINTS",
+    "gpus": "SM", "images": "DIR", "instances": "N", "keep_precision": "PATTERN[,PATTERN]",
+    "labels": "FILE", "max_batch": "N", "max_drop": "POINTS",
     "max_latency": "TIME", "mean": "R,G,B", "min_speedup": "F", "name": "NAME", "optimization_level": "0-5",
     "plugin": "PATH|auto|none", "queue_delay": "µS", "reference": "BUNDLE", "sample": "N", "seed": "N",
     "server": "YY.MM", "server_tensorrt": "VERSION", "sign": "KEY", "std": "R,G,B", "threads": "N",
@@ -132,6 +133,8 @@ def struct_of(name: str, values: dict[str, Any], **more: Any) -> Any:
     given = {field: values.pop(field) for field in struct.__struct_fields__ if field in values}
     if "gpus" in given:
         given["gpus"] = tuple(part.strip().lower() for gpu in given["gpus"] or () for part in gpu.split(","))
+    if given.get("keep_precision"):
+        given["keep_precision"] = tuple(name.strip() for part in given["keep_precision"] for name in part.split(","))
     if given.get("target_options"):
         asked: dict[str, dict[str, str]] = {}
         for target, option, text in given["target_options"]:

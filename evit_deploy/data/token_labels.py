@@ -88,11 +88,14 @@ def read_token_labels(path: Path, classes: int) -> Tensor:
     except Exception as error:  # damaged files raise many kinds
         raise InputError(f"not a token label map ({type(error).__name__})", where=path) from None
     whole = isinstance(content, Tensor) and content.layout == torch.strided and content.device.type == "cpu"
+    whole = whole and not (content.is_complex() or content.is_quantized)
     # A view can repeat a number without end; a map is no larger than its file.
     fits = whole and content.numel() * content.element_size() <= path.stat().st_size
     if not fits or content.dim() != 4 or content.shape[0] != 2 or not content.numel():
         seen = list(content.shape) if isinstance(content, Tensor) else type(content).__name__
         raise InputError("not a token label map", where=path, seen=seen, wanted="a tensor [2, k, rows, columns]")
+    if not bool(content.isfinite().all()):
+        raise InputError("token labels that are not finite", where=path, wanted="numbers")
     low, high = (int(limit) for limit in content[1].aminmax())
     if low < 0 or high >= classes:
         raise InputError(

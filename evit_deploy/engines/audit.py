@@ -1,7 +1,7 @@
 """Whether an engine is what was asked for: fused attention, and matrix products in the asked type."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -9,6 +9,7 @@ import msgspec
 from evit_deploy.engines import build
 from evit_deploy.engines.layers import Layer, compute_dtypes, is_fused_attention, is_matmul, is_opaque, parse_layers
 from evit_deploy.errors import first_few
+from evit_deploy.export.quantization import layer_of
 from evit_deploy.report.report import Check, Report
 from evit_deploy.tokens.plan import TokenPlan
 
@@ -25,6 +26,7 @@ def engine_checks(
     plan: TokenPlan,
     name: str = "engine",
     listing: Callable[[Path], Sequence[Layer]] | None = None,
+    unquantized: Collection[str] = (),
 ) -> Report:
     """Whether an engine is what was asked for: attention in fused kernels, matrix products in the asked type.
 
@@ -37,12 +39,13 @@ def engine_checks(
         plan: The model's plan.
         name: What the checks call the engine.
         listing: Reads the layers out of the plan itself, where no inspector could.
+        unquantized: Linear layers of the model that stayed in the base precision.
     """
     engine, depth = built.engine, plan.attentions
     layers = parse_layers(built.layers) if built.layers else ()
     if not layers and listing is not None:
         layers = listing(path)
-    checks = [dtype_check(layers, engine.precision)] if layers else []
+    checks = [dtype_check(layers, engine.precision, unquantized)] if layers else []
     if engine.precision != "fp32" and depth:  # no kernel fuses FP32 attention
         # Without a listing the build is the proof: it fails on an attention that has no fused kernel.
         whole = built.attentions == depth
@@ -85,7 +88,7 @@ def fusion_check(layers: Sequence[Layer], depth: int) -> Check:
     return Check(name, len(fused), depth, False, reason + _ADVICE)
 
 
-def dtype_check(layers: Sequence[Layer], precision: str) -> Check:
+def dtype_check(layers: Sequence[Layer], precision: str, unquantized: Collection[str] = ()) -> Check:
     """Checks that an engine multiplies in the type that was asked for, and did not silently fall back to FP32.
 
     What scores and gathers tokens is left out: it runs in FP32 on purpose.
@@ -93,6 +96,7 @@ def dtype_check(layers: Sequence[Layer], precision: str) -> Check:
     Args:
         layers: Of the engine.
         precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``.
+        unquantized: Linear layers of the model that stayed in 16 bits when the others were quantised.
     """
     name = f"engine: matmuls in {precision}"
     reading = [layer for layer in layers if is_matmul(layer) or is_fused_attention(layer)]
@@ -100,7 +104,7 @@ def dtype_check(layers: Sequence[Layer], precision: str) -> Check:
     if not counted:
         why = "the engine names no matmul with its types: it was built without detailed profiling verbosity"
         return Check(name, 0, "all", False, why)
-    wrong = [layer for layer in counted if not _runs_in(layer, precision)]
+    wrong = [layer for layer in counted if not _runs_in(layer, precision, unquantized)]
     value = f"{len(counted) - len(wrong)} of {len(counted)}"
     if not wrong:
         return Check(name, value, "all", True)
@@ -108,12 +112,13 @@ def dtype_check(layers: Sequence[Layer], precision: str) -> Check:
     return Check(name, value, "all", False, f"{first_few(shown, separator='; ')}. {_ADVICE}")
 
 
-def _runs_in(layer: Layer, precision: str) -> bool:
+def _runs_in(layer: Layer, precision: str, unquantized: Collection[str]) -> bool:
     dtypes = compute_dtypes(layer)
     if precision in dtypes:  # what is fused behind the matmul, a residual for one, may be read in another type
         return True
+    kept = any(layer_of(node) in unquantized for node in layer.nodes)
     in_a_block = layer.blocks is not None and not is_fused_attention(layer)
-    return not in_a_block and bool(dtypes) and dtypes <= _BESIDE.get(precision, set())
+    return (kept or not in_a_block) and bool(dtypes) and dtypes <= _BESIDE.get(precision, set())
 
 
 def _called(layer: Layer) -> str:

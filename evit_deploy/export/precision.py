@@ -8,6 +8,7 @@ How INT8 and FP8 are laid on top: :mod:`evit_deploy.export.quantization`.
 """
 
 import re
+from collections.abc import Callable, Collection, Sequence
 
 import ml_dtypes
 import msgspec
@@ -20,7 +21,7 @@ from onnx_ir import DataType
 
 from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import read_card, write_card
-from evit_deploy.export.quantization import array_of, quantize
+from evit_deploy.export.quantization import Quantized, array_of, layers_like, quantize
 from evit_deploy.tokens.op import DOMAIN
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -34,7 +35,12 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def set_precision(
-    proto: ModelProto, precision: str, *, base: str = "fp32", calibration: np.ndarray | None = None
+    proto: ModelProto,
+    precision: str,
+    *,
+    base: str = "fp32",
+    calibration: np.ndarray | None = None,
+    keep: Sequence[str] = (),
 ) -> ModelProto:
     """A copy of an exported FP32 model in another precision.
 
@@ -44,18 +50,42 @@ def set_precision(
         base: For ``int8`` and ``fp8``: precision of everything that is not quantised.
         calibration: For ``int8`` and ``fp8``: real images in the deployment's preprocessing, float32 ``[n, C, H, W]``;
             what decides the ranges of the activations.
+        keep: For ``int8`` and ``fp8``: linear layers that stay in the base precision, by their names or by patterns
+            such as ``blocks.11.mlp.*``.
 
     Returns:
         The checked model; its card names the precision.
 
     Raises:
-        InputError: An unknown precision, weights too large for it, no calibration images, or a file that evit-deploy
-            did not export in FP32.
+        InputError: An unknown precision, weights too large for it, no calibration images, a pattern that names no
+            layer, or a file that evit-deploy did not export in FP32.
         StageError: The quantiser failed.
+    """
+    return lowered(proto, precision, base, calibration, lambda quantized: layers_like(keep, quantized.layers))
+
+
+def lowered(
+    proto: ModelProto,
+    precision: str,
+    base: str,
+    calibration: np.ndarray | None,
+    choose: Callable[[Quantized], Collection[str]],
+) -> ModelProto:
+    """:func:`set_precision`, where the layers that stay in the base precision depend on what quantising does.
+
+    Args:
+        proto: See :func:`set_precision`.
+        precision: See :func:`set_precision`.
+        base: See :func:`set_precision`.
+        calibration: See :func:`set_precision`.
+        choose: For ``int8`` and ``fp8``: gives the names of the layers that are not to be quantised.
+
+    Raises:
+        EvitDeployError: See :func:`set_precision`; and what ``choose`` raises.
     """
     if precision not in PRECISIONS:
         raise InputError("unknown precision", seen=repr(precision), wanted="one of " + ", ".join(PRECISIONS))
-    card = read_card(proto)
+    card, unquantized = read_card(proto), ()
     if card is None or card.precision != "fp32":
         seen = "no card" if card is None else card.precision
         raise InputError("not a model that evit-deploy exported in FP32", seen=seen, wanted="fp32")
@@ -70,17 +100,20 @@ def set_precision(
                 fix="Give a folder of them with --calibration; 128 or more, like those it will see.",
             )
         exact = [str(node.name) for node in _score_rows(onnx_ir.from_proto(proto).graph)]
-        proto = quantize(proto, precision, base, calibration, exact)
+        quantized = quantize(proto, precision, base, calibration, exact)
+        chosen = choose(quantized)
+        unquantized = tuple(layer for layer in quantized.layers if layer in chosen)
+        proto = quantized.without(unquantized)
         precision_of_rest = base
     else:
         precision_of_rest = precision
     if precision_of_rest != "fp32":
         proto = _cast(proto, precision_of_rest)
-    lowered = ModelProto()
-    lowered.CopyFrom(proto)
-    write_card(lowered, msgspec.structs.replace(card, precision=precision))
-    onnx.checker.check_model(lowered)
-    return lowered
+    made = ModelProto()
+    made.CopyFrom(proto)
+    write_card(made, msgspec.structs.replace(card, precision=precision, unquantized=unquantized))
+    onnx.checker.check_model(made)
+    return made
 
 
 def _cast(proto: ModelProto, precision: str) -> ModelProto:

@@ -6,27 +6,125 @@ is not quantised is FP32 where a CPU runs it, FP16 where TensorRT does.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx.numpy_helper
 import onnx_ir
 from onnx import ModelProto
 from onnx_ir import DataType
 
-from evit_deploy.errors import StageError
+from evit_deploy.errors import InputError, StageError, did_you_mean, first_few
 from evit_deploy.export.card import INPUT
 from evit_deploy.files.drafts import draft
 
 _LINEAR = ("MatMul", "Gemm")
 _CALIBRATION_BATCH = 8
 _FP8, _FP8_LARGEST = DataType.FLOAT8E4M3FN, 448.0
+_WRAPPED = re.compile(r"\.inner(?=\.|$)")
+"""Modules around a layer that the export puts in, and that no checkpoint knows."""
+
+
+class Quantized(msgspec.Struct, frozen=True):
+    """A model whose linear layers are all quantised, and what it was made of; what is between them is FP32 still.
+
+    Args:
+        original: The FP32 file.
+        proto: The same with Q/DQ pairs.
+    """
+
+    original: ModelProto
+    proto: ModelProto
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the quantised layers, in the order of the graph."""
+        made = {node.output[0] for node in self.proto.graph.node if node.op_type == "DequantizeLinear"}
+        nodes = (node for node in self.proto.graph.node if node.op_type in _LINEAR and made & set(node.input))
+        return tuple(dict.fromkeys(layer_of(node.name) for node in nodes))
+
+    def share(self, layers: Collection[str]) -> float:
+        """Share of the quantised layers' weights that is in some of them, 0 to 1.
+
+        Args:
+            layers: Their names.
+        """
+        sizes = {tensor.name: math.prod(tensor.dims) for tensor in self.original.graph.initializer}
+        held: Counter[str] = Counter()
+        for node in self.original.graph.node:
+            if node.op_type in _LINEAR:
+                held[layer_of(node.name)] += sizes.get(node.input[1], 0)
+        total = sum(held[layer] for layer in self.layers)
+        return sum(held[layer] for layer in layers) / total if total else 0.0
+
+    def without(self, layers: Collection[str]) -> ModelProto:
+        """The model with some of its layers as they were, not quantised.
+
+        It is what the quantiser makes when it is asked to leave them out, without learning the ranges again.
+
+        Args:
+            layers: Their names.
+        """
+        if not layers:
+            return self.proto
+        model = onnx_ir.from_proto(self.proto)
+        before = {tensor.name: tensor for tensor in self.original.graph.initializer}
+        for node in model.graph:
+            if node.op_type in _LINEAR and layer_of(str(node.name)) in layers:
+                for index in range(len(node.inputs)):
+                    _restore(model.graph, node, index, before)
+        return onnx_ir.to_proto(model)
+
+
+def layer_of(node: str) -> str:
+    """The layer that a node computes, called as in the checkpoint.
+
+    >>> layer_of("blocks.3.mlp.inner.fc1/Gemm")
+    'blocks.3.mlp.fc1'
+
+    Args:
+        node: Its name.
+    """
+    return _WRAPPED.sub("", node.rpartition("/")[0])
+
+
+def layers_like(patterns: Sequence[str], layers: Sequence[str]) -> list[str]:
+    """The layers that patterns such as ``blocks.11.mlp.*`` name, in the order of the graph.
+
+    Args:
+        patterns: Names, with ``*``, ``?`` and ``[...]`` as shells read them.
+        layers: The layers that are quantised.
+
+    Raises:
+        InputError: A pattern names none of them, or the patterns name all.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            parts = [layer.split(".") for layer in layers]
+            groups = {".".join((*part[:length], "*")) for part in parts for length in range(1, len(part))}
+            raise InputError(
+                "no layer that would be quantised is called so", where="--keep-precision", seen=repr(pattern),
+                wanted=f"one of {first_few(layers)}, or a pattern of them",
+                fix=did_you_mean(pattern, [*layers, *sorted(groups)]),
+            )  # fmt: skip
+    found = [layer for layer in layers if any(fnmatchcase(layer, pattern) for pattern in patterns)]
+    if len(found) == len(layers):
+        raise InputError(
+            "these patterns name every layer, and nothing would be quantised", where="--keep-precision",
+            seen=", ".join(patterns), fix="Leave a layer out of them, or ask for the base precision.",
+        )  # fmt: skip
+    return found
 
 
 def quantize(
     proto: ModelProto, precision: str, base: str, calibration: np.ndarray, exact: Sequence[str] = ()
-) -> ModelProto:
+) -> Quantized:
     """Puts Q/DQ pairs around the linear layers, but for the nodes named as ``exact``.
 
     Two forms of INT8. TensorRT wants signed activations around zero and biases as they are. CPUs multiply unsigned by
@@ -74,7 +172,44 @@ def quantize(
             text = str(error).strip().splitlines()
             raise StageError(f"ONNX Runtime's quantiser failed: {text[0] if text else type(error).__name__}") from error
         quantized = onnx.load(target)
-    return _as_fp8(quantized, proto) if precision == "fp8" else quantized
+    return Quantized(proto, _as_fp8(quantized, proto) if precision == "fp8" else quantized)
+
+
+def _restore(graph: onnx_ir.Graph, node: onnx_ir.Node, index: int, before: dict[str, Any]) -> None:
+    """Gives a node the number that was rounded on the way to it, and takes out what is not used any more."""
+    value = node.inputs[index]
+    dequantize = value.producer() if value is not None else None
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return
+    stored = dequantize.inputs[0]
+    assert stored is not None
+    quantize = stored.producer()
+    if quantize is not None:
+        node.replace_input_with(index, quantize.inputs[0])
+    else:
+        name = str(stored.name).removesuffix("_quantized")
+        exact = graph.initializers.get(name)
+        if exact is None:
+            tensor = onnx_ir.from_proto(before[name])
+            exact = onnx_ir.Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype))
+            exact.const_value = tensor
+        node.replace_input_with(index, exact)
+        _remove(graph, dequantize)  # first: what a bias's gives is called as the bias
+        graph.initializers.setdefault(name, exact)
+        return
+    _remove(graph, dequantize)
+    _remove(graph, quantize)
+
+
+def _remove(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
+    """Removes a node and its constants, unless they are used."""
+    if any(output.uses() for output in node.outputs):
+        return
+    given = [value for value in node.inputs if value is not None]
+    graph.remove(node, safe=True)
+    for value in given:
+        if value.is_initializer() and not value.uses():
+            graph.initializers.pop(str(value.name), None)
 
 
 def array_of(value: onnx_ir.Value) -> np.ndarray:

@@ -449,10 +449,12 @@ def _export(one: _Work, shared: _Shared) -> Golden:
         place = Path(made.options.calibration)
         shared.images = calibration_images(place, reduced.preprocess, reduced.channels, CALIBRATION_IMAGES)
     about = reduced.checkpoint.model, reduced.preprocess
-    quantized = export(models, made, about, shared.images, folder, shared.exports)
+    files = export(models, made, about, shared.images, folder, shared.exports)
+    one.manifest = msgspec.structs.replace(one.manifest, unquantized=files.unquantized)
+    one.report += files.report
     stage(_LOG, f"{one.variant.prefix}asking PyTorch for golden answers")
     inputs = sample_inputs(reduced.preprocess, GOLDEN_IMAGES, reduced.channels)
-    golden = make_golden(*models, inputs, made.precision, quantized, shared.answers)
+    golden = make_golden(*models, inputs, made.precision, files.quantized, shared.answers)
     golden.save(folder / GOLDEN)
     return golden
 

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from evit_deploy.bundle.manifest import DENSE, MODEL, Engine
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.engines.options import flag
 from evit_deploy.engines.plugin.library import choose_plugin
-from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.errors import InputError, MissingRequirement, first_few
 from evit_deploy.export.blocks import Known
+from evit_deploy.export.card import read_card
 from evit_deploy.export.portable import portable
-from evit_deploy.export.precision import PRECISIONS, QUANTIZED, set_precision
+from evit_deploy.export.precision import PRECISIONS, QUANTIZED, lowered
+from evit_deploy.export.quantization import Quantized, layers_like
 from evit_deploy.export.variants import with_indices
 from evit_deploy.progress import doing, stage
 from evit_deploy.recipe.options import BuildOptions, ConvertOptions, Linear
@@ -113,6 +115,7 @@ def lowering(options: ConvertOptions | None = None, *, calibrated: bool = False)
     precision = options.precision or ("fp16" if engines else "fp32")
     _check_precision(precision, targets, calibrated or options.calibration is not None)
     made = Lowering((PORTABLE, *(name for name in targets if name != PORTABLE)), precision, options)
+    _check_quantized(made)
     _refuse_unused(made)
     for name in made.targets:
         for error in known[name].refuse(precision, made.options_of(name)):
@@ -149,6 +152,15 @@ def _check_precision(precision: str, targets: Sequence[str], calibrated: bool) -
         raise InputError(
             f"{precision} needs no calibration images", where="--calibration", fix="Leave it out, or ask for int8."
         )
+
+
+def _check_quantized(made: Lowering) -> None:
+    """What is said of quantised layers needs some."""
+    if made.precision not in QUANTIZED and made.options.keep_precision:
+        raise InputError(
+            f"{made.precision} quantises no layer, so that none can be left out", where="--keep-precision",
+            seen=", ".join(made.options.keep_precision), fix="Leave it out, or ask for int8.",
+        )  # fmt: skip
 
 
 def _refuse_unused(made: Lowering) -> None:
@@ -201,6 +213,21 @@ class Exports(msgspec.Struct):
     dense: dict[tuple[str, ...], Path] = {}
 
 
+class Files(msgspec.Struct, frozen=True):
+    """What :func:`export` wrote.
+
+    Args:
+        quantized: Of ``int8`` and ``fp8`` the two files' content, without index outputs; the twin's only if it was made
+            now.
+        unquantized: Linear layers that stayed in the base precision, by name.
+        report: What is to be said of them.
+    """
+
+    quantized: tuple[onnx.ModelProto, onnx.ModelProto | None] | None = None
+    unquantized: tuple[str, ...] = ()
+    report: Report = Report()
+
+
 def export(
     models: tuple[Any, Any],
     made: Lowering,
@@ -208,7 +235,7 @@ def export(
     calibration: np.ndarray | None,
     folder: Path,
     exports: Exports,
-) -> tuple[onnx.ModelProto, onnx.ModelProto | None] | None:
+) -> Files:
     """Exports a model and its dense twin, sets their precision and writes both.
 
     Args:
@@ -219,14 +246,24 @@ def export(
         folder: Folder of the bundle in the making.
         exports: What was exported before.
 
-    Returns:
-        For ``int8`` and ``fp8`` the two files' content, without index outputs; the twin's only if it was made now.
+    Raises:
+        InputError: A pattern of ``keep_precision`` names no layer, or weights are too large for the precision.
+        StageError: The exporter or the quantiser failed.
     """
     known = exports.known.setdefault(made.linear, Known())
-    kind = made.precision, made.base, made.linear
+    unquantized: tuple[str, ...] = ()
+    report = Report()
+
+    def of_the_model(quantized: Quantized) -> Collection[str]:
+        nonlocal report
+        kept = layers_like(made.options.keep_precision, quantized.layers)
+        report = _kept_note(kept, quantized, made)
+        return kept
+
     (folder / DENSE).parent.mkdir()
     protos: list[onnx.ModelProto | None] = []
     for model, file, label in zip(models, (MODEL, DENSE), ("to ONNX", "the dense twin"), strict=True):
+        kind = made.precision, made.base, made.linear, *unquantized
         earlier = exports.dense.get(kind) if file == DENSE else None
         if earlier is not None:
             shutil.copyfile(earlier, folder / file)
@@ -238,12 +275,30 @@ def export(
             exported.save(folder / file, indices=indices)
             continue
         doing(_LOG, f"setting {made.precision}")
-        proto = set_precision(exported.whole(), made.precision, base=made.base, calibration=calibration)
+        # The twin keeps what the model keeps, so that nothing but the tokens makes one faster than the other.
+        choose = of_the_model if file == MODEL else lambda quantized: unquantized  # noqa: B023 -- called at once
+        proto = lowered(exported.whole(), made.precision, made.base, calibration, choose)
         onnx.save(with_indices(proto) if indices else proto, folder / file)
         protos.append(proto)
+        card = read_card(proto)
+        unquantized = card.unquantized if file == MODEL and card is not None else unquantized
     if made.precision not in QUANTIZED:
-        return None
-    return protos[0], protos[1] if len(protos) > 1 else None  # type: ignore[return-value]
+        return Files()
+    quantized: Any = protos[0], protos[1] if len(protos) > 1 else None
+    return Files(quantized, unquantized, report)
+
+
+def _kept_note(kept: Sequence[str], quantized: Quantized, made: Lowering) -> Report:
+    """Says how much of the model is not quantised."""
+    if not kept:
+        return Report()
+    total, share = len(quantized.layers), quantized.share(kept)
+    return Report(
+        notes=(
+            f"In {made.base} remain {len(kept)} of {total} linear layers, {100 * share:.1f} % of their weights: "
+            f"{first_few(kept, 8)}.",
+        )
+    )
 
 
 def write_targets(exported: Exported, made: Lowering) -> Written:

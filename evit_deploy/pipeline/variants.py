@@ -121,9 +121,9 @@ def make_variants(
 
 
 def _lowering(options: ConvertOptions, precision: str | None, among: Sequence[str]) -> Lowering:
-    """What to make in one precision; images for calibration are for the others where it needs none."""
+    """What to make in one precision; what is about quantising is for the others where it is not quantised."""
     if precision is not None:
         options = msgspec.structs.replace(options, precision=precision)
     if precision not in QUANTIZED and any(other in QUANTIZED for other in among):
-        options = msgspec.structs.replace(options, calibration=None)
+        options = msgspec.structs.replace(options, calibration=None, keep_precision=())
     return lowering(options)

@@ -87,6 +87,9 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     ``Add``. [default: the target's, gemm]"""
     calibration: str | None = None
     """Folder of real images, for ``int8`` and ``fp8``: the range of every activation is learned from them."""
+    keep_precision: tuple[str, ...] = ()
+    """For ``int8`` and ``fp8``: linear layers that stay in the base precision, by name or pattern, ``blocks.11.mlp.*``;
+    several are possible."""
     indices: bool = False
     """Give out the kept candidates as outputs ``kept_<block>`` of ``model.onnx``."""
     normalize: bool = False

@@ -95,7 +95,7 @@ def _of_card(card: ModelCard | None, manifest: Manifest, *, dense: bool) -> Iter
         "precision": manifest.precision,
     }
     if not dense:
-        expected["tokens"] = manifest.tokens
+        expected |= {"tokens": manifest.tokens, "unquantized": manifest.unquantized}
     for field, value in expected.items():
         own = getattr(card, field)
         if own != value:

@@ -10,6 +10,8 @@ from evit_deploy.engines.layers import Layer
 from evit_deploy.engines.options import BUILDERS, check_options, usable
 from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import EvitDeployError
+from evit_deploy.export.card import read_card
+from evit_deploy.export.outline import read_outline
 from evit_deploy.recipe.options import BuildOptions
 from evit_deploy.report.report import Report
 from evit_deploy.targets.target import Artifact, Exported, Target, refusals
@@ -51,9 +53,10 @@ class TensorRT(Target):
         """Fused attention and types of matrix products, of both: a bad dense twin would flatter the model."""
         report = Report()
         for made in artifacts:
-            report += engine_checks(
-                made.facts, made.path, plan, "dense engine" if made.dense else "engine", cls.listing
-            )
+            card = read_card(read_outline(made.path.with_name(MODEL)).proto)
+            unquantized = card.unquantized if card is not None else ()
+            name = "dense engine" if made.dense else "engine"
+            report += engine_checks(made.facts, made.path, plan, name, cls.listing, unquantized)
         return report
 
     @classmethod

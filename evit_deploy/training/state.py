@@ -110,7 +110,7 @@ class StateFile:
 def _differences(then: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(then, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*then, *now]):
-            if then.get(key) != now.get(key):
+            if key not in then or key not in now or then[key] != now[key]:  # a null is not the same as no key
                 yield from _differences(then.get(key), now.get(key), f"{where}.{key}" if where else key)
     else:
         yield where, then, now

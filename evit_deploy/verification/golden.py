@@ -18,7 +18,7 @@ from torch import Tensor
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.errors import InputError
 from evit_deploy.export.answer import answer_in, is_normalized
-from evit_deploy.export.card import feeds
+from evit_deploy.export.card import feeds, read_card
 from evit_deploy.export.precision import DTYPES
 from evit_deploy.registry import METHODS
 from evit_deploy.runtimes.fp32 import fp32_products
@@ -234,7 +234,9 @@ def make_golden(
     own: _InFull = known.once(repr(token_spec(model)), lambda: _in_full(model, inputs, first, begun))
     expected = Expected(own.logits, own.scores, own.logits, twin.logits)
     if quantized is not None:
-        dense_logits = known.once(("dense", precision), lambda: _answer_of(quantized[1], inputs))
+        card = read_card(quantized[0])
+        kind = "dense", precision, card.unquantized if card is not None else ()
+        dense_logits = known.once(kind, lambda: _answer_of(quantized[1], inputs))
         expected = _quantized_answers(quantized[0], dense_logits, inputs, own.kept, plan)
     elif precision != "fp32":
         dtype = DTYPES[precision]

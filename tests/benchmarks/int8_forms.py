@@ -42,7 +42,7 @@ def files(keep_rate: float) -> tuple[dict[str, Any], np.ndarray]:
         FP32: proto,
         CPU: set_precision(proto, "int8", base="fp32", calibration=calibration),
         ENGINE: set_precision(proto, "int8", base="fp16", calibration=calibration),
-        FORM: quantize(proto, "int8", "fp16", calibration),  # what the one before is made of
+        FORM: quantize(proto, "int8", "fp16", calibration).proto,  # what the one before is made of
     }
     return forms, others
 

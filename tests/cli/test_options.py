@@ -54,6 +54,7 @@ VALUES = {  # as they are given on the command line, and what comes of it
     "precision": (["bf16"], "bf16"),
     "linear": (["matmul"], "matmul"),
     "calibration": (["images"], "images"),
+    "keep_precision": (["blocks.11.mlp.*,head", "blocks.0.*"], ("blocks.11.mlp.*", "head", "blocks.0.*")),
     "indices": (None, True),
     "normalize": (None, True),
     "data": (["labelled"], "labelled"),

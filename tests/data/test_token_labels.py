@@ -176,6 +176,7 @@ def test_files_that_are_no_maps(tmp_path):
         torch.zeros(3, 5, 2, 2),
         torch.zeros(2, 5, 2),
         torch.zeros(2, 5, 0, 0),
+        torch.zeros(2, 5, 2, 2, dtype=torch.complex64),
         Path("x"),
     ):
         with pytest.raises(InputError, match="not a token label map"):
@@ -185,6 +186,11 @@ def test_files_that_are_no_maps(tmp_path):
         read_token_labels(tmp_path / "map.pt", 10)
     with pytest.raises(InputError, match="other classes"):
         read_token_labels(write_map(tmp_path / "map.pt", peaked(3, 3, 10)), 5)
+    for place in ((0, 0, 0, 0), (1, 0, 0, 0)):
+        damaged = peaked(3, 3, 10)
+        damaged[place] = math.nan
+        with pytest.raises(InputError, match="not finite"):
+            read_token_labels(write_map(tmp_path / "map.pt", damaged), 10)
 
 
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])

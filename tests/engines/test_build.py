@@ -125,6 +125,21 @@ def test_every_kind_in_every_precision(of, plan, name, precision, gpu):
     assert list(tree(plan.parent)) == ["engine.plan"]
 
 
+@pytest.mark.parametrize(("precision", "gpu"), [("int8", "sm80"), ("fp8", "sm89")])
+def test_layers_that_were_left_out_of_quantising_are_in_16_bits(of, tmp_path, plan, precision, gpu):
+    kind, kept = of("plain"), ("blocks.1.mlp.fc2", "blocks.2.attn.proj")
+    calibration = images(kind.model, 8)
+    path = tmp_path / "model.onnx"
+    onnx.save(set_precision(kind.proto, precision, base="fp16", calibration=calibration, keep=kept), path)
+    result = built(path, plan, precision, gpu)
+    report = engine_checks(result, plan, kind.plan, listing=plan_layers, unquantized=kept)
+    assert report.passed, report.failed
+    (failed,) = engine_checks(result, plan, kind.plan, listing=plan_layers).failed
+    assert failed.name == f"engine: matmuls in {precision}"
+    assert "blocks.1.mlp.inner.fc2/Gemm" in failed.reason
+    assert "blocks.2.attn.proj/Gemm" in failed.reason
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_method_with_layers_of_its_own(tmp_path, plan, precision):
     """DynamicViT's predictors are in the engine, and attention stays fused."""

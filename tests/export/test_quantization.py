@@ -15,6 +15,7 @@ from evit_deploy.export.answer import answer_in
 from evit_deploy.export.card import INPUT, read_card
 from evit_deploy.export.portable import OPSET
 from evit_deploy.export.precision import set_precision
+from evit_deploy.export.quantization import layer_of, layers_like, quantize
 from evit_deploy.export.variants import reorganizations
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.op import DOMAIN, NAME
@@ -247,6 +248,92 @@ def test_scales_that_fp16_would_round_to_zero_do_not():
     assert (scale == np.finfo(np.float16).smallest_subnormal).all()
     outputs = answers(found, inputs)
     assert np.isfinite(outputs[answer_in(outputs)]).all()
+
+
+# What stays as it was.
+
+KEEP_LAYERS = ("blocks.3.mlp.*", "blocks.0.attn.k", "head")
+KEPT = ["blocks.0.attn.k", "blocks.3.mlp.fc1", "blocks.3.mlp.fc2", "head"]
+
+
+def linear_nodes(proto: ModelProto) -> dict[str, onnx.NodeProto]:
+    """By the names of their layers, each of which has one."""
+    return {layer_of(node.name): node for node in (*nodes(proto, "Gemm"), *nodes(proto, "MatMul"))}
+
+
+@based
+def test_layers_that_are_kept_are_those_of_the_base_precision(precision, base):
+    found = set_precision(
+        exported("plain"), precision, base=base, calibration=calibration_of("plain"), keep=KEEP_LAYERS
+    )
+    all_quantised = lowered("plain", precision, base)
+    plain = exported("plain") if base == "fp32" else set_precision(exported("plain"), base)
+    onnx.checker.check_model(onnx.inliner.inline_local_functions(found), full_check=True)
+    own, quantised, unquantised = (linear_nodes(proto) for proto in (found, all_quantised, plain))
+    constants, before = arrays(found), arrays(plain)
+    for name, node in own.items():
+        assert list(node.input) == list((unquantised if name in KEPT else quantised)[name].input), name
+        if name in KEPT:
+            for constant in node.input[1:]:
+                assert constants[constant].dtype == before[constant].dtype
+                assert constants[constant].tobytes() == before[constant].tobytes()
+    used = {name for node in found.graph.node for name in node.input} | {o.name for o in found.graph.output}
+    assert set(constants) <= used
+    assert all(set(node.output) & used for node in found.graph.node if node.op_type in QUANTIZERS)
+    card, other = read_card(found), read_card(all_quantised)
+    assert card is not None
+    assert other is not None
+    assert (list(card.unquantized), card.precision) == (KEPT, precision)
+    assert other.unquantized == ()
+
+
+@pytest.mark.parametrize("base", ["fp32", "fp16"])
+def test_leaving_layers_out_afterwards_is_leaving_them_out(base):
+    """The quantiser's own exclusion is the oracle, for layers that share their input with no other."""
+    original, calibration = exported("plain"), calibration_of("plain")
+    quantized = quantize(original, "int8", base, calibration)
+    kept = layers_like(("blocks.3.mlp.*", "blocks.1.attn.proj", "head"), quantized.layers)
+    excluded = [node.name for layer, node in linear_nodes(original).items() if layer in kept]
+    found, wanted = quantized.without(kept), quantize(original, "int8", base, calibration, excluded).proto
+    described = [
+        sorted((n.op_type, n.name, *n.input, *n.output) for n in proto.graph.node) for proto in (found, wanted)
+    ]
+    assert described[0] == described[1]
+    constants, others = arrays(found), arrays(wanted)
+    assert {name: a.tobytes() for name, a in constants.items()} == {name: a.tobytes() for name, a in others.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_are_called_as_in_the_checkpoint(kind):
+    quantized = quantize(exported(kind), "int8", "fp32", images(of_kind(kind), 2))
+    parts = {"q", "k", "v"}  # of one matrix in the checkpoint
+    named = {
+        name.rpartition(".")[0] + ".qkv" if name.rpartition(".")[2] in parts else name for name in quantized.layers
+    }
+    assert {f"{name}.weight" for name in named} <= set(of_kind(kind).state_dict())
+    assert len(quantized.layers) == len(linear_nodes(quantized.proto))
+    assert quantized.share(quantized.layers) == 1
+    head = of_kind("plain").head.weight.numel()
+    if kind == "plain":
+        linear = [p.numel() for n, p in of_kind(kind).named_parameters() if p.ndim == 2 and n.endswith("weight")]
+        assert quantized.share(["head"]) == pytest.approx(head / sum(linear))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "hints"),
+    [
+        (("head", "blocks.12.mlp.*"), ["--keep-precision", "'blocks.12.mlp.*'", "Did you mean 'blocks.2.mlp.*'?"]),
+        (("blocks.3",), ["'blocks.3'", "Did you mean 'blocks.3.*'?"]),
+        (("blocks.0.attn.qkv",), ["'blocks.0.attn.qkv'", "Did you mean 'blocks.0.attn."]),
+        (("norm",), ["'norm'", "one of blocks.0.attn.q,"]),
+        (("",), ["''"]),
+        (("head", "blocks.*"), ["name every layer", "nothing would be quantised"]),
+    ],
+)
+def test_patterns_that_name_no_layer_or_all(patterns, hints):
+    with pytest.raises(InputError) as caught:
+        set_precision(exported("plain"), "int8", calibration=calibration_of("plain"), keep=patterns)
+    assert all(hint in str(caught.value) for hint in hints), str(caught.value)
 
 
 # What it answers.

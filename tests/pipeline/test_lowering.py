@@ -112,6 +112,12 @@ def test_an_engine_is_run_where_one_of_its_gpus_is(monkeypatch, here, gpus, runs
 # ---- refusals: exit code 2
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_layers_are_kept_out_of_quantising_only_where_some_are_quantised(precision):
+    with pytest.raises(InputError, match=rf"--keep-precision: {precision} quantises no layer.*got head, blocks"):
+        lowering(ConvertOptions(targets=("onnx",), precision=precision, keep_precision=("head", "blocks.0.*")))
+
+
 @pytest.mark.parametrize(
     ("arguments", "hints"),
     [

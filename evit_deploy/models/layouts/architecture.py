@@ -34,6 +34,7 @@ def described(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         weights: Tensors under timm's names; ``patch_embed.proj.weight`` is there.
     """
     width, channels, patch, _ = weights["patch_embed.proj.weight"].shape
+    registers = weights.get("reg_token")
     found: dict[str, Any] = {
         "embed_dim": width,
         "depth": depth_of(weights),
@@ -44,10 +45,10 @@ def described(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         "pre_norm": "norm_pre.weight" in weights,
         "init_values": 1e-5 if "blocks.0.ls1.gamma" in weights else None,
-        "reg_tokens": weights["reg_token"].shape[1] if "reg_token" in weights else 0,
+        "reg_tokens": registers.shape[1] if registers is not None and registers.dim() == 3 else 0,
     }
     hidden = weights.get("blocks.0.mlp.fc1.weight")
-    if hidden is not None and width:
+    if hidden is not None and hidden.dim() == 2 and width:
         found["mlp_ratio"] = _ratio(hidden.shape[0], width)
     if "fc_norm.weight" in weights:
         found["global_pool"] = "avg"

@@ -102,3 +102,10 @@ def test_the_linear_classifier_of_dinov2_is_refused():
     backbone = {f"backbone.{name}": value for name, value in hollow("vit_small_patch14_dinov2").items()}
     with pytest.raises(CheckpointError, match=r"mean of all patches.*Save the backbone"):
         identified(backbone | {"linear_head.weight": torch.ones(1000, 768), "linear_head.bias": torch.ones(1000)})
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc1.weight", "reg_token"])
+def test_tensors_of_another_number_of_dimensions_are_refused(name):
+    weights = seeded("vit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=3).state_dict()
+    with pytest.raises(CheckpointError):
+        identified(weights | {name: torch.tensor(1.0)})

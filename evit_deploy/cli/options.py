@@ -54,7 +54,7 @@ _FLAGS = {
 _METAVARS = {
     "batch_sizes": "1,8,32", "calibration": "DIR", "crop_pct": "F", "data": "DIR", "duration": "S", "gpus": "SM",
     "images": "DIR", "instances": "N", "keep_precision": "PATTERN[,PATTERN]",
-    "labels": "FILE", "max_batch": "N", "mean": "R,G,B", "min_speedup": "F",
+    "labels": "FILE", "max_batch": "N", "max_drop": "POINTS", "mean": "R,G,B", "min_speedup": "F",
     "name": "NAME", "optimization_level": "0-5", "plugin": "PATH|auto|none", "queue_delay": "µS",
     "reference": "BUNDLE", "server": "YY.MM", "server_tensorrt": "VERSION", "sign": "KEY", "std": "R,G,B",
     "threads": "N", "timing_cache": "FILE", "workspace": "MIB",

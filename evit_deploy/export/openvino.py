@@ -8,6 +8,7 @@ Two things are added to what OpenVINO's reader makes of the file:
   it computes the scores in FP32, and looking at the choice would change it.
 """
 
+import codecs
 import re
 import sys
 import tempfile
@@ -111,6 +112,12 @@ def read_openvino(xml: Path) -> "openvino.Model":
     with xml.open("rb") as file:
         if b"<net" not in file.read(4096):  # given anything else, OpenVINO tries five other formats, loudly
             raise InputError("not an OpenVINO model (no network in it)", where=xml)
+        file.seek(0)
+        try:  # OpenVINO hands names and notes on as they are, and fails where they are first looked at
+            for _ in codecs.iterdecode(iter(lambda: file.read(1 << 20), b""), "utf-8"):
+                pass
+        except UnicodeDecodeError as error:
+            raise InputError(f"not an OpenVINO model (not UTF-8: {error.reason})", where=xml) from None
     try:
         model = import_openvino().Core().read_model(xml)
     except Exception as error:  # OpenVINO raises RuntimeError for everything

@@ -118,6 +118,11 @@ def truncated_network(path: Path, ir: Path) -> None:
     path.with_suffix(".bin").write_bytes(ir.with_suffix(".bin").read_bytes())
 
 
+def another_encoding(path: Path, ir: Path) -> None:
+    path.write_bytes(ir.read_bytes().replace(b"fp32", b"fp\xff2"))
+    path.with_suffix(".bin").write_bytes(ir.with_suffix(".bin").read_bytes())
+
+
 def no_weights(path: Path, ir: Path) -> None:
     path.write_bytes(ir.read_bytes())
 
@@ -131,7 +136,10 @@ def nothing(path: Path, ir: Path) -> None:
     pass
 
 
-@pytest.mark.parametrize("damage", [text, truncated_weights, truncated_network, no_weights, empty, nothing])
+DAMAGES = [text, truncated_weights, truncated_network, another_encoding, no_weights, empty, nothing]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_files(damage, ir, tmp_path, capfd):
     damage(tmp_path / "model.xml", ir)
     with pytest.raises(InputError, match=str(tmp_path)) as error, OpenVINORunner(tmp_path / "model.xml"):

@@ -65,7 +65,7 @@ def masks(proto: onnx.ModelProto) -> list[str]:
 
 
 def test_attention_has_one_number_for_each_key_where_sizes_differ():
-    """``[B, 1, 1, N]``, which engines keep inside their attention kernel; a mask for each pair they do not."""
+    """``[B, 1, 1, N]``, spelled out for each query and no head, as ONNX Runtime's kernel wants it."""
     proto = exported("plain", MERGE)
     first, second, third, last = masks(proto)
     assert first == ""
@@ -73,8 +73,10 @@ def test_attention_has_one_number_for_each_key_where_sizes_differ():
     assert last not in ("", third)
     shapes = {info.name: [d.dim_value for d in info.type.tensor_type.shape.dim] for info in proto.graph.value_info}
     plan = token_plan(reduced("plain", MERGE))
-    assert shapes[second][1:] == [1, 1, plan.blocks[1].tokens_in]
-    assert shapes[last][1:] == [1, 1, plan.blocks[3].tokens_in]
+    given = {node.output[0]: node.input[0] for node in nodes(proto, "Expand")}
+    assert shapes[given[second]][1:] == [1, 1, plan.blocks[1].tokens_in]
+    assert shapes[given[last]][1:] == [1, 1, plan.blocks[3].tokens_in]
+    assert shapes[second][1] == shapes[last][1] == 1
 
 
 def test_nothing_is_added_up_by_scattering():

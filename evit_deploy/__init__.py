@@ -36,7 +36,7 @@ _PUBLIC = {
     "Conversion and bundles": {
         "pipeline.convert": "convert",
         "pipeline.variants": "convert_variants VariantOptions",
-        "recipe.options": "ConvertOptions ProfileOptions CompareOptions",
+        "recipe.options": "ConvertOptions ProfileOptions CompareOptions TuneOptions",
         "bundle.bundle": "read_bundle Bundle",
         "bundle.manifest": "Manifest Parent TensorSpec",
     },
@@ -51,6 +51,13 @@ _PUBLIC = {
         "triton.connection": "Server",
         "report.report": "Report Check ProfileRow LatencyRow Summary BlockRow LoadRow "
         "GpuSummary AccuracyRow ComparedRow Difference AgreementRow",
+    },
+    "Tuning": {
+        "tuning.tune": "tune",
+        "tuning.front": "Tuning TunedRow",
+        "tuning.staircase": "Staircase",
+        "tuning.schedules": "Schedule",
+        "tuning.answers": "Nearness",
     },
     "Packages": {
         "serving.package": "package Package",

@@ -42,6 +42,7 @@ from evit_deploy.recipe.options import ConvertOptions as ConvertOptions
 from evit_deploy.recipe.options import ConvertSection as ConvertSection
 from evit_deploy.recipe.options import ProfileOptions as ProfileOptions
 from evit_deploy.recipe.options import ProfileSection as ProfileSection
+from evit_deploy.recipe.options import TuneOptions as TuneOptions
 from evit_deploy.recipe.recipe import CompareSection as CompareSection
 from evit_deploy.recipe.recipe import ExpectSection as ExpectSection
 from evit_deploy.recipe.recipe import Recipe as Recipe
@@ -99,6 +100,12 @@ from evit_deploy.tokens.state import TokenState as TokenState
 from evit_deploy.training.loop import TrainResult as TrainResult
 from evit_deploy.training.loop import train as train
 from evit_deploy.triton.connection import Server as Server
+from evit_deploy.tuning.answers import Nearness as Nearness
+from evit_deploy.tuning.front import TunedRow as TunedRow
+from evit_deploy.tuning.front import Tuning as Tuning
+from evit_deploy.tuning.schedules import Schedule as Schedule
+from evit_deploy.tuning.staircase import Staircase as Staircase
+from evit_deploy.tuning.tune import tune as tune
 from evit_deploy.verification.verify import verify as verify
 
 __version__: str

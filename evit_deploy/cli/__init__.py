@@ -9,7 +9,7 @@ import click
 
 from evit_deploy import __version__, interrupts
 
-COMMANDS = ("convert", "predict", "run", "train", "verify", "profile", "compare", "package", "plugin", "doctor")
+COMMANDS = ("convert", "predict", "run", "train", "verify", "profile", "compare", "tune", "package", "plugin", "doctor")
 
 
 class LazyGroup(click.Group):

@@ -52,14 +52,15 @@ _FLAGS = {
 }  # fmt: skip
 """Fields that are called otherwise on the command line."""
 _METAVARS = {
-    "batch_sizes": "1,8,32", "calibration": "DIR", "crop_pct": "F", "data": "DIR", "duration": "S", "gpus": "SM",
-    "images": "DIR", "instances": "N", "keep_precision": "PATTERN[,PATTERN]",
-    "labels": "FILE", "max_batch": "N", "max_drop": "POINTS", "mean": "R,G,B", "min_speedup": "F",
-    "name": "NAME", "optimization_level": "0-5", "plugin": "PATH|auto|none", "queue_delay": "µS",
-    "reference": "BUNDLE", "server": "YY.MM", "server_tensorrt": "VERSION", "sign": "KEY", "std": "R,G,B",
-    "threads": "N", "timing_cache": "FILE", "workspace": "MIB",
+    "batch": "N", "batch_sizes": "1,8,32", "calibration": "DIR", "crop_pct": "F", "data": "DIR", "duration": "S",
+    "gpus": "SM", "images": "DIR", "instances": "N", "keep_precision": "PATTERN[,PATTERN]",
+    "labels": "FILE", "max_batch": "N", "max_drop": "POINTS",
+    "max_latency": "TIME", "mean": "R,G,B", "min_speedup": "F", "name": "NAME", "optimization_level": "0-5",
+    "plugin": "PATH|auto|none", "queue_delay": "µS", "reference": "BUNDLE", "sample": "N", "seed": "N",
+    "server": "YY.MM", "server_tensorrt": "VERSION", "sign": "KEY", "std": "R,G,B", "threads": "N",
+    "timing_cache": "FILE", "trials": "N", "workspace": "MIB",
 }  # fmt: skip
-_REGISTRIES = {"targets": "TARGETS", "runtimes": "RUNTIMES"}
+_REGISTRIES = {"targets": "TARGETS", "target": "TARGETS", "runtimes": "RUNTIMES", "runtime": "RUNTIMES"}
 _PATHS = ("calibration", "data", "images", "labels", "reference", "sign", "timing_cache")
 _HOMES = ("evit_deploy.recipe.options", "evit_deploy.serving.options")
 """Where the structs of options are, which load nothing heavy."""
@@ -106,7 +107,7 @@ def _kind(field: str, annotation: Any) -> dict[str, Any]:
     if field == "target_options":
         return {"type": TargetOption(), "multiple": True}
     if field in _REGISTRIES:
-        return {"type": Choice(registry=_REGISTRIES[field]), "multiple": True}
+        return {"type": Choice(registry=_REGISTRIES[field]), "multiple": plain(annotation)[1]}
     if choices_in(annotation):
         return {"type": Choice(choices_in(annotation))}
     kind, repeated = plain(annotation)
@@ -153,7 +154,7 @@ def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--proportional-attention/--no-proportional-attention", cls=Option, group=group, default=None,
-            help="tome: a merged token attracts attention like all its patches.  [default: it does]",
+            help="merge, tome: a merged token attracts attention like all its patches.  [default: it does]",
         ),
         click.option(
             "--merge", cls=Option, group=group, type=Numbers(int, 0), metavar="R[,R...]",

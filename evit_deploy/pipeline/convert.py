@@ -269,7 +269,7 @@ def convert_all(checkpoint: Checkpoint, variants: Sequence[Variant]) -> list[Con
     models = [copy_sharing_weights(base) for _ in variants[1:]] + [base]
     found = [_reduce(checkpoint, one, model) for one, model in zip(variants, models, strict=True)]
     del base, models
-    manifests = [_manifest(one, v.job, out) for one, v, out in zip(found, variants, outs, strict=True)]
+    manifests = [manifest_of(one, v.job, out) for one, v, out in zip(found, variants, outs, strict=True)]
     for variant, manifest in zip(variants, manifests, strict=True):
         if variant.job.made.options.data is not None:
             pictures_of(Path(variant.job.made.options.data), manifest)  # what does not fit is refused before the work
@@ -403,7 +403,14 @@ def _size_notes(checkpoint: Checkpoint, model: torch.nn.Module, image_size: int 
     ]
 
 
-def _manifest(reduced: Reduced, job: Job, out: Path) -> Manifest:
+def manifest_of(reduced: Reduced, job: Job, out: Path) -> Manifest:
+    """What a bundle's manifest says before there are files.
+
+    Args:
+        reduced: The model.
+        job: What is made of it.
+        out: Where the bundle will be.
+    """
     model, checkpoint, preprocess = reduced.model, reduced.checkpoint, reduced.preprocess
     outputs = (TensorSpec(answer_name(model), "float32", (None, answer_size(model))),)
     if job.made.options.indices:

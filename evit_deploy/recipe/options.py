@@ -4,6 +4,7 @@ Each struct here is a section of a recipe, a group of options of the command lin
 the flags of its fields) and an argument in Python. The string below a field is its documentation in all three.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -178,3 +179,73 @@ class CompareOptions(ProfileOptions, frozen=True, kw_only=True):
         if self.data is None and idle is not None:
             what = f"{idle} is about top-1, for which there are no labelled images"
             raise InputError(what, fix=f"Give data too, or leave {idle} out.")
+
+
+class TuneOptions(Section, frozen=True, kw_only=True):
+    """What a schedule of token counts is to reach, and how it is searched for."""
+
+    min_speedup: Annotated[float, Meta(gt=1, le=1e6)] | None = None
+    """Budget: at least this many times as fast as the dense model."""
+    max_latency: str | None = None
+    """Budget: at most this long for a call, ``2ms``, ``800us`` or ``0.5s``."""
+    max_drop: Annotated[float, Meta(ge=0, le=100)] | None = None
+    """Budget: at most this many points of top-1 below the dense model, as fast as that allows; needs ``data``."""
+    calibration: str | None = None
+    """Folder of images like those that the model will see, 16 or more: schedules are ranked by how near their answers
+    to them are to the dense model's. They need no labels."""
+    data: str | None = None
+    """Folder of labelled images (``class/image``): the finalists' top-1 on them is held against the dense model's."""
+    sample: Annotated[int, Meta(ge=16, le=65_536)] = 64
+    """Images that each schedule answers; finalists answer twice as many, if there are. [default: 64]"""
+    trials: Annotated[int, Meta(ge=4, le=65_536)] = 48
+    """Schedules to try on images. [default: 48]"""
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    """Where the search's random numbers start; each of several processes that search together takes its own.
+    [default: 0]"""
+    target: str | None = None
+    """What is timed and converted: a target of ``convert``. [default: onnx]"""
+    precision: Precision | None = None
+    """Precision of what is timed and converted. [default: fp16 for an engine, else fp32]"""
+    runtime: str | None = None
+    """Runtime to time on. [default: the one that proves the target]"""
+    batch: BatchSize = 1
+    """Images a call. [default: 1]"""
+    threads: Threads | None = None
+    """CPU threads. [default: the runtime's own choice]"""
+    duration: Annotated[float, Meta(gt=0, le=1e6)] = 40.0
+    """Seconds of measurement of the device's staircase, and again of the finalists. [default: 40]"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("calibration", "data"):
+            if isinstance(value := getattr(self, field), Path):
+                msgspec.structs.force_setattr(self, field, str(value))
+        budgets = [name for name in ("min_speedup", "max_latency", "max_drop") if getattr(self, name) is not None]
+        if len(budgets) != 1:
+            raise InputError(
+                "a search takes one budget", seen=" and ".join(budgets) or "none",
+                wanted="min_speedup, max_latency or max_drop",
+            )  # fmt: skip
+        if self.max_drop is not None and self.data is None:
+            raise InputError("max_drop is about top-1, for which there are no labelled images", fix="Give data too.")
+        if self.max_latency is not None:
+            seconds_in(self.max_latency)
+
+
+_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
+
+
+def seconds_in(text: str) -> float:
+    """A time with its unit, in seconds.
+
+    >>> seconds_in("2ms")
+    0.002
+
+    Raises:
+        InputError: It is no time above 0, or has no unit.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(s|ms|us|µs)\s*", text)
+    seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if not 0 < seconds <= 1e6:
+        raise InputError("not a time", where="max_latency", seen=repr(text), wanted="a number and s, ms or us: 2ms")
+    return seconds

@@ -1,0 +1,133 @@
+"""The budget, the times that are searched for because of it, and which of the finalists is chosen."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from evit_deploy.tuning.front import TunedRow
+from evit_deploy.tuning.search import Fitter, Goal
+
+DENSE = "dense"
+LADDER = (1.15, 1.3, 1.5, 1.75, 2.0, 2.5)
+"""Speed-ups that are searched for beside a budget of time, for the front; for a budget of top-1, instead of it."""
+BUDGET, TIGHTER, AS_DEFAULT = "the budget", "a little less", "as the default"
+"""Names of goals."""
+_TIGHTER = 0.96
+"""The staircase may expect too little: what is searched for at this share of the budget meets it then."""
+
+
+class Budget(msgspec.Struct, frozen=True):
+    """What a schedule has to meet.
+
+    Args:
+        kind: A speed-up over the dense model, seconds a call, or points of top-1 below it.
+        limit: How much.
+        dense: Seconds that the dense model takes a call.
+    """
+
+    kind: Literal["speedup", "latency", "drop"]
+    limit: float
+    dense: float
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds that a call may take; ``None`` where that is not what is limited."""
+        return {"speedup": self.dense / self.limit if self.limit else None, "latency": self.limit}.get(self.kind)
+
+    def excess(self, row: TunedRow) -> float:
+        """How far a finalist is from meeting the budget; 0 or less where it meets it."""
+        if self.kind == "drop":
+            cost = row.answers.to_dense if row.answers is not None else None
+            return -100 * cost.value - self.limit if cost is not None else 0.0
+        assert row.measured is not None
+        if self.kind == "latency":
+            return row.measured.p50 / (1e3 * self.limit) - 1
+        return self.limit - (row.measured.speedup or 1.0)
+
+    def __str__(self) -> str:
+        if self.kind == "drop":
+            return f"at most {self.limit:g} points of top-1 below the dense model"
+        if self.kind == "latency":
+            return f"at most {1e3 * self.limit:.4g} ms a call"
+        return f"at least {self.limit:g}x as fast as the dense model"
+
+
+def goals_for(budget: Budget, fitter: Fitter, trials: int) -> list[Goal]:
+    """The times to search at: the budget with most of the trials, the default schedule's, and others for the front.
+
+    Args:
+        budget: What is to be met.
+        fitter: Model, method and staircase.
+        trials: Schedules to look at, all in all.
+    """
+    default = fitter.seconds(fitter.planner.schedule_of(fitter.planner.spec))
+    rungs = [(f"{ratio:g}x", budget.dense / ratio) for ratio in LADDER if budget.dense / ratio > fitter.floor]
+    if budget.seconds is None:
+        each = max(1, trials // (len(rungs) + 1))
+        rest = max(1, trials - each * len(rungs))
+        return [Goal(AS_DEFAULT, default, rest), *(Goal(*rung, each) for rung in rungs)]
+    wanted = max(budget.seconds, fitter.floor)
+    others = [rung for rung in rungs if abs(rung[1] / wanted - 1) > 0.1][:3]
+    few = max(1, trials // 16)
+    rest = trials - few * len(others)
+    tighter = max(_TIGHTER * wanted, fitter.floor)
+    own = [Goal(BUDGET, wanted, rest // 2), Goal(TIGHTER, tighter, rest // 4)]
+    return [*own, Goal(AS_DEFAULT, default, rest - rest // 2 - rest // 4), *(Goal(*rung, few) for rung in others)]
+
+
+def chosen(rows: Sequence[TunedRow], budget: Budget, default: str) -> tuple[bool, TunedRow]:
+    """Which finalist is the answer.
+
+    Of those that meet a budget of time it is the one whose answers are nearest to the dense model's, and never one that
+    agrees with it less often than the default schedule where that meets the budget too. Of those that meet a budget of
+    top-1 it is the fastest.
+
+    Args:
+        rows: The finalists, measured; the dense model among them.
+        budget: What is to be met.
+        default: Name of the default schedule's row.
+
+    Returns:
+        Whether it meets the budget; else it is the one that comes nearest.
+    """
+    reduced = [row for row in rows if row.name != DENSE]
+    able = [row for row in reduced if budget.excess(row) <= 0]
+    if not able:
+        return False, min(reduced, key=lambda row: (budget.excess(row), -row.nearness))
+    if budget.kind == "drop":
+        return True, min(able, key=lambda row: row.milliseconds)
+    held = next((row for row in able if row.name == default), None)
+    if held is not None and held.agreeing is not None:
+        able = [row for row in able if row.agreeing is not None and row.agreeing >= held.agreeing]
+    return True, max(able, key=lambda row: row.nearness)
+
+
+def verdict(rows: Sequence[TunedRow], winner: TunedRow, budget: Budget, *, met: bool) -> str:
+    """What came of a search, in sentences.
+
+    Args:
+        rows: The finalists.
+        winner: The one that was chosen.
+        budget: What was to be met.
+        met: Whether it is.
+    """
+    said = [] if met else [f"No schedule that was measured is {budget}; the nearest is {winner.name}."]
+    said += [f"{winner.name}: {_said(winner)}."]
+    rivals = [row for row in rows if row.name.startswith("default") and row is not winner]
+    said += [f"{row.name}: {_said(row)}." for row in rivals]
+    return " ".join(said)
+
+
+def _said(row: TunedRow) -> str:
+    speed = row.measured
+    parts = [f"{row.milliseconds:.2f} ms a call"]
+    if speed is not None and speed.speedup is not None:
+        parts.append(f"{speed.speedup:.2f}x [{speed.speedup_low:.2f}, {speed.speedup_high:.2f}]")
+    parts.append(f"centred cosine {row.nearness:.3f}")
+    if row.agreeing is not None:
+        parts.append(f"{100 * row.agreeing:.1f} % of the images in the dense model's class")
+    cost = row.answers.to_dense if row.answers is not None else None
+    if cost is not None and cost.low is not None and cost.high is not None:
+        parts.append(f"top-1 {100 * cost.value:+.1f} points [{100 * cost.low:.1f}, {100 * cost.high:.1f}]")
+    return ", ".join(parts)

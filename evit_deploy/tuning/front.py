@@ -1,0 +1,236 @@
+"""What a search found: its rows, the Pareto front among them, and the files that say so."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+from xml.sax.saxutils import escape
+
+import msgspec
+
+from evit_deploy.report.lines import printable
+from evit_deploy.report.report import ComparedRow, ProfileRow
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tuning.answers import Nearness
+from evit_deploy.tuning.schedules import Schedule
+from evit_deploy.tuning.staircase import Staircase
+
+
+class TunedRow(msgspec.Struct, frozen=True):
+    """A schedule, and what is known of it.
+
+    Args:
+        name: What tables call it.
+        schedule: Its token counts; none of the dense model.
+        tokens: The spec that makes it.
+        gmacs: Multiply-adds for one image, in 10⁹.
+        expected: Milliseconds a call by the staircase.
+        cosine: Centred cosine to the dense model's answers on the images of the search.
+        agreement: Share of these images with the dense model's class; ``None`` of a model without classes.
+        measured: How fast its exported form is, whole; of finalists alone.
+        confirmed: How near its answers are on all calibration images; of finalists alone.
+        answers: Of its exported form to the labelled images, if there were any; of finalists alone.
+    """
+
+    name: str
+    schedule: Schedule
+    tokens: TokenSpec
+    gmacs: float
+    expected: float
+    cosine: float
+    agreement: float | None = None
+    measured: ProfileRow | None = None
+    confirmed: Nearness | None = None
+    answers: ComparedRow | None = None
+
+    @property
+    def milliseconds(self) -> float:
+        """Of a call: measured, where it was."""
+        return self.expected if self.measured is None else self.measured.p50
+
+    @property
+    def nearness(self) -> float:
+        """The centred cosine on most images."""
+        return self.cosine if self.confirmed is None else self.confirmed.cosine
+
+    @property
+    def agreeing(self) -> float | None:
+        """The agreement on most images."""
+        return self.agreement if self.confirmed is None else self.confirmed.agreement
+
+
+class Tuning(msgspec.Struct, frozen=True):
+    """What :func:`evit_deploy.tuning.tune.tune` found.
+
+    Args:
+        met: Whether the budget is met.
+        budget: The budget in words.
+        verdict: What came of it, in a sentence.
+        winner: Name of the row that was chosen.
+        finalists: The dense model, the default schedule and the best ones, measured whole, the fastest last.
+        front: Of all schedules that were looked at those to which none is both faster and nearer, by the staircase.
+        staircase: What parts of the model cost.
+        looked_at: How many schedules were tried on images.
+        images: Calibration images that the finalists were held against the dense model on.
+        notes: Sentences for the reader.
+        versions: Packages.
+        device: Where it was measured.
+        bundle: The winner's bundle, if one was made.
+    """
+
+    met: bool
+    budget: str
+    verdict: str
+    winner: str
+    finalists: tuple[TunedRow, ...]
+    front: tuple[TunedRow, ...]
+    staircase: Staircase
+    looked_at: int
+    images: int
+    notes: tuple[str, ...] = ()
+    versions: dict[str, str] = {}
+    device: dict[str, Any] = {}
+    bundle: str | None = None
+
+
+def pareto(rows: Iterable[TunedRow]) -> tuple[TunedRow, ...]:
+    """The rows to which no other is at least as fast and nearer to the dense model, the slowest first."""
+    found: list[TunedRow] = []
+    for row in sorted(rows, key=lambda row: (row.expected, -row.cosine)):
+        if not found or row.cosine > found[-1].cosine:
+            found.append(row)
+    return tuple(reversed(found))
+
+
+_HEADER = (
+    "name", "locations", "keep_rate", "tokens", "gmacs", "expected_ms", "measured_ms", "speedup", "speedup_low",
+    "speedup_high", "cosine", "cosine_error", "agreement", "images", "top1", "top1_to_dense", "top1_to_dense_low",
+    "top1_to_dense_high", "finalist", "winner",
+)  # fmt: skip
+
+
+def as_csv(found: Tuning) -> str:
+    """Finalists and front, one row each."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(_HEADER)
+    names = {row.name for row in found.finalists}
+    for row in (*found.finalists, *(row for row in found.front if row.name not in names)):
+        lines.writerow(["" if value is None else value for value in _values(row, found.winner, row.name in names)])
+    return text.getvalue()
+
+
+def _values(row: TunedRow, winner: str, finalist: bool) -> list[Any]:
+    speed, near, answers = row.measured, row.confirmed, row.answers
+    cost = answers.to_dense if answers is not None else None
+    return [
+        row.name, *(_joined(numbers) for numbers in (row.schedule.locations, row.tokens.rates, row.schedule.counts)),
+        f"{row.gmacs:.4g}", f"{row.expected:.5g}",
+        *(_short(getattr(speed, name, None)) for name in ("p50", "speedup", "speedup_low", "speedup_high")),
+        _short(row.nearness), _short(near.error if near else None), _short(row.agreeing),
+        near.images if near else None, _short(answers.share[0] if answers and answers.share else None),
+        *(_short(getattr(cost, name, None)) for name in ("value", "low", "high")),
+        int(finalist), int(row.name == winner),
+    ]  # fmt: skip
+
+
+def _joined(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
+
+
+def _short(value: float | None) -> str | None:
+    return None if value is None else f"{value:.5g}"
+
+
+def table(found: Tuning) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Titles and cells of the finalists."""
+    labelled = any(row.answers is not None for row in found.finalists)
+    classes = any(row.agreeing is not None for row in found.finalists)
+    header = ("", "blocks", "tokens behind them", "GMACs", "ms", "speed-up", "95 % interval", "cosine")
+    header += ("agreement %",) * classes + ("top-1 to dense, points",) * labelled
+    cells = []
+    for row in found.finalists:
+        speed = row.measured
+        known = speed is not None and speed.speedup is not None
+        own = [
+            f"{row.name} *" if row.name == found.winner else row.name,
+            _joined(row.schedule.locations),
+            _joined(row.schedule.counts),
+            f"{row.gmacs:.2f}",
+            f"{row.milliseconds:.2f}",
+            f"{speed.speedup:.2f}" if known and speed else "",
+            f"{speed.speedup_low:.2f} - {speed.speedup_high:.2f}" if known and speed else "",
+            f"{row.nearness:.3f}",
+        ]
+        own += [_percent(row.agreeing)] if classes else []
+        own += [_cost(row.answers)] if labelled else []
+        cells.append(tuple(own))
+    return header, cells
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _cost(answers: ComparedRow | None) -> str:
+    cost = answers.to_dense if answers is not None else None
+    if cost is None or cost.low is None or cost.high is None:
+        return ""
+    return f"{100 * cost.value:+.1f} [{100 * cost.low:.1f}, {100 * cost.high:.1f}]"
+
+
+def as_markdown(found: Tuning) -> str:
+    """The finalists as a table, with the verdict above it."""
+    header, rows = table(found)
+    lines = [f"# {found.budget}", "", found.verdict, "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", *found.notes]) + "\n"
+
+
+_WIDTH, _HEIGHT, _MARGIN = 640, 400, 56
+
+
+def as_svg(found: Tuning) -> str:
+    """The front and the finalists: milliseconds a call against nearness to the dense model."""
+    shown = [*found.front, *found.finalists]
+    across = _axis([row.milliseconds for row in shown])
+    up = _axis([row.nearness for row in shown])
+
+    def place(row: TunedRow) -> tuple[float, float]:
+        x = _MARGIN + (row.milliseconds - across[0]) / (across[1] - across[0]) * (_WIDTH - 2 * _MARGIN)
+        y = _HEIGHT - _MARGIN - (row.nearness - up[0]) / (up[1] - up[0]) * (_HEIGHT - 2 * _MARGIN)
+        return round(x, 1), round(y, 1)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+        f'<path d="M{_MARGIN} {_MARGIN}V{_HEIGHT - _MARGIN}H{_WIDTH - _MARGIN}" fill="none" stroke="black"/>',
+        f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 16}" text-anchor="middle">milliseconds a call, batch '
+        f"{found.staircase.batch}, {escape(found.staircase.runtime)}</text>",
+        f'<text x="16" y="{_HEIGHT / 2}" text-anchor="middle" transform="rotate(-90 16 {_HEIGHT / 2})">'
+        "centred cosine to the dense model</text>",
+    ]
+    for end, x, anchor in ((across[0], _MARGIN, "start"), (across[1], _WIDTH - _MARGIN, "end")):
+        parts.append(f'<text x="{x}" y="{_HEIGHT - _MARGIN + 16}" text-anchor="{anchor}">{end:.3g}</text>')
+    for end, y in ((up[0], _HEIGHT - _MARGIN), (up[1], _MARGIN)):
+        parts.append(f'<text x="{_MARGIN - 4}" y="{y}" text-anchor="end">{end:.3f}</text>')
+    line = " ".join(",".join(map(str, place(row))) for row in found.front)
+    parts.append(f'<polyline points="{line}" fill="none" stroke="#888"/>')
+    parts += [
+        f'<circle cx="{x}" cy="{y}" r="2.5" fill="#888"><title>{escape(printable(row.schedule))}</title></circle>'
+        for row in found.front
+        for x, y in (place(row),)
+    ]
+    for row in found.finalists:
+        x, y = place(row)
+        colour = "#c00" if row.name == found.winner else "#06c"
+        parts.append(f'<circle cx="{x}" cy="{y}" r="4.5" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 7}" y="{y + 4}" fill="{colour}">{escape(printable(row.name))}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _axis(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room

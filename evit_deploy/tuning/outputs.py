@@ -1,0 +1,136 @@
+"""The folder of a search: what is written into it, and whether it may be gone on with."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from evit_deploy.errors import InputError
+from evit_deploy.files import write_atomically
+from evit_deploy.recipe.options import ConvertOptions
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tuning.choice import DENSE
+from evit_deploy.tuning.front import TunedRow, Tuning, as_csv, as_markdown, as_svg
+
+ABOUT, STAIRCASE, FINDINGS = "search.json", "staircase.json", "findings.jsonl"
+"""What a search goes on with: what it is about, what the device costs, and what was looked at."""
+RESULTS = ("tune.json", "tune.csv", "tune.md", "tune.svg", "recipe.yaml")
+BUNDLE = "bundle"
+
+
+def check_place(place: Path, about: dict[str, Any], *, force: bool, resume: bool) -> None:
+    """Makes sure, before any work, that a search may begin or go on in a folder; with ``force`` it is begun anew there.
+
+    Args:
+        place: The folder.
+        about: What the search is about, in types of JSON.
+        force: Whether what is there may be replaced.
+        resume: Whether to go on with it.
+
+    Raises:
+        InputError: There is another search, or one that was not to be gone on with.
+    """
+    try:
+        if place.exists() and not place.is_dir():
+            raise InputError("this is a file", where=place, wanted="a folder", fix="Give another --out.")
+        known = [name for name in (ABOUT, STAIRCASE, FINDINGS, *RESULTS) if (place / name).exists()]
+        if known and not force and not resume:
+            fix = "Give --resume to go on with it, --force to begin anew, or another --out."
+            raise InputError(f"there is a search already ({', '.join(known)})", where=place, fix=fix)
+        if force:
+            for name in known:
+                (place / name).unlink()
+        place.mkdir(parents=True, exist_ok=True)
+        if resume and (place / ABOUT).exists():
+            _check_same(place / ABOUT, about)
+        else:
+            write_atomically(place / ABOUT, msgspec.json.format(msgspec.json.encode(about), indent=2))
+    except OSError as error:
+        raise InputError(f"cannot write there ({error.strerror})", where=place, fix="Give another --out.") from None
+
+
+def _check_same(path: Path, about: dict[str, Any]) -> None:
+    try:
+        known = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise InputError(f"this does not say what was searched for: {error}", where=path, fix="Give --force.") from None
+    now = msgspec.json.decode(msgspec.json.encode(about))
+    other = [name for name in now if known.get(name) != now[name]]
+    if other:
+        raise InputError(
+            "this is another search", where=path, seen="; ".join(f"{name} {now[name]}" for name in other),
+            wanted="; ".join(f"{name} {known.get(name)}" for name in other),
+            fix="Ask for the same, give --force to begin anew, or another --out.",
+        )  # fmt: skip
+
+
+def write(found: Tuning, place: Path, source: tuple[str, str | None], options: ConvertOptions) -> None:
+    """Writes a search's results: JSON, CSV, Markdown, SVG, and the winner as a recipe.
+
+    Args:
+        found: The results.
+        place: The folder.
+        source: The checkpoint as it was given, and the timm name that decides its architecture.
+        options: What the winner is converted into.
+
+    Raises:
+        StageError: A file could not be written.
+    """
+    texts = (
+        msgspec.json.format(msgspec.json.encode(found), indent=2).decode(), as_csv(found), as_markdown(found),
+        as_svg(found), recipe(found, source, options),
+    )  # fmt: skip
+    for name, text in zip(RESULTS, texts, strict=True):
+        write_atomically(place / name, text.encode())
+
+
+def command(row: TunedRow, source: tuple[str, str | None], options: ConvertOptions) -> str:
+    """The line that converts a row's schedule."""
+    spec = row.tokens
+    parts = ["evit-deploy", "convert", source[0], *(["--model", source[1]] if source[1] else [])]
+    parts += ["--method", spec.method] if spec.method != "evit" else []
+    for name, value in spec.options.items():
+        parts += ["--method-option", f"{name}={msgspec.json.encode(value).decode()}"]
+    parts += ["--keep-rate", ",".join(f"{rate:g}" for rate in spec.rates)]
+    parts += ["--locations", ",".join(map(str, row.schedule.locations))] if row.schedule.locations else []
+    parts += [] if spec.fuse else ["--no-fuse"]
+    for target in options.targets:
+        parts += ["--target", target]
+    parts += ["--precision", options.precision] if options.precision else []
+    parts += ["--calibration", options.calibration] if options.calibration else []
+    return shlex.join(parts)
+
+
+def recipe(found: Tuning, source: tuple[str, str | None], options: ConvertOptions) -> str:
+    """A recipe for ``evit-deploy run``: makes the winner's bundle and holds it against another finalist's."""
+    rows = {row.name: row for row in found.finalists if row.name != DENSE}
+    winner = rows.pop(found.winner)
+    rival = next((row for row in rows.values() if row.name.startswith("default")), next(iter(rows.values()), None))
+    entries = [
+        {"name": name, "tokens": _tokens(row.tokens)}
+        for name, row in (("tuned", winner), (rival.name if rival else "", rival))
+        if row is not None
+    ]
+    document: dict[str, Any] = {"name": "tuned", "checkpoint": source[0]}
+    document |= {"model": source[1]} if source[1] else {}
+    convert = {"targets": list(options.targets)}
+    convert |= {"precision": options.precision} if options.precision else {}
+    convert |= {"calibration": options.calibration} if options.calibration else {}
+    document |= {"convert": convert, "compare": entries}
+    head = [
+        f"# {found.verdict}",
+        "#",
+        "# The tokens of the first entry are also what `evit-deploy train` takes as `tokens`. To convert it alone:",
+        f"#   {command(winner, source, options)}",
+    ]
+    return "\n".join(head) + "\n" + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def _tokens(spec: TokenSpec) -> dict[str, Any]:
+    """What a recipe says of tokens, without what is so anyway."""
+    plain = msgspec.to_builtins(spec)
+    default = msgspec.to_builtins(TokenSpec())
+    kept = {name: value for name, value in plain.items() if name == "method" or value != default[name]}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}

@@ -1,0 +1,34 @@
+"""Devices that are written down instead of measured, and the planner of a small model for them."""
+
+from evit_deploy.registry import METHODS
+from evit_deploy.tokens.backbone import backbone_of
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tuning.answers import Nearness
+from evit_deploy.tuning.schedules import Planner
+from evit_deploy.tuning.staircase import Staircase
+from tests.support.models import seeded
+
+WIDE = {"img_size": 224, "embed_dim": 48, "depth": 12, "num_heads": 3, "num_classes": 10}
+"""A model as deep and with as many tokens as DeiT-S, and small."""
+
+
+def planner(method: str = "evit", model=None, **spec) -> Planner:
+    model = model if model is not None else seeded("vit_tiny_patch16_224", **WIDE)
+    backbone = backbone_of(model)
+    rate = {"keep_rate": 0.7} if METHODS.get(method).takes_keep_rate else {}
+    return Planner(TokenSpec(**(rate | {"method": method} | spec)), backbone.shape(model), backbone.method(method))
+
+
+def device(steps: int = 16, counts: tuple[int, ...] = (197, *range(192, 23, -8))) -> Staircase:
+    """A device that computes tokens in tiles of so many, at a second a tile."""
+    block = tuple(float(-(-count // steps)) for count in counts)
+    return Staircase("onnxruntime", 1, "cpu", counts, block, block, block, outside=2.0, location=0.25)
+
+
+def like_tokens(schedule) -> Nearness:
+    """A model that answers the better the more tokens its blocks see, and best if none is dropped before block 4."""
+    ends = [*schedule.locations[1:], 12]
+    spans = zip(schedule.locations, ends, schedule.counts, strict=True)
+    seen = sum((end - begin) * count for begin, end, count in spans) / (197 * 12)
+    early = sum(location < 4 for location in schedule.locations)
+    return Nearness(round(0.5 + 0.4 * seen - 0.1 * early, 6), 0.0, 0.9, 16)

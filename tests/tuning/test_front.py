@@ -1,0 +1,80 @@
+"""What was found, as a front, a table, CSV, and a picture."""
+
+import csv
+import io
+import xml.etree.ElementTree as ElementTree
+
+import msgspec
+import numpy as np
+import pytest
+
+from evit_deploy.profiling.clocks.turns import Times
+from evit_deploy.profiling.speedup import row_of
+from evit_deploy.report.report import ProfileRow
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tuning.answers import Nearness
+from evit_deploy.tuning.front import TunedRow, Tuning, as_csv, as_markdown, as_svg, pareto, table
+from evit_deploy.tuning.schedules import Schedule
+from tests.support.tuning import device
+
+
+def row(name, expected, cosine, **more) -> TunedRow:
+    tokens = TokenSpec(keep_rate=(0.8, 0.5), locations=(2, 5))
+    return TunedRow(name, Schedule((2, 5), (150, 80)), tokens, 3.0, expected, cosine, 0.9, **more)
+
+
+def measured(name, ms, speedup) -> ProfileRow:
+    times = Times("cpu", np.full((20, 1), ms / 1e3))
+    known = {"speedup": speedup, "speedup_low": speedup - 0.02, "speedup_high": speedup + 0.02}
+    return msgspec.structs.replace(row_of("onnxruntime", name, 1, times, on_gpu=False), **known)
+
+
+def tuning(name="a <b> & c") -> Tuning:
+    dense = TunedRow("dense", Schedule((), ()), TokenSpec(keep_rate=1.0), 4.6, 90.0, 1.0, 1.0)
+    final = row(name, 60.0, 0.95, measured=measured(name, 61.0, 1.5), confirmed=Nearness(0.94, 0.01, 0.92, 128))
+    front = (row("s1", 70.0, 0.97), row(name, 60.0, 0.95), row("s9", 50.0, 0.9))
+    return Tuning(True, "at least 1.5x", "It is met.", name, (dense, final), front, device(), 40, 128)
+
+
+def test_the_front_has_what_nothing_beats():
+    rows = [row("slow", 9.0, 0.9), row("a", 8.0, 0.99), row("b", 5.0, 0.9), row("worse", 5.0, 0.8), row("c", 3.0, 0.5)]
+    assert [one.name for one in pareto(rows)] == ["a", "b", "c"]
+    assert pareto([]) == ()
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_no_row_of_a_front_is_beaten_by_any(count):
+    rows = [row(str(i), (7 * i) % 11, ((5 * i) % 13) / 13) for i in range(count)]
+    front = pareto(rows)
+    for one in front:
+        assert not any(r.expected <= one.expected and r.cosine > one.cosine for r in rows)
+    assert front
+
+
+def test_csv_has_finalists_and_front_once_each():
+    lines = list(csv.DictReader(io.StringIO(as_csv(tuning()))))
+    assert [line["name"] for line in lines] == ["dense", "a <b> & c", "s1", "s9"]
+    final = lines[1]
+    assert (final["locations"], final["tokens"], final["keep_rate"]) == ("2 5", "150 80", "0.8 0.5")
+    assert (final["speedup"], final["speedup_low"], final["cosine"], final["images"]) == ("1.5", "1.48", "0.94", "128")
+    assert [line["winner"] for line in lines] == ["0", "1", "0", "0"]
+    assert [line["finalist"] for line in lines] == ["1", "1", "0", "0"]
+
+
+def test_the_picture_is_one_and_every_row_is_in_it():
+    root = ElementTree.fromstring(as_svg(tuning()))
+    names = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "a <b> & c" in names
+    circles = list(root.iter("{http://www.w3.org/2000/svg}circle"))
+    assert len(circles) == 5
+    assert all(0 < float(circle.get("cx")) < 640 and 0 < float(circle.get("cy")) < 400 for circle in circles)
+    one = msgspec.structs.replace(tuning(), front=tuning().front[:1], finalists=tuning().finalists[1:])
+    ElementTree.fromstring(as_svg(one))  # no two places to put an axis between
+
+
+def test_the_table_marks_the_winner_and_leaves_out_what_is_unknown():
+    header, rows = table(tuning())
+    assert "top-1 to dense, points" not in header
+    assert [cells[0] for cells in rows] == ["dense", "a <b> & c *"]
+    assert all(len(cells) == len(header) for cells in rows)
+    assert "| 1.48 - 1.52 |" in as_markdown(tuning())

@@ -43,9 +43,11 @@ from evit_deploy.targets.target import Exported
 from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
 from evit_deploy.tokens.plan import TokenOptions, TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_label, token_plan
+from evit_deploy.verification.accuracy import DATA_BATCH
 from evit_deploy.verification.cost import MODEL_NAME
 from evit_deploy.verification.golden import Golden, KnownAnswers, make_golden
-from evit_deploy.verification.pictures import check_images, pictures_of
+from evit_deploy.verification.pictures import check_images, embeds, pictures_of
+from evit_deploy.verification.sensitivity import Shown, of_array
 from evit_deploy.verification.verify import Trial, prove, verify_precision
 
 _LOG = logging.getLogger(__name__)
@@ -449,7 +451,7 @@ def _export(one: _Work, shared: _Shared) -> Golden:
         place = Path(made.options.calibration)
         shared.images = calibration_images(place, reduced.preprocess, reduced.channels, CALIBRATION_IMAGES)
     about = reduced.checkpoint.model, reduced.preprocess
-    files = export(models, made, about, shared.images, folder, shared.exports)
+    files = export(models, made, about, shared.images, folder, shared.exports, _shown(one, shared.images))
     one.manifest = msgspec.structs.replace(one.manifest, unquantized=files.unquantized)
     one.report += files.report
     stage(_LOG, f"{one.variant.prefix}asking PyTorch for golden answers")
@@ -457,6 +459,18 @@ def _export(one: _Work, shared: _Shared) -> Golden:
     golden = make_golden(*models, inputs, made.precision, files.quantized, shared.answers)
     golden.save(folder / GOLDEN)
     return golden
+
+
+def _shown(one: _Work, calibration: np.ndarray | None) -> Shown | None:
+    """The images that quantising is judged by: those of ``--data``, else those for calibration."""
+    job, manifest = one.variant.job, one.manifest
+    if calibration is None:
+        return None
+    batches, data = of_array(calibration), job.made.options.data
+    if data is not None:
+        pictures = pictures_of(Path(data), manifest)
+        batches = lambda: pictures.batches(manifest, DATA_BATCH)  # noqa: E731
+    return Shown(batches, embeds(manifest), job.measure.threads)
 
 
 def _proof(one: _Work) -> Report:

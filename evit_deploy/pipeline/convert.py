@@ -31,6 +31,7 @@ from evit_deploy.models.files.safe_weights import split_part
 from evit_deploy.models.files.sources import FILE_SUFFIXES
 from evit_deploy.models.preprocessing import described
 from evit_deploy.pipeline.lowering import Exports, Lowering, export, lowering, write_targets
+from evit_deploy.pipeline.untrained import merging_note
 from evit_deploy.profiling.batch_sizes import sizes_within
 from evit_deploy.profiling.candidates import bundle_candidates
 from evit_deploy.profiling.profile import speed_gate
@@ -386,6 +387,11 @@ def _reduce(checkpoint: Checkpoint, variant: Variant, dense: torch.nn.Module) ->
     known = [*checkpoint.notes, *_size_notes(checkpoint, model, job.image_size), *variant.notes]
     known += _training_notes(checkpoint, spec, job.image_size)
     preprocess = preprocess_of(checkpoint, model)
+    pictures = job.made.options.calibration or job.made.options.data
+    if checkpoint.tokens is None and spec.method == "evit" and not spec.dense and pictures is not None:
+        doing(_LOG, "comparing with merging")
+        note = merging_note(model, preprocess, Path(pictures))
+        known += [note] if note else []
     return Reduced(checkpoint, model, dense_twin(model), spec, token_plan(model), preprocess, known)
 
 

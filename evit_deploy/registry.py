@@ -82,6 +82,7 @@ METHODS = Registry(
     "method",
     {
         "evit": "evit_deploy.tokens.methods.evit:EViT",
+        "merge": "evit_deploy.tokens.methods.merge:Merge",
         "evo-vit": "evit_deploy.tokens.methods.evo_vit:EvoViT",
         "dynamicvit": "evit_deploy.tokens.methods.dynamicvit:DynamicViT",
         "tome": "evit_deploy.tokens.methods.tome:ToMe",

@@ -70,7 +70,16 @@ class _Several(Command):
     help="Precision of the files; of several, a bundle each.  [default: fp16 for an engine, else fp32]",
 )
 @struct_options(
-    "ConvertOptions", "Target", "linear", "calibration", "keep_precision", "indices", "normalize", "target_options"
+    "ConvertOptions",
+    "Target",
+    "linear",
+    "calibration",
+    "keep_precision",
+    "max_drop",
+    "sensitivity",
+    "indices",
+    "normalize",
+    "target_options",
 )
 @struct_options("BuildOptions", "Engine")
 @struct_options("ConvertOptions", "Checks", "data", "min_speedup", "sign")

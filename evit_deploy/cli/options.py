@@ -154,7 +154,7 @@ def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--proportional-attention/--no-proportional-attention", cls=Option, group=group, default=None,
-            help="tome: a merged token attracts attention like all its patches.  [default: it does]",
+            help="merge, tome: a merged token attracts attention like all its patches.  [default: it does]",
         ),
         click.option(
             "--merge", cls=Option, group=group, type=Numbers(int, 0), metavar="R[,R...]",

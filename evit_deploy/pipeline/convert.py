@@ -31,6 +31,7 @@ from evit_deploy.models.files.safe_weights import split_part
 from evit_deploy.models.files.sources import FILE_SUFFIXES
 from evit_deploy.models.preprocessing import described
 from evit_deploy.pipeline.lowering import Exports, Lowering, export, lowering, write_targets
+from evit_deploy.pipeline.untrained import merging_note
 from evit_deploy.profiling.batch_sizes import sizes_within
 from evit_deploy.profiling.candidates import bundle_candidates
 from evit_deploy.profiling.profile import speed_gate
@@ -43,9 +44,11 @@ from evit_deploy.targets.target import Exported
 from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
 from evit_deploy.tokens.plan import TokenOptions, TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_label, token_plan
+from evit_deploy.verification.accuracy import DATA_BATCH
 from evit_deploy.verification.cost import MODEL_NAME
 from evit_deploy.verification.golden import Golden, KnownAnswers, make_golden
-from evit_deploy.verification.pictures import check_images, pictures_of
+from evit_deploy.verification.pictures import check_images, embeds, pictures_of
+from evit_deploy.verification.sensitivity import Shown, of_array
 from evit_deploy.verification.verify import Trial, prove, verify_precision
 
 _LOG = logging.getLogger(__name__)
@@ -384,6 +387,11 @@ def _reduce(checkpoint: Checkpoint, variant: Variant, dense: torch.nn.Module) ->
     known = [*checkpoint.notes, *_size_notes(checkpoint, model, job.image_size), *variant.notes]
     known += _training_notes(checkpoint, spec, job.image_size)
     preprocess = preprocess_of(checkpoint, model)
+    pictures = job.made.options.calibration or job.made.options.data
+    if checkpoint.tokens is None and spec.method == "evit" and not spec.dense and pictures is not None:
+        doing(_LOG, "comparing with merging")
+        note = merging_note(model, preprocess, Path(pictures))
+        known += [note] if note else []
     return Reduced(checkpoint, model, dense_twin(model), spec, token_plan(model), preprocess, known)
 
 
@@ -449,7 +457,7 @@ def _export(one: _Work, shared: _Shared) -> Golden:
         place = Path(made.options.calibration)
         shared.images = calibration_images(place, reduced.preprocess, reduced.channels, CALIBRATION_IMAGES)
     about = reduced.checkpoint.model, reduced.preprocess
-    files = export(models, made, about, shared.images, folder, shared.exports)
+    files = export(models, made, about, shared.images, folder, shared.exports, _shown(one, shared.images))
     one.manifest = msgspec.structs.replace(one.manifest, unquantized=files.unquantized)
     one.report += files.report
     stage(_LOG, f"{one.variant.prefix}asking PyTorch for golden answers")
@@ -457,6 +465,18 @@ def _export(one: _Work, shared: _Shared) -> Golden:
     golden = make_golden(*models, inputs, made.precision, files.quantized, shared.answers)
     golden.save(folder / GOLDEN)
     return golden
+
+
+def _shown(one: _Work, calibration: np.ndarray | None) -> Shown | None:
+    """The images that quantising is judged by: those of ``--data``, else those for calibration."""
+    job, manifest = one.variant.job, one.manifest
+    if calibration is None:
+        return None
+    batches, data = of_array(calibration), job.made.options.data
+    if data is not None:
+        pictures = pictures_of(Path(data), manifest)
+        batches = lambda: pictures.batches(manifest, DATA_BATCH)  # noqa: E731
+    return Shown(batches, embeds(manifest), job.measure.threads)
 
 
 def _proof(one: _Work) -> Report:

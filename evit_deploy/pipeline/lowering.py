@@ -24,8 +24,9 @@ from evit_deploy.export.variants import with_indices
 from evit_deploy.progress import doing, stage
 from evit_deploy.recipe.options import BuildOptions, ConvertOptions, Linear
 from evit_deploy.registry import RUNTIMES, TARGETS
-from evit_deploy.report.report import Report
+from evit_deploy.report.report import Report, SensitivityRow
 from evit_deploy.targets.target import PORTABLE, Exported, Target, all_targets
+from evit_deploy.verification.sensitivity import Shown, kept_within, layer_costs, of_array
 
 _LOG = logging.getLogger(__name__)
 
@@ -156,11 +157,11 @@ def _check_precision(precision: str, targets: Sequence[str], calibrated: bool) -
 
 def _check_quantized(made: Lowering) -> None:
     """What is said of quantised layers needs some."""
-    if made.precision not in QUANTIZED and made.options.keep_precision:
-        raise InputError(
-            f"{made.precision} quantises no layer, so that none can be left out", where="--keep-precision",
-            seen=", ".join(made.options.keep_precision), fix="Leave it out, or ask for int8.",
-        )  # fmt: skip
+    default = ConvertOptions()
+    for field in ("keep_precision", "max_drop", "sensitivity"):
+        if made.precision not in QUANTIZED and getattr(made.options, field) != getattr(default, field):
+            what = f"{made.precision} quantises no layer, which this is about"
+            raise InputError(what, where=flag(field), fix="Leave it out, or ask for int8.")
 
 
 def _refuse_unused(made: Lowering) -> None:
@@ -235,6 +236,7 @@ def export(
     calibration: np.ndarray | None,
     folder: Path,
     exports: Exports,
+    shown: Shown | None = None,
 ) -> Files:
     """Exports a model and its dense twin, sets their precision and writes both.
 
@@ -245,8 +247,11 @@ def export(
         calibration: Images for ``int8`` and ``fp8``.
         folder: Folder of the bundle in the making.
         exports: What was exported before.
+        shown: Images to judge ``int8`` and ``fp8`` by where ``max_drop`` is asked for; the calibration images if not
+            given.
 
     Raises:
+        GateFailed: Quantising costs more than ``max_drop``, whatever is left out.
         InputError: A pattern of ``keep_precision`` names no layer, or weights are too large for the precision.
         StageError: The exporter or the quantiser failed.
     """
@@ -256,8 +261,8 @@ def export(
 
     def of_the_model(quantized: Quantized) -> Collection[str]:
         nonlocal report
-        kept = layers_like(made.options.keep_precision, quantized.layers)
-        report = _kept_note(kept, quantized, made)
+        assert calibration is not None
+        kept, report = _chosen(quantized, made, calibration, shown or Shown(of_array(calibration)))
         return kept
 
     (folder / DENSE).parent.mkdir()
@@ -286,6 +291,29 @@ def export(
         return Files()
     quantized: Any = protos[0], protos[1] if len(protos) > 1 else None
     return Files(quantized, unquantized, report)
+
+
+def _chosen(
+    quantized: Quantized, made: Lowering, calibration: np.ndarray, shown: Shown
+) -> tuple[Collection[str], Report]:
+    """The layers that stay in the base precision: those that were named, and those that ``max_drop`` takes."""
+    options, report = made.options, Report()
+    kept: Sequence[str] = layers_like(options.keep_precision, quantized.layers)
+    costs: Sequence[SensitivityRow] = ()
+
+    def measured() -> Sequence[SensitivityRow]:
+        doing(_LOG, "measuring what each layer costs")
+        return layer_costs(quantized, calibration, embeds=shown.embeds, threads=shown.threads)
+
+    if options.max_drop is not None:
+        found = kept_within(quantized, options.max_drop, shown, kept, measured)
+        kept, costs = found.layers, found.costs
+        check = msgspec.structs.replace(found.check, name=f"{made.precision}: {found.check.name}")
+        report = Report(checks=(check,), notes=found.notes)
+    if options.sensitivity and not costs:
+        costs = measured()
+    rows = tuple(msgspec.structs.replace(row, kept=row.layer in kept) for row in costs)
+    return kept, report + _kept_note(kept, quantized, made) + Report(sensitivity=rows)
 
 
 def _kept_note(kept: Sequence[str], quantized: Quantized, made: Lowering) -> Report:

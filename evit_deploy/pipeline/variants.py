@@ -125,5 +125,7 @@ def _lowering(options: ConvertOptions, precision: str | None, among: Sequence[st
     if precision is not None:
         options = msgspec.structs.replace(options, precision=precision)
     if precision not in QUANTIZED and any(other in QUANTIZED for other in among):
-        options = msgspec.structs.replace(options, calibration=None, keep_precision=())
+        options = msgspec.structs.replace(
+            options, calibration=None, keep_precision=(), max_drop=None, sensitivity=False
+        )
     return lowering(options)

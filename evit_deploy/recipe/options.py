@@ -90,6 +90,11 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     keep_precision: tuple[str, ...] = ()
     """For ``int8`` and ``fp8``: linear layers that stay in the base precision, by name or pattern, ``blocks.11.mlp.*``;
     several are possible."""
+    max_drop: Annotated[float, Meta(gt=0, le=100)] | None = None
+    """For ``int8`` and ``fp8``: points of top-1 that quantising may cost on the labelled images of ``data``, or of
+    agreement on those without labels or for calibration; the layers that cost most stay in the base precision."""
+    sensitivity: bool = False
+    """For ``int8`` and ``fp8``: measure what quantising each linear layer costs, by as many runs of 16 images."""
     indices: bool = False
     """Give out the kept candidates as outputs ``kept_<block>`` of ``model.onnx``."""
     normalize: bool = False

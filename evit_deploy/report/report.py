@@ -301,6 +301,24 @@ class ComparedRow(msgspec.Struct, frozen=True):
         return None if self.recall is None else (self.recall, self.recall_low, self.recall_high)
 
 
+class SensitivityRow(msgspec.Struct, frozen=True):
+    """What it costs to quantise one linear layer and no other.
+
+    Args:
+        layer: Its name.
+        noise: Error of the answers over their spread, both as root mean squares.
+        share: Its share of the noise of all layers, 0 to 1: of the sum of their squares.
+        weights: Share of the quantised layers' weights that is in it, 0 to 1.
+        kept: Whether it stayed in the base precision.
+    """
+
+    layer: str
+    noise: float
+    share: float
+    weights: float
+    kept: bool = False
+
+
 class AgreementRow(msgspec.Struct, frozen=True):
     """How much two runtimes agree on the same images.
 
@@ -373,6 +391,7 @@ class Report(msgspec.Struct, frozen=True):
         gpu: What the GPU's clocks did meanwhile, by batch size.
         accuracy: What was right while training.
         agreement: Which runtimes agree.
+        sensitivity: What quantising each linear layer costs, the most expensive first.
         notes: Sentences for the reader.
         versions: Packages.
         device: Where it ran.
@@ -387,6 +406,7 @@ class Report(msgspec.Struct, frozen=True):
     gpu: tuple[GpuSummary, ...] = ()
     accuracy: tuple[AccuracyRow, ...] = ()
     agreement: tuple[AgreementRow, ...] = ()
+    sensitivity: tuple[SensitivityRow, ...] = ()
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = {}
     device: dict[str, Any] = {}
@@ -471,6 +491,7 @@ class Report(msgspec.Struct, frozen=True):
             gpu=self.gpu + other.gpu,
             accuracy=self.accuracy + other.accuracy,
             agreement=self.agreement + other.agreement,
+            sensitivity=self.sensitivity + other.sensitivity,
             notes=self.notes + tuple(note for note in other.notes if note not in self.notes),
             versions=self.versions | other.versions,
             device=self.device | other.device,

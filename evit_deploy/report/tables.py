@@ -15,6 +15,7 @@ from evit_deploy.report.report import (
     LoadRow,
     ProfileRow,
     Report,
+    SensitivityRow,
     Summary,
 )
 
@@ -89,6 +90,8 @@ def render(report: Report, console: Any) -> None:
             ],
             unsaid=_empty({"top-1 %": "top1", "lowest cosine": "cosine"}, report.agreement),
         )
+    if report.sensitivity:
+        _sensitivity(console, report.sensitivity)
     if report.rows:
         _print(console, _clocks(report.rows))
         whole = ("end to end\nimages/s", "end to end\nms", "end to end\nspeed-up")
@@ -140,6 +143,24 @@ def text_table(
     text = io.StringIO()
     _table(Console(file=text, width=width), header, rows, dispensable)
     return text.getvalue().rstrip("\n")
+
+
+_MOST_SENSITIVE = 12
+
+
+def _sensitivity(console: Any, rows: Sequence[SensitivityRow]) -> None:
+    """Prints the layers that cost most when they are quantised, and those that were left out; the rest is summed up."""
+    shown = [row for place, row in enumerate(rows) if place < _MOST_SENSITIVE or row.kept]
+    rest = [row for row in rows if row not in shown]
+    cells = [
+        (row.layer, f"{row.noise:.4f}", f"{row.share:.1%}", f"{row.weights:.1%}", "kept" if row.kept else "")
+        for row in shown
+    ]
+    if rest:
+        share, weights = sum(row.share for row in rest), sum(row.weights for row in rest)
+        cells.append((f"{len(rest)} more", "", f"{share:.1%}", f"{weights:.1%}", ""))
+    _print(console, "What quantising one linear layer alone costs: error of the answers over their spread.")
+    _table(console, ("layer", "noise", "share of it", "weights", ""), cells)
 
 
 def _compared(console: Any, rows: Sequence[ComparedRow], speeds: Sequence[ProfileRow]) -> None:

@@ -15,7 +15,9 @@ from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reducer import TokenReducer, options_of
 from evit_deploy.tokens.state import TokenBlocks
 
-_FOR_POOLING = "Take evit's options normalize=true and sized=true, or squeeze=true, or the method tome or evo-vit."
+_FOR_POOLING = (
+    "Take evit's options normalize=true and sized=true, or squeeze=true, or the method merge, tome or evo-vit."
+)
 
 
 def _plan(model: nn.Module, spec: TokenSpec, progress: float) -> TokenPlan:

@@ -280,7 +280,7 @@ def _measured(
 
 
 def _notes(subject: Subject, options: TuneOptions) -> tuple[str, ...]:
-    notes = list(subject.pictures.notes) if subject.pictures is not None else []
+    notes = [*subject.manifest.notes, *(subject.pictures.notes if subject.pictures is not None else ())]
     if len(subject.images) < _FEW_IMAGES:
         few = len(subject.images)
         notes.append(f"Few calibration images ({few}): schedules that are near each other are not told apart.")

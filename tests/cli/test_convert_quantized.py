@@ -5,12 +5,15 @@ from pathlib import Path
 import msgspec
 import onnx
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from evit_deploy.bundle.bundle import read_bundle
-from evit_deploy.bundle.manifest import DENSE, ENGINE, MANIFEST, MODEL, OPENVINO
+from evit_deploy.bundle.manifest import DENSE, ENGINE, MANIFEST, MODEL, OPENVINO, REPORT
 from evit_deploy.data.images import sample_photographs
 from evit_deploy.engines.rtx_listing import plan_layers
 from evit_deploy.export.card import load_onnx, read_card
+from evit_deploy.report.report import Report
 from evit_deploy.targets.claims import check_claims
 from tests.support.command_line import QUICK, Result
 from tests.support.models import tree, write_checkpoint
@@ -110,3 +113,61 @@ def test_an_engine_has_them_in_16_bits(convert, tmp_path):
     layers = [layer for layer in plan_layers(bundle.file(ENGINE)) if "blocks.2.mlp.inner.fc1/Gemm" in layer.nodes]
     assert layers
     assert all("int8" not in {tensor.dtype for tensor in layer.inputs} for layer in layers)
+
+
+# ---- what each layer costs, and a limit
+
+
+@pytest.fixture
+def outlying(cli, tmp_path, photographs):
+    """Converts a model whose head has an outlier for a feature that is always 0: rounded, it answers nonsense."""
+    checkpoint = write_checkpoint(tmp_path / "outlying.safetensors")
+    with safe_open(checkpoint, "pt") as file:
+        weights, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    weights["norm.weight"][0] = weights["norm.bias"][0] = 0
+    weights["head.weight"][:, 0] = 100
+    save_file(weights, checkpoint, about)
+
+    def call(*arguments: object) -> Result:
+        given = ("--keep-rate", "0.6", "--precision", "int8", "--calibration", photographs, "--out", tmp_path / "out")
+        return cli("convert", checkpoint, *given, *arguments, *QUICK)
+
+    return call
+
+
+def test_sensitivity_is_shown_and_in_the_report(convert, tmp_path):
+    result = convert("--sensitivity", *KEEP)
+    assert result.code == 0, result.err
+    assert "What quantising one linear layer alone costs" in result.out
+    assert "share of it" in result.out
+    report = msgspec.json.decode((tmp_path / "out" / REPORT).read_bytes(), type=Report)
+    assert len(report.sensitivity) == 25
+    assert {row.layer for row in report.sensitivity if row.kept} == set(KEPT)
+
+
+def test_the_layer_that_cannot_be_rounded_stays_where_a_limit_is_given(outlying, tmp_path):
+    result = outlying("--max-drop", "4")
+    assert result.code == 0, result.err
+    manifest = read_bundle(tmp_path / "out").manifest
+    assert "head" in manifest.unquantized
+    assert len(manifest.unquantized) < 12
+    report = msgspec.json.decode((tmp_path / "out" / REPORT).read_bytes(), type=Report)
+    check = next(check for check in report.checks if check.name == "int8: drop of agreement, points")
+    assert check.passed
+    assert check.limit == 4
+    assert report.sensitivity[0].layer == "head"
+    assert report.sensitivity[0].kept
+
+
+def test_a_limit_that_cannot_be_held_is_a_failed_gate_and_nothing_is_written(outlying, tmp_path):
+    before = tree(tmp_path)
+    result = outlying("--keep-precision", "blocks.*", "--max-drop", "4")
+    result.refused(1, "--max-drop", "cannot be kept within the limit", "points of 32 images", "at most 4")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "101", "nan", "x"])
+def test_a_limit_that_is_none(convert, tmp_path, value):
+    before = tree(tmp_path)
+    convert("--max-drop", value).refused(2, "--max-drop", value)
+    assert tree(tmp_path) == before

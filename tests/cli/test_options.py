@@ -55,6 +55,8 @@ VALUES = {  # as they are given on the command line, and what comes of it
     "linear": (["matmul"], "matmul"),
     "calibration": (["images"], "images"),
     "keep_precision": (["blocks.11.mlp.*,head", "blocks.0.*"], ("blocks.11.mlp.*", "head", "blocks.0.*")),
+    "max_drop": (["0.5"], 0.5),
+    "sensitivity": (None, True),
     "indices": (None, True),
     "normalize": (None, True),
     "data": (["labelled"], "labelled"),

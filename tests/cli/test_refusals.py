@@ -57,7 +57,7 @@ from tests.support.models import hollow, tree
         (["--method", "tome", "--method-option", "merge=many"], ["$.merge", "got `str`"]),
         (["--method", "tome", "--merge", "2", "--method-option", "ratio=3"], ["ratio", "merge, inflect"]),
         (["--merge", "13"], ["'evit' does not take these options", "an option of the method 'tome'"]),
-        (["--keep-rate", "0.5", "--no-proportional-attention"], ["an option of the method 'tome'"]),
+        (["--keep-rate", "0.5", "--no-proportional-attention"], ["an option of the method 'merge' and 'tome'"]),
         (["--keep-rate", "0.5", "--threads", "0"], ["--threads", "0"]),
         (["--keep-rate", "0.5", "--min-speedup", "fast"], ["--min-speedup", "'fast'"]),
         (["--keep-rate", "0.5", "--data", "absent"], ["absent", "no such folder"]),

@@ -24,6 +24,7 @@ OPTIONS = [
     TokenSpec(keep_rate=0.6, options={"normalize": True}),
     TokenSpec(keep_rate=0.6, options={"squeeze": True}),
     TokenSpec(method="tome", options={"merge": 3}),
+    TokenSpec(method="merge", keep_rate=0.6, fuse=False),
     TokenSpec(method="evo-vit", keep_rate=0.6),
     TokenSpec(method="dynamicvit", keep_rate=0.6, fuse=False),
 ]

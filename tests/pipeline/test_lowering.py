@@ -113,9 +113,11 @@ def test_an_engine_is_run_where_one_of_its_gpus_is(monkeypatch, here, gpus, runs
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_layers_are_kept_out_of_quantising_only_where_some_are_quantised(precision):
-    with pytest.raises(InputError, match=rf"--keep-precision: {precision} quantises no layer.*got head, blocks"):
-        lowering(ConvertOptions(targets=("onnx",), precision=precision, keep_precision=("head", "blocks.0.*")))
+@pytest.mark.parametrize("more", [{"keep_precision": ("head",)}, {"max_drop": 0.5}, {"sensitivity": True}], ids=str)
+def test_what_is_about_quantised_layers_needs_some(precision, more):
+    (field,) = more
+    with pytest.raises(InputError, match=rf"{flag(field)}: {precision} quantises no layer.*ask for int8"):
+        lowering(ConvertOptions(targets=("onnx",), precision=precision, **more))
 
 
 @pytest.mark.parametrize(

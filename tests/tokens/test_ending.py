@@ -24,6 +24,7 @@ SPECS = [
     TokenSpec(keep_rate=0.6, options={"normalize": True}, **EARLY),
     TokenSpec(keep_rate=0.6, options={"squeeze": True}, **EARLY),
     TokenSpec(method="tome", options={"merge": (5, 5, 5)}),
+    TokenSpec(method="merge", keep_rate=0.6, fuse=False, **EARLY),
     TokenSpec(method="dynamicvit", keep_rate=0.6, fuse=False, **EARLY),
 ]
 SEEING_ALL = [kind for kind in KINDS if kind == "LV-ViT"]

@@ -15,6 +15,7 @@ SPECS = {
     "later blocks": TokenSpec(keep_rate=(0.8, 0.5), locations=(1, 2)),
     "a method with state": TokenSpec(keep_rate=0.5, locations=(2,), options={"squeeze": True}),
     "last block": TokenSpec(keep_rate=0.5, locations=(3,), fuse=False),
+    "merging": TokenSpec(keep_rate=0.5, locations=(2,), method="merge"),
 }
 
 

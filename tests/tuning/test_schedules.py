@@ -25,7 +25,8 @@ def test_a_rate_is_as_short_as_it_can_be():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"fuse": False}, {"options": {"squeeze": True}}, {"options": {"normalize": True}}]
+    "options",
+    [{}, {"fuse": False}, {"options": {"squeeze": True}}, {"options": {"normalize": True}}, {"method": "merge"}],
 )
 def test_a_spec_makes_the_counts_of_its_schedule(options):
     made = planner(**options)

@@ -6,8 +6,6 @@ attention is never read out: scores have their own row of the attention map, so 
 Option ``squeeze`` is TPS: "Joint Token Pruning and Squeezing" (CVPR 2023, arXiv 2304.10716).
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -18,9 +16,10 @@ from torch import Tensor, nn
 from evit_deploy.errors import InputError
 from evit_deploy.tokens import operator
 from evit_deploy.tokens.backbone import backbone_of
-from evit_deploy.tokens.choices import rounding_of, share_margin, swap_last
+from evit_deploy.tokens.choices import share_margin
+from evit_deploy.tokens.joining import cosines, join_margin, nearest_join, nearest_kept
 from evit_deploy.tokens.merge import token_merge
-from evit_deploy.tokens.op import precise, rows_of, select
+from evit_deploy.tokens.op import precise
 from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, make_plan
 from evit_deploy.tokens.reducer import TokenReducer
 from evit_deploy.tokens.state import TokenState, patches_back, rows_after, rows_after_keeping
@@ -163,17 +162,7 @@ class EViT(TokenReducer):
         assert row.keep is not None
         clear = share_margin(scores[0], exact[0], row.keep)
         candidates = clear.shape[1]
-        low, true = (_similarity(found[1], candidates) for found in (scores, exact))
-        rounding = rounding_of(low, true)
-        result = clear.copy()
-        for image, (stay, move, joined) in enumerate(_lists(choice, row.keep, candidates)):
-            for dropped, target in zip(move, joined, strict=True):
-                gap = (true[image, dropped, target] - true[image, dropped]) / rounding
-                kept = np.isin(np.arange(candidates), stay)
-                others = np.where(kept, gap, np.maximum(gap, clear[image]))  # one that is dropped has to be kept first
-                others[[dropped, target]] = np.inf
-                result[image, dropped] = min(clear[image, dropped], clear[image, target], others.min())
-        return result
+        return join_margin(clear, cosines(scores[1], candidates), cosines(exact[1], candidates), choice, row.keep)
 
     @classmethod
     def nearest_choice(cls, choice: np.ndarray, exact: Any, row: BlockPlan) -> np.ndarray:
@@ -181,20 +170,7 @@ class EViT(TokenReducer):
         if row.choice != "merge":
             return super().nearest_choice(choice, exact, row)
         assert row.keep is not None
-        candidates = exact[0].shape[1]
-        similarity = _similarity(exact[1], candidates)
-        swapped = choice.copy()
-        swapped[:, :candidates] = swap_last(choice[:, :candidates], exact[0], row.keep)
-        for image, (stay, move, _) in enumerate(_lists(swapped, row.keep, candidates)):
-            found = similarity[image][np.ix_(move, stay)]
-            best = np.argsort(-found, axis=1, kind="stable")
-            joined = best[:, 0].copy()
-            if row.keep > 1:
-                ranked = np.take_along_axis(found, best[:, :2], axis=1)
-                closest = int(np.argmin(ranked[:, 0] - ranked[:, 1]))
-                joined[closest] = best[closest, 1]
-            swapped[image, candidates:] = joined
-        return swapped
+        return nearest_join(choice, exact[0], cosines(exact[1], exact[0].shape[1]), row.keep)
 
 
 class _Mean(nn.Module):
@@ -224,47 +200,3 @@ def class_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
     # A product and a sum, not a matmul: K keeps the layout in which the projection left it, nothing is transposed.
     logits = (precise(q[:, :1]) * precise(k)).sum(-1) * scale
     return logits.softmax(dim=1)[:, prefix:].mean(-1)
-
-
-def nearest_kept(x: Tensor, scores: Tensor, keep: int, prefix: int) -> Tensor:
-    """A choice of kind ``merge``: the highest scores stay, each of the others joins the most similar that stays.
-
-    Similarity is the cosine; ties go to the one with the higher score.
-
-    Args:
-        x: ``[B, prefix + N, C]``.
-        scores: ``[B, N]``.
-        keep: K.
-        prefix: Tokens in front.
-
-    Returns:
-        int32 ``[B, 2N - K]``.
-    """
-    order = select(scores, scores.shape[1])
-    tokens = precise(rows_of(x.detach(), order, prefix))
-    stay, move = tokens[:, :keep], tokens[:, keep:]
-    # The length of the one that joins is the same for all that it could join.
-    directions = stay / stay.norm(dim=-1, keepdim=True).clamp_min(_TINY)
-    with _in_full(x):
-        joined = (move @ directions.transpose(1, 2)).argmax(dim=-1)
-    return torch.cat([order, joined], dim=1).to(torch.int32)
-
-
-def _in_full(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Without autocast, which would compare in half precision; an export knows no such thing."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext()
-
-
-def _similarity(x: np.ndarray, candidates: int) -> np.ndarray:
-    """Cosines between all candidates, float64 ``[n, N, N]``."""
-    tokens = x[:, -candidates:].astype(np.float64)
-    unit = tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), _TINY)
-    return unit @ unit.transpose(0, 2, 1)
-
-
-def _lists(choice: np.ndarray, keep: int, candidates: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """For each image: candidates that stay, those that move, and the candidate that each of these joins."""
-    for numbers in choice.astype(np.int64):
-        stay = numbers[:keep]
-        yield stay, numbers[keep:candidates], stay[numbers[candidates:]]

@@ -46,10 +46,8 @@ class Result:
         lines = self.err.splitlines()
         assert lines[-1].startswith("evit-deploy: ")
         assert sum(line.startswith("evit-deploy: ") for line in lines) == 1
-        assert all(
-            line.startswith(("evit-deploy: ", "Usage: ", "These weights were never trained", "Preprocessing: "))
-            for line in lines
-        )
+        notes = "These weights were never trained", "Without training it ", "Preprocessing: "
+        assert all(line.startswith(("evit-deploy: ", "Usage: ", *notes)) for line in lines)
         assert len(lines[-1]) < 800
         for hint in hints:
             assert hint in lines[-1]

@@ -50,7 +50,7 @@ _PUBLIC = {
         "pipeline.compare": "compare",
         "triton.connection": "Server",
         "report.report": "Report Check ProfileRow LatencyRow Summary BlockRow LoadRow "
-        "GpuSummary AccuracyRow ComparedRow Difference AgreementRow",
+        "GpuSummary AccuracyRow ComparedRow Difference AgreementRow SensitivityRow",
     },
     "Tuning": {
         "tuning.tune": "tune",

@@ -70,6 +70,7 @@ from evit_deploy.report.report import LatencyRow as LatencyRow
 from evit_deploy.report.report import LoadRow as LoadRow
 from evit_deploy.report.report import ProfileRow as ProfileRow
 from evit_deploy.report.report import Report as Report
+from evit_deploy.report.report import SensitivityRow as SensitivityRow
 from evit_deploy.report.report import Summary as Summary
 from evit_deploy.runtimes.runner import Mark as Mark
 from evit_deploy.runtimes.runner import Resident as Resident

@@ -102,7 +102,8 @@ def main() -> None:
     checkpoint = read_checkpoint(options.backbone)
     model = build_model(checkpoint, 224).eval()
     preprocess = Preprocess.from_model(model, (224, 224))
-    index = [row["file"] for row in json.loads((options.stamps / "index.json").read_text())]
+    listed = json.loads((options.stamps / "index.json").read_text())
+    index, names = [row["file"] for row in listed], sorted({row["label"] for row in listed})
     masks = np.load(options.stamps / "masks.npy", mmap_mode="r")
     features, labels = [], []
     for fold in range(FOLDS):
@@ -110,7 +111,6 @@ def main() -> None:
         features.append(class_tokens(model, images)[0])
         labels.append([row["label"] for row in rows])
         print(f"fold {fold}: {len(rows)} pictures to fit on", flush=True)
-    names = sorted({name for fold in labels for name in fold})
     heads = []
     for fold in range(FOLDS):
         others = [other for other in range(FOLDS) if other != fold]

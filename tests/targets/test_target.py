@@ -111,6 +111,7 @@ def test_an_engine_that_is_not_what_was_asked_for_fails_its_audit(tmp_path):
     from evit_deploy.bundle.manifest import Engine
     from evit_deploy.engines.build import Built
 
+    onnx.save(exported("plain"), tmp_path / MODEL)
     (tmp_path / ENGINE).write_bytes(b"no listing")
     engine = Engine("tensorrt-rtx", "1.7", ("sm80",), None, "fp16", (), None, {}, 1.0)
     made = Artifact(tmp_path / ENGINE, False, engine, Built(engine, 0, None))

@@ -9,7 +9,6 @@ import msgspec
 from evit_deploy.engines import build
 from evit_deploy.engines.layers import Layer, compute_dtypes, is_fused_attention, is_matmul, is_opaque, parse_layers
 from evit_deploy.errors import first_few
-from evit_deploy.export.quantization import layer_of
 from evit_deploy.report.report import Check, Report
 from evit_deploy.tokens.plan import TokenPlan
 
@@ -113,6 +112,8 @@ def dtype_check(layers: Sequence[Layer], precision: str, unquantized: Collection
 
 
 def _runs_in(layer: Layer, precision: str, unquantized: Collection[str]) -> bool:
+    from evit_deploy.export.quantization import layer_of  # with ONNX, which what lists the targets does without
+
     dtypes = compute_dtypes(layer)
     if precision in dtypes:  # what is fused behind the matmul, a residual for one, may be read in another type
         return True

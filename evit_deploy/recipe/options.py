@@ -199,7 +199,7 @@ class TuneOptions(Section, frozen=True, kw_only=True):
     """Images that each schedule answers; finalists answer twice as many, if there are. [default: 64]"""
     trials: Annotated[int, Meta(ge=4, le=65_536)] = 48
     """Schedules to try on images. [default: 48]"""
-    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
     """Where the search's random numbers start; each of several processes that search together takes its own.
     [default: 0]"""
     target: str | None = None

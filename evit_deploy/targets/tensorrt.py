@@ -10,8 +10,6 @@ from evit_deploy.engines.layers import Layer
 from evit_deploy.engines.options import BUILDERS, check_options, usable
 from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import EvitDeployError
-from evit_deploy.export.card import read_card
-from evit_deploy.export.outline import read_outline
 from evit_deploy.recipe.options import BuildOptions
 from evit_deploy.report.report import Report
 from evit_deploy.targets.target import Artifact, Exported, Target, refusals
@@ -51,6 +49,9 @@ class TensorRT(Target):
     @classmethod
     def audit(cls, artifacts: list[Artifact], plan: TokenPlan) -> Report:
         """Fused attention and types of matrix products, of both: a bad dense twin would flatter the model."""
+        from evit_deploy.export.card import read_card
+        from evit_deploy.export.outline import read_outline
+
         report = Report()
         for made in artifacts:
             card = read_card(read_outline(made.path.with_name(MODEL)).proto)

@@ -186,8 +186,8 @@ def kept_within(
 def _notes(found: dict[int, float], limit: float, exact: np.ndarray) -> tuple[str, ...]:
     one, notes = 100 / len(exact), []
     if len(found) > 1:
-        told = "; ".join(f"{drop:.2f} with {count}" for count, drop in sorted(found.items()))
-        notes.append(f"Points lost on {len(exact)} images by the number of layers left out for --max-drop: {told}.")
+        drops = "; ".join(f"{drop:.2f} with {count}" for count, drop in sorted(found.items()))
+        notes.append(f"Points lost on {len(exact)} images by the number of layers left out for --max-drop: {drops}.")
     if one > limit:
         notes.append(f"One of {len(exact)} images is {one:.2g} points: --max-drop {limit:g} lets none be lost.")
     return tuple(notes)

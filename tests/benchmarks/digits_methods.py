@@ -59,6 +59,8 @@ def _grid(method: str) -> Iterable[Settings]:
     for rate in rates:
         if method == "evo-vit":
             yield {"method": method, "keep_rate": rate, "options": {"representative": True}}
+        elif method == "merge":
+            yield {"method": method, "keep_rate": rate, "fuse": False}
         elif method == "tps":
             yield {"method": "evit", "keep_rate": rate, "locations": LOCATIONS, "options": {"squeeze": True}}
         else:
@@ -272,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/digits-in-the-wild.yaml"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=["evit", "tps", "evo-vit", "dynamicvit", "tome"])
+    parser.add_argument("--methods", nargs="+", default=["evit", "tps", "merge", "evo-vit", "dynamicvit", "tome"])
     parser.add_argument("--starts", nargs="+", default=["dense", "scratch", "untrained", "finetuned"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="trainings beside each other")

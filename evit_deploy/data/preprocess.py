@@ -116,12 +116,15 @@ def _transform(preprocess: Preprocess) -> "Callable[[Image.Image], torch.Tensor]
 
 
 def _floor_crop(crop: Any) -> "Callable[[Image.Image], Image.Image]":
-    """Torchvision's crop, with its margins rounded down."""
+    """Torchvision's crop with its margins rounded down, and its black border where an image is narrower."""
+    from PIL import Image
 
     def cropped(image: "Image.Image") -> "Image.Image":
         height, width = crop.size
-        if image.width < width or image.height < height:  # torchvision's border is as Hugging Face's
-            return crop(image)
+        if image.width < width or image.height < height:
+            padded = Image.new(image.mode, (max(width, image.width), max(height, image.height)))
+            padded.paste(image, ((padded.width - image.width) // 2, (padded.height - image.height) // 2))
+            image = padded
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
 

@@ -89,6 +89,10 @@ sides = st.integers(1, 90)
     height=1, width=1, size=(1, 2), crop_pct=1.5, crop_mode="center", interpolation="nearest", mean=(0.0, 0.0, 0.0),
     std=(1.0, 1.0, 1.0),
 )  # fmt: skip
+@example(  # narrower than the crop in one direction and wider in the other
+    height=1, width=3, size=(3, 3), crop_pct=1.5, crop_mode="center-floor", interpolation="nearest",
+    mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
+)  # fmt: skip
 def test_any_size_and_any_settings(height, width, size, crop_pct, crop_mode, interpolation, mean, std):
     preprocess = Preprocess(size, crop_pct, crop_mode, interpolation, mean, std)
     pixels = np.random.default_rng(height * 97 + width).integers(0, 256, (height, width, 3), np.uint8)

@@ -1,0 +1,142 @@
+"""One image at one location as pixels: dimmed where patches are gone, groups tinted and outlined, scores as colours.
+
+All arithmetic is of whole numbers, so that a picture has the same bytes everywhere.
+"""
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from evit_deploy.drawing.colours import GROUPS, INK, PAPER, group_colours, scale_colours
+from evit_deploy.drawing.seen import Seen, Stage
+
+SIDE = 224
+"""Pixels that the longer side of a tile has, or a little less."""
+
+
+def tile_of(seen: Seen, side: int = SIDE) -> np.ndarray:
+    """The image as it is drawn: every patch has a whole number of pixels.
+
+    A small image is enlarged a whole number of times, one that is larger than ``side`` is reduced.
+
+    Returns:
+        uint8 ``[h, w, 3]``.
+    """
+    (rows, columns), (height, width) = seen.grid, seen.image.shape[:2]
+    longer = max(height, width)
+    if longer <= side:
+        times = side // longer
+        return seen.image.repeat(times, axis=0).repeat(times, axis=1)
+    high, wide = (max(1, round(pixels * side / longer)) for pixels in (height // rows, width // columns))
+    small = Image.fromarray(seen.image).resize((columns * wide, rows * high), Image.Resampling.LANCZOS)
+    return np.asarray(small)
+
+
+def kept_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
+    """What is left: patches that are not kept are pale, tokens of several patches tinted, with a line around them.
+
+    Args:
+        seen: The image.
+        stage: One of its stages.
+        side: See :func:`tile_of`.
+
+    Returns:
+        uint8 ``[h, w, 3]``.
+    """
+    photo = tile_of(seen, side)
+    place = _patch_at(photo, seen.grid)
+    colours = group_colours(stage.groups, seen.grid)
+    tints = np.where(colours[:, None] < 0, np.array(PAPER), GROUPS[colours].astype(int))
+    kept, grouped = stage.kept[place][..., None], (colours >= 0)[place][..., None]
+    pixels, tint = photo.astype(np.int64), tints[place]
+    pale = np.where(grouped, (2 * PAPER[0] + tint) // 3, PAPER[0])  # papers are grey: one number will do
+    pixels = np.where(kept, np.where(grouped, (pixels + tint + 1) // 2, pixels), (_grey(pixels) + 3 * pale + 2) // 4)
+    return _outlined(pixels.astype(np.uint8), stage.groups, colours >= 0, seen.grid)
+
+
+def score_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
+    """Scores as colours over a grey photograph, dark for the lowest and bright for the highest of the location.
+
+    Colours go by rank: class attention spans orders of magnitude, and the choice is by rank too. Patches that were no
+    candidates are pale; a line runs around what was kept.
+
+    Args:
+        seen: The image.
+        stage: One of its stages, with scores.
+        side: See :func:`tile_of`.
+
+    Returns:
+        uint8 ``[h, w, 3]``.
+    """
+    photo = tile_of(seen, side).astype(np.int64)
+    place = _patch_at(photo, seen.grid)
+    assert stage.scores is not None
+    known = ~np.isnan(stage.scores)
+    colours = scale_colours(ranks(stage.scores)).astype(np.int64)[place]
+    grey = _grey(photo)
+    pixels = np.where(known[place][..., None], (grey + 3 * colours + 2) // 4, (grey + 3 * PAPER[0] + 2) // 4)
+    if stage.kept.all():
+        return pixels.astype(np.uint8)
+    return _outlined(pixels.astype(np.uint8), stage.kept.astype(int), stage.kept, seen.grid)
+
+
+def ranks(scores: np.ndarray) -> np.ndarray:
+    """The place of each score among them all, from 0 to 1; equal scores have equal places, NaN stays.
+
+    Args:
+        scores: ``[patches]``.
+    """
+    known = ~np.isnan(scores)
+    values, number = np.unique(scores[known], return_inverse=True)
+    found = np.full(scores.shape, np.nan)
+    found[known] = number / max(len(values) - 1, 1)
+    return found
+
+
+class Outline(msgspec.Struct, frozen=True):
+    """Width of the lines between patches.
+
+    Args:
+        dark: Pixels on one side.
+        light: Pixels on the other.
+    """
+
+    dark: int
+    light: int
+
+
+def outline_for(patch: int) -> Outline:
+    """Lines for patches of so many pixels."""
+    return Outline(max(1, patch // 12), 1 if patch >= 6 else 0)
+
+
+def _patch_at(photo: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The patch of each pixel, ``[h, w]``."""
+    numbers = np.arange(grid[0] * grid[1]).reshape(grid)
+    return numbers.repeat(photo.shape[0] // grid[0], axis=0).repeat(photo.shape[1] // grid[1], axis=1)
+
+
+def _grey(pixels: np.ndarray) -> np.ndarray:
+    """Brightness, ``[h, w, 1]``: ITU-R 601 in thousandths."""
+    return ((pixels @ np.array([299, 587, 114]) + 500) // 1000)[..., None]
+
+
+def _outlined(pixels: np.ndarray, groups: np.ndarray, marked: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Draws a line wherever one patch is in another group than the next, and one of the two is marked.
+
+    It is dark in the patch above or to the left and light in the other, so that it shows on any photograph.
+    """
+    square, mark = groups.reshape(grid), marked.reshape(grid)
+    high, wide = pixels.shape[0] // grid[0], pixels.shape[1] // grid[1]
+    line = outline_for(min(high, wide))
+    for light in (True, False):  # dark lines are drawn last: they close every corner
+        width, colour = (line.light, PAPER) if light else (line.dark, INK)
+        for row, column in np.argwhere((square[:, :-1] != square[:, 1:]) & (mark[:, :-1] | mark[:, 1:])):
+            edge = (column + 1) * wide
+            across = slice(edge, edge + width) if light else slice(edge - width, edge)
+            pixels[row * high : (row + 1) * high, across] = colour
+        for row, column in np.argwhere((square[:-1] != square[1:]) & (mark[:-1] | mark[1:])):
+            edge = (row + 1) * high
+            down = slice(edge, edge + width) if light else slice(edge - width, edge)
+            pixels[down, column * wide : (column + 1) * wide] = colour
+    return pixels

@@ -18,6 +18,7 @@ hypothesis.settings.load_profile("evit_deploy")
 
 pytest_plugins = [
     "pytester",
+    "tests.support.browser",
     "tests.support.models",
     "tests.support.command_line",
     "tests.support.compared",

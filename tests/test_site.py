@@ -154,7 +154,10 @@ def served(site: Path) -> Iterator[str]:
 
 
 def found_for(words: str, page: Page) -> list[str]:
-    page.playwright.locator("input.md-search__input").first.fill(words)
+    box = page.playwright.locator("input.md-search__input").first
+    box.focus()
+    page.playwright.locator(".md-search-result__meta", has_text="Type to start searching").wait_for(state="attached")
+    box.press_sequentially(words)
     page.playwright.locator(".md-search-result__item").first.wait_for()
     return page.playwright.locator(".md-search-result__item h1").all_inner_texts()
 

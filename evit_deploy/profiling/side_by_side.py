@@ -33,6 +33,7 @@ from evit_deploy.registry import RUNTIMES
 from evit_deploy.report.report import ProfileRow, Report
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.runtimes.select import subject_of
+from evit_deploy.tokens.plan import TokenPlan
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,14 +58,14 @@ class Entry(msgspec.Struct, frozen=True):
     Args:
         name: What its rows are called; ``None`` of a slice twin, which has none.
         candidate: What runs.
-        mac_ratio: Dense multiply-adds over its own.
+        plan: Its token plan; ``None`` of a baseline and of a slice twin.
         dense: Number of the entry of its dense baseline; ``None`` of a baseline.
         sliced: Number of the entry of its slice twin, where there is one.
     """
 
     name: str | None
     candidate: Candidate
-    mac_ratio: float = 1.0
+    plan: TokenPlan | None = None
     dense: int | None = None
     sliced: int | None = None
 
@@ -242,8 +243,8 @@ def lane_of(runtime: str, contenders: Sequence[Contender], parents: Parents, scr
             notes += [f"{one.name}: overhead not available on {runtime}: {why_not}."] if why_not else []
         place = len(entries) if sliced is not None else None
         entries += [Entry(None, sliced)] if sliced is not None else []
-        ratio = one.bundle.manifest.plan.mac_ratio()
-        entries.append(Entry(one.name, found["model"], ratio, baselines.get(one.dense), place))
+        plan = one.bundle.manifest.plan
+        entries.append(Entry(one.name, found["model"], plan, baselines.get(one.dense), place))
     return Lane(runtime, entries, notes)
 
 
@@ -301,7 +302,7 @@ def rows_of_lane(lane: Lane, batch: int, times: Sequence[Times]) -> list[Profile
         row = row_of(lane.runtime, entry.name, batch, own, on_gpu=entry.candidate.on_gpu)
         ratios = {}
         if entry.dense is not None:
-            ratios = ratios_to_dense(times[entry.dense], own, entry.mac_ratio)
+            ratios = ratios_to_dense(times[entry.dense], own, entry.plan)
         if entry.sliced is not None:
             ratios["overhead"] = overhead_of(own, times[entry.sliced])
         rows.append(msgspec.structs.replace(row, **ratios))

@@ -62,24 +62,26 @@ def row_of(runtime: str, variant: str, batch: int, times: Times, *, on_gpu: bool
     )
 
 
-def ratios_to_dense(dense: Times | None, own: Times, mac_ratio: float | None) -> dict[str, float]:
+def ratios_to_dense(dense: Times | None, own: Times, plan: TokenPlan | None) -> dict[str, float]:
     """How much faster one candidate is than its dense twin, and how much of the saved arithmetic that is.
 
     Args:
         dense: What the twin took; ``None`` without one.
         own: What it took itself, in the same rounds and by the same clock.
-        mac_ratio: Dense multiply-adds over its own, if known.
+        plan: Its token plan, if known.
 
     Returns:
         Fields of a :class:`ProfileRow`; those that cannot be told are left out.
     """
-    ratios = {} if mac_ratio is None else {"mac_ratio": float(mac_ratio)}
+    ratios = {}
+    if plan is not None:
+        ratios = {"mac_ratio": float(plan.mac_ratio()), "computed_mac_ratio": float(plan.computed_mac_ratio())}
     if dense is not None:
         paired = dense.rounds / own.rounds
         low, high = median_interval(paired)
         ratios |= {"speedup": statistics.median(paired.tolist()), "speedup_low": low, "speedup_high": high}
-        if mac_ratio is not None:
-            ratios["mac_efficiency"] = ratios["speedup"] / mac_ratio
+        if plan is not None:
+            ratios["mac_efficiency"] = ratios["speedup"] / ratios["computed_mac_ratio"]
         if dense.end_to_end is not None and own.end_to_end is not None:
             ratios["end_to_end_speedup"] = statistics.median((dense.end_to_end / own.end_to_end).tolist())
     return ratios
@@ -91,7 +93,7 @@ def _ratios(
     twins = {
         c.variant: time for c, time in zip(candidates, times, strict=True) if c.runtime == candidates[index].runtime
     }
-    ratios = ratios_to_dense(twins.get("dense"), times[index], plan.mac_ratio() if plan is not None else None)
+    ratios = ratios_to_dense(twins.get("dense"), times[index], plan)
     if "slice" in twins and candidates[index].variant not in ("dense", "slice"):
         ratios["overhead"] = overhead_of(times[index], twins["slice"])
     return ratios

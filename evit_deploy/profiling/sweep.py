@@ -188,7 +188,7 @@ def _rows(name: str, entries: Sequence[Entry], batch: int, times: Sequence[Times
     dense = {entry.runtime: own for entry, own in zip(entries, times, strict=True) if entry.variant.name == DENSE}
     for entry, own in zip(entries, times, strict=True):
         row = row_of(entry.runtime, f"{name}, {entry.variant.name}", batch, own, on_gpu=entry.on_gpu)
-        ratios = ratios_to_dense(dense[entry.runtime], own, entry.variant.plan.mac_ratio())
+        ratios = ratios_to_dense(dense[entry.runtime], own, entry.variant.plan)
         yield msgspec.structs.replace(row, **ratios)
 
 

@@ -47,8 +47,10 @@ class ProfileRow(msgspec.Struct, frozen=True):
         speedup: Dense twin's time over this one's, median of the paired rounds.
         speedup_low: Lower end of the median's 95 % interval.
         speedup_high: Upper end.
-        mac_ratio: Dense multiply-adds over this one's.
-        mac_efficiency: Speed-up over MAC ratio: 1 when time follows arithmetic.
+        mac_ratio: Dense multiply-adds over this one's, with the last block counted whole, as papers do.
+        computed_mac_ratio: The same of the multiply-adds that files and runtimes compute: of the last block only what
+            the head sees.
+        mac_efficiency: Speed-up over the computed MAC ratio: 1 when time follows arithmetic.
         overhead: This one's time over the slice twin's, less 1: what the reorganisation itself costs.
         device: Where it ran, ``cpu`` or ``gpu``; what ran on different ones did not take turns.
         clock: ``compute``, the work alone on a GPU by CUDA events, inputs lying there; ``cpu``, one thread's CPU time;
@@ -72,6 +74,7 @@ class ProfileRow(msgspec.Struct, frozen=True):
     speedup_low: float | None = None
     speedup_high: float | None = None
     mac_ratio: float | None = None
+    computed_mac_ratio: float | None = None
     mac_efficiency: float | None = None
     overhead: float | None = None
     device: str = "cpu"

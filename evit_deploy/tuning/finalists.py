@@ -113,7 +113,7 @@ def measured_rows(subject: Subject, bench: Bench, rows: Sequence[TunedRow], dura
         if row is dense:
             row = msgspec.structs.replace(row, expected=speed.p50)
         else:
-            speed = msgspec.structs.replace(speed, **ratios_to_dense(times[0], own, plan.mac_ratio()))
+            speed = msgspec.structs.replace(speed, **ratios_to_dense(times[0], own, plan))
         near = nearness(answers[row.name], answers[DENSE], classes=classes)
         compared = _compared(row, plan, subject, labelled) if labelled is not None else None
         found.append(msgspec.structs.replace(row, measured=speed, confirmed=near, answers=compared))

@@ -101,12 +101,15 @@ def test_ratios_are_medians_of_pairs():
     assert own.speedup == 2.0
     assert own.mac_ratio == pytest.approx(PLAN.mac_ratio())
     assert own.mac_ratio > 1.1
-    assert own.mac_efficiency == pytest.approx(2.0 / PLAN.mac_ratio())
+    whole, computed = PLAN.dense().computed_macs(), PLAN.computed_macs()
+    assert own.computed_mac_ratio == pytest.approx(whole / computed)
+    assert own.computed_mac_ratio < own.mac_ratio - 0.01  # the dense last block, of more tokens, saves more
+    assert own.mac_efficiency == pytest.approx(2.0 * computed / whole)
     assert own.overhead == pytest.approx(0.2)
     assert other.overhead is None
     assert other.speedup == pytest.approx(np.median(dense / sliced))
     assert (own.speedup_low, own.speedup_high) == median_interval(dense / model)
-    assert (last.speedup, last.mac_ratio, last.mac_efficiency, last.overhead) == (None,) * 4
+    assert (last.speedup, last.mac_ratio, last.computed_mac_ratio, last.mac_efficiency, last.overhead) == (None,) * 5
 
 
 def test_all_figures_of_a_row_are_of_its_clock_but_for_those_end_to_end():
@@ -290,8 +293,9 @@ def test_a_real_run(converted):
         if found.variant != "dense":
             assert found.speedup_low <= found.speedup <= found.speedup_high
             assert found.end_to_end_speedup > 0
-            assert found.mac_efficiency == pytest.approx(found.speedup / found.mac_ratio)
+            assert found.mac_efficiency == pytest.approx(found.speedup / found.computed_mac_ratio)
             assert found.mac_ratio == pytest.approx(converted.manifest.plan.mac_ratio())
+            assert found.computed_mac_ratio == pytest.approx(converted.manifest.plan.computed_mac_ratio())
     again = msgspec.json.decode(msgspec.json.encode(report), type=Report)
     assert again == report
 
@@ -319,18 +323,27 @@ def test_the_bundles_own_report(converted: Any):
 @pytest.mark.parametrize(
     ("width", "present", "absent"),
     [
-        (160, ("variation", "p99 ms", "overhead"), ("end to end",)),
+        (160, ("variation", "p99 ms", "overhead", "computed", "MAC ratio", "1.52x"), ("end to end",)),
         (80, ("overhead", "speed-up", "clock"), ("variation", "p99 ms")),
     ],
 )
 def test_a_narrow_terminal_gets_fewer_columns_and_no_cut_ones(width, present, absent):
     console = Console(width=width, record=True, file=io.StringIO())
-    measured = row(1.49, 1.48, mac_ratio=1.52, mac_efficiency=0.98, overhead=0.004, images_per_second=1234.5)
+    measured = row(
+        1.49,
+        1.48,
+        mac_ratio=1.53,
+        computed_mac_ratio=1.52,
+        mac_efficiency=0.98,
+        overhead=0.004,
+        images_per_second=1234.5,
+    )
     render(Report(rows=(measured,)), console)
     text = console.export_text()
     assert "…" not in text
     assert all(title in text for title in (*present, "1.49x"))
     assert not any(title in text for title in absent)
+    assert "1.53x" not in text
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
@@ -338,7 +351,9 @@ def test_a_narrow_terminal_gets_fewer_columns_and_no_cut_ones(width, present, ab
 def test_a_table_says_what_its_figures_are_of(clock, width):
     console = Console(width=width, record=True, file=io.StringIO())
     both = {} if clock == "wall" else {"end_to_end_p50": 9.5, "end_to_end_images_per_second": 842.0}
-    measured = row(1.49, mac_ratio=1.52, mac_efficiency=0.98, overhead=0.004, clock=clock, **both)
+    measured = row(
+        1.49, mac_ratio=1.53, computed_mac_ratio=1.52, mac_efficiency=0.98, overhead=0.004, clock=clock, **both
+    )
     render(Report(rows=(measured, msgspec.structs.replace(measured, variant="dense", speedup=None))), console)
     text = console.export_text()
     told = {"compute": "by CUDA events", "cpu": "CPU time of the one thread", "wall": "a whole call by the wall clock"}

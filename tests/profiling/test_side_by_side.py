@@ -24,6 +24,9 @@ from evit_deploy.profiling.side_by_side import (
 )
 from evit_deploy.recipe.options import BatchProfile, ProfileOptions
 from evit_deploy.registry import RUNTIMES
+from evit_deploy.tokens.plan import TokenSpec
+from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
+from tests.support.models import of_kind
 from tests.support.standins import IdleRunner
 
 
@@ -70,12 +73,12 @@ def test_a_lane_has_each_baseline_once_and_every_bundle_with_its_slice_twin(conv
         dense, sliced = lane.entries[own[name].dense], lane.entries[own[name].sliced]
         assert dense.name == ("dense of o" if name == "o" else "dense of a")
         assert own[name].candidate.artifact == bundle.file(MODEL)
-        assert own[name].mac_ratio == bundle.manifest.plan.mac_ratio()
+        assert own[name].plan == bundle.manifest.plan
         steps = [node.op_type for node in sliced.candidate.artifact.proto.graph.node]
         assert steps.count("Slice") >= len(bundle.manifest.plan.locations) > 0
         assert "TokenReorg" not in steps
     assert own["dense of a"].candidate.artifact == converted.file(DENSE)
-    assert (own["dense of a"].dense, own["dense of a"].sliced, own["dense of a"].mac_ratio) == (None, None, 1)
+    assert (own["dense of a"].dense, own["dense of a"].sliced, own["dense of a"].plan) == (None, None, None)
 
 
 def test_on_pytorch_a_lane_has_no_slice_twins(converted, fewer, tmp_path):
@@ -98,6 +101,7 @@ def lane(*entries: Entry) -> Lane:
 
 
 NOBODY = Candidate("onnxruntime", "model", None)
+PLAN = token_plan(reduce_tokens_(of_kind("plain"), TokenSpec(keep_rate=0.6)))
 
 
 def test_ratios_are_medians_of_rounds_to_the_own_baselines():
@@ -106,8 +110,8 @@ def test_ratios_are_medians_of_rounds_to_the_own_baselines():
     dense, other = 2.0 * drift, 5.0 * drift
     own, sliced = drift[::1] * [1.0, 1.0, 2.0, 0.5, 1.0], drift * [0.8, 1.0, 1.6, 0.5, 0.8]
     found = rows_of_lane(
-        lane(Entry("dense of a", NOBODY), Entry(None, NOBODY), Entry("a", NOBODY, 1.6, 0, 1),
-             Entry("dense of b", NOBODY), Entry("b", NOBODY, 2.0, 3)),
+        lane(Entry("dense of a", NOBODY), Entry(None, NOBODY), Entry("a", NOBODY, PLAN, 0, 1),
+             Entry("dense of b", NOBODY), Entry("b", NOBODY, None, 3)),
         4,
         [Times("cpu", times[:, None]) for times in (dense, sliced, own, other, drift)],
     )  # fmt: skip
@@ -116,9 +120,10 @@ def test_ratios_are_medians_of_rounds_to_the_own_baselines():
     assert (first.speedup, first.overhead, first.mac_efficiency) == (None, None, None)
     assert a.speedup == 2.0
     assert (a.speedup_low, a.speedup_high) == (1.0, 4.0)
-    assert a.mac_efficiency == pytest.approx(2.0 / 1.6)
+    assert a.mac_efficiency == pytest.approx(2.0 * PLAN.computed_macs() / PLAN.dense().computed_macs())
+    assert a.mac_ratio == pytest.approx(PLAN.mac_ratio())
     assert a.overhead == pytest.approx(0.25)
-    assert (b.speedup, b.overhead) == (5.0, None)
+    assert (b.speedup, b.overhead, b.mac_efficiency) == (5.0, None, None)
     assert a.p50 == pytest.approx(1e3 * np.median(own))
     assert a.images_per_second == pytest.approx(4 / np.median(own))
     assert a.p99 == pytest.approx(1e3 * np.percentile(own, 99))
@@ -132,7 +137,8 @@ def test_all_take_turns_in_one_loop_and_losing_rows_stay(monkeypatch):
         return [Times("cpu", np.full((5, 1), seconds)) for seconds in (1.0, 2.0, 0.5, 1.0)]
 
     monkeypatch.setattr("evit_deploy.profiling.side_by_side.measure_on_cpu", on_cpu)
-    slow, fast, whole = Entry("slow", NOBODY, 1.5, 0), Entry("fast", NOBODY, 1.9, 0), Entry("whole", NOBODY, 1.0, 0)
+    plans = {"slow": PLAN, "fast": PLAN, "whole": PLAN.dense()}
+    slow, fast, whole = (Entry(name, NOBODY, plan, 0) for name, plan in plans.items())
     all_four = lane(Entry("dense", NOBODY), slow, fast, whole)
     measure = ProfileOptions(batch_sizes=(1, 4), duration=3.0, threads=1)
     report = measure_lane(all_four, [IdleRunner(name) for name in "abcd"], measure)
@@ -156,7 +162,7 @@ def test_on_a_gpu_the_clock_is_its_own(monkeypatch):
     monkeypatch.setattr("evit_deploy.profiling.side_by_side.watched", lambda stack: (None, ["nobody watched"]))
     there = Candidate("tensorrt", "model", None)
     report = measure_lane(
-        Lane("tensorrt", [Entry("dense", there), Entry("a", there, 1.5, 0)], ["a note"]),
+        Lane("tensorrt", [Entry("dense", there), Entry("a", there, PLAN, 0)], ["a note"]),
         [Gpu("a"), Gpu("b")],
         ProfileOptions(batch_sizes=(2,)),
     )

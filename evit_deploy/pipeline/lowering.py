@@ -207,7 +207,8 @@ class Exports(msgspec.Struct):
 
     Args:
         known: What was exported before, by form of linear layers.
-        dense: Dense twins that were written before, by precision, base and form.
+        dense: Dense twins that were written before, by precision, base, form and layers left unquantised; further
+            exports copy them, so whoever moves or removes such a file says so here.
     """
 
     known: dict[str, Known] = {}
@@ -267,6 +268,7 @@ def export(
 
     (folder / DENSE).parent.mkdir()
     protos: list[onnx.ModelProto | None] = []
+    kind: tuple[str, ...] = ()
     for model, file, label in zip(models, (MODEL, DENSE), ("to ONNX", "the dense twin"), strict=True):
         kind = made.precision, made.base, made.linear, *unquantized
         earlier = exports.dense.get(kind) if file == DENSE else None
@@ -287,6 +289,7 @@ def export(
         protos.append(proto)
         card = read_card(proto)
         unquantized = card.unquantized if file == MODEL and card is not None else unquantized
+    exports.dense.setdefault(kind, folder / DENSE)  # the twin was last
     if made.precision not in QUANTIZED:
         return Files()
     quantized: Any = protos[0], protos[1] if len(protos) > 1 else None

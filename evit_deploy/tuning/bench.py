@@ -77,10 +77,10 @@ class Bench(msgspec.Struct, frozen=True):
                 f"{self.runtime} runs none of the files that are made", where="--runtime",
                 seen=", ".join(self.made.targets), wanted=" or ".join(kind.files), fix="Give a --target that it runs.",
             )  # fmt: skip
-        kind_of_dense = self.made.precision, self.made.base, self.made.linear
-        if kind_of_dense not in exports.dense:  # exports of one dense model copy this file and do not export it again
-            exports.dense[kind_of_dense] = folder.with_name(f"{folder.name}-dense.onnx")
-            shutil.move(folder / DENSE, exports.dense[kind_of_dense])
+        for twin, path in exports.dense.items():
+            if path == folder / DENSE:  # it outlives its folder, because further exports copy it
+                exports.dense[twin] = folder.with_name(f"{folder.name}-dense.onnx")
+                shutil.move(path, exports.dense[twin])
         shutil.rmtree(folder / TWIN)
         return found
 

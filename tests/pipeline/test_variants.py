@@ -10,6 +10,7 @@ from evit_deploy.bundle.manifest import DENSE, GOLDEN, MODEL
 from evit_deploy.errors import InputError
 from evit_deploy.export import portable as exporting
 from evit_deploy.pipeline import convert as converting
+from evit_deploy.pipeline import lowering
 from evit_deploy.pipeline.convert import convert
 from evit_deploy.pipeline.variants import convert_variants
 from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
@@ -25,17 +26,18 @@ ONNX = ConvertOptions(targets=("onnx",))
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Two keep rates in two precisions, and what was asked of exporter and PyTorch on the way."""
-    runs, asked = [], []
-    export, ask = exporting._run_exporter, golden._in_full
+    runs, asked, written = [], [], []
+    export, ask, write = exporting._run_exporter, golden._in_full, lowering.portable
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, "_run_exporter", lambda *a: (runs.append(1), export(*a))[1])
+        patch.setattr(lowering, "portable", lambda *a, **named: (written.append(1), write(*a, **named))[1])
         patch.setattr(golden, "_in_full", lambda *a: (asked.append(1), ask(*a))[1])
         checkpoint = write_checkpoint(tmp_path_factory.mktemp("several") / "tiny.safetensors")
         out = checkpoint.with_name("out")
         found = convert_variants(
             checkpoint, keep_rates=(0.8, 0.6), precisions=("fp32", "fp16"), options=ONNX, measure=QUICK, out=out
         )  # fmt: skip
-    return checkpoint, found, (len(runs), len(asked))
+    return checkpoint, found, (len(runs), len(asked), len(written))
 
 
 def test_each_has_its_place_and_is_whole(made):
@@ -53,9 +55,10 @@ def test_each_has_its_place_and_is_whole(made):
 
 
 def test_the_work_is_shared(made):
-    _, found, (runs, asked) = made
+    _, found, (runs, asked, written) = made
     assert runs == 2  # the dense model's last block is computed for its head alone; that of the others reduces
     assert asked == 3  # two keep rates and the dense model
+    assert written == 6  # four variants and, in each precision, one twin
     twins = [bundle.file(DENSE).read_bytes() for bundle, _ in found]
     assert twins[0] == twins[2]
     assert twins[1] == twins[3]

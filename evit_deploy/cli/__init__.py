@@ -9,7 +9,14 @@ import click
 
 from evit_deploy import __version__, interrupts
 
-COMMANDS = ("convert", "predict", "run", "train", "verify", "profile", "compare", "tune", "package", "plugin", "doctor")
+GROUPS = {
+    "Make": ("convert", "run", "train", "tune"),
+    "Prove and measure": ("verify", "profile", "compare"),
+    "Use": ("predict", "package"),
+    "Around it": ("plugin", "doctor"),
+}
+"""The commands under the headings of the help page, in the order in which one meets them."""
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 
 
 class LazyGroup(click.Group):
@@ -24,6 +31,19 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         return importlib.import_module(f"evit_deploy.cli.{cmd_name}").command
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes examples first, as the pages of the commands do."""
+        from evit_deploy.cli.options import write_help_text
+
+        write_help_text(self, formatter)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes one section a group."""
+        for heading, names in GROUPS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            with formatter.section(heading):
+                formatter.write_dl([(name, found.get_short_help_str(200)) for name, found in commands if found])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -107,9 +127,10 @@ def _interrupted(error: BaseException, arguments: list[str], as_json: bool) -> i
 def _how_to_go_on(arguments: list[str]) -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by a launcher, whose own line is not known here
         return "Go on by starting it in the same way with --resume."
-    program = ["python", "-m", "evit_deploy"] if os.path.basename(sys.argv[0]) == "__main__.py" else ["evit-deploy"]
+    from evit_deploy.cli.output import program
+
     rest = [argument for argument in arguments if argument not in ("--force", "--resume")]
-    return f"Go on with: {shlex.join([*program, *rest, '--resume'])}"
+    return f"Go on with: {shlex.join([*program(), *rest, '--resume'])}"
 
 
 def _failed(error: Exception, debug: bool, as_json: bool) -> int:

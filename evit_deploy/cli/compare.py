@@ -30,6 +30,7 @@ def command(bundles: tuple[Path, ...], out: Path | None, force: bool, output: Ou
     """
     asked = struct_of("CompareOptions", options)
     from evit_deploy.pipeline.compare import compare
+    from evit_deploy.report.verdict import verdict
 
     report = compare(bundles, options=asked, out=out, force=force)
-    output.result(report, None if out is None else f"\n{printable(out)}")
+    output.result(report, None if out is None else f"\n{printable(out)}", verdict=verdict(report))

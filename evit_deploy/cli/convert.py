@@ -7,7 +7,7 @@ from typing import Any, get_args
 import click
 
 from evit_deploy.cli.options import Command, Option, struct_of, struct_options, tokens_of, tokens_options
-from evit_deploy.cli.output import Output, output_options
+from evit_deploy.cli.output import Output, output_options, uses_of
 from evit_deploy.cli.types import NAME, PATH, Choice, ModelName, Numbers, Whole
 from evit_deploy.recipe.options import Precision
 from evit_deploy.report.lines import printable
@@ -123,10 +123,12 @@ def command(checkpoint: str, out: Path | None, force: bool, output: Output, **op
         # What was assumed has been logged when it mattered; what remains are the verdicts.
         verdicts = tuple(note for note in report.notes if note not in bundle.manifest.notes)
         report = msgspec.structs.replace(report, notes=verdicts)
-    first = f"{bundle.manifest.plan}\n"
-    output.result(
-        report, f"\n{printable(bundle.path)}", first=first, bundle=str(bundle.path), plan=bundle.manifest.plan
-    )
+    first, last = f"{bundle.manifest.plan}\n", f"\n{printable(bundle.path)}"
+    from evit_deploy.report.verdict import verdict
+
+    more = {"bundle": str(bundle.path), "plan": bundle.manifest.plan}
+    output.result(report, last, first=first, verdict=verdict(report), **more)
+    output.suggest(*uses_of(bundle.path))
 
 
 def _convert_several(
@@ -164,3 +166,4 @@ def _convert_several(
         names = ", ".join(one.variant.label for one in failed)
         rejected = " ".join(one.rejected for one in failed)
         raise GateFailed(f"checks failed for {names}, {len(failed)} of {len(made)} variants", fix=rejected)
+    output.suggest(("compare", *(one.bundle.path for one in made)))

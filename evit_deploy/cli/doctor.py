@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
+from evit_deploy.cli.options import Command
 from evit_deploy.cli.output import Output, output_options
 
 
-@click.command("doctor", short_help="Say what is installed and usable here.")
+@click.command("doctor", cls=Command, short_help="Say what is installed and usable here.")
 @output_options
 def command(output: Output) -> None:
     """Say what is installed here, what it can be used for, and the line that fixes what is not.

@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +33,42 @@ class Option(click.Option):
             self.help = f"{text.strip()} One of {', '.join(self.type.choices)}. {bracket}{default}"
 
 
+def _broken(line: str, width: int) -> list[str]:
+    """A command that is longer than the terminal is wide, in lines that a shell takes as one."""
+    if len(line) <= width:
+        return [line]
+    parts: list[str] = []
+    for word in re.split(r" (?=--)", line):  # a flag stays beside its value
+        if parts and len(f"{parts[-1]} {word}") <= width - 2:
+            parts[-1] += f" {word}"
+        else:
+            parts.append(f"    {word}" if parts else word)
+    return [f"{part} \\" for part in parts[:-1]] + parts[-1:]
+
+
+def write_help_text(command: click.Command, formatter: click.HelpFormatter) -> None:
+    """Writes a command's help with its examples first: the lines of its docstring that follow ``\\b``."""
+    text = inspect.cleandoc(command.help or "").partition("\f")[0]
+    paragraphs = text.split("\n\n")
+    examples = [paragraph for paragraph in paragraphs if paragraph.startswith("\b\n")]
+    if examples:
+        with formatter.section("Examples"):
+            room = formatter.width - formatter.current_indent
+            lines = [
+                part for paragraph in examples for line in paragraph.split("\n")[1:] for part in _broken(line, room)
+            ]
+            formatter.write_text("\b\n" + "\n".join(lines))
+    formatter.write_paragraph()
+    with formatter.indentation():
+        formatter.write_text("\n\n".join(paragraph for paragraph in paragraphs if paragraph not in examples))
+
+
 class Command(click.Command):
-    """A command whose help page puts options under headings."""
+    """A command whose help page begins with examples and puts options under headings."""
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes examples, then what the command does."""
+        write_help_text(self, formatter)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes one section a heading, in the order of their first options."""
@@ -44,6 +80,14 @@ class Command(click.Command):
         for heading, records in sorted(groups.items(), key=lambda group: group[0] == _LAST):
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+
+class Group(click.Group):
+    """A group of commands whose help page begins with examples."""
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes examples, then what the group is for."""
+        write_help_text(self, formatter)
 
 
 _FLAGS = {

@@ -5,10 +5,11 @@ import functools
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -113,17 +114,19 @@ class Output(logging.Handler):
             self._display = None
         self._live = False
 
-    def table(self, render: Callable[[Any], None], text: str | None = None) -> None:
+    def table(self, render: Callable[[Any], None], text: str | None = None, *, verdict: str | None = None) -> None:
         """Ends the live display and prints a table that the caller renders.
 
         Args:
             render: Prints on a rich console.
             text: What a person reads last.
+            verdict: A sentence that a person reads first.
         """
         from rich.console import Console
 
         self._stop()
         self.printed = True
+        self._verdict(verdict)
         render(Console(width=self._width()))
         if text:
             click.echo(printable_lines(text))
@@ -133,13 +136,42 @@ class Output(logging.Handler):
         """A pipe has no width, and tables must not be cut there."""
         return None if sys.stdout.isatty() else 160
 
-    def result(self, report: Any, text: str | None = None, *, first: str | None = None, **extra: Any) -> None:
+    def _verdict(self, sentence: str | None) -> None:
+        if sentence:
+            said = printable(sentence)
+            width = shutil.get_terminal_size().columns
+            click.echo(f"{wrapped(said, width) if sys.stdout.isatty() else said}\n")
+
+    def suggest(self, *commands: Sequence[object]) -> None:
+        """Ends with commands that one may want next, each on a line to copy; for a person at a terminal alone.
+
+        Args:
+            commands: The arguments of each, with the paths of this call. One whose path a terminal cannot show as it
+                is, is left out.
+        """
+        if self.as_json or self.quiet or not sys.stderr.isatty():
+            return
+        lines = [" ".join((*program(), *(shlex.quote(str(word)) for word in command))) for command in commands]
+        shown = [line for line in lines if printable(line) == line]
+        if shown:
+            click.echo("\nnext: " + "\n      ".join(shown), err=True)
+
+    def result(
+        self,
+        report: Any,
+        text: str | None = None,
+        *,
+        first: str | None = None,
+        verdict: str | None = None,
+        **extra: Any,
+    ) -> None:
         """Ends the live display and prints the result.
 
         Args:
             report: A Report; for JSON anything msgspec can encode, ``None`` for nothing but the text.
             text: What a person reads last; names in it go through :func:`~evit_deploy.report.lines.printable`.
             first: What a person reads first, unless quiet.
+            verdict: A sentence that a person reads before that.
             extra: More keys for the JSON document.
         """
         self._stop()
@@ -154,6 +186,7 @@ class Output(logging.Handler):
             except UnicodeEncodeError:  # bytes of a file name that are no UTF-8
                 click.echo(json.dumps(extra | document, indent=2))
             return
+        self._verdict(verdict)
         if first and not self.quiet:
             click.echo(printable_lines(first))
         if report is not None:
@@ -166,6 +199,18 @@ class Output(logging.Handler):
                 render(report, Console(width=self._width()))
         if text:
             click.echo(printable_lines(text))
+
+
+def program() -> list[str]:
+    """How this program was called: as a script, or as Python's module."""
+    called = os.path.basename(sys.argv[0])
+    return ["python", "-m", "evit_deploy"] if called == "__main__.py" else ["evit-deploy"]
+
+
+def uses_of(bundle: object) -> list[tuple[object, ...]]:
+    """What one may do with a bundle that was just made."""
+    predict: tuple[object, ...] = ("predict", bundle, "IMAGES")
+    return [predict, ("verify", bundle), ("profile", bundle), ("package", bundle, "--for", "triton")]
 
 
 def _figures(progress: Any) -> list[str]:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import click
 
+from evit_deploy.cli.options import Command, Group
 from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import PATH
 
 
-@click.group("plugin", short_help="Build and check the TensorRT plugin.")
+@click.group("plugin", cls=Group, short_help="Build and check the TensorRT plugin.")
 def command() -> None:
     """Build and check the TensorRT plugin, which makes the reorganisation of tokens one kernel.
 
@@ -19,7 +20,7 @@ def command() -> None:
     """
 
 
-@command.command("build", short_help="Compile it and keep it for --plugin auto.")
+@command.command("build", cls=Command, short_help="Compile it and keep it for --plugin auto.")
 @click.option("--tensorrt-root", type=PATH, metavar="DIR",
               help="Folder with TensorRT's include/.  [default: $TENSORRT_ROOT, the system's, or fetched]")  # fmt: skip
 @click.option("--architectures", metavar="80,90,...", help="CUDA architectures.  [default: 80,86,87,89,90,100,110,120]")
@@ -48,9 +49,11 @@ def build(
         {"folder": str(folder), "files": hashes} if output.as_json else None,
         str(folder / (KERNEL if kernel_only else LIBRARY)),
     )
+    if not kernel_only and out is None:
+        output.suggest(("plugin", "check"))
 
 
-@command.command("check", short_help="Say what a library is and whether it works here.")
+@command.command("check", cls=Command, short_help="Say what a library is and whether it works here.")
 @click.argument("library", type=PATH, required=False)
 @output_options
 def check(library: Path | None, output: Output) -> None:

@@ -1,5 +1,6 @@
 """``evit-deploy profile``."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -51,8 +52,11 @@ def command(target: str, min_speedup: float | None, output: Output, **options: A
     server, tokens, measure = server_of(options), tokens_of(options), struct_of("ProfileOptions", options)
     from evit_deploy.pipeline.profile import profile
     from evit_deploy.profiling.profile import speed_gate
+    from evit_deploy.report.verdict import verdict
 
     report = profile(target, measure=measure, server=server, **options, **tokens)
     report += speed_gate(report, min_speedup)
-    output.result(report)
+    output.result(report, verdict=verdict(report))
     report.raise_if_failed("{name}", where=target)
+    if Path(target).is_dir() and server is None:
+        output.suggest(("package", target, "--for", "triton"))

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import click
 
-from evit_deploy.cli.options import check_resume, recipe_options
-from evit_deploy.cli.output import Output, output_options
+from evit_deploy.cli.options import Command, check_resume, recipe_options
+from evit_deploy.cli.output import Output, output_options, uses_of
 from evit_deploy.cli.types import PATH
 from evit_deploy.report.lines import printable
 
 
-@click.command("run", short_help="Train, export, verify and profile as a recipe says.")
+@click.command("run", cls=Command, short_help="Train, export, verify and profile as a recipe says.")
 @click.argument("recipe", type=PATH)
 @recipe_options
 @output_options
@@ -26,6 +26,7 @@ def command(
     """
     check_resume(force, resume)
     from evit_deploy.recipe.recipe import is_comparison, is_sweep, load_comparison, load_recipe, load_sweep
+    from evit_deploy.report.verdict import verdict
 
     if resume and (is_comparison(recipe) or is_sweep(recipe)):
         raise click.UsageError("--resume continues a training, and this recipe trains nothing: leave it out")
@@ -34,7 +35,8 @@ def command(
 
         comparison = load_comparison(recipe, overrides)
         folder = out or Path("runs") / comparison.name
-        output.result(compare_recipe(comparison, folder, force=force), f"\n{printable(folder)}")
+        report = compare_recipe(comparison, folder, force=force)
+        output.result(report, f"\n{printable(folder)}", verdict=verdict(report))
         return
     if is_sweep(recipe):
         from evit_deploy.profiling.sweep import sweep
@@ -46,7 +48,7 @@ def command(
 
     folder = out or Path("runs") / loaded.name
     bundle, report = run(loaded, folder, force=force, resume=resume)
-    first = f"{bundle.manifest.plan}\n"
-    output.result(
-        report, f"\n{printable(bundle.path)}", first=first, bundle=str(bundle.path), plan=bundle.manifest.plan
-    )
+    first, last = f"{bundle.manifest.plan}\n", f"\n{printable(bundle.path)}"
+    more = {"bundle": str(bundle.path), "plan": bundle.manifest.plan}
+    output.result(report, last, first=first, verdict=verdict(report), **more)
+    output.suggest(*uses_of(bundle.path))

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import click
 
-from evit_deploy.cli.options import check_resume, recipe_options
+from evit_deploy.cli.options import Command, check_resume, recipe_options
 from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import PATH
 from evit_deploy.report.lines import printable
 
 
-@click.command("train", short_help="Fine-tune as a recipe says.")
+@click.command("train", cls=Command, short_help="Fine-tune as a recipe says.")
 @click.argument("recipe", type=PATH)
 @recipe_options
 @output_options
@@ -36,3 +36,4 @@ def command(
     if int(os.environ.get("RANK", "0")):  # one of several processes: the first one speaks
         return
     output.result(report, f"\n{printable(folder / EVIT)}", checkpoint=str(folder / EVIT))
+    output.suggest(("convert", folder / EVIT))

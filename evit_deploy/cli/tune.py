@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from evit_deploy.cli.options import Command, Option, check_resume, struct_of, struct_options
-from evit_deploy.cli.output import Output, output_options
+from evit_deploy.cli.output import Output, output_options, uses_of
 from evit_deploy.cli.types import NAME, PATH, Choice, MethodOption, ModelName
 from evit_deploy.report.lines import printable
 
@@ -63,6 +63,10 @@ def command(
         from evit_deploy.errors import GateFailed
 
         raise GateFailed(found.verdict.partition("; ")[0].rstrip("."), fix=f"The nearest is {found.winner}.")
+    if found.bundle is not None:
+        output.suggest(*uses_of(found.bundle))
+    elif out is not None:
+        output.suggest(("run", out / "recipe.yaml"))
 
 
 def _show(found: Any, output: Output) -> None:
@@ -73,8 +77,10 @@ def _show(found: Any, output: Output) -> None:
     from evit_deploy.tuning.front import table
 
     header, rows = table(found)
-    lines = [printable(found.verdict), *map(printable, found.notes)]
+    spare = ("95 % interval", "GMACs", "top-1 to dense, points", "ms")
+    notes = "\n".join(map(printable, found.notes))
     output.table(
-        lambda console: console.print(text_table(header, rows, console.width), markup=False, highlight=False),
-        "\n" + "\n".join(lines),
+        lambda console: console.print(text_table(header, rows, console.width, spare), markup=False, highlight=False),
+        f"\n{notes}" if notes else None,
+        verdict=found.verdict,
     )

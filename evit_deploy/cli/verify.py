@@ -47,6 +47,9 @@ def command(bundle: Path, output: Output, trust: Path | None, **options: Any) ->
     found = bundle if trust is None else read_signed(bundle, trust)
     report = verify(found, server=server, **options)
     signed = f", signed with {printable(trust)}" if trust is not None else ""
-    verdict = f"\n{'verified' if report.passed else 'NOT verified'}: {printable(bundle)}{signed}"
-    output.result(report, verdict, passed=report.passed)
+    from evit_deploy.report.verdict import verdict
+
+    last = f"\n{'verified' if report.passed else 'NOT verified'}: {printable(bundle)}{signed}"
+    output.result(report, last, verdict=verdict(report), passed=report.passed)
     report.raise_if_failed(where=bundle)
+    output.suggest(("profile", bundle), ("package", bundle, "--for", "triton"))

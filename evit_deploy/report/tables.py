@@ -1,4 +1,4 @@
-"""How a report looks on a terminal: tables that rather lose columns than letters."""
+"""How a report looks on a terminal: tables that fit its width, and rather lose columns than letters."""
 
 import io
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from evit_deploy.report.report import (
     SensitivityRow,
     Summary,
 )
+from evit_deploy.report.verdict import folded
 
 
 def render(report: Report, console: Any) -> None:
@@ -28,10 +29,11 @@ def render(report: Report, console: Any) -> None:
         console: A ``rich.console.Console``; or a :class:`~evit_deploy.report.html.Page`, for a notebook.
     """
     if report.checks:
+        checks = report.checks if isinstance(console, Page) else folded(report.checks)
         _table(
             console,
             ("check", "value", "limit", ""),
-            [(c.name, _number(c.value), _number(c.limit), "ok" if c.passed else "FAILED") for c in report.checks],
+            [(c.name, _number(c.value), _number(c.limit), "ok" if c.passed else "FAILED") for c in checks],
         )
         for check in report.failed:
             _print(console, f"FAILED {check.name}: {check.reason}")
@@ -75,7 +77,7 @@ def render(report: Report, console: Any) -> None:
     if report.agreement:
         _table(
             console,
-            ("agreement of", "with", "images", "top-1 %", "lowest cosine", "kept patches %", "largest difference"),
+            ("agreement of", "with", "images", "top-1 %", "lowest\ncosine", "kept\npatches %", "largest\ndifference"),
             [
                 (
                     row.first,
@@ -88,7 +90,7 @@ def render(report: Report, console: Any) -> None:
                 )
                 for row in report.agreement
             ],
-            unsaid=_empty({"top-1 %": "top1", "lowest cosine": "cosine"}, report.agreement),
+            unsaid=_empty({"top-1 %": "top1", "lowest\ncosine": "cosine"}, report.agreement),
         )
     if report.sensitivity:
         _sensitivity(console, report.sensitivity)
@@ -407,7 +409,7 @@ def _table(
     dispensable: Sequence[str] = (),
     unsaid: Sequence[str] = (),
 ) -> None:
-    """Prints a table; where the terminal is narrow, rather without dispensable columns than with cut cells.
+    """Prints a table; where the terminal is narrow, without dispensable columns, and then with cells of several lines.
 
     Args:
         console: A ``rich.console.Console``.
@@ -421,24 +423,54 @@ def _table(
         shown = [i for i, title in enumerate(header) if title not in unsaid]
         console.table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
         return
+    shown, excess, table = list(range(len(header))), 1, None
+    for count in range(len(dispensable) + 1):
+        hidden = {*unsaid, *dispensable[:count]}
+        shown = [i for i, title in enumerate(header) if title not in hidden]
+        table, excess = _fitted(console, [header[i] for i in shown], [[row[i] for i in shown] for row in rows])
+        if excess <= 0:
+            break
+    if excess > 0:
+        table = _narrower(console, table, excess)
+    if table is not None:
+        console.print(table)
+        return
+    for row in rows:
+        parts = [f"{' '.join(header[i].split())} {row[i]}".strip() for i in shown if row[i]]
+        text = wrapped("; ".join(parts), console.width)
+        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def _fitted(console: Any, header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[Any, int]:
+    """A table of rich's, and by how many characters it is too wide."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table, hidden = Table(), set(unsaid)
-    for name in (None, *dispensable):
-        hidden |= {name} if name else set()
-        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
-        shown = [i for i, title in enumerate(header) if title not in hidden]
-        for i in shown:
-            numeric = all(is_number(row[i]) for row in rows)
-            table.add_column(header[i], justify="right" if numeric else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*(Text(row[i]) for i in shown))  # a name in brackets is no markup
-        wide = console.options.update(width=10_000)  # a measure is cut to the options' width
-        if console.measure(table, options=wide).maximum <= console.width:
-            break
-    console.print(table)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
+    for i, title in enumerate(header):
+        numeric = all(is_number(row[i]) for row in rows)
+        table.add_column(title, justify="right" if numeric else "left", no_wrap=True, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # a name in brackets is no markup
+    wide = console.options.update(width=10_000)  # a measure is cut to the options' width
+    return table, console.measure(table, options=wide).maximum - console.width
+
+
+_READABLE = 16
+"""Characters that a column of text needs, when its cells are broken."""
+
+
+def _narrower(console: Any, table: Any, excess: int) -> Any:
+    """The table with the cells of its widest column of text in several lines; ``None`` where that is not enough."""
+    texts = [column for column in table.columns if column.justify == "left"]
+    widths = [max(console.measure(cell).maximum for cell in (column.header, *column.cells)) for column in texts]
+    most = max(widths, default=0)
+    if most - excess < _READABLE:
+        return None
+    column = texts[widths.index(most)]
+    column.no_wrap, column.width = False, most - excess
+    return table
 
 
 def _print(console: Any, text: str) -> None:

@@ -74,7 +74,8 @@ def test_convert(made):
     assert result.code == 0, result.err
     assert result.out.splitlines()[-1] == str(path)
     assert "tokens in" in result.out  # the plan
-    assert "onnxruntime, batch 8: kept patches" in result.out
+    assert "onnxruntime, batch 1, 2, 8: kept patches" in result.out
+    assert result.out.startswith("Same answers as the PyTorch model to 8 images on onnxruntime; ")
     assert "speed-up" in result.out
     stages = ["reading the checkpoint", "exporting to ONNX", "exporting the dense twin", "asking PyTorch",
               "verifying", "profiling batch 1", "writing the bundle"]  # fmt: skip
@@ -94,7 +95,8 @@ def test_verify_a_moved_bundle(bundle):
     assert result.code == 0, result.err
     assert result.out.splitlines()[-1] == f"verified: {bundle}"
     assert result.err == ""
-    assert "eager, batch 2: logits" in result.out
+    assert "eager, batch 1, 2, 8: logits" in result.out
+    assert result.out.startswith("Same answers as the PyTorch model to 8 images on eager, onnxruntime")
 
 
 def test_profile_a_bundle(cli, made):

@@ -30,6 +30,39 @@ def completed(*words: str) -> list[tuple[str, str]]:
     return [tuple(line.split(",", 1)) for line in done.stdout.splitlines()]  # type: ignore[misc]
 
 
+# What a shell is asked for, by click's protocol of it: variables of the line typed so far, and the answers' lines.
+ASKED = {
+    "bash": lambda words: ({"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}, "plain,{}"),
+    "zsh": lambda words: ({"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}, "plain\n{}\n"),
+    "fish": lambda words: ({"COMP_WORDS": " ".join(words), "COMP_CWORD": words[-1]}, "plain,{}"),
+}
+
+
+def asked(instruction: str, **variables: str) -> str:
+    code = f"import sys; sys.argv[0] = 'evit-deploy'; {PROGRAM}"
+    environment = os.environ | {"_EVIT_DEPLOY_COMPLETE": instruction} | variables
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.mark.parametrize("shell", ASKED)
+def test_every_shell_has_a_script(shell):
+    script = asked(f"{shell}_source")
+    assert f"_EVIT_DEPLOY_COMPLETE={shell}_complete" in script
+    assert "_evit_deploy_completion" in script
+    assert "evit-deploy" in script
+
+
+@pytest.mark.parametrize("shell", ASKED)
+@pytest.mark.parametrize(
+    ("words", "name"), [(["prof"], "profile"), (["convert", "a.pth", "--method", "dyn"], "dynamicvit")]
+)
+def test_every_shell_completes_a_command_and_a_method(shell, words, name):
+    variables, form = ASKED[shell](["evit-deploy", *words])
+    assert form.format(name) in asked(f"{shell}_complete", **variables)
+
+
 def values(*words: str) -> list[str]:
     return [value for _, value in completed(*words)]
 

@@ -22,7 +22,10 @@ def test_profile_prints_accuracy_beside_latency(cli, converted, pictures, monkey
     first = result.out.split("A row's figures")[0]
     for word in ("40 images, answered by onnxruntime", "top-5 %", "to dense", "batch 1", "dense ", "model "):
         assert word in first
-    assert first.splitlines()[1].split()[-2:] == ["ms", "images/s"]
+    verdict, _, _, header, *_ = first.splitlines()
+    assert header.split()[-2:] == ["ms", "images/s"]
+    assert "he same class as its dense twin on " in verdict
+    assert " % of 40 images" in verdict
 
 
 def test_json_has_the_same_names_in_both_tables(cli, converted, pictures):

@@ -1,22 +1,18 @@
 """What is printed while a command works: on a terminal, in a pipe, for programs, and from several processes."""
 
-import fcntl
 import json
 import logging
 import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Mapping
 
-import pyte
 import pytest
 
 from evit_deploy.cli.output import Output
 from evit_deploy.progress import Progress, doing, stage, stages, step
+from tests.support.terminal import screens_of
 
 WORK = """
 import json, logging, sys, time
@@ -59,28 +55,7 @@ def on_a_terminal(
     columns: int, environment: Mapping[str, str] = {}, work: str = WORK, **options: bool
 ) -> list[list[str]]:
     """Runs the work on a terminal; what its screen shows, at many moments and at the end."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    names = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "RANK")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", work, json.dumps(options)],
-        stdin=slave, stdout=slave, stderr=slave, env=names | {"TERM": "xterm-256color"} | environment,
-    )  # fmt: skip
-    os.close(slave)
-    screen = pyte.Screen(columns, 24)
-    stream, screens = pyte.ByteStream(screen), []
-    while True:
-        try:
-            content = os.read(master, 4096)
-        except OSError:  # the last one has closed it
-            break
-        if not content:
-            break
-        stream.feed(content)
-        screens.append([line.rstrip() for line in screen.display if line.strip()])
-    os.close(master)
-    assert process.wait() == 0
-    return screens
+    return screens_of([sys.executable, "-c", work, json.dumps(options)], columns, environment)
 
 
 def in_a_pipe(*, rank: str | None = None, **options: bool) -> tuple[str, str]:

@@ -6,7 +6,21 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from evit_deploy.report.report import AccuracyRow, AgreementRow, Check, ComparedRow, Difference, ProfileRow, Report
+from evit_deploy.report.report import (
+    AccuracyRow,
+    AgreementRow,
+    BlockRow,
+    Check,
+    ComparedRow,
+    Difference,
+    GpuSummary,
+    LatencyRow,
+    LoadRow,
+    ProfileRow,
+    Report,
+    SensitivityRow,
+    Summary,
+)
 from evit_deploy.report.tables import render, text_table
 
 
@@ -141,3 +155,50 @@ def test_names_are_shown_and_not_obeyed():
     assert "\u202e" not in text
     assert not any(line.startswith("NOT ok") for line in text.splitlines())
     assert safe in text_table(("file",), [(name,)], 200)
+
+
+def every_table():
+    part = Summary(3, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
+    name = "deit_small_distilled_patch16_224-evit-k0.7"
+    ratios = {"speedup": 1.47, "mac_ratio": 1.5, "mac_efficiency": 0.97, "overhead": 0.03, "end_to_end_p50": 3.3,
+              "end_to_end_images_per_second": 12345.6, "end_to_end_speedup": 1.4}  # fmt: skip
+    gap = Difference("dense", -0.01, 0.004, -0.02, 0.0)
+    questions = "logits on ties", "same answer at every place", "kept patches"
+    return Report(
+        checks=tuple(
+            Check(f"torch-tensorrt, batch {n}: {question}", 1.2e-6, 2.4e-6, True)
+            for n in (1, 128)
+            for question in questions
+        ),
+        compared=answered("onnxruntime", name=name),
+        rows=tuple(msgspec.structs.replace(row, **ratios) for row in SPEEDS),
+        latencies=(LatencyRow("tensorrt-rtx", "model", 128, 12345.6, part, part, part, part, part, 1.5, 0.03),),
+        blocks=(BlockRow("tensorrt-rtx", "model", 128, "3-4", 197, 138, 23, 1.234, 0.123),),
+        load=(LoadRow(name, 8, 16, 1234, 1234.5, 12.34, 45.67, 7.9),),
+        gpu=(GpuSummary("NVIDIA A100-SXM4-80GB", "550.54", "sm80", 128, 44, (1200, 1410), 1410, (1593, 1593), 1593, 0.1,
+                        ("power cap", "thermal"), 77, 390.0, 400.0),),
+        accuracy=(AccuracyRow("evit 0.7, fine-tuned from trained weights", 0.7, 0.9, 1000, 0.67, 0.73, 3.0, gap, gap),),
+        agreement=(AgreementRow("pytorch fp32", "torch-tensorrt", 64, 1.0, dict.fromkeys("369", 1.0), 1e-6, 0.99),),
+        sensitivity=(SensitivityRow("blocks.11.mlp.fc1 of a model with a long name", 0.1, 0.2, 0.3, True),),
+        notes=("A sentence that is longer than the terminal is wide, as many of the sentences of this library are.",),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+def test_no_table_is_wider_than_the_terminal_and_no_cell_is_cut(width):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    render(every_table(), console)
+    text = console.file.getvalue()
+    names = {"deit_small_distilled_patch16_224-evit-k0.7;"}  # whole, to be copied
+    assert [line for line in text.splitlines() if len(line.rstrip()) > width and not names & {*line.split()}] == []
+    assert "…" not in text
+    joined = "".join(text.split())
+    for cell in ("307.7", "1.47x", "torch-tensorrt", "1410of1410", "k0.7", "1.234", "12.3%", "1.2e-06"):
+        assert cell in joined
+
+
+def test_at_80_columns_every_table_is_still_a_table():
+    text = shown(every_table(), 80)
+    assert text.count("───\n") == 9
+    assert "speed-up 1.47x;" not in text
+    assert "speed-up 1.47x;" in shown(every_table(), 40)

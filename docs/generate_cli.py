@@ -12,7 +12,8 @@ from evit_deploy.cli import COMMANDS, cli
 HEADER = """# Commands
 
 Written by `python docs/generate_cli.py`. stdout carries the result, stderr progress and notices; `--json` makes the
-result one JSON document. On a terminal tables fit its width, and a command ends with those that one may want next. Exit codes: 0 ok · 1 a gate failed · 2 usage, recipe or input · 3 environment ·
+result one JSON document. On a terminal, tables fit its width and a command ends with those that one may want next.
+Exit codes: 0 ok · 1 a gate failed · 2 usage, recipe or input · 3 environment ·
 4 a stage failed · 130 interrupted (Ctrl-C) · 143 terminated (SIGTERM).
 
 The shell completes commands, options, files and folders (a bundle is a folder), and the names that options take:

@@ -140,7 +140,16 @@ def test_what_is_not_given_is_the_default():
 def test_options_stand_under_headings():
     page = CliRunner().invoke(cli, ["convert", "--help"]).output
     headings = re.findall(r"^(\w[\w ]*):$", page, flags=re.M)
-    wanted = ["Model", "Preprocessing and labels", "Token reduction", "Target", "Engine", "Checks", "Output"]
+    wanted = [
+        "Examples",
+        "Model",
+        "Preprocessing and labels",
+        "Token reduction",
+        "Target",
+        "Engine",
+        "Checks",
+        "Output",
+    ]
     assert headings == wanted
     engine = page[page.index("Engine:") : page.index("Checks:")]
     assert all(flag(field) in engine for field in BuildOptions.__struct_fields__)

@@ -43,6 +43,9 @@ _PUBLIC = {
     "Answers": {
         "inference.model": "load Model",
         "inference.prediction": "Prediction",
+        "visualization.show": "show Shown",
+        "drawing.seen": "Seen Stage",
+        "drawing.sheet": "Sheet",
     },
     "Verification and profiling": {
         "verification.verify": "verify",

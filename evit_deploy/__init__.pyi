@@ -7,6 +7,9 @@ from evit_deploy.bundle.manifest import Manifest as Manifest
 from evit_deploy.bundle.manifest import Parent as Parent
 from evit_deploy.bundle.manifest import TensorSpec as TensorSpec
 from evit_deploy.data.preprocess import Preprocess as Preprocess
+from evit_deploy.drawing.seen import Seen as Seen
+from evit_deploy.drawing.seen import Stage as Stage
+from evit_deploy.drawing.sheet import Sheet as Sheet
 from evit_deploy.engines.build import Built as Built
 from evit_deploy.engines.build import build_engine as build_engine
 from evit_deploy.environment.availability import Needs as Needs
@@ -108,5 +111,7 @@ from evit_deploy.tuning.schedules import Schedule as Schedule
 from evit_deploy.tuning.staircase import Staircase as Staircase
 from evit_deploy.tuning.tune import tune as tune
 from evit_deploy.verification.verify import verify as verify
+from evit_deploy.visualization.show import Shown as Shown
+from evit_deploy.visualization.show import show as show
 
 __version__: str

@@ -12,7 +12,7 @@ from evit_deploy import __version__, interrupts
 GROUPS = {
     "Make": ("convert", "run", "train", "tune"),
     "Prove and measure": ("verify", "profile", "compare"),
-    "Use": ("predict", "package"),
+    "Use": ("predict", "show", "package"),
     "Around it": ("plugin", "doctor"),
 }
 """The commands under the headings of the help page, in the order in which one meets them."""

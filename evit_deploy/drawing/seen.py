@@ -1,6 +1,7 @@
 """What a model did with one image, location by location, as arrays: everything that a picture of it needs."""
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ class Stage(msgspec.Struct, frozen=True, eq=False):
         block: 0-based block of the location.
         kept: bool ``[patches]``: whether the model goes on with the patch, by itself or merged; others are dimmed.
         groups: int32 ``[patches]``: the lowest patch number in the token that the patch is in; −1 where it was dropped.
-        count: Patches that were kept; tokens where they merge.
+        count: Patches that were kept, where a fused token may take the place of one; tokens where they merge.
         patches: Of so many.
         does: What happened to those that are counted: ``kept``, ``merged`` or, where the others wait, ``updated``.
         scores: float32 ``[patches]``: what was chosen by, NaN where the patch was no candidate; ``None`` if not known.
@@ -34,9 +35,7 @@ class Stage(msgspec.Struct, frozen=True, eq=False):
     @property
     def title(self) -> str:
         """``block 3: 138 of 196 patches kept``."""
-        if self.does == "merged":
-            return f"block {self.block}: {self.patches} patches in {self.count} tokens"
-        return f"block {self.block}: {self.count} of {self.patches} patches {self.does}"
+        return title_of([self])
 
     def tokens(self) -> list[list[int]]:
         """The patches of each token that holds several, in the order of their lowest numbers."""
@@ -48,6 +47,15 @@ class Stage(msgspec.Struct, frozen=True, eq=False):
     def equals(self, other: "Stage") -> bool:
         """Whether the same patches were kept, and the same ones fused or merged, whatever the scores."""
         return bool((self.kept == other.kept).all() and (self.groups == other.groups).all())
+
+
+def title_of(stages: Sequence[Stage]) -> str:
+    """The title of one location of several images: ``block 6: 96 to 97 of 196 patches kept``."""
+    first, counts = stages[0], [stage.count for stage in stages]
+    count = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    if first.does == "merged":
+        return f"block {first.block}: {first.patches} patches in {count} tokens"
+    return f"block {first.block}: {count} of {first.patches} patches {first.does}"
 
 
 class Seen(msgspec.Struct, frozen=True, eq=False):

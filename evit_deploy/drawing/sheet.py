@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from evit_deploy.drawing.colours import FAINT, INK, PAPER, scale_colours
-from evit_deploy.drawing.seen import Seen
+from evit_deploy.drawing.seen import Seen, title_of
 from evit_deploy.drawing.tiles import SIDE, kept_tile, score_tile, tile_of
 from evit_deploy.errors import InputError
 
@@ -60,7 +60,11 @@ class Sheet:
     def __init__(self, images: Sequence[Seen], heading: str = "", scores: str = "score", side: int = SIDE) -> None:
         if not images:
             raise InputError("there is no image to draw")
-        if len({(one.grid, one.image.shape, tuple(stage.title for stage in one.stages)) for one in images}) > 1:
+        kinds = {
+            (one.grid, one.image.shape, tuple((stage.block, stage.patches, stage.does) for stage in one.stages))
+            for one in images
+        }
+        if len(kinds) > 1:
             raise InputError("images of one sheet have the same size and stages")
         self._images, self._side = images, side
         self._high, self._wide = tile_of(images[0], side).shape[:2]
@@ -111,7 +115,7 @@ class Sheet:
         first = self._images[0]
         high, wide = first.image.shape[:2]
         texts = [f"input: {high} x {wide}, {first.grid[0] * first.grid[1]} patches"]
-        texts += [stage.title for stage in first.stages]
+        texts += [title_of(stages) for stages in zip(*(one.stages for one in self._images), strict=True)]
         top = bottom = self.height
         for column, text in enumerate(texts):
             self.height = top

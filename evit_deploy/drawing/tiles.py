@@ -33,7 +33,7 @@ def tile_of(seen: Seen, side: int = SIDE) -> np.ndarray:
 
 
 def kept_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
-    """What is left: patches that are not kept are pale, tokens of several patches tinted, with a line around them.
+    """What is left: patches that are not kept are pale, tokens of several patches tinted, with lines around both.
 
     Args:
         seen: The image.
@@ -51,7 +51,9 @@ def kept_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
     pixels, tint = photo.astype(np.int64), tints[place]
     pale = np.where(grouped, (2 * PAPER[0] + tint) // 3, PAPER[0])  # papers are grey: one number will do
     pixels = np.where(kept, np.where(grouped, (pixels + tint + 1) // 2, pixels), (_grey(pixels) + 3 * pale + 2) // 4)
-    return _outlined(pixels.astype(np.uint8), stage.groups, colours >= 0, seen.grid)
+    # A line around what is kept too: on white paper pale patches would not show.
+    apart = np.where(colours >= 0, stage.groups, np.where(stage.kept, -1, -2))
+    return _outlined(pixels.astype(np.uint8), apart, seen.grid)
 
 
 def score_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
@@ -75,9 +77,7 @@ def score_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
     colours = scale_colours(ranks(stage.scores)).astype(np.int64)[place]
     grey = _grey(photo)
     pixels = np.where(known[place][..., None], (grey + 3 * colours + 2) // 4, (grey + 3 * PAPER[0] + 2) // 4)
-    if stage.kept.all():
-        return pixels.astype(np.uint8)
-    return _outlined(pixels.astype(np.uint8), stage.kept.astype(int), stage.kept, seen.grid)
+    return _outlined(pixels.astype(np.uint8), stage.kept, seen.grid)
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
@@ -121,21 +121,21 @@ def _grey(pixels: np.ndarray) -> np.ndarray:
     return ((pixels @ np.array([299, 587, 114]) + 500) // 1000)[..., None]
 
 
-def _outlined(pixels: np.ndarray, groups: np.ndarray, marked: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Draws a line wherever one patch is in another group than the next, and one of the two is marked.
+def _outlined(pixels: np.ndarray, groups: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Draws a line wherever one patch is in another group than the next.
 
     It is dark in the patch above or to the left and light in the other, so that it shows on any photograph.
     """
-    square, mark = groups.reshape(grid), marked.reshape(grid)
+    square = groups.reshape(grid)
     high, wide = pixels.shape[0] // grid[0], pixels.shape[1] // grid[1]
     line = outline_for(min(high, wide))
     for light in (True, False):  # dark lines are drawn last: they close every corner
         width, colour = (line.light, PAPER) if light else (line.dark, INK)
-        for row, column in np.argwhere((square[:, :-1] != square[:, 1:]) & (mark[:, :-1] | mark[:, 1:])):
+        for row, column in np.argwhere(square[:, :-1] != square[:, 1:]):
             edge = (column + 1) * wide
             across = slice(edge, edge + width) if light else slice(edge - width, edge)
             pixels[row * high : (row + 1) * high, across] = colour
-        for row, column in np.argwhere((square[:-1] != square[1:]) & (mark[:-1] | mark[1:])):
+        for row, column in np.argwhere(square[:-1] != square[1:]):
             edge = (row + 1) * high
             down = slice(edge, edge + width) if light else slice(edge - width, edge)
             pixels[down, column * wide : (column + 1) * wide] = colour

@@ -1,7 +1,7 @@
 """Variants of an exported file, made from the file alone: with indices, with the choice given, and the slice twin."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -47,6 +47,38 @@ def with_indices(proto: ModelProto) -> ModelProto:
             info = helper.make_tensor_value_info(_choice(node), onnx.TensorProto.INT32, shape)
             copy.graph.output.append(info)
     return copy
+
+
+def with_scores(proto: ModelProto) -> ModelProto:
+    """A copy that also gives out its choices, and what each location makes its own by.
+
+    Outputs are those of :func:`with_indices`, and ``scores_<block>``, ``scores_<block>_1``, … (float32).
+    """
+    copy = with_indices(proto)
+    ranks = _ranks(copy)
+    for node in reorganizations(copy):
+        _give_out_scores(copy, node, ranks)
+    return copy
+
+
+def scores_in(outputs: Mapping[str, np.ndarray], block: int) -> Any:
+    """What a location chose by, among the outputs of such a copy: one array, or several in a tuple."""
+    first = f"scores_{block}"
+    found = tuple(value for name, value in outputs.items() if name == first or name.startswith(f"{first}_"))
+    return found[0] if len(found) == 1 else found
+
+
+def _ranks(proto: ModelProto) -> dict[str, int]:
+    return {info.name: len(info.type.tensor_type.shape.dim) for info in proto.graph.value_info}
+
+
+def _give_out_scores(proto: ModelProto, node: onnx.NodeProto, ranks: dict[str, int]) -> None:
+    """Makes what a location chooses by outputs of the file."""
+    for index, value in enumerate(list(node.input[3:]) if node.op_type == merge.NAME else [node.input[1]]):
+        name = f"scores_{block_of(node)}" + (f"_{index}" if index else "")
+        shape = ["batch"] + [None] * (ranks.get(value, 2) - 1)
+        proto.graph.node.append(helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT))
+        proto.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
 
 
 def slice_twin(proto: ModelProto) -> ModelProto:
@@ -149,7 +181,7 @@ def with_choice(proto: ModelProto) -> ModelProto:
     nodes = reorganizations(copy)
     if not nodes:
         raise InputError("this file has no TokenReorg node, so there is nothing to choose", seen=proto.graph.name)
-    ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in copy.graph.value_info}
+    ranks = _ranks(copy)
     for function in copy.functions:
         if function.name == op.NAME:
             function.input.append("choice")
@@ -157,7 +189,7 @@ def with_choice(proto: ModelProto) -> ModelProto:
             top.CopyFrom(helper.make_node("Cast", ["choice"], [top.output[1]], to=onnx.TensorProto.INT64))
     for node in nodes:
         block, length = block_of(node), _choice_length(node)
-        evidence = list(node.input[3:]) if node.op_type == merge.NAME else [node.input[1]]
+        _give_out_scores(copy, node, ranks)
         if node.op_type == merge.NAME:
             own = node.input[2]
             for other in copy.graph.node:  # what follows the patches takes the choice as well
@@ -166,9 +198,4 @@ def with_choice(proto: ModelProto) -> ModelProto:
             node.input.append(f"choice_{block}")
         choice = helper.make_tensor_value_info(f"choice_{block}", onnx.TensorProto.INT32, ["batch", length])
         copy.graph.input.append(choice)
-        for index, value in enumerate(evidence):
-            name = f"scores_{block}" + (f"_{index}" if index else "")
-            shape = ["batch"] + [None] * (ranks.get(value, 2) - 1)
-            copy.graph.node.append(helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT))
-            copy.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
     return copy

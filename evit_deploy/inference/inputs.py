@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.data.images import COPY_AGAIN, decode_image, image_files, preprocess_image, with_channels
+from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import InputError
 
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
@@ -26,17 +26,17 @@ class Given:
 
     Args:
         images: One image or several, see :class:`~evit_deploy.inference.model.Model`.
-        manifest: Of the bundle that they are for.
+        preprocess: What is done with pictures.
+        shape: Of the model's input for one image, ``(C, H, W)``.
         threads: CPU threads that read and prepare pictures; by default one for each core.
 
     Raises:
         InputError: It is no image, or an array of which it is not clear what is meant.
     """
 
-    def __init__(self, images: Any, manifest: Manifest, threads: int | None = None) -> None:
+    def __init__(self, images: Any, preprocess: Preprocess, shape: tuple[int, ...], threads: int | None = None) -> None:
         self._workers = threads or _cores()
-        self._preprocess = manifest.preprocess
-        self._shape: tuple[int, ...] = tuple(int(size or 0) for size in manifest.inputs[0].shape[1:])
+        self._preprocess, self._shape = preprocess, shape
         self.single = isinstance(images, str | Path | bytes | bytearray | Image.Image)
         if not self.single and hasattr(images, "__array__"):
             images = _array(images, "the array")

@@ -57,8 +57,7 @@ def load(
     for name, number in (("threads", threads), ("batch_size", batch_size)):
         if number is not None and number < 1:
             raise InputError("this is no number of them", where=name, seen=number, wanted="a whole number from 1 up")
-    bundle = read_bundle(path)
-    _check(bundle)
+    bundle = checked_bundle(path)
     if runtime is not None:
         artifact = asked_for(bundle, runtime, Path(against) if against is not None else None)
         check_plugin(bundle, runtime, plugin)
@@ -92,8 +91,13 @@ def load(
     )  # fmt: skip
 
 
-def _check(bundle: Bundle) -> None:
-    """Whether the files are those that were verified, and the labels one a class."""
+def checked_bundle(path: str | Path) -> Bundle:
+    """A bundle whose files are those that were verified, with one label a class if it has labels.
+
+    Raises:
+        InputError: It is no such bundle.
+    """
+    bundle = read_bundle(path)
     changed = changed_files(bundle)
     if changed:
         raise InputError(
@@ -107,6 +111,7 @@ def _check(bundle: Bundle) -> None:
             "the manifest has not one label for each class", where=bundle.path, seen=f"{len(manifest.labels)} labels",
             wanted=f"{classes}", fix="Convert again, with the right labels.",
         )  # fmt: skip
+    return bundle
 
 
 class Model:
@@ -240,14 +245,31 @@ class Model:
                 :meth:`predict`.
             StageError: The runtime failed.
         """
-        plan, given = self.bundle.manifest.plan, self._given(images)
-        names = [kept_name(row.block) for row in plan.locations]
-        if not names:
+        plan = self.bundle.manifest.plan
+        if not plan.locations:
             return {}
-        found = self._run(self._session_with(names), given, names)[0]
-        choices = [found[name] for name in names]
+        choices = self.choices(images)[1]
         numbers, groups = original_patches(choices, plan), patch_groups(choices, plan)
         return {row.block: groups[i] if row.choice == "merge" else numbers[i] for i, row in enumerate(plan.locations)}
+
+    def choices(self, images: ImageLike | Iterable[ImageLike]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The answers to images, and the choices that led to them: what :meth:`kept` puts into patch numbers.
+
+        Args:
+            images: See :class:`Model`.
+
+        Returns:
+            float32 ``[n, classes or d]``, and for each location int32 ``[n, length]``: of kind ``kept`` the candidates
+            in their new order, of kind ``merge`` who stays, who moves and whither.
+
+        Raises:
+            InputError: See :meth:`kept`.
+            StageError: The runtime failed.
+        """
+        names = [kept_name(row.block) for row in self.bundle.manifest.plan.locations]
+        answer, given = self.bundle.manifest.answer, self._given(images)
+        found = self._run(self._session_with(names), given, [answer, *names])[0]
+        return found[answer].astype(np.float32, copy=False), [found[name] for name in names]
 
     def close(self) -> None:
         """Gives up the runtime's memory, once the calls under way are done; afterwards the model refuses to answer."""
@@ -318,7 +340,9 @@ class Model:
         return np.empty((0, *(int(size or 0) for size in spec.shape[1:])), spec.dtype)
 
     def _given(self, images: Any) -> Given:
-        return Given(images, self.bundle.manifest, self._threads)
+        manifest = self.bundle.manifest
+        shape = tuple(int(size or 0) for size in manifest.inputs[0].shape[1:])
+        return Given(images, manifest.preprocess, shape, self._threads)
 
     def _opened(self, *, with_indices: bool) -> Session:
         where = self.bundle.path

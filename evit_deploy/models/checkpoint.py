@@ -227,6 +227,20 @@ def build_model(checkpoint: Checkpoint, image_size: int | None = None) -> torch.
     return model.eval()
 
 
+def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
+    """The checkpoint's preprocessing at the model's image size; timm's for one that says nothing."""
+    own = checkpoint.preprocess
+    size = backbone_of(model).image_size(model)
+    if own is None:
+        return Preprocess.from_model(model, size)
+    if len(own.mean) not in (1, 3):  # whatever the model takes: see evit_deploy.data.images.with_channels
+        raise InputError(
+            "pictures have three colours when they are normalised", where="--mean and --std", seen=len(own.mean),
+            wanted="three numbers, or one for all",
+        )  # fmt: skip
+    return msgspec.structs.replace(own, size=size)
+
+
 def set_image_size_(model: Any, image_size: int) -> None:
     """Changes the image size a model takes, in place.
 

@@ -25,7 +25,7 @@ from evit_deploy.errors import InputError
 from evit_deploy.export.answer import answer_name, answer_size, has_classes, normalize_
 from evit_deploy.export.card import INPUT, LOGITS, kept_name
 from evit_deploy.export.precision import QUANTIZED
-from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, resolve_tokens
+from evit_deploy.models.checkpoint import Checkpoint, build_model, preprocess_of, read_checkpoint, resolve_tokens
 from evit_deploy.models.files import hub
 from evit_deploy.models.files.safe_weights import split_part
 from evit_deploy.models.files.sources import FILE_SUFFIXES
@@ -544,20 +544,6 @@ def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
         stem = Path(stem).stem
     name = "-".join(filter(None, (stem, part, token_label(spec))))
     return path.with_name(name) if local else Path(name)
-
-
-def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
-    """The checkpoint's preprocessing at the model's image size; timm's for one that says nothing."""
-    own = checkpoint.preprocess
-    size = backbone_of(model).image_size(model)
-    if own is None:
-        return Preprocess.from_model(model, size)
-    if len(own.mean) not in (1, 3):  # whatever the model takes: see evit_deploy.data.images.with_channels
-        raise InputError(
-            "pictures have three colours when they are normalised", where="--mean and --std", seen=len(own.mean),
-            wanted="three numbers, or one for all",
-        )  # fmt: skip
-    return msgspec.structs.replace(own, size=size)
 
 
 def check_folders(options: ConvertOptions) -> list[str]:

@@ -59,6 +59,8 @@ class TokenReducer(nn.Module):
     """Whether it is trained to agree with the dense model that it starts from."""
     fuses: ClassVar[bool] = True
     """Whether a location can add a token that stands for those that it removes."""
+    score_name: ClassVar[str] = "score"
+    """What :meth:`shown_scores` are, in a picture's legend."""
 
     def __init__(self, plan: BlockPlan, prefix: int, scale: float, options: msgspec.Struct) -> None:
         super().__init__()
@@ -149,6 +151,21 @@ class TokenReducer(nn.Module):
         """
         assert row.keep is not None
         return swap_last(choice, exact, row.keep)
+
+    @classmethod
+    def shown_scores(cls, scores: Any, prefix: int) -> np.ndarray:
+        """What a picture shows of the scores: one number for each candidate, high for those that stay as they are.
+
+        By default the scores; of several arrays the first.
+
+        Args:
+            scores: What :meth:`scores` gives, in NumPy.
+            prefix: Tokens in front.
+
+        Returns:
+            ``[B, candidates]``; NaN for a candidate that no choice is about.
+        """
+        return scores[0] if isinstance(scores, tuple) else scores
 
     # ---- one block
 

@@ -9,7 +9,7 @@ import torch
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.data.images import calibration_images, image_files
 from evit_deploy.errors import InputError
-from evit_deploy.models.checkpoint import Checkpoint, build_model, resolve_tokens
+from evit_deploy.models.checkpoint import Checkpoint, build_model, preprocess_of, resolve_tokens
 from evit_deploy.pipeline.convert import (
     Job,
     Reduced,
@@ -17,7 +17,6 @@ from evit_deploy.pipeline.convert import (
     check_own_weights,
     label_by_folders,
     manifest_of,
-    preprocess_of,
 )
 from evit_deploy.pipeline.lowering import Lowering
 from evit_deploy.recipe.options import TuneOptions

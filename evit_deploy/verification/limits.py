@@ -6,7 +6,6 @@ the golden file; the model in FP32 arithmetic has to give them within these limi
 """
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from evit_deploy.export.answer import answer_in
 from evit_deploy.export.card import feeds, kept_name
 from evit_deploy.export.disturbed import OwnArithmetic
+from evit_deploy.export.variants import scores_in
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.choices import patch_margins
 from evit_deploy.tokens.plan import TokenPlan
@@ -66,10 +66,10 @@ def own_limits(golden: Golden, model: Path, dense: Path, plan: TokenPlan, method
     for one in drawn:
         scores = zip(blocks, plan.locations, choices, strict=True)
         for index, (block, row, choice) in enumerate(scores):
-            found = rule.margin(_scores(one, block), _scores(exact, block), choice, row)
+            found = rule.margin(scores_in(one, block), scores_in(exact, block), choice, row)
             margins[index] = np.minimum(margins[index], found)
     nearest = [
-        rule.nearest_choice(c, _scores(exact, b), row)
+        rule.nearest_choice(c, scores_in(exact, b), row)
         for c, b, row in zip(choices, blocks, plan.locations, strict=True)
     ]
     swapped = exact
@@ -104,13 +104,6 @@ def _drawn(path: Path, given: dict[str, np.ndarray], low: bool, *, chosen: bool)
 
 def _choices(blocks: list[int], choices: list[np.ndarray]) -> dict[str, np.ndarray]:
     return {f"choice_{block}": choice for block, choice in zip(blocks, choices, strict=True)}
-
-
-def _scores(outputs: dict[str, np.ndarray], block: int) -> Any:
-    """What a location chose by: one array, or several in a tuple."""
-    first = f"scores_{block}"
-    found = tuple(value for name, value in outputs.items() if name == first or name.startswith(f"{first}_"))
-    return found[0] if len(found) == 1 else found
 
 
 def _farthest(moves: list[np.ndarray]) -> np.ndarray:

@@ -18,8 +18,12 @@ def picture() -> Image.Image:
     return Image.fromarray(noise)
 
 
+def given_of(images, manifest) -> Given:
+    return Given(images, manifest.preprocess, manifest.inputs[0].shape[1:])
+
+
 def prepared(images, manifest) -> np.ndarray:
-    given = Given(images, manifest)
+    given = given_of(images, manifest)
     arrays, unusable = given.prepared(0, len(given))
     assert unusable == {}
     return arrays
@@ -27,7 +31,7 @@ def prepared(images, manifest) -> np.ndarray:
 
 def refusal(images, manifest) -> str:
     try:
-        given = Given(images, manifest)
+        given = given_of(images, manifest)
     except InputError as error:
         return str(error)
     return str(given.prepared(0, len(given))[1][0])
@@ -43,13 +47,13 @@ def test_every_kind_of_one_picture_is_the_same_input(picture, converted, tmp_pat
     kinds = [path, str(path), read, bytearray(read), picture, Image.open(path), array]
     kinds += [torch.from_numpy(array.copy()), expected, torch.from_numpy(expected)]
     for kind in kinds:
-        assert Given(kind, manifest).single
+        assert given_of(kind, manifest).single
         np.testing.assert_array_equal(prepared(kind, manifest), expected[None])
     np.testing.assert_array_equal(prepared(kinds, manifest), np.stack([expected] * len(kinds)))  # mixed
     np.testing.assert_array_equal(prepared((kind for kind in kinds[:3]), manifest), np.stack([expected] * 3))
     several = np.stack([np.asarray(picture)] * 2)
     np.testing.assert_array_equal(prepared(several, manifest), np.stack([expected] * 2))
-    assert not Given(several, manifest).single
+    assert not given_of(several, manifest).single
 
 
 def test_a_prepared_batch_is_not_copied(converted):
@@ -111,7 +115,7 @@ def test_a_picture_that_was_opened_and_is_cut_off_is_named(picture, converted, t
 
 
 def test_those_that_can_be_read_come_in_order(picture, converted):
-    given = Given([picture, b"no", np.asarray(picture), "gone.png", picture], converted.manifest)
+    given = given_of([picture, b"no", np.asarray(picture), "gone.png", picture], converted.manifest)
     arrays, unusable = given.prepared(1, 5)
     assert arrays.shape == (2, 3, 96, 96)
     assert list(unusable) == [1, 3]

@@ -10,8 +10,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from evit_deploy.errors import InputError
-from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, resolve_tokens
-from evit_deploy.pipeline.convert import preprocess_of
+from evit_deploy.models.checkpoint import Checkpoint, build_model, preprocess_of, read_checkpoint, resolve_tokens
 from evit_deploy.tokens.plan import TokenSpec
 from tests.support.checkpoints import refusal, saved
 from tests.support.models import hollow, of_kind, seeded, write_checkpoint

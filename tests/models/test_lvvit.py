@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evit_deploy.errors import InputError, MissingRequirement, UnsupportedModelError
-from evit_deploy.models.checkpoint import build_model, read_checkpoint
+from evit_deploy.models.checkpoint import build_model, preprocess_of, read_checkpoint
 from evit_deploy.models.identify import check_model_name
 from evit_deploy.models.lvvit import AUX_WEIGHT, LVViTBackbone
 from evit_deploy.models.timm_vit import ReducedBlock
-from evit_deploy.pipeline.convert import preprocess_of
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, set_keep_rate_, token_plan
 from tests.support import oracle

@@ -27,6 +27,7 @@ class _Reordered(TokenReducer):
 
     exports = False
     comparison_only = True
+    score_name = "class attention"
 
     def scores(self, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """EViT's, see :func:`~evit_deploy.tokens.methods.evit.class_scores`."""

@@ -39,6 +39,7 @@ class DynamicViT(TokenReducer):
     needs_own_weights: ClassVar[bool] = True
     learns_from_dense: ClassVar[bool] = True
     own_parameters: ClassVar[tuple[str, ...]] = ("score_predictor.",)
+    score_name: ClassVar[str] = "predicted value"
 
     @classmethod
     def unsupported(cls, model: Any) -> list[str]:

@@ -30,6 +30,8 @@ _TINY = float(np.finfo(np.float32).tiny)
 class EViT(TokenReducer):
     """Keeps the tokens that the class token attends to most and fuses the rest by the same attention."""
 
+    score_name = "class attention"
+
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What becomes of the tokens that are not kept.
 

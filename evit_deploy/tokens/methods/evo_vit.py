@@ -37,6 +37,7 @@ class EvoViT(TokenReducer):
     fuses: ClassVar[bool] = False
     own_parameters: ClassVar[tuple[str, ...]] = ("norm_cls.", "head_cls.weight", "head_cls.bias")
     default_keep_rate: ClassVar[float | None] = _DEFAULT_RATE
+    score_name: ClassVar[str] = "global class attention"
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """How the patches that wait are treated, and how often they change.

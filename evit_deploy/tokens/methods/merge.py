@@ -38,6 +38,7 @@ class Merge(TokenReducer):
     """Lets tokens that are little attended to, or like others, join the most similar token that stays."""
 
     fuses = False
+    score_name = "worth"
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What it takes.
@@ -104,6 +105,12 @@ class Merge(TokenReducer):
         similarity = cosines(exact[1], weight.shape[1])
         worth = _worth(weight, similarity, weight[:, None, :] > weight[:, :, None])
         return nearest_join(choice, worth, similarity, row.keep)
+
+    @classmethod
+    def shown_scores(cls, scores: Any, prefix: int) -> np.ndarray:
+        """See :meth:`TokenReducer.shown_scores`: the worth that is ranked by."""
+        weight = scores[0]
+        return _worth(weight, cosines(scores[1], weight.shape[1]), weight[:, None, :] > weight[:, :, None])
 
     # ---- one block
 

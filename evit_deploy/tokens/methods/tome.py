@@ -39,6 +39,7 @@ class ToMe(TokenReducer):
     takes_keep_rate = False
     needs_class_token = False
     fuses = False
+    score_name = "unlikeness to the nearest"
     needed = "Say how many tokens each block merges: --merge 13, method_options={'merge': 13}."
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,6 +131,13 @@ class ToMe(TokenReducer):
     def nearest_choice(cls, choice: np.ndarray, exact: Any, row: BlockPlan) -> np.ndarray:
         """The closest of two kinds: another pair merges in the place of the last, or a token joins its second best."""
         return _Matched(choice, exact, row).nearest()
+
+    @classmethod
+    def shown_scores(cls, scores: Any, prefix: int) -> np.ndarray:
+        """See :meth:`TokenReducer.shown_scores`: 1 minus the best similarity of each token of A; B has no choice."""
+        found = np.full((len(scores), scores.shape[1] + scores.shape[2]), np.nan)
+        found[:, prefix % 2 :: 2] = 1 - scores.max(axis=2)
+        return found
 
     # ---- one block
 

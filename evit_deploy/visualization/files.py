@@ -1,0 +1,209 @@
+"""Pictures on disk: sheets of up to :data:`~evit_deploy.visualization.show.PAGE` images each, whole or not at all."""
+
+import logging
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from evit_deploy import progress
+from evit_deploy.drawing.seen import Seen, Stage, title_of
+from evit_deploy.errors import GateFailed, InputError, first_few
+from evit_deploy.files import write_atomically
+from evit_deploy.inference.files import Unreadable
+from evit_deploy.inference.inputs import Given, image_paths
+from evit_deploy.visualization.show import PAGE, Shown, blocks_to_draw, look
+from evit_deploy.visualization.subject import Subject
+
+_LOG = logging.getLogger(__name__)
+SUFFIXES = (".png", ".svg")
+
+
+class ShownStage(msgspec.Struct, frozen=True):
+    """What became of one image's patches at one location, as numbers.
+
+    Args:
+        block: 0-based block.
+        does: ``kept``, ``merged``, or ``updated`` where the others wait.
+        count: Patches that were kept; tokens where they merge.
+        patches: Of so many.
+        kept: Their numbers, row by row from the top left; none where they merge.
+        tokens: The patches of each token that holds several.
+    """
+
+    block: int
+    does: str
+    count: int
+    patches: int
+    kept: list[int]
+    tokens: list[list[int]]
+
+
+class ShownImage(msgspec.Struct, frozen=True):
+    """One image.
+
+    Args:
+        image: Its file.
+        answer: What the model said, in a few words.
+        stages: Its locations.
+    """
+
+    image: str
+    answer: str
+    stages: list[ShownStage]
+
+
+class ShownFiles(msgspec.Struct, frozen=True):
+    """What was drawn.
+
+    Args:
+        about: The model, and who ran it.
+        runtimes: Who was asked; the first one is drawn.
+        pictures: The files that were written.
+        grid: Rows and columns of patches.
+        images: The images that could be read; every location, also those that are not drawn.
+        unreadable: Those that could not.
+        differences: Where a further runtime chose otherwise, in words.
+    """
+
+    about: str
+    runtimes: list[str]
+    pictures: list[str]
+    grid: tuple[int, int] | None
+    images: list[ShownImage]
+    unreadable: list[Unreadable]
+    differences: list[str]
+
+    def summary(self) -> list[str]:
+        """What a person reads: how much is kept, and the files."""
+        lines = []
+        if self.images:
+            lines.append(f"{self.about}, {len(self.images)} image{'s'[: len(self.images) > 1]}.")
+            stages = zip(*(one.stages for one in self.images), strict=True)
+            lines += [f"  {title_of(one)}" for one in stages]
+        if len(self.runtimes) > 1 and self.images and not self.differences:
+            lines.append(f"{' and '.join(self.runtimes)} choose the same patches in all {len(self.images)} images.")
+        return [*lines, *self.pictures]
+
+    def raise_if_unreadable(self) -> None:
+        """Says at the end that not every image was drawn.
+
+        Raises:
+            GateFailed: One could not be read.
+        """
+        if self.unreadable:
+            raise GateFailed(
+                f"{len(self.unreadable)} of {len(self.images) + len(self.unreadable)} images cannot be read",
+                seen=first_few(one.image for one in self.unreadable),
+                fix="Those that can be were drawn." if self.images else None,
+            )
+
+
+def picture_files(out: Path, images: int) -> list[Path]:
+    """The files that so many images are drawn in: ``out``, or ``out`` with numbers."""
+    pages = -(-images // PAGE)
+    if pages <= 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{page + 1:0{len(str(pages))}}{out.suffix}") for page in range(pages)]
+
+
+def check_out(files: Iterable[Path], *, force: bool, suffixes: Sequence[str] = SUFFIXES) -> None:
+    """Refuses, before any work, places where nothing can be written.
+
+    Args:
+        files: Where to write.
+        force: Whether to replace what is there.
+        suffixes: Endings that say how it is written.
+
+    Raises:
+        InputError: One is a folder, exists already, has another ending, or lies where nothing can be written.
+    """
+    for file in files:
+        if file.is_dir():
+            raise InputError("this is a folder", where=file, wanted="a file")
+        if file.suffix.lower() not in suffixes:
+            raise InputError(
+                "the ending says how it is written, and this one is not known", where=file, seen=file.suffix or "none",
+                wanted=" or ".join(suffixes), fix=f"Say --out {shlex.quote(str(file.with_suffix(suffixes[0])))}.",
+            )  # fmt: skip
+        if os.path.lexists(file) and not force:
+            raise InputError("it exists already", where=file, fix="Give --force to replace it, or another --out.")
+        if not file.parent.is_dir():
+            raise InputError("its folder is not there", where=file, seen=file.parent)
+        if not os.access(file.parent, os.W_OK):
+            raise InputError("nothing may be written there", where=file.parent, fix="Give another --out.")
+
+
+def draw_files(
+    subject: Subject,
+    paths: Iterable[str | Path],
+    *,
+    blocks: Sequence[int] = (),
+    heat: bool = True,
+    out: Path | None = None,
+    force: bool = False,
+) -> ShownFiles:
+    """Draws what becomes of images in files, sheet by sheet: memory does not grow with their number.
+
+    Args:
+        subject: What is asked.
+        paths: Files, and folders that stand for all images anywhere below them.
+        blocks: Locations to draw; by default all, or four of more.
+        heat: Whether to draw scores too.
+        out: ``.png`` or ``.svg``; by default ``<name>-kept.png`` in the current folder. Numbered where there are more
+            images than a sheet holds.
+        force: Whether to replace files.
+
+    Raises:
+        InputError: A folder without images, ``out`` cannot be written, or a block is no location.
+        StageError: A runtime failed, or the disk.
+    """
+    blocks_to_draw(subject.plan, blocks)
+    files = image_paths(paths)
+    pages = picture_files(out or Path(f"{subject.name}-kept.png"), len(files))
+    check_out(pages, force=force)
+    given = Given(files, subject.preprocess, subject.shape)
+    unreadable: dict[int, Unreadable] = {}
+
+    def note(number: int, error: InputError) -> None:
+        unreadable[number] = Unreadable(str(files[number]), str(error))
+        _LOG.warning(str(error))
+
+    images: list[ShownImage] = []
+    written, differences, about, grid = [], [], subject.about, None
+    for page, start in enumerate(range(0, len(files), PAGE)):
+        progress.step(_LOG, "drawing", start, len(files))
+        shown = look(subject, given, start, min(start + PAGE, len(files)), blocks=blocks, on_error=note)
+        about = shown.about
+        for difference in shown.differences:
+            _LOG.warning(difference)
+        differences += shown.differences
+        if shown.images:
+            grid = shown.images[0].grid
+            write_picture(shown, pages[page], heat=heat)
+            written.append(str(pages[page]))
+            images += [_image(one) for one in shown.images]
+    runtimes = [teller.runtime for teller in subject.tellers]
+    return ShownFiles(about, runtimes, written, grid, images, list(unreadable.values()), differences)
+
+
+def write_picture(shown: Shown, file: Path, *, heat: bool = True) -> None:
+    """Writes a sheet as PNG or SVG.
+
+    Raises:
+        StageError: The disk is full or failed.
+    """
+    sheet = shown.sheet(heat=heat)
+    write_atomically(file, sheet.svg().encode() if file.suffix.lower() == ".svg" else sheet.png())
+
+
+def _image(seen: Seen) -> ShownImage:
+    return ShownImage(seen.name, seen.answer, [_stage(stage) for stage in seen.stages])
+
+
+def _stage(stage: Stage) -> ShownStage:
+    kept = [] if stage.does == "merged" else np.flatnonzero(stage.kept).tolist()
+    return ShownStage(stage.block, stage.does, stage.count, stage.patches, kept, stage.tokens())

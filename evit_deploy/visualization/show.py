@@ -1,0 +1,317 @@
+"""Pictures of what a model keeps, fuses and merges: of any images, from PyTorch or from a bundle's runtimes."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from evit_deploy.data.preprocess import Preprocess
+from evit_deploy.drawing.seen import Seen, Stage, grid_of
+from evit_deploy.drawing.sheet import Sheet
+from evit_deploy.errors import InputError
+from evit_deploy.inference.inputs import Given, ImageLike
+from evit_deploy.inference.prediction import predictions_of
+from evit_deploy.tokens.plan import TokenOptions, TokenPlan
+from evit_deploy.visualization.stages import stages_of
+from evit_deploy.visualization.subject import Subject, is_bundle, opened_bundle, opened_checkpoint, subject_of_model
+
+_LOG = logging.getLogger(__name__)
+PAGE = 16
+"""Images a sheet."""
+_COLUMNS = 4
+"""Locations a sheet, unless more are asked for: ToMe has one a block."""
+
+
+class Shown(msgspec.Struct, frozen=True, eq=False):
+    """What a model did with images; in a notebook it is a picture.
+
+    Args:
+        images: The images that could be read, with what became of them.
+        about: The model in a few words, and who ran it.
+        scores: What the heat maps show.
+        legend: What pale patches and colours mean.
+        blocks: Locations that are drawn; the images have all of them.
+        differences: Of further runtimes that were asked: where they chose otherwise, in words; none where they did not.
+    """
+
+    images: tuple[Seen, ...]
+    about: str
+    scores: str
+    legend: str
+    blocks: tuple[int, ...]
+    differences: tuple[str, ...] = ()
+
+    def sheet(self, *, heat: bool = True) -> Sheet:
+        """The picture, laid out.
+
+        Args:
+            heat: Whether to draw the scores too.
+
+        Raises:
+            InputError: No image could be read.
+        """
+        chosen = [
+            msgspec.structs.replace(one, stages=tuple(stage for stage in one.stages if stage.block in self.blocks))
+            for one in self.images
+        ]
+        below = f" Below: {self.scores}, by which was chosen." if heat and _scored(chosen) else ""
+        return Sheet(chosen, f"{self.about}. {self.legend}{below}", self.scores if heat else "")
+
+    def picture(self) -> Image.Image:
+        """The picture in memory; of many images :meth:`save` makes several files."""
+        return self.sheet().image()
+
+    def _repr_png_(self) -> bytes | None:
+        return self.sheet().png() if 0 < len(self.images) <= PAGE else None
+
+    def __repr__(self) -> str:
+        return f"Shown({len(self.images)} images, blocks {', '.join(map(str, self.blocks))}: {self.about})"
+
+
+def show(
+    source: str | Path | Any,
+    images: ImageLike | Iterable[ImageLike],
+    *,
+    runtimes: Sequence[str] = (),
+    blocks: Sequence[int] = (),
+    against: str | Path | None = None,
+    model: str | None = None,
+    preprocess: Preprocess | None = None,
+    **tokens: Unpack[TokenOptions],
+) -> Shown:
+    """Shows what a model keeps, fuses and merges of images, location by location.
+
+    Args:
+        source: A bundle, a checkpoint as :func:`~evit_deploy.models.checkpoint.read_checkpoint` takes it, or a reduced
+            PyTorch model.
+        images: One image or several, as :class:`~evit_deploy.inference.model.Model` takes them.
+        runtimes: Who runs a bundle; by default ONNX Runtime, or PyTorch (``eager``) where that cannot run the file.
+            What the first one says is drawn, and the others are compared with it.
+        blocks: Locations to draw; by default all, or four of more.
+        against: Checkpoint of the bundle, for ``eager``, where it is no longer in its place.
+        model: Of a checkpoint: timm name that decides the architecture.
+        preprocess: Of a PyTorch model: from image to input; by default timm's.
+        tokens: Of a checkpoint: fields of the spec; the rest comes from the checkpoint.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        InputError: The source or an image cannot be used, the model keeps every patch, or a block is no location.
+        MissingRequirement: A runtime is not installed here.
+        StageError: A runtime failed.
+    """
+    with opened(source, runtimes, against, model=model, preprocess=preprocess, tokens=tokens) as subject:
+        given = Given(images, subject.preprocess, subject.shape)
+        return look(subject, given, 0, len(given), blocks=blocks)
+
+
+@contextlib.contextmanager
+def opened(
+    source: str | Path | Any,
+    runtimes: Sequence[str] = (),
+    against: str | Path | None = None,
+    *,
+    threads: int | None = None,
+    model: str | None = None,
+    preprocess: Preprocess | None = None,
+    tokens: TokenOptions | None = None,
+) -> Iterator[Subject]:
+    """Opens whatever can be shown; see :func:`show`.
+
+    Raises:
+        InputError: It cannot be used, or an argument is not about it.
+    """
+    file = isinstance(source, str | Path)
+    bundle = file and is_bundle(source)
+    architecture: dict[str, Any] = {"model": model, **(tokens or {})}
+    asked: dict[str, Any] = {"runtimes": tuple(runtimes), "against": against}
+    if tuple(runtimes) == ("eager",):
+        asked.pop("runtimes")
+    if bundle:
+        _refuse("a bundle is shown as it is", architecture | {"preprocess": preprocess})
+    elif file:
+        _refuse("a checkpoint runs in PyTorch alone", asked | {"preprocess": preprocess}, "Convert it, and show that.")
+    else:
+        _refuse("a model is shown as it is", architecture | asked)
+    if bundle:
+        with opened_bundle(source, runtimes, against, threads) as subject:
+            yield subject
+    elif file:
+        with opened_checkpoint(source, model, tokens or {}) as subject:
+            yield subject
+    else:
+        yield subject_of_model(source, preprocess or Preprocess.from_model(source), name=type(source).__name__)
+
+
+def _refuse(what: str, arguments: dict[str, Any], fix: str | None = None) -> None:
+    """Refuses arguments that are about something else.
+
+    Raises:
+        InputError: One was given.
+    """
+    given = {name: value for name, value in arguments.items() if value not in (None, ())}
+    if given:
+        name, value = next(iter(given.items()))
+        raise InputError(what, where=name, seen=value, fix=fix or f"Leave {' and '.join(given)} out.")
+
+
+def look(
+    subject: Subject,
+    given: Given,
+    start: int,
+    stop: int,
+    *,
+    blocks: Sequence[int] = (),
+    on_error: Callable[[int, InputError], None] | None = None,
+) -> Shown:
+    """Asks about some of the images.
+
+    Args:
+        subject: What is asked.
+        given: The images.
+        start: Number of the first.
+        stop: Number after the last.
+        blocks: See :func:`show`.
+        on_error: Is given the number of an image that cannot be read, and why; the image is left out. Without it the
+            first such image is an error.
+
+    Raises:
+        InputError: An image cannot be read, or a block is no location.
+        StageError: A runtime failed.
+    """
+    chosen = blocks_to_draw(subject.plan, blocks)
+    images, unusable = given.prepared(start, stop)
+    for number, error in unusable.items():
+        if on_error is None:
+            raise error
+        on_error(number, error)
+    names = [given.name(number) or f"image {number}" for number in range(start, stop) if number not in unusable]
+    seen, differences = see(subject, images, names) if names else ([], [])
+    return Shown(
+        images=tuple(seen),
+        about=f"{subject.about}, {subject.tellers[0].runtime}",
+        scores=subject.method.score_name,
+        legend=legend(subject.plan),
+        blocks=chosen,
+        differences=tuple(differences),
+    )
+
+
+def see(subject: Subject, images: np.ndarray, names: Sequence[str]) -> tuple[list[Seen], list[str]]:
+    """Asks about prepared images.
+
+    Args:
+        subject: What is asked.
+        images: float32 ``[n, C, H, W]``, at least one.
+        names: What they are called.
+
+    Returns:
+        What was seen, and a sentence for each further runtime that chose otherwise.
+
+    Raises:
+        StageError: A runtime failed.
+    """
+    grid = grid_of(images.shape[2], images.shape[3], subject.plan.patches)
+
+    def stages(choices: list[np.ndarray], scores: list[Any]) -> list[tuple[Stage, ...]]:
+        return stages_of(choices, subject.plan, grid, subject.method, scores)
+
+    told = subject.tellers[0].tell(images)
+    found = stages(told.choices, told.scores)
+    others = {teller.runtime: teller for teller in subject.tellers[1:]}
+    if subject.scorer is not None:
+        others.setdefault(subject.scorer.runtime, subject.scorer)
+    differences = []
+    for runtime, teller in others.items():
+        other = teller.tell(images)
+        theirs = stages(other.choices, other.scores)
+        differences += _difference((subject.tellers[0].runtime, found), (runtime, theirs), names)
+        if teller is subject.scorer:  # the heat map is the file's, whoever chose: so all runtimes give the same picture
+            found = [_scored_by(*pair) for pair in zip(found, theirs, strict=True)]
+    captions = [""] * len(names)
+    if subject.classes:
+        best = predictions_of(told.answers, subject.labels, 1, list(names))
+        kind = "" if subject.labels is not None else "class "
+        captions = [f"{kind}{one.label} {100 * one.probability:.1f} %" for one in best]
+    pictures = _pictures(images, subject.preprocess)
+    return [
+        Seen(picture, grid, one, name, caption)
+        for picture, one, name, caption in zip(pictures, found, names, captions, strict=True)
+    ], differences
+
+
+def legend(plan: TokenPlan) -> str:
+    """What pale patches and colours mean, in a sentence or several."""
+    said = {
+        "merged": "Patches that were merged into one token have one colour and a line around them.",
+        "fused": "Pale patches were fused, those of one colour into one token.",
+        "updated": "Pale patches wait for the next stage, and are not updated.",
+        "dropped": "Pale patches were dropped.",
+    }
+    kinds = {
+        "merged" if row.choice == "merge" else "updated" if row.aside else "fused" if row.fused else "dropped"
+        for row in plan.locations
+    }
+    return " ".join(text for kind, text in said.items() if kind in kinds)
+
+
+def blocks_to_draw(plan: TokenPlan, asked: Sequence[int]) -> tuple[int, ...]:
+    """The locations that a sheet has: those that are asked for; else all, or four of more, the last among them.
+
+    Raises:
+        InputError: A block is no location.
+    """
+    blocks = [row.block for row in plan.locations]
+    strange = next((block for block in asked if block not in blocks), None)
+    if strange is not None:
+        raise InputError(
+            "this block reduces no tokens",
+            where="blocks",
+            seen=strange,
+            wanted="some of " + ", ".join(map(str, blocks)),
+        )
+    if asked or len(blocks) <= _COLUMNS:
+        return tuple(sorted(set(asked))) or tuple(blocks)
+    step = len(blocks) / _COLUMNS
+    return tuple(blocks[round(step * (number + 1)) - 1] for number in range(_COLUMNS))
+
+
+def _scored(images: Sequence[Seen]) -> bool:
+    return any(stage.scores is not None for one in images for stage in one.stages)
+
+
+def _scored_by(own: Sequence[Stage], others: Sequence[Stage]) -> tuple[Stage, ...]:
+    return tuple(msgspec.structs.replace(one, scores=other.scores) for one, other in zip(own, others, strict=True))
+
+
+def _difference(
+    one: tuple[str, list[tuple[Stage, ...]]], other: tuple[str, list[tuple[Stage, ...]]], names: Sequence[str]
+) -> list[str]:
+    """Where two runtimes chose otherwise, in a sentence; none where they did not."""
+    unlike = [
+        (number, mine.block)
+        for number, (own, theirs) in enumerate(zip(one[1], other[1], strict=True))
+        for mine, yours in zip(own, theirs, strict=True)
+        if not mine.equals(yours)
+    ]
+    if not unlike:
+        return []
+    number, block = unlike[0]
+    count = len({image for image, _ in unlike})
+    first = f"the first at block {block} of {names[number]}"
+    return [f"{one[0]} and {other[0]} choose other patches in {count} of {len(names)} images, {first}."]
+
+
+def _pictures(images: np.ndarray, preprocess: Preprocess) -> list[np.ndarray]:
+    """What the model saw, uint8 ``[H, W, 3]``: its normalised input, back in the range of colours."""
+    mean, std = (np.array(values, np.float64) for values in (preprocess.mean, preprocess.std))
+    if images.shape[1] < 3:  # a mean of colours that were each normalised
+        images, mean, std = images.mean(axis=1, keepdims=True).repeat(3, axis=1), mean.mean(), std.mean()
+    colours = images[:, :3].transpose(0, 2, 3, 1) * std + mean
+    return list(np.rint(np.clip(colours, 0, 1) * 255).astype(np.uint8))

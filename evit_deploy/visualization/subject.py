@@ -1,0 +1,182 @@
+"""What is shown: a bundle on one or several runtimes, or a checkpoint whose tokens are reduced in PyTorch."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from evit_deploy.bundle.bundle import Bundle
+from evit_deploy.bundle.manifest import MANIFEST
+from evit_deploy.data.preprocess import Preprocess
+from evit_deploy.errors import InputError
+from evit_deploy.export.card import EMBEDDING
+from evit_deploy.inference.choice import asked_for
+from evit_deploy.inference.model import checked_bundle, load
+from evit_deploy.models.checkpoint import build_model, preprocess_of, read_checkpoint, resolve_tokens
+from evit_deploy.registry import METHODS, RUNTIMES
+from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
+from evit_deploy.tokens.backbone import backbone_of
+from evit_deploy.tokens.plan import TokenOptions, TokenPlan
+from evit_deploy.tokens.reduce import reduce_tokens_, token_label, token_plan, token_spec
+from evit_deploy.tokens.reducer import TokenReducer
+from evit_deploy.visualization.tellers import File, Opened, PyTorch, Teller
+
+_LOG = logging.getLogger(__name__)
+_EAGER = "eager"
+
+
+class Subject(msgspec.Struct, frozen=True):
+    """What is shown.
+
+    Args:
+        name: What files about it are called.
+        about: Model, method and precision in a few words.
+        plan: Its token counts.
+        method: Its method.
+        preprocess: From image to input.
+        shape: Of its input for one image, ``(C, H, W)``.
+        labels: Names of its classes, if they are known.
+        classes: Whether it answers with classes.
+        tellers: Who says what was chosen; the picture is of the first.
+        scorer: Who says what it was chosen by, where the first does not.
+    """
+
+    name: str
+    about: str
+    plan: TokenPlan
+    method: type[TokenReducer]
+    preprocess: Preprocess
+    shape: tuple[int, ...]
+    labels: list[str] | None
+    classes: bool
+    tellers: tuple[Teller, ...]
+    scorer: Teller | None = None
+
+
+def is_bundle(source: str | Path) -> bool:
+    """Whether a path is a bundle's folder."""
+    return Path(source, MANIFEST).is_file()
+
+
+def subject_of_model(model: Any, preprocess: Preprocess, labels: list[str] | None = None, name: str = "") -> Subject:
+    """A PyTorch model as it is.
+
+    Args:
+        model: A reduced model.
+        preprocess: From image to input.
+        labels: Names of its classes, if they are known.
+        name: What it is called.
+
+    Raises:
+        InputError: It keeps every patch.
+        UnsupportedModelError: No backbone knows it.
+    """
+    plan, spec, backbone = token_plan(model), token_spec(model), backbone_of(model)
+    _check(plan, name or type(model).__name__)
+    about = ", ".join(text for text in (name, token_label(spec)) if text)
+    shape = (backbone.channels(model), *backbone.image_size(model))
+    classes = bool(getattr(model, "num_classes", 0))
+    method = METHODS.get(spec.method)
+    return Subject(name, about, plan, method, preprocess, shape, labels, classes, (PyTorch(model),))
+
+
+@contextlib.contextmanager
+def opened_checkpoint(source: str | Path, model: str | None, tokens: TokenOptions) -> Iterator[Subject]:
+    """Opens a checkpoint, with its tokens reduced as is asked for.
+
+    Args:
+        source: See :func:`~evit_deploy.models.checkpoint.read_checkpoint`.
+        model: timm name that decides the architecture.
+        tokens: Fields of the spec; the rest comes from the checkpoint.
+
+    Raises:
+        InputError: The checkpoint cannot be used, or keeps every patch.
+    """
+    checkpoint = read_checkpoint(source, model)
+    spec, notes = resolve_tokens(checkpoint, **tokens)
+    for note in (*checkpoint.notes, *notes):
+        _LOG.warning(note)
+    built = reduce_tokens_(build_model(checkpoint), spec)
+    preprocess, labels = preprocess_of(checkpoint, built), checkpoint.labels
+    file = Path(str(source).partition("#")[0])
+    name = file.stem if file.is_file() else str(source)
+    checkpoint.weights = {}
+    built = built.to("cuda") if torch.cuda.is_available() else built
+    subject = subject_of_model(built, preprocess, labels, checkpoint.model)
+    yield msgspec.structs.replace(subject, name=name.strip("/").replace("/", "-"))
+
+
+@contextlib.contextmanager
+def opened_bundle(
+    path: str | Path, runtimes: Sequence[str], against: str | Path | None, threads: int | None
+) -> Iterator[Subject]:
+    """Opens a bundle on runtimes.
+
+    Args:
+        path: The bundle.
+        runtimes: Who is asked; by default ONNX Runtime, or PyTorch where that cannot run the file.
+        against: See :func:`~evit_deploy.inference.model.load`.
+        threads: CPU threads.
+
+    Raises:
+        InputError: It keeps every patch, a runtime cannot run it, or see :func:`~evit_deploy.inference.model.load`.
+        MissingRequirement: See :func:`~evit_deploy.inference.model.load`.
+    """
+    bundle = checked_bundle(path)
+    manifest = bundle.manifest
+    _check(manifest.plan, path)
+    reasons = File.unusable(bundle)
+    names = list(dict.fromkeys(runtimes)) or [_EAGER if reasons or against else OnnxRuntimeRunner.name]
+    if against is not None and all(RUNTIMES.get(name).files for name in names):
+        raise InputError(
+            "a checkpoint is of use to PyTorch's own runtimes alone", where="against", fix="Ask the runtime eager too."
+        )
+    with contextlib.ExitStack() as stack:
+        found = [_teller(bundle, name, against, threads, stack) for name in names]
+        scorer = None
+        if not isinstance(found[0], File) and not reasons:
+            scorer = next((one for one in found if isinstance(one, File)), None)
+            if scorer is None:
+                scorer = File(bundle, threads)
+                stack.callback(scorer.close)
+        elif not isinstance(found[0], File | PyTorch):
+            _LOG.warning(f"There are no heat maps: ONNX Runtime cannot run the file ({'; '.join(reasons)}).")
+        yield Subject(
+            name=bundle.path.resolve().name,
+            about=f"{manifest.model}, {token_label(manifest.tokens)}, {manifest.precision}",
+            plan=manifest.plan,
+            method=METHODS.get(manifest.tokens.method),
+            preprocess=manifest.preprocess,
+            shape=tuple(int(size or 0) for size in manifest.inputs[0].shape[1:]),
+            labels=manifest.labels,
+            classes=manifest.answer != EMBEDDING,
+            tellers=tuple(found),
+            scorer=scorer,
+        )
+
+
+def _teller(
+    bundle: Bundle, name: str, against: str | Path | None, threads: int | None, stack: contextlib.ExitStack
+) -> Teller:
+    """Opens one runtime until the stack ends."""
+    if name == _EAGER:
+        return PyTorch(asked_for(bundle, name, Path(against) if against is not None else None))
+    if name == OnnxRuntimeRunner.name and not File.unusable(bundle):
+        teller = File(bundle, threads)
+    else:
+        own = against if not RUNTIMES.get(name).files else None
+        teller = Opened(load(bundle.path, name, threads=threads, against=own))
+    stack.callback(teller.close)
+    return teller
+
+
+def _check(plan: TokenPlan, where: object) -> None:
+    if not plan.locations:
+        raise InputError(
+            "it keeps every patch: there is nothing to show", where=where,
+            fix="Show a bundle that was converted with a keep rate below 1, or give --keep-rate.",
+        )  # fmt: skip

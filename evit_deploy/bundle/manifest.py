@@ -15,6 +15,8 @@ from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 FORMAT = 1
 MANIFEST, MODEL, DENSE, GOLDEN, REPORT = "manifest.json", "model.onnx", "dense/model.onnx", "golden.npz", "report.json"
 ENGINE, OPENVINO = "engine.plan", "openvino/model.xml"
+PAGE = "report.html"
+"""The same as :data:`REPORT`, to read."""
 SIGNATURE = "manifest.sig"
 """Of the manifest, which lists the hash of everything else; see :mod:`evit_deploy.bundle.signature`."""
 PACKAGE = "package.json"

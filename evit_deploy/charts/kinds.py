@@ -16,7 +16,7 @@ class Point(msgspec.Struct, frozen=True):
     """One point.
 
     Args:
-        x: Its place.
+        x: Its place; the name of a group in :func:`bars`.
         y: Its place.
         label: What is said of it.
         series: Its colour and shape.
@@ -24,7 +24,7 @@ class Point(msgspec.Struct, frozen=True):
         high: Upper end.
     """
 
-    x: float
+    x: Any
     y: float
     label: str
     series: str
@@ -90,7 +90,7 @@ def lines(values: Sequence[Point], axes: Axes, description: str, *, marks: bool 
 
 
 def bars(values: Sequence[Point], axes: Axes, description: str) -> str:
-    """A chart of bars: at every ``x``, which is a whole number, one bar a series, side by side.
+    """A chart of bars: at every ``x`` one bar a series, side by side.
 
     Args:
         values: The bars; ``y`` is the height.
@@ -107,7 +107,7 @@ def bars(values: Sequence[Point], axes: Axes, description: str) -> str:
         "data": {"values": [_record(value) for value in values]},
         "mark": {"type": "bar"},
         "encoding": {
-            "x": {"field": "x", "type": "ordinal", "title": axes.x, "axis": {"labelAngle": 0}},
+            "x": {"field": "x", "type": "ordinal", "title": axes.x, "axis": {"labelAngle": 0}, "sort": None},
             "xOffset": {"field": "series", "type": "nominal", "sort": names},
             "y": {"field": "y", "type": "quantitative", "title": axes.y},
             "color": _colors(values),

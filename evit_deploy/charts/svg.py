@@ -28,7 +28,9 @@ _CONFIG: dict[str, Any] = {
     "legend": {
         "labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 12, "titleFontSize": 12,
         "titleFontWeight": "normal", "orient": "top", "labelLimit": 320, "columns": 2,
+        "columnPadding": 40,
     },
+    "axisY": {"titlePadding": 14},  # a page's font may be wider than the one that is measured here
     "rule": {"color": "currentColor"},
     "text": {"color": "currentColor", "fontSize": 12},
 }  # fmt: skip

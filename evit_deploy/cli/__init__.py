@@ -8,10 +8,11 @@ import sys
 import click
 
 from evit_deploy import __version__, interrupts
+from evit_deploy.environment.command import note_command
 
 GROUPS = {
     "Make": ("convert", "run", "train", "tune"),
-    "Prove and measure": ("verify", "profile", "compare"),
+    "Prove and measure": ("verify", "profile", "compare", "report"),
     "Use": ("predict", "show", "package"),
     "Around it": ("plugin", "doctor"),
 }
@@ -93,6 +94,7 @@ def invoke(args: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], as_json: bool) -> int:
+    note_command(arguments)
     try:
         cli.main(args=arguments, standalone_mode=False)
         return 0

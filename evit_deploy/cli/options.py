@@ -300,6 +300,14 @@ def data_option(group: str) -> Callable[..., Any]:
     )  # fmt: skip
 
 
+def page_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--report`` of the commands that measure or check."""
+    return click.option(
+        "--report", "page", type=PATH, metavar="FILE",
+        help="Also write the result as a web page; it replaces an earlier page, and no other file.",
+    )(function)  # fmt: skip
+
+
 def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--url --model-name --model-version --shared-memory --timeout``."""
     server = functools.partial(click.option, cls=Option, group="Server")

@@ -9,6 +9,7 @@ from evit_deploy.cli.options import (
     Command,
     Option,
     data_option,
+    page_option,
     run_options,
     server_of,
     server_options,
@@ -36,8 +37,9 @@ from evit_deploy.cli.types import NAME, Positive
 @data_option("Measurement")
 @tokens_options
 @server_options
+@page_option
 @output_options
-def command(target: str, min_speedup: float | None, output: Output, **options: Any) -> None:
+def command(target: str, min_speedup: float | None, page: Path | None, output: Output, **options: Any) -> None:
     """Measure TARGET (a bundle, engine.plan, model.onnx or checkpoint) against its twins, interleaved.
 
     The dense twin has no token reduction, the slice twin the same token counts without scores. Of an engine it
@@ -51,11 +53,14 @@ def command(target: str, min_speedup: float | None, output: Output, **options: A
     """
     server, tokens, measure = server_of(options), tokens_of(options), struct_of("ProfileOptions", options)
     from evit_deploy.pipeline.profile import profile
+    from evit_deploy.pipeline.reports import check_page, write_page
     from evit_deploy.profiling.profile import speed_gate
     from evit_deploy.report.verdict import verdict
 
+    check_page(page)
     report = profile(target, measure=measure, server=server, **options, **tokens)
     report += speed_gate(report, min_speedup)
+    write_page(report, target, page)
     output.result(report, verdict=verdict(report))
     report.raise_if_failed("{name}", where=target)
     if Path(target).is_dir() and server is None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from evit_deploy.cli.options import Command, Option, data_option, run_options, server_of, server_options
+from evit_deploy.cli.options import Command, Option, data_option, page_option, run_options, server_of, server_options
 from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import PATH, Numbers
 from evit_deploy.report.lines import printable
@@ -32,8 +32,9 @@ from evit_deploy.report.lines import printable
     metavar="KEY",
     help="Public key that the manifest has to be signed with (convert --sign).",
 )
+@page_option
 @output_options
-def command(bundle: Path, output: Output, trust: Path | None, **options: Any) -> None:
+def command(bundle: Path, output: Output, trust: Path | None, page: Path | None, **options: Any) -> None:
     """Prove that BUNDLE answers like PyTorch, on every runtime it can use.
 
     \b
@@ -42,10 +43,13 @@ def command(bundle: Path, output: Output, trust: Path | None, **options: Any) ->
     """
     server = server_of(options)
     from evit_deploy.bundle.signature import read_signed
+    from evit_deploy.pipeline.reports import check_page, write_page
     from evit_deploy.verification.verify import verify
 
+    check_page(page)
     found = bundle if trust is None else read_signed(bundle, trust)
     report = verify(found, server=server, **options)
+    write_page(report, bundle, page)
     signed = f", signed with {printable(trust)}" if trust is not None else ""
     from evit_deploy.report.verdict import verdict
 

@@ -12,14 +12,16 @@ from evit_deploy.bundle.bundle import Bundle, changed_files, read_bundle
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.data.images import image_files
 from evit_deploy.data.sources import is_labelled
+from evit_deploy.environment.command import commands
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError, MissingRequirement, did_you_mean
 from evit_deploy.files import write_atomically
 from evit_deploy.files.drafts import draft
+from evit_deploy.pages.bundle import report_page
 from evit_deploy.profiling.side_by_side import Contender, Lane, Parents, choose_runtimes, lane_of, measure_lane, named
 from evit_deploy.progress import doing, step
 from evit_deploy.recipe.options import CompareOptions
-from evit_deploy.report.comparison import as_csv, as_markdown, rounded
+from evit_deploy.report.comparison import as_csv, as_latex, as_markdown, rounded
 from evit_deploy.report.report import ComparedRow, Report
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.runtimes.select import opened
@@ -29,7 +31,8 @@ from evit_deploy.verification.pictures import Pictures, embeds, pictures_of
 
 _LOG = logging.getLogger(__name__)
 
-CSV, MARKDOWN, JSON = "compare.csv", "compare.md", "compare.json"
+CSV, MARKDOWN, LATEX, JSON, PAGE = "compare.csv", "compare.md", "compare.tex", "compare.json", "compare.html"
+RESULTS = (CSV, MARKDOWN, LATEX, JSON, PAGE)
 
 
 def compare(
@@ -47,7 +50,8 @@ def compare(
     Args:
         bundles: Their folders, at least two.
         options: Runtimes, batch sizes, images, reference.
-        out: Folder for ``compare.csv``, ``compare.md`` and ``compare.json``, which hold the same numbers.
+        out: Folder for ``compare.csv``, ``compare.md``, ``compare.tex``, ``compare.json`` and ``compare.html``, which
+            hold the same numbers.
         force: Whether to replace these files.
 
     Returns:
@@ -60,9 +64,9 @@ def compare(
     """
     place = Path(out) if out is not None else None
     if place is not None:
-        _check_place(place, force=force)
+        check_place(place, RESULTS, force=force)
     named_bundles = [(str(path), read_bundle(path)) for path in bundles]
-    report = compare_named(_short_names(named_bundles), options or CompareOptions())
+    report = compare_named(short_names(named_bundles), options or CompareOptions())
     if place is not None:
         write_files(report, place)
     return report
@@ -85,7 +89,7 @@ def compare_named(bundles: Sequence[tuple[str, Bundle]], options: CompareOptions
     told = _check_images(contenders, options)
     parents = Parents()
     runtimes, notes = choose_runtimes(contenders, options.runtimes, options.batch_sizes, parents)
-    report, answers = Report(notes=(*told, *notes), versions=versions(), device=device()), None
+    report, answers = Report(notes=(*told, *notes), versions=versions(), device=device(), commands=commands()), None
     failed: list[InputError | MissingRequirement] = []
     with draft() as scratch:
         for runtime in runtimes:
@@ -113,22 +117,33 @@ def compare_named(bundles: Sequence[tuple[str, Bundle]], options: CompareOptions
 
 
 def write_files(report: Report, place: Path) -> None:
-    """Writes a comparison as CSV, Markdown and JSON.
+    """Writes a comparison as CSV, Markdown, LaTeX, JSON and a page.
 
     Raises:
         StageError: A file could not be written.
     """
     write_atomically(place / CSV, as_csv(report).encode())
     write_atomically(place / MARKDOWN, as_markdown(report).encode())
+    write_atomically(place / LATEX, as_latex(report).encode())
+    write_atomically(place / PAGE, report_page(report, "Comparison").encode())
     write_atomically(place / JSON, msgspec.json.format(msgspec.json.encode(report), indent=2))
 
 
-def _check_place(place: Path, *, force: bool) -> None:
-    """Makes sure, before any work, that results may be written to a folder."""
+def check_place(place: Path, names: Sequence[str], *, force: bool) -> None:
+    """Makes sure, before any work, that results may be written to a folder.
+
+    Args:
+        place: The folder.
+        names: Files to be written.
+        force: Whether to replace them.
+
+    Raises:
+        InputError: They may not, or cannot.
+    """
     try:
         if place.exists() and not place.is_dir():
             raise InputError("this is a file", where=place, wanted="a folder", fix="Give another --out.")
-        there = [name for name in (CSV, MARKDOWN, JSON) if (place / name).exists()]
+        there = [name for name in names if (place / name).exists()]
         if there and not force:
             fix = "Give --force to replace them, or another --out."
             raise InputError(f"there are results already ({', '.join(there)})", where=place, fix=fix)
@@ -139,8 +154,12 @@ def _check_place(place: Path, *, force: bool) -> None:
         raise InputError(f"cannot write there ({error.strerror})", where=place, fix="Give another --out.") from None
 
 
-def _short_names(bundles: Sequence[tuple[str, Bundle]]) -> list[tuple[str, Bundle]]:
-    """Bundles by the names of their folders, or by their paths where folders of one name are compared."""
+def short_names(bundles: Sequence[tuple[str, Bundle]]) -> list[tuple[str, Bundle]]:
+    """Bundles by the names of their folders, or by their paths where folders of one name are compared.
+
+    Args:
+        bundles: Path and bundle.
+    """
     short = [bundle.path.resolve().name for _, bundle in bundles]
     unique = len(set(short)) == len(short)
     return [(name if unique else path, bundle) for name, (path, bundle) in zip(short, bundles, strict=True)]

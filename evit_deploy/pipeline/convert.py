@@ -15,11 +15,12 @@ import torch
 
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle, Staging
-from evit_deploy.bundle.manifest import GOLDEN, REPORT, Manifest, Parent, TensorSpec
+from evit_deploy.bundle.manifest import GOLDEN, PAGE, REPORT, Manifest, Parent, TensorSpec
 from evit_deploy.bundle.signature import read_private_key, sign
 from evit_deploy.data.images import calibration_images, image_files, sample_inputs
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sources import Folder, is_labelled
+from evit_deploy.environment.command import commands
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
 from evit_deploy.export.answer import answer_name, answer_size, has_classes, normalize_
@@ -30,6 +31,7 @@ from evit_deploy.models.files import hub
 from evit_deploy.models.files.safe_weights import split_part
 from evit_deploy.models.files.sources import FILE_SUFFIXES
 from evit_deploy.models.preprocessing import described
+from evit_deploy.pages.bundle import report_page
 from evit_deploy.pipeline.lowering import Exports, Lowering, export, lowering, write_targets
 from evit_deploy.pipeline.untrained import merging_note
 from evit_deploy.profiling.batch_sizes import sizes_within
@@ -281,7 +283,7 @@ def convert_all(checkpoint: Checkpoint, variants: Sequence[Variant]) -> list[Con
         work = []
         for variant, out, reduced, manifest in zip(variants, outs, found, manifests, strict=True):
             staging = stack.enter_context(Staging(out, force=variant.job.force))
-            report = Report(notes=tuple(reduced.notes), versions=versions(), device=device())
+            report = Report(notes=tuple(reduced.notes), versions=versions(), device=device(), commands=commands())
             work.append(_Work(variant, out, reduced, staging, manifest, report))
         del found
         shared = _Shared()
@@ -323,6 +325,7 @@ def _finish(one: _Work) -> Converted:
     folder, report = one.staging.path, one.report
     (folder / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
     manifest = msgspec.structs.replace(one.manifest, results=_results(report))
+    (folder / PAGE).write_text(report_page(report, one.out.name, manifest), encoding="utf-8")
     manifest = bundles.write_manifest(folder, manifest, one.manifest.files)
     if report.passed:
         key = one.variant.job.made.options.sign

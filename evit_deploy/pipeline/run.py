@@ -15,10 +15,13 @@ import msgspec
 import evit_deploy
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle, read_bundle
-from evit_deploy.bundle.manifest import MODEL, REPORT
+from evit_deploy.bundle.manifest import MODEL, PAGE, REPORT
 from evit_deploy.documents import read_json
+from evit_deploy.environment.command import commands
 from evit_deploy.errors import InputError
 from evit_deploy.files import sha256, write_atomically
+from evit_deploy.pages.bundle import report_page
+from evit_deploy.pages.sections import Curve
 from evit_deploy.progress import stage, stages
 from evit_deploy.recipe.recipe import Recipe
 from evit_deploy.recipe.sections import ModelSection
@@ -59,7 +62,8 @@ def run(recipe: Recipe, out: str | Path, *, force: bool = False, resume: bool = 
         resume: Whether to go on from where the training of the same recipe was interrupted.
 
     Returns:
-        The bundle in ``<out>/bundle`` and the report of all stages.
+        The bundle in ``<out>/bundle`` and the report of all stages, which is also in ``<out>/report.json`` and
+        ``<out>/report.html``.
 
     Raises:
         InputError: The recipe cannot be carried out, or ``out`` holds something else.
@@ -84,8 +88,20 @@ def run(recipe: Recipe, out: str | Path, *, force: bool = False, resume: bool = 
             _LOG.info(f"up to date: {bundle.path}")
             found = read_json(bundle.file(REPORT), Report)
         stage(_LOG, "accuracy of the exported model")
-        report += found + Report(accuracy=(_exported_accuracy(recipe, bundle),))
+        report += found + Report(accuracy=(_exported_accuracy(recipe, bundle),), commands=commands())
+        _write_report(report, bundle, out)
     return bundle, report
+
+
+def _write_report(report: Report, bundle: Bundle, out: Path) -> None:
+    """The whole run as ``report.json`` and ``report.html``: training, checks and speed."""
+    from evit_deploy.training.log import read_log
+
+    logs = {stage: read_log(out / f"{stage}.csv") for stage in ("dense", "finetune")}
+    curves = [Curve(stage, tuple(rows)) for stage, rows in logs.items() if rows]
+    page = report_page(report, bundle.path.absolute().parent.name, bundle.manifest, curves=curves)
+    write_atomically(out / REPORT, msgspec.json.format(msgspec.json.encode(report), indent=2))
+    write_atomically(out / PAGE, page.encode())
 
 
 def _lowering(recipe: Recipe) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Unpack
 
 from evit_deploy.bundle.manifest import ENGINE
+from evit_deploy.environment.command import commands
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
 from evit_deploy.files.drafts import draft
@@ -70,7 +71,7 @@ def profile(
             found.candidates, found.plan, measure.batch_sizes, threads=measure.threads, duration=measure.duration,
             required=found.required,
         )  # fmt: skip
-    return Report(notes=tuple(found.notes), versions=versions(), device=device()) + report
+    return Report(notes=tuple(found.notes), versions=versions(), device=device(), commands=commands()) + report
 
 
 def speed_gate(report: Report, min_speedup: float | None) -> Report:

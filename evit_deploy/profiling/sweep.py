@@ -19,6 +19,7 @@ import torch
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.engines import build
 from evit_deploy.engines.options import BUILDERS, check_options
+from evit_deploy.environment.command import commands
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.environment.nvidia import compute_capability
 from evit_deploy.errors import InputError
@@ -94,7 +95,7 @@ def sweep(recipe: Sweep) -> Report:
         StageError: An engine could not be built.
     """
     pairs = [_pair(text, recipe.batch_size) for text in recipe.runtimes]
-    report = Report(versions=versions(), device=device())
+    report = Report(versions=versions(), device=device(), commands=commands())
     for name in recipe.models:
         doing(_LOG, f"making {name}")
         variants = list(_variants(name, recipe))

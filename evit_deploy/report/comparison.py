@@ -1,4 +1,4 @@
-"""A comparison as files: one flat table as CSV, two tables to read as Markdown, with the very numbers of the JSON.
+"""A comparison as files: one flat table as CSV, two to read as Markdown and LaTeX, with the very numbers of the JSON.
 
 So that all three can be equal, numbers are rounded once, when the rows are made: see :func:`rounded`.
 """
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from evit_deploy.report.html import is_number
 from evit_deploy.report.lines import printable
 from evit_deploy.report.report import ComparedRow, ProfileRow, Report
 
@@ -109,6 +110,14 @@ def as_markdown(report: Report, title: str = "Comparison") -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def as_latex(report: Report) -> str:
+    """The same numbers as two ``tabular`` environments (booktabs), for a paper; the notes as comments above them."""
+    notes = [f"% {printable(note)}" for note in report.notes]
+    parts = ["\n".join(notes), "% \\usepackage{booktabs}"]
+    parts += [_latex_table(*_answers(report.compared)), _latex_table(*_speeds(report.rows))]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
 def _answers(rows: Sequence[ComparedRow]) -> tuple[list[str], list[list[str]]]:
     reference = next((row.to_reference.other for row in rows if row.to_reference is not None), "reference")
     share = "recall@1" if any(row.recall is not None for row in rows) else "top-1"
@@ -182,3 +191,25 @@ def _markdown(text: str) -> str:
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(_markdown, line)) + " |" for line in lines)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+}  # fmt: skip
+
+
+def _latex(text: str) -> str:
+    """Text of others, in which TeX sees no command."""
+    return "".join(_LATEX.get(letter, letter) for letter in printable(text))
+
+
+def _latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    sides = "".join("r" if all(is_number(row[i]) for row in rows) else "l" for i in range(len(header)))
+    lines = [rf"\begin{{tabular}}{{{sides}}}", r"\toprule"]
+    for place, line in enumerate((header, *rows)):
+        lines.append(" & ".join(map(_latex, line)) + r" \\")
+        lines += [r"\midrule"] if place == 0 else []
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])

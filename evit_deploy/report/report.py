@@ -5,7 +5,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from evit_deploy.errors import GateFailed
+from evit_deploy.errors import GateFailed, InputError
+
+FORMAT = 1
+"""Of ``report.json``; ``docs/report.schema.json`` is its JSON Schema."""
 
 Clock = Literal["compute", "cpu", "wall"]
 """``compute``: the device's own time of the work alone, by CUDA events; ``cpu``: one thread's CPU time; ``wall``: whole
@@ -398,6 +401,11 @@ class Report(msgspec.Struct, frozen=True):
         notes: Sentences for the reader.
         versions: Packages.
         device: Where it ran.
+        commands: Command lines that it comes from, as they were typed; empty where Python called the library.
+        format: Version of this structure, :data:`FORMAT`.
+
+    Raises:
+        InputError: It is of a later version.
     """
 
     checks: tuple[Check, ...] = ()
@@ -413,6 +421,15 @@ class Report(msgspec.Struct, frozen=True):
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = {}
     device: dict[str, Any] = {}
+    commands: tuple[str, ...] = ()
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.format > FORMAT:
+            raise InputError(
+                "this report was written by a later version of evit-deploy", seen=f"format {self.format}",
+                wanted=f"format {FORMAT} or earlier", fix="Update evit-deploy.",
+            )  # fmt: skip
 
     @property
     def passed(self) -> bool:
@@ -498,4 +515,5 @@ class Report(msgspec.Struct, frozen=True):
             notes=self.notes + tuple(note for note in other.notes if note not in self.notes),
             versions=self.versions | other.versions,
             device=self.device | other.device,
+            commands=tuple(dict.fromkeys((*self.commands, *other.commands))),
         )

@@ -14,8 +14,8 @@ from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.training.step import StepResult
 
 COLUMNS = (
-    "step", "epoch", "loss", "validation_top1", "learning_rate", "gradient_norm", "tokens", "images_per_second",
-    "loader_wait", "gpu_memory",
+    "step", "epoch", "loss", "validation_top1", "learning_rate", "gradient_norm", "tokens", "keep_rate",
+    "images_per_second", "loader_wait", "gpu_memory",
 )  # fmt: skip
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -63,10 +63,12 @@ class TrainingLog:
             done: What it did.
             losses: Of all steps so far, this one's last.
             rate: Its learning rate.
-            plan: Its token counts; the row has those at the end.
+            plan: Its token counts; the row has those at the end, and the share that the first location keeps.
         """
         self._steps.append(done)
-        self._losses, self._latest = losses, {"learning_rate": rate, "tokens": plan.blocks[-1].tokens_out}
+        tokens = plan.blocks[-1].tokens_out
+        self._losses = losses
+        self._latest = {"learning_rate": rate, "tokens": tokens, "keep_rate": _keep_rate(plan)}
         if len(losses) % self.every == 0:
             self.row()
 
@@ -85,6 +87,7 @@ class TrainingLog:
             "learning_rate": self._latest["learning_rate"],
             "gradient_norm": sum(one.norm for one in self._steps) / len(self._steps),
             "tokens": self._latest["tokens"],
+            "keep_rate": self._latest["keep_rate"],
             "images_per_second": sum(one.images for one in self._steps) / seconds,
             "loader_wait": sum(one.waited for one in self._steps) / seconds,
             "gpu_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
@@ -138,6 +141,12 @@ class TrainingLog:
             self._board.close()
 
 
+def _keep_rate(plan: TokenPlan) -> float:
+    """Share of its candidates that the first location keeps; 1 where none reduces."""
+    first = next(iter(plan.locations), None)
+    return 1.0 if first is None or first.keep is None else first.keep / (first.tokens_in - plan.prefix)
+
+
 def sparkline(values: Sequence[float], width: int = 60) -> str:
     """Values as bars of one line, the lowest and the highest one at its bounds.
 
@@ -149,6 +158,15 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
         values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
     low, span = min(values), max(values) - min(values)
     return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1)) if span else 3] for value in values)
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of a CSV file of this kind, as numbers; without the cells that are empty.
+
+    Args:
+        path: The file; a missing one has no rows.
+    """
+    return [{name: float(value) for name, value in row.items() if value} for row in _read(path)]
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.manifest import DENSE, GOLDEN, MODEL
 from evit_deploy.engines.plugin.library import provide_plugin
 from evit_deploy.environment.availability import TENSORRT
+from evit_deploy.environment.command import commands
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.export.answer import answer_in
@@ -108,11 +109,11 @@ def verify(
     reason = f"changed or gone: {', '.join(changed)}. Copy the bundle here again, or convert again." if changed else ""
     check = Check("files as written", len(changed), 0, not changed, reason)
     if changed:  # what follows would be about other files than the manifest's
-        return Report(checks=(check,), versions=versions(), device=device())
+        return Report(checks=(check,), versions=versions(), device=device(), commands=commands())
     if data is not None:
         pictures_of(data, bundle.manifest)  # a wrong folder is refused before the work, not after it
     golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
-    report = Report(checks=(check,), versions=versions(), device=device()) + check_claims(bundle)
+    report = Report(checks=(check,), versions=versions(), device=device(), commands=commands()) + check_claims(bundle)
     model, why_not = parent_model(bundle, against)
     if why_not and (against or "eager" in runtimes):
         raise InputError(

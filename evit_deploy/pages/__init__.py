@@ -1,0 +1,1 @@
+"""Reports as web pages: one file that needs no network."""

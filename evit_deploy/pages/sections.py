@@ -1,0 +1,298 @@
+"""The sections of a page: what a report says, beside charts of it. A section without content is left out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from evit_deploy.charts.kinds import Axes, Point, bars, lines, points
+from evit_deploy.pages.page import WebPage
+from evit_deploy.report.report import ComparedRow, ProfileRow, Report
+from evit_deploy.report.tables import render
+from evit_deploy.report.verdict import answers, cost, speed, verdict
+from evit_deploy.tokens.plan import TokenPlan
+
+_MOST_CHECKS = 12
+
+
+class Curve(msgspec.Struct, frozen=True):
+    """What a training run wrote down.
+
+    Args:
+        stage: ``dense`` or ``finetune``.
+        rows: One for each line of its CSV file: ``step``, ``loss``, ``validation_top1`` and so on; a value may be
+            missing.
+    """
+
+    stage: str
+    rows: tuple[Mapping[str, float], ...]
+
+
+class Picture(msgspec.Struct, frozen=True):
+    """A picture for a page.
+
+    Args:
+        image: A PNG file.
+        description: What it shows.
+    """
+
+    image: bytes
+    description: str
+
+
+def verdict_section(page: WebPage, report: Report) -> None:
+    """Same answers? How much faster? What did it cost?"""
+    page.section("Verdict")
+    if len({row.name for row in report.compared if row.dense is not None}) > 1:
+        page.cards((("Side by side", verdict(report) or "", "bad" if report.failed else ""),))
+        return
+    none = "Not checked."
+    said, faster, costs = answers(report), speed(report), cost(report)
+    if said is None and report.checks:
+        said = f"{len(report.checks)} checks passed"
+    own = [row.speedup for row in report.rows if row.variant == "model" and row.speedup is not None]
+    page.cards(
+        (
+            ("Same answers?", _sentence(said) or none, "" if not report.checks else "good" if report.passed else "bad"),
+            ("How much faster?", _sentence(faster) or "Not measured.", "good" if own and min(own) > 1 else ""),
+            ("What did it cost?", _sentence(costs or _trained(report)) or f"Not measured. {_NO_IMAGES}", ""),
+        )
+    )
+
+
+_NO_IMAGES = "With --data IMAGES, convert, profile and compare hold the answers against the dense model's."
+
+
+def _trained(report: Report) -> str | None:
+    """What a model that was trained here lost against the dense one, on the validation images."""
+    row = next((row for row in reversed(report.accuracy) if row.against and row.against.other == "dense"), None)
+    if row is None or row.against is None:
+        return None
+    difference = f"{100 * row.against.value:+.2f} ± {100 * row.against.error:.2f}"
+    return f"{row.name}: top-1 {100 * row.top1:.2f} % on {row.count} images, {difference} points to the dense model"
+
+
+def accuracy_section(page: WebPage, report: Report, curves: Sequence[Curve] = ()) -> None:
+    """How right the answers are, and how that came about."""
+    answered = [row for row in report.compared if row.images is not None]
+    if not (report.accuracy or answered or curves):
+        return
+    page.section("Accuracy")
+    charts = list(_training_charts(curves))
+    render(
+        _part(report, accuracy=report.accuracy, compared=report.compared, rows=report.rows if answered else ()), page
+    )
+    if charts:
+        page.charts(charts)
+
+
+def agreement_section(page: WebPage, report: Report) -> None:
+    """What was checked, and which runtimes agree."""
+    if not (report.checks or report.agreement):
+        return
+    page.section("Agreement and checks")
+    if report.agreement:
+        render(_part(report, agreement=report.agreement), page)
+    if report.failed:
+        render(_part(report, checks=report.failed), page)
+    if len(report.checks) > _MOST_CHECKS:
+        page.begin_details(f"All {len(report.checks)} checks")
+        render(_part(report, checks=tuple(check for check in report.checks if check.passed)), page)
+        page.end_details()
+    elif report.checks and not report.failed:
+        render(_part(report, checks=report.checks), page)
+
+
+def speed_section(page: WebPage, report: Report) -> None:
+    """How fast it is, by batch size."""
+    if not (report.rows or report.latencies or report.load):
+        return
+    page.section("Speed")
+    charts = []
+    faster = [
+        Point(row.batch, row.speedup, _said(row), _lane(row, report.rows), row.speedup_low, row.speedup_high)
+        for row in report.rows
+        if row.speedup is not None and row.variant not in ("dense", "slice", "body")
+    ]
+    if faster:
+        axes = Axes("images a call", "times as fast as the dense twin", logarithmic=True, line=1.0)
+        charts.append(("Speed-up by batch size, with 95 % intervals", lines(faster, axes, "Speed-up by batch size")))
+    rate = [
+        Point(row.batch, row.images_per_second, _said(row), f"{row.variant}, {row.runtime}")
+        for row in report.rows
+        if row.variant != "slice"
+    ]
+    if rate:
+        axes = Axes("images a call", "images a second", logarithmic=True)
+        charts.append(("Throughput by batch size", lines(rate, axes, "Images a second by batch size")))
+    if charts:
+        page.charts(charts)
+    render(_part(report, rows=report.rows, latencies=report.latencies, load=report.load, gpu=report.gpu), page)
+
+
+def trade_section(page: WebPage, report: Report, title: str = "Accuracy against time") -> None:
+    """The same artefacts in both: what they answer, and how long they take."""
+    charts = list(trade_charts(report))
+    if charts:
+        page.section(title)
+        page.charts(charts)
+
+
+def trade_charts(report: Report) -> Iterator[tuple[str, str]]:
+    """A chart of accuracy against time a call for each runtime, device, clock and the batch sizes at either end."""
+    title, field = accuracy_of(report.compared)
+    if not field:
+        return
+    by_name: dict[tuple[str, str | None], ComparedRow] = {(row.name, row.runtime): row for row in report.compared}
+    lanes: dict[tuple[str, str, str], list[ProfileRow]] = {}
+    for row in report.rows:
+        lanes.setdefault((row.runtime, row.device, row.clock), []).append(row)
+    for (runtime, device, clock), rows in lanes.items():
+        for batch in sorted({min(row.batch for row in rows), max(row.batch for row in rows)}):
+            values = []
+            for row in rows:
+                found = by_name.get((row.variant, runtime)) or next(
+                    (one for one in report.compared if one.name == row.variant), None
+                )
+                value = None if found is None else _accuracy(found, field)
+                if row.batch == batch and found is not None and value is not None:
+                    label = f"{row.variant}: {title} {100 * value:.2f} %, {row.p50:.2f} ms; "
+                    label += f"{found.method} {found.settings} {found.precision}, {found.gmacs:.4g} GMACs"
+                    ends = (found.top1_low, found.top1_high) if field == "top1" else (None, None)
+                    values.append(Point(row.p50, value, label, row.variant, *ends))
+            if len(values) > 1:
+                axes = Axes(f"milliseconds a call of {batch}", title, percent=True)
+                name = f"{title} against time on {runtime} ({device}, {clock}), {batch} image{'s' * (batch > 1)} a call"
+                if len(values) > _MOST_SERIES:
+                    values = [msgspec.structs.replace(value, series=_method(report, value.series)) for value in values]
+                yield name, points(values, axes, name, lower_x=True)
+
+
+_MOST_SERIES = 8
+
+
+def _accuracy(row: ComparedRow, field: str) -> float | None:
+    """A dense baseline agrees with itself, which is not measured."""
+    found = getattr(row, field)
+    return 1.0 if found is None and row.dense is None and field in ("agreement", "cosine_centred") else found
+
+
+def accuracy_of(rows: Sequence[ComparedRow]) -> tuple[str, str]:
+    """What the accuracy of models is measured by: its title and the field; empty where nothing was answered."""
+    fields = {"top1": "top-1", "recall": "recall@1", "agreement": "agreement", "cosine_centred": "centred cosine"}
+    for field, title in fields.items():
+        if any(getattr(row, field) is not None for row in rows):
+            return title, field
+    return "", ""
+
+
+def plan_section(page: WebPage, plan: TokenPlan) -> None:
+    """Tokens and multiply-adds of every block."""
+    page.section("Token plan")
+    page.line(f"{plan.total[:1].upper()}{plan.total[1:]}." if plan.total else "")
+    if plan.cost is not None:
+        dense = plan.dense()
+        values = [
+            Point(row.block, one.block_macs(row.block) / 1e6, _block_label(name, one, row.block), name)
+            for name, one in (("dense", dense), ("this model", plan))
+            for row in one.blocks
+        ]
+        counts = [
+            Point(row.block, row.tokens_in, f"block {row.block}: {row.tokens_in} tokens", "") for row in plan.blocks
+        ]
+        axes = Axes("block", "million multiply-adds")
+        page.charts(
+            (
+                ("Multiply-adds of each block", bars(values, axes, "Multiply-adds of each block")),
+                ("Tokens that each block sees", bars(counts, Axes("block", "tokens"), "Tokens that each block sees")),
+            )
+        )
+    page.table(plan.header, list(plan.rows()))
+
+
+def _block_label(name: str, plan: TokenPlan, block: int) -> str:
+    row = plan.blocks[block]
+    return f"{name}, block {block}: {plan.block_macs(block) / 1e6:.1f} MMACs, {row.tokens_in} → {row.tokens_out} tokens"
+
+
+def blocks_section(page: WebPage, report: Report) -> None:
+    """Time and error by block or layer."""
+    if not (report.blocks or report.sensitivity):
+        return
+    page.section("Time and error inside the model")
+    values = [
+        Point(
+            row.blocks, row.milliseconds, f"{row.variant}, block {row.blocks}: {row.milliseconds:.3f} ms", row.variant
+        )
+        for row in report.blocks
+        if row.batch == report.blocks[0].batch and row.runtime == report.blocks[0].runtime
+    ]
+    if values:
+        name = f"Time of each block, {report.blocks[0].runtime}, {report.blocks[0].batch} images a call"
+        page.charts(((name, bars(values, Axes("block", "milliseconds"), name)),))
+    render(_part(report, blocks=report.blocks, sensitivity=report.sensitivity), page)
+
+
+def pictures_section(page: WebPage, pictures: Sequence[Picture]) -> None:
+    """Which patches stay."""
+    if not pictures:
+        return
+    page.section("Patches that stay")
+    for picture in pictures:
+        page.picture(picture.image, picture.description)
+
+
+def environment_section(page: WebPage, report: Report, more: Sequence[str] = ()) -> None:
+    """Where it ran, and how to run it again."""
+    page.section("Environment and commands")
+    page.facts([(name, str(value)) for name, value in (report.device | report.versions).items()])
+    commands = [*report.commands, *more]
+    if commands:
+        page.commands(commands)
+    for note in report.notes:
+        page.line(note)
+
+
+def _training_charts(curves: Sequence[Curve]) -> Iterator[tuple[str, str]]:
+    titles = {
+        "loss": "Loss", "validation_top1": "Validation top-1", "tokens": "Tokens after the last block",
+        "learning_rate": "Learning rate", "keep_rate": "Keep rate",
+    }  # fmt: skip
+    for field, title in titles.items():
+        values: list[Point] = []
+        for curve in curves:
+            rows = [row for row in curve.rows if field in row and "step" in row]
+            for row in rows if len(rows) > 1 else ():
+                label = f"{curve.stage}, step {row['step']:g}: {row[field]:.4g}"
+                values.append(Point(row["step"], row[field], label, curve.stage))
+        if values:
+            axes = Axes("step", title.lower(), percent=field == "validation_top1")
+            yield f"{title} while training", lines(values, axes, f"{title} by step", marks=len(values) <= _FEW)
+
+
+_FEW = 30
+
+
+def _part(report: Report, **parts: Any) -> Report:
+    """A report of these parts alone."""
+    return Report(**parts)
+
+
+def _method(report: Report, name: str) -> str:
+    return next((row.method for row in report.compared if row.name == name), name)
+
+
+def _sentence(text: str | None) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _lane(row: ProfileRow, rows: Sequence[ProfileRow]) -> str:
+    several = len({one.variant for one in rows} - {"dense", "slice", "body"}) > 1
+    return f"{row.variant}, {row.runtime}" if several else row.runtime
+
+
+def _said(row: ProfileRow) -> str:
+    text = f"{row.variant} on {row.runtime}, batch {row.batch}: {row.images_per_second:.1f} images/s, {row.p50:.2f} ms"
+    if row.speedup is not None and row.speedup_low is not None and row.speedup_high is not None:
+        text += f", {row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]"
+    return text

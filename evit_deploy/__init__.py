@@ -51,6 +51,7 @@ _PUBLIC = {
         "verification.verify": "verify",
         "pipeline.profile": "profile",
         "pipeline.compare": "compare",
+        "pipeline.reports": "report_bundles",
         "triton.connection": "Server",
         "report.report": "Report Check ProfileRow LatencyRow Summary BlockRow LoadRow "
         "GpuSummary AccuracyRow ComparedRow Difference AgreementRow SensitivityRow",

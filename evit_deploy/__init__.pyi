@@ -35,6 +35,7 @@ from evit_deploy.models.checkpoint import read_checkpoint as read_checkpoint
 from evit_deploy.pipeline.compare import compare as compare
 from evit_deploy.pipeline.convert import convert as convert
 from evit_deploy.pipeline.profile import profile as profile
+from evit_deploy.pipeline.reports import report_bundles as report_bundles
 from evit_deploy.pipeline.run import run as run
 from evit_deploy.pipeline.variants import VariantOptions as VariantOptions
 from evit_deploy.pipeline.variants import convert_variants as convert_variants

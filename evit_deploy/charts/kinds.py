@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from evit_deploy.charts.svg import SERIES, color, drawn
+from evit_deploy.report.lines import printable
 
 WIDTH, HEIGHT = 380, 240
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
@@ -100,16 +101,16 @@ def bars(values: Sequence[Point], axes: Axes, description: str) -> str:
     Returns:
         SVG for a page: see :func:`evit_deploy.charts.svg.drawn`.
     """
-    names = list(dict.fromkeys(value.series for value in values))
+    names = list(dict.fromkeys(printable(value.series) for value in values))
     spec = {
         "width": WIDTH,
         "height": HEIGHT,
         "data": {"values": [_record(value) for value in values]},
         "mark": {"type": "bar"},
         "encoding": {
-            "x": {"field": "x", "type": "ordinal", "title": axes.x, "axis": {"labelAngle": 0}, "sort": None},
+            "x": {"field": "x", "type": "ordinal", "title": printable(axes.x), "axis": {"labelAngle": 0}, "sort": None},
             "xOffset": {"field": "series", "type": "nominal", "sort": names},
-            "y": {"field": "y", "type": "quantitative", "title": axes.y},
+            "y": {"field": "y", "type": "quantitative", "title": printable(axes.y)},
             "color": _colors(values),
             "description": {"field": "label"},
         },
@@ -139,13 +140,18 @@ def _spec(values: Sequence[Point], axes: Axes, layers: Sequence[dict[str, Any]])
     x: dict[str, Any] = {
         "field": "x",
         "type": "quantitative",
-        "title": axes.x,
+        "title": printable(axes.x),
         "scale": {"zero": False, "nice": False, "padding": 12},
     }
     if axes.logarithmic:
         x |= {"scale": {"type": "log", "nice": False, "padding": 12}}
         x |= {"axis": {"values": sorted({value.x for value in values}), "format": "~g"}}
-    y: dict[str, Any] = {"field": "y", "type": "quantitative", "title": axes.y, "scale": {"zero": False, "nice": True}}
+    y: dict[str, Any] = {
+        "field": "y",
+        "type": "quantitative",
+        "title": printable(axes.y),
+        "scale": {"zero": False, "nice": True},
+    }
     if axes.percent:
         y |= {"axis": {"format": ".0%" if _spread(values) > 0.05 else ".1%"}}
     data = {"values": [_record(value) for value in values]}
@@ -158,7 +164,8 @@ def _spread(values: Sequence[Point]) -> float:
 
 
 def _record(value: Point) -> dict[str, Any]:
-    return {name: found for name, found in msgspec.structs.asdict(value).items() if found is not None}
+    found = {name: part for name, part in msgspec.structs.asdict(value).items() if part is not None}
+    return found | {"label": printable(value.label), "series": printable(value.series)}
 
 
 def _whiskers(values: Sequence[Point]) -> dict[str, Any]:
@@ -184,7 +191,7 @@ def _colors(values: Sequence[Point]) -> dict[str, Any]:
 
 def _scale(values: Sequence[Point], span: Sequence[str]) -> dict[str, Any]:
     """One value of a span a series; a single series needs no legend."""
-    names = list(dict.fromkeys(value.series for value in values))
+    names = list(dict.fromkeys(printable(value.series) for value in values))
     scale = {"domain": names, "range": [span[i % SERIES] for i in range(len(names))]}
     legend: dict[str, Any] | None = {"title": None} if len(names) > 1 else None
     return {"field": "series", "type": "nominal", "scale": scale, "legend": legend}

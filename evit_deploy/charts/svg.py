@@ -7,6 +7,8 @@ Vega gives it for screen readers, and can be reached by keyboard.
 import re
 from typing import Any
 
+from evit_deploy.report.lines import printable
+
 _VEGA_LITE = "5.20"  # of those that vl-convert has; charts look the same after an update of it
 SERIES = 8
 """How many series have a colour and a shape each; further ones begin again."""
@@ -52,7 +54,8 @@ def drawn(spec: dict[str, Any], description: str) -> str:
     """Draws a chart for a page that takes it in as it is: in the page's text colour and :func:`palette`.
 
     Args:
-        spec: A Vega-Lite 5 specification with its data in it.
+        spec: A Vega-Lite 5 specification with its data in it. Its texts have to be
+            :func:`~evit_deploy.report.lines.printable`: at a control character vl-convert ends the process.
         description: What the chart shows, for those who do not see it.
 
     Returns:
@@ -63,7 +66,7 @@ def drawn(spec: dict[str, Any], description: str) -> str:
     whole = {"$schema": f"https://vega.github.io/schema/vega-lite/v{_VEGA_LITE[0]}.json", "config": _CONFIG} | spec
     text = vl_convert.vegalite_to_svg(whole, vl_version=_VEGA_LITE, allowed_base_urls=[])
     text = _MARK.sub(r'\1 tabindex="0"', text)
-    return re.sub(r"<svg ", f'<svg role="group" aria-label="{_attribute(description)}" ', text, count=1)
+    return text.replace("<svg ", f'<svg role="group" aria-label="{_attribute(description)}" ', 1)
 
 
 def standalone(svg: str, dark: bool = False) -> str:
@@ -84,4 +87,4 @@ def standalone(svg: str, dark: bool = False) -> str:
 def _attribute(text: str) -> str:
     from html import escape
 
-    return escape(text, quote=True)
+    return escape(printable(text), quote=True)

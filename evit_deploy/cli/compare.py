@@ -15,7 +15,7 @@ from evit_deploy.report.lines import printable
 @click.argument("bundles", nargs=-1, type=PATH, metavar="BUNDLE...")
 @struct_options("CompareOptions", "Measurement", "runtimes", "threads", "batch_sizes", "duration")
 @struct_options("CompareOptions", "Answers", "data", "images", "reference", "own_preprocessing")
-@click.option("--out", type=PATH, metavar="DIR", help="Write compare.csv, compare.md and compare.json there.")
+@click.option("--out", type=PATH, metavar="DIR", help="Write compare.csv, .md, .tex, .json and .html there.")
 @click.option("--force", is_flag=True, help="Replace these files.")
 @output_options
 def command(bundles: tuple[Path, ...], out: Path | None, force: bool, output: Output, **options: Any) -> None:

@@ -80,6 +80,13 @@ def test_lines_go_through_their_points_in_order_of_x():
     assert across[2] - across[1] == pytest.approx(2 * (across[1] - across[0]), rel=1e-3)
 
 
+@pytest.mark.parametrize("draw", [points, lines, bars])
+def test_control_characters_are_shown_as_escapes(draw):
+    svg = draw([Point(1, 1, "a\x1b[31m\0", "b\u202e\x07"), Point(2, 2, "", "c")], Axes("x\x1b", "y\x1b"), "d\x1b")
+    ElementTree.fromstring(svg)
+    assert "a\\x1b[31m\\x00" in svg
+
+
 @pytest.mark.parametrize("count", [1, 1000])
 def test_one_point_and_a_thousand(count):
     many = [Point(float(i + 1), 0.5 + i / 10_000, f"p{i}", f"s{i % 20}", 0.4, 0.9) for i in range(count)]

@@ -18,7 +18,9 @@ def test_tables_on_stdout_and_files_where_asked(cli, converted, fewer, pictures,
     for text in ("40 images, answered by onnxruntime", "to dense", "keep_rate=0.4, fuse=no", "fewer", "dense",
                  "speed-up", "overhead", str(out)):  # fmt: skip
         assert text in result.out
-    assert sorted(path.name for path in out.iterdir()) == ["compare.csv", "compare.json", "compare.md"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "compare.csv", "compare.html", "compare.json", "compare.md", "compare.tex",
+    ]  # fmt: skip
 
 
 def test_json_is_one_document_with_the_numbers_of_the_file(cli, converted, fewer, tmp_path):

@@ -18,7 +18,7 @@ from evit_deploy.bundle.bundle import Bundle
 from evit_deploy.bundle.manifest import DENSE, MANIFEST, MODEL
 from evit_deploy.data.sources import Folder, labelled_batches
 from evit_deploy.export.card import LOGITS, feeds
-from evit_deploy.pipeline.compare import CSV, JSON, MARKDOWN, reference_of, settings_of
+from evit_deploy.pipeline.compare import CSV, JSON, MARKDOWN, RESULTS, reference_of, settings_of
 from evit_deploy.report.report import Report
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.runtimes.select import opened
@@ -99,7 +99,7 @@ def test_accuracy_and_agreement_are_those_of_the_files(whole, converted, fewer, 
 
 def test_three_files_with_the_numbers_of_the_report(whole):
     report, out = whole
-    assert sorted(path.name for path in out.iterdir()) == sorted([CSV, MARKDOWN, JSON])
+    assert sorted(path.name for path in out.iterdir()) == sorted(RESULTS)
     assert msgspec.json.decode((out / JSON).read_bytes(), type=Report) == report
     lines = list(csv.DictReader(io.StringIO((out / CSV).read_text())))
     markdown = (out / MARKDOWN).read_text()

@@ -11,7 +11,7 @@ import torch
 
 from evit_deploy import InputError, RecipeError, read_bundle
 from evit_deploy.models.checkpoint import build_model, read_checkpoint
-from evit_deploy.pipeline.compare import CSV, JSON, MARKDOWN
+from evit_deploy.pipeline.compare import JSON, RESULTS
 from evit_deploy.pipeline.contenders import compare_recipe, seeded_checkpoint
 from evit_deploy.recipe.options import ConvertOptions
 from evit_deploy.recipe.recipe import CompareRecipe, is_comparison, load_comparison, load_recipe
@@ -42,7 +42,7 @@ def test_bundles_are_made_compared_and_taken_again(recipe, pictures, tmp_path):
     assert [row.settings for row in report.compared[1:]] == ["keep_rate=0.6", "keep_rate=0.4, fuse=no"]
     assert all(row.images == 40 for row in report.compared)
     assert not any("seed" in note for note in report.notes)
-    assert sorted(path.name for path in out.iterdir()) == sorted([CSV, MARKDOWN, JSON, "more", "less"])
+    assert sorted(path.name for path in out.iterdir()) == sorted([*RESULTS, "more", "less"])
     assert msgspec.json.decode((out / JSON).read_bytes(), type=Report) == report
     made = {name: read_bundle(out / name).manifest for name in ("more", "less")}
     assert made["less"].tokens.fuse is False

@@ -3,6 +3,7 @@
 import importlib
 import os
 import shlex
+import shutil
 import sys
 
 import click
@@ -14,7 +15,7 @@ GROUPS = {
     "Make": ("convert", "run", "train", "tune"),
     "Prove and measure": ("verify", "profile", "compare", "report"),
     "Use": ("predict", "show", "package"),
-    "Around it": ("plugin", "doctor"),
+    "Around it": ("recipes", "plugin", "doctor"),
 }
 """The commands under the headings of the help page, in the order in which one meets them."""
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
@@ -158,7 +159,8 @@ def _say(text: str, code: int, kind: str, as_json: bool) -> int:
         import json
 
         click.echo(json.dumps({"error": {"type": kind, "message": text, "exit_code": code}}))
-    from evit_deploy.report.lines import printable
+    from evit_deploy.report.lines import printable, wrapped
 
-    click.echo(f"evit-deploy: {printable(text)}", err=True)
+    said = f"evit-deploy: {printable(text)}"
+    click.echo(wrapped(said, shutil.get_terminal_size().columns) if sys.stderr.isatty() else said, err=True)
     return code

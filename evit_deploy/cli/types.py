@@ -210,6 +210,24 @@ class ModelName(click.ParamType):
         return [CompletionItem(name) for name in model_names() if name.startswith(incomplete)]
 
 
+class RecipeName(click.ParamType):
+    """The name of a recipe that came with the package; the shell completes them."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name as it is; who looks for the recipe says whether there is one."""
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Names that begin like what was typed."""
+        from click.shell_completion import CompletionItem
+
+        from evit_deploy.recipe.shipped import names
+
+        return [CompletionItem(name) for name in names() if name.startswith(incomplete)]
+
+
 _FAMILIES = ("vision_transformer", "deit", "levit")
 """timm's modules with models whose tokens can be reduced."""
 

@@ -17,6 +17,7 @@ import yaml
 
 from evit_deploy.documents import Limits, check_tree, read_bytes
 from evit_deploy.errors import RecipeError, did_you_mean
+from evit_deploy.recipe import shipped
 from evit_deploy.recipe.fields import choices_in, field_docs, struct_in
 
 _Kind = typing.TypeVar("_Kind", bound=msgspec.Struct)
@@ -227,25 +228,7 @@ def _parse(text: str, where: object) -> Any:
 
 def _shipped(path: Path) -> Path:
     """Where an installed package keeps its recipes: the messages and pages name them as in a checkout."""
-    return path if os.path.lexists(path) else _of_package(path) or path
-
-
-def _of_package(path: Path) -> Path | None:
-    if path.parent not in (Path(), Path("recipes"), Path("paper"), Path("recipes/paper")):
-        return None
-    found = _recipes() / ("paper" if path.parent.name == "paper" else "") / f"{path.name.removesuffix('.yaml')}.yaml"
-    return found if os.path.isfile(found) else None
-
-
-def _recipes() -> Path:
-    package = Path(__file__).parents[1]
-    return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package)
-
-
-def _near_recipe(path: Path) -> str | None:
-    """The recipe that came with the package and has the most similar name, as a question."""
-    names = [name for found in _recipes().rglob("*.yaml") if (name := found.relative_to(_recipes()).as_posix()[:-5])]
-    return did_you_mean(path.as_posix().removeprefix("recipes/").removesuffix(".yaml"), names)
+    return path if os.path.lexists(path) else shipped.find(path) or path
 
 
 def _read_yaml(path: Path, kind: type[msgspec.Struct] | None, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -264,9 +247,9 @@ def _read_yaml(path: Path, kind: type[msgspec.Struct] | None, below: tuple[Path,
         raise RecipeError("extends is the path of a recipe", where=path, seen=repr(name), wanted="extends: other.yaml")
     below = (*below, path)
     base = path.parent / name
-    base = base if os.path.lexists(base) else _of_package(Path(name)) or base
+    base = base if os.path.lexists(base) else shipped.find(Path(name)) or base
     real = Path(os.path.realpath(base))
-    trees = [Path(os.path.realpath(folder)) for folder in (below[0].parent, _recipes())]
+    trees = [Path(os.path.realpath(folder)) for folder in (below[0].parent, shipped.folder())]
     if not any(real.is_relative_to(tree) for tree in trees):
         raise RecipeError(
             "a recipe extends recipes of its own folder, or those that came with the package", where=path, seen=name,
@@ -306,7 +289,8 @@ def _alternatives(kind: type[msgspec.Struct] | None, key: str) -> tuple[str, ...
 
 def _read_one(path: Path) -> dict[str, Any]:
     if not os.path.exists(path):
-        fix = _near_recipe(path) or "Give the path of a YAML file, or `digits`."
+        near = shipped.nearest(path) or "Give the path of a YAML file, or the name of a recipe."
+        fix = f"{near} evit-deploy recipes list names those that come with it."
         raise RecipeError("no such recipe", where=path, fix=fix)
     try:
         text = read_bytes(path, LIMITS, RecipeError).decode("utf-8-sig")

@@ -453,8 +453,12 @@ def _fitted(console: Any, header: Sequence[str], rows: Sequence[Sequence[str]]) 
         table.add_column(title, justify="right" if numeric else "left", no_wrap=True, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # a name in brackets is no markup
-    wide = console.options.update(width=10_000)  # a measure is cut to the options' width
-    return table, console.measure(table, options=wide).maximum - console.width
+    return table, _measure(console, table) - console.width
+
+
+def _measure(console: Any, what: Any) -> int:
+    """Characters that something takes in one line."""
+    return console.measure(what, options=console.options.update(width=10_000)).maximum  # cut to the options' width
 
 
 _READABLE = 16
@@ -464,7 +468,7 @@ _READABLE = 16
 def _narrower(console: Any, table: Any, excess: int) -> Any:
     """The table with the cells of its widest column of text in several lines; ``None`` where that is not enough."""
     texts = [column for column in table.columns if column.justify == "left"]
-    widths = [max(console.measure(cell).maximum for cell in (column.header, *column.cells)) for column in texts]
+    widths = [max(_measure(console, cell) for cell in (column.header, *column.cells)) for column in texts]
     most = max(widths, default=0)
     if most - excess < _READABLE:
         return None

@@ -32,12 +32,14 @@ class Picture(msgspec.Struct, frozen=True):
     """A picture for a page.
 
     Args:
-        image: A PNG file.
+        image: The file.
         description: What it shows.
+        kind: ``png`` or ``jpeg``.
     """
 
     image: bytes
     description: str
+    kind: str = "png"
 
 
 def verdict_section(page: WebPage, report: Report) -> None:
@@ -156,12 +158,13 @@ def trade_charts(report: Report) -> Iterator[tuple[str, str]]:
                 )
                 value = None if found is None else _accuracy(found, field)
                 if row.batch == batch and found is not None and value is not None:
-                    label = f"{row.variant}: {title} {100 * value:.2f} %, {row.p50:.2f} ms; "
+                    shown = f"{value:.4f}" if field == "cosine_centred" else f"{100 * value:.2f} %"
+                    label = f"{row.variant}: {title} {shown}, {row.p50:.2f} ms; "
                     label += f"{found.method} {found.settings} {found.precision}, {found.gmacs:.4g} GMACs"
                     ends = (found.top1_low, found.top1_high) if field == "top1" else (None, None)
                     values.append(Point(row.p50, value, label, row.variant, *ends))
             if len(values) > 1:
-                axes = Axes(f"milliseconds a call of {batch}", title, percent=True)
+                axes = Axes(f"milliseconds a call of {batch}", title, percent=field != "cosine_centred")
                 name = f"{title} against time on {runtime} ({device}, {clock}), {batch} image{'s' * (batch > 1)} a call"
                 if len(values) > _MOST_SERIES:
                     values = [msgspec.structs.replace(value, series=_method(report, value.series)) for value in values]
@@ -239,7 +242,7 @@ def pictures_section(page: WebPage, pictures: Sequence[Picture]) -> None:
         return
     page.section("Patches that stay")
     for picture in pictures:
-        page.picture(picture.image, picture.description)
+        page.picture(picture.image, picture.description, picture.kind)
 
 
 def environment_section(page: WebPage, report: Report, more: Sequence[str] = ()) -> None:

@@ -32,6 +32,8 @@ from evit_deploy.models.files.safe_weights import split_part
 from evit_deploy.models.files.sources import FILE_SUFFIXES
 from evit_deploy.models.preprocessing import described
 from evit_deploy.pages.bundle import report_page
+from evit_deploy.pages.sections import Picture
+from evit_deploy.pipeline.kept import kept_pictures
 from evit_deploy.pipeline.lowering import Exports, Lowering, export, lowering, write_targets
 from evit_deploy.pipeline.untrained import merging_note
 from evit_deploy.profiling.batch_sizes import sizes_within
@@ -239,6 +241,7 @@ class _Work(msgspec.Struct):
     manifest: Manifest
     report: Report
     golden: Golden | None = None
+    pictures: tuple[Picture, ...] = ()
 
 
 def convert_all(checkpoint: Checkpoint, variants: Sequence[Variant]) -> list[Converted]:
@@ -309,6 +312,12 @@ class _Shared(msgspec.Struct):
 def _make(one: _Work, shared: _Shared) -> None:
     """Exports a variant, asks PyTorch, and makes its targets unless its precision breaks the model."""
     made, folder = one.variant.job.made, one.staging.path
+    folder_of_pictures = made.options.data or made.options.calibration
+    if folder_of_pictures is not None:
+        reduced = one.reduced
+        one.pictures = kept_pictures(
+            reduced.model, reduced.preprocess, reduced.checkpoint.labels, Path(folder_of_pictures)
+        )
     one.golden = _export(one, shared)
     one.report += verify_precision(one.golden, one.manifest.answer)
     if one.report.passed:
@@ -325,7 +334,7 @@ def _finish(one: _Work) -> Converted:
     folder, report = one.staging.path, one.report
     (folder / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
     manifest = msgspec.structs.replace(one.manifest, results=_results(report))
-    (folder / PAGE).write_text(report_page(report, one.out.name, manifest), encoding="utf-8")
+    (folder / PAGE).write_text(report_page(report, one.out.name, manifest, pictures=one.pictures), encoding="utf-8")
     manifest = bundles.write_manifest(folder, manifest, one.manifest.files)
     if report.passed:
         key = one.variant.job.made.options.sign

@@ -1,15 +1,20 @@
 """The page of a bundle, of a run and of any report, with the very numbers of the report."""
 
+import base64
+import io
 import re
 from html import unescape
 
 import msgspec
 import pytest
+from PIL import Image
 
 from evit_deploy.bundle.manifest import REPORT
 from evit_deploy.documents import read_json
 from evit_deploy.pages.bundle import report_page
 from evit_deploy.pages.sections import Curve, Picture, trade_charts
+from evit_deploy.pipeline.convert import convert
+from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
 from evit_deploy.report.report import (
     AccuracyRow,
     BlockRow,
@@ -117,6 +122,22 @@ def test_a_bundle_has_its_page(converted):
             assert f"{row.speedup:.2f}x" in text
     for check in report.checks:
         assert check.name in unescape(text)
+    assert len(text) < 3_000_000
+
+
+def test_it_shows_what_is_kept_of_the_users_pictures(checkpoint, pictures, tmp_path, monkeypatch):
+    look = ProfileOptions(batch_sizes=(1,), duration=0.01)
+    monkeypatch.setattr("evit_deploy.pipeline.convert.FIRST_LOOK", look)
+    made, _ = convert(checkpoint, out=tmp_path / "made", options=ConvertOptions(data=str(pictures)), keep_rate=0.6)
+    text = made.file("report.html").read_text(encoding="utf-8")
+    (data,) = re.findall(r'src="data:image/jpeg;base64,([^"]*)"', text)
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert image.width > 200 * (1 + len(made.manifest.plan.locations))  # the original and each location
+        assert image.height > 4 * 200  # four pictures
+    (said,) = re.findall(r'<img alt="([^"]*)"', text)
+    for row in made.manifest.plan.locations:
+        assert f"lock {row.block}: " in said
+    assert "Patches that stay" in text
     assert len(text) < 3_000_000
 
 

@@ -113,7 +113,10 @@ def test_results_are_not_replaced_unasked(whole, converted, fewer, tmp_path):
     _, there = whole
     out = shutil.copytree(there, tmp_path / "out")
     before = tree(out)
-    with pytest.raises(InputError, match=r"results already .compare\.csv, compare\.md, compare\.tex, compare\.json, compare\.html.*--force"):
+    with pytest.raises(
+        InputError,
+        match=r"results already .compare\.csv, compare\.md, compare\.tex, compare\.json, compare\.html.*--force",
+    ):
         compare([converted.path, fewer.path], options=options(), out=out)
     with pytest.raises(InputError, match="this is a file"):
         compare([converted.path, fewer.path], options=options(), out=out / CSV)

@@ -1,0 +1,53 @@
+"""Which patches a model keeps of its user's pictures, for the page of its bundle."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from evit_deploy.data.images import calibration_images
+from evit_deploy.data.preprocess import Preprocess
+from evit_deploy.drawing.sheet import Sheet
+from evit_deploy.errors import InputError, UnsupportedModelError
+from evit_deploy.pages.sections import Picture
+from evit_deploy.tokens.backbone import backbone_of
+from evit_deploy.visualization.show import blocks_to_draw, legend, see
+from evit_deploy.visualization.subject import subject_of_model
+
+PICTURES = 4
+_QUALITY = 85  # of a JPEG: a page of four photographs stays below half a megabyte
+
+
+def kept_pictures(model: Any, preprocess: Preprocess, labels: list[str] | None, folder: Path) -> tuple[Picture, ...]:
+    """Draws what a model keeps of up to four pictures, evenly spaced in a folder.
+
+    Args:
+        model: A PyTorch model.
+        preprocess: From image file to input tensor.
+        labels: Names of its classes, if they are known.
+        folder: Images anywhere below it.
+
+    Returns:
+        One picture; none of a model that keeps every patch, or whose choice cannot be drawn.
+
+    Raises:
+        InputError: A picture cannot be read.
+    """
+    images = calibration_images(folder, preprocess, backbone_of(model).channels(model), PICTURES)
+    try:
+        subject = subject_of_model(model, preprocess, labels)
+    except (InputError, UnsupportedModelError):
+        return ()
+    names = [f"picture {i + 1}" for i in range(len(images))]
+    seen, _ = see(subject, images, names)
+    blocks = blocks_to_draw(subject.plan, ())
+    drawn = [
+        msgspec.structs.replace(one, stages=tuple(stage for stage in one.stages if stage.block in blocks))
+        for one in seen
+    ]
+    text = legend(subject.plan)
+    file = io.BytesIO()
+    Sheet(drawn, scores="").image().convert("RGB").save(file, "JPEG", quality=_QUALITY)
+    stages = "; ".join(stage.title for stage in drawn[0].stages)
+    return (Picture(file.getvalue(), f"{text} {stages[:1].upper()}{stages[1:]}.", "jpeg"),)

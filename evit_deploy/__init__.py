@@ -44,6 +44,7 @@ _PUBLIC = {
         "inference.model": "load Model",
         "inference.prediction": "Prediction",
         "visualization.show": "show Shown",
+        "visualization.curve": "removal_curve RemovalCurve CurvePoint",
         "drawing.seen": "Seen Stage",
         "drawing.sheet": "Sheet",
     },

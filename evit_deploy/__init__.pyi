@@ -112,6 +112,9 @@ from evit_deploy.tuning.schedules import Schedule as Schedule
 from evit_deploy.tuning.staircase import Staircase as Staircase
 from evit_deploy.tuning.tune import tune as tune
 from evit_deploy.verification.verify import verify as verify
+from evit_deploy.visualization.curve import CurvePoint as CurvePoint
+from evit_deploy.visualization.curve import RemovalCurve as RemovalCurve
+from evit_deploy.visualization.curve import removal_curve as removal_curve
 from evit_deploy.visualization.show import Shown as Shown
 from evit_deploy.visualization.show import show as show
 

@@ -8,9 +8,11 @@ import click
 from evit_deploy.cli.options import Command, Option, tokens_of, tokens_options
 from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import IMAGES, NAME, PATH, Choice, ModelName, Numbers, Whole
+from evit_deploy.report.lines import printable
 
 _RUNTIME = {"cls": Option, "group": "Runtime"}
 _PICTURE = {"cls": Option, "group": "Picture"}
+_CURVE = {"cls": Option, "group": "Curve"}
 
 
 @click.command("show", cls=Command, short_help="Draw what a model keeps, fuses and merges of images.")
@@ -22,11 +24,17 @@ _PICTURE = {"cls": Option, "group": "Picture"}
 )  # fmt: skip
 @click.option("--heat/--no-heat", default=True, help="Draw the scores below.  [default: they are]", **_PICTURE)
 @click.option(
-    "--out", type=PATH, metavar="FILE.png|FILE.svg",
-    help="Where the picture goes; numbered where there are over 16 images.  [default: <name>-kept.png here]",
-    **_PICTURE,
+    "--curve", is_flag=True, **_CURVE,
+    help="Instead: how answers change where patches are removed by class attention, at random, and the other way "
+    "round; in PyTorch. Where IMAGES is one folder with a folder for each class, top-1 too.",
 )  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace files.", **_PICTURE)
+@click.option(
+    "--rates", type=Numbers(float, 0, 1), metavar="RATE[,RATE...]",
+    help="Keep rates of the curve.  [default: 0.9,0.7,0.5,0.3]", **_CURVE,
+)  # fmt: skip
+@click.option(
+    "--sample", type=Whole(1, 65_536), metavar="N", help="Images of the curve at most.  [default: 64]", **_CURVE
+)
 @click.option(
     "--runtime", "runtimes", type=Choice(registry="RUNTIMES"), multiple=True,
     help="Who runs a bundle; repeatable: the first is drawn, the others are compared with it.  "
@@ -44,6 +52,12 @@ _PICTURE = {"cls": Option, "group": "Picture"}
     cls=Option, group="Model",
 )  # fmt: skip
 @tokens_options
+@click.option(
+    "--out", type=PATH, metavar="FILE",
+    help="Where the picture goes, .png or .svg; numbered where there are over 16 images. Of a curve .svg or .csv.  "
+    "[default: <name>-kept.png here, <name>-curve.svg]",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace files.")
 @output_options
 def command(source: str, images: tuple[Path, ...], output: Output, **options: Any) -> None:
     """Draw what BUNDLE or CHECKPOINT keeps, fuses and merges of IMAGES: files, or folders with images below them.
@@ -55,8 +69,15 @@ def command(source: str, images: tuple[Path, ...], output: Output, **options: An
     evit-deploy show deit_s-evit-k0.7 cat.jpg holiday/
     evit-deploy show deit_s-evit-k0.7 cat.jpg --runtime openvino --runtime eager --out cat.svg
     evit-deploy show deit_s.pth cat.jpg --method merge --keep-rate 0.7
+    evit-deploy show deit_s.pth IMAGENET/val --curve
     """
     tokens = tokens_of(options)
+    if options.pop("curve"):
+        _draw_curve(source, images, tokens, output, options)
+        return
+    for name in ("rates", "sample"):
+        if options.pop(name) is not None:
+            raise click.UsageError(f"--{name} is about a curve: give --curve too")
     picture = {name: options.pop(name) for name in ("blocks", "heat", "out", "force")}
     picture["blocks"] = picture["blocks"] or ()
     from evit_deploy.visualization.files import draw_files
@@ -69,3 +90,33 @@ def command(source: str, images: tuple[Path, ...], output: Output, **options: An
     else:
         output.result(None, "\n".join(drawn.summary()))
     drawn.raise_if_unreadable()
+
+
+def _draw_curve(source: str, images: tuple[Path, ...], tokens: Any, output: Output, options: dict[str, Any]) -> None:
+    for name, unasked in (("blocks", None), ("heat", True), ("runtimes", ()), ("threads", None)):
+        if options.pop(name) != unasked:
+            raise click.UsageError(f"--{name.rstrip('s') if name == 'runtimes' else name} is not about a curve")
+    out, force = options.pop("out"), options.pop("force")
+    from evit_deploy.report.tables import text_table
+    from evit_deploy.visualization.curve import removal_curve
+    from evit_deploy.visualization.files import check_out, curve_name, write_curve
+
+    place = out or Path(curve_name(source))
+    check_out([place], force=force, suffixes=(".svg", ".csv"))
+    given = {name: value for name, value in options.items() if value is not None}
+    curve = removal_curve(source, images, **given, **tokens)
+    write_curve(curve, place)
+    if output.as_json:
+        output.result(curve, measure=curve.measure, file=str(place))
+        return
+    header, rows = curve.table()
+
+    def render(console: Any) -> None:
+        console.print(printable(f"{curve.about}, {_count(curve.images)}: {curve.caption}."), markup=False)
+        console.print(text_table(header, rows, console.width), markup=False, highlight=False)
+
+    output.table(render, "\n" + "\n".join([*curve.notes, printable(place)]))
+
+
+def _count(images: int) -> str:
+    return f"{images} image" + "s" * (images != 1)

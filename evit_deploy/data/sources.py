@@ -218,6 +218,11 @@ class Folder:
         """Every image's file, by number."""
         return tuple(path for path, _ in self._files)
 
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Every image's label, by number."""
+        return tuple(label for _, label in self._files)
+
     def __len__(self) -> int:
         return len(self._files)
 

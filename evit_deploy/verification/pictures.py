@@ -76,24 +76,38 @@ def pictures_of(data: Path, manifest: Manifest) -> Pictures:
         InputError: No such folder, no images in it, ``train`` and ``val`` instead of classes, or class folders that do
             not fit the model.
     """
+    classes = None if embeds(manifest) else int(manifest.outputs[0].shape[-1] or 0)
+    return pictures_for(data, manifest.labels, classes)
+
+
+def pictures_for(data: Path, labels: Sequence[str] | None, classes: int | None) -> Pictures:
+    """The same for a model of which this is known.
+
+    Args:
+        data: The folder.
+        labels: Names of the model's classes, if they are known.
+        classes: How many there are; 0 where that is not known, ``None`` of a model without classes.
+
+    Raises:
+        InputError: See :func:`pictures_of`.
+    """
     if not is_labelled(data):
         return Pictures(data, None)
-    if embeds(manifest):
+    if classes is None:
         return Pictures(data, Folder(data))
-    labels, names = manifest.labels, class_folders(data) if data.is_dir() else []
+    names = class_folders(data) if data.is_dir() else []
     if labels is not None and names and not _unlike(names, labels):
         return Pictures(data, Folder(data, labels))
     folder = Folder(data)
-    return Pictures(data, folder, _in_order(data, folder.classes, manifest))
+    return Pictures(data, folder, _in_order(data, folder.classes, labels, classes or len(folder.classes)))
 
 
-def _in_order(data: Path, names: tuple[str, ...], manifest: Manifest) -> tuple[str, ...]:
+def _in_order(data: Path, names: tuple[str, ...], labels: Sequence[str] | None, classes: int) -> tuple[str, ...]:
     """What is to be said where class folders are taken for the model's classes in order.
 
     Raises:
         InputError: They are too many, or so few that their names would have to say which classes they are, and do not.
     """
-    labels, classes = manifest.labels, int(manifest.outputs[0].shape[-1] or len(names))
     if len(names) > classes:
         raise InputError(
             "more class folders than the model has classes", where=data, seen=len(names), wanted=f"at most {classes}"

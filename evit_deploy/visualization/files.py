@@ -15,8 +15,9 @@ from evit_deploy.errors import GateFailed, InputError, first_few
 from evit_deploy.files import write_atomically
 from evit_deploy.inference.files import Unreadable
 from evit_deploy.inference.inputs import Given, image_paths
+from evit_deploy.visualization.curve import RemovalCurve
 from evit_deploy.visualization.show import PAGE, Shown, blocks_to_draw, look
-from evit_deploy.visualization.subject import Subject
+from evit_deploy.visualization.subject import Subject, name_of
 
 _LOG = logging.getLogger(__name__)
 SUFFIXES = (".png", ".svg")
@@ -81,7 +82,7 @@ class ShownFiles(msgspec.Struct, frozen=True):
         """What a person reads: how much is kept, and the files."""
         lines = []
         if self.images:
-            lines.append(f"{self.about}, {len(self.images)} image{'s'[: len(self.images) > 1]}.")
+            lines.append(f"{self.about}, {len(self.images)} image{'s' * (len(self.images) != 1)}.")
             stages = zip(*(one.stages for one in self.images), strict=True)
             lines += [f"  {title_of(one)}" for one in stages]
         if len(self.runtimes) > 1 and self.images and not self.differences:
@@ -198,6 +199,20 @@ def write_picture(shown: Shown, file: Path, *, heat: bool = True) -> None:
     """
     sheet = shown.sheet(heat=heat)
     write_atomically(file, sheet.svg().encode() if file.suffix.lower() == ".svg" else sheet.png())
+
+
+def curve_name(source: str | Path) -> str:
+    """The file that the curve of a bundle or a checkpoint is written to in the current folder."""
+    return f"{name_of(source)}-curve.svg"
+
+
+def write_curve(curve: RemovalCurve, file: Path) -> None:
+    """Writes a curve as SVG or CSV.
+
+    Raises:
+        StageError: The disk is full or failed.
+    """
+    write_atomically(file, (curve.csv() if file.suffix.lower() == ".csv" else curve.svg()).encode())
 
 
 def _image(seen: Seen) -> ShownImage:

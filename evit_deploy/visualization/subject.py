@@ -62,6 +62,14 @@ def is_bundle(source: str | Path) -> bool:
     return Path(source, MANIFEST).is_file()
 
 
+def name_of(source: str | Path) -> str:
+    """What files about a bundle or a checkpoint are called: the name of its folder or file, or of the hub's model."""
+    file = Path(str(source).partition("#")[0])
+    if file.is_dir():
+        return file.resolve().name
+    return file.stem if file.is_file() else str(source).strip("/").replace("/", "-").replace(":", "-")
+
+
 def subject_of_model(model: Any, preprocess: Preprocess, labels: list[str] | None = None, name: str = "") -> Subject:
     """A PyTorch model as it is.
 
@@ -102,12 +110,10 @@ def opened_checkpoint(source: str | Path, model: str | None, tokens: TokenOption
         _LOG.warning(note)
     built = reduce_tokens_(build_model(checkpoint), spec)
     preprocess, labels = preprocess_of(checkpoint, built), checkpoint.labels
-    file = Path(str(source).partition("#")[0])
-    name = file.stem if file.is_file() else str(source)
     checkpoint.weights = {}
     built = built.to("cuda") if torch.cuda.is_available() else built
     subject = subject_of_model(built, preprocess, labels, checkpoint.model)
-    yield msgspec.structs.replace(subject, name=name.strip("/").replace("/", "-"))
+    yield msgspec.structs.replace(subject, name=name_of(source))
 
 
 @contextlib.contextmanager
@@ -146,7 +152,7 @@ def opened_bundle(
         elif not isinstance(found[0], File | PyTorch):
             _LOG.warning(f"There are no heat maps: ONNX Runtime cannot run the file ({'; '.join(reasons)}).")
         yield Subject(
-            name=bundle.path.resolve().name,
+            name=name_of(bundle.path),
             about=f"{manifest.model}, {token_label(manifest.tokens)}, {manifest.precision}",
             plan=manifest.plan,
             method=METHODS.get(manifest.tokens.method),

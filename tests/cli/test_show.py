@@ -176,3 +176,40 @@ def test_a_name_with_control_characters_is_shown_and_not_obeyed(cli, converted, 
     assert result.code == 0, result.err
     assert "\x1b" not in result.out + result.err + (here / "kept.svg").read_text()
     ElementTree.parse(here / "kept.svg")
+
+
+def test_a_curve_is_a_table_and_a_chart(cli, converted, photographs, here):
+    result = cli("show", converted.path, photographs, "--curve", "--rates", "0.5,0.8", "--sample", 1)
+    assert result.code == 0, result.err
+    assert "1 image: % with the dense model's class." in result.out
+    assert "most attended first" in result.out
+    assert list(tree(here)) == [f"{converted.path.name}-curve.svg"]
+    ElementTree.parse(here / f"{converted.path.name}-curve.svg")
+    cli("show", converted.path, photographs, "--curve").refused(2, "exists already")
+
+
+def test_a_curve_as_csv_and_json(cli, checkpoint_file, photographs, here):
+    asked = ("--curve", "--rates", "0.5", "--out", "curve.csv", "--json", "--locations", "2")
+    result = cli("show", checkpoint_file, photographs, *asked)
+    assert result.code == 0, result.err
+    assert result.document["measure"] == "same class as the dense model"
+    assert result.document["locations"] == [2]
+    assert (here / "curve.csv").read_text().startswith("removed,keep_rate,tokens,gmacs,images,agreement,")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("--rates", "0.5"), "--curve"),
+        (("--sample", "5"), "--curve"),
+        (("--curve", "--blocks", "3"), "--blocks"),
+        (("--curve", "--no-heat"), "--heat"),
+        (("--curve", "--runtime", "openvino"), "--runtime"),
+        (("--curve", "--rates", "1"), "keep rate"),
+        (("--curve", "--rates", "7"), "0 to 1"),
+        (("--curve", "--out", "a.png"), ".svg or .csv"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_refused(arguments, hint, cli, converted, photographs, here):
+    cli("show", converted.path, photographs, *arguments).refused(2, hint)
+    assert tree(here) == {}

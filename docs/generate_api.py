@@ -22,7 +22,7 @@ HEADER = """# Python
 Written by `python docs/generate_api.py`. Everything here is imported from the top: `import evit_deploy as ed`.
 
 Names listed here keep their meaning within a minor version; modules inside the package may move. File formats carry a
-version number of their own.
+separate version number.
 """
 STUB_HEADER = '"""Written by docs/generate_api.py: the public names, for type checkers and editors."""\n\n'
 _SECTION = re.compile(r"^(Args|Returns|Raises):$", re.MULTILINE)

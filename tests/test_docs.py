@@ -5,6 +5,7 @@ import contextlib
 import doctest
 import importlib.util
 import io
+import itertools
 import os
 import re
 import shlex
@@ -88,14 +89,17 @@ def run_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     for registry in (METHODS, BACKBONES, TARGETS, RUNTIMES):
         monkeypatch.setattr(registry, "_targets", {name: registry._targets[name] for name in registry.names()})
 
+    numbers = itertools.count()
+
     def run(block: str, page: str) -> None:
-        module = types.ModuleType("documented_example")
-        monkeypatch.setitem(sys.modules, "documented_example", module)
+        module = types.ModuleType(f"documented_example_{next(numbers)}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
         exec(compile(block, page, "exec"), module.__dict__)
 
     return run
 
 
+@pytest.mark.filterwarnings("ignore:Overwriting cosine_vit")
 @pytest.mark.parametrize(
     ("page", "package"),
     [
@@ -161,6 +165,26 @@ def test_the_documented_method_works(run_block):
     _, kept = reducer(x, x, x)
     loudest = x[:, 1:].norm(dim=-1).topk(reducer.plan.keep).indices
     assert torch.equal(kept.long().sort().values, loudest.sort().values)
+
+
+@pytest.mark.filterwarnings("ignore:Overwriting cosine_vit")
+def test_the_documented_backbone_and_runtime_work(run_block, tmp_path: Path):
+    """docs/extending.md's family goes from a checkpoint to a bundle, which its runtime proves."""
+    found = blocks(ROOT / "docs" / "extending.md", "python")
+    (backbone,) = [block for block in found if "BACKBONES.register" in block]
+    (runtime,) = [block for block in found if 'RUNTIMES.register("onnx-reference"' in block]
+    run_block(backbone, "extending.md")
+    model = timm.create_model("cosine_vit")
+    assert model(torch.randn(2, 3, 64, 64)).abs().max() <= 10
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    measure = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
+    bundle, _ = evit_deploy.convert(
+        tmp_path / "weights.pth", model="cosine_vit", keep_rate=0.6, measure=measure, out=tmp_path / "bundle"
+    )
+    run_block(runtime, "extending.md")
+    report = evit_deploy.verify(bundle.path, runtimes=["onnx-reference"], batch_sizes=(1, 2))
+    assert report.passed
+    assert any(check.name.startswith("onnx-reference, batch 2") for check in report.checks)
 
 
 @pytest.mark.parametrize("fuse", [True, False])

@@ -14,7 +14,6 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
-FIRST = "README.md"
 WITHOUT_LINKS = ("docs/results/*.json", "docs/site/*.css", "docs/site/*.js", "docs/site/*.svg")
 FIGURES = "docs/figures.md"
 
@@ -30,8 +29,8 @@ def linked(page: str) -> set[str]:
 
 
 def sources() -> set[str]:
-    """Every file of the site, as paths from the repository's root: read-me, docs, and what can be reached from them."""
-    todo = [FIRST, *(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
+    """Every file of the site, as paths from the repository's root: its pages, and what they lead to."""
+    todo = [path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
     found = {path.relative_to(ROOT).as_posix() for pattern in WITHOUT_LINKS for path in ROOT.glob(pattern)}
     while todo:
         page = todo.pop()

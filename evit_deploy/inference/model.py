@@ -260,7 +260,7 @@ class Model:
 
         Returns:
             float32 ``[n, classes or d]``, and for each location int32 ``[n, length]``: of kind ``kept`` the candidates
-            in their new order, of kind ``merge`` who stays, who moves and whither.
+            in their new order, of kind ``merge`` who stays, who moves and where to.
 
         Raises:
             InputError: See :meth:`kept`.

@@ -33,11 +33,11 @@ def report_bundles(bundles: Sequence[str | Path], *, out: str | Path | None = No
         force: Whether to replace these files.
 
     Returns:
-        ``compared``: a row for each bundle and its dense twin; ``rows``: how fast they were, each in a run of its own.
+        ``compared``: a row for each bundle and its dense twin; ``rows``: how fast they were, each in a separate run.
         Numbers are rounded to five significant digits.
 
     Raises:
-        InputError: No bundles, a folder that is none, or a report that cannot be read.
+        InputError: No bundles, a folder that is not a bundle, or a report that cannot be read.
         StageError: A file could not be written.
     """
     if not bundles:

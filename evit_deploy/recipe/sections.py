@@ -260,7 +260,7 @@ class TrainSection(Section, frozen=True, kw_only=True):
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of each target, a patch token's as well, that is spread over all classes."""
     token_labels: TokenLabelSection | None = None
-    """How patch tokens learn from labels of their own; ``null`` leaves that to the image's label."""
+    """How patch tokens learn from their own labels; ``null`` leaves that to the image's label."""
     dynamicvit: DynamicViTSection | None = None
     """Factors of the loss that the method ``dynamicvit`` is trained with; ``null`` leaves them as they are there."""
     backbone_lr_scale: Share = 1.0

@@ -36,7 +36,7 @@ _PUBLIC = {
     "Conversion and bundles": {
         "pipeline.convert": "convert",
         "pipeline.variants": "convert_variants VariantOptions",
-        "recipe.options": "ConvertOptions ProfileOptions CompareOptions TuneOptions",
+        "recipe.options": "ConvertOptions ProfileOptions CompareOptions TuneOptions PaperOptions",
         "bundle.bundle": "read_bundle Bundle",
         "bundle.manifest": "Manifest Parent TensorSpec",
     },
@@ -63,6 +63,10 @@ _PUBLIC = {
         "tuning.staircase": "Staircase",
         "tuning.schedules": "Schedule",
         "tuning.answers": "Nearness",
+    },
+    "Paper": {
+        "paper.measured": "paper_table MeasuredTable MeasuredRow",
+        "paper.published": "PaperRow Published",
     },
     "Packages": {
         "serving.package": "package Package",

@@ -32,6 +32,11 @@ from evit_deploy.inference.prediction import Prediction as Prediction
 from evit_deploy.models.checkpoint import Checkpoint as Checkpoint
 from evit_deploy.models.checkpoint import build_model as build_model
 from evit_deploy.models.checkpoint import read_checkpoint as read_checkpoint
+from evit_deploy.paper.measured import MeasuredRow as MeasuredRow
+from evit_deploy.paper.measured import MeasuredTable as MeasuredTable
+from evit_deploy.paper.measured import paper_table as paper_table
+from evit_deploy.paper.published import PaperRow as PaperRow
+from evit_deploy.paper.published import Published as Published
 from evit_deploy.pipeline.compare import compare as compare
 from evit_deploy.pipeline.convert import convert as convert
 from evit_deploy.pipeline.profile import profile as profile
@@ -44,6 +49,7 @@ from evit_deploy.recipe.options import BuildOptions as BuildOptions
 from evit_deploy.recipe.options import CompareOptions as CompareOptions
 from evit_deploy.recipe.options import ConvertOptions as ConvertOptions
 from evit_deploy.recipe.options import ConvertSection as ConvertSection
+from evit_deploy.recipe.options import PaperOptions as PaperOptions
 from evit_deploy.recipe.options import ProfileOptions as ProfileOptions
 from evit_deploy.recipe.options import ProfileSection as ProfileSection
 from evit_deploy.recipe.options import TuneOptions as TuneOptions

@@ -13,7 +13,7 @@ from evit_deploy.environment.command import note_command
 
 GROUPS = {
     "Make": ("convert", "run", "train", "tune"),
-    "Prove and measure": ("verify", "profile", "compare", "report"),
+    "Prove and measure": ("verify", "profile", "compare", "report", "table"),
     "Use": ("predict", "show", "package"),
     "Around it": ("recipes", "plugin", "doctor"),
 }

@@ -210,6 +210,39 @@ class ModelName(click.ParamType):
         return [CompletionItem(name) for name in model_names() if name.startswith(incomplete)]
 
 
+class Named(click.ParamType):
+    """``NAME=FILE``; the name may hold commas and blanks, and a file an equals sign."""
+
+    name = "name=file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """``"0.7=evit.pth"`` to ``("0.7", "evit.pth")``."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, file = str(value).partition("=")
+        if not (equals and name and file):
+            raise click.BadParameter(f"got {value!r}, expected NAME=FILE", ctx, param)
+        return name, file
+
+
+class TableNumber(click.ParamType):
+    """The number of a table of the EViT paper; the shell completes them."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The number as it is, without ``table``; who reads the tables says whether there is one."""
+        return str(value).lower().removeprefix("table").strip()
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Numbers that begin like what was typed."""
+        from click.shell_completion import CompletionItem
+
+        from evit_deploy.paper.published import paper
+
+        return [CompletionItem(number) for number in paper().tables if number.startswith(incomplete)]
+
+
 class RecipeName(click.ParamType):
     """The name of a recipe that came with the package; the shell completes them."""
 

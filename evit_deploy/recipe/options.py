@@ -232,6 +232,21 @@ class TuneOptions(Section, frozen=True, kw_only=True):
             seconds_in(self.max_latency)
 
 
+class PaperOptions(Section, frozen=True, kw_only=True):
+    """Whether and how the throughput of a table's rows is measured here."""
+
+    throughput: bool = False
+    """Measure how fast every row's model is here, all rows in turn."""
+    runtime: str = "eager"
+    """Runtime to time on. [default: eager, PyTorch as in the paper]"""
+    batch: BatchSize | None = None
+    """Images a call. [default: 128 on a GPU, as in the paper, else 8]"""
+    threads: Threads | None = None
+    """CPU threads. [default: the runtime's own choice]"""
+    duration: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
+    """Seconds of measurement, all rows together. [default: 60]"""
+
+
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 
 

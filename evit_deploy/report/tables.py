@@ -147,6 +147,17 @@ def text_table(
     return text.getvalue().rstrip("\n")
 
 
+def print_lines(console: Any, lines: Sequence[str]) -> None:
+    """Prints sentences, each wrapped at the console's width where a person reads it.
+
+    Args:
+        console: See :func:`render`.
+        lines: The sentences.
+    """
+    for line in lines:
+        _print(console, line)
+
+
 _MOST_SENSITIVE = 12
 
 

@@ -139,7 +139,12 @@ def flags() -> Iterator[tuple[str, str, click.Parameter]]:
 FLAGS = list(flags())
 METHODS = ("--keep-rate", "--keep-rates", "--locations", "--merge")
 """Flags whose limits are the method's, which names the option instead."""
-ARGUMENTS = {"convert": ["absent.pth"], "predict": ["absent", "image.png"], "package": ["absent", "--for", "triton"]}
+ARGUMENTS = {
+    "convert": ["absent.pth"],
+    "predict": ["absent", "image.png"],
+    "package": ["absent", "--for", "triton"],
+    "show": ["absent", "image.png"],
+}
 
 
 @pytest.mark.parametrize(("name", "flag", "param"), FLAGS, ids=lambda part: part if isinstance(part, str) else "")

@@ -4,11 +4,11 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from typing import Any
-from xml.sax.saxutils import escape
 
 import msgspec
 
-from evit_deploy.report.lines import printable
+from evit_deploy.charts.kinds import Axes, Point, points
+from evit_deploy.charts.svg import standalone
 from evit_deploy.report.report import ComparedRow, ProfileRow
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tuning.answers import Nearness
@@ -187,50 +187,19 @@ def as_markdown(found: Tuning) -> str:
     return "\n".join([*lines, "", *found.notes]) + "\n"
 
 
-_WIDTH, _HEIGHT, _MARGIN = 640, 400, 56
-
-
 def as_svg(found: Tuning) -> str:
     """The front and the finalists: milliseconds a call against nearness to the dense model."""
-    shown = [*found.front, *found.finalists]
-    across = _axis([row.milliseconds for row in shown])
-    up = _axis([row.nearness for row in shown])
-
-    def place(row: TunedRow) -> tuple[float, float]:
-        x = _MARGIN + (row.milliseconds - across[0]) / (across[1] - across[0]) * (_WIDTH - 2 * _MARGIN)
-        y = _HEIGHT - _MARGIN - (row.nearness - up[0]) / (up[1] - up[0]) * (_HEIGHT - 2 * _MARGIN)
-        return round(x, 1), round(y, 1)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
-        'font-size="12">',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        f'<path d="M{_MARGIN} {_MARGIN}V{_HEIGHT - _MARGIN}H{_WIDTH - _MARGIN}" fill="none" stroke="black"/>',
-        f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 16}" text-anchor="middle">milliseconds a call, batch '
-        f"{found.staircase.batch}, {escape(found.staircase.runtime)}</text>",
-        f'<text x="16" y="{_HEIGHT / 2}" text-anchor="middle" transform="rotate(-90 16 {_HEIGHT / 2})">'
-        "centred cosine to the dense model</text>",
+    finalists = {row.name for row in found.finalists}
+    shown = [
+        *(("front of the search", row) for row in found.front if row.name not in finalists),
+        *((row.name + ", chosen" * (row.name == found.winner), row) for row in found.finalists),
     ]
-    for end, x, anchor in ((across[0], _MARGIN, "start"), (across[1], _WIDTH - _MARGIN, "end")):
-        parts.append(f'<text x="{x}" y="{_HEIGHT - _MARGIN + 16}" text-anchor="{anchor}">{end:.3g}</text>')
-    for end, y in ((up[0], _HEIGHT - _MARGIN), (up[1], _MARGIN)):
-        parts.append(f'<text x="{_MARGIN - 4}" y="{y}" text-anchor="end">{end:.3f}</text>')
-    line = " ".join(",".join(map(str, place(row))) for row in found.front)
-    parts.append(f'<polyline points="{line}" fill="none" stroke="#888"/>')
-    parts += [
-        f'<circle cx="{x}" cy="{y}" r="2.5" fill="#888"><title>{escape(printable(row.schedule))}</title></circle>'
-        for row in found.front
-        for x, y in (place(row),)
+    values = [
+        Point(row.milliseconds, row.nearness, f"{series}: {row.schedule}, {row.milliseconds:.3g} ms", series)
+        for series, row in shown
     ]
-    for row in found.finalists:
-        x, y = place(row)
-        colour = "#c00" if row.name == found.winner else "#06c"
-        parts.append(f'<circle cx="{x}" cy="{y}" r="4.5" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 7}" y="{y + 4}" fill="{colour}">{escape(printable(row.name))}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _axis(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - room, high + room
+    axes = Axes(
+        f"milliseconds a call, batch {found.staircase.batch}, {found.staircase.runtime}",
+        "centred cosine to the dense model",
+    )
+    return standalone(points(values, axes, found.budget, lower_x=True)) + "\n"

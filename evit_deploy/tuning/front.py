@@ -188,7 +188,12 @@ def as_markdown(found: Tuning) -> str:
 
 
 def as_svg(found: Tuning) -> str:
-    """The front and the finalists: milliseconds a call against nearness to the dense model."""
+    """:func:`front_chart` as a file."""
+    return standalone(front_chart(found)) + "\n"
+
+
+def front_chart(found: Tuning) -> str:
+    """The front and the finalists, for a page: milliseconds a call against nearness to the dense model."""
     finalists = {row.name for row in found.finalists}
     shown = [
         *(("front of the search", row) for row in found.front if row.name not in finalists),
@@ -202,4 +207,4 @@ def as_svg(found: Tuning) -> str:
         f"milliseconds a call, batch {found.staircase.batch}, {found.staircase.runtime}",
         "centred cosine to the dense model",
     )
-    return standalone(points(values, axes, found.budget, lower_x=True)) + "\n"
+    return points(values, axes, found.budget, lower_x=True)

@@ -13,10 +13,11 @@ from evit_deploy.recipe.options import ConvertOptions
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tuning.choice import DENSE
 from evit_deploy.tuning.front import TunedRow, Tuning, as_csv, as_markdown, as_svg
+from evit_deploy.tuning.page import as_page
 
 ABOUT, STAIRCASE, FINDINGS = "search.json", "staircase.json", "findings.jsonl"
 """What a search goes on with: what it is about, what the device costs, and what was looked at."""
-RESULTS = ("tune.json", "tune.csv", "tune.md", "tune.svg", "recipe.yaml")
+RESULTS = ("tune.json", "tune.csv", "tune.md", "tune.svg", "recipe.yaml", "tune.html")
 BUNDLE = "bundle"
 
 
@@ -67,7 +68,7 @@ def _check_same(path: Path, about: dict[str, Any]) -> None:
 
 
 def write(found: Tuning, place: Path, source: tuple[str, str | None], options: ConvertOptions) -> None:
-    """Writes a search's results: JSON, CSV, Markdown, SVG, and the winner as a recipe.
+    """Writes a search's results: JSON, CSV, Markdown, SVG, a page, and the winner as a recipe.
 
     Args:
         found: The results.
@@ -80,7 +81,7 @@ def write(found: Tuning, place: Path, source: tuple[str, str | None], options: C
     """
     texts = (
         msgspec.json.format(msgspec.json.encode(found), indent=2).decode(), as_csv(found), as_markdown(found),
-        as_svg(found), recipe(found, source, options),
+        as_svg(found), recipe(found, source, options), as_page(found),
     )  # fmt: skip
     for name, text in zip(RESULTS, texts, strict=True):
         write_atomically(place / name, text.encode())

@@ -5,35 +5,10 @@ import io
 import xml.etree.ElementTree as ElementTree
 
 import msgspec
-import numpy as np
 import pytest
 
-from evit_deploy.profiling.clocks.turns import Times
-from evit_deploy.profiling.speedup import row_of
-from evit_deploy.report.report import ProfileRow
-from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.tuning.answers import Nearness
-from evit_deploy.tuning.front import TunedRow, Tuning, as_csv, as_markdown, as_svg, pareto, table
-from evit_deploy.tuning.schedules import Schedule
-from tests.support.tuning import device
-
-
-def row(name, expected, cosine, **more) -> TunedRow:
-    tokens = TokenSpec(keep_rate=(0.8, 0.5), locations=(2, 5))
-    return TunedRow(name, Schedule((2, 5), (150, 80)), tokens, 3.0, expected, cosine, 0.9, **more)
-
-
-def measured(name, ms, speedup) -> ProfileRow:
-    times = Times("cpu", np.full((20, 1), ms / 1e3))
-    known = {"speedup": speedup, "speedup_low": speedup - 0.02, "speedup_high": speedup + 0.02}
-    return msgspec.structs.replace(row_of("onnxruntime", name, 1, times, on_gpu=False), **known)
-
-
-def tuning(name="a <b> & c") -> Tuning:
-    dense = TunedRow("dense", Schedule((), ()), TokenSpec(keep_rate=1.0), 4.6, 90.0, 1.0, 1.0)
-    final = row(name, 60.0, 0.95, measured=measured(name, 61.0, 1.5), confirmed=Nearness(0.94, 0.01, 0.92, 128))
-    front = (row("s1", 70.0, 0.97), row(name, 60.0, 0.95), row("s9", 50.0, 0.9))
-    return Tuning(True, "at least 1.5x", "It is met.", name, (dense, final), front, device(), 40, 128)
+from evit_deploy.tuning.front import as_csv, as_markdown, as_svg, pareto, table
+from tests.support.tuning import row, tuning
 
 
 def test_the_front_has_what_nothing_beats():

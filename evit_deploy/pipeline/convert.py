@@ -65,7 +65,7 @@ FIRST_LOOK = ProfileOptions(batch_sizes=FIRST_BATCHES, duration=2.0)
 # Bytes of ONNX files up to which several variants are open at once, to be measured in turn.
 _TOGETHER = 2**31
 # Methods with their own recipe for fine-tuning.
-_RECIPES = {"dynamicvit": "recipes/paper/dynamicvit-deit-small-0.7.yaml --set model.name=null"}
+_RECIPES = {"dynamicvit": ("recipes/paper/dynamicvit-deit-small-0.7.yaml", "--set", "model.name=null")}
 # Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training. Of no other model.
 _DEIT_S, _DEIT_S_TASK = "deit_small_patch16_224", {"img_size": 224, "num_classes": 1000}
 _DEIT_S_LOCATIONS = (3, 6, 9)
@@ -596,7 +596,7 @@ def _training_command(checkpoint: Checkpoint, spec: TokenSpec) -> str:
     source = checkpoint.source if checkpoint.sha256 else "CHECKPOINT"
     if Path(source).is_absolute():  # this goes into the bundle, which is not to name folders of this machine
         source = Path(source).name
-    recipe, settings = _RECIPES.get(spec.method, "recipes/finetune.yaml"), {}
+    recipe, settings = _RECIPES.get(spec.method, ("recipes/finetune.yaml",)), {}
     if spec.method != "evit":
         settings["method"] = spec.method
     if spec.rates:
@@ -606,7 +606,7 @@ def _training_command(checkpoint: Checkpoint, spec: TokenSpec) -> str:
     values = {"model.checkpoint": source} | {f"tokens.{name}": value for name, value in settings.items()}
     values |= {"data.train": "DIR", "data.validation": "DIR"}
     given = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    return shlex.join(["evit-deploy", "train", recipe, *given])
+    return shlex.join(["evit-deploy", "train", *recipe, *given])
 
 
 def _published_cost(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | None) -> str:

@@ -306,6 +306,11 @@ class ComparedRow(msgspec.Struct, frozen=True):
             return self.top1, self.top1_low, self.top1_high
         return None if self.recall is None else (self.recall, self.recall_low, self.recall_high)
 
+    @property
+    def share_name(self) -> str:
+        """What :attr:`share` is of: ``top-1``, or ``recall@1`` of embeddings."""
+        return "recall@1" if self.top1 is None and self.recall is not None else "top-1"
+
 
 class SensitivityRow(msgspec.Struct, frozen=True):
     """What it costs to quantise one linear layer and no other.

@@ -21,14 +21,16 @@ class Budget(msgspec.Struct, frozen=True):
     """What a schedule has to meet.
 
     Args:
-        kind: A speed-up over the dense model, seconds a call, or points of top-1 below it.
+        kind: A speed-up over the dense model, seconds a call, or points of top-1 or recall@1 below it.
         limit: How much.
         dense: Seconds that the dense model takes a call.
+        share: What a drop is of; recall@1 of a model without classes.
     """
 
     kind: Literal["speedup", "latency", "drop"]
     limit: float
     dense: float
+    share: Literal["top-1", "recall@1"] = "top-1"
 
     @property
     def seconds(self) -> float | None:
@@ -47,7 +49,7 @@ class Budget(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         if self.kind == "drop":
-            return f"at most {self.limit:g} points of top-1 below the dense model"
+            return f"at most {self.limit:g} points of {self.share} below the dense model"
         if self.kind == "latency":
             return f"at most {1e3 * self.limit:.4g} ms a call"
         return f"at least {self.limit:g}x as fast as the dense model"
@@ -128,6 +130,8 @@ def _said(row: TunedRow) -> str:
     if row.agreeing is not None:
         parts.append(f"{100 * row.agreeing:.1f} % of the images in the dense model's class")
     cost = row.answers.to_dense if row.answers is not None else None
-    if cost is not None and cost.low is not None and cost.high is not None:
-        parts.append(f"top-1 {100 * cost.value:+.1f} points [{100 * cost.low:.1f}, {100 * cost.high:.1f}]")
+    if row.answers is not None and cost is not None and cost.low is not None and cost.high is not None:
+        parts.append(
+            f"{row.answers.share_name} {100 * cost.value:+.1f} points [{100 * cost.low:.1f}, {100 * cost.high:.1f}]"
+        )
     return ", ".join(parts)

@@ -144,10 +144,11 @@ def _short(value: float | None) -> str | None:
 
 def table(found: Tuning) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Titles and cells of the finalists."""
-    labelled = any(row.answers is not None for row in found.finalists)
+    labelled = next((row.answers for row in found.finalists if row.answers is not None), None)
     classes = any(row.agreeing is not None for row in found.finalists)
     header = ("", "blocks", "tokens behind them", "GMACs", "ms", "speed-up", "95 % interval", "cosine")
-    header += ("agreement %",) * classes + ("top-1 to dense, points",) * labelled
+    header += ("agreement %",) * classes
+    header += (f"{labelled.share_name} to dense, points",) if labelled is not None else ()
     cells = []
     for row in found.finalists:
         speed = row.measured
@@ -163,7 +164,7 @@ def table(found: Tuning) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             f"{row.nearness:.3f}",
         ]
         own += [_percent(row.agreeing)] if classes else []
-        own += [_cost(row.answers)] if labelled else []
+        own += [_cost(row.answers)] if labelled is not None else []
         cells.append(tuple(own))
     return header, cells
 

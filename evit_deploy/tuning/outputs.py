@@ -1,6 +1,8 @@
 """The folder of a search: what is written into it, and whether it may be gone on with."""
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ BUNDLE = "bundle"
 
 
 def check_place(place: Path, about: dict[str, Any], *, force: bool, resume: bool) -> None:
-    """Makes sure, before any work, that a search may begin or go on in a folder; with ``force`` it is begun anew there.
+    """Makes sure, before any work, that a search may begin or go on in a folder.
 
     Args:
         place: The folder.
@@ -33,23 +35,48 @@ def check_place(place: Path, about: dict[str, Any], *, force: bool, resume: bool
     Raises:
         InputError: There is another search, or one that was not to be gone on with.
     """
-    try:
+    with _writing(place):
         if place.exists() and not place.is_dir():
             raise InputError("this is a file", where=place, wanted="a folder", fix="Give another --out.")
-        known = [name for name in (ABOUT, STAIRCASE, FINDINGS, *RESULTS) if (place / name).exists()]
+        known = _known(place)
         if known and not force and not resume:
             fix = "Give --resume to go on with it, --force to begin anew, or another --out."
             raise InputError(f"there is a search already ({', '.join(known)})", where=place, fix=fix)
-        if force:
-            for name in known:
-                (place / name).unlink()
-        place.mkdir(parents=True, exist_ok=True)
-        if resume and (place / ABOUT).exists():
+        if resume and not force and (place / ABOUT).exists():
             _check_same(place / ABOUT, about)
-        else:
+
+
+def begin(place: Path, about: dict[str, Any], *, force: bool) -> None:
+    """Makes the folder that :func:`check_place` has looked at, and notes there what the search is about.
+
+    Args:
+        place: The folder.
+        about: What the search is about, in types of JSON.
+        force: Whether to begin anew where there is a search.
+
+    Raises:
+        InputError: Nothing can be written there.
+    """
+    with _writing(place):
+        for name in _known(place) if force else ():
+            (place / name).unlink()
+        place.mkdir(parents=True, exist_ok=True)
+        if not (place / ABOUT).exists():
             write_atomically(place / ABOUT, msgspec.json.format(msgspec.json.encode(about), indent=2))
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """Says of what the system refuses that it is the folder of the search."""
+    try:
+        yield
     except OSError as error:
         raise InputError(f"cannot write there ({error.strerror})", where=place, fix="Give another --out.") from None
+
+
+def _known(place: Path) -> list[str]:
+    """The files of a search that are in a folder."""
+    return [name for name in (ABOUT, STAIRCASE, FINDINGS, *RESULTS) if (place / name).exists()]
 
 
 def _check_same(path: Path, about: dict[str, Any]) -> None:

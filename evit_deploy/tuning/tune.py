@@ -34,7 +34,7 @@ from evit_deploy.tuning.choice import Budget, chosen, goals_for, verdict
 from evit_deploy.tuning.finalists import expected_row, finalists_of, measure_whole, measured_rows
 from evit_deploy.tuning.findings import Finding, Findings, Shape
 from evit_deploy.tuning.front import TunedRow, Tuning, pareto
-from evit_deploy.tuning.outputs import BUNDLE, FINDINGS, STAIRCASE, check_place, write
+from evit_deploy.tuning.outputs import BUNDLE, FINDINGS, STAIRCASE, begin, check_place, write
 from evit_deploy.tuning.schedules import Schedule
 from evit_deploy.tuning.search import Fitter, Goal, search
 from evit_deploy.tuning.staircase import Staircase, corrected, counts_for, measure_staircase
@@ -95,12 +95,14 @@ def tune(
         stage(_LOG, "reading the checkpoint")
         checkpoint = read_checkpoint(source, model)
         place = Path(out) if out is not None else _default_place(checkpoint)
-        check_place(place, _about(checkpoint, options, asked), force=force, resume=resume)
+        about = _about(checkpoint, options, asked)
+        check_place(place, about, force=force, resume=resume)
         subject = read_subject(checkpoint, options, made, model, asked)
+        begin(place, about, force=force)
         bench = _bench(subject, made, runtime, options)
         stage(_LOG, f"measuring the staircase of {runtime}")
         fitter = Fitter(subject.planner, _staircase(subject, bench, options, place))
-        budget = _budget(options, fitter)
+        budget = _budget(options, fitter, embeds(subject.manifest))
         stage(_LOG, "trying schedules on the calibration images")
         findings = Findings(place / FINDINGS)
         _search(subject, fitter, goals_for(budget, fitter, options.trials), findings, options)
@@ -210,14 +212,14 @@ def _staircase(subject: Subject, bench: Bench, options: TuneOptions, place: Path
     return staircase
 
 
-def _budget(options: TuneOptions, fitter: Fitter) -> Budget:
+def _budget(options: TuneOptions, fitter: Fitter, embedding: bool) -> Budget:
     """The budget, beside what the dense model takes.
 
     Raises:
         InputError: The dense model meets it as it is.
     """
     if options.max_drop is not None:
-        return Budget("drop", options.max_drop, fitter.dense)
+        return Budget("drop", options.max_drop, fitter.dense, "recall@1" if embedding else "top-1")
     if options.min_speedup is not None:
         return Budget("speedup", options.min_speedup, fitter.dense)
     seconds = seconds_in(options.max_latency or "")

@@ -193,7 +193,9 @@ def test_what_the_command_line_refuses(tmp_path, cli):
     dense, own = write_checkpoint(tmp_path / "dense.safetensors"), trained(tmp_path / "own.safetensors")
     reduced = write_checkpoint(tmp_path / "evit.safetensors", tokens=KEEP)
     untrained = cli("convert", dense, "--method", "dynamicvit", "--keep-rate", 0.7)
-    untrained.refused(2, "decides by its own layers", "evit-deploy train", "tokens.method=dynamicvit")
+    untrained.refused(
+        2, "decides by its own layers", "0.7.yaml --set model.name=null --set", "tokens.method=dynamicvit"
+    )
     cli("convert", own, "--fuse").refused(2, "--fuse", "no fused token")
     cli("convert", own, "--method", "evit").refused(2, "trained with the method 'dynamicvit'")
     cli("convert", reduced, "--method", "dynamicvit").refused(2, "trained with the method 'evit'")

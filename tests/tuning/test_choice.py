@@ -79,3 +79,12 @@ def test_goals_share_the_trials_and_can_all_be_met(budget):
     assert len({goal.name for goal in goals}) == len(goals)
     default = fitter.seconds(fitter.planner.schedule_of(fitter.planner.spec))
     assert default in [goal.seconds for goal in goals]
+
+
+def test_a_drop_is_of_recall_where_there_are_no_classes():
+    own = row("a", 66, 0.95, drop=1.0)
+    recalled = msgspec.structs.replace(own, answers=msgspec.structs.replace(own.answers, top1=None, recall=0.5))
+    budget = Budget("drop", 2.0, 0.1, "recall@1")
+    assert str(budget) == "at most 2 points of recall@1 below the dense model"
+    assert "recall@1 -1.0 points [-3.0, 1.0]" in verdict([DENSE, recalled], recalled, budget, met=True)
+    assert "top-1 -1.0 points" in verdict([DENSE, own], own, Budget("drop", 2.0, 0.1), met=True)

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import msgspec
 import pytest
 
+from evit_deploy.report.report import ComparedRow, Difference
 from evit_deploy.tuning.front import as_csv, as_markdown, as_svg, pareto, table
 from tests.support.tuning import row, tuning
 
@@ -53,3 +54,14 @@ def test_the_table_marks_the_winner_and_leaves_out_what_is_unknown():
     assert [cells[0] for cells in rows] == ["dense", "a <b> & c *"]
     assert all(len(cells) == len(header) for cells in rows)
     assert "| 1.48 - 1.52 |" in as_markdown(tuning())
+
+
+@pytest.mark.parametrize(("share", "name"), [({"top1": 0.5}, "top-1"), ({"recall": 0.5}, "recall@1")])
+def test_the_table_says_which_share_is_held_against_the_dense_model(share, name):
+    cost = Difference("dense", -0.02, 0.01, -0.04, 0.0)
+    answers = ComparedRow("a", "evit", "", "fp32", 1.0, 1.0, 9, to_dense=cost, **share)
+    dense, own = tuning().finalists
+    finalists = (dense, msgspec.structs.replace(own, answers=answers))
+    header, rows = table(msgspec.structs.replace(tuning(), finalists=finalists))
+    assert header[-1] == f"{name} to dense, points"
+    assert [cells[-1] for cells in rows] == ["", "-2.0 [-4.0, 0.0]"]

@@ -11,7 +11,7 @@ from evit_deploy.recipe.options import ConvertOptions
 from evit_deploy.recipe.recipe import load_comparison
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tuning.front import TunedRow, Tuning
-from evit_deploy.tuning.outputs import ABOUT, FINDINGS, RESULTS, check_place, command, recipe, write
+from evit_deploy.tuning.outputs import ABOUT, FINDINGS, RESULTS, begin, check_place, command, recipe, write
 from evit_deploy.tuning.schedules import Schedule
 from tests.support.command_line import context_of
 from tests.support.tuning import device
@@ -71,21 +71,26 @@ def test_everything_is_written_and_the_json_is_what_was_found(tmp_path):
     assert msgspec.json.decode((tmp_path / "tune.json").read_bytes(), type=Tuning) == found(SPECS[0])
 
 
+def begun(place, about, *, force, resume):
+    check_place(place, about, force=force, resume=resume)
+    begin(place, about, force=force)
+
+
 def test_a_search_is_not_overwritten_and_goes_on_only_with_its_own(tmp_path):
-    check_place(tmp_path / "new", ABOUT_IT, force=False, resume=False)
+    begun(tmp_path / "new", ABOUT_IT, force=False, resume=False)
     with pytest.raises(InputError, match=r"there is a search already \(search.json\).*--resume"):
-        check_place(tmp_path / "new", ABOUT_IT, force=False, resume=False)
-    check_place(tmp_path / "new", ABOUT_IT, force=False, resume=True)
+        begun(tmp_path / "new", ABOUT_IT, force=False, resume=False)
+    begun(tmp_path / "new", ABOUT_IT, force=False, resume=True)
     with pytest.raises(InputError, match=r"another search.*min_speedup 2"):
-        check_place(tmp_path / "new", ABOUT_IT | {"min_speedup": 2.0}, force=False, resume=True)
+        begun(tmp_path / "new", ABOUT_IT | {"min_speedup": 2.0}, force=False, resume=True)
     (tmp_path / "new" / FINDINGS).write_bytes(b"old")
     (tmp_path / "new" / "mine.txt").write_bytes(b"mine")
-    check_place(tmp_path / "new", ABOUT_IT | {"min_speedup": 2.0}, force=True, resume=False)
+    begun(tmp_path / "new", ABOUT_IT | {"min_speedup": 2.0}, force=True, resume=False)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["mine.txt", ABOUT]
 
 
 def test_resuming_where_nothing_is_begins(tmp_path):
-    check_place(tmp_path / "new", ABOUT_IT, force=False, resume=True)
+    begun(tmp_path / "new", ABOUT_IT, force=False, resume=True)
     assert (tmp_path / "new" / ABOUT).exists()
 
 
@@ -96,3 +101,11 @@ def test_places_that_cannot_be_are_refused(tmp_path):
     for place, hint in (("file", "this is a file"), ("x" * 300, "cannot write there"), ("broken", "does not say")):
         with pytest.raises(InputError, match=hint):
             check_place(tmp_path / place, ABOUT_IT, force=False, resume=True)
+
+
+def test_looking_at_a_place_writes_nothing_and_removes_nothing(tmp_path):
+    check_place(tmp_path / "new", ABOUT_IT, force=True, resume=False)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / FINDINGS).write_bytes(b"old")
+    check_place(tmp_path, ABOUT_IT, force=True, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == [FINDINGS]

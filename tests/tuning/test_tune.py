@@ -157,3 +157,10 @@ def test_a_staircase_that_is_none_is_refused(checkpoint_file, pictures, tmp_path
     options = TuneOptions(min_speedup=1.5, calibration=str(pictures), **QUICK)
     with pytest.raises(InputError, match="this is no staircase"):
         tune(checkpoint_file, options=options, out=tmp_path, resume=True)
+
+
+def test_a_method_whose_weights_are_not_there_leaves_nothing(checkpoint_file, pictures, tmp_path):
+    options = TuneOptions(min_speedup=1.5, calibration=str(pictures), **QUICK)
+    with pytest.raises(InputError, match="decides by its own layers"):
+        tune(checkpoint_file, options=options, out=tmp_path / "out", tokens={"method": "dynamicvit"})
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from evit_deploy import interrupts
-from evit_deploy.report.lines import printable, printable_lines, wrapped
+from evit_deploy.report.lines import printable, printable_lines, shown_in, wrapped
 
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +100,7 @@ class Output(logging.Handler):
                 self._display.show(record.getMessage(), progress)
 
     def _message(self, text: str) -> None:
-        text = printable(text)
+        text = shown_in(printable(text), sys.stderr.encoding)
         if self._display is not None:
             self._display.message(text)
         elif sys.stderr.isatty():

@@ -32,6 +32,19 @@ def wrapped(text: str, width: int) -> str:
     )
 
 
+_IN_ASCII = str.maketrans("▁▂▃▄▅▆▇█×±·–", "_.-=+*%#x~.-")
+"""What stands in for characters of ours on a terminal that has no UTF-8: bars of a curve, the lowest first, and signs."""
+
+
+def shown_in(text: str, encoding: str | None) -> str:
+    """A text of ours as a stream shows it: in ASCII where its encoding lacks a character, as other locales' do."""
+    try:
+        text.encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return text.translate(_IN_ASCII)
+    return text
+
+
 def _escaped(letter: str) -> str:
     code = ord(letter)
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else letter.encode("unicode_escape").decode()

@@ -3,7 +3,9 @@
 import csv
 import importlib.util
 import io
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ COLUMNS = (
     "images_per_second", "loader_wait", "gpu_memory",
 )  # fmt: skip
 _BARS = "▁▂▃▄▅▆▇█"
+_IN_A_LINE = 20  # bars, so that a curve's line fits 80 columns
 
 
 class TrainingLog:
@@ -117,9 +120,22 @@ class TrainingLog:
             return None
         (first, start), (last, end) = points[0], points[-1]
         at, best = max(points, key=lambda point: point[1])
-        text = f"{self._stage}: validation top-1 {start:.2%} {sparkline([top1 for _, top1 in points])} {end:.2%}"
+        line = sparkline([top1 for _, top1 in points], _IN_A_LINE)
+        text = f"{self._stage}: validation top-1 {start:.2%} {line} {end:.2%}"
         text += f", epochs {first:.3g} to {last:.3g}"
         return text if best == end else f"{text}; highest at epoch {at:.3g}: {best:.2%}"
+
+    def loss_curve(self) -> str | None:
+        """The loss of all rows as one line of text, each bar a mean; ``None`` where there are fewer than two rows."""
+        points = [(float(row["epoch"]), float(row["loss"])) for row in self._rows]
+        if len(points) < 2:
+            return None
+        bars = min(len(points), _IN_A_LINE)
+        ends = [round(i * len(points) / bars) for i in range(bars + 1)]
+        means = [sum(loss for _, loss in points[a:b]) / (b - a) for a, b in pairwise(ends)]
+        line = sparkline(means) if all(map(math.isfinite, means)) else "is not finite"
+        (first, start), (last, end) = points[0], points[-1]
+        return f"{self._stage}: loss {start:.3g} {line} {end:.3g}, epochs {first:.3g} to {last:.3g}"
 
     def write(self) -> None:
         """Puts what there is on disk.

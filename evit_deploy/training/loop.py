@@ -222,9 +222,9 @@ def _note_results(logs: dict[str, TrainingLog], names: dict[str, str], rows: lis
             log.write()
         except StageError as error:
             _LOG.warning(f"the last row of the log could not be saved: {error}")
-        curve = log.curve()
-        if curve is not None:
-            _LOG.info(curve)
+        for curve in (log.loss_curve(), log.curve()):
+            if curve is not None:
+                _LOG.info(curve)
 
 
 def _check_interrupted(files: dict[str, StateFile], resume: bool) -> None:

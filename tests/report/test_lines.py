@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from evit_deploy.report.lines import printable, printable_lines
+from evit_deploy.report.lines import printable, printable_lines, shown_in
 
 ESCAPE = "\x1b"
 
@@ -37,3 +37,16 @@ def test_nothing_that_a_terminal_obeys_is_left():
 
 def test_lines_of_ours_stay():
     assert printable_lines(f"one\n two{ESCAPE}\n") == "one\n two\\x1b\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("utf-8", "▁▄█ 3 ± 1 猫"), ("ascii", "_=# 3 ~ 1 猫"), (None, "_=# 3 ~ 1 猫"), ("xyz", "_=# 3 ~ 1 猫")],
+)
+def test_curves_and_signs_have_a_form_in_ascii(encoding, shown):
+    assert shown_in("▁▄█ 3 ± 1 猫", encoding) == shown
+
+
+def test_a_text_without_them_is_left_alone():
+    assert shown_in("plain", "ascii") == "plain"
+    assert shown_in("café", "latin-1") == "café"

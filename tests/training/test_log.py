@@ -52,7 +52,10 @@ def test_the_last_row_has_what_the_comparison_found_and_the_curve_ends_there(tmp
     assert float(finetune[-1]["validation_top1"]) == pytest.approx(top1["evit 0.5, fine-tuned"], abs=1e-6)
     assert [row["step"] for row in finetune] == ["2", "4", "6"]
     start, _, end = (f"{float(row['validation_top1']):.2%}" for row in finetune)
-    (curve,) = [text for text in told if ", epochs " in text]  # the dense model was evaluated once
+    (curve,) = [text for text in told if ", epochs " in text and "top-1" in text]  # the dense was evaluated once
+    (loss,) = [text for text in told if text.startswith("finetune: loss ")]
+    assert loss.startswith(f"finetune: loss {float(finetune[0]['loss']):.3g} ")
+    assert loss.endswith(f" {float(finetune[-1]['loss']):.3g}, epochs 2 to 6")
     assert curve.startswith(f"finetune: validation top-1 {start} ")
     assert f" {end}, epochs 2 to 6" in curve
 
@@ -88,3 +91,21 @@ def test_the_curve_tells_where_it_was_highest_unless_that_is_its_end(tmp_path):
         "dense: validation top-1 25.00% ▁█▅ 50.00%, epochs 0.5 to 1.5; highest at epoch 1: 75.00%",
         "dense: validation top-1 25.00% ▁█▅█ 75.00%, epochs 0.5 to 2",
     ]
+
+
+def test_the_loss_is_a_line_of_means_that_fits_80_columns(tmp_path):
+    plan = token_plan(reduce_tokens_(tiny(), SPEC))
+    log = TrainingLog(tmp_path, "finetune", every=1)
+    log.begin(0, per_epoch=2)
+    losses = []
+    assert log.loss_curve() is None
+    for number in range(40):
+        losses.append(40.0 - number)
+        done = StepResult(torch.tensor([1.0]), 1, False, images=8, seconds=0.1, waited=0.0)
+        log.add(done, losses, 1e-3, plan)
+        log.evaluated(number / 100)
+    assert log.loss_curve() == "finetune: loss 40 ██▇▇▇▆▆▅▅▅▄▄▄▃▃▂▂▂▁▁ 1, epochs 0.5 to 20"
+    assert max(len(log.loss_curve() or ""), len(log.curve() or "")) <= 80
+    losses.append(float("nan"))
+    log.add(done, losses, 1e-3, plan)
+    assert log.loss_curve() == "finetune: loss 40 is not finite nan, epochs 0.5 to 20.5"

@@ -33,7 +33,7 @@ def wrapped(text: str, width: int) -> str:
 
 
 _IN_ASCII = str.maketrans("▁▂▃▄▅▆▇█×±·–", "_.-=+*%#x~.-")
-"""What stands in for characters of ours on a terminal that has no UTF-8: bars of a curve, the lowest first, and signs."""
+"""What stands in for characters of ours on a terminal without UTF-8: bars of a curve, the lowest first, and signs."""
 
 
 def shown_in(text: str, encoding: str | None) -> str:

@@ -1,7 +1,6 @@
 """The sections of a page: what a report says, beside charts of it. A section without content is left out."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import msgspec
 
@@ -52,11 +51,16 @@ def verdict_section(page: WebPage, report: Report) -> None:
     said, faster, costs = answers(report), speed(report), cost(report)
     if said is None and report.checks:
         said = f"{len(report.checks)} checks passed"
-    own = [row.speedup for row in report.rows if row.variant == "model" and row.speedup is not None]
+    own = [row for row in report.rows if row.variant == "model" and row.speedup is not None]
+    pays = bool(own) and all((row.speedup_low or row.speedup or 0) > 1 for row in own)
     page.cards(
         (
             ("Same answers?", _sentence(said) or none, "" if not report.checks else "good" if report.passed else "bad"),
-            ("How much faster?", _sentence(faster) or "Not measured.", "good" if own and min(own) > 1 else ""),
+            (
+                "How much faster?",
+                _sentence(faster) or "Not measured.",
+                "good" if pays else "",
+            ),
             ("What did it cost?", _sentence(costs or _trained(report)) or f"Not measured. {_NO_IMAGES}", ""),
         )
     )
@@ -81,9 +85,7 @@ def accuracy_section(page: WebPage, report: Report, curves: Sequence[Curve] = ()
         return
     page.section("Accuracy")
     charts = list(_training_charts(curves))
-    render(
-        _part(report, accuracy=report.accuracy, compared=report.compared, rows=report.rows if answered else ()), page
-    )
+    render(Report(accuracy=report.accuracy, compared=report.compared), page)
     if charts:
         page.charts(charts)
 
@@ -94,15 +96,16 @@ def agreement_section(page: WebPage, report: Report) -> None:
         return
     page.section("Agreement and checks")
     if report.agreement:
-        render(_part(report, agreement=report.agreement), page)
+        render(Report(agreement=report.agreement), page)
+    passed = tuple(check for check in report.checks if check.passed)
+    if len(report.checks) <= _MOST_CHECKS:
+        render(Report(checks=report.checks), page)
+        return
     if report.failed:
-        render(_part(report, checks=report.failed), page)
-    if len(report.checks) > _MOST_CHECKS:
-        page.begin_details(f"All {len(report.checks)} checks")
-        render(_part(report, checks=tuple(check for check in report.checks if check.passed)), page)
-        page.end_details()
-    elif report.checks and not report.failed:
-        render(_part(report, checks=report.checks), page)
+        render(Report(checks=report.failed), page)
+    page.begin_details(f"The {len(passed)} checks that passed")
+    render(Report(checks=passed), page)
+    page.end_details()
 
 
 def speed_section(page: WebPage, report: Report) -> None:
@@ -129,7 +132,7 @@ def speed_section(page: WebPage, report: Report) -> None:
         charts.append(("Throughput by batch size", lines(rate, axes, "Images a second by batch size")))
     if charts:
         page.charts(charts)
-    render(_part(report, rows=report.rows, latencies=report.latencies, load=report.load, gpu=report.gpu), page)
+    render(Report(rows=report.rows, latencies=report.latencies, load=report.load, gpu=report.gpu), page)
 
 
 def trade_section(page: WebPage, report: Report, title: str = "Accuracy against time") -> None:
@@ -165,7 +168,7 @@ def trade_charts(report: Report) -> Iterator[tuple[str, str]]:
                     values.append(Point(row.p50, value, label, row.variant, *ends))
             if len(values) > 1:
                 axes = Axes(f"milliseconds a call of {batch}", title, percent=field != "cosine_centred")
-                name = f"{title} against time on {runtime} ({device}, {clock}), {batch} image{'s' * (batch > 1)} a call"
+                name = f"{title[:1].upper()}{title[1:]} against time on {runtime} ({device}, {clock}), batch {batch}"
                 if len(values) > _MOST_SERIES:
                     values = [msgspec.structs.replace(value, series=_method(report, value.series)) for value in values]
                 yield name, points(values, axes, name, lower_x=True)
@@ -192,8 +195,8 @@ def accuracy_of(rows: Sequence[ComparedRow]) -> tuple[str, str]:
 def plan_section(page: WebPage, plan: TokenPlan) -> None:
     """Tokens and multiply-adds of every block."""
     page.section("Token plan")
-    page.line(f"{plan.total[:1].upper()}{plan.total[1:]}." if plan.total else "")
     if plan.cost is not None:
+        page.line(f"{plan.total[:1].upper()}{plan.total[1:]}.")
         dense = plan.dense()
         values = [
             Point(row.block, one.block_macs(row.block) / 1e6, _block_label(name, one, row.block), name)
@@ -233,7 +236,7 @@ def blocks_section(page: WebPage, report: Report) -> None:
     if values:
         name = f"Time of each block, {report.blocks[0].runtime}, {report.blocks[0].batch} images a call"
         page.charts(((name, bars(values, Axes("block", "milliseconds"), name)),))
-    render(_part(report, blocks=report.blocks, sensitivity=report.sensitivity), page)
+    render(Report(blocks=report.blocks, sensitivity=report.sensitivity), page)
 
 
 def pictures_section(page: WebPage, pictures: Sequence[Picture]) -> None:
@@ -274,11 +277,6 @@ def _training_charts(curves: Sequence[Curve]) -> Iterator[tuple[str, str]]:
 
 
 _FEW = 30
-
-
-def _part(report: Report, **parts: Any) -> Report:
-    """A report of these parts alone."""
-    return Report(**parts)
 
 
 def _method(report: Report, name: str) -> str:

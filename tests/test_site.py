@@ -84,7 +84,7 @@ def test_every_link_leads_somewhere(site: Path, pages: dict[Path, Html]):
         f"{page.relative_to(site)}: {link}"
         for page, html in pages.items()
         if page.name != "404.html"  # its links begin at the root of wherever the site lies
-        for link in html.links
+        for link in (*html.links, *html.fetched)
         if leads_nowhere(link, page, site, pages)
     ]
     assert wrong == []

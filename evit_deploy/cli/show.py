@@ -19,7 +19,7 @@ _CURVE = {"cls": Option, "group": "Curve"}
 @click.argument("source", type=NAME, metavar="BUNDLE|CHECKPOINT")
 @click.argument("images", nargs=-1, required=True, type=IMAGES, metavar="IMAGES...")
 @click.option(
-    "--blocks", type=Numbers(int, 0), metavar="3,6,9",
+    "--blocks", type=Numbers(int, 0, 4_096), metavar="3,6,9",
     help="Locations to draw.  [default: all, or four of more]", **_PICTURE,
 )  # fmt: skip
 @click.option("--heat/--no-heat", default=True, help="Draw the scores below.  [default: they are]", **_PICTURE)

@@ -100,7 +100,9 @@ class Output(logging.Handler):
                 self._display.show(record.getMessage(), progress)
 
     def _message(self, text: str) -> None:
-        text = shown_in(printable(text), sys.stderr.encoding)
+        # While the display lives, rich stands before sys.stderr, with no encoding of that name.
+        stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        text = shown_in(printable(text), stream.encoding)
         if self._display is not None:
             self._display.message(text)
         elif sys.stderr.isatty():

@@ -29,7 +29,7 @@ with Output(**json.loads(sys.argv[1])) as output:
         for done in range(1, 5):
             progress.step(log, f"step {done}", done, 4, images_per_second=123.456, loss=0.5)
             time.sleep(0.2)
-        log.info("top-1 is 97 %")
+        log.info("top-1 is 97 % ▁█")
     output.result(None, "the result")
 """
 
@@ -85,7 +85,7 @@ def test_messages_stand_above_the_live_line_and_words_are_whole(columns):
     lines = [line for screen in screens for line in screen]
     assert not any("assumption" in line and ("/2" in line or "0:00" in line) for line in lines)
     assert any(line.endswith("the-weights-in") or "the-weights-in " in line for line in screens[-1])
-    assert screens[-1][-2:] == ["top-1 is 97 %", "the result"]  # the live line is gone
+    assert screens[-1][-2:] == ["top-1 is 97 % ▁█", "the result"]  # the live line is gone
     assert not any("/2 " in line for line in screens[-1])
 
 

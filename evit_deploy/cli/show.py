@@ -24,6 +24,10 @@ _CURVE = {"cls": Option, "group": "Curve"}
 )  # fmt: skip
 @click.option("--heat/--no-heat", default=True, help="Draw the scores below.  [default: they are]", **_PICTURE)
 @click.option(
+    "--side", type=Whole(32, 2_048), default=224, metavar="PIXELS",
+    help="Longer side of an image on the picture, or a little less.  [default: 224]", **_PICTURE,
+)  # fmt: skip
+@click.option(
     "--curve", is_flag=True, **_CURVE,
     help="Instead: how answers change where patches are removed by class attention, at random, and the other way "
     "round; in PyTorch. Where IMAGES is one folder with a folder for each class, top-1 too.",
@@ -78,7 +82,7 @@ def command(source: str, images: tuple[Path, ...], output: Output, **options: An
     for name in ("rates", "sample"):
         if options.pop(name) is not None:
             raise click.UsageError(f"--{name} is about a curve: give --curve too")
-    picture = {name: options.pop(name) for name in ("blocks", "heat", "out", "force")}
+    picture = {name: options.pop(name) for name in ("blocks", "heat", "side", "out", "force")}
     picture["blocks"] = picture["blocks"] or ()
     from evit_deploy.visualization.files import draw_files
     from evit_deploy.visualization.show import opened
@@ -93,7 +97,7 @@ def command(source: str, images: tuple[Path, ...], output: Output, **options: An
 
 
 def _draw_curve(source: str, images: tuple[Path, ...], tokens: Any, output: Output, options: dict[str, Any]) -> None:
-    for name, unasked in (("blocks", None), ("heat", True), ("runtimes", ()), ("threads", None)):
+    for name, unasked in (("blocks", None), ("heat", True), ("side", 224), ("runtimes", ()), ("threads", None)):
         if options.pop(name) != unasked:
             raise click.UsageError(f"--{name.rstrip('s') if name == 'runtimes' else name} is not about a curve")
     out, force = options.pop("out"), options.pop("force")

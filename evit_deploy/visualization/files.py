@@ -11,12 +11,14 @@ import numpy as np
 
 from evit_deploy import progress
 from evit_deploy.drawing.seen import Seen, Stage, title_of
+from evit_deploy.drawing.sheet import Sheet
+from evit_deploy.drawing.tiles import SIDE
 from evit_deploy.errors import GateFailed, InputError, first_few
 from evit_deploy.files import write_atomically
 from evit_deploy.inference.files import Unreadable
 from evit_deploy.inference.inputs import Given, image_paths
 from evit_deploy.visualization.curve import RemovalCurve
-from evit_deploy.visualization.show import PAGE, Shown, blocks_to_draw, look
+from evit_deploy.visualization.show import PAGE, blocks_to_draw, look
 from evit_deploy.visualization.subject import Subject, name_of
 
 _LOG = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ class ShownFiles(msgspec.Struct, frozen=True):
     """What was drawn.
 
     Args:
-        about: The model, and who ran it.
+        about: The model in a few words.
         runtimes: Who was asked; the first one is drawn.
         pictures: The files that were written.
         grid: Rows and columns of patches.
@@ -82,7 +84,7 @@ class ShownFiles(msgspec.Struct, frozen=True):
         """What a person reads: how much is kept, and the files."""
         lines = []
         if self.images:
-            lines.append(f"{self.about}, {len(self.images)} image{'s' * (len(self.images) != 1)}.")
+            lines.append(f"{self.about}, {self.runtimes[0]}, {len(self.images)} image{'s' * (len(self.images) != 1)}.")
             stages = zip(*(one.stages for one in self.images), strict=True)
             lines += [f"  {title_of(one)}" for one in stages]
         if len(self.runtimes) > 1 and self.images and not self.differences:
@@ -144,6 +146,7 @@ def draw_files(
     *,
     blocks: Sequence[int] = (),
     heat: bool = True,
+    side: int = SIDE,
     out: Path | None = None,
     force: bool = False,
 ) -> ShownFiles:
@@ -154,6 +157,7 @@ def draw_files(
         paths: Files, and folders that stand for all images anywhere below them.
         blocks: Locations to draw; by default all, or four of more.
         heat: Whether to draw scores too.
+        side: Pixels of the longer side of an image on a sheet, or a little less.
         out: ``.png`` or ``.svg``; by default ``<name>-kept.png`` in the current folder. Numbered where there are more
             images than a sheet holds.
         force: Whether to replace files.
@@ -174,30 +178,28 @@ def draw_files(
         _LOG.warning(str(error))
 
     images: list[ShownImage] = []
-    written, differences, about, grid = [], [], subject.about, None
+    written, differences, grid = [], [], None
     for page, start in enumerate(range(0, len(files), PAGE)):
         progress.step(_LOG, "drawing", start, len(files))
         shown = look(subject, given, start, min(start + PAGE, len(files)), blocks=blocks, on_error=note)
-        about = shown.about
         for difference in shown.differences:
             _LOG.warning(difference)
         differences += shown.differences
         if shown.images:
             grid = shown.images[0].grid
-            write_picture(shown, pages[page], heat=heat)
+            write_picture(shown.sheet(heat=heat, side=side), pages[page])
             written.append(str(pages[page]))
             images += [_image(one) for one in shown.images]
     runtimes = [teller.runtime for teller in subject.tellers]
-    return ShownFiles(about, runtimes, written, grid, images, list(unreadable.values()), differences)
+    return ShownFiles(subject.about, runtimes, written, grid, images, list(unreadable.values()), differences)
 
 
-def write_picture(shown: Shown, file: Path, *, heat: bool = True) -> None:
+def write_picture(sheet: Sheet, file: Path) -> None:
     """Writes a sheet as PNG or SVG.
 
     Raises:
         StageError: The disk is full or failed.
     """
-    sheet = shown.sheet(heat=heat)
     write_atomically(file, sheet.svg().encode() if file.suffix.lower() == ".svg" else sheet.png())
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.drawing.seen import Seen, Stage, grid_of
 from evit_deploy.drawing.sheet import Sheet
+from evit_deploy.drawing.tiles import SIDE
 from evit_deploy.errors import InputError
 from evit_deploy.inference.inputs import Given, ImageLike
 from evit_deploy.inference.prediction import predictions_of
@@ -32,7 +33,8 @@ class Shown(msgspec.Struct, frozen=True, eq=False):
 
     Args:
         images: The images that could be read, with what became of them.
-        about: The model in a few words, and who ran it.
+        about: The model in a few words.
+        runtime: Who ran it; not on the picture, which is the same from all.
         scores: What the heat maps show.
         legend: What pale patches and colours mean.
         blocks: Locations that are drawn; the images have all of them.
@@ -41,16 +43,18 @@ class Shown(msgspec.Struct, frozen=True, eq=False):
 
     images: tuple[Seen, ...]
     about: str
+    runtime: str
     scores: str
     legend: str
     blocks: tuple[int, ...]
     differences: tuple[str, ...] = ()
 
-    def sheet(self, *, heat: bool = True) -> Sheet:
+    def sheet(self, *, heat: bool = True, side: int = SIDE) -> Sheet:
         """The picture, laid out.
 
         Args:
             heat: Whether to draw the scores too.
+            side: Pixels of the longer side of an image on it, or a little less.
 
         Raises:
             InputError: No image could be read.
@@ -60,7 +64,7 @@ class Shown(msgspec.Struct, frozen=True, eq=False):
             for one in self.images
         ]
         below = f" Below: {self.scores}, by which was chosen." if heat and _scored(chosen) else ""
-        return Sheet(chosen, f"{self.about}. {self.legend}{below}", self.scores if heat else "")
+        return Sheet(chosen, f"{self.about}. {self.legend}{below}", self.scores if heat else "", side)
 
     def picture(self) -> Image.Image:
         """The picture in memory; of many images :meth:`save` makes several files."""
@@ -70,7 +74,9 @@ class Shown(msgspec.Struct, frozen=True, eq=False):
         return self.sheet().png() if 0 < len(self.images) <= PAGE else None
 
     def __repr__(self) -> str:
-        return f"Shown({len(self.images)} images, blocks {', '.join(map(str, self.blocks))}: {self.about})"
+        return (
+            f"Shown({len(self.images)} images, blocks {', '.join(map(str, self.blocks))}: {self.about}, {self.runtime})"
+        )
 
 
 def show(
@@ -195,7 +201,8 @@ def look(
     seen, differences = see(subject, images, names) if names else ([], [])
     return Shown(
         images=tuple(seen),
-        about=f"{subject.about}, {subject.tellers[0].runtime}",
+        about=subject.about,
+        runtime=subject.tellers[0].runtime,
         scores=subject.method.score_name,
         legend=legend(subject.plan),
         blocks=chosen,

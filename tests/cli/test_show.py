@@ -51,6 +51,9 @@ def test_an_svg_of_chosen_blocks_without_scores(cli, converted, photographs, her
     result = cli("show", converted.path, photographs / "china.png", "--blocks", "3", "--no-heat", "--out", "a.SVG")
     assert result.code == 0, result.err
     root = ElementTree.parse(here / "a.SVG").getroot()
+    large = cli("show", converted.path, photographs / "china.png", "--side", "480", "--out", "a.png")
+    assert large.code == 0, large.err
+    assert Image.open(here / "a.png").width == 8 + 4 * (480 + 8)
     assert len(list(root.iter("{http://www.w3.org/2000/svg}image"))) == 2
 
 
@@ -75,7 +78,7 @@ def test_json_has_the_numbers_of_every_location(cli, converted, photographs, her
 def test_a_checkpoint_is_shown_by_the_method_that_is_asked_for(cli, checkpoint_file, photographs, here):
     result = cli("show", checkpoint_file, photographs, "--method", "merge", "--keep-rate", 0.5, "--json")
     assert result.code == 0, result.err
-    assert result.document["about"] == "vit_tiny_patch16_224, merge-k0.5, eager"
+    assert result.document["about"] == "vit_tiny_patch16_224, merge-k0.5"
     assert {stage["does"] for image in result.document["images"] for stage in image["stages"]} == {"merged"}
     assert list(tree(here)) == ["tiny-kept.png"]
     cli("show", checkpoint_file, photographs).refused(2, "--keep-rate")

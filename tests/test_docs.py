@@ -105,6 +105,7 @@ def run_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     [
         pytest.param("README.md", None, id="README.md"),
         pytest.param("docs/data.md", "skimage", id="data.md"),
+        pytest.param("docs/seeing.md", None, id="seeing.md"),
         pytest.param("docs/extending.md", None, id="extending.md"),
         pytest.param("docs/engines.md", "openvino", id="engines.md", marks=pytest.mark.openvino),
     ],

@@ -63,7 +63,7 @@ class Shown(msgspec.Struct, frozen=True, eq=False):
             msgspec.structs.replace(one, stages=tuple(stage for stage in one.stages if stage.block in self.blocks))
             for one in self.images
         ]
-        below = f" Below: {self.scores}, by which was chosen." if heat and _scored(chosen) else ""
+        below = f" Below: {self.scores}, the score they are ranked by." if heat and _scored(chosen) else ""
         return Sheet(chosen, f"{self.about}. {self.legend}{below}", self.scores if heat else "", side)
 
     def picture(self) -> Image.Image:

@@ -17,7 +17,7 @@ from evit_deploy.errors import InputError
 from evit_deploy.inference.model import load
 from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
 from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.tokens.reduce import reduce_tokens_
+from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 from evit_deploy.visualization.show import blocks_to_draw, look, opened, show
 from evit_deploy.visualization.subject import subject_of_model
 from evit_deploy.visualization.tellers import Teller, Told
@@ -245,3 +245,25 @@ def test_the_model_is_left_as_it_was():
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "model_args", "spec"),
+    [
+        ("lvvit_s", TINY, TokenSpec(0.6)),
+        ("deit_tiny_distilled_patch16_224", TINY, TokenSpec(0.6, method="dynamicvit", fuse=False)),
+        ("deit3_small_patch16_224", TINY, TokenSpec(0.6, options={"squeeze": True})),
+        ("vit_small_patch14_reg4_dinov2", TINY | {"img_size": 84, "num_classes": 0}, TokenSpec(0.6)),
+        ("evo_levit_128s", {"num_classes": 10}, TokenSpec(0.5, method="evo-vit")),
+        ("vit_tiny_patch16_224", TINY, TokenSpec(0.6, method="slice")),
+        ("vit_tiny_patch16_224", TINY, TokenSpec(0.6, method="random")),
+    ],
+)
+def test_every_family_and_method_can_be_drawn(name, model_args, spec):
+    model = reduce_tokens_(seeded(name, **model_args), spec)
+    found = show(model, sample_photographs(), preprocess=preprocess_for(model))
+    stages = found.images[0].stages
+    assert len(stages) == len(token_plan(model).locations)
+    assert all((stage.scores is None) == (spec.method == "slice") for stage in stages)
+    assert np.asarray(found.picture()).shape == (found.sheet().height, found.sheet().width, 3)
+    assert "the score they are ranked by" not in found.sheet().svg() or spec.method != "slice"

@@ -150,7 +150,7 @@ def _spec(values: Sequence[Point], axes: Axes, layers: Sequence[dict[str, Any]])
         "field": "y",
         "type": "quantitative",
         "title": printable(axes.y),
-        "scale": {"zero": False, "nice": True},
+        "scale": {"zero": False, "nice": False, "padding": 10},
     }
     if axes.percent:
         y |= {"axis": {"format": ".0%" if _spread(values) > 0.05 else ".1%"}}

@@ -144,34 +144,40 @@ def trade_section(page: WebPage, report: Report, title: str = "Accuracy against 
 
 
 def trade_charts(report: Report) -> Iterator[tuple[str, str]]:
-    """A chart of accuracy against time a call for each runtime, device, clock and the batch sizes at either end."""
-    title, field = accuracy_of(report.compared)
-    if not field:
-        return
-    by_name: dict[tuple[str, str | None], ComparedRow] = {(row.name, row.runtime): row for row in report.compared}
+    """Charts of accuracy against time a call: for each measure of it, lane, and batch size at either end.
+
+    A lane is a runtime, a device and a clock; times of different ones cannot be compared.
+    """
     lanes: dict[tuple[str, str, str], list[ProfileRow]] = {}
     for row in report.rows:
         lanes.setdefault((row.runtime, row.device, row.clock), []).append(row)
-    for (runtime, device, clock), rows in lanes.items():
-        for batch in sorted({min(row.batch for row in rows), max(row.batch for row in rows)}):
-            values = []
-            for row in rows:
-                found = by_name.get((row.variant, runtime)) or next(
-                    (one for one in report.compared if one.name == row.variant), None
-                )
-                value = None if found is None else _accuracy(found, field)
-                if row.batch == batch and found is not None and value is not None:
-                    shown = f"{value:.4f}" if field == "cosine_centred" else f"{100 * value:.2f} %"
-                    label = f"{row.variant}: {title} {shown}, {row.p50:.2f} ms; "
-                    label += f"{found.method} {found.settings} {found.precision}, {found.gmacs:.4g} GMACs"
-                    ends = (found.top1_low, found.top1_high) if field == "top1" else (None, None)
-                    values.append(Point(row.p50, value, label, row.variant, *ends))
-            if len(values) > 1:
-                axes = Axes(f"milliseconds a call of {batch}", title, percent=field != "cosine_centred")
-                name = f"{title[:1].upper()}{title[1:]} against time on {runtime} ({device}, {clock}), batch {batch}"
-                if len(values) > _MOST_SERIES:
-                    values = [msgspec.structs.replace(value, series=_method(report, value.series)) for value in values]
-                yield name, points(values, axes, name, lower_x=True)
+    for title, field in _measures(report.compared):
+        for (runtime, _, clock), rows in lanes.items():
+            for batch in sorted({min(row.batch for row in rows), max(row.batch for row in rows)}):
+                values = list(_trade(report, [row for row in rows if row.batch == batch], (title, field)))
+                if len(values) > 1:
+                    name = f"{title} against time on {runtime}, batch {batch}"
+                    axes = Axes(f"milliseconds a call ({clock})", title, percent=field != "cosine_centred")
+                    yield name, points(values, axes, name, lower_x=True)
+
+
+def _trade(report: Report, rows: Sequence[ProfileRow], measure: tuple[str, str]) -> Iterator[Point]:
+    """A point for each row whose model was asked for this measure."""
+    title, field = measure
+    by_name = {row.name: row for row in report.compared} | {
+        row.name: row for row in report.compared if rows and row.runtime == rows[0].runtime
+    }
+    many = len(rows) > _MOST_SERIES
+    for row in rows:
+        found = by_name.get(row.variant)
+        value = None if found is None else _accuracy(found, field)
+        if found is None or value is None:
+            continue
+        shown = f"{value:.4f}" if field == "cosine_centred" else f"{100 * value:.2f} %"
+        label = f"{row.variant}: {title} {shown}, {row.p50:.2f} ms; "
+        label += f"{found.method} {found.settings} {found.precision}, {found.gmacs:.4g} GMACs"
+        ends = {"top1": (found.top1_low, found.top1_high), "recall": (found.recall_low, found.recall_high)}
+        yield Point(row.p50, value, label, found.method if many else row.variant, *ends.get(field, (None, None)))
 
 
 _MOST_SERIES = 8
@@ -183,13 +189,14 @@ def _accuracy(row: ComparedRow, field: str) -> float | None:
     return 1.0 if found is None and row.dense is None and field in ("agreement", "cosine_centred") else found
 
 
-def accuracy_of(rows: Sequence[ComparedRow]) -> tuple[str, str]:
-    """What the accuracy of models is measured by: its title and the field; empty where nothing was answered."""
-    fields = {"top1": "top-1", "recall": "recall@1", "agreement": "agreement", "cosine_centred": "centred cosine"}
-    for field, title in fields.items():
+def _measures(rows: Sequence[ComparedRow]) -> Iterator[tuple[str, str]]:
+    """What models were judged by, as title and field: being right, and answering as the dense model does."""
+    titles = {
+        "top1": "Top-1", "recall": "Recall@1", "agreement": "Agreement", "cosine_centred": "Centred cosine",
+    }  # fmt: skip
+    for field, title in titles.items():
         if any(getattr(row, field) is not None for row in rows):
-            return title, field
-    return "", ""
+            yield title, field
 
 
 def plan_section(page: WebPage, plan: TokenPlan) -> None:
@@ -277,10 +284,6 @@ def _training_charts(curves: Sequence[Curve]) -> Iterator[tuple[str, str]]:
 
 
 _FEW = 30
-
-
-def _method(report: Report, name: str) -> str:
-    return next((row.method for row in report.compared if row.name == name), name)
 
 
 def _sentence(text: str | None) -> str:

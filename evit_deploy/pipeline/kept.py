@@ -8,6 +8,7 @@ import msgspec
 
 from evit_deploy.data.images import calibration_images
 from evit_deploy.data.preprocess import Preprocess
+from evit_deploy.drawing.seen import title_of
 from evit_deploy.drawing.sheet import Sheet
 from evit_deploy.errors import InputError, UnsupportedModelError
 from evit_deploy.pages.sections import Picture
@@ -49,5 +50,5 @@ def kept_pictures(model: Any, preprocess: Preprocess, labels: list[str] | None, 
     text = legend(subject.plan)
     file = io.BytesIO()
     Sheet(drawn, scores="").image().convert("RGB").save(file, "JPEG", quality=_QUALITY)
-    stages = "; ".join(stage.title for stage in drawn[0].stages)
+    stages = "; ".join(title_of(of_a_block) for of_a_block in zip(*(one.stages for one in drawn), strict=True))
     return (Picture(file.getvalue(), f"{text} {stages[:1].upper()}{stages[1:]}.", "jpeg"),)

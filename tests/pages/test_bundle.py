@@ -84,9 +84,13 @@ def test_the_verdict_comes_first(converted):
 
 def test_numbers_are_those_of_the_report():
     text = page_of_everything()
-    assert [unescape(label) for label in re.findall(r'aria-label="(model: top-1[^"]*)"', text)] == [
-        "model: top-1 78.00 %, 30.00 ms; evit keep_rate=0.7 fp32, 3 GMACs",
-        "model: top-1 78.00 %, 200.00 ms; evit keep_rate=0.7 fp32, 3 GMACs",
+    charts = [title for title, _ in trade_charts(everything())]
+    assert charts == [
+        f"{title} against time on onnxruntime, batch {batch}" for title in ("Top-1", "Agreement") for batch in (1, 8)
+    ]
+    assert [unescape(label) for label in re.findall(r'aria-label="(model: Top-1[^"]*)"', text)] == [
+        "model: Top-1 78.00 %, 30.00 ms; evit keep_rate=0.7 fp32, 3 GMACs",
+        "model: Top-1 78.00 %, 200.00 ms; evit keep_rate=0.7 fp32, 3 GMACs",
     ]
     assert "<code>evit-deploy convert &#x27;a b.pth&#x27;</code>" in text
     assert "a note" in text.lower()
@@ -97,8 +101,8 @@ def test_what_agrees_with_itself_needs_no_measurement():
     rows = everything()
     compared = tuple(msgspec.structs.replace(row, top1=None, top1_low=None, top1_high=None) for row in rows.compared)
     _, chart = next(trade_charts(msgspec.structs.replace(rows, compared=compared)))
-    assert "dense: agreement 100.00 %" in chart
-    assert "model: agreement 95.00 %" in chart
+    assert "dense: Agreement 100.00 %" in chart
+    assert "model: Agreement 95.00 %" in chart
 
 
 def test_a_failed_check_is_seen_at_once():
@@ -152,6 +156,6 @@ def test_it_is_without_fault(width, dark, browser: Browser, converted, tmp_path)
         # Every chart has drawn its marks.
         marks = "[...document.querySelectorAll('figure svg')].map(svg => svg.querySelectorAll('[tabindex]').length)"
         counts = page.evaluate(marks)
-        assert len(counts) == 9
+        assert len(counts) == 11
         assert all(counts)
         page.pdf(tmp_path / "report.pdf")

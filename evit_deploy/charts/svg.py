@@ -25,7 +25,7 @@ _CONFIG: dict[str, Any] = {
     "axis": {
         "domainColor": "currentColor", "tickColor": "currentColor", "gridColor": "currentColor", "gridOpacity": 0.15,
         "labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 12, "titleFontSize": 12,
-        "titleFontWeight": "normal", "labelLimit": 220, "labelOverlap": "greedy",
+        "titleFontWeight": "normal", "labelLimit": 220, "labelOverlap": "greedy", "tickCount": 6,
     },
     "legend": {
         "labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 12, "titleFontSize": 12,

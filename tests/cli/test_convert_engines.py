@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from evit_deploy.bundle.bundle import changed_files, read_bundle
-from evit_deploy.bundle.manifest import DENSE, ENGINE, MODEL
+from evit_deploy.bundle.manifest import DENSE, ENGINE, GOLDEN, MODEL, PAGE, REPORT
 from evit_deploy.data.images import sample_photographs
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.engines.rtx_listing import plan_layers
@@ -93,7 +93,7 @@ def test_an_engine_and_its_twin(convert, tmp_path, photographs, precision):
     assert (engine.target, engine.precision, engine.gpus) == ("tensorrt-rtx", precision, ("sm80",))
     assert (engine.profiles, engine.plugin, engine.driver) == ((BatchProfile(1, 4, 8),), None, None)
     assert manifest.precision == precision
-    assert set(manifest.files) == {MODEL, DENSE, ENGINE, DENSE_ENGINE, "golden.npz", "report.json"}
+    assert set(manifest.files) == {MODEL, DENSE, ENGINE, DENSE_ENGINE, GOLDEN, REPORT, PAGE}
     for name in (ENGINE, DENSE_ENGINE):
         assert sha256(bundle.file(name)) == manifest.files[name]
         assert read_header(bundle.file(name)).version == engine.version

@@ -54,7 +54,7 @@ def test_every_bound_is_the_metadata_s():
 
 
 def test_every_extra_has_a_purpose_and_is_shown():
-    shown = {*EXTRAS, "dev"}
+    shown = {*EXTRAS, "dev", "docs"}
     assert set(importlib.metadata.metadata("evit-deploy").get_all("Provides-Extra") or []) == shown
     assert set(PROJECT["optional-dependencies"]) == shown
 

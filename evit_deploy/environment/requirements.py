@@ -27,7 +27,7 @@ EXTRAS = {
     "data": "Hugging Face datasets as training data",
     "wild": "the photographs behind the digits of digits-in-the-wild",
 }
-"""Extra -> what it is for. The extras ``dev`` and ``docs`` are left out: they are for working on evit-deploy, not with it."""
+"""Extra -> what it is for. ``dev`` and ``docs`` are left out: they are for working on evit-deploy, not with it."""
 
 # Wheels for one CUDA version can be installed without the metapackage that picks one.
 _ALSO_KNOWN_AS = {

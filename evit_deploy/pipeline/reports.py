@@ -10,7 +10,7 @@ from evit_deploy.bundle.bundle import Bundle, read_bundle
 from evit_deploy.bundle.manifest import MANIFEST, REPORT, Manifest
 from evit_deploy.documents import read_bytes, read_json
 from evit_deploy.errors import InputError
-from evit_deploy.files import write_atomically
+from evit_deploy.files import sha256, write_atomically
 from evit_deploy.pages.bundle import report_page
 from evit_deploy.pages.page import GENERATOR
 from evit_deploy.pipeline.compare import check_place, short_names
@@ -131,8 +131,13 @@ _OTHER_DEVICES = "They were measured on different machines, whose times say noth
 def _reports(bundles: Sequence[tuple[str, Bundle]]) -> Iterator[tuple[str, Manifest, Report]]:
     for done, (name, bundle) in enumerate(bundles):
         step(_LOG, "reading the reports", done, len(bundles))
-        written = REPORT in bundle.manifest.files
-        yield name, bundle.manifest, read_json(bundle.file(REPORT), Report) if written else Report()
+        listed, report = bundle.manifest.files.get(REPORT), Report()
+        if listed is not None:
+            path = bundle.file(REPORT)
+            report = read_json(path, Report)
+            if sha256(path) != listed:
+                raise InputError("this report is not the one that the manifest lists", where=path, fix="Convert again.")
+        yield name, bundle.manifest, report
 
 
 def _compared(names: dict[str, str], manifest: Manifest, report: Report, where: str) -> Iterator[ComparedRow]:

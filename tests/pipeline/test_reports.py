@@ -79,6 +79,16 @@ def test_a_report_of_another_version_is_refused(cli, converted, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_report_that_was_changed_is_refused(cli, converted, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(converted.path, copy)
+    text = (copy / REPORT).read_text()
+    (copy / REPORT).write_text(text.replace('"passed": true', '"passed": false', 1))
+    assert (copy / REPORT).read_text() != text
+    cli("report", copy, "--out", tmp_path / "out").refused(2, "not the one that the manifest lists")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_page_replaces_a_page_and_nothing_else(cli, converted, tmp_path):
     place, other = tmp_path / "page.html", tmp_path / "notes.txt"
     other.write_text("mine")

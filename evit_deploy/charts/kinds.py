@@ -134,6 +134,8 @@ def frontier(values: Sequence[Point], *, lower_x: bool) -> list[Point]:
 
 def _spec(values: Sequence[Point], axes: Axes, layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     kept = [layer for layer in layers if layer]
+    if axes.logarithmic:
+        values = [value for value in values if value.x > 0]
     if axes.line is not None:
         rule = {"type": "rule", "strokeDash": [2, 3], "opacity": 0.7, "aria": False}
         kept.insert(0, {"mark": rule, "encoding": {"y": {"datum": axes.line}, "x": None}})

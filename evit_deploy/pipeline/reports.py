@@ -105,11 +105,13 @@ def side_by_side(parts: Sequence[tuple[str, Manifest, Report]]) -> Report:
     for name, manifest, report in parts:
         names = {"dense": f"{name}, dense", "model": name}
         where = f" ({_device(report)})" if len(devices) > 1 else ""
-        compared += [rounded(row) for row in _compared(names, manifest, report, where)]
+        found = [rounded(row) for row in _compared(names, manifest, report, where)]
+        compared += found
+        known = {row.name for row in found}  # without costs there is nothing to say of a row's model
         rows += [
             rounded(msgspec.structs.replace(row, variant=names[row.variant], runtime=row.runtime + where))
             for row in report.rows
-            if row.variant in names
+            if names.get(row.variant) in known
         ]
     notes = [
         note for note in (_OTHER_RUNS if len(parts) > 1 else "", _OTHER_DEVICES if len(devices) > 1 else "") if note
@@ -141,23 +143,22 @@ def _reports(bundles: Sequence[tuple[str, Bundle]]) -> Iterator[tuple[str, Manif
 
 
 def _compared(names: dict[str, str], manifest: Manifest, report: Report, where: str) -> Iterator[ComparedRow]:
-    """The rows that a report has, or what the plan alone says."""
-    own = [row for row in report.compared if row.name in names]
-    if not own:
-        for name, plan, method in (("dense", manifest.plan.dense(), "dense"), ("model", manifest.plan, manifest.kind)):
-            if manifest.plan.cost is not None:
-                settings = settings_of(manifest.tokens) if name == "model" else ""
-                row = row_of_plan(names[name], method, settings, manifest.precision, plan)
-                yield msgspec.structs.replace(row, dense=names["dense"] if name == "model" else None)
-        return
-    for row in own:
+    """The rows that a report has; where it has none, what the plan alone says."""
+    own = {row.name: row for row in report.compared if row.name in names}
+    for name, plan, method in (("dense", manifest.plan.dense(), "dense"), ("model", manifest.plan, manifest.kind)):
+        row = own.get(name)
+        if row is None and plan.cost is not None:
+            settings = settings_of(manifest.tokens) if name == "model" else ""
+            row = row_of_plan(name, method, settings, manifest.precision, plan)
+        if row is None:
+            continue
         difference = row.to_dense
         if difference is not None:
-            difference = msgspec.structs.replace(difference, other=names.get(difference.other, difference.other))
+            difference = msgspec.structs.replace(difference, other=names["dense"])
         yield msgspec.structs.replace(
             row,
-            name=names[row.name],
-            dense=names.get(row.dense) if row.dense is not None else None,
+            name=names[name],
+            dense=names["dense"] if name == "model" else None,
             runtime=None if row.runtime is None else row.runtime + where,
             to_dense=difference,
         )

@@ -10,7 +10,9 @@ import pytest
 
 from evit_deploy.bundle.manifest import REPORT
 from evit_deploy.documents import read_json
+from evit_deploy.pages.bundle import report_page
 from evit_deploy.pipeline.reports import RESULTS, report_bundles, side_by_side
+from evit_deploy.report.comparison import as_csv
 from evit_deploy.report.report import Report
 from tests.support.paths import ROOT
 
@@ -63,8 +65,6 @@ def test_machines_are_told_apart(converted):
 def test_a_thousand_bundles(converted, tmp_path):
     manifest, report = converted.manifest, read_json(converted.file(REPORT), Report)
     begun = time.process_time()
-    from evit_deploy.pages.bundle import report_page
-
     page = report_page(side_by_side([(f"bundle {i}", manifest, report) for i in range(1000)]), "many")
     assert len(page) < 12_000_000
     assert time.process_time() - begun < 60  # far from it: what grows faster than the bundles would show
@@ -87,6 +87,19 @@ def test_a_report_that_was_changed_is_refused(cli, converted, tmp_path):
     assert (copy / REPORT).read_text() != text
     cli("report", copy, "--out", tmp_path / "out").refused(2, "not the one that the manifest lists")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_fits_no_bundle_is_shown_as_it_is(converted):
+    own = read_json(converted.file(REPORT), Report)
+    rows = tuple(msgspec.structs.replace(row, batch=0, p50=0.0) for row in own.rows)
+    known = side_by_side([("a", converted.manifest, own)]).compared
+    compared = tuple(msgspec.structs.replace(row, name="<script>alert(1)</script>") for row in known)
+    strange = msgspec.structs.replace(own, rows=rows, compared=compared)
+    together = side_by_side([("a", converted.manifest, strange), ("b", converted.manifest, own)])
+    assert [row.name for row in together.compared] == ["a, dense", "a", "b, dense", "b"]
+    assert len(list(csv.DictReader(as_csv(together).splitlines()))) == len(together.rows)
+    for page in (report_page(strange, "a", converted.manifest), report_page(together, "both")):
+        assert "<script>alert" not in page
 
 
 def test_a_page_replaces_a_page_and_nothing_else(cli, converted, tmp_path):

@@ -55,9 +55,9 @@ def test_json_is_one_document_with_the_numbers_of_the_file(cli, converted, fewer
 def test_compare_refuses(cli, converted, fewer, pictures, monkeypatch, tmp_path, arguments, hints):
     monkeypatch.chdir(tmp_path)
     named = {"a": converted.path, "b": fewer.path, "model": converted.file(MODEL), "data": pictures}
-    before = tree(converted.path.parent)
+    before = [tree(bundle.path) for bundle in (converted, fewer)]
     cli("compare", *(argument.format(**named) for argument in arguments)).refused(2, *hints)
-    assert tree(converted.path.parent) == before
+    assert [tree(bundle.path) for bundle in (converted, fewer)] == before
     assert tree(tmp_path) == {}
 
 

@@ -19,13 +19,16 @@ GLANCE = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
 
 
 def bundle_of(checkpoint: Path, name: str, spec: TokenSpec, precision: Precision = "fp32") -> Bundle:
-    """A bundle beside its checkpoint, made once in a test run. Read only."""
+    """A bundle made once in a test run. Read only.
+
+    It does not lie beside its checkpoint: other tests copy that folder while this one is being written.
+    """
 
     def make(path: Path) -> None:
         made = lowering(ConvertOptions(targets=("onnx",), precision=precision))
         convert_checkpoint(read_checkpoint(checkpoint), spec, Job(made, measure=GLANCE, out=path))
 
-    return read_bundle(made_once(f"{checkpoint.parent.name}/{name}", make))
+    return read_bundle(made_once(f"compared/{name}", make))
 
 
 @pytest.fixture(scope="session")
@@ -34,22 +37,21 @@ def fewer(checkpoint_file: Path) -> Bundle:
     return bundle_of(checkpoint_file, "fewer", TokenSpec(keep_rate=0.4, fuse=False))
 
 
+def _registers() -> Path:
+    """A model with registers and without classes. Read only."""
+    return made_once("registers.safetensors", lambda path: write_checkpoint(path, "registers, no classes"))
+
+
 @pytest.fixture(scope="session")
 def embedding() -> Bundle:
     """A model with registers and without classes. Read only."""
-
-    def make(path: Path) -> None:
-        write_checkpoint(path, "registers, no classes")
-
-    checkpoint = made_once("embedding/registers.safetensors", make)
-    return bundle_of(checkpoint, "embedding", TokenSpec(keep_rate=0.6))
+    return bundle_of(_registers(), "embedding", TokenSpec(keep_rate=0.6))
 
 
 @pytest.fixture(scope="session")
-def embedding_fewer(embedding: Bundle) -> Bundle:
+def embedding_fewer() -> Bundle:
     """The weights of ``embedding`` with fewer tokens. Read only."""
-    checkpoint = embedding.path.parent / "registers.safetensors"
-    return bundle_of(checkpoint, "embedding-fewer", TokenSpec(keep_rate=0.4))
+    return bundle_of(_registers(), "embedding-fewer", TokenSpec(keep_rate=0.4))
 
 
 @pytest.fixture(scope="session")

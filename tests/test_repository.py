@@ -1,5 +1,6 @@
 """Files that a forge and its readers look for: in the form that they have to have, and saying what is so."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 import evit_deploy
 from tests.support.paths import ROOT
 
+LINKS = ("link_open", "image")
 KEPT = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
 FORMS = [path for path in sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")) if path.name != "config.yml"]
 
@@ -62,3 +65,28 @@ def test_a_commit_is_held_to_what_ci_runs():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert len(commands) == 5
     assert [command for command in commands if not re.search(rf"\b{re.escape(command)}\b", ci)] == []
+
+
+def links(text: str) -> list[str]:
+    """Targets of all links and pictures of a Markdown text, as a Markdown parser finds them."""
+    inline = [child for token in MarkdownIt().parse(text) for child in token.children or ()]
+    return [str(child.attrs.get("href") or child.attrs.get("src")) for child in inline if child.type in LINKS]
+
+
+def test_the_index_shows_a_readme_whose_links_work():
+    spec = importlib.util.spec_from_file_location("release_readme", ROOT / "docs" / "release_readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before, after = links((ROOT / "README.md").read_text(encoding="utf-8")), links(module.readme("me/mine", "v9"))
+    assert len(before) == len(after) > 50
+    for old, new in zip(before, after, strict=True):
+        if "://" in old:
+            assert new == old
+            continue
+        kind, path = re.fullmatch(r"https://github\.com/me/mine/(raw|tree|blob)/v9/(.+)", new).groups()
+        assert path == (f"README.md{old}" if old.startswith("#") else old)
+        place = ROOT / path.partition("#")[0]
+        assert place.is_dir() if kind == "tree" else place.is_file()
+        assert (kind == "raw") == (place.suffix == ".png")

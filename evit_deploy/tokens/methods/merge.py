@@ -19,25 +19,21 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.choices import rounding_of
 from evit_deploy.tokens.joining import cosines, in_full, join_margin, nearest_join, nearest_kept
-from evit_deploy.tokens.merge import token_merge
 from evit_deploy.tokens.methods.evit import class_scores
 from evit_deploy.tokens.op import precise
 from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, make_plan
-from evit_deploy.tokens.reducer import TokenReducer
-from evit_deploy.tokens.state import TokenState, patches_back, rows_after
+from evit_deploy.tokens.sized import SizedReducer
+from evit_deploy.tokens.state import TokenState
 
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-class Merge(TokenReducer):
+class Merge(SizedReducer):
     """Lets tokens that are little attended to, or like others, join the most similar token that stays."""
 
-    fuses = False
     score_name = "worth"
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,16 +56,6 @@ class Merge(TokenReducer):
             msgspec.structs.replace(spec, fuse=False), prefix=shape.prefix, patches=shape.patches, depth=shape.depth,
             cost=shape.cost, progress=progress, merging=True,
         )  # fmt: skip
-
-    @classmethod
-    def carries_state(cls, options: msgspec.Struct, pools: bool) -> bool:
-        """Always: sizes."""
-        return True
-
-    @classmethod
-    def serves_pooling(cls, options: msgspec.Struct) -> bool:
-        """Every patch is in some token."""
-        return True
 
     @classmethod
     def label(cls, spec: TokenSpec, options: Any) -> str:
@@ -114,23 +100,6 @@ class Merge(TokenReducer):
 
     # ---- one block
 
-    def bind(self, model: Any) -> None:
-        """See :meth:`TokenReducer.bind`."""
-        self.pools = backbone_of(model).pools(model)
-
-    def start(self, x: Tensor) -> TokenState:
-        """Where the head pools, every patch is in its own token; no sizes means that all are 1."""
-        if not self.pools:
-            return TokenState()
-        patches = torch.arange(x.shape[1] - self.prefix, device=x.device)
-        return TokenState(rows=patches.expand(x.shape[0], -1))
-
-    def key_bias(self, state: TokenState) -> Tensor | None:
-        """log(size), 0 for the prefix; nothing while all sizes are 1."""
-        if state.sizes is None or not self.options.proportional_attention:
-            return None
-        return F.pad(state.sizes.log(), (self.prefix, 0))[:, None, None]
-
     def scores(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState | None = None) -> Any:
         """What the class token's attention to all patches in each candidate is, and what similarity is measured on.
 
@@ -155,16 +124,7 @@ class Merge(TokenReducer):
         assert keep is not None
         weight, metric = self.scores(x, q, k, state)
         choice = self.given if self.given is not None else nearest_kept(metric, worth(weight, metric), keep, 0)
-        sizes = state.sizes
-        if sizes is None:
-            sizes = torch.ones(x.shape[0], x.shape[1] - self.prefix, dtype=precise(x[:1, :0]).dtype, device=x.device)
-        x, sizes = token_merge(x, sizes, choice, (weight, metric), keep, self.prefix)
-        rows = None if state.rows is None else rows_after(state.rows, choice, keep)
-        return x, choice, state._replace(sizes=sizes, rows=rows)
-
-    def finish(self, x: Tensor, state: TokenState) -> Tensor:
-        """For a head that pools, the token of every patch in the patch's place."""
-        return x if state.rows is None else patches_back(x, state.rows, self.prefix)
+        return self.merged(x, choice, (weight, metric), state)
 
 
 def merge_locations(depth: int) -> tuple[int, ...]:

@@ -15,16 +15,13 @@ import numpy as np
 import torch
 from msgspec import Meta
 from torch import Tensor
-from torch.nn import functional as F
 
 from evit_deploy.errors import InputError
-from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.choices import rounding_of
-from evit_deploy.tokens.merge import token_merge
 from evit_deploy.tokens.op import precise, select
 from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, scheduled_rate
-from evit_deploy.tokens.reducer import TokenReducer
-from evit_deploy.tokens.state import TokenState, patches_back, rows_after
+from evit_deploy.tokens.sized import SizedReducer
+from evit_deploy.tokens.state import TokenState
 
 _LOG = logging.getLogger(__name__)
 TINY = 1e-12
@@ -33,12 +30,11 @@ TINY = 1e-12
 Merges = Annotated[int, Meta(ge=0)]
 
 
-class ToMe(TokenReducer):
+class ToMe(SizedReducer):
     """Merges the r most similar pairs of tokens in every block."""
 
     takes_keep_rate = False
     needs_class_token = False
-    fuses = False
     score_name = "unlikeness to the nearest"
     needed = "Say how many tokens each block merges: --merge 13, method_options={'merge': 13}."
 
@@ -83,16 +79,6 @@ class ToMe(TokenReducer):
             blocks.append(_row(block, tokens, candidates, gone))
             tokens -= gone
         return TokenPlan(shape.prefix, shape.patches, tuple(blocks), shape.cost)
-
-    @classmethod
-    def carries_state(cls, options: msgspec.Struct, pools: bool) -> bool:
-        """Always: sizes."""
-        return True
-
-    @classmethod
-    def serves_pooling(cls, options: msgspec.Struct) -> bool:
-        """Every patch is in some token."""
-        return True
 
     @classmethod
     def label(cls, spec: TokenSpec, options: Any) -> str:
@@ -141,23 +127,6 @@ class ToMe(TokenReducer):
 
     # ---- one block
 
-    def bind(self, model: Any) -> None:
-        """See :meth:`TokenReducer.bind`."""
-        self.pools = backbone_of(model).pools(model)
-
-    def start(self, x: Tensor) -> TokenState:
-        """Where the head pools, every patch is in its own token; no sizes means that all are 1."""
-        if not self.pools:
-            return TokenState()
-        patches = torch.arange(x.shape[1] - self.prefix, device=x.device)
-        return TokenState(rows=patches.expand(x.shape[0], -1))
-
-    def key_bias(self, state: TokenState) -> Tensor | None:
-        """log(size), 0 for the prefix; nothing while all sizes are 1."""
-        if state.sizes is None or not self.options.proportional_attention:
-            return None
-        return F.pad(state.sizes.log(), (self.prefix, 0))[:, None, None]
-
     def scores(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState | None = None) -> Tensor:
         """Cosine similarity of the tokens at even places to those at odd ones, by their keys' mean over heads.
 
@@ -181,26 +150,12 @@ class ToMe(TokenReducer):
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState) -> tuple[Tensor, Tensor, TokenState]:  # type: ignore[override]
         """See :meth:`TokenReducer.forward`."""
-        assert self.plan.keep is not None
         similarity = self.scores(x, q, k, state)
         if self.given is not None:
             choice = self.given
         else:
             choice = choose(similarity, self.plan.tokens_in - self.plan.tokens_out, self.prefix % 2)
-        sizes = state.sizes
-        if sizes is None:
-            sizes = torch.ones(x.shape[0], x.shape[1] - self.prefix, dtype=precise(x[:1, :0]).dtype, device=x.device)
-        x, sizes = token_merge(x, sizes, choice, (similarity,), self.plan.keep, self.prefix)
-        rows = None if state.rows is None else rows_after(state.rows, choice, self.plan.keep)
-        return x, choice, state._replace(sizes=sizes, rows=rows)
-
-    def finish(self, x: Tensor, state: TokenState) -> Tensor:
-        """Where the head pools, each patch gets its token, so that it pools by size; all of them have gone through it.
-
-        The mean over patches is then the mean over tokens weighted by size, and any other way of pooling sees what a
-        model would that had computed the merged tokens once for each of their patches.
-        """
-        return x if state.rows is None else patches_back(x, state.rows, self.prefix)
+        return self.merged(x, choice, (similarity,), state)
 
 
 def merges(options: ToMe.Options, depth: int) -> list[int]:

@@ -3,7 +3,7 @@
 The public names below are loaded on first use (PEP 562), so that ``evit-deploy --help`` never pays for PyTorch.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "Checkpoints and models": {

@@ -41,6 +41,12 @@ def test_the_citation_is_of_this_version():
     assert citation["license"] == "Apache-2.0"
 
 
+def test_the_plugin_is_of_this_version():
+    project = re.search(r"^project\(\w+ VERSION (\S+)", (ROOT / "plugins" / "CMakeLists.txt").read_text(), re.MULTILINE)
+    assert project is not None
+    assert project[1] == evit_deploy.__version__
+
+
 def test_the_changelog_has_its_form_and_this_version():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     first, *released = re.findall(r"^## (.+)$", text, re.MULTILINE)

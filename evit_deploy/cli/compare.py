@@ -6,9 +6,12 @@ from typing import Any
 import click
 
 from evit_deploy.cli.options import Command, struct_of, struct_options
-from evit_deploy.cli.output import Output, output_options
+from evit_deploy.cli.output import Output, output_options, typed
 from evit_deploy.cli.types import PATH
 from evit_deploy.report.lines import printable
+
+_FEW = 4
+"""Bundles that are suggested at most."""
 
 
 @click.command("compare", cls=Command, short_help="Compare bundles side by side in one interleaved run.")
@@ -34,3 +37,7 @@ def command(bundles: tuple[Path, ...], out: Path | None, force: bool, output: Ou
 
     report = compare(bundles, options=asked, out=out, force=force)
     output.result(report, None if out is None else f"\n{printable(out)}", verdict=verdict(report))
+    missing = () if asked.data is not None else ("--data", "IMAGES")
+    missing += () if out is not None else ("--out", "comparison")
+    more = [("package", bundle, "--for", "triton") for bundle in bundles[:_FEW]]
+    output.suggest(*([(*typed(), *missing)] if missing else more))

@@ -128,7 +128,7 @@ def command(checkpoint: str, out: Path | None, force: bool, output: Output, **op
 
     more = {"bundle": str(bundle.path), "plan": bundle.manifest.plan}
     output.result(report, last, first=first, verdict=verdict(report), **more)
-    output.suggest(*uses_of(bundle.path))
+    output.suggest(*uses_of(bundle.path, reduced=bool(bundle.manifest.plan.locations)))
 
 
 def _convert_several(

@@ -8,6 +8,9 @@ import click
 from evit_deploy.cli.options import Command
 from evit_deploy.cli.output import Output, output_options
 
+_FASTEST_FIRST = ("tensorrt", "tensorrt-rtx", "openvino")
+"""Targets that are worth a suggestion where they can be used."""
+
 
 @click.command("doctor", cls=Command, short_help="Say what is installed and usable here.")
 @output_options
@@ -34,6 +37,9 @@ def command(output: Output) -> None:
     if diagnosis.broken:
         first = diagnosis.broken[0]
         raise MissingRequirement(f"{first.name} cannot be used", seen=first.note or first.found, fix=first.fix)
+    able = [target.name for target in diagnosis.targets if target.builds and target.runs]
+    best = next((name for name in _FASTEST_FIRST if name in able), None)
+    output.suggest(("convert", "CHECKPOINT", *(("--target", best) if best else ())), ("run", "digits"))
 
 
 def _text(diagnosis: Any) -> str:

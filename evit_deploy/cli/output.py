@@ -144,16 +144,18 @@ class Output(logging.Handler):
             width = shutil.get_terminal_size().columns
             click.echo(f"{wrapped(said, width) if sys.stdout.isatty() else said}\n")
 
-    def suggest(self, *commands: Sequence[object]) -> None:
+    def suggest(self, *commands: Sequence[object], before: Sequence[Sequence[object]] = ()) -> None:
         """Ends with commands that one may want next, each on a line to copy; for a person at a terminal alone.
 
         Args:
             commands: The arguments of each, with the paths of this call. One whose path a terminal cannot show as it
                 is, is left out.
+            before: Commands of other programs, which come first.
         """
         if self.as_json or self.quiet or not sys.stderr.isatty():
             return
-        lines = [" ".join((*program(), *(shlex.quote(str(word)) for word in command))) for command in commands]
+        words = [*before, *((*program(), *command) for command in commands)]
+        lines = [" ".join(shlex.quote(str(word)) for word in line) for line in words]
         shown = [line for line in lines if printable(line) == line]
         if shown:
             click.echo("\nnext: " + "\n      ".join(shown), err=True)
@@ -209,10 +211,21 @@ def program() -> list[str]:
     return ["python", "-m", "evit_deploy"] if called == "__main__.py" else ["evit-deploy"]
 
 
-def uses_of(bundle: object) -> list[tuple[object, ...]]:
-    """What one may do with a bundle that was just made."""
-    predict: tuple[object, ...] = ("predict", bundle, "IMAGES")
-    return [predict, ("verify", bundle), ("profile", bundle), ("package", bundle, "--for", "triton")]
+def typed() -> list[str]:
+    """The arguments of this call, as they were typed."""
+    return sys.argv[1:]
+
+
+def uses_of(bundle: object, *, reduced: bool = True) -> list[tuple[object, ...]]:
+    """What one may do with a bundle that was just made.
+
+    Args:
+        bundle: Its folder.
+        reduced: Whether its model reduces tokens, which ``show`` draws.
+    """
+    found: list[tuple[object, ...]] = [("predict", bundle, "IMAGES")]
+    found += [("show", bundle, "IMAGES")] if reduced else []
+    return [*found, ("verify", bundle), ("profile", bundle), ("package", bundle, "--for", "triton")]
 
 
 def _figures(progress: Any) -> list[str]:

@@ -46,3 +46,12 @@ def command(
     served = triton if triton != TritonOptions() else None
     place, made = package(bundle, purpose, options=asked, triton=served, out=out, force=force)
     output.result(made if output.as_json else None, printable(place), path=str(place))
+    if purpose == "cpp":
+        output.suggest(before=[("cmake", "-S", place, "-B", place / "build", f"-DEVIT_RUNTIME={made.platform}")])
+        return
+    from evit_deploy.serving.deployment import HTTP
+
+    server = ("--url", f"http://localhost:{HTTP}", "--model-name", made.called)
+    output.suggest(
+        ("verify", place, *server), before=[("docker", "compose", "--file", place / "compose.yaml", "up", "--build")]
+    )

@@ -12,6 +12,8 @@ from evit_deploy.cli.output import Output, output_options
 from evit_deploy.cli.types import IMAGES, PATH, Choice, Whole
 
 _RUNTIME = {"cls": Option, "group": "Runtime"}
+_FEW = 4
+"""Images that a suggested command names at most."""
 
 
 @click.command("predict", cls=Command, short_help="Ask a bundle what is on images.")
@@ -76,3 +78,5 @@ def command(
     table = text_table(header, rows, width) if rows and not output.as_json else None
     output.result(answers if output.as_json else None, table, bundle=str(bundle), runtime=model.runtime)
     answers.raise_if_unreadable()
+    drawn = [("show", bundle, *images[:_FEW])] if model.bundle.manifest.plan.locations else []
+    output.suggest(*drawn, ("profile", bundle))

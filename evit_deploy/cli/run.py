@@ -51,4 +51,4 @@ def command(
     first, last = f"{bundle.manifest.plan}\n", f"\n{printable(bundle.path)}"
     more = {"bundle": str(bundle.path), "plan": bundle.manifest.plan}
     output.result(report, last, first=first, verdict=verdict(report), **more)
-    output.suggest(*uses_of(bundle.path))
+    output.suggest(*uses_of(bundle.path, reduced=bool(bundle.manifest.plan.locations)))

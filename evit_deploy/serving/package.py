@@ -95,6 +95,12 @@ class Package(msgspec.Struct, frozen=True):
     notes: list[str] = []
     format: int = 1
 
+    @property
+    def called(self) -> str:
+        """Name of the model that clients of the server call."""
+        alone = self.options is not None and self.options.preprocess == "none"
+        return f"{self.name}_model" if alone else self.name
+
 
 def package(
     paths: str | Path | Sequence[str | Path],

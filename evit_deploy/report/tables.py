@@ -98,11 +98,13 @@ def render(report: Report, console: Any) -> None:
         _print(console, _clocks(report.rows))
         whole = ("end to end\nimages/s", "end to end\nms", "end to end\nspeed-up")
         header = ("runtime", "variant", "on", "batch", "clock", "images/s", "p50 ms", "p95 ms", "p99 ms", "variation",
-                  "speed-up", "computed\nMAC ratio", "MAC eff.", "overhead", *whole)  # fmt: skip
+                  "speed-up", _INTERVAL, _MAC_RATIO, "MAC eff.", "overhead", *whole)  # fmt: skip
         several = {row.device for row in report.rows} != {"cpu"}
         beside = any(row.end_to_end_p50 is not None for row in report.rows)
-        dispensable = ("variation", "p99 ms", header[11], "p95 ms", "on", *whole[:2], "MAC eff.", whole[2], "p50 ms")
+        dispensable = ("variation", "p99 ms", _MAC_RATIO, "p95 ms", "on", *whole[:2], "MAC eff.", whole[2], "p50 ms",
+                       _INTERVAL)  # fmt: skip
         hidden = (*(() if several else ("on",)), *(() if beside else whole))
+        hidden += tuple(_empty({_INTERVAL: "speedup_low"}, report.rows))
         _table(console, header, [_profile_cells(row) for row in report.rows], dispensable, hidden)
     if report.latencies:
         header = ("engine", "variant", "batch", "images/s", "latency ms", "enqueue ms", "H2D ms", "compute ms",
@@ -158,6 +160,7 @@ def print_lines(console: Any, lines: Sequence[str]) -> None:
         _print(console, line)
 
 
+_INTERVAL, _MAC_RATIO = "95 %\ninterval", "computed\nMAC ratio"
 _MOST_SENSITIVE = 12
 
 
@@ -316,6 +319,9 @@ def _profile_cells(row: ProfileRow) -> tuple[str, ...]:
         f"{row.p99:.2f}",
         f"{row.variation:.1%}",
         _shown(row.speedup, ".2f", "x"),
+        ""
+        if row.speedup_low is None or row.speedup_high is None
+        else f"{row.speedup_low:.2f} - {row.speedup_high:.2f}",
         _shown(row.computed_mac_ratio, ".2f", "x"),
         _shown(row.mac_efficiency, ".2f"),
         _shown(row.overhead, "+.1%"),

@@ -202,3 +202,15 @@ def test_at_80_columns_every_table_is_still_a_table():
     assert text.count("───\n") == 9
     assert "speed-up 1.47x;" not in text
     assert "speed-up 1.47x;" in shown(every_table(), 40)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_speed_up_has_its_interval(width):
+    row = ProfileRow(
+        "onnxruntime", "model", 8, 50, 123.4, 64.8, 65.0, 66.0, 0.01, 1.4, 1.384, 1.419, 1.6, 1.6, 0.9, 0.02
+    )
+    whole = msgspec.structs.replace(row, end_to_end_p50=66.0, end_to_end_images_per_second=121.0, clock="cpu")
+    text = shown(Report(rows=(whole,)), width)
+    assert "1.40x  1.38 - 1.42" in text
+    assert "interval" in text
+    assert "interval" not in shown(Report(rows=(msgspec.structs.replace(whole, speedup_low=None),)), width)

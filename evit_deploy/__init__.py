@@ -54,7 +54,7 @@ _PUBLIC = {
         "pipeline.compare": "compare",
         "pipeline.reports": "report_bundles",
         "triton.connection": "Server",
-        "report.report": "Report Check ProfileRow LatencyRow Summary BlockRow LoadRow "
+        "report.report": "Report Check ProfileRow LatencyRow Summary BlockRow BlockErrorRow LoadRow "
         "GpuSummary AccuracyRow ComparedRow Difference AgreementRow SensitivityRow",
     },
     "Tuning": {

@@ -71,6 +71,7 @@ from evit_deploy.registry import TARGETS as TARGETS
 from evit_deploy.registry import Registry as Registry
 from evit_deploy.report.report import AccuracyRow as AccuracyRow
 from evit_deploy.report.report import AgreementRow as AgreementRow
+from evit_deploy.report.report import BlockErrorRow as BlockErrorRow
 from evit_deploy.report.report import BlockRow as BlockRow
 from evit_deploy.report.report import Check as Check
 from evit_deploy.report.report import ComparedRow as ComparedRow

@@ -50,7 +50,7 @@ def report_page(
     speed_section(page, report)
     trade_section(page, report)
     if manifest is not None:
-        plan_section(page, manifest.plan)
+        plan_section(page, manifest.plan, report)
     blocks_section(page, report)
     pictures_section(page, pictures)
     if manifest is not None and manifest.engine is not None:

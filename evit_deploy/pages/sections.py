@@ -6,7 +6,7 @@ import msgspec
 
 from evit_deploy.charts.kinds import Axes, Point, bars, lines, points
 from evit_deploy.pages.page import WebPage
-from evit_deploy.report.report import ComparedRow, ProfileRow, Report
+from evit_deploy.report.report import BlockErrorRow, ComparedRow, ProfileRow, Report
 from evit_deploy.report.tables import render
 from evit_deploy.report.verdict import answers, cost, speed, verdict
 from evit_deploy.tokens.plan import TokenPlan
@@ -199,9 +199,10 @@ def _measures(rows: Sequence[ComparedRow]) -> Iterator[tuple[str, str]]:
             yield title, field
 
 
-def plan_section(page: WebPage, plan: TokenPlan) -> None:
-    """Tokens and multiply-adds of every block."""
+def plan_section(page: WebPage, plan: TokenPlan, report: Report) -> None:
+    """Tokens, multiply-adds, error and time of every block."""
     page.section("Token plan")
+    charts = []
     if plan.cost is not None:
         page.line(f"{plan.total[:1].upper()}{plan.total[1:]}.")
         dense = plan.dense()
@@ -214,13 +215,56 @@ def plan_section(page: WebPage, plan: TokenPlan) -> None:
             Point(row.block, row.tokens_in, f"block {row.block}: {row.tokens_in} tokens", "") for row in plan.blocks
         ]
         axes = Axes("block", "million multiply-adds")
-        page.charts(
-            (
-                ("Multiply-adds of each block", bars(values, axes, "Multiply-adds of each block")),
-                ("Tokens that each block sees", bars(counts, Axes("block", "tokens"), "Tokens that each block sees")),
-            )
+        charts = [
+            ("Multiply-adds of each block", bars(values, axes, "Multiply-adds of each block")),
+            ("Tokens that each block sees", bars(counts, Axes("block", "tokens"), "Tokens that each block sees")),
+        ]
+    errors = {row.block: row for row in report.block_errors}
+    finite = [
+        Point(row.block, row.error, f"block {row.block}: error {row.error:.2e}", "")
+        for row in errors.values()
+        if row.error is not None
+    ]
+    if any(point.y > _ROUNDING for point in finite):
+        name = "Error of each block's output"
+        charts.append((name, bars(finite, Axes("block", "error over spread"), name)))
+    if charts:
+        page.charts(charts)
+    times = _times_of_blocks(report)
+    columns = [[_error_of(errors.get(row.block)) for row in plan.blocks] if errors else None]
+    columns += [[times.get(str(row.block), "") for row in plan.blocks] if times else None]
+    titles = ("error", "ms")
+    header = (*plan.header, *(title for title, column in zip(titles, columns, strict=True) if column))
+    more = list(zip(*(column for column in columns if column), strict=True)) or [()] * len(plan.blocks)
+    page.table(header, [(*row, *cells) for row, cells in zip(plan.rows(), more, strict=True)])
+    if errors:
+        images = report.block_errors[0].images
+        page.line(
+            f"Error: how far the tokens in front of the patches (without such tokens, the mean of all) are behind each "
+            f"block of model.onnx on {report.block_errors[0].runtime} from the PyTorch model's in FP32, over how much "
+            f"these differ from picture to picture; root mean squares, {images} pictures."
         )
-    page.table(plan.header, list(plan.rows()))
+    if times:
+        first = next(row for row in report.blocks if row.variant == "model")
+        page.line(f"Time: {first.runtime}, {first.batch} images a call, by the library's own profiler.")
+
+
+_ROUNDING = 1e-4
+"""Errors of FP32 files lie below it; they are all alike."""
+
+
+def _times_of_blocks(report: Report) -> dict[str, str]:
+    """Milliseconds of the model's blocks at the first batch size of the first runtime."""
+    own = [row for row in report.blocks if row.variant == "model"]
+    return {
+        row.blocks: f"{row.milliseconds:.3f}"
+        for row in own
+        if (row.runtime, row.batch) == (own[0].runtime, own[0].batch)
+    }
+
+
+def _error_of(row: BlockErrorRow | None) -> str:
+    return "" if row is None else "not finite" if row.error is None else f"{row.error:.2e}"
 
 
 def _block_label(name: str, plan: TokenPlan, block: int) -> str:

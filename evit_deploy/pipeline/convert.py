@@ -15,7 +15,7 @@ import torch
 
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle, Staging
-from evit_deploy.bundle.manifest import GOLDEN, PAGE, REPORT, Manifest, Parent, TensorSpec
+from evit_deploy.bundle.manifest import GOLDEN, MODEL, PAGE, REPORT, Manifest, Parent, TensorSpec
 from evit_deploy.bundle.signature import read_private_key, sign
 from evit_deploy.data.images import calibration_images, image_files, sample_inputs
 from evit_deploy.data.preprocess import Preprocess
@@ -49,6 +49,7 @@ from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
 from evit_deploy.tokens.plan import TokenOptions, TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_label, token_plan
 from evit_deploy.verification.accuracy import DATA_BATCH
+from evit_deploy.verification.block_errors import block_errors
 from evit_deploy.verification.cost import MODEL_NAME
 from evit_deploy.verification.golden import Golden, KnownAnswers, make_golden
 from evit_deploy.verification.pictures import check_images, embeds, pictures_of
@@ -319,6 +320,7 @@ def _make(one: _Work, shared: _Shared) -> None:
             reduced.model, reduced.preprocess, reduced.checkpoint.labels, Path(folder_of_pictures)
         )
     one.golden = _export(one, shared)
+    one.report += block_errors(one.reduced.model, folder / MODEL, one.golden.inputs, one.variant.job.measure.threads)
     one.report += verify_precision(one.golden, one.manifest.answer)
     if one.report.passed:
         exported = Exported(one.reduced.model, one.reduced.dense, one.reduced.plan, made.precision, folder)

@@ -170,6 +170,26 @@ class BlockRow(msgspec.Struct, frozen=True):
     share: float
 
 
+class BlockErrorRow(msgspec.Struct, frozen=True):
+    """How far the output of one transformer block of a bundle's ONNX file is from the PyTorch model's in FP32.
+
+    Compared are the tokens in front of the patches, which no method removes; of a model without such tokens, the mean
+    of its tokens.
+
+    Args:
+        runtime: Who ran the file.
+        block: 0-based index.
+        images: Pictures that both were shown.
+        error: Root mean square of the difference, over that of how the PyTorch model's tokens differ from picture to
+            picture; ``None`` where the file gives no finite number.
+    """
+
+    runtime: str
+    block: int
+    images: int
+    error: float | None
+
+
 class LoadRow(msgspec.Struct, frozen=True):
     """A served model with several clients at a time, by the clients' wall clock.
 
@@ -398,6 +418,7 @@ class Report(msgspec.Struct, frozen=True):
         rows: What was measured; each row says by which clock.
         latencies: Engines: where the time of a call goes.
         blocks: Engines: time by transformer block.
+        block_errors: Error of each transformer block of the ONNX file.
         load: Servers: many clients at a time.
         gpu: What the GPU's clocks did meanwhile, by batch size.
         accuracy: What was right while training.
@@ -418,6 +439,7 @@ class Report(msgspec.Struct, frozen=True):
     rows: tuple[ProfileRow, ...] = ()
     latencies: tuple[LatencyRow, ...] = ()
     blocks: tuple[BlockRow, ...] = ()
+    block_errors: tuple[BlockErrorRow, ...] = ()
     load: tuple[LoadRow, ...] = ()
     gpu: tuple[GpuSummary, ...] = ()
     accuracy: tuple[AccuracyRow, ...] = ()
@@ -512,6 +534,7 @@ class Report(msgspec.Struct, frozen=True):
             rows=self.rows + other.rows,
             latencies=self.latencies + other.latencies,
             blocks=self.blocks + other.blocks,
+            block_errors=self.block_errors + other.block_errors,
             load=self.load + other.load,
             gpu=self.gpu + other.gpu,
             accuracy=self.accuracy + other.accuracy,

@@ -17,6 +17,7 @@ from evit_deploy.pipeline.convert import convert
 from evit_deploy.recipe.options import ConvertOptions, ProfileOptions
 from evit_deploy.report.report import (
     AccuracyRow,
+    BlockErrorRow,
     BlockRow,
     Check,
     ComparedRow,
@@ -55,6 +56,7 @@ def everything() -> Report:
         compared=(dense, model),
         rows=tuple(rows),
         blocks=tuple(blocks),
+        block_errors=tuple(BlockErrorRow("onnxruntime", i, 4, error) for i, error in enumerate((1e-3, 2e-3, None))),
         accuracy=(AccuracyRow("dense", 0.8, None, 100, 0.71, 0.87),),
         sensitivity=(SensitivityRow("blocks.0.mlp.fc1", 0.01, 1.0, 1.0),),
         notes=("A note <b>of others</b>.",),
@@ -129,6 +131,30 @@ def test_a_bundle_has_its_page(converted):
     assert len(text) < 3_000_000
 
 
+def test_a_block_has_its_error_and_time_beside_its_tokens(converted):
+    text = page_of_everything(converted.manifest)
+    table = text[text.index("<h2>Token plan") :].partition("</table>")[0]
+    titles = re.findall(r"<th scope[^>]*>(.*?)</th>", table)
+    assert titles == [*converted.manifest.plan.header, "error", "ms"]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert [row[-2:] for row in rows] == [
+        ["1.00e-03", "0.200"],
+        ["2.00e-03", "0.200"],
+        ["not finite", "0.200"],
+        ["", ""],
+    ]
+
+
+def test_a_bundle_has_the_errors_of_its_blocks(converted):
+    report = read_json(converted.file(REPORT), Report)
+    assert [row.block for row in report.block_errors] == [row.block for row in converted.manifest.plan.blocks]
+    text = converted.file("report.html").read_text(encoding="utf-8")
+    for row in report.block_errors:
+        assert row.error < 1e-4
+        assert f'<td class="n">{row.error:.2e}</td>' in text
+    assert "Error of each block" not in text  # a chart of the rounding of FP32
+
+
 def test_it_shows_what_is_kept_of_the_users_pictures(checkpoint, pictures, tmp_path, monkeypatch):
     look = ProfileOptions(batch_sizes=(1,), duration=0.01)
     monkeypatch.setattr("evit_deploy.pipeline.convert.FIRST_LOOK", look)
@@ -156,6 +182,6 @@ def test_it_is_without_fault(width, dark, browser: Browser, converted, tmp_path)
         # Every chart has drawn its marks.
         marks = "[...document.querySelectorAll('figure svg')].map(svg => svg.querySelectorAll('[tabindex]').length)"
         counts = page.evaluate(marks)
-        assert len(counts) == 11
+        assert len(counts) == 12
         assert all(counts)
         page.pdf(tmp_path / "report.pdf")

@@ -14,6 +14,7 @@ from evit_deploy.errors import InputError
 from evit_deploy.tokens import plan as plan_module
 from evit_deploy.tokens.choices import original_patches
 from evit_deploy.tokens.plan import (
+    BlockCost,
     BlockPlan,
     ModelCost,
     TokenPlan,
@@ -226,6 +227,74 @@ def test_attention_costs_at_the_incoming_and_mlp_at_the_outgoing_count():
     assert plan.block_macs(0) == 9 * 10 + 2 * 9 * 9 * 3 + (1 + 4 + 1) * 1000
 
 
+def test_layers_of_the_method_cost_too():
+    cost = ModelCost(stem=0, token_attention=10, token_mlp=1000, width=3, head=0)
+    plain, scored = (TokenPlan(1, 8, (BlockPlan(0, 9, 4, True, 6, method_macs=macs),), cost) for macs in (0, 77))
+    assert scored.block_macs(0) == plain.block_macs(0) + 77
+
+
+def test_a_block_of_its_own_costs_what_it_says():
+    own = (BlockCost(9, 9, token_attention=10, token_mlp=1000, pair=3, fixed=7), BlockCost(9, 4, token_mlp=100))
+    cost = ModelCost(stem=50_000, token_attention=0, token_mlp=0, width=0, head=2, token_head=20, blocks=own)
+    blocks = BlockPlan(0, 9, 4, True, 6, method_macs=5), BlockPlan(1, 6, None, False, 3)
+    plan = TokenPlan(1, 8, blocks, cost)
+    assert plan.block_macs(0) == 7 + 9 * 10 + 9 * 9 * 3 + 6 * 1000 + 5
+    assert plan.macs() == plan.block_macs(0) + 3 * 100 + 50_000 + 2 + (3 - 1) * 20
+    assert [(row.tokens_in, row.tokens_out) for row in plan.dense().blocks] == [(9, 9), (9, 4)]
+    assert (plan.attentions, TokenPlan(1, 8, blocks).attentions) == (0, 2)
+
+
+def test_patches_that_wait_at_the_end_are_classified_too():
+    cost = ModelCost(stem=0, token_attention=0, token_mlp=0, width=0, head=0, token_head=20)
+    for aside, patches in ((0, 5), (3, 8)):
+        assert TokenPlan(1, 8, (BlockPlan(0, 9, None, False, 6, aside=aside),), cost).macs() == patches * 20
+
+
+COST = ModelCost(stem=9, token_attention=40, token_mlp=1000, width=3, head=5, head_tokens=2, key_value=15)
+
+
+def test_the_last_block_is_computed_for_what_the_head_sees():
+    plan = TokenPlan(1, 8, (BlockPlan(0, 9, None, False, 9),), COST)
+    assert plan.ends_early
+    assert plan.macs() == 9 * 40 + 2 * 9 * 9 * 3 + 9 * 1000 + 9 + 5
+    # Keys and values of nine tokens, all else of two.
+    assert plan.computed_macs() == 9 * 15 + 2 * (25 + 2 * 9 * 3 + 1000) + 9 + 5
+    assert plan.computed_mac_ratio() == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "cost"),
+    [
+        (BlockPlan(0, 9, 4, True, 6), COST),
+        (BlockPlan(0, 9, None, False, 9, aside=1), COST),
+        (BlockPlan(0, 9, None, False, 9, ranks=True), COST),
+        (BlockPlan(0, 9, None, False, 9), msgspec.structs.replace(COST, head_tokens=9)),
+        (BlockPlan(0, 9, None, False, 9), msgspec.structs.replace(COST, head_tokens=0)),
+        (BlockPlan(0, 9, None, False, 9), None),
+    ],
+)
+def test_a_last_block_that_is_needed_whole_does_not_end_early(row, cost):
+    plan = TokenPlan(1, 8, (row,), cost)
+    assert not plan.ends_early
+    assert cost is None or plan.computed_macs() == plan.macs()
+
+
+def test_the_total_tells_what_is_computed_where_that_is_less():
+    assert vit_plan(0.7).total == "total 3.03 GMACs, dense 4.60 GMACs"
+    cost = msgspec.structs.replace(TINY, head_tokens=1, key_value=2 * 192**2)
+    for locations in ((3, 6, 9), (3, 6, 11)):
+        plan = vit_plan(0.7, cost=cost, locations=locations)
+        millions = [n / 1e6 for n in (plan.macs(), 1_253_683_200, plan.computed_macs(), plan.dense().computed_macs())]
+        assert (plan.computed_macs() == plan.macs()) is (locations[-1] == 11)  # there the last block reduces
+        assert plan.total == "total {:.2f} MMACs, dense {:.2f} MMACs; computed {:.2f}, dense {:.2f}".format(*millions)
+
+
+def test_a_thousand_million_is_a_giga():
+    for stem, text in ((10**9, "total 1.00 GMACs"), (10**9 - 10**6, "total 999.00 MMACs")):
+        cost = ModelCost(stem=stem, token_attention=0, token_mlp=0, width=0, head=0)
+        assert TokenPlan(1, 8, (BlockPlan(0, 9, None, False, 9),), cost).total.startswith(text)
+
+
 def test_a_plan_without_costs_says_so():
     plan = vit_plan(0.7, cost=None)
     for ask in (plan.macs, plan.mac_ratio, lambda: plan.block_macs(0)):
@@ -315,6 +384,43 @@ def test_locations_outside_the_model_are_refused():
     assert [row.block for row in vit_plan(0.7, locations=(3, 11)).locations] == [3, 11]
 
 
+def test_no_model_has_ten_thousand_blocks():
+    assert TokenSpec(keep_rate=0.7, locations=(9_999,)).locations == (9_999,)
+    with pytest.raises(InputError, match=r"got 10000, expected a whole number from 0 to 9999"):
+        TokenSpec(keep_rate=0.7, locations=(10_000,))
+
+
+MOST = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("prefix", "patches", "blocks", "cost", "message"),
+    [
+        (-1, 8, [BlockPlan(0, 9, None, False, 9)], None, "out of range"),
+        (1, 0, [BlockPlan(0, 1, None, False, 1)], None, "tokens that it does not have"),
+        (1, MOST + 1, [BlockPlan(0, 9, None, False, 9)], None, "out of range"),
+        (1, 8, [BlockPlan(0, 9, None, False, MOST + 1)], None, "out of range"),
+        (1, 8, [BlockPlan(0, 9, -1, False, 9)], None, "out of range"),
+        (1, 8, [BlockPlan(0, 9, 4, True, 6, aside=-1)], None, "out of range"),
+        (1, 8, [BlockPlan(0, 9, 4, True, 6, choice_indices=MOST + 1)], None, "out of range"),
+        (1, 8, [BlockPlan(0, 9, 4, True, 6, places=(-1,))], None, "out of range"),
+        (1, 8, [], None, "not numbered from 0"),
+        (1, 8, [BlockPlan(1, 9, None, False, 9)], None, "not numbered from 0"),
+        (1, 8, [BlockPlan(0, 9, 10, False, 9)], None, "tokens that it does not have"),
+        (1, 8, [BlockPlan(0, 9, 4, True, 6, places=(7, 8))], None, "tokens that it does not have"),
+        (1, 8, [BlockPlan(0, 9, None, False, 9)], ModelCost(0, 0, 0, 0, 0, blocks=(BlockCost(9, 9),) * 2),
+         r"another number of blocks \(got 2"),
+    ],
+)  # fmt: skip
+def test_a_plan_of_no_model_is_refused(prefix, patches, blocks, cost, message):
+    with pytest.raises(InputError, match=message):
+        TokenPlan(prefix, patches, tuple(blocks), cost)
+
+
+def test_a_plan_at_its_limits_is_taken():
+    TokenPlan(0, MOST, (BlockPlan(0, MOST, MOST, False, MOST, choice_indices=MOST, places=(MOST - 1,)),))
+
+
 @pytest.mark.parametrize("rates", [(0.7, 0.6), (0.7, 0.6, 0.5, 0.4)])
 def test_another_number_of_rates_than_locations_is_refused(rates):
     with pytest.raises(InputError, match=rf"{len(rates)} rates for 3 locations \(3,6,9\)"):
@@ -350,6 +456,14 @@ def test_the_schedule_reaches_the_plan():
     costs = [vit_plan(0.5, progress=step / 20).macs() for step in range(21)]
     assert costs == sorted(costs, reverse=True)
     assert len(set(costs)) > 10
+
+
+def test_a_location_that_drops_nothing_at_the_end_drops_nothing_on_the_way():
+    """Of the 5 candidates that are left in the end 0.9 keeps all; of the 35 halfway it would drop one."""
+    spec = TokenSpec(keep_rate=(0.05, 0.9), locations=(0, 1))
+    for progress in (0.25, 0.5, 1.0):
+        plan = make_plan(spec, prefix=1, patches=64, depth=2, progress=progress)
+        assert [row.block for row in plan.locations] == [0]
 
 
 # ---- original patch numbers

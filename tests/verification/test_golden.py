@@ -15,7 +15,7 @@ from evit_deploy.tokens.choices import FLOOR, original_patches
 from evit_deploy.tokens.plan import TokenSpec, make_plan
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
 from evit_deploy.verification.agreement import agreement, answer_error, overlap, same_choice
-from evit_deploy.verification.golden import Golden, make_golden
+from evit_deploy.verification.golden import Golden, KnownAnswers, make_golden
 from evit_deploy.verification.tolerances import NOISE_LIMIT
 from evit_deploy.verification.verify import verify_precision
 from tests.support.exports import lowered, reduced
@@ -161,6 +161,15 @@ def test_logits_on_a_tie_may_move_as_far_as_the_choice_moves_them():
     assert (found.error, found.tie_error, found.tie_limit) == (0, 0.25, pytest.approx(near))
 
 
+def test_it_takes_two_near_patches_to_keep_another_and_one_to_merge_otherwise():
+    swapped = np.array([[1.0, 2.0], [3.5, 1.0], [0.0, 1.0]])
+    margin = {0: np.full((3, 7), 9.0)}
+    margin[0][1, 3] = 0.5
+    for kept, room in (([0, 1, 2], 0.0), ([0, 1, 2, -1], 0.0), ([0, 1, 2, 3, 2, 0], 0.5), ([0, 1, 2, 3, 2, -1], 0.0)):
+        golden = synthetic(swapped=swapped, kept={0: np.tile(kept, (3, 1))}, margin=margin)
+        assert golden.tie_limits() == pytest.approx(golden.limit() + np.array([0, room, 0]))
+
+
 def test_of_several_ties_the_one_closest_to_its_own_limit_is_told():
     near = [(0, image, [2, 3]) for image in range(3)]
     golden = synthetic(*near, swapped=np.array([[2.0, 2.0], [3.1, 1.0], [0.0, 1.0]]))
@@ -286,6 +295,30 @@ def test_the_reference_keeps_what_the_fp32_model_kept():
     noise = np.random.default_rng(0).standard_normal(images(model, 3).shape)
     golden = make_golden(model, dense, 0.5 + 1e-7 * noise.astype(np.float32))
     assert answer_error(golden, np.arange(3), golden.logits) <= golden.limit() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        TokenSpec(keep_rate=0.6, locations=(0,)),
+        TokenSpec(keep_rate=0.6, locations=(2, 3)),
+        TokenSpec(keep_rate=0.6, method="merge"),
+        TokenSpec(keep_rate=0.5, method="evo-vit", fuse=False),
+        TokenSpec(method="tome", options={"merge": (5, 5, 5)}),
+    ],
+    ids=lambda spec: f"{spec.method} at {spec.locations}",
+)
+def test_the_reference_is_the_model_itself_in_fp64(spec):
+    """Whatever blocks the two models are found to have in common."""
+    model, dense = reduce_tokens_(of_kind("plain"), spec), of_kind("plain")
+    inputs = images(model, 2)
+    golden, known = make_golden(model, dense, inputs), KnownAnswers()
+    make_golden(reduced("plain"), dense, inputs, known=known)
+    with torch.inference_mode():
+        exact, whole = (one.double()(torch.from_numpy(inputs).double()).numpy() for one in (model, dense))
+    for made in golden, make_golden(reduce_tokens_(of_kind("plain"), spec), of_kind("plain"), inputs, known=known):
+        np.testing.assert_allclose(made.reference, exact, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(made.dense_reference, whole, rtol=0, atol=1e-12)
 
 
 def test_equal_patches_are_a_tie_in_the_golden_file():

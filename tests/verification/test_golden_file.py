@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from evit_deploy.bundle.bundle import Bundle
-from evit_deploy.bundle.manifest import GOLDEN
+from evit_deploy.bundle.manifest import GOLDEN, TensorSpec
 from evit_deploy.errors import InputError
 from evit_deploy.verification.golden import load_golden
 
@@ -38,6 +39,13 @@ def test_the_golden_file_is_read_as_it_was_written(tmp_path, converted):
         assert (kept[:, -1] == -1).all()
         assert kept.max() < plan.patches
         assert golden.margin[row.block].shape == (len(golden.inputs), plan.patches + 1)
+
+
+def test_answers_are_as_wide_as_the_first_output(tmp_path, converted):
+    kept = TensorSpec("kept_1", "int32", (None, 22))  # as a bundle converted with --with-indices has
+    manifest = msgspec.structs.replace(converted.manifest, outputs=(*converted.manifest.outputs, kept))
+    golden = load_golden(converted.file(GOLDEN), manifest)
+    assert golden.logits.shape == (len(golden.inputs), 10)
 
 
 def test_pickled_arrays_are_refused(tmp_path, converted):

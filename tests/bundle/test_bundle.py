@@ -52,6 +52,26 @@ def test_a_bundle_names_no_folder_of_this_machine(converted, checkpoint_file):
         assert content is None or str(Path.home()).encode() + b"/" not in content, name
 
 
+def test_a_bundle_says_what_it_is(converted):
+    replace, own = msgspec.structs.replace, converted.manifest
+    facts = converted.facts()
+    assert (facts["method"], facts["precision"]) == ("evit at keep rate 0.6", "fp32")
+    assert "labels" not in facts
+    assert repr(converted) == f"Bundle({str(converted.path)!r}: vit_tiny_patch16_224, evit at keep rate 0.6, fp32)"
+    for names, text in ((["cat", "dog", "fox"], "cat, dog, fox"), (["cat", "dog", "fox", "owl"], "cat, dog, fox, …")):
+        wide = replace(
+            own, labels=names, preprocess=replace(own.preprocess, size=(64, 96)),
+            inputs=(replace(own.inputs[0], shape=(None, 3, 64, 96)),),
+            outputs=(replace(own.outputs[0], shape=(None, len(names))), *own.outputs[1:]),
+        )  # fmt: skip
+        facts = Bundle(converted.path, wide).facts()
+        assert (facts["labels"], facts["input"], facts["answer"]) == (
+            text,
+            "64 × 96 pixels",
+            f"logits, {len(names)} numbers",
+        )
+
+
 def test_changed_files(bundle):
     (bundle.path / DENSE).write_bytes(b"other")
     (bundle.path / MODEL).unlink()

@@ -321,6 +321,22 @@ def test_the_reference_is_the_model_itself_in_fp64(spec):
         np.testing.assert_allclose(made.dense_reference, whole, rtol=0, atol=1e-12)
 
 
+def test_blocks_that_both_models_share_are_computed_once_in_fp64():
+    model, dense = reduced("plain", TokenSpec(keep_rate=0.6, locations=(2,))), of_kind("plain")
+    seen = []
+
+    def count(module: torch.nn.Module, given: Any, made: torch.Tensor) -> None:
+        if type(module) is type(dense.blocks[0].mlp) and made.dtype == torch.float64:
+            seen.append(module)
+
+    handle = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        make_golden(model, dense, images(dense, 1))
+    finally:
+        handle.remove()
+    assert len(seen) == 4 + 2 + 2  # the dense model; the reduced one from its location on, with either choice
+
+
 def test_equal_patches_are_a_tie_in_the_golden_file():
     model, dense = without_places()
     inputs = images(model, 3)

@@ -1,6 +1,5 @@
 """Images on their way into a model: decoding, inputs, sample photographs, unlabelled folders."""
 
-import importlib.util
 import io
 import re
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.errors import InputError, MissingRequirement
+from evit_deploy.errors import InputError
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Endings of the files that count as images in a folder, in lower case."""
@@ -73,15 +72,11 @@ def preprocess_image(image: str | Path | Image.Image, preprocess: Preprocess) ->
 
 
 def sample_photographs() -> list[Image.Image]:
-    """The two photographs that ship inside scikit-learn, 640 × 427 each; scikit-learn itself is not imported.
+    """The two photographs that ship with the package, 640 × 427 each: a temple and a flower.
 
-    Raises:
-        MissingRequirement: scikit-learn is not installed, or without its photographs.
+    They are those of scikit-learn; ``photographs/LICENSE`` names who took them.
     """
-    found = importlib.util.find_spec("sklearn")
-    folder = Path(found.origin).parent / "datasets" / "images" if found and found.origin else None
-    if folder is None or not folder.is_dir():
-        raise MissingRequirement("scikit-learn's sample photographs are missing", fix="Run: pip install scikit-learn")
+    folder = Path(__file__).with_name("photographs")
     return [read_image(folder / name) for name in ("china.jpg", "flower.jpg")]
 
 
@@ -100,7 +95,6 @@ def sample_inputs(preprocess: Preprocess, count: int, channels: int = 3) -> np.n
 
     Raises:
         InputError: ``count`` or ``channels`` is below 1.
-        MissingRequirement: See :func:`sample_photographs`.
     """
     if count < 1 or channels < 1:
         raise InputError("nothing to sample", seen=f"count {count}, channels {channels}", wanted="at least 1 of each")

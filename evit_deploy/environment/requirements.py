@@ -25,6 +25,7 @@ EXTRAS = {
     "torch-tensorrt": "TensorRT engines by way of PyTorch; pins PyTorch, so give it an environment of its own",
     "sign": "signatures of bundles",
     "data": "Hugging Face datasets as training data",
+    "digits": "handwritten digits as training data, for trying things out",
     "wild": "the photographs behind the digits of digits-in-the-wild",
 }
 """Extra -> what it is for. ``dev`` and ``docs`` are left out: they are for working on evit-deploy, not with it."""

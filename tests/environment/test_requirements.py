@@ -204,6 +204,31 @@ def test_files_that_were_never_installed(tmp_path):
     assert json.loads(said(code)) == [["evit-deploy", f'pip install -e "{root}"']]
 
 
+def test_scikit_learn_is_needed_for_its_digits_alone(tmp_path):
+    (tmp_path / "packages").mkdir()
+    environment = environment_without(tmp_path / "packages", "scikit_learn", "sklearn", "scipy")
+    code = """
+import importlib, pkgutil
+import evit_deploy
+from evit_deploy.data.digits.digits import digits_images
+from evit_deploy.data.images import sample_photographs
+from evit_deploy.errors import MissingRequirement
+
+for module in pkgutil.walk_packages(evit_deploy.__path__, "evit_deploy."):
+    if not module.name.startswith("evit_deploy.serving.server_files."):  # these run in the server
+        importlib.import_module(module.name)
+print([image.size for image in sample_photographs()])
+try:
+    digits_images()
+except MissingRequirement as error:
+    print(error)
+"""
+    command = [sys.executable, "-S", "-c", code]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    missing = "digits: scikit-learn is not installed"
+    assert said == ["[(640, 427), (640, 427)]", f'{missing}. Run: pip install "scikit-learn>=1.4"']
+
+
 def test_a_wheel_for_one_cuda_version_counts(place):
     pretend(place, "tensorrt-cu12", "11.4.0.106")
     assert version_of("tensorrt") == "11.4.0.106"

@@ -19,6 +19,7 @@ from evit_deploy.tuning.staircase import (
     counts_for,
     ending_share,
     measure_staircase,
+    never_rising,
     shortened,
     solved,
 )
@@ -60,6 +61,21 @@ def test_noise_does_not_make_fewer_tokens_cost_more():
     ratios = {n: short_model(shape, n, 3) / times[0] * noise.normal(1, 0.05, 9) for n in counts}
     found = solved(shape, Anchors(3, 96, *times), ratios, ("onnxruntime", 1, "cpu"))
     assert list(found.block) == sorted(found.block, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_that_never_rise_are_the_nearest_by_squares(seed):
+    isotonic = pytest.importorskip("sklearn.isotonic")
+    generator = np.random.default_rng(seed)
+    values = np.linspace(3, 1, 30).round(1) + generator.normal(0, 0.2, 30)
+    expected = isotonic.IsotonicRegression(increasing=False).fit_transform(np.arange(30), values)
+    np.testing.assert_allclose(never_rising(values), expected)
+    assert len(set(never_rising(values))) < 30
+
+
+def test_what_falls_already_stays():
+    assert never_rising([3, 2, 2, 1]) == (3.0, 2.0, 2.0, 1.0)
+    assert never_rising([1]) == (1.0,)
 
 
 def test_just_below_a_step_is_where_it_is_worth_looking():

@@ -13,6 +13,7 @@ from evit_deploy.data.images import preprocess_image
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sampling import Batch, share, spaced, validation_rows, whole_batches
 from evit_deploy.data.transfer import Transfer
+from evit_deploy.environment.requirements import require_extra
 from evit_deploy.recipe.sections import DataSection
 
 
@@ -74,7 +75,12 @@ def digits_preprocess(image_size: int) -> Preprocess:
 
 
 def digits_images() -> tuple[list[Image.Image], np.ndarray]:
-    """The 1,797 handwritten digits inside scikit-learn: 8 × 8 images and their labels, int64."""
+    """The 1,797 handwritten digits inside scikit-learn: 8 × 8 images and their labels, int64.
+
+    Raises:
+        MissingRequirement: scikit-learn is not installed.
+    """
+    require_extra("digits")
     from sklearn.datasets import load_digits
 
     pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))

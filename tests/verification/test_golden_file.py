@@ -48,6 +48,23 @@ def test_answers_are_as_wide_as_the_first_output(tmp_path, converted):
     assert golden.logits.shape == (len(golden.inputs), 10)
 
 
+@pytest.mark.parametrize(("fused", "aside"), [(False, 0), (True, 3)])
+def test_kept_patches_without_a_token_for_the_rest(tmp_path, converted, fused, aside):
+    """Of a model that adds none, and of one (Evo-ViT) whose token for the rest is no choice of later blocks."""
+    replace, plan = msgspec.structs.replace, converted.manifest.plan
+    blocks = tuple(replace(row, fused=fused, aside=aside) if row.keep else row for row in plan.blocks)
+    manifest = replace(converted.manifest, plan=replace(plan, blocks=blocks))
+    arrays = golden_bytes(converted)
+    for name in [name for name in arrays if name.startswith("kept_")]:
+        arrays[name] = arrays[name][:, :-1]
+    np.savez(tmp_path / GOLDEN, **arrays)  # type: ignore[arg-type]
+    assert [kept.shape[1] for kept in load_golden(tmp_path / GOLDEN, manifest).kept.values()] == [
+        row.keep for row in plan.locations
+    ]
+    with pytest.raises(InputError, match=r"kept_\d: an array of another shape"):
+        load_golden(converted.file(GOLDEN), manifest)
+
+
 def test_pickled_arrays_are_refused(tmp_path, converted):
     arrays: dict[str, Any] = golden_bytes(converted)
     arrays["logits"] = np.array([{"a": 1}], object)

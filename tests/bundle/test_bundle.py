@@ -16,6 +16,7 @@ from evit_deploy.bundle.bundle import Bundle, Staging, changed_files, check_out,
 from evit_deploy.bundle.manifest import DENSE, FORMAT, MANIFEST, MODEL
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.files import sha256, write_atomically
+from evit_deploy.files.drafts import PREFIX
 from tests.support.models import tree
 
 
@@ -236,6 +237,40 @@ def test_force_replaces_an_empty_folder(tmp_path):
         fill(staging)
         staging.publish(tmp_path / "bundle")
     assert (tmp_path / "bundle" / MODEL).read_bytes() == b"model"
+
+
+def test_what_appears_meanwhile_stays(tmp_path):
+    out = tmp_path / "bundle"
+    with Staging(out, force=False) as staging:
+        fill(staging)
+        out.mkdir()
+        (out / "mine").write_text("mine")
+        with pytest.raises(InputError, match="exists already"):
+            staging.publish(out)
+    assert tree(tmp_path) == {"bundle": None, "bundle/mine": b"mine"}
+
+
+def test_what_was_rejected_before_is_replaced_without_force(bundle):
+    out, rejected = bundle.path.parent / "new", bundle.path
+    with Staging(out, force=False) as staging:
+        fill(staging)
+        staging.publish(rejected)
+    assert sorted(tree(rejected)) == ["dense", DENSE, MODEL]
+    assert not out.exists()
+
+
+def test_a_bundle_that_was_moved_aside_by_a_process_that_died_is_found(bundle):
+    aside = bundle.path.parent / f"{PREFIX}dead" / "old" / bundle.path.name
+    aside.parent.mkdir(parents=True)
+    (aside.parent.parent / "lock").touch()
+    bundle.path.rename(aside)
+    assert read_bundle(bundle.path) == bundle
+    assert [path.name for path in bundle.path.parent.iterdir()] == [bundle.path.name]
+
+
+def test_an_error_without_a_number_is_told_too(tmp_path):
+    with pytest.raises(StageError, match=r"could not be written \(cannot seek\)"):
+        fail(tmp_path / "bundle", OSError("cannot seek"))
 
 
 def test_force_never_removes_a_users_files(bundle, tmp_path):

@@ -22,7 +22,9 @@ from tests.mutation.running import Result, judge
 
 MODULES = {
     "evit_deploy/tokens/op.py": ("tokens/test_op.py", "tokens/test_operator.py", "export/test_portable.py"),
-    "evit_deploy/tokens/plan.py": ("tokens/test_plan.py", "tokens/test_choices.py", "tokens/test_ending.py"),
+    "evit_deploy/tokens/plan.py": (
+        "tokens/test_plan.py", "tokens/test_choices.py", "tokens/test_ending.py", "report/test_html.py",
+    ),
     "evit_deploy/tokens/reduce.py": (
         "tokens/test_reduce.py", "tokens/test_reduce_refusals.py", "tokens/test_methods.py",
         "tokens/test_evit_options.py", "tokens/test_merge_method.py", "tokens/test_dynamicvit.py",

@@ -290,7 +290,9 @@ def test_the_total_tells_what_is_computed_where_that_is_less():
 
 
 def test_a_thousand_million_is_a_giga():
-    for stem, text in ((10**9, "total 1.00 GMACs"), (10**9 - 10**6, "total 999.00 MMACs")):
+    for stem, text in (
+        (10**9, "total 1.00 GMACs"), (12_345 * 10**8, "total 1234.50 GMACs"), (10**9 - 10**6, "total 999.00 MMACs"),
+    ):  # fmt: skip
         cost = ModelCost(stem=stem, token_attention=0, token_mlp=0, width=0, head=0)
         assert TokenPlan(1, 8, (BlockPlan(0, 9, None, False, 9),), cost).total.startswith(text)
 

@@ -37,6 +37,7 @@ def checked(bundle: Bundle) -> Report:
 
 
 def failed(report: Report) -> set[str]:
+    assert all(bool(check.reason) is not check.passed for check in report.checks if check.name.startswith("golden"))
     return {check.name for check in report.failed}
 
 

@@ -84,6 +84,7 @@ def every_batch(what: str, batches: tuple[int, ...] = BATCHES) -> set[str]:
 def test_a_sound_bundle_passes(bundle):
     report = verify(bundle.path, runtimes=["eager", "onnxruntime"], batch_sizes=BATCHES, threads=1)
     assert report.passed
+    assert not any(check.reason for check in report.checks)
     wanted = {"files as written", "onnxruntime: dense twin's logits", *RECOMPUTED}
     for what in ("kept patches", "logits", "same answer at every place"):
         wanted |= every_batch(what) | {name.replace("onnxruntime", "eager") for name in every_batch(what)}
@@ -222,6 +223,11 @@ def test_another_checkpoint_is_refused(bundle, tmp_path):
         verify(bundle.path, against=other, threads=1)
     with pytest.raises(InputError, match="--against"):
         verify(bundle.path, against=tmp_path / "absent.safetensors", threads=1)
+
+
+def test_a_runtime_without_a_file_in_the_bundle(bundle):
+    with pytest.raises(InputError, match=r"nothing that tensorrt runs \(got .*model\.onnx.*, expected engine\.plan"):
+        verify(bundle, runtimes=["tensorrt"], threads=1)
 
 
 def test_an_unknown_runtime(bundle):

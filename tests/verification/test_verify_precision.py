@@ -179,6 +179,12 @@ def test_a_tie_may_fall_otherwise_at_another_place(verified, tie, share, failed)
 
     report, _ = verified(tied if tie else golden, answer)
     assert sorted(check.name.split(": ")[1] for check in report.failed) == sorted(failed)
+    found = {check.name.split(": ")[1]: check for check in report.checks}
+    assert found["kept patches"].value == ("100%" if tie else "50%")
+    assert ("differ within rounding" if tie else "keep other patches than PyTorch") in found["kept patches"].reason
+    moved = found["same answer at every place"].reason
+    assert moved.startswith({0.5: "", 1.5: "logits: moved by"}[share] if tie else "at 2 places other patches are kept")
+    assert moved or tie
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])

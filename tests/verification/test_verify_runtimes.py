@@ -159,6 +159,14 @@ def test_a_file_that_another_runtime_ran_is_not_told(bundle, monkeypatch):
     assert report.notes == (FROM_CHECKPOINT,)
 
 
+def test_those_after_one_that_does_not_run_are_asked_too(bundle, monkeypatch):
+    add(monkeypatch, Late)
+    golden, unable = load_golden(bundle.file(GOLDEN), bundle.manifest), {}
+    report = prove(bundle, golden, ["late", "onnxruntime"], Trial(batch_sizes=(1,), threads=1), unable=unable)
+    assert used(report) == {"onnxruntime"}
+    assert list(unable) == ["late"]
+
+
 def test_who_was_asked_for_has_to_run(bundle, monkeypatch):
     add(monkeypatch, Late)
     golden = load_golden(bundle.file(GOLDEN), bundle.manifest)

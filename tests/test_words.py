@@ -1,4 +1,4 @@
-"""The words of the documentation: those that we avoid, and what to write instead."""
+"""Words that we avoid, on pages (help and public docstrings among them) and in messages, and what to write instead."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.prose import PAGES, messages, of_page
 
 AVOIDED = {
     "told": "logged, reported or shown",
@@ -25,18 +26,20 @@ AVOIDED = {
     "state-of-the-art": "a figure, with its command",
     "simply": "leave it out",
     "obviously": "leave it out",
+    "anew": "again",
+    "be had": "is available",
+    "gives out": "returns",
+    "is said": "a note says so",
+    "held against": "compared with",
+    "for want of": "because there is no",
+    "mends": "fixes",
+    "goes on with": "continues with",
+    "go on with": "continue with",
+    "begins anew": "starts again",
+    "this is no": "not a",
+    "are no weights": "are not weights",
+    "who runs": "which runtime runs",
 }
-PAGES = [
-    *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md",
-    *sorted((ROOT / "plugins").rglob("README.md")), ROOT / "tests" / "benchmarks" / "README.md",
-]  # fmt: skip
-
-
-def prose(page: Path) -> list[str]:
-    """A page's lines, where they are prose: without blocks of code and code in lines."""
-    text = re.sub(r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), page.read_text(encoding="utf-8"),
-                  flags=re.DOTALL | re.MULTILINE)  # fmt: skip
-    return re.sub(r"`[^`\n]*`", "`…`", text).splitlines()
 
 
 def avoided(lines: list[str]) -> list[str]:
@@ -51,11 +54,37 @@ def avoided(lines: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_words_that_we_avoid(page: Path):
-    assert avoided(prose(page)) == []
+    assert avoided(of_page(page)) == []
+
+
+MODULES = sorted((ROOT / "evit_deploy").rglob("*.py"))
+
+
+def test_messages_avoid_them_too():
+    found = [
+        f"{module.relative_to(ROOT)}:{number}: {words!r}"
+        for module in MODULES
+        for number, words in messages(module.read_text(encoding="utf-8"))
+        if avoided([words])
+    ]
+    assert found == []
+
+
+def test_the_messages_are_many():
+    assert sum(1 for module in MODULES for _ in messages(module.read_text(encoding="utf-8"))) > 1000
+
+
+def test_a_message_is_found_wherever_it_stands():
+    source = (
+        'raise errors.InputError(f"you are {x} told", where="a place", fix="Nobody.  ")\n_LOG.warning("it is said")'
+    )
+    assert [(number, avoided([words]) != []) for number, words in messages(source)] == [
+        (1, True), (1, False), (1, True), (2, True),
+    ]  # fmt: skip
 
 
 def test_an_avoided_word_is_found(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text("You are told so.\n```\ntold\n```\n`told` is code. Nobody\n", encoding="utf-8")
-    found = avoided(prose(page))
+    found = avoided(of_page(page))
     assert [line.split(" (")[0] for line in found] == ["line 1: 'told'", "line 5: 'nobody'"]

@@ -137,7 +137,7 @@ def check_out(out: Path, *, force: bool) -> None:
         strangers = _strangers(out)
         if strangers:
             raise InputError(
-                "it holds files that no bundle wrote, and --force only replaces bundles and packages",
+                "it contains files that do not belong to a bundle, and --force only replaces bundles and packages",
                 where=out,
                 seen=first_few(strangers),
                 fix="Move them away, or give another --out.",

@@ -86,7 +86,7 @@ class Manifest(msgspec.Struct, frozen=True):
         format: Version of this structure.
         kind: The method, ``evit``.
         model: timm architecture.
-        model_args: What ``timm.create_model`` needs besides.
+        model_args: What ``timm.create_model`` needs in addition.
         tokens: What was asked for.
         plan: Token counts and costs.
         preprocess: From image file to input tensor.
@@ -135,20 +135,24 @@ class Manifest(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if [len(tensor.shape) for tensor in self.inputs] != [4] or not all(self.inputs[0].shape[1:]):
-            raise InputError("inputs are not one batch of images", seen=[tensor.shape for tensor in self.inputs])
+            raise InputError(
+                "the inputs are not a single batch of images", seen=[tensor.shape for tensor in self.inputs]
+            )
         if [len(tensor.shape) for tensor in self.outputs[:1]] != [2] or not self.outputs[0].shape[1]:
-            raise InputError("the first output is not one row an image", seen=[out.shape for out in self.outputs])
+            raise InputError(
+                "the first output does not have one row per image", seen=[out.shape for out in self.outputs]
+            )
         if self.inputs[0].shape[2:] != self.preprocess.size:
             seen = f"{self.preprocess.size} for {self.inputs[0].shape[2:]}"
-            raise InputError("the preprocessing makes another size than the model takes", seen=seen)
+            raise InputError("preprocessing size does not match the model's input size", seen=seen)
         if self.precision not in typing.get_args(Precision):
             wanted = "one of " + ", ".join(typing.get_args(Precision))
             raise InputError("unknown precision", seen=repr(self.precision), wanted=wanted)
         if not self.parents:
-            raise InputError("it does not say what it was made from", wanted="one parent")
+            raise InputError("it does not name the checkpoint it was made from", wanted="one parent")
         if self.labels is not None and len(self.labels) != self.outputs[0].shape[1]:
             seen = f"{len(self.labels)} labels for {self.outputs[0].shape[1]} classes"
-            raise InputError("labels for another number of classes", seen=seen)
+            raise InputError("the number of labels is not the number of classes", seen=seen)
         if self.plan.cost is not None and self.plan.macs() <= 0:
             raise InputError("its plan costs nothing", seen=self.plan.macs())
 

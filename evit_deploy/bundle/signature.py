@@ -50,7 +50,7 @@ def read_private_key(path: Path) -> "Ed25519PrivateKey":
     except (ValueError, UnsupportedAlgorithm):
         raise InputError("not a private key", where=path, wanted="Ed25519 in PEM or OpenSSH", fix=_MAKE) from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise InputError("a key of another kind", where=path, seen=type(key).__name__, wanted="Ed25519", fix=_MAKE)
+        raise InputError("the key has the wrong type", where=path, seen=type(key).__name__, wanted="Ed25519", fix=_MAKE)
     return key
 
 
@@ -80,7 +80,7 @@ def read_public_key(path: Path) -> "Ed25519PublicKey":
             fix="Write its public half: openssl pkey -in key.pem -pubout -out public.pem",
         ) from None  # fmt: skip
     if not isinstance(key, Ed25519PublicKey):
-        raise InputError("a key of another kind", where=path, seen=type(key).__name__, wanted="Ed25519")
+        raise InputError("the key has the wrong type", where=path, seen=type(key).__name__, wanted="Ed25519")
     return key
 
 

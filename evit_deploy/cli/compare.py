@@ -24,7 +24,7 @@ _FEW = 4
 def command(bundles: tuple[Path, ...], out: Path | None, force: bool, output: Output, **options: Any) -> None:
     """Compare two or more BUNDLEs of the same task, of any methods and keep rates, in one interleaved run.
 
-    Each is held against its dense baseline, which bundles of the same dense model share, and against the slice
+    Each is compared with its dense baseline, which bundles of the same dense model share, and with the slice
     baseline of the same token counts; with images also against the reference bundle.
 
     \b

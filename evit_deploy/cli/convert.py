@@ -44,7 +44,9 @@ class _Several(Command):
 
 @click.command("convert", cls=_Several, short_help="Turn a checkpoint into a verified, measured bundle.")
 @click.argument("checkpoint", type=NAME)  # a timm name too: the type is for the shell, which completes files
-@click.option("--model", type=ModelName(), metavar="NAME", help="timm name, where the tensors leave it open.", **_MODEL)
+@click.option(
+    "--model", type=ModelName(), metavar="NAME", help="timm name, if the tensors do not determine it.", **_MODEL
+)
 @click.option(
     "--image-size", type=Whole(1, 4_096), metavar="N", help="Pixels; the position embedding is resampled.", **_MODEL
 )
@@ -57,7 +59,7 @@ class _Several(Command):
     type=Numbers(float),
     multiple=True,
     metavar="RATE...",
-    help="Several models in one go, a bundle each: --keep-rates 0.9 0.7 0.5.",
+    help="Several models in one run, one bundle each: --keep-rates 0.9 0.7 0.5.",
 )
 @struct_options("ConvertOptions", "Target", "targets")
 @click.option(
@@ -67,7 +69,7 @@ class _Several(Command):
     group="Target",
     type=Choice(PRECISIONS),
     multiple=True,
-    help="Precision of the files; of several, a bundle each.  [default: fp16 for an engine, else fp32]",
+    help="Precision of the files; with several, one bundle each.  [default: fp16 for an engine, else fp32]",
 )
 @struct_options(
     "ConvertOptions",

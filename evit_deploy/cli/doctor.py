@@ -15,10 +15,10 @@ _FASTEST_FIRST = ("tensorrt", "tensorrt-rtx", "openvino")
 @click.command("doctor", cls=Command, short_help="Say what is installed and usable here.")
 @output_options
 def command(output: Output) -> None:
-    """Say what is installed here, what it can be used for, and the line that fixes what is not.
+    """List what is installed, what it can be used for, and the command that installs what is missing.
 
     Packages, extras, GPU and driver, the plugin's tools, runtimes, and for each target whether it can be built and run
-    here. What is optional and missing is no failure; what is needed and broken ends with exit code 3.
+    here. A missing optional package is not a failure; a broken required one ends with exit code 3.
 
     \b
     evit-deploy doctor

@@ -198,7 +198,7 @@ def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--proportional-attention/--no-proportional-attention", cls=Option, group=group, default=None,
-            help="merge, tome: a merged token attracts attention like all its patches.  [default: it does]",
+            help="merge, tome: a merged token receives attention in proportion to its patches.  [default: it does]",
         ),
         click.option(
             "--merge", cls=Option, group=group, type=Numbers(int, 0), metavar="R[,R...]",
@@ -295,8 +295,8 @@ def data_option(group: str) -> Callable[..., Any]:
     """
     return click.option(
         "--data", cls=Option, group=group, type=IMAGES, metavar="DIR",
-        help="Images to hold the answers against the dense twin's on: top-1 and top-5 where they lie in class folders "
-        "(class/image); of a model without classes cosine and retrieval.",
+        help="Images on which the answers are compared with the dense twin's: top-1 and top-5 if they are in class "
+        "folders (class/image); of a model without classes cosine and retrieval.",
     )  # fmt: skip
 
 
@@ -333,7 +333,7 @@ def server_of(options: dict[str, Any]) -> Any:
         given = {"--model-name": name, "--model-version": version, "--shared-memory": shared, "--timeout": timeout}
         for flag, value in given.items():
             if value:
-                raise click.UsageError(f"{flag} is about a server: give its --url too")
+                raise click.UsageError(f"{flag} needs a server: give --url too")
         return None
     from evit_deploy.triton.connection import TIMEOUT, Server, split_url
 
@@ -347,7 +347,7 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--resume",
             is_flag=True,
-            help="Go on from where a training of the same recipe was interrupted; begin it if nothing was saved yet.",
+            help="Continue an interrupted training of the same recipe; start it if nothing was saved yet.",
         ),
         click.option("--force", is_flag=True, help="Run every stage again."),
         click.option("--out", type=PATH, metavar="DIR", help="Where everything goes.  [default: runs/<recipe's name>]"),
@@ -362,4 +362,4 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def check_resume(force: bool, resume: bool) -> None:
     """Refuses to begin anew and to go on at once."""
     if force and resume:
-        raise click.UsageError("--force begins anew and --resume continues: give one of them")
+        raise click.UsageError("--force starts again and --resume continues: give one of them")

@@ -20,7 +20,7 @@ from evit_deploy.report.lines import printable
     group="Package",
     required=True,
     type=Choice(("triton", "cpp")),
-    help="What is to run it.",
+    help="What will run it.",
 )
 @struct_options("PackageOptions", "Package")
 @struct_options("TritonOptions", "Triton")
@@ -30,9 +30,9 @@ from evit_deploy.report.lines import printable
 def command(
     bundle: tuple[Path, ...], purpose: str, out: Path | None, force: bool, output: Output, **options: Any
 ) -> None:
-    """Make a folder of BUNDLE that Triton Inference Server or a C++ program runs.
+    """Turn BUNDLE into a folder for Triton Inference Server or a C++ program.
 
-    Several BUNDLEs are one model with a TensorRT plan for another GPU in each.
+    Several BUNDLEs must be one model, each with a TensorRT plan for a different GPU.
 
     \b
     evit-deploy package deit_s-evit-k0.7 --for triton

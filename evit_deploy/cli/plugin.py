@@ -20,17 +20,17 @@ def command() -> None:
     """
 
 
-@command.command("build", cls=Command, short_help="Compile it and keep it for --plugin auto.")
+@command.command("build", cls=Command, short_help="Compile it and store it for --plugin auto.")
 @click.option("--tensorrt-root", type=PATH, metavar="DIR",
               help="Folder with TensorRT's include/.  [default: $TENSORRT_ROOT, the system's, or fetched]")  # fmt: skip
 @click.option("--architectures", metavar="80,90,...", help="CUDA architectures.  [default: 80,86,87,89,90,100,110,120]")
-@click.option("--kernel-only", is_flag=True, help="The kernel without TensorRT, which PyTorch uses on a GPU.")
+@click.option("--kernel-only", is_flag=True, help="Build only the kernel for PyTorch on a GPU, without TensorRT.")
 @click.option("--out", type=PATH, metavar="DIR", help="Where the libraries go.  [default: the user's cache]")
 @output_options
 def build(
     tensorrt_root: Path | None, architectures: str | None, kernel_only: bool, out: Path | None, output: Output
 ) -> None:
-    """Compile the plugin with CMake and nvcc, run its tests, and keep it for --plugin auto.
+    """Compile the plugin with CMake and nvcc, run its tests, and store it for --plugin auto.
 
     \b
     evit-deploy plugin build
@@ -53,11 +53,11 @@ def build(
         output.suggest(("plugin", "check"))
 
 
-@command.command("check", cls=Command, short_help="Say what a library is and whether it works here.")
+@command.command("check", cls=Command, short_help="Identify a library and check whether it works here.")
 @click.argument("library", type=PATH, required=False)
 @output_options
 def check(library: Path | None, output: Output) -> None:
-    """Say what LIBRARY is, whether it goes with this machine's TensorRT and GPU, and whether it answers as PyTorch.
+    """Identify LIBRARY, and check that it matches this machine's TensorRT and GPU and gives PyTorch's answers.
 
     Without LIBRARY: the one that --plugin auto takes.
 

@@ -44,7 +44,7 @@ _FEW = 4
     "--batch-size",
     type=Whole(1, 65_536),
     metavar="N",
-    help="Images a call at most.  [default: 32, or what an engine was tuned for]",
+    help="Maximum images per call.  [default: 32, or what an engine was tuned for]",
     **_RUNTIME,
 )
 @click.option(
@@ -58,9 +58,9 @@ _FEW = 4
 def command(
     bundle: Path, images: tuple[Path, ...], top: int, out: Path | None, force: bool, output: Output, **options: Any
 ) -> None:
-    """Ask BUNDLE what is on IMAGES: files, or folders with images anywhere below them.
+    """Classify or embed IMAGES with BUNDLE: files, or folders that are searched recursively.
 
-    An image that cannot be read is named, the others are answered, and the exit code is 1. A bundle of a model without
+    Images that cannot be read are listed, the others are answered, and the exit code is 1. A bundle of a model without
     classes answers with embeddings.
 
     \b

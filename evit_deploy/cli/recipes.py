@@ -21,10 +21,10 @@ def command() -> None:
     """
 
 
-@command.command("list", cls=Command, short_help="Name them all.")
+@command.command("list", cls=Command, short_help="List them.")
 @output_options
 def listed(output: Output) -> None:
-    """Name all recipes, and what each is for.
+    """List all recipes, and what each is for.
 
     \b
     evit-deploy recipes list

@@ -21,7 +21,7 @@ from evit_deploy.report.lines import printable
 @click.option("--force", is_flag=True, help="Replace these files.")
 @output_options
 def command(bundles: tuple[Path, ...], out: Path | None, force: bool, output: Output) -> None:
-    """Put what the reports of one or more BUNDLEs say side by side, without measuring anew.
+    """Put the reports of one or more BUNDLEs side by side, without new measurements.
 
     The page has a chart of accuracy against time with its frontier, the tables can be sorted, and everything is also
     there as CSV, Markdown, LaTeX and JSON. Times come from each bundle's own run; evit-deploy compare measures all

@@ -25,7 +25,7 @@ _CURVE = {"cls": Option, "group": "Curve"}
 @click.option("--heat/--no-heat", default=True, help="Draw the scores below.  [default: they are]", **_PICTURE)
 @click.option(
     "--side", type=Whole(32, 2_048), default=224, metavar="PIXELS",
-    help="Longer side of an image on the picture, or a little less.  [default: 224]", **_PICTURE,
+    help="Longer side of an image in the picture, at most.  [default: 224]", **_PICTURE,
 )  # fmt: skip
 @click.option(
     "--curve", is_flag=True, **_CURVE,
@@ -41,7 +41,7 @@ _CURVE = {"cls": Option, "group": "Curve"}
 )
 @click.option(
     "--runtime", "runtimes", type=Choice(registry="RUNTIMES"), multiple=True,
-    help="Who runs a bundle; repeatable: the first is drawn, the others are compared with it.  "
+    help="Runtime for a bundle; repeatable: the first is drawn, the others are compared with it.  "
     "[default: onnxruntime, or eager where that cannot]", **_RUNTIME,
 )  # fmt: skip
 @click.option(
@@ -49,10 +49,10 @@ _CURVE = {"cls": Option, "group": "Curve"}
 )
 @click.option(
     "--against", type=PATH, metavar="PATH",
-    help="Checkpoint of the bundle, for the runtime eager, where it is no longer in its place.", **_RUNTIME,
+    help="Checkpoint of the bundle, for the runtime eager, if it was moved.", **_RUNTIME,
 )  # fmt: skip
 @click.option(
-    "--model", type=ModelName(), metavar="NAME", help="Of a checkpoint: timm name, where the tensors leave it open.",
+    "--model", type=ModelName(), metavar="NAME", help="Of a checkpoint: timm name, if the tensors do not determine it.",
     cls=Option, group="Model",
 )  # fmt: skip
 @tokens_options
@@ -66,8 +66,8 @@ _CURVE = {"cls": Option, "group": "Curve"}
 def command(source: str, images: tuple[Path, ...], output: Output, **options: Any) -> None:
     """Draw what BUNDLE or CHECKPOINT keeps, fuses and merges of IMAGES: files, or folders with images below them.
 
-    One row an image: what the model saw, and what is left of it after each location. Below, the scores that chose it.
-    An image that cannot be read is named, the others are drawn, and the exit code is 1.
+    Each image is one row: what the model saw, and what is left after each location. The scores are drawn below it.
+    Images that cannot be read are listed, the others are drawn, and the exit code is 1.
 
     \b
     evit-deploy show deit_s-evit-k0.7 cat.jpg holiday/
@@ -81,7 +81,7 @@ def command(source: str, images: tuple[Path, ...], output: Output, **options: An
         return
     for name in ("rates", "sample"):
         if options.pop(name) is not None:
-            raise click.UsageError(f"--{name} is about a curve: give --curve too")
+            raise click.UsageError(f"--{name} needs --curve")
     picture = {name: options.pop(name) for name in ("blocks", "heat", "side", "out", "force")}
     picture["blocks"] = picture["blocks"] or ()
     from evit_deploy.visualization.files import draw_files
@@ -99,7 +99,9 @@ def command(source: str, images: tuple[Path, ...], output: Output, **options: An
 def _draw_curve(source: str, images: tuple[Path, ...], tokens: Any, output: Output, options: dict[str, Any]) -> None:
     for name, unasked in (("blocks", None), ("heat", True), ("side", 224), ("runtimes", ()), ("threads", None)):
         if options.pop(name) != unasked:
-            raise click.UsageError(f"--{name.rstrip('s') if name == 'runtimes' else name} is not about a curve")
+            raise click.UsageError(
+                f"--{name.rstrip('s') if name == 'runtimes' else name} cannot be combined with --curve"
+            )
     out, force = options.pop("out"), options.pop("force")
     from evit_deploy.report.tables import text_table
     from evit_deploy.visualization.curve import removal_curve

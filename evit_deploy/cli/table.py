@@ -29,8 +29,8 @@ def command(
 ) -> None:
     """Put table NUMBER (1, 2a, 2b, 3a, 3b, 4, 5, 6a, 6b or 7) of the EViT paper beside figures from here.
 
-    Multiply-adds are computed. Throughput is measured on request, all rows in turn, with weights from a seed. Accuracy
-    takes trained weights and labelled images. What is missing is said.
+    Multiply-adds are computed. Throughput is measured on request, all rows in turn, with weights from a seed.
+    Accuracy needs trained weights and labelled images. A note lists what is missing.
 
     \b
     evit-deploy table 2b

@@ -16,7 +16,7 @@ _TOKENS = {"cls": Option, "group": "Token reduction"}
 @click.command("tune", cls=Command, short_help="Search the schedule of token counts for a budget, on this device.")
 @click.argument("checkpoint", type=NAME)
 @click.option(
-    "--model", type=ModelName(), metavar="NAME", help="timm name, where the tensors leave it open.", cls=Option,
+    "--model", type=ModelName(), metavar="NAME", help="timm name, if the tensors do not determine it.", cls=Option,
     group="Model",
 )  # fmt: skip
 @struct_options("TuneOptions", "Budget", "min_speedup", "max_latency", "max_drop")
@@ -31,15 +31,16 @@ _TOKENS = {"cls": Option, "group": "Token reduction"}
 @struct_options("TuneOptions", "Search", "trials", "seed")
 @click.option("--convert", "bundle", is_flag=True, help="Convert the winner too, into DIR/bundle.")
 @click.option("--out", type=PATH, metavar="DIR", help="Where everything goes.  [default: <stem>-tune beside it]")
-@click.option("--force", is_flag=True, help="Begin anew where there is a search already.")
-@click.option("--resume", is_flag=True, help="Go on with the search there; several processes may, together.")
+@click.option("--force", is_flag=True, help="Start again where there is a search already.")
+@click.option("--resume", is_flag=True, help="Continue the search there; several processes can continue it together.")
 @output_options
 def command(
     checkpoint: str, out: Path | None, force: bool, resume: bool, bundle: bool, output: Output, **options: Any
 ) -> None:
     """Search the schedule (which blocks reduce, to how many tokens) that keeps most of CHECKPOINT's answers.
 
-    It needs images without labels, and a budget. The device is measured first, and the finalists are measured whole.
+    It needs a budget, and images without labels. The device is measured first; the finalists are measured
+    as complete models.
 
     \b
     evit-deploy tune deit_s.pth --calibration IMAGES --min-speedup 1.5

@@ -21,7 +21,7 @@ from evit_deploy.report.lines import printable
     group="Checks",
     type=Numbers(int, 1, 65_536),
     metavar="1,2,8",
-    help="Images a call.  [default: 1,2,8; for an engine the ends of its profiles]",
+    help="Images per call.  [default: 1,2,8; for an engine the ends of its profiles]",
 )
 @data_option("Checks")
 @click.option(
@@ -30,12 +30,12 @@ from evit_deploy.report.lines import printable
     group="Checks",
     type=PATH,
     metavar="KEY",
-    help="Public key that the manifest has to be signed with (convert --sign).",
+    help="Public key of the signature that the manifest must have (convert --sign).",
 )
 @page_option
 @output_options
 def command(bundle: Path, output: Output, trust: Path | None, page: Path | None, **options: Any) -> None:
-    """Prove that BUNDLE answers like PyTorch, on every runtime it can use.
+    """Check that BUNDLE gives PyTorch's answers, on every runtime it can use.
 
     \b
     evit-deploy verify deit_s-evit-k0.7

@@ -84,7 +84,7 @@ def cached(source: Source, folder: Path, side: int, workers: int) -> CachedSourc
         except OSError as error:
             if not (path / INDEX).is_file():  # or another process was faster
                 fix = "Free some space, set data.cache to another folder, or to null."
-                raise StageError(f"decoded images cannot be kept: {error}", where=folder, fix=fix) from error
+                raise StageError(f"decoded images cannot be cached: {error}", where=folder, fix=fix) from error
     return CachedSource(source, path)
 
 

@@ -88,16 +88,17 @@ class FolderData:
         assert share is not None
         if not isinstance(self._train, Folder):
             raise RecipeError(
-                "a share can be held out of class folders only", where="data.validation_share",
+                "a share can only be held out of class folders", where="data.validation_share",
                 seen=f"data.train={self._section.train}", wanted="one folder of images a class",
-                fix="Set data.validation to images of their own.",
+                fix="Set data.validation to separate images.",
             )  # fmt: skip
         images = len(self._train)
         self._train, held = self._train.split(share)
         if not len(held):
             raise RecipeError(
-                "no class has an image to spare", where="data.validation_share", seen=f"{images} images, one a class",
-                fix="Add images, or set data.validation to images of their own.",
+                "no class has a second image to hold out", where="data.validation_share",
+                seen=f"{images} images, one per class",
+                fix="Add images, or set data.validation to separate images.",
             )  # fmt: skip
         _LOG.info(f"data.validation_share: {len(held)} of {images} images are validated on and not trained on")
         return held
@@ -108,7 +109,7 @@ class FolderData:
             return None
         if not isinstance(self._train, Folder):
             raise RecipeError(
-                "token label maps lie beside images in class folders only", where="data.train",
+                "token label maps only work with class folders", where="data.train",
                 seen=self._section.train, wanted="one folder of images a class",
             )  # fmt: skip
         return TokenLabelMaps(Path(root), self._train.files, len(self.classes))

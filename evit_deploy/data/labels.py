@@ -58,9 +58,9 @@ def check_labels(names: Sequence[Any], where: str) -> None:
             seen, wanted = f"{len(name):,} letters for class {number}", f"at most {LONGEST:,}"
             raise InputError("a label is too long", where=where, seen=seen, wanted=wanted)
         if any(end in name for end in "\r\n\0"):  # a server ends a name at a zero byte
-            raise InputError("a label has to fit on one line", where=where, seen=repr(name))
+            raise InputError("a label must fit on one line", where=where, seen=repr(name))
         if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise InputError("a label has half a character in it", where=where, seen=repr(name))
+            raise InputError("a label contains half of a surrogate pair", where=where, seen=repr(name))
 
 
 def same_classes(labels: Sequence[str], folders: Sequence[str]) -> bool:

@@ -101,7 +101,7 @@ def share(batch_size: int, rank: int, world: int) -> slice:
         raise InputError("no such process", seen=f"rank {rank} of {world}")
     if batch_size % world:
         fix = "batch_size counts the images of a step over all processes."
-        raise InputError("a batch cannot be shared out", seen=f"{batch_size} images, {world} processes",
+        raise InputError("a batch cannot be divided", seen=f"{batch_size} images, {world} processes",
                          wanted=f"a multiple of {world}", fix=fix)  # fmt: skip
     return slice(rank, batch_size, world)
 

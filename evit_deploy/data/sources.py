@@ -416,11 +416,11 @@ class Shards:
             found = decode_json(text, dict[str, Any], where)[self._target_key] if self._target_key else text
             label = int(found)
             if isinstance(found, float) and found != label:
-                raise ValueError(f"{found} is no whole number")
+                raise ValueError(f"{found} is not a whole number")
         except InputError:
             raise
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise InputError(f"no label can be read: {error!r:.200}", where=where, wanted="an integer") from None
+            raise InputError(f"the label cannot be read: {error!r:.200}", where=where, wanted="an integer") from None
         if not 0 <= label < len(self.classes):
             raise _bad_label(label, len(self.classes), where)
         return label
@@ -456,12 +456,12 @@ class Shards:
 def _shard_classes(place: Place, classes: Sequence[str] | None) -> tuple[str, ...]:
     if classes is not None:
         if place.num_classes not in (None, len(classes)):
-            raise InputError("not the number of classes that the training images have", where="data.num_classes",
+            raise InputError("not the number of classes of the training images", where="data.num_classes",
                              seen=place.num_classes, wanted=len(classes))  # fmt: skip
         return tuple(classes)
     if place.num_classes is None:
         fix = "Shards hold numbers and no names: set data.num_classes."
-        raise InputError("how many classes there are is not known", where=place.path, fix=fix)
+        raise InputError("the number of classes is unknown", where=place.path, fix=fix)
     return tuple(str(number) for number in range(place.num_classes))
 
 

@@ -38,7 +38,7 @@ def _check(file: IO[bytes], size: int, where: str, depth: int) -> None:
             stored = 0 if member.sparse else member.size  # of a sparse file it is the size after unpacking
             if member.size < 0 or member.offset < end or member.offset_data + stored > size:
                 raise InputError(
-                    "a member of the tar file does not lie in the file",
+                    "a member of the tar file lies outside the file",
                     where=f"{where}: {member.name}",
                     seen=f"{member.size} bytes at {member.offset_data}",
                     wanted=f"the file has {size} bytes",
@@ -49,6 +49,6 @@ def _check(file: IO[bytes], size: int, where: str, depth: int) -> None:
             if inner is None:
                 continue
             if depth == DEEPEST:
-                raise InputError("tar files lie too deep inside each other", where=f"{where}: {member.name}",
+                raise InputError("tar files are nested too deeply", where=f"{where}: {member.name}",
                                  wanted=f"at most {DEEPEST} deep")  # fmt: skip
             _check(inner, member.size, f"{where}: {member.name}", depth + 1)

@@ -45,8 +45,8 @@ class TokenLabelMaps:
         seen: set[Path] = set()
         twice = next((file for file in self._files if file in seen or seen.add(file)), None)
         if twice is not None:
-            raise InputError("two training images would share their token labels", where=twice,
-                             fix="Give the images of a class names of their own.")  # fmt: skip
+            raise InputError("two training images have the same token label file", where=twice,
+                             fix="Give the images of a class different names.")  # fmt: skip
         self._shape: tuple[int, ...] = tuple(read_token_labels(self._files[0], classes).shape)
 
     def load(self, number: int) -> Tensor:
@@ -58,7 +58,9 @@ class TokenLabelMaps:
         found = read_token_labels(self._files[number], self._classes)
         if tuple(found.shape) != self._shape:
             seen, wanted = list(found.shape), list(self._shape)
-            raise InputError("a token label map of another size", where=self._files[number], seen=seen, wanted=wanted)
+            raise InputError(
+                "a token label map of a different size", where=self._files[number], seen=seen, wanted=wanted
+            )
         return found
 
 
@@ -99,7 +101,7 @@ def read_token_labels(path: Path, classes: int) -> Tensor:
     low, high = (int(limit) for limit in content[1].aminmax())
     if low < 0 or high >= classes:
         raise InputError(
-            "token labels of other classes", where=path, seen=f"{low} to {high}", wanted=f"0 to {classes - 1}"
+            "token labels of unknown classes", where=path, seen=f"{low} to {high}", wanted=f"0 to {classes - 1}"
         )
     return content.float()
 

@@ -16,7 +16,7 @@ class Stage(msgspec.Struct, frozen=True, eq=False):
 
     Args:
         block: 0-based block of the location.
-        kept: bool ``[patches]``: whether the model goes on with the patch, by itself or merged; others are dimmed.
+        kept: bool ``[patches]``: whether the model continues with the patch, by itself or merged; others are dimmed.
         groups: int32 ``[patches]``: the lowest patch number in the token that the patch is in; −1 where it was dropped.
         count: Patches that were kept, where a fused token may take the place of one; tokens where they merge.
         patches: Of so many.
@@ -82,7 +82,7 @@ class Seen(msgspec.Struct, frozen=True, eq=False):
         (rows, columns), (height, width) = self.grid, self.image.shape[:2]
         if self.image.dtype != np.uint8 or self.image.ndim != 3 or self.image.shape[2] != 3:
             shape = f"{self.image.dtype} {list(self.image.shape)}"
-            raise InputError("this is no picture", where="image", seen=shape, wanted="uint8 [H, W, 3]")
+            raise InputError("not a picture", where="image", seen=shape, wanted="uint8 [H, W, 3]")
         if rows < 1 or columns < 1 or height % rows or width % columns:
             raise InputError("the grid does not divide the image", where="grid", seen=f"{rows} x {columns}")
         for stage in self.stages:
@@ -109,7 +109,7 @@ def grid_of(height: int, width: int, patches: int) -> tuple[int, int]:
     ]
     if not found:
         raise InputError(
-            "it cannot be told where the patches lie", seen=f"{patches} patches of {height} by {width} pixels",
+            "the positions of the patches are unknown", seen=f"{patches} patches of {height} by {width} pixels",
             wanted="a grid that divides the image",
         )  # fmt: skip
     return min(found, key=lambda grid: abs(math.log(height * grid[1] / (width * grid[0]))))

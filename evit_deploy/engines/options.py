@@ -89,7 +89,7 @@ def _check_values(options: BuildOptions) -> None:
             )
     cache = Path(options.timing_cache) if options.timing_cache is not None else None
     if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
-        raise InputError("no file can be written there", where="--timing-cache", seen=cache)
+        raise InputError("cannot write there", where="--timing-cache", seen=cache)
 
 
 def _check_rtx(options: BuildOptions) -> None:
@@ -104,7 +104,7 @@ def _check_rtx(options: BuildOptions) -> None:
     gpus = gpus_of(options)
     if not gpus:
         raise InputError(
-            "which GPU is the engine for? This machine has none to look at", where="--gpu", wanted=", ".join(RTX_GPUS),
+            "the GPU to build for is unknown, because this machine has none", where="--gpu", wanted=", ".join(RTX_GPUS),
             fix=_WHICH_GPU,
         )  # fmt: skip
     for name in gpus:

@@ -45,7 +45,7 @@ def read_header(path: Path) -> PlanHeader:
             start = file.read(4096)
             size = path.stat().st_size
     except OSError as error:
-        raise InputError(f"no plan can be read there ({error.strerror})", where=path) from None
+        raise InputError(f"the plan cannot be read ({error.strerror})", where=path) from None
     if not start:
         raise InputError("the file is empty", where=path, wanted="a TensorRT plan", fix="Build the engine again.")
     family = FAMILIES.get(start[:4])
@@ -59,7 +59,7 @@ def read_header(path: Path) -> PlanHeader:
     version = ".".join(str(number) for number in start[24:28])
     if serialization != 0 or version.startswith("0.0."):
         raise InputError(
-            f"the plan is damaged, or of a {MODULES[family]} that is not known here",
+            f"the plan is damaged, or for an unsupported version of {MODULES[family]}",
             where=path,
             seen=f"serialization {serialization}, version {version}",
             wanted="serialization 0",

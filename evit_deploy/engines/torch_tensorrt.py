@@ -65,7 +65,7 @@ def require_torch_tensorrt() -> Any:
         )
     if not gpu:
         raise MissingRequirement(
-            "Torch-TensorRT builds on the GPU that will run the engine, and there is none here",
+            "Torch-TensorRT builds on the GPU that will run the engine, and this machine has no GPU",
             where=f"target {TARGET}",
             fix="Run it on a machine with an NVIDIA GPU; for a plan built without one, use --target tensorrt-rtx.",
         )
@@ -76,7 +76,7 @@ def require_torch_tensorrt() -> Any:
         raise MissingRequirement(
             f"Torch-TensorRT is installed and cannot be imported ({_root(error)})",
             where=f"target {TARGET}",
-            fix=f"Make the environment anew; in a checkout: {ENVIRONMENT}.",
+            fix=f"Create the environment again; in a checkout: {ENVIRONMENT}.",
         ) from error
 
 
@@ -212,7 +212,10 @@ def _only(profiles: Sequence[BatchProfile]) -> BatchProfile:
     (profile,) = profiles
     if not 1 <= profile.minimum <= profile.optimum <= profile.maximum:
         raise InputError(
-            "these batch sizes do not rise", where="--batch", seen=profile, wanted="1 <= MIN <= OPT <= MAX"
+            "these batch sizes are not in increasing order",
+            where="--batch",
+            seen=profile,
+            wanted="1 <= MIN <= OPT <= MAX",
         )
     return profile
 
@@ -351,7 +354,7 @@ def _failures() -> Iterator[None]:
         raise StageError(
             f"Torch-TensorRT could not build the engine: {_root(error)}",
             where=f"target {TARGET}",
-            fix="Nothing was written. Run with --debug for the whole story.",
+            fix="Nothing was written. Run with --debug for details.",
         ) from error
 
 

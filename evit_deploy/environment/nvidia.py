@@ -190,7 +190,7 @@ def gpu_reader(device: int = 0) -> Iterator[Callable[[], GpuState]]:
             ) from None
         except Exception as error:
             fix = "Install NVIDIA's driver; in a container, start it with --gpus all."
-            raise MissingRequirement(f"the GPU's driver cannot be asked ({error})", fix=fix) from None
+            raise MissingRequirement(f"the GPU driver cannot be queried ({error})", fix=fix) from None
         properties = torch.cuda.get_device_properties(device)
         try:
             handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")

@@ -46,7 +46,7 @@ def _normalized(model: Any, inputs: Any, answer: Tensor) -> Tensor:
 def has_classes(classes: int) -> InputError:
     """The refusal to normalise logits."""
     return InputError(
-        "a model with classes answers logits, whose size says how sure it is", where="--normalize",
+        "logits cannot be normalized, because their magnitude expresses confidence", where="--normalize",
         seen=f"{classes} classes", wanted="a model without a classifier",
         fix="Leave --normalize out, or take a checkpoint whose answer is an embedding.",
     )  # fmt: skip

@@ -74,7 +74,7 @@ class OwnArithmetic:
         except EvitDeployError:
             raise
         except Exception as error:  # whoever wrote the file, protobuf let it pass
-            raise InputError(f"no model as evit-deploy exports them ({type(error).__name__})", where=path) from error
+            raise InputError(f"not a model that evit-deploy exported ({type(error).__name__})", where=path) from error
         self._session = _session(changed, path, plain=rounded)
 
     def answers(self, feeds: Mapping[str, np.ndarray], draw: int | None = None) -> dict[str, np.ndarray]:
@@ -106,7 +106,7 @@ def _session(proto: ModelProto, path: Path, *, plain: bool) -> onnxruntime.Infer
     try:
         return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise InputError(f"this is no model that can be computed: {_first_line(error)}", where=path) from error
+        raise InputError(f"the model cannot be run: {_first_line(error)}", where=path) from error
 
 
 def _first_line(error: Exception) -> str:

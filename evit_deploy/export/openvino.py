@@ -154,7 +154,7 @@ def _write(proto: ModelProto, folder: Path, where: str) -> Path:
     try:
         model = openvino.Core().read_model(bare.SerializeToString())
     except Exception as error:
-        raise StageError(f"OpenVINO does not read the model: {one_line(error)}", where=where) from error
+        raise StageError(f"OpenVINO cannot read the model: {one_line(error)}", where=where) from error
     asked_for = {output.name for output in proto.graph.output}
     for result in model.get_results():
         _name_choice(model, result, asked_for)
@@ -165,11 +165,11 @@ def _write(proto: ModelProto, folder: Path, where: str) -> Path:
         openvino.save_model(model, xml, compress_to_fp16=False)
         text = ElementTree.parse(xml)
     except Exception as error:  # a disk that is full may show as a file that ends early
-        raise StageError(f"OpenVINO does not write the model: {one_line(error)}", where=where) from error
+        raise StageError(f"OpenVINO cannot write the model: {one_line(error)}", where=where) from error
     root = text.getroot()
     end = max([int(data.get("offset", 0)) + int(data.get("size", 0)) for data in root.iter("data")], default=0)
     if xml.with_suffix(".bin").stat().st_size < end:
-        raise StageError("OpenVINO wrote a part of the weights only", where=where, fix="Make room on the disk.")
+        raise StageError("OpenVINO wrote only part of the weights", where=where, fix="Free some disk space.")
     _mark_scores(root)
     for layer in root.iter("layer"):  # names that OpenVINO made up count on from the last model of the process
         made_up = _NUMBERED.fullmatch(layer.get("name", ""))

@@ -101,7 +101,7 @@ def _fields(content: mmap.mmap, place: int, end: int) -> Iterator[tuple[int, int
         else:
             length = {1: 8, 5: 4}[kind]
         if place + length > end:
-            raise ValueError("a field that is longer than its message")
+            raise ValueError("a field is longer than its message")
         yield tag >> 3, start, place, place + length
         place += length
 

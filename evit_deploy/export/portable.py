@@ -120,7 +120,7 @@ def portable(
     backbone = backbone_of(model)
     size = backbone.image_size(model)
     if tuple(preprocess.size) != size:
-        raise InputError("the preprocessing makes another size than the model takes", seen=preprocess.size, wanted=size)
+        raise InputError("preprocessing size does not match the model's input size", seen=preprocess.size, wanted=size)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     if weight_bytes > _ONE_FILE_LIMIT:
         raise InputError("the weights do not fit into one ONNX file", seen=f"{weight_bytes} bytes", wanted="< 2 GiB")
@@ -181,9 +181,7 @@ def _run_exporter(model: torch.nn.Module, example: torch.Tensor, answer: str) ->
         while cause.__cause__ is not None:
             cause = cause.__cause__
         first_line = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        raise StageError(
-            f"the ONNX export failed: {first_line}", fix="Run with --debug for the whole story."
-        ) from error
+        raise StageError(f"the ONNX export failed: {first_line}", fix="Run with --debug for details.") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

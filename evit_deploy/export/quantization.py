@@ -109,14 +109,14 @@ def layers_like(patterns: Sequence[str], layers: Sequence[str]) -> list[str]:
             parts = [layer.split(".") for layer in layers]
             groups = {".".join((*part[:length], "*")) for part in parts for length in range(1, len(part))}
             raise InputError(
-                "no layer that would be quantised is called so", where="--keep-precision", seen=repr(pattern),
+                "no layer that would be quantised has this name", where="--keep-precision", seen=repr(pattern),
                 wanted=f"one of {first_few(layers)}, or a pattern of them",
                 fix=did_you_mean(pattern, [*layers, *sorted(groups)]),
             )  # fmt: skip
     found = [layer for layer in layers if any(fnmatchcase(layer, pattern) for pattern in patterns)]
     if len(found) == len(layers):
         raise InputError(
-            "these patterns name every layer, and nothing would be quantised", where="--keep-precision",
+            "these patterns match every layer, so nothing would be quantised", where="--keep-precision",
             seen=", ".join(patterns), fix="Leave a layer out of them, or ask for the base precision.",
         )  # fmt: skip
     return found

@@ -44,7 +44,7 @@ def asked_for(bundle: Bundle, name: str, against: Path | None) -> Any:
     Args:
         bundle: The bundle.
         name: Of the runtime.
-        against: Checkpoint of the bundle, for PyTorch's own runtimes, where it is no longer in its place.
+        against: Checkpoint of the bundle, for PyTorch's own runtimes, if it was moved.
 
     Returns:
         A file of the bundle, or the PyTorch model, on the GPU if there is one.
@@ -70,7 +70,7 @@ def asked_for(bundle: Bundle, name: str, against: Path | None) -> Any:
         return artifact
     model, why_not = parent_model(bundle, against)
     if model is None:
-        raise InputError(f"the PyTorch model cannot be had: {why_not}", where=f"runtime {name}")
+        raise InputError(f"the PyTorch model is not available: {why_not}", where=f"runtime {name}")
     return model.to("cuda") if torch.cuda.is_available() else model
 
 

@@ -45,7 +45,7 @@ class Given:
             images = [images]
         elif not isinstance(images, np.ndarray):
             if not isinstance(images, Iterable):
-                raise InputError("this is no image", seen=type(images).__name__, wanted=_KINDS)
+                raise InputError("not an image", seen=type(images).__name__, wanted=_KINDS)
             images = list(images)
         elif images.dtype == np.float32:
             self._check_prepared(images, images.shape[1:], "the array")
@@ -93,7 +93,7 @@ class Given:
                 image = image.convert("RGB")  # reads the file that it may still have to read
             elif not isinstance(image, str | Path):
                 if not hasattr(image, "__array__"):
-                    raise InputError("this is no image", where=where, seen=type(image).__name__, wanted=_KINDS)
+                    raise InputError("not an image", where=where, seen=type(image).__name__, wanted=_KINDS)
                 array = _array(image, where)
                 if array.dtype == np.float32:
                     self._check_prepared(array, array.shape, where)
@@ -109,7 +109,7 @@ class Given:
     def _check_prepared(self, array: np.ndarray, shape: tuple[int, ...], where: str) -> None:
         if shape != self._shape:
             raise InputError(
-                "an array of floats counts as prepared, and this one has not the shape of the model's input",
+                "an array of floats counts as prepared, but this one does not have the shape of the model's input",
                 where=where, seen=list(shape), wanted=list(self._shape),
                 fix="Give pictures as uint8 [H, W, 3]; the bundle's own preprocessing makes the rest.",
             )  # fmt: skip
@@ -120,7 +120,7 @@ class Given:
         furthest = float(max(array.max(), -array.min()))
         if not furthest <= _FAR_OFF * max(ends):  # NaN as well
             raise InputError(
-                "an array of floats counts as prepared, and no preprocessing of this model gives such values",
+                "an array of floats counts as prepared, but this model's preprocessing cannot produce such values",
                 where=where, seen=f"{furthest:.4g}", wanted=f"about -{max(ends):.2g} to {max(ends):.2g}",
                 fix="Give pictures as uint8 [H, W, 3], or subtract the mean and divide by the deviation first.",
             )  # fmt: skip
@@ -143,7 +143,7 @@ def _array(image: Any, where: str) -> np.ndarray:
         )  # fmt: skip
     if array.dtype == np.uint8 and (array.ndim not in (3, 4) or array.shape[-1] != 3):
         raise InputError(
-            "an array of bytes counts as RGB pictures, and this one has not their shape", where=where,
+            "an array of bytes counts as RGB pictures, but this one does not have their shape", where=where,
             seen=list(array.shape), wanted="[H, W, 3] or [n, H, W, 3]",
             fix="Move the colours last, or give Image.fromarray(array), which knows grey and transparent pictures.",
         )  # fmt: skip

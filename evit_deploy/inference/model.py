@@ -47,7 +47,7 @@ def load(
         batch_size: Images a call at most; by default 32, or what the engine was tuned for.
         plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
             has.
-        against: For PyTorch's own runtimes: the checkpoint of the bundle, where it is no longer in its place.
+        against: For PyTorch's own runtimes: the checkpoint of the bundle, if it was moved.
 
     Raises:
         InputError: No bundle, one whose files have changed, an unknown runtime, or one that cannot run it.
@@ -56,16 +56,14 @@ def load(
     """
     for name, number in (("threads", threads), ("batch_size", batch_size)):
         if number is not None and number < 1:
-            raise InputError("this is no number of them", where=name, seen=number, wanted="a whole number from 1 up")
+            raise InputError("not a valid number", where=name, seen=number, wanted="a whole number from 1 up")
     bundle = checked_bundle(path)
     if runtime is not None:
         artifact = asked_for(bundle, runtime, Path(against) if against is not None else None)
         check_plugin(bundle, runtime, plugin)
         return Model(bundle, runtime, artifact, threads=threads, batch_size=batch_size)
     if against is not None:
-        raise InputError(
-            "a checkpoint is of use to PyTorch's own runtimes alone", where="against", fix="Say runtime='eager' too."
-        )
+        raise InputError("only PyTorch's runtimes use a checkpoint", where="against", fix="Give runtime='eager' too.")
     reasons: dict[str, str] = {}
     passed_over: dict[Path, str] = {}
     for name, file, refusals in in_order(bundle):
@@ -101,7 +99,7 @@ def checked_bundle(path: str | Path) -> Bundle:
     changed = changed_files(bundle)
     if changed:
         raise InputError(
-            f"files of the bundle have changed or are gone: {first_few(changed)}", where=bundle.path,
+            f"files of the bundle have changed or are missing: {first_few(changed)}", where=bundle.path,
             fix="Copy the bundle here again, or convert again.",
         )  # fmt: skip
     manifest = bundle.manifest
@@ -221,8 +219,8 @@ class Model:
         """
         if self.bundle.manifest.answer != EMBEDDING:
             raise InputError(
-                "this model answers with classes, and its file gives no embedding out", where=self.bundle.path,
-                fix="Ask predict or logits; or convert the same weights without their classifier.",
+                "this model answers with classes and has no embedding output", where=self.bundle.path,
+                fix="Use predict or logits; or convert the same weights without their classifier.",
             )  # fmt: skip
         return self._answers(self._given(images), on_error)[0]
 
@@ -294,7 +292,7 @@ class Model:
 
     def _refuse_embedding(self) -> None:
         if self.bundle.manifest.answer == EMBEDDING:
-            raise InputError("this model has no classes", where=self.bundle.path, fix="Ask embed.")
+            raise InputError("this model has no classes", where=self.bundle.path, fix="Use embed.")
 
     def _answers(
         self, given: Given, on_error: Callable[[int, InputError], None] | None = None

@@ -45,7 +45,7 @@ class Checkpoint(msgspec.Struct):
         sha256: Hash of the weights (:attr:`evit_deploy.models.files.sources.Source.digest`); ``None`` for a timm name.
         weights: Tensors under timm's names.
         model: timm architecture.
-        model_args: What :func:`evit_deploy.models.create.create_model` needs besides the name.
+        model_args: What :func:`evit_deploy.models.create.create_model` needs in addition to the name.
         tokens: The reduction the weights were trained with, if the file says so.
         preprocess: How images become inputs; ``None`` for the architecture's own.
         labels: Class names, if they are known.
@@ -111,8 +111,8 @@ def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tup
         values["keep_rate"], given = method.default_keep_rate, True
     if method.takes_keep_rate and not given:
         raise InputError(
-            "a keep rate is needed: the checkpoint does not give one", where="--keep-rate",
-            wanted="a number in (0, 1]", fix="Say for example --keep-rate 0.7.",
+            "a keep rate is needed: the checkpoint does not contain one", where="--keep-rate",
+            wanted="a number in (0, 1]", fix="Give for example --keep-rate 0.7.",
         )  # fmt: skip
     if not method.fuses:
         values["fuse"] = False
@@ -235,7 +235,7 @@ def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
         return Preprocess.from_model(model, size)
     if len(own.mean) not in (1, 3):  # whatever the model takes: see evit_deploy.data.images.with_channels
         raise InputError(
-            "pictures have three colours when they are normalised", where="--mean and --std", seen=len(own.mean),
+            "normalization needs three channels", where="--mean and --std", seen=len(own.mean),
             wanted="three numbers, or one for all",
         )  # fmt: skip
     return msgspec.structs.replace(own, size=size)
@@ -283,7 +283,7 @@ def _from_timm(name: str, model: str | None, asked: PreprocessOptions) -> Checkp
     check_model_name(name, where="CHECKPOINT", also="an existing checkpoint file")
     if not timm.is_model_pretrained(name):
         raise MissingRequirement(
-            f"no weights can be fetched under the name {name!r}",
+            f"no weights can be downloaded for the name {name!r}",
             fix=f"Download a checkpoint and give its path with --model {name}.",
         )
     fix = f"Connect to the network once, or download the checkpoint and give its path with --model {name}."

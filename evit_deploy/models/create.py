@@ -96,14 +96,14 @@ def create_model(name: str, args: Mapping[str, Any]) -> Any:
     outside = [key for key in args if key in _OUTSIDE or key.startswith("pretrained")]
     if ":" in name or outside:  # `hf-hub:` and `local-dir:` in a name
         raise CheckpointError(
-            "a checkpoint may say what a model is, not where timm gets one from", where=name,
+            "a checkpoint may describe a model, but not where timm loads one from", where=name,
             seen=", ".join(outside) or name, wanted="an architecture's name and its arguments",
         )  # fmt: skip
     known = _Arguments.__struct_fields__
     unknown = next((key for key in args if key not in known), None)
     if unknown is not None:
         raise CheckpointError(
-            "an argument that no architecture has", where=name, seen=repr(unknown)[:80], wanted=", ".join(known),
+            "unknown argument of an architecture", where=name, seen=repr(unknown)[:80], wanted=", ".join(known),
             fix=did_you_mean(unknown, known),
         )  # fmt: skip
     converted(dict(args), _Arguments, name, CheckpointError)

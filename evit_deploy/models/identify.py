@@ -29,7 +29,7 @@ class Identity(msgspec.Struct):
 
     Args:
         model: timm architecture.
-        model_args: What :func:`evit_deploy.models.create.create_model` needs besides.
+        model_args: What :func:`evit_deploy.models.create.create_model` needs in addition.
         weights: The tensors under timm's names.
         notes: What was assumed.
         tokens: The reduction such weights were trained with, where their names tell.
@@ -94,7 +94,7 @@ def _check_kind(held: Held, name: str, types: tuple[str, ...]) -> None:
     if types or held.model is not None or kind in (None, "timm_wrapper"):
         return
     raise CheckpointError(
-        f"the tensors have the names of {name}, but its config.json is of another layout", where=held.where,
+        f"the tensors have the names of {name}, but its config.json describes a different layout", where=held.where,
         seen=f"model_type {kind!r}", fix="Take the config.json that was saved with these weights, or none.",
     )  # fmt: skip
 

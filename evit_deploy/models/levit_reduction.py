@@ -92,7 +92,7 @@ class EvoLeViTReducer(EvoViT):
         assert isinstance(shape, LeViTShape)
         assert isinstance(options, EvoLeViTReducer.Options)
         if not options.representative:
-            raise InputError("in an Evo-LeViT those that wait always have a representative", where="representative",
+            raise InputError("in an Evo-LeViT the waiting patches always have a representative", where="representative",
                              seen=False, wanted=True)  # fmt: skip
         keeps = _informative(spec, shape, progress)
         sorting = {block for block in keeps if keeps[block] is not None}
@@ -162,7 +162,7 @@ def _count(rate: float, block: int, shape: LeViTShape) -> int | None:
     keep = math.floor(Fraction(repr(float(rate))) * candidates)
     if keep == 0:
         raise InputError(
-            "a keep rate leaves no informative token", where=f"block {block}", seen=f"{rate:g} of {candidates}",
+            "the keep rate leaves no informative token", where=f"block {block}", seen=f"{rate:g} of {candidates}",
             wanted=f"{1 / candidates:.3g} or more",
         )  # fmt: skip
     return keep if keep < candidates else None

@@ -100,7 +100,7 @@ def resolve_inputs(
     mean, std = given.get("mean", base.mean), given.get("std", base.std)
     if len(mean) != len(std):
         raise InputError(
-            "one number a channel for each of the two", where="--mean and --std", seen=f"{len(mean)} and {len(std)}",
+            "both need one number per channel", where="--mean and --std", seen=f"{len(mean)} and {len(std)}",
             wanted=f"{len(base.mean)} each",
         )  # fmt: skip
     preprocess = msgspec.structs.replace(base, **given)
@@ -120,7 +120,8 @@ def resolve_inputs(
             found = None  # transformers writes two labels into every configuration
         else:
             raise InputError(
-                "labels for another number of classes" if classes else "labels, and the model has no classes",
+                "the number of labels is not the number of classes" if classes
+                else "labels, but the model has no classes",
                 where=found.origin, seen=f"{len(found.value)} labels", wanted=str(classes),
                 fix="Give a file with one label on each line: --labels FILE." if classes else None,
             )  # fmt: skip

@@ -120,13 +120,15 @@ def _check(table: PaperTable, options: PaperOptions, weights: Mapping[str, Path]
     names = list(dict.fromkeys(row.takes for row in table.rows))
     strange = next((name for name in weights if name not in names), None)
     if strange is not None:
-        raise InputError("no row takes these weights", where="--weights", seen=strange, wanted="; ".join(names))
+        raise InputError(
+            "no row of the table uses these weights", where="--weights", seen=strange, wanted="; ".join(names)
+        )
     if bool(weights) != (data is not None):
         fix = "Give --data DIR too." if weights else "Give --weights NAME=FILE too."
-        raise InputError("accuracy takes weights and labelled images", fix=fix)
+        raise InputError("accuracy needs weights and labelled images", fix=fix)
     if options.throughput and options.runtime in BUILDERS:
         raise InputError(
-            "throughput is measured on runtimes that need no engine", where="--runtime", seen=options.runtime,
+            "throughput is measured only on runtimes that need no engine", where="--runtime", seen=options.runtime,
             fix="For engines: evit-deploy run a100.",
         )  # fmt: skip
     if options.throughput:

@@ -53,7 +53,7 @@ class PaperRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def dense(self) -> bool:
-        """Whether it is the model that the others are held against."""
+        """Whether it is the model that the others are compared with."""
         return self.keep_rate == 1.0
 
     @property
@@ -112,5 +112,5 @@ def published_table(number: str) -> PaperTable:
     if number not in tables:
         below = [name for name in tables if name.startswith(number)] if number else []
         hint = f"Did you mean {' or '.join(below)}?" if below else did_you_mean(number, tables)
-        raise InputError("no such table of the EViT paper here", seen=number, wanted=", ".join(tables), fix=hint)
+        raise InputError("no such table of the EViT paper", seen=number, wanted=", ".join(tables), fix=hint)
     return tables[number]

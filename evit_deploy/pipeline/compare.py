@@ -44,7 +44,7 @@ def compare(
 ) -> Report:
     """Compares bundles of the same task, of any methods and keep rates, in one interleaved run.
 
-    Every bundle is held against its dense baseline (one for all bundles of the same dense model) and against the slice
+    Every bundle is compared with its dense baseline (one for all bundles of the same dense model) and with the slice
     baseline of the same token counts. On each runtime and at each batch size they all take turns.
 
     Args:
@@ -240,11 +240,11 @@ def _check_same_task(first: Contender, other: Contender, *, own_preprocessing: b
     names = f"{first.name} and {other.name}"
     classes = [manifest.outputs[0].shape[-1] for manifest in (one, two)]
     if classes[0] != classes[1] and not embeds(one):
-        raise InputError(f"{names} tell other classes apart", where="--data", seen=f"{classes[0]} and {classes[1]}",
+        raise InputError(f"{names} have different classes", where="--data", seen=f"{classes[0]} and {classes[1]}",
                          wanted="bundles of the same task", fix="Leave --data out to compare speed alone.")  # fmt: skip
     if one.labels is not None and two.labels is not None and one.labels != two.labels:
         which = next(i for i, pair in enumerate(zip(one.labels, two.labels, strict=False)) if pair[0] != pair[1])
-        raise InputError(f"{names} call their classes differently", where="--data",
+        raise InputError(f"{names} have different class names", where="--data",
                          seen=f"class {which} is {one.labels[which]!r} and {two.labels[which]!r}",
                          wanted="bundles of the same task", fix="Leave --data out to compare speed alone.")  # fmt: skip
     mine, others = (msgspec.structs.asdict(manifest.preprocess) for manifest in (one, two))

@@ -119,14 +119,17 @@ def _wanted(recipe: CompareRecipe, entry: CompareEntry, out: Path) -> Wanted:
         return Wanted(entry, entry.name or path.resolve().name, path)
     source = _checkpoint(recipe, entry) or _model(recipe, entry)
     if source is None:
-        raise RecipeError("an entry names nothing to make a bundle of", where="compare", seen=_as_text(entry),
+        raise RecipeError("an entry names no model for a bundle", where="compare", seen=_as_text(entry),
                           wanted="a bundle, a checkpoint or a model")  # fmt: skip
     if _checkpoint(recipe, entry) is None:
         check_model_name(source, where="model")
         if entry.tokens is None:
             fix = "Add tokens, for example {method: evit, keep_rate: 0.7}."
             raise RecipeError(
-                "weights from a seed say nothing of tokens", where="compare", seen=_as_text(entry), fix=fix
+                "weights from a seed do not determine the token reduction",
+                where="compare",
+                seen=_as_text(entry),
+                fix=fix,
             )
     convert = recipe.convert
     if entry.precision is not None:

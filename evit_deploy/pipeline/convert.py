@@ -382,9 +382,9 @@ def check_method(tokens: TokenOptions) -> None:
     method = METHODS.get(tokens["method"])
     if method.comparison_only:
         raise InputError(
-            f"the method {tokens['method']!r} exists to compare others with, and makes nothing to deploy",
+            f"the method {tokens['method']!r} exists only for comparison and cannot be deployed",
             where="--method", wanted="one of " + ", ".join(METHODS.offered()),
-            fix="Recipes take it in compare.baselines, Python in reduce_tokens_.",
+            fix="Use it in a recipe's compare.baselines, or in Python with reduce_tokens_.",
         )  # fmt: skip
 
 

@@ -37,12 +37,12 @@ def profile(
             beside it lists, hash included, is profiled as its bundle is.
         runtimes: Names in the registry of runtimes; all that can run the target when empty.
         measure: Batch sizes, seconds and threads; at least five rounds are always run.
-        against: Bundle: its checkpoint, where it is no longer in its place. Engine or ONNX file: its dense twin.
+        against: Bundle: its checkpoint, if it was moved. Engine or ONNX file: its dense twin.
         plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
             has. For an engine that has the operator's body built in: what to compare that with.
         server: A running Triton server that serves the bundle; what is timed is a call from here and back.
-        data: Bundle: folder of images to hold the model against its dense twin on, on every runtime that was timed:
-            top-1, top-5 and agreement, of a model without classes cosine and retrieval. Without class folders
+        data: Bundle: folder of images on which the model is compared with its dense twin, on every runtime that was
+            timed: top-1, top-5 and agreement, of a model without classes cosine and retrieval. Without class folders
             (class/image) only what needs no labels.
         tokens: Checkpoint: how to reduce it; fields of :class:`~evit_deploy.tokens.plan.TokenSpec`.
 

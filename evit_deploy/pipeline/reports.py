@@ -71,7 +71,7 @@ def check_page(place: Path | None) -> None:
     if place.is_dir():
         raise InputError("this is a folder", where=place, wanted="a file", fix=f"Give {place / RESULTS[0]}.")
     if place.exists() and f'content="{GENERATOR}"'.encode() not in read_bytes(place)[:2048]:
-        raise InputError("this file is no page of evit-deploy", where=place, fix="Give another name.")
+        raise InputError("this file is not a page that evit-deploy wrote", where=place, fix="Give another name.")
     check_place(place.absolute().parent, (), force=True)
 
 

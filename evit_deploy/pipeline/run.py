@@ -111,7 +111,7 @@ def _lowering(recipe: Recipe) -> Any:
     options = recipe.convert
     if options.normalize:
         raise InputError(
-            "what is trained has classes, and logits are not normalised", where="convert.normalize", seen="true",
+            "the trained model has classes, and logits cannot be normalized", where="convert.normalize", seen="true",
             fix="Leave it out.",
         )  # fmt: skip
     return lowering(options, calibrated=options.precision in QUANTIZED and options.calibration is None)
@@ -152,8 +152,8 @@ def train_stage(
         recipe: What to do.
         out: Folder for ``dense.safetensors`` and ``evit.safetensors``.
         force: Whether to train again what is up to date, and to replace checkpoints of unknown origin.
-        resume: Whether to go on from where a run of the same recipe was interrupted; if it saved nothing, it begins
-            anew.
+        resume: Whether to continue an interrupted run of the same recipe; if it saved nothing, the run starts from the
+            beginning.
 
     Returns:
         The comparison table, and the checks that the recipe's ``expect`` section asks for.
@@ -300,7 +300,7 @@ def _refuse_strangers(out: Path, records: dict[str, Record], names: tuple[str, .
     for name in names:
         if (out / name).exists() and sha256(out / name) not in known:
             raise InputError(
-                f"there is a {name} that this recipe did not write", where=out,
+                f"it contains a {name} that this recipe did not write", where=out,
                 fix="Give another --out, move it away, or replace it with --force.",
             )  # fmt: skip
 
@@ -312,7 +312,7 @@ def _refuse_other_recipe(out: Path, records: dict[str, Record], keys: dict[str, 
     """
     if any(record.key != keys.get(name) for name, record in records.items()):
         raise InputError(
-            "there is no interrupted run to go on from, and the results here are of another recipe", where=out,
+            "there is no interrupted run to continue, and the results here are of a different recipe", where=out,
             fix="Give another --out, or leave --resume out to replace them.",
         )  # fmt: skip
 

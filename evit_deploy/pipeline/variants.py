@@ -93,7 +93,7 @@ def make_variants(
     rates, precisions = tokens.pop("keep_rates", ()), tokens.pop("precisions", ())
     if rates and "keep_rate" in tokens:
         raise InputError(
-            "keep_rate is one model's, keep_rates are of one model each", where="--keep-rate",
+            "keep_rate is for one model, keep_rates for several", where="--keep-rate",
             seen=tokens["keep_rate"], fix="Give one of the two.",
         )  # fmt: skip
     fields: list[Any] = [tokens | {"keep_rate": rate} for rate in rates] or [tokens]

@@ -109,7 +109,7 @@ def candidates_of(
         found = _of_bundle(bundle, against, runtimes, plugin, server)
         return _with_built(found, bundle, batch_sizes, scratch, plugin)
     if server is not None:
-        raise InputError("a server is profiled beside its bundle", where=path, fix="Give the bundle's folder.")
+        raise InputError("a server is profiled together with its bundle", where=path, fix="Give the bundle's folder.")
     if is_plan(path):
         return _of_plan(path, against, runtimes, batch_sizes, scratch, plugin)
     if plugin not in (None, "none", "auto"):
@@ -159,7 +159,7 @@ def _of_plan(
     bundle, why_bare = manifest_beside(path)
     if bundle is None and against is not None and read_header(against).family != family:
         raise InputError(
-            "the dense twin is an engine of another library", where="--against", seen=read_header(against).family,
+            "the dense twin is an engine for a different library", where="--against", seen=read_header(against).family,
             wanted=family,
         )  # fmt: skip
     if bundle is not None and family in required:

@@ -51,7 +51,7 @@ def time_parts(engines: Sequence[Timed], batch: int, duration: float) -> list[li
 
     Args:
         engines: Who takes turns.
-        batch: Images a call.
+        batch: Images per call.
         duration: Seconds that the interleaved measurement was given.
 
     Returns:
@@ -74,7 +74,7 @@ def latency_report(engines: Sequence[Timed], parts: Sequence[Sequence[Timings]],
     Args:
         engines: Who was timed.
         parts: For each of them its rounds, as many for all.
-        batch: Images a call.
+        batch: Images per call.
     """
     compute = np.array([[np.median(part.compute) for part in rounds] for rounds in parts])
     rows, notes = [], []
@@ -137,7 +137,7 @@ def block_rows(
         engine: The engine.
         layers: What it is made of.
         times: Layer names and milliseconds, as the profiler reports them.
-        batch: Images a call.
+        batch: Images per call.
         plan: Token counts of this very engine, if known.
     """
     who, counts = engine.candidate, plan.blocks if plan is not None else ()

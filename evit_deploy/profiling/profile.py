@@ -45,7 +45,7 @@ def profile(
             beside it lists, hash included, is profiled as its bundle is.
         runtimes: Names in the registry of runtimes; all that can run the target when empty.
         measure: Batch sizes, seconds and threads; at least five rounds are always run.
-        against: Bundle: its checkpoint, where it is no longer in its place. Engine or ONNX file: its dense twin.
+        against: Bundle: its checkpoint, if it was moved. Engine or ONNX file: its dense twin.
         plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
             has. For an engine that has the operator's body built in: what to compare that with.
         server: A running Triton server that serves the bundle; what is timed is a call from here and back.
@@ -66,7 +66,7 @@ def profile(
             server=server,
         )  # fmt: skip
         if not found.candidates:
-            raise InputError("none of these runtimes runs this", where=target, seen=", ".join(runtimes) or None)
+            raise InputError("none of these runtimes can run this", where=target, seen=", ".join(runtimes) or None)
         report = measure_all(
             found.candidates, found.plan, measure.batch_sizes, threads=measure.threads, duration=measure.duration,
             required=found.required,
@@ -86,9 +86,7 @@ def speed_gate(report: Report, min_speedup: float | None) -> Report:
         return Report()
     rows = _deployed([row for row in report.rows if row.variant == "model"])
     if any(row.speedup is None for row in rows):
-        raise InputError(
-            "there is no dense twin to be faster than", where="--min-speedup", fix="Give it with --against."
-        )
+        raise InputError("there is no dense twin to compare with", where="--min-speedup", fix="Give it with --against.")
     reason = "Not as fast as --min-speedup asks: lower the keep rate, or profile at larger batches."
     checks = (
         Check(

@@ -176,7 +176,7 @@ def check_runtime(name: str) -> None:
     """
     if RUNTIMES.get(name).served:
         raise InputError(
-            "a comparison runs in this process, and not on a server", where="--runtime", seen=name,
+            "a comparison runs in this process, not on a server", where="--runtime", seen=name,
             fix="Measure one bundle there with evit-deploy profile --url.",
         )  # fmt: skip
 
@@ -292,7 +292,7 @@ def rows_of_lane(lane: Lane, batch: int, times: Sequence[Times]) -> list[Profile
 
     Args:
         lane: Who took turns.
-        batch: Images a call.
+        batch: Images per call.
         times: What they took, in the same rounds.
     """
     rows = []

@@ -21,7 +21,7 @@ def rows_of(
     Args:
         candidates: Who was timed.
         plan: Token plan of the reduced ones, if known.
-        batch: Images a call.
+        batch: Images per call.
         times: What they took, in the same rounds.
     """
     rows = []
@@ -38,7 +38,7 @@ def row_of(runtime: str, variant: str, batch: int, times: Times, *, on_gpu: bool
     Args:
         runtime: What the row calls its runtime.
         variant: What the row calls it.
-        batch: Images a call.
+        batch: Images per call.
         times: What it took.
         on_gpu: Where it ran.
     """

@@ -116,7 +116,7 @@ def measure_variants(
 
     Args:
         variants: Of each, the candidates and the token plan. Dense twins on the same runtime have to be equal.
-        batch_sizes: Images a call.
+        batch_sizes: Images per call.
         threads: CPU threads.
         duration: Seconds for each batch size.
         minimum_rounds: Rounds to run even if that takes longer.
@@ -201,8 +201,8 @@ def _check_images(group: Group) -> None:
         other, wanted = first.setdefault(candidate.runtime, (candidate, taken))
         if taken != wanted:
             raise InputError(
-                f"the {candidate.variant} takes other images than the {other.variant}", where=candidate.artifact,
-                seen=taken, wanted=wanted, fix="Give the twin of this very model.",
+                f"the {candidate.variant} takes different images than the {other.variant}", where=candidate.artifact,
+                seen=taken, wanted=wanted, fix="Give the twin of this model.",
             )  # fmt: skip
 
 
@@ -267,7 +267,7 @@ def measure_on_cpu(
 
     Args:
         runners: Opened runners.
-        batch: Images a call.
+        batch: Images per call.
         duration: Seconds.
         minimum_rounds: Rounds to run even if that takes longer.
         threads: CPU threads; ``None`` also where it is others' threads that compute, a server's.
@@ -286,7 +286,7 @@ def measure(
 
     Args:
         runners: Opened runners.
-        batch: Images a call.
+        batch: Images per call.
         duration: Seconds.
         minimum_rounds: Rounds to run even if that takes longer.
         settle: Seconds to wait before each call.

@@ -252,7 +252,7 @@ def _read_yaml(path: Path, kind: type[msgspec.Struct] | None, below: tuple[Path,
     trees = [Path(os.path.realpath(folder)) for folder in (below[0].parent, shipped.folder())]
     if not any(real.is_relative_to(tree) for tree in trees):
         raise RecipeError(
-            "a recipe extends recipes of its own folder, or those that came with the package", where=path, seen=name,
+            "a recipe can only extend recipes in its folder or in the package", where=path, seen=name,
             fix="Put it beside the recipe.",
         )  # fmt: skip
     if any(real == Path(os.path.realpath(other)) for other in below):

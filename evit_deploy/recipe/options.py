@@ -44,7 +44,7 @@ class BuildOptions(Section, frozen=True, kw_only=True):
     gpus: tuple[str, ...] = ()
     """TensorRT-RTX: GPU to build for, ``sm80``; several are possible. [default: this machine's]"""
     workspace: Count | None = None
-    """Most scratch memory in MiB. [default: the builder's own limit]"""
+    """Maximum scratch memory in MiB. [default: the builder's own limit]"""
     optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
     """How long to search for kernels, from 0 (quick) to 5 (thorough). [default: the builder's own]"""
     version_compatible: bool = False
@@ -52,7 +52,7 @@ class BuildOptions(Section, frozen=True, kw_only=True):
     hardware_compatible: bool = False
     """TensorRT: build an engine that other GPUs from Ampere on can run too, at some cost in speed."""
     timing_cache: str | None = None
-    """TensorRT: file that remembers which kernels were fast; read and extended."""
+    """TensorRT: file that caches kernel timings; read and extended."""
     plugin: str | None = None
     """TensorRT: library with the plugin for ``evit::TokenReorg``; without one the operator's body is built in.
     [default: none]"""
@@ -78,15 +78,15 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     """What a reduced model is turned into."""
 
     targets: tuple[str, ...] = ()
-    """What to make beside ``model.onnx``; several are possible, at most one of them an engine. [default: tensorrt where
-    it is usable, else onnx]"""
+    """What to make in addition to ``model.onnx``; repeatable, at most one engine. [default: tensorrt where it is
+    usable, else onnx]"""
     precision: Precision | None = None
     """Precision of the files. [default: fp16 for an engine, else fp32]"""
     linear: Linear | None = None
     """Form of the linear layers: ``gemm``, on two dimensions with the bias inside, or ``matmul``, on three, with an
     ``Add``. [default: the target's, gemm]"""
     calibration: str | None = None
-    """Folder of real images, for ``int8`` and ``fp8``: the range of every activation is learned from them."""
+    """Folder of real images for ``int8`` and ``fp8``, which set the range of every activation."""
     keep_precision: tuple[str, ...] = ()
     """For ``int8`` and ``fp8``: linear layers that stay in the base precision, by name or pattern, ``blocks.11.mlp.*``;
     several are possible."""
@@ -94,21 +94,20 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     """For ``int8`` and ``fp8``: points of top-1 that quantising may cost on the labelled images of ``data``, or of
     agreement on those without labels or for calibration; the layers that cost most stay in the base precision."""
     sensitivity: bool = False
-    """For ``int8`` and ``fp8``: measure what quantising each linear layer costs, by as many runs of 16 images."""
+    """For ``int8`` and ``fp8``: measure the cost of quantising each linear layer, one run of 16 images each."""
     indices: bool = False
-    """Give out the kept candidates as outputs ``kept_<block>`` of ``model.onnx``."""
+    """Add the kept candidates as outputs ``kept_<block>`` of ``model.onnx``."""
     normalize: bool = False
     """Scale the embedding of a model without classes to length 1, inside the exported files."""
     data: str | None = None
-    """Folder of images to hold the answers against the dense twin's on: top-1 and top-5 where they lie in class folders
-    (``class/image``); of a model without classes cosine and retrieval."""
+    """Folder of images on which the answers are compared with the dense twin's: top-1 and top-5 if they are in class
+    folders (``class/image``); of a model without classes cosine and retrieval."""
     min_speedup: Annotated[float, Meta(gt=0, le=1e6)] | None = None
-    """Fail unless every measured batch size is at least this many times as fast as the dense twin."""
+    """Fail unless the model is at least this many times as fast as its dense twin at every measured batch size."""
     sign: str | None = None
-    """Private key to sign the manifest with, for those who pass the bundle on: Ed25519, as OpenSSL (PEM) or OpenSSH
-    write it."""
+    """Private key that signs the manifest: Ed25519, as written by OpenSSL (PEM) or OpenSSH."""
     target_options: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
-    """Option of a target that another package adds; several are possible."""
+    """Option of a target that another package adds; repeatable."""
     preprocess: PreprocessOptions = PreprocessOptions()
     """How images become inputs, and what classes are called, where the checkpoint is not to decide."""
 
@@ -123,7 +122,7 @@ class ConvertSection(ConvertOptions, frozen=True, kw_only=True):
     """What the fine-tuned model is turned into."""
 
     targets: tuple[str, ...] = ("onnx",)
-    """What to make beside ``model.onnx``; several are possible, at most one of them an engine."""
+    """What to make in addition to ``model.onnx``; at most one engine."""
     calibration_images: Count = 256
     """For ``int8`` and ``fp8`` without a ``calibration`` folder: how many training images to learn ranges from, without
     their augmentation."""
@@ -163,7 +162,7 @@ class CompareOptions(ProfileOptions, frozen=True, kw_only=True):
     images: str | None = None
     """Folder of images without labels, for agreement with the dense baseline alone, or cosine."""
     reference: str | None = None
-    """Bundle that the others' top-1 is held against, by its name or its path. [default: the first]"""
+    """Bundle that the others' top-1 is compared with, by its name or its path. [default: the first]"""
     own_preprocessing: bool = False
     """Compare top-1 of bundles that prepare images differently (another size, crop or normalisation), each in its own
     way."""
@@ -174,7 +173,7 @@ class CompareOptions(ProfileOptions, frozen=True, kw_only=True):
             if isinstance(value := getattr(self, field), Path):
                 msgspec.structs.force_setattr(self, field, str(value))
         if self.data is not None and self.images is not None:
-            raise InputError("images both with labels and without", seen="data and images", wanted="one of the two")
+            raise InputError("images with labels and images without", seen="data and images", wanted="one of the two")
         idle = next((field for field in ("reference", "own_preprocessing") if getattr(self, field)), None)
         if self.data is None and idle is not None:
             what = f"{idle} is about top-1, for which there are no labelled images"
@@ -191,29 +190,29 @@ class TuneOptions(Section, frozen=True, kw_only=True):
     max_drop: Annotated[float, Meta(ge=0, le=100)] | None = None
     """Budget: at most this many points of top-1 below the dense model, as fast as that allows; needs ``data``."""
     calibration: str | None = None
-    """Folder of images like those that the model will see, 16 or more: schedules are ranked by how near their answers
-    to them are to the dense model's. They need no labels."""
+    """Folder of images like those that the model will see, 16 or more: schedules are ranked by how close their answers
+    are to the dense model's. No labels are needed."""
     data: str | None = None
-    """Folder of labelled images (``class/image``): the finalists' top-1 on them is held against the dense model's."""
+    """Folder of labelled images (``class/image``): the finalists' top-1 on them is compared with the dense model's."""
     sample: Annotated[int, Meta(ge=16, le=65_536)] = 64
     """Images that each schedule answers; finalists answer twice as many, if there are. [default: 64]"""
     trials: Annotated[int, Meta(ge=4, le=65_536)] = 48
     """Schedules to try on images. [default: 48]"""
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
-    """Where the search's random numbers start; each of several processes that search together takes its own.
+    """Seed of the search; use a different one in each process that searches together.
     [default: 0]"""
     target: str | None = None
-    """What is timed and converted: a target of ``convert``. [default: onnx]"""
+    """Target of ``convert`` that is timed and converted. [default: onnx]"""
     precision: Precision | None = None
     """Precision of what is timed and converted. [default: fp16 for an engine, else fp32]"""
     runtime: str | None = None
     """Runtime to time on. [default: the one that proves the target]"""
     batch: BatchSize = 1
-    """Images a call. [default: 1]"""
+    """Images per call. [default: 1]"""
     threads: Threads | None = None
     """CPU threads. [default: the runtime's own choice]"""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 40.0
-    """Seconds of measurement of the device's staircase, and again of the finalists. [default: 40]"""
+    """Seconds to measure the device's staircase, and again for the finalists. [default: 40]"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,11 +222,11 @@ class TuneOptions(Section, frozen=True, kw_only=True):
         budgets = [name for name in ("min_speedup", "max_latency", "max_drop") if getattr(self, name) is not None]
         if len(budgets) != 1:
             raise InputError(
-                "a search takes one budget", seen=" and ".join(budgets) or "none",
+                "a search needs exactly one budget", seen=" and ".join(budgets) or "none",
                 wanted="min_speedup, max_latency or max_drop",
             )  # fmt: skip
         if self.max_drop is not None and self.data is None:
-            raise InputError("max_drop is about top-1, for which there are no labelled images", fix="Give data too.")
+            raise InputError("max_drop limits top-1, which needs labelled images", fix="Give data too.")
         if self.max_latency is not None:
             seconds_in(self.max_latency)
 
@@ -240,7 +239,7 @@ class PaperOptions(Section, frozen=True, kw_only=True):
     runtime: str = "eager"
     """Runtime to time on. [default: eager, PyTorch as in the paper]"""
     batch: BatchSize | None = None
-    """Images a call. [default: 128 on a GPU, as in the paper, else 8]"""
+    """Images per call. [default: 128 on a GPU, as in the paper, else 8]"""
     threads: Threads | None = None
     """CPU threads. [default: the runtime's own choice]"""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 60.0

@@ -106,12 +106,12 @@ class Recipe(Section, frozen=True, kw_only=True):
         expect, compare = self.expect, self.compare
         if self.convert.preprocess != PreprocessOptions():
             raise RecipeError(
-                "the model is converted with the preprocessing that it is trained with", where="convert.preprocess",
+                "a model is converted with the preprocessing of its training", where="convert.preprocess",
                 fix="Use model.preprocess.",
             )  # fmt: skip
         if self.model.preprocess != PreprocessOptions() and data.name != "folder":
             raise RecipeError(
-                f"the images of {data.name} are made in one way", where="model.preprocess", fix="Leave it out."
+                f"the preprocessing of {data.name} is fixed", where="model.preprocess", fix="Leave it out."
             )
         strange = next((name for name in expect.over if name not in compare.baselines), None)
         if strange is not None:
@@ -119,8 +119,8 @@ class Recipe(Section, frozen=True, kw_only=True):
             fix = "Add it to compare.baselines."
             raise RecipeError("not a baseline", where="expect.over", seen=strange, wanted=names, fix=fix)
         if not compare.untrained and (expect.over or expect.untrained_loss is not None):
-            fix = "Set compare.untrained=true."
-            raise RecipeError("what is not fine-tuned is expected to hold but is not compared", where="expect", fix=fix)
+            what = "expect needs the model before fine-tuning, but compare.untrained is false"
+            raise RecipeError(what, where="expect", fix="Set compare.untrained=true.")
         if data.name == "folder" and (data.mixup or data.cutmix):
             for key in ("dense", "finetune"):
                 section = getattr(self, key)
@@ -137,12 +137,12 @@ class Recipe(Section, frozen=True, kw_only=True):
         for key, run in {"dense": self.dense, "finetune": self.finetune}.items():
             if run is not None and run.layer_wise_epochs and not (chosen and key == "finetune"):
                 raise RecipeError(
-                    "layers sort patches in the method evo-vit alone", where=f"{key}.layer_wise_epochs",
+                    "only the method evo-vit sorts patches", where=f"{key}.layer_wise_epochs",
                     seen=self.tokens.method, fix="Leave it out.",
                 )  # fmt: skip
         if chosen and self.finetune.token_labels is not None:
             raise RecipeError(
-                "evo-vit puts patches into another order, and token labels are for places",
+                "evo-vit reorders patches, but token labels belong to positions",
                 where="finetune.token_labels", fix="Leave it out.",
             )  # fmt: skip
 
@@ -157,7 +157,8 @@ class Recipe(Section, frozen=True, kw_only=True):
         kind = None if self.teacher is None else self.teacher.kind
         if kind is not None and (kind == "dense") != chosen:
             raise RecipeError(
-                "a teacher of kind dense and the method dynamicvit go together", where="teacher.kind", seen=kind,
+                "a teacher of kind dense and the method dynamicvit go together", where="teacher.kind",
+                seen=kind,
                 wanted="dense" if chosen else "logits, token or token_labels",
                 fix="Leave the teacher out: the dense weights that fine-tuning starts from take its place."
                 if chosen else None,
@@ -167,11 +168,11 @@ class Recipe(Section, frozen=True, kw_only=True):
         if self.finetune.token_labels is not None:
             raise RecipeError(
                 "the loss of dynamicvit has no part for token labels", where="finetune.token_labels",
-                fix="Leave it out: what the dense teacher says of each token takes its place.",
+                fix="Leave it out: the dense teacher's output for each token replaces it.",
             )  # fmt: skip
         if self.finetune.model_mode == "eval":
             raise RecipeError(
-                "in evaluation mode tokens are removed, and nothing tells the predictors which",
+                "in evaluation mode tokens are removed, and the predictors cannot learn which",
                 where="finetune.model_mode", fix="Set finetune.model_mode=train.",
             )  # fmt: skip
 
@@ -185,12 +186,12 @@ class Recipe(Section, frozen=True, kw_only=True):
         for key, how in asked.items():
             if how.mix_token and data.name == "folder" and (data.mixup or data.cutmix):
                 fix = f"Set data.mixup=0 and data.cutmix=0, or {key}.token_labels.mix_token=0."
-                raise RecipeError("MixToken takes the place of mixup and CutMix", where=f"{key}.token_labels", fix=fix)
+                raise RecipeError("MixToken replaces mixup and CutMix", where=f"{key}.token_labels", fix=fix)
         if teacher is None or (teacher.kind != "token_labels" and "finetune" not in asked):
             return
         if teacher.kind != "token_labels":
             raise RecipeError(
-                "token labels go with no other teacher than one of token labels", where="teacher.kind",
+                "token labels cannot be combined with another kind of teacher", where="teacher.kind",
                 seen=teacher.kind, wanted="token_labels", fix="Set teacher.kind, or leave one of the two out.",
             )  # fmt: skip
         if "finetune" not in asked:
@@ -198,7 +199,7 @@ class Recipe(Section, frozen=True, kw_only=True):
             raise RecipeError("nothing learns from the teacher's token labels", where="teacher.kind", fix=fix)
         if data.token_labels is not None:
             fix = "Leave data.token_labels or the teacher out."
-            raise RecipeError("token labels come from a folder and from a teacher", where="teacher.kind", fix=fix)
+            raise RecipeError("token labels come both from a folder and from a teacher", where="teacher.kind", fix=fix)
 
 
 class Sweep(Section, frozen=True, kw_only=True):
@@ -219,7 +220,7 @@ class Sweep(Section, frozen=True, kw_only=True):
     """``runtime:precision`` each: ``eager:fp32``, ``torch.compile:fp16``, ``tensorrt:fp16``. PyTorch's runtimes have
     ``tf32`` too, on a GPU: FP32 whose matrices are multiplied in TF32; ``fp32`` is FP32 everywhere."""
     batch_size: BatchSize = 128
-    """Images a call."""
+    """Images per call."""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
     """Seconds of measurement for each model on each kind of device, all its variants there in turn."""
     threads: Threads | None = None
@@ -249,7 +250,7 @@ class CompareEntry(Section, frozen=True, kw_only=True):
         super().__post_init__()
         others = (self.checkpoint, self.model, self.tokens, self.precision)
         if self.bundle is not None and any(other is not None for other in others):
-            raise RecipeError("a bundle that there is takes nothing but a name", where="compare", seen=self.bundle)
+            raise RecipeError("an existing bundle accepts only a name", where="compare", seen=self.bundle)
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
             raise RecipeError("not a name for a folder", where="compare", seen=repr(self.name))
 

@@ -36,13 +36,13 @@ class PreprocessOptions(Section, frozen=True, kw_only=True):
     """How images become inputs, and what classes are called, where the checkpoint is not to decide."""
 
     mean: tuple[Annotated[float, Meta(ge=-1e3, le=1e3)], ...] | None = None
-    """Mean that is subtracted, one a channel, on images scaled to 0..1. [default: the checkpoint's]"""
+    """Mean to subtract, one per channel, on images scaled to 0..1. [default: the checkpoint's]"""
     std: tuple[Annotated[float, Meta(ge=1e-6, le=1e3)], ...] | None = None
-    """Deviation that is divided by, one a channel. [default: the checkpoint's]"""
+    """Standard deviation to divide by, one per channel. [default: the checkpoint's]"""
     crop_pct: Annotated[float, Meta(gt=0, le=1)] | None = None
     """Share of the resized image's side that the crop keeps, 0.875 for 224 of 256. [default: the checkpoint's]"""
     crop_mode: CropMode | None = None
-    """How images are cropped: center, after resizing the shorter side; center-floor, likewise, margins rounded as
+    """How images are cropped: center, after resizing the shorter side; center-floor, the same with margins rounded as
     Hugging Face's processors do; squash, after resizing both; border, with a border. [default: the checkpoint's]"""
     interpolation: Interpolation | None = None
     """Resampling filter. [default: the checkpoint's]"""
@@ -81,11 +81,13 @@ class ModelSection(Section, frozen=True, kw_only=True):
         super().__post_init__()
         if self.preprocess.labels is not None:
             raise RecipeError(
-                "classes are called as in the training images", where="model.preprocess.labels",
+                "class names come from the training images", where="model.preprocess.labels",
                 seen=self.preprocess.labels, fix="Leave it out.",
             )  # fmt: skip
         if not self.pretrained and (self.checkpoint is not None or self.name is None):
-            raise RecipeError("from scratch takes a name and no checkpoint", where="model.pretrained", seen=False)
+            raise RecipeError(
+                "training from scratch needs a name and no checkpoint", where="model.pretrained", seen=False
+            )
         elsewhere = {"num_classes": "the data decides it", "pretrained": "it is model.pretrained",
                      "img_size": "use image_size"}  # fmt: skip
         for key, reason in elsewhere.items():
@@ -105,7 +107,7 @@ class DataSection(Section, frozen=True, kw_only=True):
     """Training images (``folder`` only): a folder with one folder a class, ``FILE.tar`` of such, a folder with one tar
     a class, ``wds/FOLDER`` (WebDataset shards on a disk) or ``hfds/NAME`` (Hugging Face dataset, or its folder)."""
     validation: str | None = None
-    """Validation images, likewise; classes are named as in ``train`` (``folder`` only)."""
+    """Validation images, in the same forms; classes are named as in ``train`` (``folder`` only)."""
     validation_share: Annotated[float, Meta(gt=0, lt=1)] | None = None
     """Instead of ``validation``: share of each class of ``train``, a folder of class folders, that is held out of
     training and validated on. Names decide which images, so it is the same ones every time."""
@@ -125,15 +127,15 @@ class DataSection(Section, frozen=True, kw_only=True):
     """Folder of token label maps, ``<class>/<image's name>.pt``, one for every training image (``folder`` only, with
     ``train`` a folder of class folders). A run learns from them where it has ``token_labels``."""
     cache: str | None = None
-    """Folder for decoded training images, made on first use (``folder`` only); ``null`` decodes anew in every pass."""
+    """Folder for decoded training images, made on first use (``folder`` only); ``null`` decodes them in every pass."""
     cache_size: Annotated[int, Meta(ge=16, le=16_384)] = 256
     """Longest shorter side of a cached image in pixels: crops are taken from no more detail than this."""
     max_corrupt: Annotated[float, Meta(ge=0, le=1e9)] = 0.01
     """Images that may be unreadable before the run stops: below 1 a share, from 1 on a number. In training another
     image takes their place, in validation they are left out (``folder`` only)."""
     repeated_augmentation: Count = 1
-    """How often an image is shown in a row, each time varied anew; a pass then shows as many times fewer images. DeiT
-    and EViT were trained with 3 (``folder`` only)."""
+    """How often an image is shown in a row, with new augmentation each time; a pass then shows
+    as many times fewer images. DeiT and EViT were trained with 3 (``folder`` only)."""
     images: Count = 100_000
     """Training images to make; more are not slower (``digits-in-the-wild`` only)."""
     test_images: Count = 2_000
@@ -184,12 +186,12 @@ class DataSection(Section, frozen=True, kw_only=True):
             raise RecipeError("the digits have no folders", where="data", fix="Set data.name=folder to use images.")
         if self.validation is not None and self.validation_share is not None:
             raise RecipeError(
-                "it is not clear what to validate on", where="data", seen="validation and validation_share",
+                "the validation images are not clear", where="data", seen="validation and validation_share",
                 wanted="one of them",
             )  # fmt: skip
         if self.token_labels is not None and (self.mixup or self.cutmix):
             raise RecipeError(
-                "mixup and CutMix mix images, and a token label map is of one image", where="data",
+                "mixup and CutMix mix images, but a token label map belongs to one image", where="data",
                 seen=f"mixup {self.mixup:g}, cutmix {self.cutmix:g}",
                 fix="Set data.mixup=0 and data.cutmix=0; mix_token of the run's token_labels takes their place.",
             )  # fmt: skip
@@ -275,7 +277,7 @@ class TrainSection(Section, frozen=True, kw_only=True):
     keep_rate_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     """Epochs that this takes; 0 is at once."""
     layer_wise_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
-    """Epochs in which every block sorts the patches anew, from the first location on (``evo-vit`` only); from then on,
+    """Epochs in which every block sorts the patches again, from the first location on (``evo-vit`` only); from then on,
     and in the model that is kept, a stage sorts once. Evaluations on the way are of the form that is being trained."""
     model_mode: Literal["train", "eval"] = "train"
     """``eval`` trains without dropout and stochastic depth, as the official EViT fine-tune does."""
@@ -292,7 +294,7 @@ class TrainSection(Section, frozen=True, kw_only=True):
     evaluate_every: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     """Epochs between evaluations, at the keep rate of the moment; ``null`` evaluates at the end."""
     save_every: Count = 500
-    """Steps between writes of the state that an interrupted run goes on from: the most that is ever lost."""
+    """Steps between writes of the state that an interrupted run continues from: at most this many steps are lost."""
     threads: Threads | None = None
     """CPU threads for PyTorch; ``null`` leaves its own choice."""
 

@@ -106,7 +106,7 @@ def copy_recipe(name: str, place: Path | None = None, *, force: bool = False) ->
         raise InputError("no such folder", where=target.parent, fix="Make it first.")
     if os.path.lexists(target) and not (force and target.is_file()):
         fix = "Give another name, or --force." if target.is_file() else "Give another name."
-        raise InputError("something is there already", where=target, fix=fix)
+        raise InputError("a file exists there already", where=target, fix=fix)
     try:
         write_atomically(target, source.read_bytes())
     except OSError as error:

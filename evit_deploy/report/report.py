@@ -40,10 +40,10 @@ class ProfileRow(msgspec.Struct, frozen=True):
         runtime: Name in the registry of runtimes.
         variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
             :class:`evit_deploy.profiling.candidates.Candidate`. In a sweep or a comparison, the name of what was timed.
-        batch: Images a call.
+        batch: Images per call.
         rounds: Turns measured: of one call on a CPU, of several on a GPU.
         images_per_second: Batch over the median latency.
-        p50: Median latency of a call, milliseconds; p95 and p99 likewise.
+        p50: Median latency of a call, milliseconds; the same for p95 and p99.
         p95: See p50.
         p99: See p50.
         variation: Standard deviation over mean of the latencies.
@@ -95,7 +95,7 @@ class Summary(msgspec.Struct, frozen=True):
         minimum: The fastest.
         maximum: The slowest.
         mean: Average.
-        median: The middle one; p90, p95 and p99 likewise (linear interpolation).
+        median: The middle one; the same for p90, p95 and p99 (linear interpolation).
         p90: See median.
         p95: See median.
         p99: See median.
@@ -120,7 +120,7 @@ class LatencyRow(msgspec.Struct, frozen=True):
         runtime: Name in the registry of runtimes.
         variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
             :class:`evit_deploy.profiling.candidates.Candidate`.
-        batch: Images a call.
+        batch: Images per call.
         images_per_second: Batch over the median compute time: what the engine could do if data lay on the GPU.
         latency: Copies and compute.
         enqueue: Host time that putting the work on the stream took.
@@ -150,7 +150,7 @@ class BlockRow(msgspec.Struct, frozen=True):
     Args:
         runtime: Name in the registry of runtimes.
         variant: ``model`` or ``dense``.
-        batch: Images a call.
+        batch: Images per call.
         blocks: ``3``; ``3-4`` for layers that hold parts of both; ``rest`` for the stem, the head and what names none.
         tokens_in: Tokens its attention sees; of a span's first block.
         tokens_out: Tokens it hands on; of a span's last block.
@@ -199,7 +199,7 @@ class LoadRow(msgspec.Struct, frozen=True):
         clients: Requests under way at a time.
         requests: Requests measured.
         images_per_second: All images over the time that all took.
-        p50: Median time from sending a request to its answer, milliseconds; p99 likewise.
+        p50: Median time from sending a request to its answer, milliseconds; the same for p99.
         p99: See p50.
         images_a_run: Images that the server computed together, on average: above ``batch`` it put requests together.
     """
@@ -244,7 +244,7 @@ class AccuracyRow(msgspec.Struct, frozen=True):
         low: Lower end of top-1's 95 % interval (Wilson).
         high: Upper end.
         gmacs: Multiply-adds for one image, in 10⁹.
-        against: The difference to the row that this one is to be held against.
+        against: The difference to the row that this one is compared with.
         gained: Of a fine-tuned model: the difference to the weights it started from, their tokens reduced alike.
     """
 
@@ -266,7 +266,7 @@ class ComparedRow(msgspec.Struct, frozen=True):
     :attr:`recall_high` are of models that answer with an embedding, in place of agreement and top-1.
 
     Args:
-        name: The bundle's, or the dense baseline's; ``model`` or ``dense`` where one bundle is held against its own
+        name: The bundle's, or the dense baseline's; ``model`` or ``dense`` where one bundle is compared with its
             twin. ``variant`` of its :class:`ProfileRow`.
         method: How its tokens are reduced; ``dense`` of a baseline.
         settings: The settings of the method, ``keep_rate=0.7, locations=2/5/8``.
@@ -380,7 +380,7 @@ class GpuSummary(msgspec.Struct, frozen=True):
         name: As the driver calls it.
         driver: Version.
         compute_capability: ``sm80``.
-        batch: Images a call.
+        batch: Images per call.
         samples: How often it was looked at and found busy.
         sm_clock: Slowest and fastest, MHz.
         sm_clock_max: MHz at most.

@@ -28,7 +28,7 @@ class EagerRunner(Runner):
     Args:
         artifact: The model.
         threads: CPU threads, ``None`` for PyTorch's own choice.
-        with_indices: Whether to give out the kept candidates as ``kept_<block>`` too.
+        with_indices: Whether to return the kept candidates as ``kept_<block>`` too.
         tf32: Whether FP32 tensors are multiplied in TF32, on a GPU that has it.
     """
 

@@ -301,7 +301,7 @@ def refuse_cpu(session: Any, provider: str, where: str) -> None:
     found = session.get_providers()
     if found[:1] != [provider]:
         raise StageError(
-            f"ONNX Runtime did not load its {provider} and would go on without it",
+            f"ONNX Runtime did not load its {provider} and would continue without it",
             where=where,
             seen=", ".join(found),
             fix="Install the CUDA, cuDNN or TensorRT version that this ONNX Runtime was built for.",

@@ -39,7 +39,7 @@ class OpenVINORunner(Runner):
     Args:
         artifact: What to run.
         threads: CPU threads, ``None`` for OpenVINO's own choice.
-        with_indices: Whether to give out the kept candidates as ``kept_<block>`` too.
+        with_indices: Whether to return the kept candidates as ``kept_<block>`` too.
         mode: ``latency`` for one request at a time on all threads; ``throughput`` for several at a time, a few
             threads each: see :meth:`infer_many`.
     """

@@ -20,7 +20,7 @@ class Runner(ABC):
     Args:
         artifact: What to run; :meth:`accepts` says whether this runner can.
         threads: CPU threads, ``None`` for the runtime's own choice.
-        with_indices: Whether to give out the kept candidates as ``kept_<block>`` too.
+        with_indices: Whether to return the kept candidates as ``kept_<block>`` too.
     """
 
     name: ClassVar[str]

@@ -194,7 +194,7 @@ class TensorRTRunner(Runner):
         """Times calls one after the other, on random images: the host's enqueue by its clock, the rest by CUDA events.
 
         Args:
-            batch: Images a call.
+            batch: Images per call.
             calls: Calls to make at least.
             duration: Seconds to go on for.
             warm_up: Seconds before, so that the clocks are up.
@@ -234,7 +234,7 @@ class TensorRTRunner(Runner):
         """Mean milliseconds of each layer, by the library's own profiler, which slows the whole down a little.
 
         Args:
-            batch: Images a call.
+            batch: Images per call.
             calls: Calls to average over.
 
         Raises:

@@ -35,7 +35,7 @@ class Lane:
         stream: What everything is put on.
         inputs: The engine's inputs.
         outputs: Its outputs.
-        batch: Images a call.
+        batch: Images per call.
     """
 
     def __init__(
@@ -119,4 +119,4 @@ def torch_dtype(dtype: Any) -> torch.dtype:
     try:
         return _DTYPES[dtype.name]
     except KeyError:
-        raise InputError("an input or output of the plan has a type that is not run here", seen=dtype.name) from None
+        raise InputError("an input or output of the plan has an unsupported type", seen=dtype.name) from None

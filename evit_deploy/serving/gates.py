@@ -94,7 +94,7 @@ def check_tensors(bundle: Bundle) -> None:
     answers = [(LOGITS, "float32", 2)], [(EMBEDDING, "float32", 2)]
     if inputs != [(INPUT, "float32", 4)] or outputs[:1] not in answers or not kept:
         raise InputError(
-            "the manifest describes another model than convert makes", where=bundle.path,
+            "the manifest does not describe a model that convert makes", where=bundle.path,
             seen=f"{inputs} to {outputs}", wanted=f"{INPUT} to {LOGITS} or {EMBEDDING}", fix="Convert again.",
         )  # fmt: skip
 
@@ -121,7 +121,7 @@ def check_same(found: Sequence[Bundle], platform: str) -> None:
         unlike += ["plugin"] * (engine_of(found[0]).plugin != engine_of(bundle).plugin)
         if unlike:
             raise InputError(
-                "this is not the same model for another GPU", where=bundle.path,
+                "not the same model for another GPU", where=bundle.path,
                 seen=f"another {', '.join(unlike)} than {found[0].path}",
                 fix="Convert the same checkpoint with the same options on each GPU.",
             )  # fmt: skip
@@ -143,7 +143,7 @@ def check_files(bundle: Bundle) -> None:
     changed = bundles.changed_files(bundle)
     if changed:
         raise InputError(
-            f"changed or gone since it was written: {first_few(changed, 5)}", where=bundle.path,
+            f"changed or missing since it was written: {first_few(changed, 5)}", where=bundle.path,
             fix="Copy the bundle here again, or convert again.",
         )  # fmt: skip
 
@@ -226,7 +226,7 @@ def check_preprocess(manifest: Manifest, name: str, device: Device, choice: str)
     channels, preprocess = manifest.inputs[0].shape[1], manifest.preprocess
     if choice != "none" and channels != 3:
         raise InputError(
-            "photographs have 3 channels, and the model takes another number of them", where=f"--preprocess {choice}",
+            "photographs have 3 channels, but the model takes a different number", where=f"--preprocess {choice}",
             seen=channels, fix="Give --preprocess none, and send inputs.",
         )  # fmt: skip
     if choice != "dali":
@@ -280,13 +280,13 @@ def check_gpus(found: Sequence[Bundle], gpus: Sequence[str]) -> None:
         compute_capability(gpu)
         if not any(_serves(engine_of(bundle), gpu) for bundle in found):
             raise InputError(
-                "no plan is for this GPU", where=f"--gpu {gpu}", seen=f"plans for {', '.join(built)}",
+                "there is no plan for this GPU", where=f"--gpu {gpu}", seen=f"plans for {', '.join(built)}",
                 fix=f"Convert on a GPU with {gpu}, and package that bundle too.",
             )  # fmt: skip
     for bundle in found if gpus else ():
         if not any(_serves(engine_of(bundle), gpu) for gpu in gpus):
             raise InputError(
-                "the plan is for another GPU than those declared", where=bundle.path,
+                "the plan is for a GPU that was not declared", where=bundle.path,
                 seen=", ".join(engine_of(bundle).gpus), wanted=" or ".join(gpus),
                 fix="Leave it out, or convert on such a GPU.",
             )  # fmt: skip
@@ -325,7 +325,7 @@ def server_for(found: Sequence[Bundle], platform: str, options: TritonOptions) -
         raise InputError("not a digest", where="--server-digest", seen=repr(digest), wanted="sha256: and 64 digits")
     if options.server is None:
         raise InputError(
-            "a digest is one image's", where="--server-digest", fix="Say of which release: --server 26.07."
+            "a digest identifies one image", where="--server-digest", fix="Give its release: --server 26.07."
         )
     return msgspec.structs.replace(server, digest=digest)
 
@@ -340,8 +340,8 @@ def _server_for(found: Sequence[Bundle], platform: str, release: str | None, ten
     server = declared_server(release, tensorrt, None if lasting else headers[0])
     if server.tensorrt is None:
         raise InputError(
-            f"which TensorRT Triton {release} has is not known here", where="--server",
-            fix=f"Give it: --server-tensorrt VERSION. Known are {min(RELEASES)} to {max(RELEASES)}.",
+            f"the TensorRT version of Triton {release} is unknown", where="--server",
+            fix=f"Give --server-tensorrt VERSION. Known are {min(RELEASES)} to {max(RELEASES)}.",
         )  # fmt: skip
     for bundle, built in zip(found, headers, strict=True):
         later = lasting and not older(server.tensorrt, built)

@@ -37,7 +37,7 @@ class PackageOptions(Section, frozen=True, kw_only=True):
     plugin: str | None = None
     """Library that the plan needs, a path or ``auto``. [default: the one in the user's cache that it was built with]"""
     unverified: bool = False
-    """Package what was not verified on this platform too; the package records it."""
+    """Also package a bundle that was not verified on this platform; the package records it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,20 +54,20 @@ class TritonOptions(Section, frozen=True, kw_only=True):
     server_tensorrt: str | None = None
     """Version of TensorRT in the server. [default: what is known of the release]"""
     preprocess: Literal["python", "dali", "none"] = "python"
-    """What makes inputs of image files in the server: Pillow on the CPU as in training, or DALI on the GPU, which is
+    """How the server turns image files into inputs: Pillow on the CPU as in training, or DALI on the GPU, which is
     nearly the same; with none, clients send inputs. [default: python]"""
     max_batch: BatchSize | None = None
-    """Most images a call. [default: what the plan covers; 32 for ONNX Runtime, 1 for OpenVINO]"""
+    """Maximum images per call. [default: what the plan covers; 32 for ONNX Runtime, 1 for OpenVINO]"""
     instances: Annotated[int, Meta(ge=1, le=1_024)] = 1
     """Instances of the model, on each GPU or on the CPU. [default: 1]"""
     queue_delay: Annotated[int, Meta(ge=0, le=60_000_000)] = QUEUE_DELAY
     """Microseconds that a request may wait to be batched with others. [default: 1000]"""
     device: Device | None = None
-    """What the server runs the model on: of its files those for the CPU ask for no GPU.
+    """Device that the server runs the model on; with cpu no file requests a GPU.
     [default: cpu for OpenVINO, else gpu]"""
     publish: Publish = "local"
-    """Who reaches the server: with local its own machine, in Kubernetes the pods of its namespace; with network
-    whoever reaches the machine, or the load balancer. [default: local]"""
+    """Who can reach the server: local, its own machine or the pods of its Kubernetes namespace; network, anyone who
+    reaches the machine or the load balancer. [default: local]"""
     shared_memory: bool = False
     """Let clients on the same machine pass tensors through shared memory, where they can also read each other's."""
     server_digest: str | None = None

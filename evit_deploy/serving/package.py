@@ -223,7 +223,7 @@ def _read(
     place = Path(out) if out is not None else folder.with_name(f"{chosen}-{target}")
     for bundle in found:
         if place.resolve().is_relative_to(bundle.path.resolve()):
-            raise InputError("a package cannot lie in its bundle", where=place, fix="Give another --out.")
+            raise InputError("a package cannot be inside its bundle", where=place, fix="Give another --out.")
     return found, chosen, place
 
 
@@ -253,13 +253,13 @@ def _serving(
     most = covered(profiles) if profiles else None
     if most == 0:
         raise InputError(
-            "the plan takes no single image, and Triton may have to send it one", where=found[0].path,
+            "the plan does not accept a single image, and Triton may have to send one", where=found[0].path,
             seen=" and ".join(map(str, profiles)), fix="Convert again with --batch 1:8:32.",
         )  # fmt: skip
     max_batch = options.max_batch or most or MAX_BATCH[platform]
     if most is not None and max_batch > most:
         raise InputError(
-            "the plan does not take every batch up to this one", where="--max-batch", seen=max_batch,
+            "the plan does not accept every batch size up to this one", where="--max-batch", seen=max_batch,
             wanted=f"at most {most}",
         )  # fmt: skip
     device = device_for(platform, options.device)
@@ -389,7 +389,7 @@ def _notes(server: TritonRelease | None, platform: str, options: TritonOptions |
         return notes
     return [
         *notes,
-        f"Of Triton {server.release} it is known here that it has TensorRT {server.tensorrt}, and not which one "
-        f"exactly; a plan runs on one only. Look: docker run --rm {server.image} dpkg -l libnvinfer-bin, "
-        "and say it: --server-tensorrt VERSION.",
+        f"Of Triton {server.release} evit-deploy knows that it has TensorRT {server.tensorrt}, but not the exact "
+        f"version; a plan runs on one version only. To see it: docker run --rm {server.image} dpkg -l libnvinfer-bin, "
+        "and give --server-tensorrt VERSION.",
     ]

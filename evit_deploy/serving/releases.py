@@ -14,7 +14,7 @@ class Release(msgspec.Struct, frozen=True):
     """What one month's container has in it.
 
     Args:
-        tensorrt: Version of TensorRT, as far as it is known here: only its major version for most.
+        tensorrt: Version of TensorRT, as far as it is known: only its major version for most.
         onnxruntime: Version of ONNX Runtime.
     """
 
@@ -94,8 +94,8 @@ def declared_server(release: str | None, tensorrt: str | None, plan: str | None)
         fitting = [month for month, known in RELEASES.items() if wanted is None or same(known.tensorrt, wanted)]
         if not fitting:
             raise InputError(
-                f"no release of Triton with TensorRT {wanted} is known here", where="--server",
-                fix="Give it: --server YY.MM --server-tensorrt VERSION.",
+                f"no release of Triton with TensorRT {wanted} is known", where="--server",
+                fix="Give --server YY.MM --server-tensorrt VERSION.",
             )  # fmt: skip
         release = max(fitting)
     known = RELEASES.get(release)

@@ -40,7 +40,7 @@ class Serving(msgspec.Struct, frozen=True):
         platform: ``tensorrt``, ``onnxruntime`` or ``openvino``.
         inputs: The model's.
         outputs: The model's.
-        max_batch: Most images a call.
+        max_batch: Maximum images per call.
         preprocess: From image file to input; ``None`` for the model alone.
         decoder: What does it: ``python`` (with Pillow, on the CPU) or ``dali`` (on the GPU).
         on_gpu: Whether the model runs on GPUs.

@@ -24,7 +24,7 @@ _EXAMPLE = {
 
 
 def triton_parts(server: TritonRelease, pillow: str | None) -> list[dict[str, Any]]:
-    """What a server's image is made of, as far as is known here.
+    """What a server's image is made of, as far as is known.
 
     Args:
         server: The server.

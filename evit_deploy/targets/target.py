@@ -34,7 +34,7 @@ class Exported(msgspec.Struct, frozen=True):
 
     Args:
         model: The reduced PyTorch model, FP32.
-        dense: The dense twin, likewise.
+        dense: The same for the dense twin.
         plan: Token counts of the reduced one.
         precision: Precision of the ONNX files.
         folder: The bundle in the making: ``model.onnx``, and ``dense/model.onnx``.

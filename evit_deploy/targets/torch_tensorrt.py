@@ -29,7 +29,7 @@ class TorchTensorRT(Target):
         def unused() -> None:
             for field in ("timing_cache", "plugin"):
                 if getattr(options, field):
-                    raise InputError("torch-tensorrt has no use for it", where=flag(field), fix="Leave it out.")
+                    raise InputError("torch-tensorrt does not use it", where=flag(field), fix="Leave it out.")
 
         return refusals(
             lambda: check_options(cls.name, precision, options),

@@ -55,13 +55,13 @@ class Forbidden(pickle.UnpicklingError):
 
 def _whole(value: Any) -> int:
     if type(value) is not int:
-        raise pickle.UnpicklingError("no whole number where a size has to be")
+        raise pickle.UnpicklingError("a size is not a whole number")
     return value
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple | list):
-        raise pickle.UnpicklingError("no sizes where a shape has to be")
+        raise pickle.UnpicklingError("a shape is not a list of sizes")
     return tuple(_whole(value) for value in values[:64])  # more axes than any tensor has are refused later
 
 
@@ -92,7 +92,7 @@ def _parameter(data: Any, *about: Any) -> Any:
 
 def _with_type(make: Any, kind: Any, arguments: Any, state: Any) -> Any:
     if not isinstance(make, types.FunctionType) or not isinstance(arguments, tuple):
-        raise pickle.UnpicklingError("a tensor of a class that makes none")
+        raise pickle.UnpicklingError("a tensor of an unsupported class")
     return make(*arguments)
 
 
@@ -126,7 +126,7 @@ def _dictionary(items: Any = ()) -> dict[Any, Any]:
 def _key(key: Any) -> Any:
     # Hashes of large numbers and of tuples can be made to collide, and then a dictionary takes quadratic time.
     if not isinstance(key, str | bytes | float | None) and not (isinstance(key, int) and abs(key) < _LARGEST_KEY):
-        raise pickle.UnpicklingError(f"a dictionary with a key that is no text and no number, {type(key).__name__}")
+        raise pickle.UnpicklingError(f"a dictionary with a key that is neither text nor a number, {type(key).__name__}")
     return key
 
 
@@ -194,7 +194,7 @@ class _Reader(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> Storage:
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] not in ("storage", b"storage"):
-            raise pickle.UnpicklingError("a reference to something that is no storage")
+            raise pickle.UnpicklingError("a reference to something that is not a storage")
         _, dtype, key, _, count, *view = pid
         if not isinstance(dtype, torch.dtype) or not isinstance(key, str | int):
             raise pickle.UnpicklingError("a storage without a type or a name")
@@ -222,7 +222,7 @@ class _Reader(pickle._Unpickler):
         """Makes a namespace, the one class that is let through."""
         arguments, made = self.stack.pop(), self.stack.pop()
         if made is not argparse.Namespace or arguments != ():
-            raise pickle.UnpicklingError("an object of a class that makes none")
+            raise pickle.UnpicklingError("an object of an unsupported class")
         self.append(argparse.Namespace())
 
     def build(self) -> None:

@@ -258,7 +258,7 @@ def _read_legacy(file: Any, size: int) -> _Read:
     try:
         magic, protocol = (read_pickle(stream)[0] for _ in range(2))
         if (magic, protocol) != (_MAGIC, _PROTOCOL):
-            raise pickle.UnpicklingError("it does not begin as a file of torch.save does")
+            raise pickle.UnpicklingError("it does not begin like a file of torch.save")
         read_pickle(stream)  # of the machine
         content, itemsizes = read_pickle(stream)
         keys, _ = read_pickle(stream)
@@ -273,7 +273,7 @@ def _read_legacy(file: Any, size: int) -> _Read:
     for key in map(str, keys):
         counted = _bytes(file, start, 8, most=8)
         if key not in itemsizes or key in regions or len(counted) < 8:
-            raise pickle.UnpicklingError("its storages are not those that its tensors name")
+            raise pickle.UnpicklingError("its storages do not match its tensors")
         length = struct.unpack("<q", counted)[0] * itemsizes[key]
         if not 0 <= length <= size - start - 8:
             raise pickle.UnpicklingError("a storage of it is cut off")

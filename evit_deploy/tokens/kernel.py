@@ -83,7 +83,7 @@ class TokenReorgKernel:
         self.path, self.identity = library, read_identity(library)
         if self.identity.abi != ABI:
             raise InputError(
-                "the library has another interface", where=library, seen=self.identity.abi, wanted=ABI,
+                "the library has a different interface", where=library, seen=self.identity.abi, wanted=ABI,
                 fix="Build it with this version: evit-deploy plugin build.",
             )  # fmt: skip
         try:
@@ -160,7 +160,7 @@ class TokenReorgKernel:
         batch, tokens, heads, width = k.shape
         if q.dtype not in DTYPES or k.dtype != q.dtype or q.stride(-1) != 1 or k.stride(-1) != 1:
             raise InputError(
-                "no such types, or elements of a head that are not side by side", where="ClassScores",
+                "unsupported types, or elements of a head that are not contiguous", where="ClassScores",
                 seen=f"q {q.dtype}, k {k.dtype}", wanted="both in FP32, FP16 or BF16",
             )  # fmt: skip
         probabilities = k.new_empty((batch, heads, tokens), dtype=torch.float32)
@@ -189,13 +189,13 @@ class TokenReorgKernel:
             )
         if x.dtype not in DTYPES or scores.dtype != torch.float32:
             raise InputError(
-                "no such types", where="TokenReorg", seen=f"x {x.dtype}, scores {scores.dtype}",
+                "unsupported types", where="TokenReorg", seen=f"x {x.dtype}, scores {scores.dtype}",
                 wanted="x in FP32, FP16 or BF16, scores in FP32",
             )  # fmt: skip
         wanted = (x.shape[0], x.shape[1] - prefix) if x.dim() == 3 else None
         if wanted is None or tuple(scores.shape) != wanted:
             raise InputError(
-                "x and scores do not go together", where="TokenReorg", seen=f"{list(x.shape)}, {list(scores.shape)}",
+                "x and scores do not match", where="TokenReorg", seen=f"{list(x.shape)}, {list(scores.shape)}",
                 wanted="[batch, prefix + candidates, channels] and [batch, candidates]",
             )  # fmt: skip
 

@@ -49,7 +49,7 @@ def read_identity(library: Path) -> Identity:
     try:
         found = _IDENTITY.search(library.read_bytes())
     except OSError as error:
-        raise InputError(f"no library can be read there ({error.strerror})", where=library) from None
+        raise InputError(f"the library cannot be read ({error.strerror})", where=library) from None
     if found is None:
         raise InputError(
             "not a library that evit-deploy built", where=library, fix="Build one: evit-deploy plugin build."

@@ -228,7 +228,7 @@ def _find(device: torch.device) -> TokenReorgKernel | None:
             if identity.abi == ABI and runs_on(identity, capability):
                 return TokenReorgKernel(path)
         except (InputError, MissingRequirement) as error:  # it was not asked for, so it stops nothing
-            _LOG.warning("a kernel in the cache is passed over: %s", error)
+            _LOG.warning("ignoring a kernel in the cache: %s", error)
     return None
 
 

@@ -89,7 +89,7 @@ class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         if self.keep_rate is None:
             raise InputError(
-                f"the method {self.method!r} needs a keep rate", wanted="a number in (0, 1]", fix="Say keep_rate=0.7."
+                f"the method {self.method!r} needs a keep rate", wanted="a number in (0, 1]", fix="Give keep_rate=0.7."
             )
         locations = self.locations if self.locations is not None else default_locations(depth)
         if locations and locations[-1] >= depth:
@@ -110,7 +110,7 @@ def _check_locations(locations: Sequence[int]) -> None:
             raise InputError("a location is not a block index", seen=f"{location!r:.60}", wanted=wanted)
     if any(b <= a for a, b in itertools.pairwise(locations)):
         raise InputError(
-            "locations are not strictly rising",
+            "locations are not strictly increasing",
             seen=",".join(map(str, locations)),
             wanted=",".join(map(str, sorted(set(locations)))),
         )
@@ -286,7 +286,7 @@ class TokenPlan(msgspec.Struct, frozen=True):
         if any((row.keep or 0) > row.tokens_in or max(row.places, default=0) >= self.patches for row in self.blocks):
             raise InputError("a block keeps tokens that it does not have")
         if self.cost is not None and len(self.cost.blocks) not in (0, len(self.blocks)):
-            raise InputError("a plan's costs are those of another number of blocks", seen=len(self.cost.blocks))
+            raise InputError("the plan has costs for a different number of blocks", seen=len(self.cost.blocks))
 
     @property
     def attentions(self) -> int:

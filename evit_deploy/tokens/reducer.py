@@ -185,7 +185,7 @@ class TokenReducer(nn.Module):
         Returns:
             FP32 ``[B, N - prefix]``; a method with its own :meth:`margin` may decide by something else.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what a token is worth")
+        raise NotImplementedError(f"{type(self).__name__} does not implement scores")
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         """Reduces the tokens; a method with state takes it as a fourth argument and gives it back as a third value.

@@ -101,8 +101,8 @@ def train(
     Args:
         recipe: What to do.
         out: Folder for the checkpoints; made if it is missing. An interrupted run leaves ``<stage>.state`` there.
-        resume: Whether to go on from where a run of the same recipe was interrupted; if it saved nothing, it begins
-            anew.
+        resume: Whether to continue an interrupted run of the same recipe; if it saved nothing, the run starts from the
+            beginning.
         device: PyTorch device; ``auto`` takes a GPU if there is one.
         dense_saved: Called once ``dense.safetensors`` is there, before the fine-tuning begins.
 
@@ -231,13 +231,15 @@ def _check_interrupted(files: dict[str, StateFile], resume: bool) -> None:
     found = [file.path for file in files.values() if file.path.exists()]
     if resume and not found:
         out = next(iter(files.values())).path.parent
-        _LOG.info(f"{out}: nothing was saved yet that could be gone on from; the run begins anew")
+        _LOG.info(f"{out}: nothing was saved yet to continue from; the run starts from the beginning")
     if resume:
         for file in files.values():
             file.read()  # one of another recipe is told before the work
     elif found:
         raise InputError(
-            "an interrupted run lies here", where=found[-1], fix="Go on with --resume, or begin anew with --force."
+            "there is an interrupted run here",
+            where=found[-1],
+            fix="Continue with --resume, or start again with --force.",
         )
 
 
@@ -487,7 +489,7 @@ def _write(
             log.write()
         state.write(content | {"curriculum": curriculum.state_dict() if curriculum is not None else None})
     except StageError as error:
-        _LOG.warning(f"the state could not be saved; training goes on without: {error}")
+        _LOG.warning(f"the state could not be saved; training continues without it: {error}")
         return False
     return True
 

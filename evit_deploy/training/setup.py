@@ -87,7 +87,7 @@ def _check_parts(recipe: Recipe, model: nn.Module) -> None:
             continue
         if run.token_labels is not None and stage == "finetune" and isinstance(model.blocks, TokenBlocks):
             raise RecipeError(
-                "token labels need tokens that are patches, and this method merges them or sets them aside",
+                "token labels need tokens that are patches, but this method merges or sets aside patches",
                 where="finetune.token_labels", seen=token_label(recipe.tokens),
                 fix="Set finetune.token_labels=null, or take tokens.method=evit without squeeze and sized.",
             )  # fmt: skip
@@ -98,7 +98,7 @@ def _check_parts(recipe: Recipe, model: nn.Module) -> None:
             )
         if (run.backbone_lr_scale, run.backbone_frozen_epochs) != (1.0, 0.0) and (stage == "dense" or not own):
             raise RecipeError(
-                "there are no layers of a method's own here, so the backbone is all there is",
+                "this method adds no layers, so there is only the backbone",
                 where=f"{stage}.backbone_lr_scale, backbone_frozen_epochs", seen=recipe.tokens.method,
                 fix="Leave both out.",
             )  # fmt: skip
@@ -172,7 +172,7 @@ def _from_checkpoint(recipe: Recipe) -> tuple[nn.Module, Checkpoint, TrainingDat
     known = checkpoint.labels is None or same_classes(checkpoint.labels, data.classes)
     if model.num_classes != len(data.classes) or not known:
         _LOG.warning(
-            f"the classifier begins anew: the data has {len(data.classes)} classes that the checkpoint does not know"
+            f"a new classifier is trained: the data has {len(data.classes)} classes that the checkpoint does not know"
         )
         model.reset_classifier(len(data.classes))
         _check_own_teacher(recipe)
@@ -218,7 +218,7 @@ def open_teacher(recipe: Recipe, model: nn.Module, preprocess: Preprocess) -> Te
     teacher: Any = build_model(checkpoint, preprocess.size[0])
     if teacher.num_classes != student.num_classes:
         raise RecipeError(
-            "the teacher knows other classes", where="teacher", seen=teacher.num_classes, wanted=student.num_classes
+            "the teacher has different classes", where="teacher", seen=teacher.num_classes, wanted=student.num_classes
         )
     if section.kind == "token" and not hasattr(student, "set_distilled_training"):
         raise RecipeError(
@@ -227,7 +227,7 @@ def open_teacher(recipe: Recipe, model: nn.Module, preprocess: Preprocess) -> Te
         )  # fmt: skip
     if section.kind == "token" and recipe.finetune.model_mode == "eval":
         raise RecipeError(
-            "in evaluation mode a model does not tell its two heads apart", where="finetune.model_mode",
+            "in evaluation mode the outputs of the two heads are not separate", where="finetune.model_mode",
             fix="Set finetune.model_mode=train.",
         )  # fmt: skip
     if section.kind == "dense":
@@ -274,7 +274,7 @@ def _check_dense_teacher(teacher: Any, student: Any, tokens: TokenSpec | None) -
         for model in (teacher, student)
     ]
     if forms[0] != forms[1]:
-        raise RecipeError("the teacher is of another form", where=where, seen=forms[0], wanted=forms[1])
+        raise RecipeError("the teacher has a different architecture", where=where, seen=forms[0], wanted=forms[1])
 
 
 def _check_labelling_teacher(teacher: Any, tokens: TokenSpec | None) -> None:
@@ -286,6 +286,6 @@ def _check_labelling_teacher(teacher: Any, tokens: TokenSpec | None) -> None:
         )  # fmt: skip
     if tokens is not None:
         raise RecipeError(
-            "the teacher drops tokens, and says nothing about those patches", where=where, seen=tokens,
+            "the teacher drops tokens and has no output for those patches", where=where, seen=tokens,
             fix="Take its dense weights.",
         )  # fmt: skip

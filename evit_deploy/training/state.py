@@ -92,13 +92,13 @@ class StateFile:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
                 f"the interrupted run's state cannot be read ({reason})", where=self.path,
-                fix="Begin anew with --force.",
+                fix="Start again with --force.",
             ) from None  # fmt: skip
         if then != self.asked:
             key, old, new = next(_differences(then, self.asked))
             raise InputError(
-                "the interrupted run was asked for something else", where=self.path, seen=f"{key} {new}",
-                wanted=f"{key} {old}", fix="Go on with the same recipe, or begin anew with --force.",
+                "the interrupted run had different settings", where=self.path, seen=f"{key} {new}",
+                wanted=f"{key} {old}", fix="Continue with the same recipe, or start again with --force.",
             )  # fmt: skip
         return state
 

@@ -159,6 +159,6 @@ class TokenLabelTask(ClassificationTask):
                 shown = self.teacher.normalize_input(images, self._mean, self._std)
                 return token_logits(self.teacher.model, shown).token_logits.float().softmax(dim=-1)
         if not labels:
-            raise InputError("the images come without token labels", fix="Set data.token_labels, or take a teacher.")
+            raise InputError("the images have no token labels", fix="Set data.token_labels, or take a teacher.")
         maps, boxes, flipped, warps = labels
         return crop_token_labels(maps, boxes, flipped, self._grid, self._classes, self._smoothing, warps)

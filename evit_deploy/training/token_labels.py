@@ -179,7 +179,9 @@ def token_label_loss(
     batch, _, classes = token_logits.shape
     if token_labels.dim() != 3 or (token_labels.shape[0], token_labels.shape[2]) != (batch, classes):
         raise InputError(
-            "token labels of other tokens", seen=list(token_labels.shape), wanted=f"[{batch}, patches, {classes}]"
+            "token labels that do not match the tokens",
+            seen=list(token_labels.shape),
+            wanted=f"[{batch}, patches, {classes}]",
         )
     loss = F.cross_entropy(class_logits.float(), labels, label_smoothing=label_smoothing)
     known = kept != FUSED

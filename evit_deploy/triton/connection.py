@@ -63,7 +63,7 @@ class Server(msgspec.Struct, frozen=True):
         model: Its name there; :func:`evit_deploy.triton.find.find_model` can find it.
         version: Its version; empty for the server's choice.
         shared_memory: Whether tensors go through the system's shared memory instead of the connection: for a server on
-            this machine. Where it cannot be had that is an error, never another way taken instead.
+            this machine. If it is not available, that is an error; no other transport is used.
         timeout: Seconds to wait for the server to be ready, and for each answer.
     """
 

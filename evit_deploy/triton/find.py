@@ -59,7 +59,7 @@ def _only_fitting(connection: Connection, served: Server, manifest: Manifest) ->
         ready = [name for name, reason in connection.models().items() if not reason]
     except InterfaceClosed:
         raise InputError(
-            "this server does not list its models", where=served.url, fix="Say which one is meant: --model-name."
+            "this server does not list its models", where=served.url, fix="Choose one with --model-name."
         ) from None
     fitting = [name for name in ready if not misfits(connection.describe(name), manifest)]
     if len(fitting) == 1:
@@ -67,7 +67,7 @@ def _only_fitting(connection: Connection, served: Server, manifest: Manifest) ->
     if fitting:
         raise InputError(
             "several models on this server take this bundle's tensors", where=served.url, seen=", ".join(fitting),
-            fix="Say which one: --model-name.",
+            fix="Choose one with --model-name.",
         )  # fmt: skip
     raise InputError(
         "no model on this server takes this bundle's tensors", where=served.url,
@@ -80,7 +80,7 @@ def _refuse_misfit(model: ServedModel, served: Server, manifest: Manifest) -> No
     if reasons:
         raise InputError(
             f"the model {model.name!r} is not this bundle's: {'; '.join(reasons)}", where=served.url,
-            fix="Say which one is: --model-name.",
+            fix="Choose one with --model-name.",
         )  # fmt: skip
 
 

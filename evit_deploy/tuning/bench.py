@@ -35,7 +35,7 @@ class Bench(msgspec.Struct, frozen=True):
         runtime: Name in the registry of runtimes.
         made: Targets, precision and options of what is made.
         about: timm name, and how an image file becomes an input tensor.
-        batch: Images a call.
+        batch: Images per call.
         threads: CPU threads, ``None`` for the runtime's own choice.
         images: For ``int8`` and ``fp8``: images to learn ranges from, float32 ``[n, C, H, W]``.
     """

@@ -61,7 +61,7 @@ class Findings:
             return [msgspec.json.decode(line, type=Finding) for line in lines if line.endswith(b"}}")]
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InputError(
-                f"this is not the record of a search: {error}", where=self._path, fix="Give --force to begin anew."
+                f"not a record of a search: {error}", where=self._path, fix="Give --force to start again."
             ) from None
 
     def of(self, goal: str) -> list[Finding]:

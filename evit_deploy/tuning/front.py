@@ -71,7 +71,7 @@ class Tuning(msgspec.Struct, frozen=True):
         front: Of all schedules that were looked at those to which none is both faster and nearer, by the staircase.
         staircase: What parts of the model cost.
         looked_at: How many schedules were tried on images.
-        images: Calibration images that the finalists were held against the dense model on.
+        images: Calibration images on which the finalists were compared with the dense model.
         notes: Sentences for the reader.
         versions: Packages.
         device: Where it was measured.

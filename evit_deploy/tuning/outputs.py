@@ -83,14 +83,16 @@ def _check_same(path: Path, about: dict[str, Any]) -> None:
     try:
         known = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except msgspec.DecodeError as error:
-        raise InputError(f"this does not say what was searched for: {error}", where=path, fix="Give --force.") from None
+        raise InputError(
+            f"the settings of the search cannot be read: {error}", where=path, fix="Give --force."
+        ) from None
     now = msgspec.json.decode(msgspec.json.encode(about))
     other = [name for name in now if known.get(name) != now[name]]
     if other:
         raise InputError(
-            "this is another search", where=path, seen="; ".join(f"{name} {now[name]}" for name in other),
+            "this search has different settings", where=path, seen="; ".join(f"{name} {now[name]}" for name in other),
             wanted="; ".join(f"{name} {known.get(name)}" for name in other),
-            fix="Ask for the same, give --force to begin anew, or another --out.",
+            fix="Use the same settings, give --force to start again, or another --out.",
         )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ class Staircase(msgspec.Struct, frozen=True):
 
     Args:
         runtime: What was measured on.
-        batch: Images a call.
+        batch: Images per call.
         clock: What the seconds are of.
         counts: Numbers of tokens, falling; the first is the dense model's.
         block: Of each, one whole block.

@@ -63,7 +63,7 @@ def check_request(options: TuneOptions, tokens: TokenOptions) -> None:
     """
     strange = next((name for name in ("keep_rate", "locations") if name in tokens), None)
     if strange is not None:
-        raise InputError(f"{strange} is what is searched for", where=strange, fix="Leave it out.")
+        raise InputError(f"{strange} is what tune searches for", where=strange, fix="Leave it out.")
     check_method(tokens)
     check_method_has_schedules(tokens.get("method", "evit"))
     if options.calibration is None:

@@ -68,8 +68,8 @@ def tune(
         options: The budget, the images, where to measure and how long to search.
         model: timm name that decides the architecture.
         out: Folder for the findings, the tables and the recipe; ``<stem>-tune`` beside the checkpoint by default.
-        force: Whether to begin anew where there are results.
-        resume: Whether to go on with the findings that are there; other processes may be adding to them.
+        force: Whether to start again where there are results.
+        resume: Whether to continue with the existing findings; other processes may be adding to them.
         bundle: Whether to convert the winner too, into ``bundle`` in this folder.
         tokens: Method, its options and fusion; no rates and no locations, which are what is searched for.
 
@@ -81,7 +81,7 @@ def tune(
         InputError: Something that was given cannot be used, or the dense model meets the budget as it is.
         MissingRequirement: A package or a device is not here.
         GateFailed: The device is too noisy to rank schedules by.
-        Interrupted: The search was stopped; it goes on with ``resume``.
+        Interrupted: The search was stopped; continue it with ``resume``.
     """
     asked: TokenOptions = tokens or {}
     check_request(options, asked)
@@ -152,15 +152,15 @@ def _runtime(options: TuneOptions, made: Lowering) -> str:
     """The runtime to time on.
 
     Raises:
-        InputError: It is a server, or nothing here runs what is made.
+        InputError: It is a server, or no runtime here can run this target.
         MissingRequirement: It is not here.
     """
     own = made.provers(options.target or PORTABLE)
     if options.runtime is None and not own:
-        raise InputError("nothing here runs what is made", where="--target", seen=options.target)
+        raise InputError("no runtime here can run this target", where="--target", seen=options.target)
     name = options.runtime or own[0]
     if RUNTIMES.get(name).served:
-        raise InputError("a search runs in this process, and not on a server", where="--runtime", seen=name)
+        raise InputError("a search runs in this process, not on a server", where="--runtime", seen=name)
     missing = RUNTIMES.get(name).missing()
     if missing is not None:
         raise missing
@@ -199,7 +199,7 @@ def _staircase(subject: Subject, bench: Bench, options: TuneOptions, place: Path
             return msgspec.json.decode(known.read_bytes(), type=Staircase)
         except msgspec.DecodeError as error:
             fix = "Give --force to measure it anew."
-            raise InputError(f"this is no staircase: {error}", where=known, fix=fix) from None
+            raise InputError(f"not a staircase: {error}", where=known, fix=fix) from None
     shape = subject.planner.shape
     counts = counts_for(shape.prefix, shape.patches, _ENGINE_COUNTS if bench.made.engine_target else _COUNTS)
     rough = measure_staircase(subject.model, subject.planner, bench, counts, options.duration)

@@ -71,7 +71,7 @@ def read_arrays(path: Path, wanted: Mapping[str, ArraySpec], most: Mapping[str, 
 def _check_entry(entry: zipfile.ZipInfo, path: Path, size: int) -> None:
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
         raise InputError(
-            "an array is packed", where=path, seen=repr(entry.filename), wanted="arrays as they are", fix=_FIX
+            "an array is compressed", where=path, seen=repr(entry.filename), wanted="arrays as they are", fix=_FIX
         )
 
 
@@ -86,7 +86,7 @@ def _read(
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
         if version not in _HEADERS:
-            raise InputError("an array of another format", where=where, seen=version, wanted="(1, 0)", fix=_FIX)
+            raise InputError("an array in the wrong format", where=where, seen=version, wanted="(1, 0)", fix=_FIX)
         shape, by_columns, dtype = _HEADERS[version](file)
         _check_type(dtype, wanted, where)
         _check_shape(shape, wanted, sizes, most, where)
@@ -96,7 +96,7 @@ def _read(
         found = raw.readinto(content) + len(file.read(1))
     if found != size:
         raise InputError(
-            "an array of another length than its header says", where=where, seen=f"{entry.file_size} bytes",
+            "the length of an array does not match its header", where=where, seen=f"{entry.file_size} bytes",
             wanted=f"{size} and the header", fix=_FIX,
         )  # fmt: skip
     array = np.frombuffer(content, dtype).reshape(shape, order="F" if by_columns else "C")
@@ -112,7 +112,7 @@ def _check_type(dtype: np.dtype[Any], wanted: ArraySpec, where: str) -> None:
     fits = dtype.name in wanted.dtypes or ("str" in wanted.dtypes and dtype.kind == "U" and dtype.itemsize <= 4 * 64)
     if not fits or dtype.hasobject:
         raise InputError(
-            "an array of another type", where=where, seen=dtype.name, wanted=" or ".join(wanted.dtypes), fix=_FIX
+            "an array of the wrong type", where=where, seen=dtype.name, wanted=" or ".join(wanted.dtypes), fix=_FIX
         )
 
 
@@ -128,4 +128,4 @@ def _check_shape(
             fits = fits and size == expected
     if not fits:
         expected = ", ".join(str(sizes.get(s, s) if isinstance(s, str) else s) for s in wanted.shape)
-        raise InputError("an array of another shape", where=where, seen=shape, wanted=f"({expected})", fix=_FIX)
+        raise InputError("an array of the wrong shape", where=where, seen=shape, wanted=f"({expected})", fix=_FIX)

@@ -147,7 +147,7 @@ def load_golden(path: Path, manifest: Manifest) -> Golden:
     plain: dict[str, Any] = {name: arrays[name] for name in _PLAIN} | {"precision": str(arrays["precision"])}
     if plain["precision"] != manifest.precision:
         raise InputError(
-            "the golden answers are of another precision than the manifest says", where=path, seen=plain["precision"],
+            "the precision of the golden answers does not match the manifest", where=path, seen=plain["precision"],
             wanted=manifest.precision,
         )  # fmt: skip
     return Golden(**plain, kept=kept, margin=margin)

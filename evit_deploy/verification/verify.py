@@ -85,8 +85,8 @@ def verify(
         runtimes: Names in the registry of runtimes; all that can run the bundle here when empty.
         batch_sizes: Batches to try; by default 1, 2 and 8, or the ends and the optimum of every profile of a plan.
         threads: CPU threads, ``None`` for each runtime's own choice.
-        against: Checkpoint that the bundle was made from, where it is no longer in its place.
-        data: Folder of images to hold the model against its dense twin on, and runtimes against one another: top-1,
+        against: Checkpoint that the bundle was made from, if it was moved.
+        data: Folder of images on which the model is compared with its dense twin, and runtimes with each other: top-1,
             top-5 and agreement, of a model without classes cosine and retrieval. Without class folders (class/image)
             only what needs no labels.
         plugin: Library that the engine needs; by default the one in the user's cache whose hash the manifest has.
@@ -117,7 +117,7 @@ def verify(
     model, why_not = parent_model(bundle, against)
     if why_not and (against or "eager" in runtimes):
         raise InputError(
-            f"the PyTorch model cannot be had: {why_not}", where="--against" if against else "--runtime eager"
+            f"the PyTorch model is not available: {why_not}", where="--against" if against else "--runtime eager"
         )
     golden, found = hold_golden(bundle, golden, model, why_not, served=server is not None)
     report += found + verify_precision(golden, bundle.manifest.answer)
@@ -141,7 +141,7 @@ def hold_golden(
 ) -> tuple[Golden, Report]:
     """Makes sure that golden answers are the model's, and finds what rounding may move them by; neither is believed.
 
-    With the PyTorch model both are computed anew. Without it, the answers have to be those of the bundle's own ONNX
+    With the PyTorch model both are computed again. Without it, the answers have to be those of the bundle's own ONNX
     files, by limits that their tensors set.
 
     Args:
@@ -177,13 +177,13 @@ def hold_golden(
         error = distance(np.where(same[:, None], golden.reference, fresh.reference), fresh.reference)
         checks = [_held(f"golden {answer}: PyTorch's", error, fresh.limit(), bool((same | tie).all()))]
         twin = fresh.dense_reference
-        note = "The reference was computed anew, in FP64, from the checkpoint."
+        note = "The reference was computed again, in FP64, from the checkpoint."
     else:
         doing(_LOG, "computing what rounding may change")
         own = own_limits(golden, bundle.file(MODEL), bundle.file(DENSE), plan, bundle.manifest.tokens.method)
         fresh, twin = own.golden, own.dense
         checks = _answer_checks("golden answers, by model.onnx in FP32", fresh, which, own.outputs, plan)
-        note = f"Held against the bundle's own golden answers: PyTorch itself was not run again ({why_not})."
+        note = f"Compared with the bundle's own golden answers: PyTorch itself was not run again ({why_not})."
     checks.append(
         _held(f"golden {answer} of the dense twin", distance(golden.dense_reference, twin), fresh.dense_limit())
     )

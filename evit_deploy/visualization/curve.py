@@ -177,7 +177,7 @@ def removal_curve(
             classes has labels.
         rates: Keep rates of each location.
         sample: Images at most; evenly spaced of more.
-        against: The bundle's checkpoint, where it is no longer in its place.
+        against: The bundle's checkpoint, if it was moved.
         model: Of a checkpoint: timm name that decides the architecture.
         tokens: Of a checkpoint: ``locations``, ``fuse``, and a ``method`` to compare with.
 
@@ -217,16 +217,16 @@ def _check(rates: Sequence[float], sample: int) -> None:
     strange = next((rate for rate in rates if not 0 < rate < 1), None)
     if strange is not None or not rates:
         raise InputError(
-            "this is no keep rate to remove patches at", where="rates", seen=strange, wanted="0 < rate < 1"
+            "not a keep rate at which patches are removed", where="rates", seen=strange, wanted="0 < rate < 1"
         )
     if sample < 1:
-        raise InputError("no images to ask about", where="sample", seen=sample, wanted="a whole number from 1 up")
+        raise InputError("no images to answer", where="sample", seen=sample, wanted="a whole number from 1 up")
 
 
 def _of_bundle(source: str | Path, against: str | Path | None, tokens: TokenOptions, model: str | None) -> _Asked:
     if tokens or model is not None:
         name = "model" if model is not None else next(iter(tokens))
-        raise InputError("a bundle is asked as it is", where=name, fix=f"Leave {name} out.")
+        raise InputError("the options of a bundle are fixed", where=name, fix=f"Leave {name} out.")
     bundle = checked_bundle(source)
     manifest = bundle.manifest
     parent = asked_for(bundle, "eager", None if against is None else Path(against))
@@ -235,7 +235,7 @@ def _of_bundle(source: str | Path, against: str | Path | None, tokens: TokenOpti
 
 def _of_checkpoint(source: str | Path, tokens: TokenOptions, model: str | None) -> _Asked:
     if "keep_rate" in tokens:
-        raise InputError("the keep rates of a curve are its own", where="keep_rate", fix="Give rates.")
+        raise InputError("a curve has separate keep rates", where="keep_rate", fix="Give rates.")
     checkpoint = read_checkpoint(source, model)
     spec, notes = resolve_tokens(checkpoint, **{"keep_rate": RATES[0], **tokens})
     for note in (*checkpoint.notes, *notes):

@@ -129,7 +129,7 @@ def check_out(files: Iterable[Path], *, force: bool, suffixes: Sequence[str] = S
             raise InputError("this is a folder", where=file, wanted="a file")
         if file.suffix.lower() not in suffixes:
             raise InputError(
-                "the ending says how it is written, and this one is not known", where=file, seen=file.suffix or "none",
+                "unknown file extension", where=file, seen=file.suffix or "none",
                 wanted=" or ".join(suffixes), fix=f"Say --out {shlex.quote(str(file.with_suffix(suffixes[0])))}.",
             )  # fmt: skip
         if os.path.lexists(file) and not force:
@@ -137,7 +137,7 @@ def check_out(files: Iterable[Path], *, force: bool, suffixes: Sequence[str] = S
         if not file.parent.is_dir():
             raise InputError("its folder is not there", where=file, seen=file.parent)
         if not os.access(file.parent, os.W_OK):
-            raise InputError("nothing may be written there", where=file.parent, fix="Give another --out.")
+            raise InputError("cannot write there", where=file.parent, fix="Give another --out.")
 
 
 def draw_files(

@@ -96,10 +96,10 @@ def show(
         source: A bundle, a checkpoint as :func:`~evit_deploy.models.checkpoint.read_checkpoint` takes it, or a reduced
             PyTorch model.
         images: One image or several, as :class:`~evit_deploy.inference.model.Model` takes them.
-        runtimes: Who runs a bundle; by default ONNX Runtime, or PyTorch (``eager``) where that cannot run the file.
-            What the first one says is drawn, and the others are compared with it.
+        runtimes: Runtimes for a bundle; by default ONNX Runtime, or PyTorch (``eager``) where that cannot run the file.
+            The answer of the first one is drawn, and the others are compared with it.
         blocks: Locations to draw; by default all, or four of more.
-        against: Checkpoint of the bundle, for ``eager``, where it is no longer in its place.
+        against: Checkpoint of the bundle, for ``eager``, if it was moved.
         model: Of a checkpoint: timm name that decides the architecture.
         preprocess: Of a PyTorch model: from image to input; by default timm's.
         tokens: Of a checkpoint: fields of the spec; the rest comes from the checkpoint.

@@ -138,9 +138,7 @@ def opened_bundle(
     reasons = File.unusable(bundle)
     names = list(dict.fromkeys(runtimes)) or [_EAGER if reasons or against else OnnxRuntimeRunner.name]
     if against is not None and all(RUNTIMES.get(name).files for name in names):
-        raise InputError(
-            "a checkpoint is of use to PyTorch's own runtimes alone", where="against", fix="Ask the runtime eager too."
-        )
+        raise InputError("only PyTorch's runtimes use a checkpoint", where="against", fix="Use the runtime eager too.")
     with contextlib.ExitStack() as stack:
         found = [_teller(bundle, name, against, threads, stack) for name in names]
         scorer = None

@@ -20,7 +20,7 @@ from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.reduce import capture, token_plan, token_spec
 
 BATCH = 8
-"""Images a call."""
+"""Images per call."""
 
 
 class Told(msgspec.Struct, frozen=True):

@@ -98,11 +98,11 @@ def test_keys_of_other_kinds_are_refused(tmp_path):
         read_private_key(tmp_path / "encrypted")
     curve = generate_private_key(SECP256R1())
     (tmp_path / "curve").write_bytes(curve.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    with pytest.raises(InputError, match="a key of another kind"):
+    with pytest.raises(InputError, match="the key has the wrong type"):
         read_private_key(tmp_path / "curve")
     form = Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
     (tmp_path / "curve.pub").write_bytes(curve.public_key().public_bytes(*form))
-    with pytest.raises(InputError, match="a key of another kind"):
+    with pytest.raises(InputError, match="the key has the wrong type"):
         read_public_key(tmp_path / "curve.pub")
 
 

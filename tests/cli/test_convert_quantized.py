@@ -73,7 +73,7 @@ def test_a_manifest_that_says_otherwise_is_found_out(convert, tmp_path):
     ("arguments", "hints"),
     [
         (["--keep-precision", "head,blocks.7.*"], ["--keep-precision", "'blocks.7.*'", "Did you mean 'blocks."]),
-        (["--keep-precision", "*"], ["name every layer", "nothing would be quantised"]),
+        (["--keep-precision", "*"], ["match every layer", "nothing would be quantised"]),
     ],
 )
 def test_patterns_that_fit_nothing_are_refused_and_nothing_is_written(convert, tmp_path, arguments, hints):

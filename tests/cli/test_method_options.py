@@ -46,7 +46,7 @@ def test_a_bundle_of_a_model_that_pools(cli, pooled, options, label):
 def test_without_them_the_way_is_named(cli, pooled):
     asked = ("convert", pooled, "--keep-rate", "0.6")
     cli(*asked).refused(2, "its head pools the patch tokens", "normalize=true and sized=true", "tome", "evo-vit")
-    cli(*asked, *SQUEEZE, "--method-option", "normalize=true").refused(2, "squeeze makes none")
+    cli(*asked, *SQUEEZE, "--method-option", "normalize=true").refused(2, "squeeze has none")
     cli(*asked, *SIZED, "--no-fuse").refused(2, "no place for a patch that is dropped")
     cli(*asked, "--method-option", "squeeze").refused(2, "--method-option", "expected OPTION=VALUE")
     cli(*asked, "--method-option", "squeeze=ja").refused(2, "Expected `bool`")

@@ -94,7 +94,7 @@ def test_verify_loads_the_library_that_the_manifest_names(with_engine, cache, pr
     assert present == [right] * 4
     with pytest.raises(InputError, match="--plugin none: the engine was built with a plugin"):
         verify(bundle.path, plugin="none")
-    with pytest.raises(InputError, match="the plan was built with another library"):
+    with pytest.raises(InputError, match="the plan was built with a different library"):
         verify(bundle.path, plugin=library(tmp_path / "other.so", more=b"another"))
     assert present == [right] * 4
 

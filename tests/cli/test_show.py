@@ -153,7 +153,7 @@ def test_no_images_no_bundle_and_no_place_to_write(cli, converted, photographs, 
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     here.chmod(0o500)
-    cli("show", converted.path, photographs).refused(2, "nothing may be written there")
+    cli("show", converted.path, photographs).refused(2, "cannot write there")
 
 
 def test_many_images_are_drawn_on_numbered_sheets(cli, converted, tmp_path, here):

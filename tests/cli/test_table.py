@@ -32,7 +32,7 @@ def test_json_and_markdown(cli):
         ([], ["NUMBER"]),
         (["1", "--weights", "x"], ["expected NAME=FILE"]),
         (["1", "--weights", "=x"], ["expected NAME=FILE"]),
-        (["1", "--weights", "x=y", "--data", "."], ["no row takes these weights", "DeiT-S"]),
+        (["1", "--weights", "x=y", "--data", "."], ["no row of the table uses these weights", "DeiT-S"]),
         (["1", "--weights", "DeiT-S=y", "--weights", "DeiT-S=z", "--data", "."], ["twice"]),
         (["1", "--weights", "DeiT-S=y"], ["Give --data"]),
         (["1", "--data", "."], ["Give --weights"]),

@@ -17,7 +17,7 @@ from tests.support.training import recipe
 @pytest.mark.parametrize("command", ["train", "run"])
 def test_anew_and_on_at_once_is_refused(cli, command):
     cli(command, RECIPES / "digits.yaml", "--force", "--resume").refused(
-        2, "--force begins anew and --resume continues"
+        2, "--force starts again and --resume continues"
     )
 
 

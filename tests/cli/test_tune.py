@@ -36,7 +36,7 @@ def test_every_field_of_its_options_is_a_flag(budget, wanted):
 @pytest.mark.parametrize(
     ("arguments", "code", "hints"),
     [
-        ([], 2, ["a search takes one budget", "got none"]),
+        ([], 2, ["a search needs exactly one budget", "got none"]),
         ([*BUDGET, "--max-drop", "1", "--data", "x"], 2, ["one budget", "min_speedup and max_drop"]),
         (["--max-drop", "1"], 2, ["no labelled images"]),
         (["--max-latency", "2"], 2, ["not a time", "2ms"]),

@@ -174,8 +174,8 @@ def test_shards_are_chosen_by_notation_or_by_info(tmp_path):
         (Place("wds/none", num_classes=3), "no such folder"),
         (Place("wds/{root}"), r"data\.num_classes"),
         (Place("wds/{root}", num_classes=2), "label is not among the classes.*got 2.*0 to 1"),
-        (Place("wds/{root}", target_key="name", num_classes=3), "no label can be read.*an integer"),
-        (Place("wds/{root}", target_key="none", num_classes=3), "no label can be read"),
+        (Place("wds/{root}", target_key="name", num_classes=3), "the label cannot be read.*an integer"),
+        (Place("wds/{root}", target_key="none", num_classes=3), "the label cannot be read"),
         (Place("tfds/mnist"), "'tfds'"),
         (Place("{root}/text.tar"), "text.tar.*cannot be read"),
         (Place("{root}/empty.tar"), "no images"),
@@ -411,12 +411,12 @@ def test_a_share_that_leaves_a_class_out_is_told(tmp_path):
 
 
 def test_what_no_share_can_be_held_out_of_is_refused(tmp_path):
-    for make, word in ((make_tar, "class folders only"), (make_shards, "class folders only")):
+    for make, word in ((make_tar, "only work with class folders"), (make_shards, "only work with class folders")):
         section = DataSection(name="folder", train=make(tmp_path / make.__name__), validation_share=0.5, num_classes=3)
         with pytest.raises(RecipeError, match=rf"data\.validation_share.*{word}.*Set data\.validation"):
             open_data(section, SMALL)
     single = class_folder(tmp_path / "single", {"cat": 1, "dog": 1})
-    with pytest.raises(RecipeError, match=r"no class has an image to spare \(got 2 images, one a class\)"):
+    with pytest.raises(RecipeError, match=r"no class has a second image to hold out \(got 2 images, one a class\)"):
         open_data(DataSection(name="folder", train=str(single), validation_share=0.5), SMALL)
 
 

@@ -133,7 +133,7 @@ def test_labels_of_another_shape_are_refused():
     model = reduced()
     found = token_logits(model, torch.from_numpy(images(model, 2)))
     for shape in ((2, 36), (1, 36, 10), (2, 36, 7)):
-        with pytest.raises(InputError, match="token labels of other tokens"):
+        with pytest.raises(InputError, match="token labels that do not match the tokens"):
             token_label_loss(*found, torch.tensor([0, 1]), torch.zeros(shape))
 
 
@@ -184,7 +184,7 @@ def test_files_that_are_no_maps(tmp_path):
     (tmp_path / "map.pt").write_bytes(b"PK\x03\x04 not a file")
     with pytest.raises(InputError, match="not a token label map"):
         read_token_labels(tmp_path / "map.pt", 10)
-    with pytest.raises(InputError, match="other classes"):
+    with pytest.raises(InputError, match="of unknown classes"):
         read_token_labels(write_map(tmp_path / "map.pt", peaked(3, 3, 10)), 5)
     for place in ((0, 0, 0, 0), (1, 0, 0, 0)):
         damaged = peaked(3, 3, 10)

@@ -134,5 +134,5 @@ def test_the_grid_is_the_one_with_the_most_square_patches():
     assert grid_of(224, 224, 196) == (14, 14)
     assert grid_of(518, 518, 1369) == (37, 37)
     assert grid_of(96, 192, 72) == (6, 12)
-    with pytest.raises(InputError, match="where the patches lie"):
+    with pytest.raises(InputError, match="positions of the patches"):
         grid_of(224, 224, 197)

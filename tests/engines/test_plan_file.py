@@ -118,9 +118,9 @@ def test_the_exporter_s_own_models_are_known_for_onnx(plan, converted):
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no plan can be read there \(No such file"):
+    with pytest.raises(InputError, match=r"the plan cannot be read \(No such file"):
         read_header(tmp_path / "none.plan")
-    with pytest.raises(InputError, match=r"no plan can be read there \(Is a directory"):
+    with pytest.raises(InputError, match=r"the plan cannot be read \(Is a directory"):
         read_header(tmp_path)
 
 

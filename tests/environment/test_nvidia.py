@@ -66,7 +66,7 @@ def test_a_gpu_that_the_driver_does_not_know(driver, torch_sees_a_gpu):
 def test_clocks_of_a_driver_that_does_not_answer(driver, torch_sees_a_gpu):
     said = on_gpu(driver, LOOK, 89, FAKE_RETURN="9", FAKE_TRACE="1").splitlines()
     assert said == [
-        "the GPU's driver cannot be asked (Driver Not Loaded). "
+        "the GPU driver cannot be queried (Driver Not Loaded). "
         "Install NVIDIA's driver; in a container, start it with --gpus all."
     ]
 

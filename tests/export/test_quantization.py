@@ -327,7 +327,7 @@ def test_layers_are_called_as_in_the_checkpoint(kind):
         (("blocks.0.attn.qkv",), ["'blocks.0.attn.qkv'", "Did you mean 'blocks.0.attn."]),
         (("norm",), ["'norm'", "one of blocks.0.attn.q,"]),
         (("",), ["''"]),
-        (("head", "blocks.*"), ["name every layer", "nothing would be quantised"]),
+        (("head", "blocks.*"), ["match every layer", "nothing would be quantised"]),
     ],
 )
 def test_patterns_that_name_no_layer_or_all(patterns, hints):

@@ -250,7 +250,7 @@ def test_files_that_came_to_the_old_bundle_meanwhile_are_not_removed(tmp_path):
     out.mkdir()
     with Staging(out, force=True) as staging:
         (out / "thesis").write_text("mine")
-        with pytest.raises(InputError, match=r"no bundle wrote.*thesis"):
+        with pytest.raises(InputError, match=r"do not belong to a bundle.*thesis"):
             staging.publish(out)
     assert names(tmp_path) == ["bundle", "bundle/thesis"]
 

@@ -301,7 +301,7 @@ def test_a_runtime_that_is_not_here_is_missing(converted):
 def test_a_file_that_is_not_as_it_was_written_is_refused(name, copy):
     with (copy / name).open("ab") as file:
         file.write(b" ")
-    with pytest.raises(InputError, match=f"changed or are gone: {name}"):
+    with pytest.raises(InputError, match=f"changed or are missing: {name}"):
         load(copy)
 
 
@@ -317,7 +317,9 @@ def test_labels_are_the_manifests(copy, inputs):
     with load(rewritten(copy, labels=names)) as model:
         assert model.labels == names
         assert model.predict(inputs[0]).label == names[model.predict(inputs[0]).index]
-    with pytest.raises(InputError, match=r"labels for another number of classes \(got 3 labels for 10 classes\)"):
+    with pytest.raises(
+        InputError, match=r"the number of labels is not the number of classes \(got 3 labels for 10 classes\)"
+    ):
         load(rewritten(copy, labels=names[:3]))
 
 

@@ -630,7 +630,7 @@ def test_a_levit_of_facebooks_is_timms(name):
 def test_a_levit_of_another_grid_is_refused():
     released = facebook("levit_128s")
     key = "blocks.0.m.attention_bias_idxs"
-    with pytest.raises(CheckpointError, match="another grid"):
+    with pytest.raises(CheckpointError, match="a different grid"):
         layouts.find_levit("file", released | {key: released[key].flip(0)})
 
 

@@ -260,7 +260,7 @@ def test_names_are_known_where_timms_are():
     check_model_name("lvvit_s", where="--model")
     with pytest.raises(InputError, match="lvvit_s"):
         check_model_name("lvvit_small", where="--model")
-    with pytest.raises(MissingRequirement, match="no weights can be fetched") as caught:
+    with pytest.raises(MissingRequirement, match="no weights can be downloaded") as caught:
         read_checkpoint("lvvit_s")
     assert "--model lvvit_s" in str(caught.value.fix)
 

@@ -143,7 +143,8 @@ def test_a_guess_stands_out_and_ends_with_what_was_asked_for():
 def test_labels_have_to_be_of_the_classes(tmp_path):
     names = Said(["x", "y"], "config.json, id2label")
     with pytest.raises(
-        InputError, match=r"config\.json, id2label: labels for another number of classes .got 2 labels, expected 3"
+        InputError,
+        match=r"config\.json, id2label: the number of labels is not the number of classes .got 2 labels, expected 3",
     ):
         resolve_inputs("vit_tiny_patch16_224", 3, SAID, names, PreprocessOptions())
     assert resolve_inputs("vit_tiny_patch16_224", 0, SAID, names, PreprocessOptions()).labels is None

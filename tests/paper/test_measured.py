@@ -128,7 +128,7 @@ def test_accuracy_is_counted_right(small, weights, images):
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        ({"weights": {"absent": "x"}, "data": "x"}, "no row takes these weights"),
+        ({"weights": {"absent": "x"}, "data": "x"}, "no row of the table uses these weights"),
         ({"weights": {"mine": "x.pth"}}, "Give --data"),
         ({"data": "x"}, "Give --weights"),
         ({"options": PaperOptions(throughput=True, runtime="tensorrt")}, "need no engine"),

@@ -25,7 +25,7 @@ def test_the_tables():
     [("2", "Did you mean 2a or 2b"), ("8", "expected 1, 2a"), ("", "expected 1, 2a"), ("2c", "Did you mean '2")],
 )
 def test_other_tables_are_refused_with_those_that_there_are(number, hints):
-    with pytest.raises(InputError, match=r"no such table of the EViT paper here") as caught:
+    with pytest.raises(InputError, match=r"no such table of the EViT paper") as caught:
         published_table(number)
     assert hints in str(caught.value)
     assert "6b, 7" in str(caught.value)

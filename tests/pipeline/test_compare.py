@@ -230,8 +230,8 @@ def test_another_task_is_refused_where_accuracy_is_compared(converted, fewer, pi
     inputs = [manifest["inputs"][0] | {"shape": [None, 3, 64, 64]}]
     smaller, tighter = preprocess | {"size": [64, 64]}, preprocess | {"crop_pct": 0.5}
     for first, changes, message in (
-        (converted.path, {"outputs": classes}, r"tell other classes apart .got 10 and 7"),
-        (named, {"labels": digits}, r"call their classes differently .got class 9 is 'j' and '0'"),
+        (converted.path, {"outputs": classes}, r"have different classes .got 10 and 7"),
+        (named, {"labels": digits}, r"have different class names .got class 9 is 'j' and '0'"),
         (
             converted.path,
             {"preprocess": smaller, "inputs": inputs},

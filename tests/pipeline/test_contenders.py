@@ -120,7 +120,7 @@ def test_models_by_name_have_weights_from_the_seed_and_share_a_baseline(tmp_path
     ("overrides", "message"),
     [
         (["compare=[{tokens: {keep_rate: 0.5}}]"], "length >= 2"),
-        (["compare=[{bundle: a, tokens: {keep_rate: 0.5}}, {bundle: b}]"], "takes nothing but a name"),
+        (["compare=[{bundle: a, tokens: {keep_rate: 0.5}}, {bundle: b}]"], "accepts only a name"),
         (["compare=[{bundle: a, name: ../x}, {bundle: b}]"], "not a name for a folder .got '../x'"),
         (["compare=[{bundel: a}, {bundle: b}]"], r"compare\[0\].*bundel"),
         (["compare=[{tokens: {keep_rate: 7}}, {bundle: b}]"], "keep rate is out of range"),
@@ -141,7 +141,7 @@ def test_recipes_that_say_nothing_sensible(overrides, message):
     [
         (["compare=[{tokens: {keep_rate: 0.6}}, {tokens: {keep_rate: 0.6}}]"], "two entries have the same name"),
         (["compare=[{tokens: {keep_rate: 0.6}}, {name: x}]"], "a keep rate is needed"),
-        (["compare=[{tokens: {keep_rate: 0.6}}, {name: x, model: test_vit}]"], "weights from a seed say nothing"),
+        (["compare=[{tokens: {keep_rate: 0.6}}, {name: x, model: test_vit}]"], "weights from a seed do not determine"),
         (["compare=[{tokens: {keep_rate: 0.6}}, {bundle: absent}]"], "absent: no such bundle"),
         (["compare=[{tokens: {keep_rate: 0.6}}, {checkpoint: absent.pth, tokens: {keep_rate: 0.5}}]"], "absent.pth"),
         (["compare=[{tokens: {keep_rate: 0.6}}, {model: deit_smal, tokens: {keep_rate: 0.5}}]"], "deit_smal"),
@@ -170,7 +170,7 @@ def test_what_cannot_be_carried_out_is_told_before_anything_is_made(recipe, over
 
 
 def test_an_entry_without_anything_to_make_it_of(tmp_path):
-    with pytest.raises(RecipeError, match="names nothing to make a bundle of"):
+    with pytest.raises(RecipeError, match="names nothing to generate a bundle of"):
         compare_recipe(quick("model=null"), tmp_path)
 
 
@@ -181,7 +181,7 @@ def test_what_somebody_else_wrote_is_not_replaced(recipe, tmp_path):
     before = tree(out)
     with pytest.raises(InputError, match="less: it exists already"):
         compare_recipe(recipe, out)
-    with pytest.raises(InputError, match=r"no bundle wrote.*thesis\.txt"):
+    with pytest.raises(InputError, match=r"do not belong to a bundle.*thesis\.txt"):
         compare_recipe(recipe, out, force=True)
     assert tree(out) == before
 

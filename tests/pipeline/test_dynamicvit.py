@@ -101,7 +101,7 @@ def test_the_rate_has_to_be_said_where_the_file_does_not(tmp_path, cli):
     checkpoint = read_checkpoint(path)
     assert checkpoint.tokens == TokenSpec(fuse=False, method="dynamicvit")
     assert resolve_tokens(checkpoint, keep_rate=0.6)[0] == TokenSpec(keep_rate=0.6, fuse=False, method="dynamicvit")
-    cli("convert", path).refused(2, "a keep rate is needed: the checkpoint does not give one", "--keep-rate 0.7")
+    cli("convert", path).refused(2, "a keep rate is needed: the checkpoint does not contain one", "--keep-rate 0.7")
 
 
 @pytest.mark.parametrize("rate", ["much", 0.0, 1.5, float("nan"), [0.7]])

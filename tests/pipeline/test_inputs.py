@@ -139,9 +139,9 @@ def test_another_image_size_beside_the_weights_is_said(folder, tmp_path):
 def test_what_does_not_fit_is_refused_before_the_work(folder, tmp_path):
     (tmp_path / "names.txt").write_text("one\ntwo\n")
     for asked, what in (
-        (PreprocessOptions(labels=str(tmp_path / "names.txt")), "labels for another number of classes"),
-        (PreprocessOptions(mean=(0.5, 0.5)), "one number a channel"),
-        (PreprocessOptions(mean=(0.5, 0.5), std=(0.5, 0.5)), "pictures have three colours"),
+        (PreprocessOptions(labels=str(tmp_path / "names.txt")), "the number of labels is not the number of classes"),
+        (PreprocessOptions(mean=(0.5, 0.5)), "one number per channel"),
+        (PreprocessOptions(mean=(0.5, 0.5), std=(0.5, 0.5)), "normalization needs three channels"),
     ):
         with pytest.raises(InputError, match=what):
             convert(folder, keep_rate=0.7, out=tmp_path / "out", options=ConvertOptions(preprocess=asked))

@@ -154,11 +154,11 @@ def test_what_is_about_quantised_layers_needs_some(precision, more):
         (([RTX], None, rtx(plugin=Path("no.so"))), ["--plugin", "TensorRT-RTX takes no plugins"]),
         (([RTX], None, rtx(version_compatible=True)), ["--version-compatible", "in its own version only"]),
         (([RTX], None, rtx(hardware_compatible=True)), ["--hardware-compatible", "repeat --gpu"]),
-        ((["tensorrt"], None, BuildOptions(plugin=Path("no.so"))), ["no.so: no library can be read there"]),
+        ((["tensorrt"], None, BuildOptions(plugin=Path("no.so"))), ["no.so: the library cannot be read"]),
         ((["tensorrt"], None, BuildOptions(timing_cache=Path("no/cache"))), ["--timing-cache", "no/cache"]),
-        ((["tensorrt"], None, BuildOptions(timing_cache=Path("/"))), ["--timing-cache", "no file can be written"]),
-        ((["torch-tensorrt"], None, BuildOptions(timing_cache=Path("cache"))), ["--timing-cache", "no use for it"]),
-        ((["torch-tensorrt"], None, BuildOptions(plugin=Path(__file__))), ["--plugin", "no use for it"]),
+        ((["tensorrt"], None, BuildOptions(timing_cache=Path("/"))), ["--timing-cache", "cannot write there"]),
+        ((["torch-tensorrt"], None, BuildOptions(timing_cache=Path("cache"))), ["--timing-cache", "does not use it"]),
+        ((["torch-tensorrt"], None, BuildOptions(plugin=Path(__file__))), ["--plugin", "does not use it"]),
         (
             (
                 ["torch-tensorrt"],

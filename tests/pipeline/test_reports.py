@@ -111,7 +111,7 @@ def test_a_page_replaces_a_page_and_nothing_else(cli, converted, tmp_path):
     result = cli("verify", converted.path, *quick, "--report", place)
     assert result.code == 0, result.err
     assert "Token plan" in place.read_text(encoding="utf-8")
-    cli("verify", converted.path, *quick, "--report", other).refused(2, "no page of evit-deploy")
+    cli("verify", converted.path, *quick, "--report", other).refused(2, "not a page that evit-deploy wrote")
     cli("verify", converted.path, *quick, "--report", tmp_path).refused(2, "this is a folder")
     assert other.read_text() == "mine"
 

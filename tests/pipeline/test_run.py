@@ -122,7 +122,7 @@ def test_dense_weights_are_known_when_the_fine_tuning_broke_off(tmp_path: Path):
     with listening(break_off), pytest.raises(RuntimeError):
         train_stage(digits(), tmp_path)
     assert not (tmp_path / "evit.safetensors").exists()
-    with pytest.raises(InputError, match="Go on with --resume"):
+    with pytest.raises(InputError, match="Continue with --resume"):
         train_stage(digits(), tmp_path)
     told = notices()
     train_stage(digits(), tmp_path, resume=True)
@@ -156,7 +156,9 @@ def test_resume_takes_no_other_recipes_folder(tmp_path: Path):
     train_stage(digits(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     for other in (digits("tokens.keep_rate=0.5"), digits("seed=1")):
-        with pytest.raises(InputError, match=r"no interrupted run to go on from, and the results here are of another"):
+        with pytest.raises(
+            InputError, match=r"no interrupted run to continue, and the results here are of a different"
+        ):
             train_stage(other, tmp_path, resume=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 

@@ -109,7 +109,7 @@ def test_what_is_there_is_refused_before_any_work(made):
         )
     with pytest.raises(InputError, match="the same place"):
         convert_variants(checkpoint, keep_rates=(0.9, 0.9), options=ONNX)
-    with pytest.raises(InputError, match="keep_rate is one model's"):
+    with pytest.raises(InputError, match="keep_rate is for one model"):
         convert_variants(checkpoint, keep_rates=(0.9,), keep_rate=0.7, options=ONNX)
     with pytest.raises(InputError, match="out of range"):
         convert_variants(checkpoint, keep_rates=(0.9, 1.5), options=ONNX)

@@ -135,7 +135,7 @@ def test_a_missing_engine_and_a_wrong_twin_are_exit_2(cli, tmp_path):
     assert code == 2
     assert "engine of another library (got tensorrt-rtx, expected tensorrt)" in message
     code, message = cli("profile", path, "--runtime", "onnxruntime")
-    assert (code, "none of these runtimes runs this" in message) == (2, True)
+    assert (code, "none of these runtimes can run this" in message) == (2, True)
     assert cli("profile", path, "--runtime", "tensorrt-rtx")[0] == 2  # TensorRT's
 
 

@@ -345,7 +345,7 @@ def test_nothing_is_measured_when_something_has_to_be_refused(stand_in, monkeypa
     with pytest.raises(InputError, match="got 8, expected 1 to 4"):
         measure_all(stand_in, PLAN, (1, 8), threads=1, duration=1e-9)
     larger = [*stand_in, Candidate("stand-in", "dense", "larger")]
-    with pytest.raises(InputError, match="the dense takes other images than the model"):
+    with pytest.raises(InputError, match="the dense takes different images than the model"):
         measure_all(larger, PLAN, (1,), threads=1, duration=1e-9)
 
 

@@ -252,7 +252,7 @@ def test_what_lies_outside_is_not_extended(tmp_path, kind):
     inside = tmp_path / "inside"
     inside.mkdir()
     (tmp_path / "secret.yaml").write_text("name: secret\n")
-    name, reason = "base.yaml", "recipes of its own folder, or those that came with the package"
+    name, reason = "base.yaml", "only extend recipes in its folder or in the package"
     match kind:
         case "above":
             name = "../secret.yaml"

@@ -156,7 +156,7 @@ def test_a_recipe_that_extends_another_replaces_its_alternative(tmp_path):
     ("override", "words"),
     [("data.validation_share=0", ["data.validation_share", "> 0"]),
      ("data.validation_share=1", ["data.validation_share", "< 1"]),
-     ("data={name: folder, train: a, validation: b, validation_share: 0.2}", ["not clear what to validate on"]),
+     ("data={name: folder, train: a, validation: b, validation_share: 0.2}", ["validation images are not clear"]),
      ("data={name: digits, validation_share: 0.2}", ["digits have no folders"])],
 )  # fmt: skip
 def test_shares_to_validate_on_that_cannot_be(override, words):

@@ -57,7 +57,7 @@ def test_a_copy_is_the_same_recipe(name, tmp_path, monkeypatch):
 def test_what_is_in_the_way_stays(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("mine")
-    with pytest.raises(InputError, match=r"something is there already.*--force"):
+    with pytest.raises(InputError, match=r"a file exists there already.*--force"):
         copy_recipe("digits", mine)
     assert mine.read_text() == "mine"
     copy_recipe("digits", mine, force=True)

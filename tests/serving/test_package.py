@@ -136,7 +136,7 @@ def test_force_replaces_a_package_and_nothing_else(own, tmp_path):
     assert not (place / "model_repository" / "first").exists()
     (place / "model_repository" / "second" / "1" / "notes.txt").write_text("mine")
     before = tree(place.parent)
-    with pytest.raises(ValueError, match=r"no bundle wrote.*notes\.txt"):
+    with pytest.raises(ValueError, match=r"do not belong to a bundle.*notes\.txt"):
         make_package([own.path], "triton", name="third", out=place, force=True)
     assert tree(place.parent) == before
 
@@ -215,7 +215,7 @@ def test_a_plan_is_preferred(planned):
     ).read_bytes()
     assert not (place / "model_repository" / "tiny_model" / "configs").exists()
     assert made.server.release == "26.07"
-    assert any("not which one exactly" in note for note in made.notes)
+    assert any("not the exact version" in note for note in made.notes)
     assert make_package([bundle.path], "triton", platform="onnxruntime", unverified=True)[1].platform == "onnxruntime"
 
 

@@ -86,12 +86,12 @@ def test_what_was_not_verified_is_not_packaged_unless_told_so(case, own, refused
 @pytest.mark.parametrize("name", ["model.onnx", GOLDEN, DENSE])
 def test_a_changed_file(name, own, refused):
     (own.path / name).write_bytes(b"another content")
-    refused(own, match=f"changed or gone since it was written: {name}", unverified=True)
+    refused(own, match=f"changed or missing since it was written: {name}", unverified=True)
 
 
 def test_a_file_that_is_gone(own, refused):
     (own.path / GOLDEN).unlink()
-    refused(own, match=f"changed or gone since it was written: {GOLDEN}")
+    refused(own, match=f"changed or missing since it was written: {GOLDEN}")
 
 
 # ---- the bundle
@@ -138,7 +138,7 @@ def test_labels_that_are_none(own, refused, tmp_path):
     (tmp_path / "labels.bin").write_bytes(b"\xff\xfe" * 20)
     refused(own, match="labels cannot be read", labels=tmp_path / "labels.bin")
     refused(own, match="labels cannot be read", labels=tmp_path / "absent.txt")
-    refused(change(own, labels=["two\nlines"] * 10), match="has to fit on one line")
+    refused(change(own, labels=["two\nlines"] * 10), match="must fit on one line")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_labels_that_are_none(own, refused, tmp_path):
     ],
 )
 def test_a_manifest_of_another_model(tensors, own, refused):
-    refused(change(own, **tensors), match="describes another model than convert makes")
+    refused(change(own, **tensors), match="does not describe a model that convert makes")
 
 
 def test_a_model_that_takes_no_photographs(own, refused):
@@ -209,12 +209,12 @@ def test_plans_that_cannot_share_a_configuration(planned, refused):
 
 def test_gpus_and_plans_have_to_go_together(planned, own, refused):
     a100, h100 = planned("sm80"), planned("sm90")
-    refused(a100, match=r"--gpu sm90: no plan is for this GPU .got plans for sm80", gpus=["sm80", "sm90"])
+    refused(a100, match=r"--gpu sm90: there is no plan for this GPU .got plans for sm80", gpus=["sm80", "sm90"])
     refused(a100, h100, match=r"for another GPU than those declared .got sm90, expected sm80", gpus=["sm80"])
     refused(a100, match="not a compute capability.*'hopper'", gpus=["hopper"])
     refused(own, match="only a plan depends on the GPU", gpus=["sm80"])
     turing = planned("sm80", options={"hardware_compatible": True})
-    refused(turing, match="no plan is for this GPU", gpus=["sm75"])  # such plans serve Ampere and newer
+    refused(turing, match="there is no plan for this GPU", gpus=["sm75"])  # such plans serve Ampere and newer
 
 
 @pytest.mark.parametrize(
@@ -277,14 +277,14 @@ def test_a_plugin_that_is_not_here(planned, refused, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bundle = planned(plugin="5" * 64)
     refused(bundle, match="SHA-256 555555555555, which is not in", error=MissingRequirement)
-    refused(bundle, match="built with another library", plugin=library(tmp_path / "other.so"))
+    refused(bundle, match="built with a different library", plugin=library(tmp_path / "other.so"))
     refused(planned("sm90"), match="the engine needs no plugin", plugin=tmp_path / "other.so")
 
 
 @pytest.mark.parametrize(
     ("profiles", "max_batch", "words"),
     [
-        ([(8, 8, 8)], None, "the plan takes no single image"),
+        ([(8, 8, 8)], None, "the plan does not accept a single image"),
         ([(1, 4, 8)], 9, "does not take every batch up to this one .got 9, expected at most 8"),
         ([(1, 1, 1), (4, 8, 16)], 16, "got 16, expected at most 1"),
     ],
@@ -303,7 +303,7 @@ def test_batches_that_the_plan_does_not_take(profiles, max_batch, words, planned
         ({"triton": TritonOptions(publish="all")}, "--publish: not one of these .*'all'.*local or network"),
         ({"triton": TritonOptions(preprocess="dali", device="cpu")}, "runs on the CPU, DALI on a GPU"),
         ({"triton": TritonOptions(preprocess="dali"), "name": "deit_s-evit"}, "other characters than .*'deit_s-evit'"),
-        ({"triton": TritonOptions(server_digest="sha256:" + "0" * 64)}, "a digest is one image's"),
+        ({"triton": TritonOptions(server_digest="sha256:" + "0" * 64)}, "a digest identifies one image"),
         ({"triton": TritonOptions(server="26.07", server_digest="latest")}, "not a digest .*'latest'"),
         ({"name": "a/b"}, "not a name that Triton takes.*'a/b'"),
         ({"name": ".."}, "not a name that Triton takes"),
@@ -316,8 +316,8 @@ def test_options_that_cannot_be(options, words, own, refused):
 
 
 def test_places_that_cannot_be(own, refused, tmp_path):
-    refused(own, match="cannot lie in its bundle", out=own.path / "package")
-    refused(own, match="cannot lie in its bundle", out=own.path, force=True)
+    refused(own, match="cannot be inside its bundle", out=own.path / "package")
+    refused(own, match="cannot be inside its bundle", out=own.path, force=True)
     (tmp_path / "there").mkdir()
     refused(own, match="it exists already", out=tmp_path / "there")
 

@@ -205,10 +205,10 @@ def test_labels_name_the_options():
 @pytest.mark.parametrize(
     ("options", "fuse", "message"),
     [
-        ({"squeeze": True, "normalize": True}, True, "normalize is about the fused token, and squeeze makes none"),
-        ({"squeeze": True, "sized": True}, True, "squeeze counts the patches in every token as it is"),
+        ({"squeeze": True, "normalize": True}, True, "normalize changes the fused token, and squeeze has none"),
+        ({"squeeze": True, "sized": True}, True, "squeeze already counts the patches in every token"),
         ({"sized": True}, True, "sized needs normalize=true"),
-        ({"normalize": True}, False, "normalize is about the fused token, and fuse=False makes none"),
+        ({"normalize": True}, False, "normalize changes the fused token, and fuse=False removes it"),
         (SIZED, False, "there is no place for a patch that is dropped"),
         ({"squeeze": 1}, True, "does not take these options.*bool"),
     ],

@@ -274,12 +274,12 @@ def test_a_library_for_another_gpu_is_refused_when_named_and_passed_over_in_the_
     (folder.with_name("0.3.0") / KERNEL).write_bytes(b"")
     told = notices()
     assert operator._find(gpu) is None
-    assert [line.partition(":")[0] for line in told] == ["a kernel in the cache is passed over"] * 2
+    assert [line.partition(":")[0] for line in told] == ["ignoring a kernel in the cache"] * 2
     monkeypatch.setenv(operator.ENVIRONMENT, "none")
     assert operator._find(gpu) is None
     monkeypatch.setenv(operator.ENVIRONMENT, str(other))
     with pytest.raises(MissingRequirement, match=r"EVIT_DEPLOY_KERNEL=.*not built for this GPU \(got 80-real"):
         operator._find(gpu)
     monkeypatch.setenv(operator.ENVIRONMENT, str(tmp_path / "none.so"))
-    with pytest.raises(InputError, match="no library can be read there"):
+    with pytest.raises(InputError, match="the library cannot be read"):
         operator._find(gpu)

@@ -351,7 +351,7 @@ def test_weights_that_do_not_know_the_classes_teach_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"embed_dim": 48}, "another form"), ({"patch_size": 8}, "another form"), ({}, None)],
+    [({"embed_dim": 48}, "a different architecture"), ({"patch_size": 8}, "a different architecture"), ({}, None)],
 )
 def test_a_dense_teacher_has_the_student_s_form(tmp_path, changes, message):
     teacher = TeacherSection(checkpoint=saved(tmp_path / "t.safetensors", num_classes=10, **changes), kind="dense")

@@ -161,8 +161,8 @@ def test_the_second_head_is_saved_and_comes_back_but_for_other_classes(tmp_path)
 @pytest.mark.parametrize(
     ("tokens", "run", "words"),
     [
-        ({"keep_rate": 0.5}, {"layer_wise_epochs": 1}, "layers sort patches in the method evo-vit alone"),
-        ({"method": "evo-vit"}, {"token_labels": {}}, "evo-vit puts patches into another order"),
+        ({"keep_rate": 0.5}, {"layer_wise_epochs": 1}, "only the method evo-vit sorts patches"),
+        ({"method": "evo-vit"}, {"token_labels": {}}, "evo-vit reorders patches"),
     ],
 )
 def test_what_a_recipe_cannot_ask_for(tokens, run, words):

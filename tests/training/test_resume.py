@@ -101,7 +101,7 @@ def test_the_command_goes_on_after_a_signal(number, tmp_path):
 
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "an interrupted run lies here. Go on with --resume, or begin anew with --force." in refused.stderr
+    assert "there is an interrupted run here. Continue with --resume, or start again with --force." in refused.stderr
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"dense: goes on at step {stopped_at + 1} of 400" in done.stderr
@@ -119,7 +119,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, monkeypatch):
         tiny(), FixedBatch(), section(save_every=2), stage=Stage("dense", StateFile(tmp_path / "s", recipe(), "dense"))
     )
     assert len(losses) == 8
-    assert sum("the state could not be saved; training goes on without" in text for text in told) == 5
+    assert sum("the state could not be saved; training continues without it" in text for text in told) == 5
     assert "No space left on device" in told[-1]
 
 
@@ -167,7 +167,7 @@ def test_what_was_saved_is_good_wherever_a_bad_batch_comes(step, tmp_path, monke
 def test_a_state_of_another_recipe_is_refused(changes, where, tmp_path):
     state = StateFile(state_path(tmp_path, "dense"), recipe(), "dense")
     state.write({"step": 3})
-    with pytest.raises(InputError, match="the interrupted run was asked for something else") as error:
+    with pytest.raises(InputError, match="the interrupted run had different settings") as error:
         train(recipe(**changes), tmp_path, resume=True, device="cpu")
     assert where in str(error.value)
     assert state.path.exists()
@@ -187,14 +187,14 @@ def test_what_does_not_matter_may_differ(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 junk", b"\x80\x04cos\nsystem\n"])
 def test_a_damaged_state_is_refused_and_runs_no_code(content, tmp_path):
     state_path(tmp_path, "dense").write_bytes(content)
-    with pytest.raises(InputError, match=r"state cannot be read .* Begin anew with --force"):
+    with pytest.raises(InputError, match=r"state cannot be read .* Start again with --force"):
         train(recipe(), tmp_path, resume=True, device="cpu")
 
 
 def test_resume_where_nothing_was_saved_yet_begins_anew(whole, tmp_path):
     told, out = notices(), tmp_path / "killed early"
     train(recipe(), out, resume=True, device="cpu")
-    assert told[0] == f"{out}: nothing was saved yet that could be gone on from; the run begins anew"
+    assert told[0] == f"{out}: nothing was saved yet to continue from; the run starts from the beginning"
     assert_same_results(out, whole)
 
 

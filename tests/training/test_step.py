@@ -433,7 +433,7 @@ def test_a_rate_on_the_way_is_evaluated_at_that_rate():
 
 
 def test_train_section_refuses(tmp_path):
-    with pytest.raises(RecipeError, match="from scratch takes a name and no checkpoint"):
+    with pytest.raises(RecipeError, match="training from scratch needs a name and no checkpoint"):
         ModelSection(checkpoint="x.pth", pretrained=False)
     with pytest.raises(RecipeError, match="no teacher given"):
         TeacherSection()

@@ -145,7 +145,7 @@ FOLDER = {"name": "folder", "mixup": 0, "cutmix": 0}
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: DataSection(**FOLDER | {"mixup": 0.8}, token_labels="x"), "a token label map is of one image"),
+        (lambda: DataSection(**FOLDER | {"mixup": 0.8}, token_labels="x"), "a token label map belongs to one image"),
         (lambda: DataSection(**FOLDER, token_labels="x", auto_augment="augmix-m5-w4-d2"), "AugMix"),
         (lambda: DataSection(name="digits", token_labels="x"), "the digits have no folders"),
         (lambda: TeacherSection(checkpoint="x", kind="token_labels", weight=0.3), "no effect on a teacher"),
@@ -155,10 +155,10 @@ FOLDER = {"name": "folder", "mixup": 0, "cutmix": 0}
         ),
         (
             lambda: recipe(Path(), data=DataSection(name="folder")),
-            r"MixToken takes the place of mixup and CutMix\. Set data\.mixup=0",
+            r"MixToken replaces mixup and CutMix\. Set data\.mixup=0",
         ),
         (lambda: recipe(Path(), teacher=TAUGHT), "from a folder and from a teacher"),
-        (lambda: recipe(Path(), teacher=TeacherSection(checkpoint="x")), "no other teacher than one of token labels"),
+        (lambda: recipe(Path(), teacher=TeacherSection(checkpoint="x")), "cannot be combined with another kind"),
         (
             lambda: recipe(
                 Path(), data=DataSection(**FOLDER), teacher=TAUGHT,
@@ -216,7 +216,7 @@ def test_what_cannot_work_is_refused_before_training(labelled, tmp_path):
     )
     with pytest.raises(UnsupportedModelError, match="no classifier on every token"):
         fit(torch.nn.Linear(2, 2), open_data(none.data, Preprocess(size=(SIZE, SIZE))), RUN)
-    with pytest.raises(InputError, match="the images come without token labels"):
+    with pytest.raises(InputError, match="the images have no token labels"):
         fit(tiny(), open_data(none.data, Preprocess(size=(SIZE, SIZE))), RUN)
 
 
@@ -227,10 +227,10 @@ def test_maps_that_do_not_fit_are_refused(labelled, tmp_path):
     words = r"labels: 1 of 24 training images have no token labels \(got no bee/3\.pt, expected <class>/"
     refused(recipe(labelled, data=data), tmp_path, words, InputError)
     write_map(labels / "bee" / "3.pt", 3, torch.Generator(), size=4)
-    with pytest.raises(InputError, match=r"bee/3\.pt: a token label map of another size .*at most 0 of 24"):
+    with pytest.raises(InputError, match=r"bee/3\.pt: a token label map of a different size .*at most 0 of 24"):
         train(recipe(labelled, data=data), tmp_path / "begun", device="cpu")
     write_map(labels / "ant" / "0.pt", 40, torch.Generator())
-    refused(recipe(labelled, data=data), tmp_path, r"ant/0\.pt: token labels of other classes .*0 to 2", InputError)
+    refused(recipe(labelled, data=data), tmp_path, r"ant/0\.pt: token labels of unknown classes .*0 to 2", InputError)
 
 
 def test_two_images_do_not_share_a_map(labelled, tmp_path):

@@ -121,7 +121,7 @@ def test_a_connection_that_breaks_with_a_request_in_it():
 
 def test_the_servers_options_want_a_server(cli, tmp_path):
     for options in (["--model-name", "a"], ["--model-version", "1"], ["--shared-memory"], ["--timeout", "3"]):
-        cli("verify", tmp_path, *options).refused(2, options[0], "give its --url too")
+        cli("verify", tmp_path, *options).refused(2, options[0], "give --url too")
     cli("profile", tmp_path, "--runtime", "triton").refused(2, "none was named", "Give --url")
     cli("verify", tmp_path, "--url", "server:8000").refused(2, "--url", "not the address", "grpc://HOST:8001")
     cli("verify", tmp_path, "--url", "http://a", "--runtime", "onnxruntime").refused(2, "--url", "--runtime triton")

@@ -48,5 +48,5 @@ def test_several_writers_lose_nothing(tmp_path):
 
 def test_what_is_no_record_is_refused(tmp_path):
     (tmp_path / "f").write_bytes(b'{"something": {"else": {}}}\n')
-    with pytest.raises(InputError, match="not the record of a search"):
+    with pytest.raises(InputError, match="not a record of a search"):
         Findings(tmp_path / "f")

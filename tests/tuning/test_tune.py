@@ -155,7 +155,7 @@ def test_a_budget_that_the_dense_model_meets_is_refused(checkpoint_file, picture
 def test_a_staircase_that_is_none_is_refused(checkpoint_file, pictures, tmp_path):
     shutil.copy(next(pictures.rglob("*.png")), tmp_path / STAIRCASE)
     options = TuneOptions(min_speedup=1.5, calibration=str(pictures), **QUICK)
-    with pytest.raises(InputError, match="this is no staircase"):
+    with pytest.raises(InputError, match="not a staircase"):
         tune(checkpoint_file, options=options, out=tmp_path, resume=True)
 
 

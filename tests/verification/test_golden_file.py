@@ -69,7 +69,7 @@ def test_pickled_arrays_are_refused(tmp_path, converted):
     arrays: dict[str, Any] = golden_bytes(converted)
     arrays["logits"] = np.array([{"a": 1}], object)
     np.savez(tmp_path / GOLDEN, **arrays)
-    with pytest.raises(InputError, match=r"golden\.npz: logits: an array of another type \(got object"):
+    with pytest.raises(InputError, match=r"golden\.npz: logits: an array of the wrong type \(got object"):
         load_golden(tmp_path / GOLDEN, converted.manifest)
 
 
@@ -152,12 +152,12 @@ BROKEN: dict[str, tuple[Callable[[Bundle, Path], None], str]] = {
     "a margin of no number": (
         _changed(lambda a: a["margin_1"].__setitem__((0, 0), np.nan)), "margin_1: a number that is not finite"
     ),
-    "no images": (_changed(lambda a: a.update({n: v[:0] for n, v in a.items() if v.ndim})), "another shape"),
-    "fewer images": (_changed(lambda a: a.update(logits=a["logits"][:4])), "logits: an array of another shape"),
-    "other classes": (_changed(lambda a: a.update(logits=a["logits"][:, :-1])), "logits: an array of another shape"),
-    "another rank": (_changed(lambda a: a.update(terms=a["terms"][:, None])), "terms: an array of another shape"),
+    "no images": (_changed(lambda a: a.update({n: v[:0] for n, v in a.items() if v.ndim})), "of the wrong shape"),
+    "fewer images": (_changed(lambda a: a.update(logits=a["logits"][:4])), "logits: an array of the wrong shape"),
+    "other classes": (_changed(lambda a: a.update(logits=a["logits"][:, :-1])), "logits: an array of the wrong shape"),
+    "another rank": (_changed(lambda a: a.update(terms=a["terms"][:, None])), "terms: an array of the wrong shape"),
     "another type": (_changed(lambda a: a.update(logits=a["logits"].astype(np.int8))), "another type"),
-    "complex": (_changed(lambda a: a.update(logits=a["logits"].astype(complex))), "logits: an array of another type"),
+    "complex": (_changed(lambda a: a.update(logits=a["logits"].astype(complex))), "logits: an array of the wrong type"),
     "a long precision": (_changed(lambda a: a.update(precision=np.array("x" * 999))), "precision: an array of another"),
     "another precision": (_changed(lambda a: a.update(precision=np.array("bf16"))), "another precision"),
     "no such patch": (_changed(lambda a: a["kept_1"].__setitem__((0, 0), 10**6)), "numbers of patches"),

@@ -71,7 +71,7 @@ def test_the_honest_bundle_passes_and_says_what_it_was_held_against(bundle):
     assert report.passed
     (note,) = report.notes
     alone = not list(bundle.path.parent.glob("*.safetensors"))
-    assert note.startswith("Held against the bundle's own golden answers" if alone else "The reference was computed")
+    assert note.startswith("Compared with the bundle's own golden answers" if alone else "The reference was computed")
 
 
 LIES: dict[str, Callable[[Arrays], Any]] = {
@@ -109,7 +109,7 @@ def test_a_bundle_that_lies_about_all_of_itself_is_found_by_its_checkpoint(bundl
     negate_the_head(bundle)
     change_golden(bundle, lambda arrays: arrays.update({name: -arrays[name] for name in SIGNED}))
     report = checked(bundle)
-    if report.notes[0].startswith("Held against the bundle's own golden answers"):
+    if report.notes[0].startswith("Compared with the bundle's own golden answers"):
         assert report.passed
     else:
         assert "golden logits: PyTorch's" in failed(report)
@@ -159,7 +159,7 @@ def test_a_plan_does_not_contradict_the_graph(bundle):
     row = next(row for row in manifest["plan"]["blocks"] if row["keep"])
     row["keep"] -= 1
     change_manifest(bundle, plan=manifest["plan"])
-    with pytest.raises(InputError, match=r"kept_\d+: an array of another shape"):
+    with pytest.raises(InputError, match=r"kept_\d+: an array of the wrong shape"):
         checked(bundle)
 
 

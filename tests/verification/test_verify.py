@@ -38,7 +38,7 @@ from tests.support.damage import (
 from tests.support.models import of_kind, write_checkpoint
 
 BATCHES = (1, 2, 8)
-FROM_CHECKPOINT = "The reference was computed anew, in FP64, from the checkpoint."
+FROM_CHECKPOINT = "The reference was computed again, in FP64, from the checkpoint."
 RECOMPUTED = {
     "model.onnx as the manifest says", "dense/model.onnx as the manifest says", "report.json as the manifest says",
     "golden logits: PyTorch's", "golden logits of the dense twin", "golden file: tolerance",

@@ -27,7 +27,7 @@ from tests.support.plans import rtx_plan, tiny_blocks
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 ABSENT = "it was left at home"
 
-FROM_CHECKPOINT = "The reference was computed anew, in FP64, from the checkpoint."
+FROM_CHECKPOINT = "The reference was computed again, in FP64, from the checkpoint."
 
 
 class Late(OnnxRuntimeRunner):

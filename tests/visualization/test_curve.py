@@ -136,7 +136,7 @@ def test_what_makes_no_curve_is_refused(arguments, what, checkpoint_file, folder
 
 
 def test_a_bundle_takes_no_tokens_and_an_image_has_to_be_one(converted, folder, tmp_path):
-    with pytest.raises(InputError, match="asked as it is"):
+    with pytest.raises(InputError, match="options of a bundle are fixed"):
         removal_curve(converted.path, folder, method="merge")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")

@@ -26,7 +26,7 @@ class Curriculum:
 
     def __init__(self, threshold: float = 0.7, rate: float = 0.005, memory: int = 20, delay: int = 8) -> None:
         if not (0 <= threshold <= 1 and rate > 0 and memory >= 1 and delay >= 0):
-            raise InputError("no curriculum can be made of this", seen=(threshold, rate, memory, delay))
+            raise InputError("not a valid curriculum", seen=(threshold, rate, memory, delay))
         self.threshold, self.rate, self.memory, self.delay = threshold, rate, memory, delay
         self.level, self.accuracy, self.steps = 0.0, 0.0, 0
         self._recent: deque[float] = deque([0.0], maxlen=delay + 1)  # levels after the latest updates
@@ -62,7 +62,7 @@ class Curriculum:
         back = self.steps - after
         if not 0 <= back < len(self._recent):
             raise InputError(
-                "this step's level is not known", seen=f"step {step} after {self.steps} updates",
+                "the level of this step is unknown", seen=f"step {step} after {self.steps} updates",
                 wanted=f"a step from {self.steps} to {self.steps + self.delay}",
                 fix="Call Curriculum.update once a step, and give training() the start_step that belongs to it.",
             )  # fmt: skip

@@ -108,7 +108,7 @@ class WildDigits:
         seed: Another seed gives other images.
 
     Raises:
-        InputError: No such difficulty, or nothing to make.
+        InputError: No such difficulty, or nothing to generate.
         MissingRequirement: The photographs are not installed.
     """
 
@@ -118,7 +118,7 @@ class WildDigits:
         if isinstance(difficulty, str) and difficulty not in DIFFICULTIES:
             raise InputError("no such difficulty", seen=difficulty, wanted=", ".join(DIFFICULTIES))
         if count < 1 or size < 16:
-            raise InputError("nothing to make", seen=f"{count} images of {size} pixels", wanted="1 of 16 or more")
+            raise InputError("nothing to generate", seen=f"{count} images of {size} pixels", wanted="1 of 16 or more")
         self.split, self.size, self.seed, self._count = split, size, seed, count
         self.difficulty = DIFFICULTIES[difficulty] if isinstance(difficulty, str) else difficulty
         self._photographs = photographs(split)

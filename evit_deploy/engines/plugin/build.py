@@ -208,7 +208,7 @@ def check_plugin(library: Path | None = None) -> Report:
     checks, notes = checks + found, notes + told
     doing(_LOG, "loading the library")
     loaded, reason = _loads(path)
-    checks.append(Check("loads in a process of its own", str(loaded).lower(), "true", loaded, reason))
+    checks.append(Check("loads in a separate process", str(loaded).lower(), "true", loaded, reason))
     if loaded and identity.abi == ABI:
         doing(_LOG, "comparing with PyTorch")
         found, told = _answers(path, identity)

@@ -49,7 +49,7 @@ def choose_plugin(choice: str | Path | None, wanted: str | None = None) -> Path 
     _check(path, read_identity(path))
     if wanted is not None and _sha256(path) != wanted:
         raise InputError(
-            "the plan was built with another library", where=path, seen=f"SHA-256 {_sha256(path)[:12]}",
+            "the plan was built with a different library", where=path, seen=f"SHA-256 {_sha256(path)[:12]}",
             wanted=wanted[:12], fix="Give that one, or convert again with this one.",
         )  # fmt: skip
     return path
@@ -69,7 +69,9 @@ def _in_cache(wanted: str | None) -> Path:
                 return path
         raise MissingRequirement(
             f"the plan needs the plugin library with SHA-256 {wanted[:12]}, which is not in {cache()}",
-            where="--plugin auto", fix="Give it: --plugin PATH. Another build has another hash: convert again with it.",
+            where="--plugin auto",
+            fix="Pass --plugin PATH, or convert again with the library you have: a rebuilt library has a different "
+            "hash.",
         )  # fmt: skip
     for path in found:
         if not _misfits(read_identity(path)):
@@ -99,11 +101,15 @@ def _check(path: Path, identity: Identity) -> None:
     if identity.kind != "registers":
         raise InputError(
             f"the library does not register a plugin when it is loaded (it is a library of kind {identity.kind})",
-            where=path, wanted=LIBRARY, fix=f"It lies beside this one after: {BUILD}.",
+            where=path, wanted=LIBRARY, fix=f"It is built beside this one by: {BUILD}.",
         )  # fmt: skip
     if identity.abi != ABI:
         raise InputError(
-            "the library has another interface", where=path, seen=identity.abi, wanted=ABI, fix=f"Build it: {BUILD}."
+            "the library has a different interface",
+            where=path,
+            seen=identity.abi,
+            wanted=ABI,
+            fix=f"Build it: {BUILD}.",
         )
     if (reason := misfit(identity)) is not None:
         raise MissingRequirement(f"the plugin cannot be used here: {reason}", where=path, fix=f"Run: {BUILD}")

@@ -72,8 +72,8 @@ def fetch(
     why_not = unreachable()
     if why_not:
         raise MissingRequirement(
-            f"{repository.id!r} is no file here and not in the hub's cache, and the Hugging Face hub does not answer "
-            f"({why_not})",
+            f"{repository.id!r} is not a local file and not in the hub's cache, and the Hugging Face hub does not "
+            f"answer ({why_not})",
             fix="Check the path; or connect to the network once, or download the folder and give its path.",
         )
     try:
@@ -86,7 +86,7 @@ def fetch(
         if what is None:
             raise _failed(repository, error) from error
         fix = "Check the name; for a private or gated model log in with `hf auth login`."
-        raise CheckpointError(f"the Hugging Face hub says: {what}", where=repository.name, fix=fix) from None
+        raise CheckpointError(f"the Hugging Face hub answered: {what}", where=repository.name, fix=fix) from None
     except CheckpointError:
         raise
     except Exception as error:  # of whichever HTTP library the hub uses, and of the disk

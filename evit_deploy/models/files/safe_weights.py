@@ -117,7 +117,7 @@ def _flat(where: Path, content: dict[Any, Any]) -> dict[str, Described | Odd]:
         for prefix, held in level:
             entries += len(held)
             if entries > 10 * MOST_TENSORS:  # a pickle may have one dictionary in many places
-                raise CheckpointError("too many dictionaries within one another", where=where)
+                raise CheckpointError("dictionaries are nested too deeply", where=where)
             for key, value in held.items():
                 if isinstance(value, Described | Odd):
                     found[f"{prefix}{key}"] = value

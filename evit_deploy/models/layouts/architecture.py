@@ -88,7 +88,7 @@ def image_size(where: object, positions: int, prefix: int, patch: int) -> int:
     side = math.isqrt(max(positions - prefix, 0))
     if side == 0 or side * side + prefix != positions:
         raise CheckpointError(
-            "position embeddings of no square image", where=where,
+            "position embeddings that do not form a square", where=where,
             seen=f"{positions} positions, {prefix} of them not of patches",
         )  # fmt: skip
     return side * patch

@@ -89,7 +89,7 @@ def find_evo_levit(where: object, weights: dict[str, Tensor]) -> Found:
     model = known.get((widths, keys, depth))
     if model is None:
         raise CheckpointError(
-            "an Evo-LeViT of no known size", where=where,
+            "an Evo-LeViT of unknown size", where=where,
             seen=f"widths {widths}, widths of the keys {keys}, blocks {depth}", wanted=", ".join(SIZES),
         )  # fmt: skip
     args: dict[str, Any] = {"num_classes": _classes(own), "img_size": 16 * _side(where, own["poss"].shape[1] - 1)}
@@ -189,7 +189,7 @@ def _classes(weights: dict[str, Tensor]) -> int:
 def _side(where: object, places: int) -> int:
     side = math.isqrt(max(places, 0))
     if side == 0 or side * side != places:
-        raise CheckpointError("position embeddings of no square image", where=where, seen=f"{places} patches")
+        raise CheckpointError("position embeddings that do not form a square", where=where, seen=f"{places} patches")
     return side
 
 
@@ -207,7 +207,7 @@ def find_levit(where: object, weights: dict[str, Tensor]) -> Found:
     own = {new: weights[old] for old, new in renamed.items() if not new.endswith(_TABLE)}
     odd = [old for old, new in renamed.items() if new.endswith(_TABLE) and not _is_table(weights, old)]
     if odd:
-        raise CheckpointError("attention biases of another grid", where=where, seen=first_few(odd))
+        raise CheckpointError("attention biases of a different grid", where=where, seen=first_few(odd))
     return _timm_levit(where, model, own)
 
 
@@ -241,7 +241,7 @@ def _levit_of_size(where: object, shape: tuple[tuple[int, ...], tuple[int, ...],
     known = {(s["embed_dim"], _key_widths(s), s["depth"]): name.removeprefix("evo_") for name, s in SIZES.items()}
     if shape not in known:
         raise CheckpointError(
-            "a LeViT of no known size", where=where,
+            "a LeViT of unknown size", where=where,
             seen=f"widths {shape[0]}, widths of the keys {shape[1]}, blocks {shape[2]}",
             wanted=", ".join(known.values()),
         )  # fmt: skip

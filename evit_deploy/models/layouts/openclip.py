@@ -117,7 +117,7 @@ def _of_openclip(held: Held, model: Mapping[str, Any]) -> dict[str, Any]:
     approximate = options.get("approximate") == "tanh"
     strange = sorted(set(options) - {"approximate"}) + sorted(set(tower.get("norm_kwargs") or {}) - {"eps"})
     if strange:
-        raise CheckpointError(f"options in its {_CONFIG} that are not known here", where=held.where, seen=strange)
+        raise CheckpointError(f"options in its {_CONFIG} that are not supported", where=held.where, seen=strange)
     plain = "gelu_tanh" if approximate else "gelu"
     return {
         "act_layer": "quick_gelu" if model.get("quick_gelu") else plain,

@@ -120,7 +120,7 @@ def check_config(held: Held, known: frozenset[str]) -> None:
         known: Values of ``model_type`` that have a layout.
 
     Raises:
-        CheckpointError: The config is of such a family, or of no architecture that is known here.
+        CheckpointError: The config is of such a family, or of an unknown architecture.
     """
     config = held.config
     if config is None or held.model is not None:
@@ -136,9 +136,9 @@ def check_config(held: Held, known: frozenset[str]) -> None:
         raise _error(held, refusal, f"model_type {types[0]!r} in its config.json")
     if not known.intersection(types):
         raise CheckpointError(
-            "its config.json is of no vision transformer that is known here", where=held.where,
+            "its config.json does not describe a known vision transformer", where=held.where,
             seen=f"model_type {types[0]!r}", wanted=", ".join(sorted(known)),
-            fix="If it is one all the same, name the timm architecture with --model: the config is left aside then.",
+            fix="If it is one nevertheless, name the timm architecture with --model: the config is then ignored.",
         )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def _check_timm(held: Held, config: Mapping[str, Any]) -> None:
     if not isinstance(name, str) or not timm.is_model(name):
         raise CheckpointError(
             "its config.json names an architecture that timm does not know", where=held.where, seen=repr(name)[:80],
-            fix="Name the timm architecture with --model: the config is left aside then.",
+            fix="Name the timm architecture with --model: the config is then ignored.",
         )  # fmt: skip
     args = config.get("model_args")
     try:

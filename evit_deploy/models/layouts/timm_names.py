@@ -131,7 +131,7 @@ def _args_of_config(held: Held, classes: int) -> dict[str, Any]:
     args = config.get("model_args") or {}
     if not isinstance(args, dict):
         raise CheckpointError(
-            "model_args in its config.json that make no sense", where=held.where, seen=repr(args)[:80],
+            "model_args in its config.json that are not valid", where=held.where, seen=repr(args)[:80],
             wanted="names and values",
         )  # fmt: skip
     pooling = {"global_pool": config["global_pool"]} if config.get("global_pool") else {}
@@ -237,7 +237,7 @@ def _check_head(held: Held) -> None:
         raise CheckpointError(
             "DINOv2 with its classifier, which reads class tokens and the mean of all patches", where=held.where,
             seen=f"linear_head.weight {list(head.shape)}",
-            wanted="the backbone alone: once tokens are dropped, their mean is another",
+            wanted="the backbone alone: once tokens are dropped, their mean changes",
             fix="Save the backbone (model.backbone) to convert it as an embedding, or train a classifier on its class "
             "token with `evit-deploy train`.",
         )  # fmt: skip

@@ -69,7 +69,7 @@ def summarize_states(states: Sequence[GpuState], batch: int) -> GpuSummary:
 
     Args:
         states: Samples of one GPU, at least one.
-        batch: Images a call.
+        batch: Images per call.
     """
     busy = [state for state in states if not state.throttled_by & _IDLE]
     slowed = 0

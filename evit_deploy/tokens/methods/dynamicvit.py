@@ -52,7 +52,7 @@ class DynamicViT(TokenReducer):
         stages = spec.resolve(shape.depth)
         if not spec.dense and any(rate == 1 for _, rate in stages):
             raise InputError(
-                "a location of dynamicvit that keeps everything", where="--keep-rate",
+                "a location of dynamicvit keeps everything", where="--keep-rate",
                 seen=",".join(f"{rate:g}" for _, rate in stages), wanted="rates below 1, or 1 everywhere",
                 fix="Leave that location out of --locations.",
             )  # fmt: skip
@@ -228,7 +228,7 @@ def _load(layers: Predictors, weights: dict[str, Tensor]) -> None:
     given = len({name.split(".")[0] for name in weights})
     if given != len(layers):
         raise InputError(
-            "another number of locations than there are trained predictors", where="--locations", seen=len(layers),
+            "the number of locations is not the number of trained predictors", where="--locations", seen=len(layers),
             wanted=given,
         )  # fmt: skip
     try:

@@ -49,9 +49,9 @@ class EViT(TokenReducer):
 
         def __post_init__(self) -> None:
             if self.squeeze and self.normalize:
-                raise ValueError("normalize is about the fused token, and squeeze makes none")
+                raise ValueError("normalize changes the fused token, and squeeze has none")
             if self.squeeze and self.sized:
-                raise ValueError("squeeze counts the patches in every token as it is: leave sized out")
+                raise ValueError("squeeze already counts the patches in every token: leave sized out")
             if self.sized and not self.normalize:
                 raise ValueError(
                     "sized needs normalize=true: to count for as many patches as it holds, the fused token has to be "
@@ -79,7 +79,7 @@ class EViT(TokenReducer):
             )  # fmt: skip
         if options.normalize and not spec.fuse:
             raise InputError(
-                "normalize is about the fused token, and fuse=False makes none", where="options.normalize",
+                "normalize changes the fused token, and fuse=False removes it", where="options.normalize",
                 fix="Leave one of the two out.",
             )  # fmt: skip
         return make_plan(

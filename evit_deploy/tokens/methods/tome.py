@@ -63,7 +63,7 @@ class ToMe(SizedReducer):
         reached = max(asked[:1] if listed else [asked[0], options.merge], default=0)
         if reached > half:
             raise InputError(
-                "that many tokens cannot merge in one block", where="merge", seen=reached,
+                "too many tokens to merge in one block", where="merge", seen=reached,
                 wanted=f"at most {half}, half of the {shape.patches} patches",
             )  # fmt: skip
         share = 1 - Fraction(repr(scheduled_rate(0.0, progress)))
@@ -72,7 +72,7 @@ class ToMe(SizedReducer):
             candidates = tokens - shape.prefix
             if listed and wanted > candidates // 2 and progress >= 1:
                 raise InputError(
-                    f"that many tokens cannot merge in block {block}", where="merge", seen=wanted,
+                    f"too many tokens to merge in block {block}", where="merge", seen=wanted,
                     wanted=f"at most {candidates // 2}, half of the {candidates} that are left",
                 )  # fmt: skip
             gone = min(int(share * wanted), candidates // 2)
@@ -177,7 +177,7 @@ def merges(options: ToMe.Options, depth: int) -> list[int]:
                              wanted=f"at most {depth}")  # fmt: skip
         if options.inflect:
             raise InputError(
-                "inflect changes one r with depth, and a list says itself what each block merges", where="inflect",
+                "inflect changes a single r with depth, but a list gives r for each block", where="inflect",
                 seen=options.inflect, fix="Leave one of the two out.",
             )  # fmt: skip
         return [*merge, *[0] * (depth - len(merge))]
@@ -190,12 +190,12 @@ def _refuse_fields(spec: TokenSpec) -> None:
     if spec.keep_rate is not None:
         raise InputError(
             "the method 'tome' takes no keep rate: it merges a number of tokens in every block", where="keep_rate",
-            seen=spec.keep_rate, fix="Say instead how many: --merge 13, method_options={'merge': 13}.",
+            seen=spec.keep_rate, fix="Give the number instead: --merge 13, method_options={'merge': 13}.",
         )  # fmt: skip
     if spec.locations is not None:
         raise InputError(
             "the method 'tome' takes no locations: it merges in every block", where="locations",
-            seen=",".join(map(str, spec.locations)), fix="A list says what each block merges: --merge 0,0,0,16,16.",
+            seen=",".join(map(str, spec.locations)), fix="Use a list with r for each block: --merge 0,0,0,16,16.",
         )  # fmt: skip
 
 

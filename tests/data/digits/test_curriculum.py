@@ -52,7 +52,7 @@ def test_state_goes_on_where_it_was():
 
 @pytest.mark.parametrize("bad", [{"threshold": 1.5}, {"rate": 0.0}, {"memory": 0}, {"delay": -1}])
 def test_what_makes_no_curriculum_is_refused(bad):
-    with pytest.raises(InputError, match="no curriculum"):
+    with pytest.raises(InputError, match="not a valid curriculum"):
         Curriculum(**bad)
 
 

@@ -61,9 +61,9 @@ def test_a_path_is_looked_at(tmp_path, installed):
     path = library(tmp_path / "a.so")
     assert choose_plugin(path) == choose_plugin(str(path)) == path
     assert choose_plugin(path, sha256(path)) == path
-    with pytest.raises(InputError, match=r"the plan was built with another library.*convert again with this one"):
+    with pytest.raises(InputError, match=r"the plan was built with a different library.*convert again with this one"):
         choose_plugin(path, "0" * 64)
-    with pytest.raises(InputError, match="no library can be read there"):
+    with pytest.raises(InputError, match="the library cannot be read"):
         choose_plugin(tmp_path / "b.so")
     (tmp_path / "c.so").write_bytes(b"\x7fELF")
     with pytest.raises(InputError, match="not a library that evit-deploy built"):
@@ -137,7 +137,7 @@ def test_what_is_no_library_is_not_loaded(tmp_path):
     (tmp_path / "text.so").write_text("no library")
     with pytest.raises(InputError, match=r"not a library that evit-deploy built.*plugin build"):
         load_plugin(tmp_path / "text.so")
-    with pytest.raises(InputError, match="no library can be read there"):
+    with pytest.raises(InputError, match="the library cannot be read"):
         load_plugin(tmp_path / "none.so")
 
 
@@ -165,7 +165,7 @@ def test_the_host_library_answers_like_pytorch(cli):
     document = cli("plugin", "check", str(plugin_builds.host_library()), "--json").document
     assert document["passed"] is True
     names = [check["name"] for check in document["checks"]]
-    assert names[:2] == ["interface", "loads in a process of its own"]
+    assert names[:2] == ["interface", "loads in a separate process"]
     for dtype in ("float32", "float16", "bfloat16"):
         assert {f"{dtype}: kept rows and indices as PyTorch's", f"{dtype}: fused row against PyTorch's"} <= set(names)
 
@@ -189,7 +189,7 @@ def moved(answer):
 def test_a_damaged_library_fails_the_check(tmp_path, cli):
     done = cli("plugin", "check", str(library(tmp_path / "a.so")))
     assert done.code == 1
-    assert "the library cannot be used: loads in a process of its own" in done.err
+    assert "the library cannot be used: loads in a separate process" in done.err
 
 
 @pytest.mark.cpp
@@ -205,7 +205,7 @@ def test_a_library_that_crashes_is_told(tmp_path):
     )
     plugin_builds.run("g++", "-shared", "-fPIC", str(source), "-o", str(path))
     failed = check_plugin(path).failed
-    assert [check.name for check in failed] == ["loads in a process of its own"]
+    assert [check.name for check in failed] == ["loads in a separate process"]
     assert failed[0].reason == "the process that loaded it was ended by signal 11: the file is damaged"
 
 
@@ -217,7 +217,7 @@ def test_a_library_that_crashes_is_told(tmp_path):
         (["build", "--architectures", "hopper"], 2, "--architectures: not a CUDA architecture (got 'hopper'"),
         (["build", "--architectures", ""], 2, "not a CUDA architecture (got ''"),
         (["build", "--architectures", "9000"], 2, "not a CUDA architecture (got '9000'"),
-        (["check", "absent.so"], 2, "absent.so: no library can be read there"),
+        (["check", "absent.so"], 2, "absent.so: the library cannot be read"),
         (["check"], 3, "Run: evit-deploy plugin build"),
         (["chekc"], 2, "Did you mean 'check'?"),
     ],

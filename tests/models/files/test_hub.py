@@ -112,6 +112,6 @@ def test_what_is_needed_is_fetched_once(hub, tmp_path):
 def test_what_the_hub_does_not_have(hub, tmp_path):
     endpoint, served = hub
     answer = read(endpoint, "someone/other", tmp_path)
-    assert answer.startswith("2 hf-hub:someone/other: the Hugging Face hub says: no such model")
+    assert answer.startswith("2 hf-hub:someone/other: the Hugging Face hub answered: no such model")
     served.files |= {"README.md": b"nothing else"}
     assert read(endpoint, REPOSITORY, tmp_path).startswith(f"2 hf-hub:{REPOSITORY}: a folder without weights")

@@ -95,7 +95,7 @@ def test_a_folder_of_timm_keeps_its_preprocessing_and_labels(tmp_path):
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        ({"architecture": "vit_tiny_patch16_224", "model_args": {"checkpoint_path": "PATH"}}, "not where timm gets"),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": {"checkpoint_path": "PATH"}}, "not where timm loads"),
         (
             {"architecture": "vit_tiny_patch16_224", "model_args": {"pretrained_cfg": {"file": "PATH"}}},
             "not where timm",

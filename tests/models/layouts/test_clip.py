@@ -264,7 +264,7 @@ def test_without_openclip_s_config_what_is_assumed_is_said(tmp_path):
         ({"timm_model_name": "resnet50"}, "another network"),
         ({"width": 96}, "contradicts the tensors.*width 96 in the config and 48 in the tensors"),
         ({"patch_size": 8}, "patch_size 8 in the config and 16"),
-        ({"act_kwargs": {"inplace": True}}, "options in its open_clip_config.json that are not known here.*inplace"),
+        ({"act_kwargs": {"inplace": True}}, "options in its open_clip_config.json that are not supported.*inplace"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""What a config of transformers says: honoured, and refused where it contradicts the tensors or makes no sense."""
+"""What a config of transformers says: honoured, and refused where it contradicts the tensors or is not valid."""
 
 import pytest
 import torch
@@ -38,13 +38,13 @@ def refusal(weights, config, **more):
         ("num_channels", 1, "num_channels 1 in the config and 3 in the tensors"),
         ("id2label", {"0": "cat"}, "1 labels in the config and 5 rows in the classifier"),
         ("num_attention_heads", 7, "no multiple of the number of heads"),
-        ("num_attention_heads", 0, "a num_attention_heads in its config.json that makes no sense"),
-        ("num_attention_heads", "four", "a num_attention_heads in its config.json that makes no sense"),
-        ("layer_norm_eps", -1, "a layer_norm_eps in its config.json that makes no sense"),
-        ("layer_norm_eps", True, "a layer_norm_eps in its config.json that makes no sense"),
-        ("image_size", [96, 64], "a image_size in its config.json that makes no sense"),
-        ("hidden_act", "mish", "an activation that is not known here"),
-        ("hidden_act", ["gelu"], "an activation that is not known here"),
+        ("num_attention_heads", 0, "a num_attention_heads in its config.json that is not valid"),
+        ("num_attention_heads", "four", "a num_attention_heads in its config.json that is not valid"),
+        ("layer_norm_eps", -1, "a layer_norm_eps in its config.json that is not valid"),
+        ("layer_norm_eps", True, "a layer_norm_eps in its config.json that is not valid"),
+        ("image_size", [96, 64], "a image_size in its config.json that is not valid"),
+        ("hidden_act", "mish", "an activation that is not supported"),
+        ("hidden_act", ["gelu"], "an activation that is not supported"),
     ],
 )
 def test_a_config_that_contradicts_the_tensors_or_makes_no_sense(vit, name, value, hint):
@@ -86,7 +86,7 @@ def test_a_config_inside_the_one_of_a_larger_model(vit):
 
 def test_a_config_of_another_architecture_and_the_way_out(vit):
     weights, config = vit
-    for kind, hint in (("bert", "no vision transformer that is known here"), ("dinov2", "is of another architecture")):
+    for kind, hint in (("bert", "not describe a known vision transformer"), ("dinov2", "is of another architecture")):
         message = refusal(weights, config | {"model_type": kind})
         assert hint in message
         assert repr(kind) in message
@@ -107,7 +107,7 @@ def test_model_decides_the_name(vit):
 def test_a_config_beside_tensors_of_another_project(vit):
     _, config = vit
     weights = dict(owned("torchvision").state_dict())
-    assert "torchvision's ViT, but its config.json is of another layout" in refusal(weights, config)
+    assert "torchvision's ViT, but its config.json describes a different layout" in refusal(weights, config)
 
 
 @pytest.mark.parametrize("name", ["vit.encoder.layer.2.attention.attention.query.weight", "vit.layernorm.weight",
@@ -129,7 +129,7 @@ def test_a_tensor_too_many(vit):
 def test_positions_of_no_square_image(vit):
     weights, config = vit
     more = {"vit.embeddings.position_embeddings": torch.ones(1, 32, 48)}
-    assert "no square image" in refusal(weights | more, config)
+    assert "do not form a square" in refusal(weights | more, config)
 
 
 def test_the_classifier_of_dinov2_is_refused_with_the_way_out(tmp_path, dinov2):

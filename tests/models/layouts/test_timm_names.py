@@ -53,7 +53,7 @@ def test_the_config_of_the_hub_contradicts_the_tensors():
         identified(weights, {"architecture": "vit_tiny_patch16_224"})
     with pytest.raises(CheckpointError, match="num_classes 5 in the config and 1000 rows in the classifier"):
         identified(hollow("vit_small_patch16_224"), config("vit_small_patch16_224"))
-    with pytest.raises(CheckpointError, match=r"model_args in its config\.json that make no sense"):
+    with pytest.raises(CheckpointError, match=r"model_args in its config\.json that are not valid"):
         identified(weights, config("vit_small_patch16_224") | {"model_args": [1]})
 
 

@@ -100,7 +100,7 @@ def _check_classifier(held: Held) -> None:
         raise CheckpointError(
             "CLIP with a classifier, which reads the mean of all patches", where=held.where,
             seen=f"the tensor {head.removeprefix('../')}",
-            wanted="the tower: once tokens are dropped, their mean is another",
+            wanted="the tower: once tokens are dropped, their mean changes",
             fix="Save the vision model alone to convert it as an embedding, or train a classifier on its class token "
             "with `evit-deploy train`.",
         )  # fmt: skip

@@ -70,7 +70,7 @@ def _check_head(held: Held) -> None:
     raise CheckpointError(
         "DINOv2 with its classifier, which reads the class token and the mean of all patches", where=held.where,
         seen=f"classifier.weight {list(head.shape)} on tokens of width {token.shape[-1]}",
-        wanted="the backbone alone: once tokens are dropped, their mean is another",
+        wanted="the backbone alone: once tokens are dropped, their mean changes",
         fix="Save the backbone (model.dinov2 or model.dinov2_with_registers) to convert it as an embedding, or train a "
         "classifier on its class token with `evit-deploy train`.",
     )  # fmt: skip

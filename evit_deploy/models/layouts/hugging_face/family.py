@@ -99,9 +99,9 @@ def config_of(held: Held, family: Family) -> dict[str, Any] | None:
     if held.model is not None:
         return None
     raise CheckpointError(
-        f"the tensors have the names of {family.name}, but its config.json is of another architecture",
+        f"the tensors have the names of {family.name}, but its config.json describes a different architecture",
         where=held.where, seen=f"model_type {held.config['model_type']!r}", wanted=" or ".join(map(repr, family.types)),
-        fix="If it is one all the same, name the timm architecture with --model: the config is left aside then.",
+        fix="If it is one nevertheless, name the timm architecture with --model: the config is then ignored.",
     )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def number(held: Held, config: Mapping[str, Any], name: str) -> Any:
         value = value[0]
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
         raise CheckpointError(
-            f"a {name} in its config.json that makes no sense", where=held.where, seen=repr(value)[:80],
+            f"a {name} in its config.json that is not valid", where=held.where, seen=repr(value)[:80],
             wanted="a number above 0",
         )  # fmt: skip
     return value
@@ -131,7 +131,7 @@ def activation(held: Held, config: Mapping[str, Any], default: str = "gelu") -> 
     name = config.get("hidden_act", default)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise CheckpointError(
-            "an activation that is not known here", where=held.where, seen=f"hidden_act {name!r}",
+            "an activation that is not supported", where=held.where, seen=f"hidden_act {name!r}",
             wanted=", ".join(sorted(_ACTIVATIONS)),
         )  # fmt: skip
     return _ACTIVATIONS[name]

@@ -50,7 +50,7 @@ from tests.support.models import hollow, tree
         (["--method", "tome", "--merge", "2", "--locations", "1"], ["takes no locations"]),
         (["--method", "tome", "--merge", "2", "--fuse"], ["'tome' has no fused token"]),
         (["--method", "tome", "--merge", "9"], ["to merge in one block", "at most 8"]),
-        (["--method", "tome", "--merge", "8,8"], ["cannot merge in block 1", "at most 4"]),
+        (["--method", "tome", "--merge", "8,8"], ["too many tokens to merge in block 1", "at most 4"]),
         (["--method", "tome", "--merge", "2,2,2"], ["more numbers than blocks", "at most 2"]),
         (["--method", "tome", "--merge", "-1"], ["--merge", "from 0 up"]),
         (["--method", "tome", "--merge", "2", "--method-option", "merge=3"], ["merge is given twice"]),

@@ -411,12 +411,12 @@ def test_a_share_that_leaves_a_class_out_is_told(tmp_path):
 
 
 def test_what_no_share_can_be_held_out_of_is_refused(tmp_path):
-    for make, word in ((make_tar, "only work with class folders"), (make_shards, "only work with class folders")):
+    for make, word in ((make_tar, "held out of class folders"), (make_shards, "held out of class folders")):
         section = DataSection(name="folder", train=make(tmp_path / make.__name__), validation_share=0.5, num_classes=3)
         with pytest.raises(RecipeError, match=rf"data\.validation_share.*{word}.*Set data\.validation"):
             open_data(section, SMALL)
     single = class_folder(tmp_path / "single", {"cat": 1, "dog": 1})
-    with pytest.raises(RecipeError, match=r"no class has a second image to hold out \(got 2 images, one a class\)"):
+    with pytest.raises(RecipeError, match=r"no class has a second image to hold out \(got 2 images, one per class\)"):
         open_data(DataSection(name="folder", train=str(single), validation_share=0.5), SMALL)
 
 

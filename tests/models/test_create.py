@@ -20,7 +20,7 @@ NAME = "vit_tiny_patch16_224"
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ({"checkpoint_path": "/etc/passwd"}, "not where timm gets one from .got checkpoint_path"),
+        ({"checkpoint_path": "/etc/passwd"}, "not where timm loads one from .got checkpoint_path"),
         ({"pretrained": True}, "not where timm loads one from"),
         ({"pretrained_cfg": {"file": "x"}}, "not where timm loads one from"),
         ({"pretrained_cfg_overlay": {"hf_hub_id": "a/b"}}, "not where timm loads one from"),

@@ -170,7 +170,7 @@ def test_what_cannot_be_carried_out_is_told_before_anything_is_made(recipe, over
 
 
 def test_an_entry_without_anything_to_make_it_of(tmp_path):
-    with pytest.raises(RecipeError, match="names nothing to generate a bundle of"):
+    with pytest.raises(RecipeError, match="names no model for a bundle"):
         compare_recipe(quick("model=null"), tmp_path)
 
 

@@ -133,7 +133,7 @@ def test_a_missing_engine_and_a_wrong_twin_are_exit_2(cli, tmp_path):
     assert "a text file" in cli("profile", path, "--against", tmp_path / "text.plan")[1]
     code, message = cli("profile", path, "--against", tmp_path / "rtx.plan")
     assert code == 2
-    assert "engine of another library (got tensorrt-rtx, expected tensorrt)" in message
+    assert "engine for a different library (got tensorrt-rtx, expected tensorrt)" in message
     code, message = cli("profile", path, "--runtime", "onnxruntime")
     assert (code, "none of these runtimes can run this" in message) == (2, True)
     assert cli("profile", path, "--runtime", "tensorrt-rtx")[0] == 2  # TensorRT's

@@ -266,7 +266,7 @@ def test_a_library_says_what_it_is_before_it_is_loaded(tmp_path):
 
     other = tmp_path / "other.so"
     other.write_bytes(library.read_bytes().replace(b" abi=2 ", b" abi=3 "))
-    with pytest.raises(InputError, match=r"another interface \(got 3, expected 2\)"):
+    with pytest.raises(InputError, match=r"a different interface \(got 3, expected 2\)"):
         TokenReorgKernel(other)
     other.write_bytes(
         b"\x7fELF" + library.read_bytes()[-60_000:]

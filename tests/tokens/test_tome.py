@@ -336,7 +336,7 @@ def test_margins_where_all_even_tokens_merge():
         ({"options": {"merge": 3}, "locations": (1, 2)}, ["takes no locations", "every block"]),
         ({"options": {"merge": 9}}, ["to merge in one block", "at most 8, half of the 16 patches"]),
         ({"options": {"merge": 5, "inflect": -1}}, ["to merge in one block", "10"]),
-        ({"options": {"merge": [8, 5]}}, ["cannot merge in block 1", "at most 4, half of the 8"]),
+        ({"options": {"merge": [8, 5]}}, ["too many tokens to merge in block 1", "at most 4, half of the 8"]),
         ({"options": {"merge": [1, 1, 1, 1, 1]}}, ["more numbers than blocks", "at most 4"]),
         ({"options": {"merge": [3, 2], "inflect": 0.5}}, ["a list gives r for each block"]),
         ({"options": {"merge": -1}}, [">= 0"]),

@@ -146,7 +146,7 @@ def _longer_than_it_is(converted: Bundle, path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Bundle, Path], None], str]] = {
-    "packed": (_huge, "packed"),
+    "packed": (_huge, "compressed"),
     "not finite": (_changed(lambda a: a["logits"].__setitem__((0, 0), np.nan)), "logits: a number that is not finite"),
     "infinite": (_changed(lambda a: a["reference"].__setitem__((0, 0), np.inf)), "reference: a number that is not"),
     "a margin of no number": (
@@ -156,10 +156,10 @@ BROKEN: dict[str, tuple[Callable[[Bundle, Path], None], str]] = {
     "fewer images": (_changed(lambda a: a.update(logits=a["logits"][:4])), "logits: an array of the wrong shape"),
     "other classes": (_changed(lambda a: a.update(logits=a["logits"][:, :-1])), "logits: an array of the wrong shape"),
     "another rank": (_changed(lambda a: a.update(terms=a["terms"][:, None])), "terms: an array of the wrong shape"),
-    "another type": (_changed(lambda a: a.update(logits=a["logits"].astype(np.int8))), "another type"),
+    "another type": (_changed(lambda a: a.update(logits=a["logits"].astype(np.int8))), "of the wrong type"),
     "complex": (_changed(lambda a: a.update(logits=a["logits"].astype(complex))), "logits: an array of the wrong type"),
-    "a long precision": (_changed(lambda a: a.update(precision=np.array("x" * 999))), "precision: an array of another"),
-    "another precision": (_changed(lambda a: a.update(precision=np.array("bf16"))), "another precision"),
+    "a long precision": (_changed(lambda a: a.update(precision=np.array("x" * 999))), "precision: an array"),
+    "another precision": (_changed(lambda a: a.update(precision=np.array("bf16"))), "precision of the golden"),
     "no such patch": (_changed(lambda a: a["kept_1"].__setitem__((0, 0), 10**6)), "numbers of patches"),
     "a patch below": (_changed(lambda a: a["kept_1"].__setitem__((0, 0), -7)), "numbers of patches"),
     "twice": (_twice, "do not belong there"),

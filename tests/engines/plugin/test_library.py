@@ -70,7 +70,7 @@ def test_a_path_is_looked_at(tmp_path, installed):
         choose_plugin(tmp_path / "c.so")
     with pytest.raises(InputError, match=r"kind creators.*expected libevit_plugin\.so"):
         choose_plugin(library(tmp_path / "d.so", "creators"))
-    with pytest.raises(InputError, match=r"another interface \(got 7, expected 2\)"):
+    with pytest.raises(InputError, match=r"a different interface \(got 7, expected 2\)"):
         choose_plugin(library(tmp_path / "e.so", abi=7))
     with pytest.raises(MissingRequirement, match=r"TensorRT 10, and TensorRT 11 is installed\..*plugin build"):
         choose_plugin(library(tmp_path / "f.so", tensorrt="10.15.1"))
@@ -110,7 +110,7 @@ def test_what_an_engine_needs(cache, tmp_path):
         assert plugin_for(needs, choice) == path
     with pytest.raises(InputError, match="--plugin none: the engine was built with a plugin"):
         plugin_for(needs, "none")
-    with pytest.raises(InputError, match="another library"):
+    with pytest.raises(InputError, match="a different library"):
         plugin_for(needs, library(tmp_path / "other.so"))
     assert plugin_for(None, None) is plugin_for(None, "auto") is None
     assert plugin_for(None, path) == path

@@ -86,7 +86,7 @@ def test_a_config_inside_the_one_of_a_larger_model(vit):
 
 def test_a_config_of_another_architecture_and_the_way_out(vit):
     weights, config = vit
-    for kind, hint in (("bert", "not describe a known vision transformer"), ("dinov2", "is of another architecture")):
+    for kind, hint in (("bert", "not describe a known vision transformer"), ("dinov2", "a different architecture")):
         message = refusal(weights, config | {"model_type": kind})
         assert hint in message
         assert repr(kind) in message

@@ -278,7 +278,7 @@ def test_a_bundle_without_a_file_for_this_machine_is_refused(copy):
         ("triton", {}, InputError, ["asks a server", "evit_deploy.triton.client"]),
         ("tensorrt", {}, InputError, ["nothing that tensorrt runs", "engine.plan"]),
         ("onnxruntime", {"against": "x.pth"}, InputError, ["needs no checkpoint", "x.pth"]),
-        ("eager", {"against": "gone.pth"}, InputError, ["cannot be had", "gone.pth is gone"]),
+        ("eager", {"against": "gone.pth"}, InputError, ["is not available", "gone.pth is gone"]),
         (None, {"against": "x.pth"}, InputError, ["PyTorch's own runtimes", "runtime='eager'"]),
         (None, {"threads": 0}, InputError, ["threads", "got 0", "from 1 up"]),
         (None, {"batch_size": -1}, InputError, ["batch_size", "got -1"]),

@@ -199,7 +199,7 @@ def test_what_the_command_line_refuses(tmp_path, cli):
     cli("convert", own, "--fuse").refused(2, "--fuse", "no fused token")
     cli("convert", own, "--method", "evit").refused(2, "trained with the method 'dynamicvit'")
     cli("convert", reduced, "--method", "dynamicvit").refused(2, "trained with the method 'evit'")
-    cli("convert", own, "--locations", "1,2").refused(2, "another number of locations")
+    cli("convert", own, "--locations", "1,2").refused(2, "the number of locations is not")
     cli("convert", own, "--locations", "1,2,9").refused(2, "outside the model")
     cli("convert", own, "--keep-rate", "0.9,0.8").refused(2, "numbers of keep rates and locations differ")
     cli("convert", own, "--keep-rate", "0.1").refused(2, "no patch is left")

@@ -172,7 +172,7 @@ def test_untrained_predictors_are_told(caplog):
 def test_predictors_of_other_locations_or_another_model_are_refused():
     model = reduced("deit")
     reduce_tokens_(model, TokenSpec(keep_rate=1.0))
-    with pytest.raises(InputError, match="another number of locations"):
+    with pytest.raises(InputError, match="the number of locations is not"):
         reduce_tokens_(model, TokenSpec(keep_rate=0.6, locations=(1, 2), method="dynamicvit"))
     other: Any = timm.create_model("deit_tiny_patch16_224", embed_dim=96, img_size=64, depth=4)
     other.method_weights = model.method_weights

@@ -81,7 +81,7 @@ def test_a_search_is_not_overwritten_and_goes_on_only_with_its_own(tmp_path):
     with pytest.raises(InputError, match=r"there is a search already \(search.json\).*--resume"):
         begun(tmp_path / "new", ABOUT_IT, force=False, resume=False)
     begun(tmp_path / "new", ABOUT_IT, force=False, resume=True)
-    with pytest.raises(InputError, match=r"another search.*min_speedup 2"):
+    with pytest.raises(InputError, match=r"different settings.*min_speedup 2"):
         begun(tmp_path / "new", ABOUT_IT | {"min_speedup": 2.0}, force=False, resume=True)
     (tmp_path / "new" / FINDINGS).write_bytes(b"old")
     (tmp_path / "new" / "mine.txt").write_bytes(b"mine")
@@ -98,7 +98,7 @@ def test_places_that_cannot_be_are_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / ABOUT).write_bytes(b"{")
-    for place, hint in (("file", "this is a file"), ("x" * 300, "cannot write there"), ("broken", "does not say")):
+    for place, hint in (("file", "this is a file"), ("x" * 300, "cannot write there"), ("broken", "cannot be read")):
         with pytest.raises(InputError, match=hint):
             check_place(tmp_path / place, ABOUT_IT, force=False, resume=True)
 

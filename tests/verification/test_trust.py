@@ -148,7 +148,7 @@ def test_a_manifest_does_not_contradict_the_model(bundle, field, value):
     manifest = msgspec.json.decode((bundle.path / MANIFEST).read_bytes())
     change_manifest(bundle, **{field: manifest[field] | value if isinstance(value, dict) else value})
     if field == "precision":  # the golden file says it too
-        with pytest.raises(InputError, match="another precision"):
+        with pytest.raises(InputError, match="precision of the golden answers"):
             checked(bundle)
     else:
         assert f"{MODEL} as the manifest says" in failed(checked(bundle))

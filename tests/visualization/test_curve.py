@@ -122,11 +122,11 @@ def test_a_method_is_compared_and_embeddings_have_cosines(tmp_path, folder):
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        ({"rates": (1.0,)}, "no keep rate"),
-        ({"rates": ()}, "no keep rate"),
-        ({"rates": (float("nan"),)}, "no keep rate"),
+        ({"rates": (1.0,)}, "not a keep rate"),
+        ({"rates": ()}, "not a keep rate"),
+        ({"rates": (float("nan"),)}, "not a keep rate"),
         ({"sample": 0}, "no images"),
-        ({"keep_rate": 0.5}, "its own"),
+        ({"keep_rate": 0.5}, "separate keep rates"),
         ({"locations": (9,)}, "outside the model"),
     ],
 )

@@ -156,7 +156,7 @@ def test_a_file_that_no_cpu_runs_is_asked_in_pytorch(checkpoint_file, tmp_path):
 def test_without_the_checkpoint_the_file_is_asked(converted, tmp_path):
     path = shutil.copytree(converted.path, tmp_path / "elsewhere")
     assert show(path, sample_photographs()).images
-    with pytest.raises(InputError, match="cannot be had"):
+    with pytest.raises(InputError, match="is not available"):
         show(path, sample_photographs(), runtimes=("eager",))
     source = converted.path.parent / "tiny.safetensors"
     assert show(path, sample_photographs(), runtimes=("eager",), against=source).images

@@ -150,6 +150,14 @@ def test_a_manifest_that_leads_outside(bundle, name):
         read_bundle(bundle.path)
 
 
+def test_names_that_lead_inside_by_a_detour_are_refused_too(bundle):
+    """They would not once the bundle has moved, or a folder on the way is a link."""
+    for name in ("dense/../model.onnx", str(bundle.path / MODEL)):
+        rewrite_manifest(bundle, files=bundle.manifest.files | {name: "0" * 64})
+        with pytest.raises(InputError, match=r"manifest\.json.*outside"):
+            read_bundle(bundle.path)
+
+
 def test_a_bundle_behind_a_link_is_inside_itself(bundle, tmp_path):
     (tmp_path / "link").symlink_to(bundle.path)
     assert changed_files(read_bundle(tmp_path / "link")) == []
@@ -271,6 +279,17 @@ def test_a_bundle_that_was_moved_aside_by_a_process_that_died_is_found(bundle):
 def test_an_error_without_a_number_is_told_too(tmp_path):
     with pytest.raises(StageError, match=r"could not be written \(cannot seek\)"):
         fail(tmp_path / "bundle", OSError("cannot seek"))
+
+
+def test_force_replaces_a_package(tmp_path):
+    out = tmp_path / "package"
+    (out / "model" / "1").mkdir(parents=True)
+    (out / "model" / "1" / "model.onnx").write_bytes(b"model")
+    (out / "package.json").write_text('{"files": {"model/1/model.onnx": "0"}}')
+    check_out(out, force=True)
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"no bundle wrote.*\(got thesis\.txt"):
+        check_out(out, force=True)
 
 
 def test_force_never_removes_a_users_files(bundle, tmp_path):

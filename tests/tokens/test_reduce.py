@@ -278,6 +278,15 @@ def test_the_schedule_runs_from_dense_to_the_spec():
     assert token_spec(model) == SPEC
 
 
+def test_options_of_the_schedule_take_the_place_of_the_specs_own_until_the_next_call():
+    def tome(*merged: int) -> nn.Module:
+        return reduce_tokens_(create("deit"), TokenSpec(method="tome", options={"merge": merged}))
+
+    model, plan = tome(3, 2, 1), token_plan(tome(1, 1, 1))
+    assert set_keep_rate_(model, 1.0, {"merge": (1, 1, 1)}) == token_plan(model) == plan
+    assert set_keep_rate_(model, 1.0) == token_plan(tome(3, 2, 1)) != plan
+
+
 @pytest.mark.parametrize("progress", [0.0, 0.2, 0.5, 0.9, 1.0])
 def test_the_schedule_also_passes_where_a_location_only_reduces_on_the_way(progress):
     # At the end ceil(0.1 · 16) = 2 candidates are left and ceil(0.7 · 2) = 2, so that later locations do nothing. On

@@ -8,6 +8,7 @@ from torch import nn
 
 from evit_deploy.errors import UnsupportedModelError
 from evit_deploy.models.timm_vit import TimmViT
+from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_
 from tests.support.families import SPEC
 
@@ -64,6 +65,16 @@ def test_models_that_do_not_fit_are_refused_with_the_reason(make, model, reason)
         reduce_tokens_(refused, SPEC)
     assert len(error.value.reasons) >= 1
     assert not hasattr(refused, "token_spec")
+
+
+def test_only_a_head_that_pools_is_told_what_serves_pooling():
+    pooling = timm.create_model("vit_tiny_patch16_224", depth=2, global_pool="avg", device="meta")
+    with pytest.raises(UnsupportedModelError, match="Take evit's options normalize=true and sized=true"):
+        reduce_tokens_(pooling, SPEC)
+    narrow = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=54, device="meta")
+    with pytest.raises(UnsupportedModelError, match="cannot be divided by 4") as error:
+        reduce_tokens_(narrow, TokenSpec(keep_rate=0.6, method="dynamicvit", fuse=False))
+    assert "Take evit's options" not in str(error.value)
 
 
 def test_every_reason_is_named_at_once():

@@ -367,8 +367,8 @@ def test_a_method_that_needs_a_keep_rate_says_so():
 @pytest.mark.parametrize(
     ("locations", "message"),
     [
-        ((6, 3, 9), r"not strictly rising \(got 6,3,9, expected 3,6,9\)"),
-        ((3, 3, 9), r"not strictly rising \(got 3,3,9, expected 3,9\)"),
+        ((6, 3, 9), r"not strictly increasing \(got 6,3,9, expected 3,6,9\)"),
+        ((3, 3, 9), r"not strictly increasing \(got 3,3,9, expected 3,9\)"),
         ((-1, 3), r"not a block index \(got -1"),
         ((3, 6.0), r"not a block index \(got 6\.0"),
         ((False, 3), r"not a block index \(got False"),
@@ -411,7 +411,7 @@ MOST = 1 << 20
         (1, 8, [BlockPlan(0, 9, 10, False, 9)], None, "tokens that it does not have"),
         (1, 8, [BlockPlan(0, 9, 4, True, 6, places=(7, 8))], None, "tokens that it does not have"),
         (1, 8, [BlockPlan(0, 9, None, False, 9)], ModelCost(0, 0, 0, 0, 0, blocks=(BlockCost(9, 9),) * 2),
-         r"another number of blocks \(got 2"),
+         r"a different number of blocks \(got 2"),
     ],
 )  # fmt: skip
 def test_a_plan_of_no_model_is_refused(prefix, patches, blocks, cost, message):

@@ -61,7 +61,7 @@ def test_kept_patches_without_a_token_for_the_rest(tmp_path, converted, fused, a
     assert [kept.shape[1] for kept in load_golden(tmp_path / GOLDEN, manifest).kept.values()] == [
         row.keep for row in plan.locations
     ]
-    with pytest.raises(InputError, match=r"kept_\d: an array of another shape"):
+    with pytest.raises(InputError, match=r"kept_\d: an array of the wrong shape"):
         load_golden(converted.file(GOLDEN), manifest)
 
 

@@ -69,7 +69,7 @@ def test_a_commit_is_held_to_what_ci_runs():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
     commands = [hook["entry"].split(" --")[0] for hook in hooks]
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert len(commands) == 6
+    assert len(commands) == 7
     assert [command for command in commands if not re.search(rf"\b{re.escape(command)}\b", ci)] == []
 
 

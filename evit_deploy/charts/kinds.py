@@ -187,6 +187,10 @@ def _marks(values: Sequence[Point]) -> dict[str, Any]:
     return {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1}, "encoding": encoding}
 
 
+_BESIDE = 26
+"""Characters up to which two names of series have room side by side above a chart."""
+
+
 def _colors(values: Sequence[Point]) -> dict[str, Any]:
     return _scale(values, [color(i) for i in range(SERIES)])
 
@@ -195,5 +199,6 @@ def _scale(values: Sequence[Point], span: Sequence[str]) -> dict[str, Any]:
     """One value of a span a series; a single series needs no legend."""
     names = list(dict.fromkeys(printable(value.series) for value in values))
     scale = {"domain": names, "range": [span[i % SERIES] for i in range(len(names))]}
-    legend: dict[str, Any] | None = {"title": None} if len(names) > 1 else None
+    columns = 1 if max(map(len, names), default=0) > _BESIDE else 2
+    legend: dict[str, Any] | None = {"title": None, "columns": columns} if len(names) > 1 else None
     return {"field": "series", "type": "nominal", "scale": scale, "legend": legend}

@@ -93,3 +93,13 @@ def test_one_point_and_a_thousand(count):
     svg = points(many, AXES, "d", lower_x=True)
     assert len(marks(svg, "point")) == count
     assert len(svg) < 800_000
+
+
+def test_long_names_stand_below_one_another():
+    def height(*names: str) -> float:
+        svg = lines([Point(x, 1.0 + x, name, name) for name in names for x in (1.0, 2.0)], AXES, "a")
+        (found,) = re.findall(r'mark-group role-legend".*?d="M0,0h[\d.]+v([\d.]+)h', svg)
+        return float(found)
+
+    assert height("evit", "merge") < 20
+    assert height("merge at 0.81 in fp16, dense, onnxruntime", "merge") > 20

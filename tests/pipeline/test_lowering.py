@@ -235,7 +235,7 @@ def test_every_option_of_a_builder_has_its_name_on_the_command_line():
 
 @without_gpu
 def test_which_gpu_has_to_be_said_where_there_is_none():
-    with pytest.raises(InputError, match=r"--gpu: which GPU is the engine for\?.*An A100 is sm80"):
+    with pytest.raises(InputError, match=r"--gpu: the GPU to build for is unknown.*An A100 is sm80"):
         lower([RTX])
 
 

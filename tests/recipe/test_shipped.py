@@ -66,7 +66,7 @@ def test_what_is_in_the_way_stays(tmp_path):
 
 @pytest.mark.parametrize(
     ("place", "hint"),
-    [("absent/mine.yaml", "no such folder"), ("mine.txt", "ends in .yaml"), ("none.yaml", "something")],
+    [("absent/mine.yaml", "no such folder"), ("mine.txt", "ends in .yaml"), ("none.yaml", "exists there already")],
 )
 def test_places_that_cannot_be(place, hint, tmp_path):
     (tmp_path / "none.yaml").symlink_to(tmp_path / "nowhere")

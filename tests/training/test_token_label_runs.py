@@ -241,7 +241,7 @@ def test_two_images_do_not_share_a_map(labelled, tmp_path):
             (tmp_path / "train" / name / file.name).write_bytes(file.read_bytes())
     (tmp_path / "train" / "cat" / "0.again.JPEG").write_bytes((labelled / "train" / "cat" / "0.JPEG").read_bytes())
     twice = msgspec.structs.replace(data, train=str(tmp_path / "train"))
-    refused(recipe(labelled, data=twice), tmp_path, r"cat/0\.pt: two training images would share", InputError)
+    refused(recipe(labelled, data=twice), tmp_path, r"cat/0\.pt: two training images have the same", InputError)
 
 
 def test_a_map_that_cannot_be_read_gives_way_like_an_image(labelled, tmp_path):

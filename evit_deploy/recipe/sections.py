@@ -3,6 +3,7 @@
 :mod:`evit_deploy.recipe.recipe` puts them together.
 """
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -270,7 +271,7 @@ class TrainSection(Section, frozen=True, kw_only=True):
     backbone_frozen_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     """Epochs at the beginning in which all but these layers stand still."""
     frozen: tuple[str, ...] = ()
-    """Parameters that stand still all the time, such as ``cls_token`` and ``pos_embed``."""
+    """Parameters that stand still all the time: names such as ``cls_token``, or patterns such as ``blocks.[0-5].*``."""
     keep_rate_start: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     """Epoch from which the keep rate moves from 1 towards its target, by a cosine. Has no effect where no tokens are
     reduced."""
@@ -309,6 +310,14 @@ class TrainSection(Section, frozen=True, kw_only=True):
                 wanted=f"at most {max(self.learning_rate, self.effective_learning_rate()):g}",
                 fix="Lower it, or raise learning_rate.",
             )  # fmt: skip
+
+    def freezes(self, parameter: str) -> bool:
+        """Whether a parameter is among those that stand still.
+
+        Args:
+            parameter: Its name in the model.
+        """
+        return any(fnmatchcase(parameter, pattern) for pattern in self.frozen)
 
     def images_per_step(self, world: int = 1) -> int:
         """Images of one optimiser step, over all processes."""

@@ -1,6 +1,7 @@
 """The model and the data that a recipe names, refused here where they could only fail after hours of training."""
 
 import copy
+import fnmatch
 import logging
 from typing import Any
 
@@ -91,11 +92,16 @@ def _check_parts(recipe: Recipe, model: nn.Module) -> None:
                 where="finetune.token_labels", seen=token_label(recipe.tokens),
                 fix="Set finetune.token_labels=null, or take tokens.method=evit without squeeze and sized.",
             )  # fmt: skip
-        strange = next((name for name in run.frozen if name not in names), None)
+        strange = next((pattern for pattern in run.frozen if not fnmatch.filter(names, pattern)), None)
         if strange is not None:
             raise RecipeError(
                 "no such parameter", where=f"{stage}.frozen", seen=strange, fix=did_you_mean(strange, sorted(names))
             )
+        if all(map(run.freezes, names)):
+            raise RecipeError(
+                "all parameters would stand still", where=f"{stage}.frozen", seen=", ".join(run.frozen),
+                fix="Leave at least one parameter out.",
+            )  # fmt: skip
         if (run.backbone_lr_scale, run.backbone_frozen_epochs) != (1.0, 0.0) and (stage == "dense" or not own):
             raise RecipeError(
                 "this method adds no layers, so there is only the backbone",

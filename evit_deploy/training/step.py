@@ -117,7 +117,7 @@ class TrainingRun:
         if section.checkpoint_activations:
             set_checkpointing_(model, True)
         self._task = make_task(model, section, teacher)
-        self._frozen = [value for name, value in model.named_parameters() if name in section.frozen]
+        self._frozen = [value for name, value in model.named_parameters() if section.freezes(name)]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         groups = parameter_groups(model, section)

@@ -104,9 +104,10 @@ def pareto(rows: Iterable[TunedRow]) -> tuple[TunedRow, ...]:
 
 _HEADER = (
     "name", "locations", "keep_rate", "tokens", "gmacs", "expected_ms", "measured_ms", "speedup", "speedup_low",
-    "speedup_high", "cosine", "cosine_error", "agreement", "images", "top1", "top1_to_dense", "top1_to_dense_low",
-    "top1_to_dense_high", "finalist", "winner",
+    "speedup_high", "cosine", "cosine_error", "agreement", "images", "top1", "recall", "to_dense", "to_dense_low",
+    "to_dense_high", "finalist", "winner",
 )  # fmt: skip
+"""Shares and differences are called as in :class:`ComparedRow`: recall is of models without classes."""
 
 
 def as_csv(found: Tuning) -> str:
@@ -128,7 +129,7 @@ def _values(row: TunedRow, winner: str, finalist: bool) -> list[Any]:
         f"{row.gmacs:.4g}", f"{row.expected:.5g}",
         *(_short(getattr(speed, name, None)) for name in ("p50", "speedup", "speedup_low", "speedup_high")),
         _short(row.nearness), _short(near.error if near else None), _short(row.agreeing),
-        near.images if near else None, _short(answers.share[0] if answers and answers.share else None),
+        near.images if near else None, *(_short(getattr(answers, name, None)) for name in ("top1", "recall")),
         *(_short(getattr(cost, name, None)) for name in ("value", "low", "high")),
         int(finalist), int(row.name == winner),
     ]  # fmt: skip

@@ -24,6 +24,7 @@ from evit_deploy.tokens.plan import TokenSpec, scheduled_rate
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 from evit_deploy.training.loop import EVIT, fit, train
 from evit_deploy.training.schedules import keep_rate_progress, learning_rate
+from evit_deploy.training.setup import setup
 from evit_deploy.training.step import TrainingRun
 from evit_deploy.training.tasks import Teacher, make_task
 from tests.support.logs import notices
@@ -67,6 +68,25 @@ def test_accumulated_batches_give_the_step_of_one_large_batch():
     fit(parts, Halves(), section(steps=4, batch_size=4, accumulate=2))
     for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)  # Adam makes much of gradients that are next to 0
+
+
+def test_what_is_frozen_by_a_pattern_stands_still_and_moves_again_afterwards():
+    model = tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fit(model, FixedBatch(), section(steps=2, frozen=("blocks.[01].*", "cls_token")))
+    for name, value in model.named_parameters():
+        still = name.startswith(("blocks.0.", "blocks.1.")) or name == "cls_token"
+        assert torch.equal(value, before[name]) == still, name
+        assert value.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [(("blocks.9.*",), "no such parameter"), (("head.*", "*"), "all parameters would stand still")],
+)
+def test_a_pattern_that_names_no_parameter_or_all_is_refused(frozen, message):
+    with pytest.raises(RecipeError, match=message):
+        setup(recipe(finetune=section(frozen=frozen)))
 
 
 def test_the_average_is_kept_in_place_of_the_weights():

@@ -65,3 +65,15 @@ def test_the_table_says_which_share_is_held_against_the_dense_model(share, name)
     header, rows = table(msgspec.structs.replace(tuning(), finalists=finalists))
     assert header[-1] == f"{name} to dense, points"
     assert [cells[-1] for cells in rows] == ["", "-2.0 [-4.0, 0.0]"]
+
+
+@pytest.mark.parametrize(("field", "other"), [("top1", "recall"), ("recall", "top1")])
+def test_a_column_of_the_csv_is_named_after_the_share_that_it_holds(field, other):
+    cost = Difference("dense", -0.02, 0.01, -0.04, 0.0)
+    answers = ComparedRow("a", "evit", "", "fp32", 1.0, 1.0, 9, to_dense=cost, **{field: 0.5})
+    dense, own = tuning().finalists
+    finalists = (dense, msgspec.structs.replace(own, answers=answers))
+    lines = list(csv.DictReader(io.StringIO(as_csv(msgspec.structs.replace(tuning(), finalists=finalists)))))
+    columns = (field, other, "to_dense", "to_dense_low", "to_dense_high")
+    assert [lines[1][name] for name in columns] == ["0.5", "", "-0.02", "-0.04", "0"]
+    assert [lines[0][name] for name in columns] == [""] * 5

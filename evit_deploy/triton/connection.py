@@ -160,10 +160,6 @@ class Connection:
                 )  # fmt: skip
             time.sleep(POLL)
 
-    def server_version(self) -> str:
-        """The server's own version, ``2.51.0``."""
-        return str(self._json(self._client.get_server_metadata)["version"])
-
     def models(self) -> dict[str, str]:
         """Names of the models in the server's repository, and why a model is not ready; empty where it is.
 

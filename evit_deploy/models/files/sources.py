@@ -56,11 +56,6 @@ class Source(msgspec.Struct, frozen=True):
     part: str = ""
 
     @property
-    def from_hub(self) -> bool:
-        """Whether a hub id was given."""
-        return self.name.startswith(hub.PREFIX)
-
-    @property
     def config(self) -> dict[str, Any] | None:
         """What says which architecture it is: ``config.json``, or OpenCLIP's own file."""
         return self.configs.get("config.json") or self.configs.get("open_clip_config.json")

@@ -136,8 +136,12 @@ def _how_to_go_on(arguments: list[str]) -> str:
     return f"Go on with: {shlex.join([*program(), *rest, '--resume'])}"
 
 
+_ANOTHER_TORCH = "operator torchvision::nms does not exist"
+"""What torchvision raises when it is imported beside another PyTorch, https://github.com/pytorch/pytorch/issues/122494."""
+
+
 def _failed(error: Exception, debug: bool, as_json: bool) -> int:
-    from evit_deploy.errors import EvitDeployError, exhausted
+    from evit_deploy.errors import EvitDeployError, MissingRequirement, exhausted
 
     if debug:
         import traceback
@@ -146,6 +150,11 @@ def _failed(error: Exception, debug: bool, as_json: bool) -> int:
 
         click.echo(printable_lines("".join(traceback.format_exception(error))), err=True)
     known = exhausted(error) or error
+    if _ANOTHER_TORCH in str(error):
+        known = MissingRequirement(
+            "torchvision was built for another PyTorch than the one that is installed", seen=error,
+            fix="Install both together, from the same index: pip install --force-reinstall torch torchvision",
+        )  # fmt: skip
     if isinstance(known, EvitDeployError):
         code, text, kind = known.exit_code, str(known), type(known).__name__
     else:

@@ -66,6 +66,7 @@ def asked_for(bundle: Bundle, name: str, against: Path | None) -> Any:
             raise InputError(
                 f"this bundle has nothing that {name} runs", where=bundle.path, seen=", ".join(bundle.manifest.files),
                 wanted=" or ".join(runtime.files),
+                fix="Convert with a --target that makes it, or leave the runtime out.",
             )  # fmt: skip
         return artifact
     model, why_not = parent_model(bundle, against)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ from evit_deploy.bundle.manifest import MODEL
 from evit_deploy.cli import COMMANDS
 from evit_deploy.report.report import Report
 from tests.support.command_line import QUICK, command, interrupted
+from tests.support.machines import pretend
 from tests.support.models import SMALLEST, tree
 
 # Help.
@@ -242,3 +244,15 @@ def test_an_interruption_leaves_nothing(tmp_path, smallest):
             assert result.document["error"]["exit_code"] == 128 + number
         else:
             assert result.out == ""
+
+
+def test_torchvision_that_was_built_for_another_pytorch(checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    pretend(broken, "torchvision", None, "raise RuntimeError('operator torchvision::nms does not exist')")
+    line = [sys.executable, "-m", "evit_deploy", "convert", checkpoint, "--keep-rate", "0.7"]
+    paths = os.pathsep.join([str(broken), *(path for path in sys.path if path)])
+    done = subprocess.run(line, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "torchvision was built for another PyTorch" in done.stderr
+    assert "pip install --force-reinstall torch torchvision" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -160,7 +160,7 @@ def test_without_the_checkpoint_the_file_is_asked(converted, tmp_path):
         show(path, sample_photographs(), runtimes=("eager",))
     source = converted.path.parent / "tiny.safetensors"
     assert show(path, sample_photographs(), runtimes=("eager",), against=source).images
-    with pytest.raises(InputError, match="PyTorch's own runtimes"):
+    with pytest.raises(InputError, match="only PyTorch's runtimes"):
         show(path, sample_photographs(), runtimes=("onnxruntime",), against=source)
 
 

@@ -9,6 +9,7 @@ it is in the other (:mod:`evit_deploy.export.blocks`).
 """
 
 import ast
+import contextlib
 import logging
 import re
 import warnings
@@ -162,7 +163,8 @@ def _run_exporter(model: torch.nn.Module, example: torch.Tensor, answer: str) ->
     try:
         for logger in loggers:  # the exporter narrates; a stage that succeeds has nothing to say
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
+        # onnxscript up to 0.6 also prints, and standard output belongs to the caller.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model,

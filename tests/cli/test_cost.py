@@ -52,7 +52,7 @@ def test_convert_tells_what_it_costs(cli, checkpoint_file, pictures, tmp_path):
 
 
 def test_convert_of_a_model_without_classes_tells_cosine_and_recall(cli, embedding, pictures, tmp_path):
-    checkpoint = next(embedding.path.parent.glob("*.safetensors"))
+    checkpoint = embedding.path / embedding.manifest.parents[0].source
     arguments = ["--keep-rate", "0.6", "--data", pictures, "--out", tmp_path / "bundle", "--threads", "1", "--json"]
     _, model = cli("convert", checkpoint, *arguments).document["compared"]
     assert 0 < model["cosine_centred"] < model["cosine"] <= 1

@@ -75,7 +75,9 @@ def test_one_attention_a_block_in_three_dimensions(kind, spec):
         assert [ranks[name] for name in node.input if name] == [3, 3, 3]
         assert [name for name in node.output if name] == [node.output[0]]  # the attention map is not read out
     assert len(nodes(proto, "Gelu")) == len(model.blocks)
-    assert not {"Split", "Squeeze", "If", "Loop"} & set(operators(proto))
+    assert not {"Split", "If", "Loop"} & set(operators(proto))
+    sizes = {name for node in nodes(proto, "Shape") for name in node.output}  # older exporters squeeze the batch size
+    assert {name for node in nodes(proto, "Squeeze") for name in node.input[:1]} <= sizes
 
 
 @each

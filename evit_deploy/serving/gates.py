@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from packaging.version import Version
 
 from evit_deploy.bundle import bundle as bundles
 from evit_deploy.bundle.bundle import Bundle
@@ -15,9 +16,10 @@ from evit_deploy.documents import read_json
 from evit_deploy.engines.plan_file import read_header
 from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import EMBEDDING, INPUT, LOGITS
+from evit_deploy.export.precision import QUANTIZED
 from evit_deploy.report.report import Report
 from evit_deploy.serving.options import Device, Purpose, TritonOptions
-from evit_deploy.serving.releases import RELEASES, TritonRelease, declared_server, older, same
+from evit_deploy.serving.releases import QUANTIZES, RELEASES, TritonRelease, declared_server, older, same
 from evit_deploy.targets.target import all_targets
 
 _ONE_MODEL = ("kind", "model", "model_args", "tokens", "plan", "preprocess", "labels", "inputs", "outputs", "precision")
@@ -334,7 +336,16 @@ def _server_for(found: Sequence[Bundle], platform: str, release: str | None, ten
     if platform != "tensorrt":
         if tensorrt is not None:
             raise InputError("only a plan depends on the server's TensorRT", where="--server-tensorrt", seen=tensorrt)
-        return declared_server(release, None, None)
+        server = declared_server(release, None, None)
+        quantized = next((bundle for bundle in found if bundle.manifest.precision in QUANTIZED), None)
+        known = server.onnxruntime
+        if platform == "onnxruntime" and quantized and known and Version(known) < Version(QUANTIZES):
+            raise InputError(
+                f"Triton {server.release} has ONNX Runtime {known}, which does not run {quantized.manifest.precision}",
+                where="--server", seen=server.release,
+                wanted=f"a release with ONNX Runtime {QUANTIZES} or newer, as {max(RELEASES)}",
+            )  # fmt: skip
+        return server
     headers = [read_header(bundle.file(ENGINE)).version for bundle in found]
     lasting = version_compatible(found)
     server = declared_server(release, tensorrt, None if lasting else headers[0])

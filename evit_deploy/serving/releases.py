@@ -44,6 +44,9 @@ a container in ``dpkg -l libnvinfer-bin``.
 """
 
 
+QUANTIZES = "1.24"
+"""First ONNX Runtime that runs the INT8 models of ``convert``: 1.23 has no ``QuantizeLinear`` of opset 23."""
+
 FREES_BODIES = "26.05"
 """First release that frees what a compressed body became when it refuses the request (server#8764)."""
 

@@ -99,7 +99,7 @@ def test_verify_a_moved_bundle(bundle):
     assert result.out.splitlines()[-1] == f"verified: {bundle}"
     assert result.err == ""
     assert "eager, batch 1, 2, 8: logits" in result.out
-    assert result.out.startswith("Same answers as the PyTorch model to 8 images on eager, onnxruntime")
+    assert result.out.startswith("Same answers as the PyTorch model to 8 images on eager")
 
 
 def test_profile_a_bundle(cli, made):

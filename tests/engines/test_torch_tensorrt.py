@@ -80,7 +80,7 @@ def test_a_missing_gpu_is_said_with_the_packages_and_alone(monkeypatch):
     with pytest.raises(MissingRequirement, match="also needs a CUDA GPU"):
         target.require_torch_tensorrt()
     here(monkeypatch, gpu=False, torch="2.14.1", torch_tensorrt_rtx="2.14.0")
-    with pytest.raises(MissingRequirement, match=r"there is none here\. Run it on a machine with an NVIDIA GPU"):
+    with pytest.raises(MissingRequirement, match=r"this machine has no GPU\. Run it on a machine with an NVIDIA GPU"):
         target.require_torch_tensorrt()
 
 

@@ -94,7 +94,7 @@ def test_copies_and_twins_are_normalised_too():
 
 
 def test_logits_are_not_normalised():
-    with pytest.raises(InputError, match=r"--normalize: a model with classes answers logits.*10 classes"):
+    with pytest.raises(InputError, match=r"--normalize: logits cannot be normalized.*10 classes"):
         normalize_(seeded())
 
 

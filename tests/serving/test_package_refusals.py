@@ -260,6 +260,13 @@ def test_versions_are_compared_as_far_as_both_are_known(one, other):
     assert same(first, second) == same(second, first) == (one[:shared] == other[:shared])
 
 
+def test_an_older_server_does_not_run_int8(own, refused):
+    bundle = change(own, precision="int8")
+    for month in ("25.09", "26.01"):
+        words = rf"Triton {month} has ONNX Runtime 1\.23\.\d, which does not run int8 .*1\.24 or newer"
+        refused(bundle, match=words, triton=TritonOptions(server=month), platform="onnxruntime")
+
+
 def test_every_known_release_runs_these_models():
     for release, known in RELEASES.items():
         assert declared_server(release, None, None).tensorrt == known.tensorrt

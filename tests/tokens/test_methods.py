@@ -111,7 +111,7 @@ def test_a_method_without_scores_has_kept_tokens_but_none_are_made_up():
     assert len(seen.kept) == 3
     assert seen.scores == []
     reducer = next(module for module in model.modules() if isinstance(module, TokenReducer))
-    with pytest.raises(NotImplementedError, match="Slice does not say"):
+    with pytest.raises(NotImplementedError, match="Slice does not implement"):
         reducer.scores(*3 * [torch.zeros(1, 5, 2, 4)])
 
 

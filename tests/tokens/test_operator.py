@@ -128,7 +128,7 @@ def test_queries_and_keys_off_the_grid_are_left_to_pytorch(in_use):
     assert not operator.takes_scores(wide, wide)
     with pytest.raises(InputError, match="off the grid of 16 bytes"):
         in_use.class_scores(q, k, 0.3, 1)
-    with pytest.raises(InputError, match="side by side"):
+    with pytest.raises(InputError, match="not contiguous"):
         in_use.class_scores(wide, wide, 0.3, 1)
     with pytest.raises(InputError, match="prefix is 6, expected 0 to 5"):
         in_use.class_scores(*queries_and_keys(1, 6, 2, 16, 1.0, "fp16"), 0.3, 6)

@@ -279,7 +279,7 @@ def test_a_bundle_without_a_file_for_this_machine_is_refused(copy):
         ("tensorrt", {}, InputError, ["nothing that tensorrt runs", "engine.plan"]),
         ("onnxruntime", {"against": "x.pth"}, InputError, ["needs no checkpoint", "x.pth"]),
         ("eager", {"against": "gone.pth"}, InputError, ["is not available", "gone.pth is gone"]),
-        (None, {"against": "x.pth"}, InputError, ["PyTorch's own runtimes", "runtime='eager'"]),
+        (None, {"against": "x.pth"}, InputError, ["only PyTorch's runtimes", "runtime='eager'"]),
         (None, {"threads": 0}, InputError, ["threads", "got 0", "from 1 up"]),
         (None, {"batch_size": -1}, InputError, ["batch_size", "got -1"]),
     ],
@@ -337,7 +337,7 @@ def test_a_model_without_classes_answers_with_embeddings(tmp_path):
         assert "embeddings of 48 numbers" in repr(model)
         assert set(model.kept(inputs[:1])) == {1, 2, 3}
         for question in (model.predict, model.logits):
-            with pytest.raises(InputError, match=r"this model has no classes\. Ask embed\."):
+            with pytest.raises(InputError, match=r"this model has no classes\. Use embed\."):
                 question(inputs)
 
 

@@ -93,13 +93,13 @@ def test_half_precision(tmp_path, normalize):
 
 def test_logits_are_not_normalised(checkpoint_file, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match=r"--normalize: a model with classes answers logits.*10 classes"):
+    with pytest.raises(InputError, match=r"--normalize: logits cannot be normalized.*10 classes"):
         convert(checkpoint_file, keep_rate=0.7, options=ConvertOptions(normalize=True), out=out)
     assert tree(tmp_path) == {}
 
 
 def test_a_recipe_that_asks_for_it_is_refused_before_training(tmp_path):
-    with pytest.raises(InputError, match=r"convert\.normalize: what is trained has classes"):
+    with pytest.raises(InputError, match=r"convert\.normalize: the trained model has classes"):
         run(recipe(convert=ConvertSection(normalize=True)), tmp_path / "out")
     assert tree(tmp_path) == {}
 

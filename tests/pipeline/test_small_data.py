@@ -50,7 +50,7 @@ def test_a_few_hundred_images_are_learned_on_a_cpu(start, folders, tmp_path):
     told = notices()
     bundle, report = run(small(start, folders), tmp_path)
     assert report.passed
-    assert any("the classifier is trained again: the data has 10 classes" in text for text in told)
+    assert any("a new classifier is trained: the data has 10 classes" in text for text in told)
     assert told.count("data.validation_share: 70 of 360 images are validated on and not trained on") == 2
     assert bundle.manifest.labels == sorted(NAMES)
     top1 = {row.name: row.top1 for row in report.accuracy}

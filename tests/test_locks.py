@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from tests.support import tensorrt_lean
 from tests.support.paths import ROOT
@@ -48,6 +49,15 @@ def test_every_requirement_of_the_tests_is_pinned():
     text = (ROOT / "tests" / "environments" / "dev.lock").read_text()
     assert lacking(required(), text) == []
     assert lacking(iter([Requirement("torch<1"), Requirement("not-there")]), text) == ["torch<1", "not-there"]
+
+
+def test_the_lower_bounds_are_what_the_oldest_environment_has():
+    pinned = {name: version for name, version, _ in pins((ROOT / "tests/environments/oldest.lock").read_text())}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in map(Requirement, project["dependencies"]):
+        (bound,) = requirement.specifier
+        assert bound.operator == ">="
+        assert Version(pinned[requirement.name]) == Version(bound.version), requirement
 
 
 def test_the_triton_servers_requirements_are_pinned():

@@ -1,7 +1,7 @@
 """Loads what may be broken, in its own process: ``doctor`` asks here.
 
 A shared library that fails to load raises anything, and one that was built for another version may take the whole
-process along. Each job is answered on a line of its own, so that the first one without an answer is the culprit.
+process along. Each job is answered on a separate line, so that the first one without an answer is the culprit.
 
 python -m evit_deploy.doctor.probe torch module:openvino runtime:eager
 """

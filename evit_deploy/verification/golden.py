@@ -45,7 +45,7 @@ class Golden(msgspec.Struct):
         reference: PyTorch FP64 ``[n, classes]``, keeping the tokens that the FP32 model kept.
         swapped: The same with the next best choice at every location.
         expected: ``[n, classes]`` in the bundle's precision, keeping the tokens that the FP32 model kept.
-        expected_free: The same with a choice of its own.
+        expected_free: The same, with the tokens that the model itself chooses.
         terms: float64 ``[n]``: the largest sum of absolute terms that a logit of the image is added up from. Terms may
             cancel to almost nothing, as two classes' after a short fine-tune do; their rounding does not.
         dense: PyTorch FP32 logits of the dense model.
@@ -159,7 +159,7 @@ class Expected(msgspec.Struct, frozen=True):
     Args:
         logits: ``[n, classes]``, keeping given tokens.
         scores: Per location ``[n, N]``, on the way there.
-        free: Logits with a choice of its own.
+        free: Logits, with the tokens that the model itself chooses.
         dense: Logits of the dense model.
     """
 

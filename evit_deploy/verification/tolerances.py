@@ -49,7 +49,7 @@ def tie_limits(
 
     Args:
         limit: Of answers that keep the golden patches, see :func:`error_limit`.
-        free: ``[n, classes]`` in the bundle's precision, with a choice of its own.
+        free: ``[n, classes]`` in the bundle's precision, with the tokens that it chooses itself.
         swapped: FP64, with the next best choice at every location.
         reference: FP64 ``[n, classes]``.
         margins: Of every location that keeps some, see :meth:`evit_deploy.tokens.reducer.TokenReducer.margin`.

@@ -23,7 +23,7 @@ pytest_plugins = [
     "tests.support.command_line",
     "tests.support.compared",
     "tests.support.cpp_example",
-    "tests.support.labelled_images",
+    "tests.support.labeled_images",
     "tests.support.logs",
     "tests.support.machines",
     "tests.support.openvino_model",

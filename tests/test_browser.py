@@ -57,8 +57,8 @@ def test_tab_stops_at_everything_once_and_in_order(browser: Browser, written):
         ('<img src="gone.png" alt="gone">', "console: not loaded: file:"),
         ('<link rel="stylesheet" href="https://example.org/a.css">', "network: https://example.org/a.css"),
         ('<pre style="width: 2000px">wide</pre>', "too wide: pre ends at 2008 of 400 px"),
-        ('<p style="color: #888; background: #fff">grey</p>', "contrast: 3.54 p: grey"),
-        ('<p style="color: #777; background: #fff">grey</p>', "contrast: 4.48 p: grey"),
+        ('<p style="color: #888; background: #fff">gray</p>', "contrast: 3.54 p: gray"),
+        ('<p style="color: #777; background: #fff">gray</p>', "contrast: 4.48 p: gray"),
         ('<p style="background: #fff"><b style="opacity: .4; color: #000">pale</b></p>', "contrast: 2.85 p > b: pale"),
         ('<svg><rect width="300" height="99" fill="#fff"/><text x="9" y="20" fill="#ccc">pale</text></svg>',
          "contrast: 1.61 svg > text: pale"),
@@ -71,6 +71,6 @@ def test_what_is_wrong_is_found(added: str, fault: str, browser: Browser, writte
         assert [line for line in page.faults() if line.startswith(fault)] != [], page.faults()
 
 
-def test_a_grey_of_just_enough_contrast_is_no_fault(browser: Browser, written):
-    with browser.open(written('<p style="color: #767676; background: #fff">grey</p>')) as page:
+def test_a_gray_of_just_enough_contrast_is_no_fault(browser: Browser, written):
+    with browser.open(written('<p style="color: #767676; background: #fff">gray</p>')) as page:
         assert page.low_contrast() == []

@@ -74,7 +74,7 @@ def test_every_part_runs_dry_and_becomes_a_section_of_the_results(tmp_path):
             ("GEMM", "attention", "layer norm", "GELU"), True
         )
         assert (row["calls"]["score row"] > 0) == (row["variant"] in ("0.7", "0.5"))
-        assert (row["calls"]["reorganisation"] > 0) == (row["variant"] != "dense")
+        assert (row["calls"]["reorganization"] > 0) == (row["variant"] != "dense")
         assert sum(layer["calls"] for name, layer in row["linear"].items() if name.startswith("fc1")) == 4
     assert {row["name"] for row in parts["commands"]["rows"]} == {"doctor", "convert", "run", "verify", "profile"}
     assert "cases and batches right" in done.stdout
@@ -197,7 +197,7 @@ def test_parts_run_in_the_order_asked_for_and_two_of_them_at_once(monkeypatch):
 
 TRACE = [
     {"ph": "X", "cat": "user_annotation", "name": "evit|block|3 197", "ts": 10.0, "dur": 80.0, "args": {}},
-    {"ph": "X", "cat": "user_annotation", "name": "evit|reorganisation|", "ts": 20.0, "dur": 40.0, "args": {}},
+    {"ph": "X", "cat": "user_annotation", "name": "evit|reorganization|", "ts": 20.0, "dur": 40.0, "args": {}},
     {"ph": "X", "cat": "user_annotation", "name": "evit|score row|", "ts": 30.0, "dur": 9.0, "args": {}},
     {"ph": "X", "cat": "user_annotation", "name": "evit|GEMM|fc1 139 800", "ts": 70.0, "dur": 9.0, "args": {}},
     {"ph": "X", "cat": "gpu_user_annotation", "name": "evit|GEMM|fc1 139 800", "ts": 0.0, "dur": 900.0, "args": {}},
@@ -224,7 +224,7 @@ def test_a_kernel_is_what_the_innermost_range_around_its_launch_says_or_else_its
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": TRACE}))
     kernels = kernels_of(tmp_path / "trace.json", on_cpu=False)
     assert [(kernel.kind, kernel.label, kernel.place) for kernel in kernels] == [
-        ("score row", "", "3 197"), ("reorganisation", "", "3 197"), ("GEMM", "fc1 139 800", "3 197"),
+        ("score row", "", "3 197"), ("reorganization", "", "3 197"), ("GEMM", "fc1 139 800", "3 197"),
         ("attention", "", "3 197"), ("GEMM", "", ""), ("other", "", ""),
     ]  # fmt: skip
     found = sums(kernels * FORWARDS)

@@ -104,7 +104,7 @@ class Manifest(msgspec.Struct, frozen=True):
         engine: What ``engine.plan`` was built with, if there is one.
         normalized: Whether the embedding is scaled to length 1, inside the files.
         origins: Where ``preprocess`` and ``labels`` come from, for people.
-        unquantized: Linear layers of a quantised model that stayed in the base precision, by name.
+        unquantized: Linear layers of a quantized model that stayed in the base precision, by name.
 
     Raises:
         InputError: It describes no model that evit-deploy makes.

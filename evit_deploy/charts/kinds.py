@@ -20,7 +20,7 @@ class Point(msgspec.Struct, frozen=True):
         x: Its place; the name of a group in :func:`bars`.
         y: Its place.
         label: What is said of it.
-        series: Its colour and shape.
+        series: Its color and shape.
         low: Lower end of the interval of ``y``.
         high: Upper end.
     """

@@ -11,9 +11,9 @@ from evit_deploy.report.lines import printable
 
 _VEGA_LITE = "5.20"  # of those that vl-convert has; charts look the same after an update of it
 SERIES = 8
-"""How many series have a colour and a shape each; further ones begin again."""
+"""How many series have a color and a shape each; further ones begin again."""
 _LIGHT = ("#0b5cad", "#b3470c", "#1b7a4d", "#8a3391", "#75600a", "#3f6b7d", "#a3264f", "#555555")
-"""Colours with a contrast of 4.5 and more on white."""
+"""Colors with a contrast of 4.5 and more on white."""
 _DARK = ("#6cb6ff", "#ff9f5a", "#5fd39a", "#e09be6", "#d8c25a", "#8fc4d8", "#ff8fae", "#c4c4c4")
 """The same on :data:`DARK_PAGE`."""
 LIGHT_PAGE, DARK_PAGE = "#ffffff", "#15181d"
@@ -41,17 +41,17 @@ _MARK = re.compile(r'(role="graphics-symbol" aria-roledescription="(?:point|bar|
 
 
 def color(series: int) -> str:
-    """A series' colour as a CSS variable, which :func:`palette` gives a value on light pages and on dark ones."""
+    """A series' color as a CSS variable, which :func:`palette` gives a value on light pages and on dark ones."""
     return f"var(--series-{series % SERIES + 1})"
 
 
 def palette(dark: bool = False) -> str:
-    """CSS declarations of all series' colours."""
+    """CSS declarations of all series' colors."""
     return " ".join(f"--series-{i + 1}: {value};" for i, value in enumerate(_DARK if dark else _LIGHT))
 
 
 def drawn(spec: dict[str, Any], description: str) -> str:
-    """Draws a chart for a page that takes it in as it is: in the page's text colour and :func:`palette`.
+    """Draws a chart for a page that takes it in as it is: in the page's text color and :func:`palette`.
 
     Args:
         spec: A Vega-Lite 5 specification with its data in it. Its texts have to be
@@ -70,7 +70,7 @@ def drawn(spec: dict[str, Any], description: str) -> str:
 
 
 def standalone(svg: str, dark: bool = False) -> str:
-    """The same chart as a file: with a background and colours instead of a page's.
+    """The same chart as a file: with a background and colors instead of a page's.
 
     Args:
         svg: What :func:`drawn` returned.

@@ -11,7 +11,7 @@ from evit_deploy.cli.types import PATH
 
 @click.group("plugin", cls=Group, short_help="Build and check the TensorRT plugin.")
 def command() -> None:
-    """Build and check the TensorRT plugin, which makes the reorganisation of tokens one kernel.
+    """Build and check the TensorRT plugin, which makes the reorganization of tokens one kernel.
 
     \b
     evit-deploy plugin build

@@ -20,7 +20,7 @@ from evit_deploy.report.lines import printable
 )  # fmt: skip
 @click.option(
     "--data", cls=Option, group="Accuracy", type=IMAGES, metavar="DIR",
-    help="Labelled images (class/image), a folder for each class of the models.",
+    help="Labeled images (class/image), a folder for each class of the models.",
 )  # fmt: skip
 @click.option("--markdown", is_flag=True, help="Print Markdown.")
 @output_options
@@ -30,7 +30,7 @@ def command(
     """Put table NUMBER (1, 2a, 2b, 3a, 3b, 4, 5, 6a, 6b or 7) of the EViT paper beside figures from here.
 
     Multiply-adds are computed. Throughput is measured on request, all rows in turn, with weights from a seed.
-    Accuracy needs trained weights and labelled images. A note lists what is missing.
+    Accuracy needs trained weights and labeled images. A note lists what is missing.
 
     \b
     evit-deploy table 2b

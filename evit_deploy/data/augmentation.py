@@ -9,7 +9,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateXRel", "TranslateY", "TranslateYRel")
-"""timm's augmentations that move pixels; all others change their colours."""
+"""timm's augmentations that move pixels; all others change their colors."""
 
 
 def operations_of(transform: Any) -> Iterator[Any]:
@@ -127,7 +127,7 @@ class FollowedTransform:
 class ErasedTransform:
     """A training transform that also says which rectangle of the image is to be erased.
 
-    Erased is a normalised image, by noise, so it is done where images are normalised, on the device: :func:`erase_`.
+    Erased is a normalized image, by noise, so it is done where images are normalized, on the device: :func:`erase_`.
     timm draws the rectangle as it always does, last of all, and the seed of the noise is drawn after it.
 
     Args:
@@ -169,7 +169,7 @@ def erase_(images: Tensor, rectangles: Tensor) -> Tensor:
     The same seed gives other noise on another kind of device.
 
     Args:
-        images: Normalised, ``[B, C, H, W]``.
+        images: Normalized, ``[B, C, H, W]``.
         rectangles: int64 ``[B, 5]`` on the CPU: seed, top, left, height and width in pixels; height 0 erases nothing.
 
     Returns:

@@ -39,7 +39,7 @@ _LOG = logging.getLogger(__name__)
 class FolderData:
     """Images on disk, varied as in the official DeiT and EViT training.
 
-    RandAugment, colour jitter, flips, random erasing, mixup, CutMix and repeated augmentation. See
+    RandAugment, color jitter, flips, random erasing, mixup, CutMix and repeated augmentation. See
     :mod:`evit_deploy.data.sources` for where the images may lie.
     """
 
@@ -144,7 +144,7 @@ class FolderData:
     ) -> Iterator[tuple[Tensor, ...]]:
         """See :class:`evit_deploy.data.training_data.TrainingData`. Mixup and CutMix mix the images of one process.
 
-        Images are cropped, mirrored and varied where they are read, and normalised, erased and mixed on the device.
+        Images are cropped, mirrored and varied where they are read, and normalized, erased and mixed on the device.
         """
         section = self._section
         batches = Batches(
@@ -294,7 +294,7 @@ def _with_unreadable(
 def _finished(
     erased: Tensor, mix: Mixup | None, place: tuple[int, ...], images: Tensor, labels: Tensor, *rest: Tensor
 ) -> tuple[Tensor, ...]:
-    """What is left to do with normalised images, on the device they are on; numbers are drawn on the CPU."""
+    """What is left to do with normalized images, on the device they are on; numbers are drawn on the CPU."""
     erase_(images, erased)
     if mix is not None:
         with own_randomness(*place):
@@ -304,7 +304,7 @@ def _finished(
 
 
 def keep_a_bit(transform: Any) -> None:
-    """Keeps the strongest posterisation from 0 bits: a black image in older Pillow, an error since Pillow 13.
+    """Keeps the strongest posterization from 0 bits: a black image in older Pillow, an error since Pillow 13.
 
     Args:
         transform: timm's, with AutoAugment or RandAugment among its stages; changed in place.

@@ -1,4 +1,4 @@
-"""Images on their way into a model: decoding, inputs, sample photographs, unlabelled folders."""
+"""Images on their way into a model: decoding, inputs, sample photographs, unlabeled folders."""
 
 import io
 import re
@@ -88,7 +88,7 @@ def sample_inputs(preprocess: Preprocess, count: int, channels: int = 3) -> np.n
     Args:
         preprocess: The model's preprocessing.
         count: How many.
-        channels: Channels of the model's input; other than 3 are made from the three colours.
+        channels: Channels of the model's input; other than 3 are made from the three colors.
 
     Returns:
         float32 ``[count, channels, H, W]``.
@@ -104,7 +104,7 @@ def sample_inputs(preprocess: Preprocess, count: int, channels: int = 3) -> np.n
 
 
 def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    """Colour images for a model that takes another number of channels: one is their mean, more repeat them."""
+    """Color images for a model that takes another number of channels: one is their mean, more repeat them."""
     if channels == 1:
         images = images.mean(axis=1, keepdims=True)
     elif channels != 3:
@@ -121,7 +121,7 @@ def _crop(photograph: Image.Image, seed: int) -> Image.Image:
 
 
 def image_files(path: Path) -> list[Path]:
-    """Image files anywhere below a folder, labelled or not, always in the same order.
+    """Image files anywhere below a folder, labeled or not, always in the same order.
 
     Raises:
         InputError: No such folder, or no images in it.

@@ -1,4 +1,4 @@
-"""Labelled images by number, wherever they lie: class folders, tar files, WebDataset shards, Hugging Face datasets.
+"""Labeled images by number, wherever they lie: class folders, tar files, WebDataset shards, Hugging Face datasets.
 
 Names are those that timm's ``--dataset`` and ``--data-dir`` take. Tar files and Hugging Face datasets are read by
 timm's readers. Class folders are listed here, because timm's reader names a class after the innermost folder and drops
@@ -35,7 +35,7 @@ SPLITS = ("val", "valid", "validation", "eval", "test", "testing", "train", "tra
 
 
 class Source(Protocol):
-    """Labelled images by number."""
+    """Labeled images by number."""
 
     classes: tuple[str, ...]
     """Class names; a label is an index into them."""
@@ -60,7 +60,7 @@ class Source(Protocol):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where labelled images lie.
+    """Where labeled images lie.
 
     Args:
         path: A folder, a ``.tar``, ``wds/<folder>`` or ``hfds/<name or folder>``.
@@ -78,7 +78,7 @@ class Place(msgspec.Struct, frozen=True):
 
 
 def open_source(place: Place, classes: Sequence[str] | None = None) -> Source:
-    """Opens labelled images.
+    """Opens labeled images.
 
     Args:
         place: Where they lie.
@@ -102,9 +102,7 @@ def open_source(place: Place, classes: Sequence[str] | None = None) -> Source:
     return Folder(place.path, classes)
 
 
-def labelled_batches(
-    source: Source, preprocess: Preprocess, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def labeled_batches(source: Source, preprocess: Preprocess, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every image of a source once, in order, as the deployed model takes it.
 
     Args:
@@ -141,7 +139,7 @@ def class_folders(root: Path) -> list[str]:
     return sorted((e.name for e in root.iterdir() if e.is_dir() and not e.name.startswith(".")), key=natural)
 
 
-def is_labelled(root: Path) -> bool:
+def is_labeled(root: Path) -> bool:
     """Whether a folder is to be read as class folders: not where it holds images and none of its folders does."""
     if not root.is_dir():
         return True  # Folder says what is wrong with it
@@ -206,7 +204,7 @@ class Folder:
         if not self._files:
             loose = any(map(_is_image, root.iterdir()))
             seen = "images outside class folders" if loose else f"{len(found)} class folders, no images"
-            raise InputError("no labelled images here", where=root, seen=seen, wanted="<class>/<image> files")
+            raise InputError("no labeled images here", where=root, seen=seen, wanted="<class>/<image> files")
         filled = self.present()
         empty = next((name for name in found if numbers[name] not in filled), None)
         if empty is not None:
@@ -386,7 +384,7 @@ class Shards:
             except (tarfile.TarError, OSError) as error:
                 raise InputError(f"the shard cannot be read: {error}", where=file) from None
         if not self._images:
-            raise InputError("no labelled images in these shards", where=place.path, wanted=".jpg beside .cls members")
+            raise InputError("no labeled images in these shards", where=place.path, wanted=".jpg beside .cls members")
 
     def _indexed(self, number: int, file: Path) -> list[tuple[int, str, int, int, int]]:
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}

@@ -21,7 +21,7 @@ from evit_deploy.recipe.sections import DataSection
 
 
 class TrainingData(Protocol):
-    """Labelled images to train and to evaluate on."""
+    """Labeled images to train and to evaluate on."""
 
     classes: tuple[str, ...]
     """Class names; a label is an index into them."""
@@ -81,7 +81,7 @@ def open_data(section: DataSection, preprocess: Preprocess) -> TrainingData:
 
     Raises:
         RecipeError: A folder is not given.
-        InputError: A folder holds no labelled images; the message has the reason.
+        InputError: A folder holds no labeled images; the message has the reason.
         MissingRequirement: A package that reads the images is not installed.
     """
     if section.name == "digits":

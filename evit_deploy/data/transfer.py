@@ -14,7 +14,7 @@ Finish = Callable[..., tuple[Tensor, ...]]
 class Transfer:
     """Takes batches to a device, and finishes them there.
 
-    Images that come as uint8 are normalised on arrival: a quarter of the bytes travel, and every image is normalised
+    Images that come as uint8 are normalized on arrival: a quarter of the bytes travel, and every image is normalized
     here and nowhere else, by the operations of timm's transform in their order. On a CPU the bits are the same.
 
     On a GPU copies start from pinned memory and run, like all that finishes a batch, on a stream of their own, so that

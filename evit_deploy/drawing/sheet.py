@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from evit_deploy.drawing.colours import FAINT, INK, PAPER, scale_colours
+from evit_deploy.drawing.colors import FAINT, INK, PAPER, scale_colors
 from evit_deploy.drawing.seen import Seen, title_of
 from evit_deploy.drawing.tiles import SIDE, kept_tile, score_tile, tile_of
 from evit_deploy.errors import InputError
@@ -27,7 +27,7 @@ class _Text(msgspec.Struct, frozen=True):
     top: int
     text: str
     size: int
-    colour: tuple[int, int, int] = INK
+    color: tuple[int, int, int] = INK
 
 
 class _Picture(msgspec.Struct, frozen=True, eq=False):
@@ -83,7 +83,7 @@ class Sheet:
         draw = ImageDraw.Draw(canvas)
         for part in self._parts:
             if isinstance(part, _Text):
-                draw.text((part.left, part.top), _drawable(part.text), part.colour, _font(part.size))
+                draw.text((part.left, part.top), _drawable(part.text), part.color, _font(part.size))
             else:
                 canvas.paste(Image.fromarray(part.pixels), (part.left, part.top))
         return canvas
@@ -142,30 +142,30 @@ class Sheet:
         self.height += _GAP
 
     def _legend(self) -> None:
-        """A bar of the scores' colours, beside the first heat map."""
+        """A bar of the scores' colors, beside the first heat map."""
         top = self.height
         size, long = self._small, self._wide // 2
         left = _GAP + self._wide - long
-        bar = scale_colours(np.linspace(0, 1, long))[None].repeat(size, axis=0)
+        bar = scale_colors(np.linspace(0, 1, long))[None].repeat(size, axis=0)
         texts = [*_wrapped(self._scores, size, self._wide), "low to high"]
         for text in texts:
             self._parts.append(_Text(left + long - _width(text, size), self.height, text, size, FAINT))
             self.height += round(size * _LINE)
-        self._parts.append(_Picture(left, self.height + 2, bar, "colours of the scores, dark for low"))
+        self._parts.append(_Picture(left, self.height + 2, bar, "colors of the scores, dark for low"))
         self.height = top
 
     def _place(self, column: int, pixels: np.ndarray, said: str) -> None:
         self._parts.append(_Picture(_GAP + column * self._step, self.height, pixels, said))
 
     def _write(
-        self, left: int, text: str, size: int, width: int, colour: tuple[int, int, int] = INK, most: int = 6
+        self, left: int, text: str, size: int, width: int, color: tuple[int, int, int] = INK, most: int = 6
     ) -> None:
         """Writes lines no longer than ``width``, and no more than ``most``."""
         lines = _wrapped(_visible(text), size, width)
         if len(lines) > most:
             lines = [*lines[: most - 1], _cut(" ".join(lines[most - 1 :]), size, width)]
         for line in lines:
-            self._parts.append(_Text(left, self.height, line, size, colour))
+            self._parts.append(_Text(left, self.height, line, size, color))
             self.height += round(size * _LINE)
 
 
@@ -222,12 +222,12 @@ def _png(image: Image.Image) -> bytes:
     return content.getvalue()
 
 
-def _hex(colour: tuple[int, int, int]) -> str:
-    return "#" + "".join(f"{channel:02x}" for channel in colour)
+def _hex(color: tuple[int, int, int]) -> str:
+    return "#" + "".join(f"{channel:02x}" for channel in color)
 
 
 def _svg_text(part: _Text) -> str:
-    place = f'x="{part.left}" y="{part.top + part.size}" font-size="{part.size}" fill="{_hex(part.colour)}"'
+    place = f'x="{part.left}" y="{part.top + part.size}" font-size="{part.size}" fill="{_hex(part.color)}"'
     return f"<text {place}>{escape(part.text)}</text>"
 
 

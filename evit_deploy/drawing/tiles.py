@@ -1,4 +1,4 @@
-"""One image at one location as pixels: dimmed where patches are gone, groups tinted and outlined, scores as colours.
+"""One image at one location as pixels: dimmed where patches are gone, groups tinted and outlined, scores as colors.
 
 All arithmetic is of whole numbers, so that a picture has the same bytes everywhere.
 """
@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from evit_deploy.drawing.colours import GROUPS, INK, PAPER, group_colours, scale_colours
+from evit_deploy.drawing.colors import GROUPS, INK, PAPER, group_colors, scale_colors
 from evit_deploy.drawing.seen import Seen, Stage
 
 SIDE = 224
@@ -45,21 +45,21 @@ def kept_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
     """
     photo = tile_of(seen, side)
     place = _patch_at(photo, seen.grid)
-    colours = group_colours(stage.groups, seen.grid)
-    tints = np.where(colours[:, None] < 0, np.array(PAPER), GROUPS[colours].astype(int))
-    kept, grouped = stage.kept[place][..., None], (colours >= 0)[place][..., None]
+    colors = group_colors(stage.groups, seen.grid)
+    tints = np.where(colors[:, None] < 0, np.array(PAPER), GROUPS[colors].astype(int))
+    kept, grouped = stage.kept[place][..., None], (colors >= 0)[place][..., None]
     pixels, tint = photo.astype(np.int64), tints[place]
-    pale = np.where(grouped, (2 * PAPER[0] + tint) // 3, PAPER[0])  # papers are grey: one number will do
-    pixels = np.where(kept, np.where(grouped, (pixels + tint + 1) // 2, pixels), (_grey(pixels) + 3 * pale + 2) // 4)
+    pale = np.where(grouped, (2 * PAPER[0] + tint) // 3, PAPER[0])  # papers are gray: one number will do
+    pixels = np.where(kept, np.where(grouped, (pixels + tint + 1) // 2, pixels), (_gray(pixels) + 3 * pale + 2) // 4)
     # A line around what is kept too: on white paper pale patches would not show.
-    apart = np.where(colours >= 0, stage.groups, np.where(stage.kept, -1, -2))
+    apart = np.where(colors >= 0, stage.groups, np.where(stage.kept, -1, -2))
     return _outlined(pixels.astype(np.uint8), apart, seen.grid)
 
 
 def score_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
-    """Scores as colours over a grey photograph, dark for the lowest and bright for the highest of the location.
+    """Scores as colors over a gray photograph, dark for the lowest and bright for the highest of the location.
 
-    Colours go by rank: class attention spans orders of magnitude, and the choice is by rank too. Patches that were no
+    Colors go by rank: class attention spans orders of magnitude, and the choice is by rank too. Patches that were no
     candidates are pale; a line runs around what was kept.
 
     Args:
@@ -74,9 +74,9 @@ def score_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
     place = _patch_at(photo, seen.grid)
     assert stage.scores is not None
     known = ~np.isnan(stage.scores)
-    colours = scale_colours(ranks(stage.scores)).astype(np.int64)[place]
-    grey = _grey(photo)
-    pixels = np.where(known[place][..., None], (grey + 3 * colours + 2) // 4, (grey + 3 * PAPER[0] + 2) // 4)
+    colors = scale_colors(ranks(stage.scores)).astype(np.int64)[place]
+    gray = _gray(photo)
+    pixels = np.where(known[place][..., None], (gray + 3 * colors + 2) // 4, (gray + 3 * PAPER[0] + 2) // 4)
     return _outlined(pixels.astype(np.uint8), stage.kept, seen.grid)
 
 
@@ -116,7 +116,7 @@ def _patch_at(photo: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return numbers.repeat(photo.shape[0] // grid[0], axis=0).repeat(photo.shape[1] // grid[1], axis=1)
 
 
-def _grey(pixels: np.ndarray) -> np.ndarray:
+def _gray(pixels: np.ndarray) -> np.ndarray:
     """Brightness, ``[h, w, 1]``: ITU-R 601 in thousandths."""
     return ((pixels @ np.array([299, 587, 114]) + 500) // 1000)[..., None]
 
@@ -130,13 +130,13 @@ def _outlined(pixels: np.ndarray, groups: np.ndarray, grid: tuple[int, int]) -> 
     high, wide = pixels.shape[0] // grid[0], pixels.shape[1] // grid[1]
     line = outline_for(min(high, wide))
     for light in (True, False):  # dark lines are drawn last: they close every corner
-        width, colour = (line.light, PAPER) if light else (line.dark, INK)
+        width, color = (line.light, PAPER) if light else (line.dark, INK)
         for row, column in np.argwhere(square[:, :-1] != square[:, 1:]):
             edge = (column + 1) * wide
             across = slice(edge, edge + width) if light else slice(edge - width, edge)
-            pixels[row * high : (row + 1) * high, across] = colour
+            pixels[row * high : (row + 1) * high, across] = color
         for row, column in np.argwhere(square[:-1] != square[1:]):
             edge = (row + 1) * high
             down = slice(edge, edge + width) if light else slice(edge - width, edge)
-            pixels[down, column * wide : (column + 1) * wide] = colour
+            pixels[down, column * wide : (column + 1) * wide] = color
     return pixels

@@ -13,8 +13,8 @@ from evit_deploy.report.report import Check, Report
 from evit_deploy.tokens.plan import TokenPlan
 
 _REORGANISATION = re.compile(r"blocks\.\d+\.(?:token_reorg|token_merge|reducer)\b")
-# What is quantised is the matmuls with weights inside the blocks; attention, stem and head may stay in 16 bits, as the
-# quantiser chose, but not in 32.
+# What is quantized is the matmuls with weights inside the blocks; attention, stem and head may stay in 16 bits, as the
+# quantizer chose, but not in 32.
 _BESIDE = {"int8": {"fp16", "bf16"}, "fp8": {"fp16", "bf16"}}
 _ADVICE = "Look at the layers with trtexec --loadEngine=engine.plan --dumpLayerInfo, and convert again."
 
@@ -95,7 +95,7 @@ def dtype_check(layers: Sequence[Layer], precision: str, unquantized: Collection
     Args:
         layers: Of the engine.
         precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``.
-        unquantized: Linear layers of the model that stayed in 16 bits when the others were quantised.
+        unquantized: Linear layers of the model that stayed in 16 bits when the others were quantized.
     """
     name = f"engine: matmuls in {precision}"
     reading = [layer for layer in layers if is_matmul(layer) or is_fused_attention(layer)]

@@ -88,7 +88,7 @@ def build_engine(
             if plugin is not None and answer["plugins"] != locations:
                 raise StageError(
                     "TensorRT did not take the plugin", where=plugin,
-                    seen=f"{answer['plugins']} of {locations} reorganisations",
+                    seen=f"{answer['plugins']} of {locations} reorganizations",
                 )  # fmt: skip
             making.publish(built, plan, replace=True)
     except OSError as error:
@@ -114,7 +114,7 @@ def build_engine(
 
 
 def _check_model(model: Path, precision: str) -> int:
-    """Makes sure that a file is ours and in a precision; gives the number of its reorganisations."""
+    """Makes sure that a file is ours and in a precision; gives the number of its reorganizations."""
     from evit_deploy.export.card import load_onnx, read_card
     from evit_deploy.export.variants import reorganizations
 

@@ -162,6 +162,6 @@ def is_matmul(layer: Layer) -> bool:
 
 
 def compute_dtypes(layer: Layer) -> set[str]:
-    """Floating and quantised dtypes that a matmul or an attention reads: not indices, not the scalars α and β."""
+    """Floating and quantized dtypes that a matmul or an attention reads: not indices, not the scalars α and β."""
     read = {tensor.dtype for tensor in layer.inputs if tensor.dimensions != (1,)}
     return (read | {layer.weights}) & {"fp32", "fp16", "bf16", "fp8", "fp4", "int8", "int4", "fp64"}

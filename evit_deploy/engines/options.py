@@ -111,7 +111,7 @@ def _check_rtx(options: BuildOptions) -> None:
         if name not in RTX_GPUS:
             raise InputError(
                 "not a GPU that TensorRT-RTX builds for", where="--gpu", seen=repr(name), wanted=", ".join(RTX_GPUS),
-                fix="Hopper and data-centre Blackwell need --target tensorrt." if name in _DATA_CENTRE else _WHICH_GPU,
+                fix="Hopper and data-center Blackwell need --target tensorrt." if name in _DATA_CENTRE else _WHICH_GPU,
             )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ class Nvidia(msgspec.Struct, frozen=True):
         driver: Its version; ``None`` without one.
         cuda: The newest CUDA version it runs.
         gpus: Those that this process may use.
-        error: Why nothing more could be learnt.
+        error: Why nothing more could be learned.
     """
 
     driver: str | None = None

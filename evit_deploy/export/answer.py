@@ -44,7 +44,7 @@ def _normalized(model: Any, inputs: Any, answer: Tensor) -> Tensor:
 
 
 def has_classes(classes: int) -> InputError:
-    """The refusal to normalise logits."""
+    """The refusal to normalize logits."""
     return InputError(
         "logits cannot be normalized, because their magnitude expresses confidence", where="--normalize",
         seen=f"{classes} classes", wanted="a model without a classifier",

@@ -31,7 +31,7 @@ class ModelCard(msgspec.Struct, frozen=True):
         versions: Packages that made the file.
         linear: Form of the linear layers that see tokens: ``gemm``, 2-D with the bias inside, or ``matmul``, 3-D and an
             ``Add``. Files of earlier versions do not say; they have the first.
-        unquantized: Linear layers of a quantised model that are in its base precision, by name.
+        unquantized: Linear layers of a quantized model that are in its base precision, by name.
     """
 
     kind: str

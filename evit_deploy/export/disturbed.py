@@ -101,7 +101,7 @@ def _session(proto: ModelProto, path: Path, *, plain: bool) -> onnxruntime.Infer
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if plain:  # an optimiser takes roundings out, or runs kernels that round elsewhere
+    if plain:  # an optimizer takes roundings out, or runs kernels that round elsewhere
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -76,7 +76,7 @@ class Portable(msgspec.Struct, frozen=True):
 def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess, linear: Linear = "gemm") -> ModelProto:
     """Exports a model, reduced or dense, into the portable form.
 
-    Input ``input`` is float32 NCHW, normalised, with a dynamic batch; output ``logits`` is float32, or
+    Input ``input`` is float32 NCHW, normalized, with a dynamic batch; output ``logits`` is float32, or
     ``embedding`` of a model without classes.
 
     Args:
@@ -256,7 +256,7 @@ def _linear_form(proto: ModelProto, others: Collection[str]) -> str:
 
 
 def _name_location(proto: ModelProto, node: onnx.NodeProto, block: int) -> None:
-    """Names a location's node, its tokens and its choice, which a merge takes in and a reorganisation gives out."""
+    """Names a location's node, its tokens and its choice, which a merge takes in and a reorganization gives out."""
     merges = node.op_type == merge.NAME
     choice = node.input[2] if merges else node.output[1]
     renamed = {node.output[0]: f"blocks.{block}.tokens", choice: kept_name(block)}

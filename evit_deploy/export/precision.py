@@ -1,7 +1,7 @@
 """Precision as part of the graph: typed weights and casts for FP16 and BF16, Q/DQ pairs for INT8 and FP8.
 
 TensorRT 11 knows no other way, and every other runtime understands it too. Input and answer stay float32 whatever
-happens between them, and a normalised embedding is scaled in FP32. Scores, selection and the fused sum stay in FP32,
+happens between them, and a normalized embedding is scaled in FP32. Scores, selection and the fused sum stay in FP32,
 because half precision is too coarse to rank patches by; LayerNorm keeps its statistics in FP32 (``stash_type``).
 
 How INT8 and FP8 are laid on top: :mod:`evit_deploy.export.quantization`.
@@ -47,7 +47,7 @@ def set_precision(
     Args:
         proto: What ``export_onnx`` made.
         precision: One of :data:`PRECISIONS`.
-        base: For ``int8`` and ``fp8``: precision of everything that is not quantised.
+        base: For ``int8`` and ``fp8``: precision of everything that is not quantized.
         calibration: For ``int8`` and ``fp8``: real images in the deployment's preprocessing, float32 ``[n, C, H, W]``;
             what decides the ranges of the activations.
         keep: For ``int8`` and ``fp8``: linear layers that stay in the base precision, by their names or by patterns
@@ -59,7 +59,7 @@ def set_precision(
     Raises:
         InputError: An unknown precision, weights too large for it, no calibration images, a pattern that names no
             layer, or a file that evit-deploy did not export in FP32.
-        StageError: The quantiser failed.
+        StageError: The quantizer failed.
     """
     return lowered(proto, precision, base, calibration, lambda quantized: layers_like(keep, quantized.layers))
 
@@ -71,14 +71,14 @@ def lowered(
     calibration: np.ndarray | None,
     choose: Callable[[Quantized], Collection[str]],
 ) -> ModelProto:
-    """:func:`set_precision`, where the layers that stay in the base precision depend on what quantising does.
+    """:func:`set_precision`, where the layers that stay in the base precision depend on what quantizing does.
 
     Args:
         proto: See :func:`set_precision`.
         precision: See :func:`set_precision`.
         base: See :func:`set_precision`.
         calibration: See :func:`set_precision`.
-        choose: For ``int8`` and ``fp8``: gives the names of the layers that are not to be quantised.
+        choose: For ``int8`` and ``fp8``: gives the names of the layers that are not to be quantized.
 
     Raises:
         EvitDeployError: See :func:`set_precision`; and what ``choose`` raises.
@@ -92,7 +92,7 @@ def lowered(
     if precision in QUANTIZED:
         if base not in ("fp32", *_TYPES):
             raise InputError(
-                "not a precision for what stays unquantised", seen=repr(base), wanted="fp32 or " + " or ".join(_TYPES)
+                "not a precision for what stays unquantized", seen=repr(base), wanted="fp32 or " + " or ".join(_TYPES)
             )
         if calibration is None or not len(calibration):
             raise InputError(
@@ -161,7 +161,7 @@ def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
     """
     found = {node for node in graph if _EXACT.match(node.name or "")}
     locations = {node for node in graph if node.domain == DOMAIN}
-    # A merge's sizes, choice and evidence are as exact as a reorganisation's scores; its tokens may be evidence too.
+    # A merge's sizes, choice and evidence are as exact as a reorganization's scores; its tokens may be evidence too.
     given = [value for node in locations for value in node.inputs[1:] if value is not node.inputs[0]]
     made = {value.producer() for value in given if value is not None}
     found |= {node for node in made if node is not None and node not in locations and not _is_linear(node)}

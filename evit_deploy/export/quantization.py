@@ -1,7 +1,7 @@
 """INT8 and FP8: Q/DQ nodes around the linear layers, with ranges learned from real images.
 
-They are laid on top by ONNX Runtime's own quantiser: activations by one scale a tensor, weights by one a channel. What
-is not quantised is FP32 where a CPU runs it, FP16 where TensorRT does.
+They are laid on top by ONNX Runtime's own quantizer: activations by one scale a tensor, weights by one a channel. What
+is not quantized is FP32 where a CPU runs it, FP16 where TensorRT does.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _WRAPPED = re.compile(r"\.inner(?=\.|$)")
 
 
 class Quantized(msgspec.Struct, frozen=True):
-    """A model whose linear layers are all quantised, and what it was made of; what is between them is FP32 still.
+    """A model whose linear layers are all quantized, and what it was made of; what is between them is FP32 still.
 
     Args:
         original: The FP32 file.
@@ -44,13 +44,13 @@ class Quantized(msgspec.Struct, frozen=True):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the quantised layers, in the order of the graph."""
+        """Names of the quantized layers, in the order of the graph."""
         made = {node.output[0] for node in self.proto.graph.node if node.op_type == "DequantizeLinear"}
         nodes = (node for node in self.proto.graph.node if node.op_type in _LINEAR and made & set(node.input))
         return tuple(dict.fromkeys(layer_of(node.name) for node in nodes))
 
     def share(self, layers: Collection[str]) -> float:
-        """Share of the quantised layers' weights that is in some of them, 0 to 1.
+        """Share of the quantized layers' weights that is in some of them, 0 to 1.
 
         Args:
             layers: Their names.
@@ -64,9 +64,9 @@ class Quantized(msgspec.Struct, frozen=True):
         return sum(held[layer] for layer in layers) / total if total else 0.0
 
     def without(self, layers: Collection[str]) -> ModelProto:
-        """The model with some of its layers as they were, not quantised.
+        """The model with some of its layers as they were, not quantized.
 
-        It is what the quantiser makes when it is asked to leave them out, without learning the ranges again.
+        It is what the quantizer makes when it is asked to leave them out, without learning the ranges again.
 
         Args:
             layers: Their names.
@@ -99,7 +99,7 @@ def layers_like(patterns: Sequence[str], layers: Sequence[str]) -> list[str]:
 
     Args:
         patterns: Names, with ``*``, ``?`` and ``[...]`` as shells read them.
-        layers: The layers that are quantised.
+        layers: The layers that are quantized.
 
     Raises:
         InputError: A pattern names none of them, or the patterns name all.
@@ -109,14 +109,14 @@ def layers_like(patterns: Sequence[str], layers: Sequence[str]) -> list[str]:
             parts = [layer.split(".") for layer in layers]
             groups = {".".join((*part[:length], "*")) for part in parts for length in range(1, len(part))}
             raise InputError(
-                "no layer that would be quantised has this name", where="--keep-precision", seen=repr(pattern),
+                "no layer that would be quantized has this name", where="--keep-precision", seen=repr(pattern),
                 wanted=f"one of {first_few(layers)}, or a pattern of them",
                 fix=did_you_mean(pattern, [*layers, *sorted(groups)]),
             )  # fmt: skip
     found = [layer for layer in layers if any(fnmatchcase(layer, pattern) for pattern in patterns)]
     if len(found) == len(layers):
         raise InputError(
-            "these patterns match every layer, so nothing would be quantised", where="--keep-precision",
+            "these patterns match every layer, so nothing would be quantized", where="--keep-precision",
             seen=", ".join(patterns), fix="Leave a layer out of them, or ask for the base precision.",
         )  # fmt: skip
     return found
@@ -163,14 +163,14 @@ def quantize(
                     "ActivationSymmetric": not for_cpu,
                     "WeightSymmetric": True,
                     "QuantizeBias": for_cpu,
-                    # The sum of a linear layer is not rounded again: what follows is not quantised.
+                    # The sum of a linear layer is not rounded again: what follows is not quantized.
                     "OpTypesToExcludeOutputQuantization": list(_LINEAR),
                     # Not CalibMaxIntermediateOutputs: it throws the ranges of earlier batches away.
                 },
             )
-        except Exception as error:  # the quantiser raises whatever its parts raise
+        except Exception as error:  # the quantizer raises whatever its parts raise
             text = str(error).strip().splitlines()
-            raise StageError(f"ONNX Runtime's quantiser failed: {text[0] if text else type(error).__name__}") from error
+            raise StageError(f"ONNX Runtime's quantizer failed: {text[0] if text else type(error).__name__}") from error
         quantized = onnx.load(target)
     return Quantized(proto, _as_fp8(quantized, proto) if precision == "fp8" else quantized)
 
@@ -221,7 +221,7 @@ def array_of(value: onnx_ir.Value) -> np.ndarray:
 def _as_fp8(quantized: ModelProto, original: ModelProto) -> ModelProto:
     """The same Q/DQ pairs in FP8 (E4M3), their scales such that the largest value seen becomes the largest of FP8.
 
-    The quantiser's own FP8 takes a scale from the standard deviation instead, which cuts off the outliers of a ViT.
+    The quantizer's own FP8 takes a scale from the standard deviation instead, which cuts off the outliers of a ViT.
     """
     model = onnx_ir.from_proto(quantized)
     weights = {tensor.name: tensor for tensor in original.graph.initializer}
@@ -254,7 +254,7 @@ def _as_fp8(quantized: ModelProto, original: ModelProto) -> ModelProto:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """The quantiser logs to the root logger and prints."""
+    """The quantizer logs to the root logger and prints."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

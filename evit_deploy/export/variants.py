@@ -27,7 +27,7 @@ def block_of(node: onnx.NodeProto) -> int:
 
 
 def _choice(node: onnx.NodeProto) -> str:
-    """Name of what a location chooses: a merge takes it in, a reorganisation gives it out."""
+    """Name of what a location chooses: a merge takes it in, a reorganization gives it out."""
     return node.input[2] if node.op_type == merge.NAME else node.output[1]
 
 

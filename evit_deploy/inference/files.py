@@ -52,13 +52,13 @@ class FileAnswers(msgspec.Struct, frozen=True):
         predictions: Of a model with classes, one for each image that could be read.
         embeddings: Of a model without.
         unreadable: The images that could not be read.
-        labelled: Whether the classes have names.
+        labeled: Whether the classes have names.
     """
 
     predictions: list[Prediction]
     embeddings: list[Embedded]
     unreadable: list[Unreadable]
-    labelled: bool
+    labeled: bool
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Titles and cells; an image is named in the first of its rows."""
@@ -68,9 +68,9 @@ class FileAnswers(msgspec.Struct, frozen=True):
         found: list[tuple[str, ...]] = []
         for prediction in self.predictions:
             for place, (label, percent, index) in enumerate(prediction.rows()):
-                named = (label,) if self.labelled else ()
+                named = (label,) if self.labeled else ()
                 found.append(((prediction.image or "") if place == 0 else "", *named, percent, index))
-        return ("image", *(("label",) if self.labelled else ()), "probability %", "class"), found
+        return ("image", *(("label",) if self.labeled else ()), "probability %", "class"), found
 
     def raise_if_unreadable(self) -> None:
         """Says at the end that not every image was answered.

@@ -18,7 +18,7 @@ ImageLike: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
 """One image: a file, the content of a file, a picture, or an array."""
 _KINDS = "a path, the bytes of a file, a PIL image, uint8 [H, W, 3] or prepared float32"
 _FAR_OFF = 10
-"""A prepared value that lies so many times as far out as any pixel can come to was never normalised."""
+"""A prepared value that lies so many times as far out as any pixel can come to was never normalized."""
 
 
 class Given:
@@ -145,7 +145,7 @@ def _array(image: Any, where: str) -> np.ndarray:
         raise InputError(
             "an array of bytes counts as RGB pictures, but this one does not have their shape", where=where,
             seen=list(array.shape), wanted="[H, W, 3] or [n, H, W, 3]",
-            fix="Move the colours last, or give Image.fromarray(array), which knows grey and transparent pictures.",
+            fix="Move the colors last, or give Image.fromarray(array), which knows gray and transparent pictures.",
         )  # fmt: skip
     return array
 

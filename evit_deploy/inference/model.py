@@ -117,8 +117,8 @@ class Model:
 
     An *image* is a path, the bytes of an image file, a PIL image, or an array: uint8 ``[H, W, 3]`` is an RGB picture,
     and float32 ``[C, H, W]`` of the size of the model's input counts as prepared already (resized, cropped and
-    normalised). Several images are any iterable of these, mixed as you like, or one array with a dimension more.
-    Pictures go through the bundle's own preprocessing; grey and transparent ones become RGB first.
+    normalized). Several images are any iterable of these, mixed as you like, or one array with a dimension more.
+    Pictures go through the bundle's own preprocessing; gray and transparent ones become RGB first.
 
     Args:
         bundle: The bundle.

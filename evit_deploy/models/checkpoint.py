@@ -1,7 +1,7 @@
 """A checkpoint: weights, and what they are. Architecture, image size, classes and token reduction are read from it.
 
 Where its files are: ``sources.py``. How a file is read without trusting it: ``safe_weights.py``. How tensors are
-recognised: ``identify.py``. What says how images were prepared: ``preprocessing.py``.
+recognized: ``identify.py``. What says how images were prepared: ``preprocessing.py``.
 """
 
 import ast

@@ -189,15 +189,15 @@ class LVViT(VisionTransformer):
         self.aux_head = self._aux_head().train(self.training)
 
     def class_logits(self, x: Tensor) -> Tensor:
-        """What the class token says: ``[B, N, D]``, normalised, to ``[B, classes]``."""
+        """What the class token says: ``[B, N, D]``, normalized, to ``[B, classes]``."""
         return self.head(self.head_drop(x[:, 0]))
 
     def token_logits(self, x: Tensor) -> Tensor:
-        """What each other token says: ``[B, N, D]``, normalised, to ``[B, N - 1, classes]``."""
+        """What each other token says: ``[B, N, D]``, normalized, to ``[B, N - 1, classes]``."""
         return self.aux_head(self.head_drop(x[:, self.num_prefix_tokens :]))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Normalised tokens ``[B, N, D]`` to logits; to the class token's features with ``pre_logits``."""
+        """Normalized tokens ``[B, N, D]`` to logits; to the class token's features with ``pre_logits``."""
         if pre_logits or self.num_classes <= 0:
             return self.head_drop(x[:, 0])
         return self.class_logits(x) + AUX_WEIGHT * self.token_logits(x).amax(dim=1)

@@ -35,7 +35,7 @@ _KNOWN_REASONS = (
 
 
 class ReducedBlock(nn.Module):
-    """A timm ``Block`` that reorganises its tokens between attention and MLP.
+    """A timm ``Block`` that reorganizes its tokens between attention and MLP.
 
     The children of the original block are adopted under their own names, so parameter names stay as they were. Compared
     with ``Block.forward``: q and k are handed to the reducer, and attention-map dropout never reaches the scores.
@@ -150,7 +150,7 @@ def attend(attn: nn.Module, x: Tensor, key_bias: Tensor | None = None) -> tuple[
 
     Args:
         attn: timm's ``Attention`` or its lowered form.
-        x: Normalised tokens ``[B, N, C]``.
+        x: Normalized tokens ``[B, N, C]``.
         key_bias: Added to the attention logits of each key, ``[B, 1, 1, N]``.
 
     Returns:
@@ -206,7 +206,7 @@ def attend_masked(attn: Any, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, T
 
     Args:
         attn: timm's ``Attention``.
-        x: Normalised tokens ``[B, N, C]``.
+        x: Normalized tokens ``[B, N, C]``.
         mask: ``[B, N]``: 1 for tokens that are looked at, else 0.
     """
     q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)

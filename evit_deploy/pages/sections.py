@@ -136,7 +136,7 @@ def speed_section(page: WebPage, report: Report) -> None:
 
 
 def trade_section(page: WebPage, report: Report, title: str = "Accuracy against time") -> None:
-    """The same artefacts in both: what they answer, and how long they take."""
+    """The same artifacts in both: what they answer, and how long they take."""
     charts = list(trade_charts(report))
     if charts:
         page.section(title)
@@ -157,7 +157,7 @@ def trade_charts(report: Report) -> Iterator[tuple[str, str]]:
                 values = list(_trade(report, [row for row in rows if row.batch == batch], (title, field)))
                 if len(values) > 1:
                     name = f"{title} against time on {runtime}, batch {batch}"
-                    axes = Axes(f"milliseconds a call ({clock})", title, percent=field != "cosine_centred")
+                    axes = Axes(f"milliseconds a call ({clock})", title, percent=field != "cosine_centered")
                     yield name, points(values, axes, name, lower_x=True)
 
 
@@ -173,7 +173,7 @@ def _trade(report: Report, rows: Sequence[ProfileRow], measure: tuple[str, str])
         value = None if found is None else _accuracy(found, field)
         if found is None or value is None:
             continue
-        shown = f"{value:.4f}" if field == "cosine_centred" else f"{100 * value:.2f} %"
+        shown = f"{value:.4f}" if field == "cosine_centered" else f"{100 * value:.2f} %"
         label = f"{row.variant}: {title} {shown}, {row.p50:.2f} ms; "
         label += f"{found.method} {found.settings} {found.precision}, {found.gmacs:.4g} GMACs"
         ends = {"top1": (found.top1_low, found.top1_high), "recall": (found.recall_low, found.recall_high)}
@@ -186,13 +186,13 @@ _MOST_SERIES = 8
 def _accuracy(row: ComparedRow, field: str) -> float | None:
     """A dense baseline agrees with itself, which is not measured."""
     found = getattr(row, field)
-    return 1.0 if found is None and row.dense is None and field in ("agreement", "cosine_centred") else found
+    return 1.0 if found is None and row.dense is None and field in ("agreement", "cosine_centered") else found
 
 
 def _measures(rows: Sequence[ComparedRow]) -> Iterator[tuple[str, str]]:
     """What models were judged by, as title and field: being right, and answering as the dense model does."""
     titles = {
-        "top1": "Top-1", "recall": "Recall@1", "agreement": "Agreement", "cosine_centred": "Centred cosine",
+        "top1": "Top-1", "recall": "Recall@1", "agreement": "Agreement", "cosine_centered": "Centered cosine",
     }  # fmt: skip
     for field, title in titles.items():
         if any(getattr(row, field) is not None for row in rows):

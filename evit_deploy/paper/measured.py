@@ -13,7 +13,7 @@ import timm
 import torch
 
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import Folder, labelled_batches
+from evit_deploy.data.sources import Folder, labeled_batches
 from evit_deploy.engines.options import BUILDERS
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.environment.nvidia import compute_capability
@@ -95,7 +95,7 @@ def paper_table(
         number: ``1``, ``2a``, ``2b``, ``3a``, ``3b``, ``4``, ``5``, ``6a``, ``6b`` or ``7``.
         options: Whether and how throughput is measured.
         weights: Checkpoints by the name of their row; in table 1, whose rows share them, ``DeiT-S``.
-        data: Folder of labelled images (class/image) for accuracy, with as many folders as the models have classes.
+        data: Folder of labeled images (class/image) for accuracy, with as many folders as the models have classes.
 
     Raises:
         InputError: No such table or row, weights without images or images without weights, or what does not fit.
@@ -125,7 +125,7 @@ def _check(table: PaperTable, options: PaperOptions, weights: Mapping[str, Path]
         )
     if bool(weights) != (data is not None):
         fix = "Give --data DIR too." if weights else "Give --weights NAME=FILE too."
-        raise InputError("accuracy needs weights and labelled images", fix=fix)
+        raise InputError("accuracy needs weights and labeled images", fix=fix)
     if options.throughput and options.runtime in BUILDERS:
         raise InputError(
             "throughput is measured only on runtimes that need no engine", where="--runtime", seen=options.runtime,
@@ -202,7 +202,7 @@ def _accuracy(row: PaperRow, file: Path, folder: Folder) -> AccuracyRow:
     model = reduce_tokens_(model, row.tokens).eval()
     hits = []
     with torch.inference_mode():
-        for images, labels in labelled_batches(folder, preprocess, _BATCH):
+        for images, labels in labeled_batches(folder, preprocess, _BATCH):
             step(_LOG, f"{row.name}: answering the images", len(hits) * _BATCH, len(folder))
             logits = model(torch.from_numpy(images)).numpy()
             if logits.shape[1] != len(folder.classes):

@@ -11,7 +11,7 @@ import numpy as np
 from evit_deploy.bundle.bundle import Bundle, changed_files, read_bundle
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.data.images import image_files
-from evit_deploy.data.sources import is_labelled
+from evit_deploy.data.sources import is_labeled
 from evit_deploy.environment.command import commands
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError, MissingRequirement, did_you_mean
@@ -227,7 +227,7 @@ def _check_images(contenders: Sequence[Contender], options: CompareOptions) -> t
         return ()
     for one in contenders:
         _check_same_task(first, one, own_preprocessing=options.own_preprocessing)
-    if not is_labelled(Path(options.data)):
+    if not is_labeled(Path(options.data)):
         fix = "Give such images with --images, for what needs no labels."
         raise InputError("these images have no labels", where=options.data, wanted="<class>/<image> files", fix=fix)
     for one in contenders:
@@ -292,7 +292,7 @@ def _channels(manifest: Manifest) -> int:
 
 
 def _pictures(contenders: Sequence[Contender], options: CompareOptions) -> Pictures:
-    """The images, labelled as the bundles number their classes; those with names for them number them alike."""
+    """The images, labeled as the bundles number their classes; those with names for them number them alike."""
     if options.data is None:
         return Pictures(Path(options.images or ""), None)
     manifests = [one.bundle.manifest for one in contenders]

@@ -19,7 +19,7 @@ from evit_deploy.bundle.manifest import GOLDEN, MODEL, PAGE, REPORT, Manifest, P
 from evit_deploy.bundle.signature import read_private_key, sign
 from evit_deploy.data.images import calibration_images, image_files, sample_inputs
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import Folder, is_labelled
+from evit_deploy.data.sources import Folder, is_labeled
 from evit_deploy.environment.command import commands
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError
@@ -349,9 +349,9 @@ def _finish(one: _Work) -> Converted:
 
 
 def label_by_folders(checkpoint: Checkpoint, data: str | None) -> None:
-    """Without another source, classes are called like the folders of labelled images, one for each class."""
+    """Without another source, classes are called like the folders of labeled images, one for each class."""
     known = checkpoint.labels is not None or checkpoint.output != "logits"
-    if data is None or known or not is_labelled(Path(data)):
+    if data is None or known or not is_labeled(Path(data)):
         return
     names = Folder(data).classes
     if len(names) == checkpoint.model_args.get("num_classes"):
@@ -482,7 +482,7 @@ def _export(one: _Work, shared: _Shared) -> Golden:
 
 
 def _shown(one: _Work, calibration: np.ndarray | None) -> Shown | None:
-    """The images that quantising is judged by: those of ``--data``, else those for calibration."""
+    """The images that quantizing is judged by: those of ``--data``, else those for calibration."""
     job, manifest = one.variant.job, one.manifest
     if calibration is None:
         return None
@@ -641,5 +641,5 @@ def _results(report: Report) -> dict[str, Any]:
         "speedup": {f"{r.runtime}, batch {r.batch}": r.speedup for r in report.rows if r.variant == "model"},
         "accuracy": {row.runtime: row.top1 for row in own if row.top1 is not None},
         "to_dense": {row.runtime: row.to_dense.value for row in own if row.to_dense is not None},
-        "cosine": {row.runtime: row.cosine_centred for row in own if row.cosine_centred is not None},
+        "cosine": {row.runtime: row.cosine_centered for row in own if row.cosine_centered is not None},
     }

@@ -51,7 +51,7 @@ class Lowering(msgspec.Struct, frozen=True):
 
     @property
     def base(self) -> str:
-        """Precision of what is not quantised: no FP32 attention is fused on a GPU, no FP16 is fast on a CPU."""
+        """Precision of what is not quantized: no FP32 attention is fused on a GPU, no FP16 is fast on a CPU."""
         return "fp16" if self.engine_target else "fp32"
 
     @property
@@ -156,11 +156,11 @@ def _check_precision(precision: str, targets: Sequence[str], calibrated: bool) -
 
 
 def _check_quantized(made: Lowering) -> None:
-    """What is said of quantised layers needs some."""
+    """What is said of quantized layers needs some."""
     default = ConvertOptions()
     for field in ("keep_precision", "max_drop", "sensitivity"):
         if made.precision not in QUANTIZED and getattr(made.options, field) != getattr(default, field):
-            what = f"{made.precision} quantises no layer, which this is about"
+            what = f"{made.precision} quantizes no layer, which this is about"
             raise InputError(what, where=flag(field), fix="Leave it out, or ask for int8.")
 
 
@@ -207,7 +207,7 @@ class Exports(msgspec.Struct):
 
     Args:
         known: What was exported before, by form of linear layers.
-        dense: Dense twins that were written before, by precision, base, form and layers left unquantised; further
+        dense: Dense twins that were written before, by precision, base, form and layers left unquantized; further
             exports copy them, so whoever moves or removes such a file says so here.
     """
 
@@ -252,9 +252,9 @@ def export(
             given.
 
     Raises:
-        GateFailed: Quantising costs more than ``max_drop``, whatever is left out.
+        GateFailed: Quantizing costs more than ``max_drop``, whatever is left out.
         InputError: A pattern of ``keep_precision`` names no layer, or weights are too large for the precision.
-        StageError: The exporter or the quantiser failed.
+        StageError: The exporter or the quantizer failed.
     """
     known = exports.known.setdefault(made.linear, Known())
     unquantized: tuple[str, ...] = ()
@@ -320,7 +320,7 @@ def _chosen(
 
 
 def _kept_note(kept: Sequence[str], quantized: Quantized, made: Lowering) -> Report:
-    """Says how much of the model is not quantised."""
+    """Says how much of the model is not quantized."""
     if not kept:
         return Report()
     total, share = len(quantized.layers), quantized.share(kept)

@@ -12,7 +12,7 @@ from evit_deploy.errors import InputError, UnsupportedModelError
 from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan, token_spec
-from evit_deploy.verification.retrieval import centred_cosines
+from evit_deploy.verification.retrieval import centered_cosines
 
 PICTURES = 32
 _BATCH = 8
@@ -45,8 +45,8 @@ def merging_note(model: torch.nn.Module, preprocess: Preprocess, folder: Path) -
         return f"Without training it answers {found} with {_flags(spec)}, at the same multiply-adds."
     if len(images) < 2:
         return None  # one picture is its own mean
-    means = [float(centred_cosines(answers, dense).mean()) for answers in (own, merged)]
-    found = f"has a centred cosine of {means[0]:.3f} to the dense model on {len(images)} of these pictures, and"
+    means = [float(centered_cosines(answers, dense).mean()) for answers in (own, merged)]
+    found = f"has a centered cosine of {means[0]:.3f} to the dense model on {len(images)} of these pictures, and"
     return f"Without training it {found} {means[1]:.3f} with {_flags(spec)}, at the same multiply-adds."
 
 

@@ -121,7 +121,7 @@ def make_variants(
 
 
 def _lowering(options: ConvertOptions, precision: str | None, among: Sequence[str]) -> Lowering:
-    """What to make in one precision; what is about quantising is for the others where it is not quantised."""
+    """What to make in one precision; what is about quantizing is for the others where it is not quantized."""
     if precision is not None:
         options = msgspec.structs.replace(options, precision=precision)
     if precision not in QUANTIZED and any(other in QUANTIZED for other in among):

@@ -359,7 +359,7 @@ def torch_candidates(model: torch.nn.Module, runtime: str, precision: str = "fp3
     Args:
         model: The reduced model, FP32.
         runtime: Name of a runtime that runs PyTorch models.
-        precision: ``fp16`` and ``bf16`` are what PyTorch computes in too; beside a quantised file it is FP16 on a GPU
+        precision: ``fp16`` and ``bf16`` are what PyTorch computes in too; beside a quantized file it is FP16 on a GPU
             and FP32 on a CPU.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,7 @@
 """How fast a model is, beside the two twins that give the number a meaning, in the same run and interleaved.
 
 The *dense twin* (no token reduction) gives the speed-up; the *slice twin* (same token counts, nothing scored or
-gathered) gives what the reorganisation itself costs. :mod:`evit_deploy.profiling.candidates` says what is timed,
+gathered) gives what the reorganization itself costs. :mod:`evit_deploy.profiling.candidates` says what is timed,
 :mod:`evit_deploy.profiling.timing` times it, and :mod:`evit_deploy.profiling.engine_times` looks into engines.
 """
 

@@ -100,7 +100,7 @@ def _ratios(
 
 
 def overhead_of(own: Times, sliced: Times) -> float:
-    """What reorganising tokens costs: a model's time over its slice twin's in the same rounds, less 1."""
+    """What reorganizing tokens costs: a model's time over its slice twin's in the same rounds, less 1."""
     return float(statistics.median((own.rounds / sliced.rounds).tolist())) - 1
 
 

@@ -2,7 +2,7 @@
 
 Ratios are made of what was measured in the same round, and are medians over rounds. A row's figures are all of one
 clock: on a GPU compute (:mod:`evit_deploy.profiling.clocks.gpu_times`); on a CPU with one thread that thread's CPU
-time, which neighbours on the machine do not touch; with more threads wall time. Whole calls by the wall clock stand
+time, which neighbors on the machine do not touch; with more threads wall time. Whole calls by the wall clock stand
 beside it.
 
 What runs on the CPU and what runs on a GPU take turns among themselves: beside calls that take a hundred times as long

@@ -91,10 +91,10 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
     """For ``int8`` and ``fp8``: linear layers that stay in the base precision, by name or pattern, ``blocks.11.mlp.*``;
     several are possible."""
     max_drop: Annotated[float, Meta(gt=0, le=100)] | None = None
-    """For ``int8`` and ``fp8``: points of top-1 that quantising may cost on the labelled images of ``data``, or of
+    """For ``int8`` and ``fp8``: points of top-1 that quantizing may cost on the labeled images of ``data``, or of
     agreement on those without labels or for calibration; the layers that cost most stay in the base precision."""
     sensitivity: bool = False
-    """For ``int8`` and ``fp8``: measure the cost of quantising each linear layer, one run of 16 images each."""
+    """For ``int8`` and ``fp8``: measure the cost of quantizing each linear layer, one run of 16 images each."""
     indices: bool = False
     """Add the kept candidates as outputs ``kept_<block>`` of ``model.onnx``."""
     normalize: bool = False
@@ -157,14 +157,14 @@ class CompareOptions(ProfileOptions, frozen=True, kw_only=True):
     """Runtime to compare on; several are possible, and the first one answers the images. [default: all that can run
     every bundle here]"""
     data: str | None = None
-    """Folder of labelled images (``class/image``) for top-1, top-5 and agreement with the dense baseline; of models
+    """Folder of labeled images (``class/image``) for top-1, top-5 and agreement with the dense baseline; of models
     without classes for recall@1 and cosine."""
     images: str | None = None
     """Folder of images without labels, for agreement with the dense baseline alone, or cosine."""
     reference: str | None = None
     """Bundle that the others' top-1 is compared with, by its name or its path. [default: the first]"""
     own_preprocessing: bool = False
-    """Compare top-1 of bundles that prepare images differently (another size, crop or normalisation), each in its own
+    """Compare top-1 of bundles that prepare images differently (another size, crop or normalization), each in its own
     way."""
 
     def __post_init__(self) -> None:
@@ -176,7 +176,7 @@ class CompareOptions(ProfileOptions, frozen=True, kw_only=True):
             raise InputError("images with labels and images without", seen="data and images", wanted="one of the two")
         idle = next((field for field in ("reference", "own_preprocessing") if getattr(self, field)), None)
         if self.data is None and idle is not None:
-            what = f"{idle} is about top-1, for which there are no labelled images"
+            what = f"{idle} is about top-1, for which there are no labeled images"
             raise InputError(what, fix=f"Give data too, or leave {idle} out.")
 
 
@@ -193,7 +193,7 @@ class TuneOptions(Section, frozen=True, kw_only=True):
     """Folder of images like those that the model will see, 16 or more: schedules are ranked by how close their answers
     are to the dense model's. No labels are needed."""
     data: str | None = None
-    """Folder of labelled images (``class/image``): the finalists' top-1 on them is compared with the dense model's."""
+    """Folder of labeled images (``class/image``): the finalists' top-1 on them is compared with the dense model's."""
     sample: Annotated[int, Meta(ge=16, le=65_536)] = 64
     """Images that each schedule answers; finalists answer twice as many, if there are. [default: 64]"""
     trials: Annotated[int, Meta(ge=4, le=65_536)] = 48
@@ -226,7 +226,7 @@ class TuneOptions(Section, frozen=True, kw_only=True):
                 wanted="min_speedup, max_latency or max_drop",
             )  # fmt: skip
         if self.max_drop is not None and self.data is None:
-            raise InputError("max_drop limits top-1, which needs labelled images", fix="Give data too.")
+            raise InputError("max_drop limits top-1, which needs labeled images", fix="Give data too.")
         if self.max_latency is not None:
             seconds_in(self.max_latency)
 

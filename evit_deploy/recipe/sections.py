@@ -48,7 +48,7 @@ class PreprocessOptions(Section, frozen=True, kw_only=True):
     interpolation: Interpolation | None = None
     """Resampling filter. [default: the checkpoint's]"""
     labels: str | None = None
-    """File of class names, one on each line or JSON. [default: the checkpoint's; with labelled images and no other
+    """File of class names, one on each line or JSON. [default: the checkpoint's; with labeled images and no other
     source, their folders' names]"""
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class ModelSection(Section, frozen=True, kw_only=True):
 
 
 class DataSection(Section, frozen=True, kw_only=True):
-    """The labelled images to train and to evaluate on, and how training images are varied."""
+    """The labeled images to train and to evaluate on, and how training images are varied."""
 
     alternatives = (("validation", "validation_share"),)
 
@@ -148,7 +148,7 @@ class DataSection(Section, frozen=True, kw_only=True):
     """Running training accuracy from which on the images of a model that begins from nothing become harder; 0 raises
     the level at every step (``digits-in-the-wild`` only)."""
     curriculum_rate: Annotated[float, Meta(gt=0, le=1)] = 0.005
-    """How much harder they become in one step, from 0 (centred, white on black) to 1 (``digits-in-the-wild`` only)."""
+    """How much harder they become in one step, from 0 (centered, white on black) to 1 (``digits-in-the-wild`` only)."""
     workers: Annotated[int, Meta(ge=0, le=1_024)] = 4
     """Processes that read or make images (not ``digits``); 0 does it in the main process."""
     evaluation_batch_size: BatchSize = 64
@@ -164,7 +164,7 @@ class DataSection(Section, frozen=True, kw_only=True):
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment or AutoAugment in timm's notation, or ``null`` (``folder`` only)."""
     color_jitter: Share = 0.4
-    """Strength of colour jitter; has no effect beside ``auto_augment`` (``folder`` only)."""
+    """Strength of color jitter; has no effect beside ``auto_augment`` (``folder`` only)."""
     flip: Share = 0.5
     """Probability that a training image is mirrored; 0 where left and right differ, as in writing (``folder`` only)."""
     random_erasing: Share = 0.25
@@ -234,7 +234,7 @@ class TrainSection(Section, frozen=True, kw_only=True):
     alternatives = (("steps", "epochs"),)
 
     steps: Count | None = None
-    """Length in optimiser steps."""
+    """Length in optimizer steps."""
     epochs: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     """Length in passes over the training images; incomplete batches are left out."""
     batch_size: Annotated[int, Meta(ge=2, le=65_536)] = 64
@@ -320,7 +320,7 @@ class TrainSection(Section, frozen=True, kw_only=True):
         return any(fnmatchcase(parameter, pattern) for pattern in self.frozen)
 
     def images_per_step(self, world: int = 1) -> int:
-        """Images of one optimiser step, over all processes."""
+        """Images of one optimizer step, over all processes."""
         return self.batch_size * self.accumulate * world
 
     def effective_learning_rate(self, world: int = 1) -> float:

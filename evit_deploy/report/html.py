@@ -1,11 +1,11 @@
-"""Tables for notebooks: plain HTML in the page's own colours, with everything escaped."""
+"""Tables for notebooks: plain HTML in the page's own colors, with everything escaped."""
 
 from collections.abc import Sequence
 from html import escape
 
 from evit_deploy.report.lines import printable
 
-_LINE = "1px solid rgba(128, 128, 128, 0.35)"  # grey shows on white and on black
+_LINE = "1px solid rgba(128, 128, 128, 0.35)"  # gray shows on white and on black
 _CELL = f"padding: 0.2em 0.7em; border-bottom: {_LINE}; vertical-align: top"
 
 

@@ -54,7 +54,7 @@ class ProfileRow(msgspec.Struct, frozen=True):
         computed_mac_ratio: The same of the multiply-adds that files and runtimes compute: of the last block only what
             the head sees.
         mac_efficiency: Speed-up over the computed MAC ratio: 1 when time follows arithmetic.
-        overhead: This one's time over the slice twin's, less 1: what the reorganisation itself costs.
+        overhead: This one's time over the slice twin's, less 1: what the reorganization itself costs.
         device: Where it ran, ``cpu`` or ``gpu``; what ran on different ones did not take turns.
         clock: ``compute``, the work alone on a GPU by CUDA events, inputs lying there; ``cpu``, one thread's CPU time;
             ``wall``, whole calls by the wall clock. Rows of different clocks cannot be compared.
@@ -286,9 +286,9 @@ class ComparedRow(msgspec.Struct, frozen=True):
         to_reference: The same difference to the reference bundle.
         cosine: Cosine of an image's embedding and the dense baseline's, mean over the images.
         cosine_low: The cosine that one image in twenty stays below.
-        cosine_centred: Mean cosine after the mean of the dense baseline's embeddings is taken from both: what images
+        cosine_centered: Mean cosine after the mean of the dense baseline's embeddings is taken from both: what images
             have in common makes plain cosines large.
-        neighbours: Share of the images to which the nearest other image is the same as for the dense baseline.
+        neighbors: Share of the images to which the nearest other image is the same as for the dense baseline.
         recall: Recall@1: share of the images whose nearest other image is of their class.
         recall_low: Lower end of recall's 95 % interval (Wilson).
         recall_high: Upper end.
@@ -313,8 +313,8 @@ class ComparedRow(msgspec.Struct, frozen=True):
     to_reference: Difference | None = None
     cosine: float | None = None
     cosine_low: float | None = None
-    cosine_centred: float | None = None
-    neighbours: float | None = None
+    cosine_centered: float | None = None
+    neighbors: float | None = None
     recall: float | None = None
     recall_low: float | None = None
     recall_high: float | None = None
@@ -333,13 +333,13 @@ class ComparedRow(msgspec.Struct, frozen=True):
 
 
 class SensitivityRow(msgspec.Struct, frozen=True):
-    """What it costs to quantise one linear layer and no other.
+    """What it costs to quantize one linear layer and no other.
 
     Args:
         layer: Its name.
         noise: Error of the answers over their spread, both as root mean squares.
         share: Its share of the noise of all layers, 0 to 1: of the sum of their squares.
-        weights: Share of the quantised layers' weights that is in it, 0 to 1.
+        weights: Share of the quantized layers' weights that is in it, 0 to 1.
         kept: Whether it stayed in the base precision.
     """
 
@@ -423,7 +423,7 @@ class Report(msgspec.Struct, frozen=True):
         gpu: What the GPU's clocks did meanwhile, by batch size.
         accuracy: What was right while training.
         agreement: Which runtimes agree.
-        sensitivity: What quantising each linear layer costs, the most expensive first.
+        sensitivity: What quantizing each linear layer costs, the most expensive first.
         notes: Sentences for the reader.
         versions: Packages.
         device: Where it ran.

@@ -165,7 +165,7 @@ _MOST_SENSITIVE = 12
 
 
 def _sensitivity(console: Any, rows: Sequence[SensitivityRow]) -> None:
-    """Prints the layers that cost most when they are quantised, and those that were left out; the rest is summed up."""
+    """Prints the layers that cost most when they are quantized, and those that were left out; the rest is summed up."""
     shown = [row for place, row in enumerate(rows) if place < _MOST_SENSITIVE or row.kept]
     rest = [row for row in rows if row not in shown]
     cells = [
@@ -175,7 +175,7 @@ def _sensitivity(console: Any, rows: Sequence[SensitivityRow]) -> None:
     if rest:
         share, weights = sum(row.share for row in rest), sum(row.weights for row in rest)
         cells.append((f"{len(rest)} more", "", f"{share:.1%}", f"{weights:.1%}", ""))
-    _print(console, "What quantising one linear layer alone costs: error of the answers over their spread.")
+    _print(console, "What quantizing one linear layer alone costs: error of the answers over their spread.")
     _table(console, ("layer", "noise", "share of it", "weights", ""), cells)
 
 
@@ -218,8 +218,8 @@ def _compared(console: Any, rows: Sequence[ComparedRow], speeds: Sequence[Profil
 
 _COMPARED = {
     "method": "", "settings": "", "precision": "", "GMACs": "", "MAC ratio": "", "tokens": "",
-    "agreement\n%": "agreement", "cosine": "cosine", "5 % below": "cosine_low", "centred\ncosine": "cosine_centred",
-    "same\nneighbour %": "neighbours", "top-1 %": "top1", "recall@1 %": "recall", "95 % interval": "share",
+    "agreement\n%": "agreement", "cosine": "cosine", "5 % below": "cosine_low", "centered\ncosine": "cosine_centered",
+    "same\nneighbor %": "neighbors", "top-1 %": "top1", "recall@1 %": "recall", "95 % interval": "share",
     "top-5 %": "top5", "to dense": "to_dense", "to the\nreference": "to_reference",
 }  # fmt: skip
 """Columns of a comparison, each with the field without which it is left out."""
@@ -261,8 +261,8 @@ def _compared_cells(row: ComparedRow) -> tuple[str, ...]:
         _percent(row.agreement),
         _shown(row.cosine, ".4f"),
         _shown(row.cosine_low, ".4f"),
-        _shown(row.cosine_centred, ".4f"),
-        _percent(row.neighbours),
+        _shown(row.cosine_centered, ".4f"),
+        _percent(row.neighbors),
         _percent(row.top1),
         _percent(row.recall),
         "" if row.share is None else " - ".join(_percent(end, 1) for end in row.share[1:]),

@@ -36,7 +36,7 @@ def answers(report: Report) -> str | None:
         return None
     runtimes = _listed(list(dict.fromkeys(match["runtime"] for match in found)))
     precision = next((match[1] for check in report.checks if (match := _PRECISION.match(check.name))), None)
-    if precision in ("int8", "fp8"):  # what the quantised graph says in float arithmetic is what it is held against
+    if precision in ("int8", "fp8"):  # what the quantized graph says in float arithmetic is what it is held against
         return f"same answers on {runtimes} as its {precision} model in float arithmetic"
     asked = next((row.images for row in report.agreement if row.first == "pytorch fp32"), None)
     to = f" to {asked} images" if asked is not None else ""
@@ -127,15 +127,15 @@ def _interval(row: ProfileRow) -> str:
 
 
 def _share(row: ComparedRow) -> float | None:
-    return row.agreement if row.agreement is not None else row.cosine_centred
+    return row.agreement if row.agreement is not None else row.cosine_centered
 
 
 def _likeness(row: ComparedRow) -> str:
     if row.agreement is not None:
         return f"the same class as its dense twin on {100 * row.agreement:.1f} % of {row.images} images"
-    if row.cosine_centred is not None:
+    if row.cosine_centered is not None:
         return (
-            f"embeddings with a centred cosine of {row.cosine_centred:.4f} to its dense twin's on {row.images} images"
+            f"embeddings with a centered cosine of {row.cosine_centered:.4f} to its dense twin's on {row.images} images"
         )
     return ""
 

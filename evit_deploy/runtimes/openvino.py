@@ -25,7 +25,7 @@ from evit_deploy.export.openvino import (
 )
 from evit_deploy.runtimes.runner import Runner
 
-# Precision of a file -> what OpenVINO is told to compute in. INT8 lies in the file's own quantised operators; the rest
+# Precision of a file -> what OpenVINO is told to compute in. INT8 lies in the file's own quantized operators; the rest
 # of such a file is FP32.
 _COMPUTES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 
@@ -173,7 +173,7 @@ class OpenVINORunner(Runner):
         except Exception as error:
             for request in running:  # it reads from the caller's arrays
                 request.cancel()
-                with contextlib.suppress(Exception):  # that it was cancelled
+                with contextlib.suppress(Exception):  # that it was canceled
                     request.wait()
             raise StageError(f"OpenVINO failed: {one_line(error)}", where=self._where()) from error
         return answers

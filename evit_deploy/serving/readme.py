@@ -79,7 +79,7 @@ def triton_readme(serving: Serving, launch: Launch, notes: list[str]) -> str:
         "answer": answer.name,
         "classes": answer.shape[-1],
         "shape": [1, *tensor.shape[1:]],
-        "input": f"{tensor.dtype} [n, {', '.join(map(str, tensor.shape[1:]))}], normalised as `manifest.json` says",
+        "input": f"{tensor.dtype} [n, {', '.join(map(str, tensor.shape[1:]))}], normalized as `manifest.json` says",
     }
     parts = [f"# {serving.name} on Triton Inference Server\n", _contents(serving)]
     if notes:

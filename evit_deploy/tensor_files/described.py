@@ -111,7 +111,7 @@ def check_dtype(name: str, dtype: object, where: object, error: type[EvitDeployE
         error: Class of the errors to raise.
 
     Raises:
-        EvitDeployError: Of the class ``error``: FP8, complex, quantised or smaller than a byte.
+        EvitDeployError: Of the class ``error``: FP8, complex, quantized or smaller than a byte.
     """
     if dtype not in DTYPES:
         raise error(

@@ -145,7 +145,7 @@ _CALLED: dict[str, types.FunctionType] = {
     "torch._tensor._rebuild_from_type_v2": _with_type,
     "torch._utils._rebuild_sparse_tensor": _odd("a sparse tensor", _DENSE),
     "torch._utils._rebuild_nested_tensor": _odd("a nested tensor", "Save its tensors one by one."),
-    "torch._utils._rebuild_qtensor": _odd("a quantised tensor", "Save tensor.dequantize()."),
+    "torch._utils._rebuild_qtensor": _odd("a quantized tensor", "Save tensor.dequantize()."),
     "torch._utils._rebuild_meta_tensor_no_storage": _odd("a tensor without values (meta)", "Save the real one."),
     "torch._utils._rebuild_wrapper_subclass": _odd("a tensor of a class of its own"),
     "torch._utils._rebuild_device_tensor_from_numpy": _odd("a tensor of another device", "Save tensor.cpu()."),
@@ -189,7 +189,7 @@ class _Reader(pickle._Unpickler):
         if isinstance(value, torch.dtype):
             return value
         if isinstance(value, torch.qscheme):
-            return Odd("a way of quantising")
+            return Odd("a way of quantizing")
         raise Forbidden(full)
 
     def persistent_load(self, pid: Any) -> Storage:

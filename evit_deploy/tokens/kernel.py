@@ -67,7 +67,7 @@ OWN_CHOICE = Cut()
 
 
 class TokenReorgKernel:
-    """The kernels in a library: the reorganisation, and the score row that EViT ranks by.
+    """The kernels in a library: the reorganization, and the score row that EViT ranks by.
 
     Loading a library runs its code: load only what you built.
 

@@ -46,7 +46,7 @@ def _kernel_for(tensor: Tensor) -> TokenReorgKernel:
     return kernel
 
 
-# ---- the reorganisation
+# ---- the reorganization
 
 
 @torch.library.impl("evit::token_reorg", ("cpu", "cuda"))

@@ -39,7 +39,7 @@ class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         keep_rate: Share of the candidates to keep, in (0, 1]; one for all locations or one for each. ``None`` for a
             method whose options say how many.
-        locations: 0-based blocks that reorganise their tokens, strictly rising; ``None`` means depth·i//4, i = 1, 2, 3.
+        locations: 0-based blocks that reorganize their tokens, strictly rising; ``None`` means depth·i//4, i = 1, 2, 3.
         fuse: Whether each location adds one token with the weighted sum of what it removed (equation 3).
         method: Name in the registry of methods.
         options: The method's own options.

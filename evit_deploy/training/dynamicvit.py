@@ -5,7 +5,7 @@ The loss of a batch::
     cross entropy of the class token with the labels
     + ratio_weight  · mean over the locations and images of (share of the patches that is kept − the rate's)²
     + logits_weight · KL(teacher ‖ student) of the class token's logits
-    + tokens_weight · of the patches that are kept to the end: the mean squared difference of the normalised tokens from
+    + tokens_weight · of the patches that are kept to the end: the mean squared difference of the normalized tokens from
                       the teacher's; of a model with a classifier on every token, KL(teacher ‖ student) of its logits
 
 The teacher is the dense model that the training starts from, or another of the same form; without one, the last two

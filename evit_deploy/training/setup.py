@@ -208,7 +208,7 @@ def open_teacher(recipe: Recipe, model: nn.Module, preprocess: Preprocess) -> Te
 
     Args:
         recipe: What to do.
-        model: The student; told how its images are normalised, since a teacher may want them otherwise.
+        model: The student; told how its images are normalized, since a teacher may want them otherwise.
         preprocess: The student's.
 
     Raises:
@@ -239,7 +239,7 @@ def open_teacher(recipe: Recipe, model: nn.Module, preprocess: Preprocess) -> Te
     if section.kind == "dense":
         _check_dense_teacher(teacher, student, checkpoint.tokens)
     if section.kind == "token_labels":
-        _check_labelling_teacher(teacher, checkpoint.tokens)
+        _check_labeling_teacher(teacher, checkpoint.tokens)
     elif checkpoint.tokens is not None:
         reduce_tokens_(teacher, checkpoint.tokens)
     return _taught(teacher, checkpoint.preprocess or Preprocess.from_model(teacher), student, preprocess, section)
@@ -283,7 +283,7 @@ def _check_dense_teacher(teacher: Any, student: Any, tokens: TokenSpec | None) -
         raise RecipeError("the teacher has a different architecture", where=where, seen=forms[0], wanted=forms[1])
 
 
-def _check_labelling_teacher(teacher: Any, tokens: TokenSpec | None) -> None:
+def _check_labeling_teacher(teacher: Any, tokens: TokenSpec | None) -> None:
     where = "teacher.kind=token_labels"
     if not has_token_classifier(teacher):
         raise RecipeError(

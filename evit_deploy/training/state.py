@@ -1,6 +1,6 @@
 """What a training run needs to go on as if nothing had happened: written atomically, read without running any code.
 
-One file a stage holds the model, its average, the optimiser, the loss scaler, every random number generator, how far
+One file a stage holds the model, its average, the optimizer, the loss scaler, every random number generator, how far
 the run has come and what it was asked for. On a CPU a run that goes on from it gives the same bits as one that was
 never stopped.
 """

@@ -1,4 +1,4 @@
-"""One training run from step to step: task, optimiser, loss scaler and average, on one process or several.
+"""One training run from step to step: task, optimizer, loss scaler and average, on one process or several.
 
 Nothing in a step waits for the device. What it did is read from its :class:`StepResult`, at best when the next step is
 on its way.
@@ -141,7 +141,7 @@ class TrainingRun:
     def advance(
         self, batches: Batches, rate: float, *, moving: bool, asked: bool = False, backbone: float = 1.0
     ) -> StepResult:
-        """Sends off one optimiser step; on a GPU it is not waited for.
+        """Sends off one optimizer step; on a GPU it is not waited for.
 
         Where the loss or a gradient is not finite, weights stay as they are; ``step`` counts on, and it is for whoever
         reads the result to go back to a good state.
@@ -181,7 +181,7 @@ class TrainingRun:
         self.drawn += section.accumulate
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), section.clip or math.inf)
-        if not self.scaler.is_enabled():  # which tells the optimiser itself
+        if not self.scaler.is_enabled():  # which tells the optimizer itself
             self.optimizer.found_inf = (~torch.stack([*losses, norm]).isfinite().all()).float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -265,7 +265,7 @@ class TrainingRun:
 
 
 def parameter_groups(model: nn.Module, section: TrainSection) -> list[dict[str, Any]]:
-    """The optimiser's groups: with and without weight decay, those of the method's own layers apart (``own``).
+    """The optimizer's groups: with and without weight decay, those of the method's own layers apart (``own``).
 
     Args:
         model: What is trained; parameters without a gradient are left out.

@@ -70,7 +70,7 @@ def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) 
 
 
 class FrozenTeacher(DistillationTeacher):
-    """timm's teacher, which compares its normalisation to the student's once and not at every batch.
+    """timm's teacher, which compares its normalization to the student's once and not at every batch.
 
     To compare what lies on a GPU is to wait for it.
 

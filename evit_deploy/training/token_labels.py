@@ -1,4 +1,4 @@
-"""Token labelling ("All Tokens Matter", arXiv 2104.10858): every patch token learns a label of its own.
+"""Token labeling ("All Tokens Matter", arXiv 2104.10858): every patch token learns a label of its own.
 
 Here is what the model says of its tokens, and the loss; the labels come from the maps of
 :mod:`evit_deploy.data.token_labels`, or from a teacher. In order::
@@ -188,7 +188,7 @@ def token_label_loss(
     wanted = token_labels.gather(1, kept.clamp(min=0).unsqueeze(-1).expand(-1, -1, classes))
     each = -(wanted * token_logits.float().log_softmax(dim=-1)).sum(dim=-1)
     # A mean for every image, so that images count alike and batches can be shared out or added up: where a fused token
-    # is kept later on, one image has fewer labelled tokens than another.
+    # is kept later on, one image has fewer labeled tokens than another.
     return loss + weight * ((each * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)).mean()
 
 

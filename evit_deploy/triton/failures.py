@@ -27,7 +27,7 @@ class ServerUnreachable(MissingRequirement):
     """No server took the request: it is not there, not ready, or stopping. Nothing was computed."""
 
 
-class RequestLost(StageError):  # noqa: N818 -- says what became of it, as its neighbours do
+class RequestLost(StageError):  # noqa: N818 -- says what became of it, as its neighbors do
     """The request was in the server's hands when the connection broke or the time was up."""
 
 

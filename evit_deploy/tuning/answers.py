@@ -1,4 +1,4 @@
-"""How near a schedule's answers are to the dense model's, on images: agreement and centred cosine, without training.
+"""How near a schedule's answers are to the dense model's, on images: agreement and centered cosine, without training.
 
 Blocks before the first location do what the dense model does. What they give is kept once, as far as it fits, so that a
 schedule costs only what lies behind it.
@@ -17,7 +17,7 @@ from evit_deploy.tokens.ending import for_inference
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.tokens.state import TokenBlocks
-from evit_deploy.verification.retrieval import centred_cosines
+from evit_deploy.verification.retrieval import centered_cosines
 
 _BATCH = 16
 _KEPT = 2**29
@@ -28,7 +28,7 @@ class Nearness(msgspec.Struct, frozen=True):
     """How near answers are to the dense model's.
 
     Args:
-        cosine: Centred cosine of the answers (logits, or embeddings), mean over the images.
+        cosine: Centered cosine of the answers (logits, or embeddings), mean over the images.
         error: Standard error of that mean over the images.
         agreement: Share of the images with the same class; ``None`` of a model without classes.
         images: How many.
@@ -129,6 +129,6 @@ def nearness(answers: np.ndarray, dense: np.ndarray, *, classes: bool) -> Nearne
         dense: ``[n, width]``.
         classes: Whether an answer has a number for each class.
     """
-    cosines = centred_cosines(answers, dense)
+    cosines = centered_cosines(answers, dense)
     same = float((answers.argmax(1) == dense.argmax(1)).mean()) if classes else None
     return Nearness(float(cosines.mean()), float(cosines.std() / len(cosines) ** 0.5), same, len(cosines))

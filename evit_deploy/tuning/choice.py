@@ -126,7 +126,7 @@ def _said(row: TunedRow) -> str:
     parts = [f"{row.milliseconds:.2f} ms a call"]
     if speed is not None and speed.speedup is not None:
         parts.append(f"{speed.speedup:.2f}x [{speed.speedup_low:.2f}, {speed.speedup_high:.2f}]")
-    parts.append(f"centred cosine {row.nearness:.3f}")
+    parts.append(f"centered cosine {row.nearness:.3f}")
     if row.agreeing is not None:
         parts.append(f"{100 * row.agreeing:.1f} % of the images in the dense model's class")
     cost = row.answers.to_dense if row.answers is not None else None

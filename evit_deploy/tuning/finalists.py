@@ -105,7 +105,7 @@ def measured_rows(subject: Subject, bench: Bench, rows: Sequence[TunedRow], dura
         artifacts = _artifacts(subject, bench, [row.tokens for row in everyone], scratch)
         times = bench.times(artifacts, duration)
         doing(_LOG, "answering the calibration images")
-        answers, labelled = _answers(subject, bench, [row.name for row in everyone], artifacts)
+        answers, labeled = _answers(subject, bench, [row.name for row in everyone], artifacts)
     on_gpu = Candidate(bench.runtime, "model", artifacts[0]).on_gpu
     found = []
     for row, plan, own in zip(everyone, plans, times, strict=True):
@@ -115,20 +115,20 @@ def measured_rows(subject: Subject, bench: Bench, rows: Sequence[TunedRow], dura
         else:
             speed = msgspec.structs.replace(speed, **ratios_to_dense(times[0], own, plan))
         near = nearness(answers[row.name], answers[DENSE], classes=classes)
-        compared = _compared(row, plan, subject, labelled) if labelled is not None else None
+        compared = _compared(row, plan, subject, labeled) if labeled is not None else None
         found.append(msgspec.structs.replace(row, measured=speed, confirmed=near, answers=compared))
     return found
 
 
-def _compared(row: TunedRow, plan: TokenPlan, subject: Subject, labelled: Answered) -> ComparedRow:
+def _compared(row: TunedRow, plan: TokenPlan, subject: Subject, labeled: Answered) -> ComparedRow:
     known = row_of_plan(row.name, row.tokens.method, settings_of(row.tokens), subject.manifest.precision, plan)
-    return with_answers(msgspec.structs.replace(known, dense=DENSE), None, labelled)
+    return with_answers(msgspec.structs.replace(known, dense=DENSE), None, labeled)
 
 
 def _answers(
     subject: Subject, bench: Bench, names: Sequence[str], artifacts: Sequence[Any]
 ) -> tuple[dict[str, np.ndarray], Answered | None]:
-    """Answers of every model to the calibration images, and to the labelled ones, if there are any."""
+    """Answers of every model to the calibration images, and to the labeled ones, if there are any."""
     answer, pictures = subject.manifest.answer, subject.pictures
     with ExitStack() as stack:
         opening = [stack.enter_context(opened(bench.runtime, artifact, bench.threads)) for artifact in artifacts]
@@ -143,7 +143,7 @@ def _answers(
             return near, None
         parts, truth = {name: [] for name in names}, []
         for images, labels in pictures.batches(subject.manifest, DATA_BATCH):
-            step(_LOG, "answering the labelled images", sum(map(len, truth)), len(pictures))
+            step(_LOG, "answering the labeled images", sum(map(len, truth)), len(pictures))
             assert labels is not None  # they were checked
             truth.append(labels)
             for name, runner in runners.items():

@@ -25,11 +25,11 @@ class TunedRow(msgspec.Struct, frozen=True):
         tokens: The spec that makes it.
         gmacs: Multiply-adds for one image, in 10⁹.
         expected: Milliseconds a call by the staircase.
-        cosine: Centred cosine to the dense model's answers on the images of the search.
+        cosine: Centered cosine to the dense model's answers on the images of the search.
         agreement: Share of these images with the dense model's class; ``None`` of a model without classes.
         measured: How fast its exported form is, whole; of finalists alone.
         confirmed: How near its answers are on all calibration images; of finalists alone.
-        answers: Of its exported form to the labelled images, if there were any; of finalists alone.
+        answers: Of its exported form to the labeled images, if there were any; of finalists alone.
     """
 
     name: str
@@ -50,7 +50,7 @@ class TunedRow(msgspec.Struct, frozen=True):
 
     @property
     def nearness(self) -> float:
-        """The centred cosine on most images."""
+        """The centered cosine on most images."""
         return self.cosine if self.confirmed is None else self.confirmed.cosine
 
     @property
@@ -145,11 +145,11 @@ def _short(value: float | None) -> str | None:
 
 def table(found: Tuning) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Titles and cells of the finalists."""
-    labelled = next((row.answers for row in found.finalists if row.answers is not None), None)
+    labeled = next((row.answers for row in found.finalists if row.answers is not None), None)
     classes = any(row.agreeing is not None for row in found.finalists)
     header = ("", "blocks", "tokens behind them", "GMACs", "ms", "speed-up", "95 % interval", "cosine")
     header += ("agreement %",) * classes
-    header += (f"{labelled.share_name} to dense, points",) if labelled is not None else ()
+    header += (f"{labeled.share_name} to dense, points",) if labeled is not None else ()
     cells = []
     for row in found.finalists:
         speed = row.measured
@@ -165,7 +165,7 @@ def table(found: Tuning) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             f"{row.nearness:.3f}",
         ]
         own += [_percent(row.agreeing)] if classes else []
-        own += [_cost(row.answers)] if labelled is not None else []
+        own += [_cost(row.answers)] if labeled is not None else []
         cells.append(tuple(own))
     return header, cells
 
@@ -207,6 +207,6 @@ def front_chart(found: Tuning) -> str:
     ]
     axes = Axes(
         f"milliseconds a call, batch {found.staircase.batch}, {found.staircase.runtime}",
-        "centred cosine to the dense model",
+        "centered cosine to the dense model",
     )
     return points(values, axes, found.budget, lower_x=True)

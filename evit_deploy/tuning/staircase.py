@@ -316,7 +316,7 @@ def solved(
 
 
 def never_rising(values: Sequence[float]) -> tuple[float, ...]:
-    """The sequence without a rise that is nearest by squares: neighbours that rise take their mean.
+    """The sequence without a rise that is nearest by squares: neighbors that rise take their mean.
 
     (Pool adjacent violators; Ayer and others, 1955.)
 

@@ -38,7 +38,7 @@ class Subject(msgspec.Struct, frozen=True):
         model: The dense model, FP32.
         manifest: What a bundle of the default schedule would say.
         planner: Model and method; its spec is the default schedule's.
-        pictures: Labelled images, if there are any.
+        pictures: Labeled images, if there are any.
         images: Calibration images, float32 ``[n, C, H, W]``.
         every: Of these, each so-manieth is one that every schedule answers.
     """

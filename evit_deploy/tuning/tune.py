@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from evit_deploy.data.images import image_files
-from evit_deploy.data.sources import is_labelled
+from evit_deploy.data.sources import is_labeled
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError, Interrupted
 from evit_deploy.export.precision import QUANTIZED
@@ -85,7 +85,7 @@ def tune(
     """
     asked: TokenOptions = tokens or {}
     check_request(options, asked)
-    if options.data is not None and not is_labelled(Path(options.data)):
+    if options.data is not None and not is_labeled(Path(options.data)):
         raise InputError("these images have no labels", where=options.data, wanted="<class>/<image> files")
     wanted = _convert_options(options)
     made = lowering(wanted)

@@ -19,7 +19,7 @@ from evit_deploy.tokens.reduce import dense_twin
 from evit_deploy.verification.accuracy import data_batch, outputs_of
 from evit_deploy.verification.agreement import Answers, named_patches
 from evit_deploy.verification.pictures import Pictures, embeds
-from evit_deploy.verification.retrieval import centred_cosines, cosines, nearest, recalled
+from evit_deploy.verification.retrieval import centered_cosines, cosines, nearest, recalled
 
 _LOG = logging.getLogger(__name__)
 
@@ -216,17 +216,17 @@ def _embedding_fields(name: str, baseline: str | None, answered: Answered) -> tu
     """
     found, fields = answered.answers[name], {}
     several = len(found) > 1  # one image has no other, and the mean of one is that one
-    neighbours = answered.nearest(name) if several else None
+    neighbors = answered.nearest(name) if several else None
     if baseline is not None:
         dense = answered.answers[baseline]
         near = cosines(found, dense)
         fields |= {"cosine": float(near.mean()), "cosine_low": float(np.quantile(near, 0.05))}
-        if neighbours is not None:
-            fields["cosine_centred"] = float(centred_cosines(found, dense).mean())
-            fields["neighbours"] = float((neighbours == answered.nearest(baseline)).mean())
-    if answered.labels is None or neighbours is None:
+        if neighbors is not None:
+            fields["cosine_centered"] = float(centered_cosines(found, dense).mean())
+            fields["neighbors"] = float((neighbors == answered.nearest(baseline)).mean())
+    if answered.labels is None or neighbors is None:
         return fields, None
-    right = recalled(neighbours, answered.labels)
+    right = recalled(neighbors, answered.labels)
     if not len(right):
         return fields, None
     low, high = wilson(int(right.sum()), len(right))

@@ -29,7 +29,7 @@ def verify_ensemble(found: Found, manifest: Manifest, golden: Golden) -> Report:
     photographs = sample_photographs()
     tensors = np.stack([preprocess_image(photograph, manifest.preprocess) for photograph in photographs])
     if tensors.shape[1:] != manifest.inputs[0].shape[1:]:
-        note = f"The ensemble {found.ensemble} was not sent any file: the model does not take three colours."
+        note = f"The ensemble {found.ensemble} was not sent any file: the model does not take three colors."
         return Report(notes=(note,))
     with TritonRunner(found.served) as runner, Connection(found.served.url, found.served.timeout) as connection:
         expected = np.concatenate([runner.infer(feeds(tensor[None]))[manifest.answer] for tensor in tensors])

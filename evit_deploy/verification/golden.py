@@ -1,6 +1,6 @@
 """Golden answers: what PyTorch says to a few real pictures, made when a bundle is, and kept in ``golden.npz``.
 
-The reference is the same model in FP64; what the bundle's own precision says, computed by PyTorch (a quantised graph:
+The reference is the same model in FP64; what the bundle's own precision says, computed by PyTorch (a quantized graph:
 in float arithmetic), sets the limits of :mod:`evit_deploy.verification.tolerances`. Kept sets are compared in original
 patch numbers.
 """
@@ -222,7 +222,7 @@ def make_golden(
         dense: The same weights without reduction.
         inputs: float32 ``[n, C, H, W]``.
         precision: Of the bundle.
-        quantized: For ``int8`` and ``fp8``: the quantised model and its dense twin, ONNX, which say themselves what is
+        quantized: For ``int8`` and ``fp8``: the quantized model and its dense twin, ONNX, which say themselves what is
             rounded where; the twin is not needed where its answers are known.
         known: What is known already of these weights and inputs.
     """
@@ -366,7 +366,7 @@ def _cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
 def _classifier_terms(model: Any) -> Iterator[list[np.ndarray]]:
     """Collects Σ|weight · feature| + |bias| of the answer ``[n, classes]``, an array a classifier, while it is open.
 
-    Of a normalised embedding the terms are scaled as it is.
+    Of a normalized embedding the terms are scaled as it is.
     """
     found: list[np.ndarray] = []
 

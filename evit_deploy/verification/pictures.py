@@ -9,7 +9,7 @@ import numpy as np
 
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.data.images import image_batches, image_files, with_channels
-from evit_deploy.data.sources import Folder, class_folders, is_labelled, labelled_batches
+from evit_deploy.data.sources import Folder, class_folders, is_labeled, labeled_batches
 from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import LOGITS
 
@@ -47,7 +47,7 @@ class Pictures(msgspec.Struct, frozen=True):
         if self.folder is None:
             yield from image_batches(self.path, manifest.preprocess, channels, size)
         else:
-            for images, labels in labelled_batches(self.folder, manifest.preprocess, size):
+            for images, labels in labeled_batches(self.folder, manifest.preprocess, size):
                 yield with_channels(images, channels), labels
 
 
@@ -62,7 +62,7 @@ def check_images(data: Path) -> None:
     Raises:
         InputError: See :func:`pictures_of`.
     """
-    if is_labelled(data):
+    if is_labeled(data):
         Folder(data)
 
 
@@ -91,7 +91,7 @@ def pictures_for(data: Path, labels: Sequence[str] | None, classes: int | None) 
     Raises:
         InputError: See :func:`pictures_of`.
     """
-    if not is_labelled(data):
+    if not is_labeled(data):
         return Pictures(data, None)
     if classes is None:
         return Pictures(data, Folder(data))

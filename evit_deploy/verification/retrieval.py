@@ -19,7 +19,7 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (_unit(one).astype(np.float64) * _unit(other)).sum(axis=1)
 
 
-def centred_cosines(one: np.ndarray, dense: np.ndarray) -> np.ndarray:
+def centered_cosines(one: np.ndarray, dense: np.ndarray) -> np.ndarray:
     """Cosines after the mean of the dense model's embeddings is taken from both.
 
     Embeddings of any images have a large part in common, which makes plain cosines high whatever is damaged.
@@ -61,18 +61,18 @@ def nearest(embeddings: np.ndarray) -> np.ndarray:
     return found
 
 
-def recalled(neighbours: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def recalled(neighbors: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Whether the nearest other image is of an image's own class.
 
     Args:
-        neighbours: What :func:`nearest` gives.
+        neighbors: What :func:`nearest` gives.
         labels: Classes, int64 ``[n]``.
 
     Returns:
         bool ``[m]``: of the images whose class has another image, in their order. The rest could not be right.
     """
     possible = np.bincount(labels)[labels] > 1
-    return (labels[neighbours] == labels)[possible]
+    return (labels[neighbors] == labels)[possible]
 
 
 def _unit(embeddings: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What rounding each linear layer costs a model's answers, and which layers stay exact to hold a limit.
 
-The cost of a layer is the *noise* of the answers when it alone is quantised: their error over their spread, as
+The cost of a layer is the *noise* of the answers when it alone is quantized: their error over their spread, as
 :func:`~evit_deploy.verification.tolerances.noise` has it. Errors of different layers are as good as independent, so
 that their squares add up to about the square of all layers' together: a layer has a *share*. A share of answers that
 change would need thousands of images to tell two layers apart; the noise of :data:`IMAGES` images does.
@@ -38,7 +38,7 @@ Batches = Callable[[], Iterator[tuple[np.ndarray, np.ndarray | None]]]
 
 
 class Shown(msgspec.Struct, frozen=True):
-    """Images to judge a quantised model by.
+    """Images to judge a quantized model by.
 
     Args:
         batches: Gives all of them anew: float32 ``[B, C, H, W]``, and labels int64 ``[B]`` or ``None``.
@@ -90,7 +90,7 @@ def of_array(images: np.ndarray) -> Batches:
 def layer_costs(
     quantized: Quantized, images: np.ndarray, *, embeds: bool = False, threads: int | None = None
 ) -> tuple[SensitivityRow, ...]:
-    """What each layer costs when it alone is quantised.
+    """What each layer costs when it alone is quantized.
 
     Args:
         quantized: The model.
@@ -111,7 +111,7 @@ def layer_costs(
 
     exact, costs = answers(quantized.original), {}
     for number, name in enumerate(names):
-        step(_LOG, "quantising one layer at a time", number, len(names))
+        step(_LOG, "quantizing one layer at a time", number, len(names))
         alone = answers(quantized.without([other for other in names if other != name]))
         costs[name] = noise(alone, exact, embedding=embeds)
     whole = sum(cost**2 for cost in costs.values())
@@ -129,7 +129,7 @@ def kept_within(
     always: Collection[str],
     costs: Callable[[], Sequence[SensitivityRow]],
 ) -> Kept:
-    """Leaves out of quantising as many of the most expensive layers as it takes to hold a limit.
+    """Leaves out of quantizing as many of the most expensive layers as it takes to hold a limit.
 
     The number of layers is doubled until the drop is within the limit, and then narrowed down by halves: what is kept
     holds the limit, measured; that one layer fewer does not is measured too.
@@ -137,13 +137,13 @@ def kept_within(
     Args:
         quantized: The model.
         limit: Points of top-1 (of recall@1, for embeddings) that it may lose where there are labels; else the points of
-            its answers that may be others (classes, or nearest neighbours).
+            its answers that may be others (classes, or nearest neighbors).
         shown: The images.
         always: Layers that stay in any case.
         costs: Gives what each layer costs; asked only where some have to be left out.
 
     Raises:
-        GateFailed: The limit is exceeded even with a single layer quantised.
+        GateFailed: The limit is exceeded even with a single layer quantized.
     """
     exact, labels = shown.answers(quantized.original)
     what = _measured(labels, embeds=shown.embeds)
@@ -167,10 +167,10 @@ def kept_within(
             failed, least = least, min(2 * least, most)
         if most < 1 or drop(least) > limit:
             raise GateFailed(
-                f"the drop of {what} cannot be kept within the limit: it is larger even with one layer quantised",
+                f"the drop of {what} cannot be kept within the limit: it is larger even with one layer quantized",
                 where="--max-drop", seen=f"{min(found.values()):.2f} points of {len(exact)} images",
                 wanted=f"at most {limit:g}",
-                fix="Allow more, show it more images, or use the base precision: no layer would be quantised.",
+                fix="Allow more, show it more images, or use the base precision: no layer would be quantized.",
             )  # fmt: skip
         while least - failed > 1:
             middle = (failed + least) // 2
@@ -195,7 +195,7 @@ def _notes(found: dict[int, float], limit: float, exact: np.ndarray) -> tuple[st
 
 def _measured(labels: np.ndarray | None, *, embeds: bool) -> str:
     if labels is None:
-        return "nearest neighbours in common" if embeds else "agreement"
+        return "nearest neighbors in common" if embeds else "agreement"
     return "recall@1" if embeds else "top-1"
 
 

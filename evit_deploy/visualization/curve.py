@@ -21,7 +21,7 @@ from evit_deploy.charts.kinds import Axes, Point, lines
 from evit_deploy.charts.svg import standalone
 from evit_deploy.data.images import EXTENSIONS
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import class_folders, is_labelled
+from evit_deploy.data.sources import class_folders, is_labeled
 from evit_deploy.errors import InputError
 from evit_deploy.inference.choice import asked_for
 from evit_deploy.inference.inputs import Given, image_paths
@@ -36,7 +36,7 @@ from evit_deploy.tokens.ending import for_inference
 from evit_deploy.tokens.plan import TokenOptions, TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.verification.pictures import pictures_for
-from evit_deploy.verification.retrieval import centred_cosines
+from evit_deploy.verification.retrieval import centered_cosines
 from evit_deploy.visualization.subject import is_bundle
 
 _LOG = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class CurvePoint(msgspec.Struct, frozen=True):
         agreement: Share with the dense model's class; ``None`` of a model without classes.
         agreement_low: Lower end of its 95 % interval over images.
         agreement_high: Upper end.
-        cosine: Centred cosine to the dense model's embedding, mean over images; ``None`` of a model with classes.
+        cosine: Centered cosine to the dense model's embedding, mean over images; ``None`` of a model with classes.
         top1: Share with the right class, where labels are known.
         top1_low: Lower end of its 95 % interval over images.
         top1_high: Upper end.
@@ -142,7 +142,7 @@ class RemovalCurve(msgspec.Struct, frozen=True):
         """What the chart and the table show."""
         if self.dense_top1 is not None:
             return "top-1"
-        return "centred cosine to the dense model" if self._cosines else "same class as the dense model"
+        return "centered cosine to the dense model" if self._cosines else "same class as the dense model"
 
     @property
     def caption(self) -> str:
@@ -263,7 +263,7 @@ def _images(paths: Sequence[str | Path], asked: _Asked, sample: int) -> _Images:
 
 def _holds_classes(folder: Path, asked: _Asked) -> bool:
     """Whether a folder's folders are the model's classes: all have their names, or there are as many."""
-    if asked.classes is None or not folder.is_dir() or not is_labelled(folder):
+    if asked.classes is None or not folder.is_dir() or not is_labeled(folder):
         return False
     names = class_folders(folder)
     named = bool(names) and asked.labels is not None and set(names) <= set(asked.labels)
@@ -330,7 +330,7 @@ def _point(
     last = plan.blocks[-1]
     point = CurvePoint(removed, rate, last.tokens_out - plan.prefix, plan.macs() / 1e9, len(dense))
     if dense.ndim == 2:
-        cosine = float(np.mean([centred_cosines(answers, dense).mean() for answers, _ in draws]))
+        cosine = float(np.mean([centered_cosines(answers, dense).mean() for answers, _ in draws]))
         return msgspec.structs.replace(point, cosine=cosine)
     values: dict[str, Any] = {}
     for name, wanted in (("agreement", dense), ("top1", labels)):

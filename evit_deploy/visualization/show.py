@@ -36,7 +36,7 @@ class Shown(msgspec.Struct, frozen=True, eq=False):
         about: The model in a few words.
         runtime: Who ran it; not on the picture, which is the same from all.
         scores: What the heat maps show.
-        legend: What pale patches and colours mean.
+        legend: What pale patches and colors mean.
         blocks: Locations that are drawn; the images have all of them.
         differences: Of further runtimes that were asked: where they chose otherwise, in words; none where they did not.
     """
@@ -254,10 +254,10 @@ def see(subject: Subject, images: np.ndarray, names: Sequence[str]) -> tuple[lis
 
 
 def legend(plan: TokenPlan) -> str:
-    """What pale patches and colours mean, in a sentence or several."""
+    """What pale patches and colors mean, in a sentence or several."""
     said = {
-        "merged": "Patches that were merged into one token have one colour and a line around them.",
-        "fused": "Pale patches were fused, those of one colour into one token.",
+        "merged": "Patches that were merged into one token have one color and a line around them.",
+        "fused": "Pale patches were fused, those of one color into one token.",
         "updated": "Pale patches wait for the next stage, and are not updated.",
         "dropped": "Pale patches were dropped.",
     }
@@ -316,9 +316,9 @@ def _difference(
 
 
 def _pictures(images: np.ndarray, preprocess: Preprocess) -> list[np.ndarray]:
-    """What the model saw, uint8 ``[H, W, 3]``: its normalised input, back in the range of colours."""
+    """What the model saw, uint8 ``[H, W, 3]``: its normalized input, back in the range of colors."""
     mean, std = (np.array(values, np.float64) for values in (preprocess.mean, preprocess.std))
-    if images.shape[1] < 3:  # a mean of colours that were each normalised
+    if images.shape[1] < 3:  # a mean of colors that were each normalized
         images, mean, std = images.mean(axis=1, keepdims=True).repeat(3, axis=1), mean.mean(), std.mean()
-    colours = images[:, :3].transpose(0, 2, 3, 1) * std + mean
-    return list(np.rint(np.clip(colours, 0, 1) * 255).astype(np.uint8))
+    colors = images[:, :3].transpose(0, 2, 3, 1) * std + mean
+    return list(np.rint(np.clip(colors, 0, 1) * 255).astype(np.uint8))

@@ -24,17 +24,17 @@ Image DecodeJpeg(const Bytes& content, const std::string& where) {
     throw Error(Exit::kInput, where, std::string("the JPEG cannot be read: ") + tjGetErrorStr2(decoder.get()));
   };
   Image image;
-  int sampling = 0, colours = 0;
+  int sampling = 0, colors = 0;
   if (tjDecompressHeader3(decoder.get(), content.data(), content.size(), &image.width, &image.height, &sampling,
-                          &colours) != 0) {
+                          &colors) != 0) {
     refuse();
   }
   CheckSize(image.width, image.height, where);
-  if (colours == TJCS_CMYK || colours == TJCS_YCCK) {
+  if (colors == TJCS_CMYK || colors == TJCS_YCCK) {
     throw Error(Exit::kInput, where, "the JPEG is in CMYK, which has no one way to RGB", "Save it in RGB.");
   }
   image.rgb.resize(std::size_t{3} * static_cast<std::size_t>(image.width) * static_cast<std::size_t>(image.height));
-  // A file that ends early is a warning to the library, and grey from there on.
+  // A file that ends early is a warning to the library, and gray from there on.
   if (tjDecompress2(decoder.get(), content.data(), content.size(), image.rgb.data(), image.width, 0, image.height,
                     TJPF_RGB, TJFLAG_ACCURATEDCT | TJFLAG_STOPONWARNING | TJFLAG_LIMITSCANS) != 0) {
     refuse();
@@ -68,10 +68,10 @@ struct Axis {               // how one side of an image becomes one side of the 
   std::int64_t offset = 0;  // first of them that the input shows; negative where the input has a border
 };
 
-// Half goes to the even neighbour, as in Python.
+// Half goes to the even neighbor, as in Python.
 std::int64_t Round(double value) { return static_cast<std::int64_t>(std::nearbyint(value)); }
 
-Axis Centre(double resized, int size, bool floor) {
+Axis Center(double resized, int size, bool floor) {
   const double border = resized - size;
   if (border < 0) return {resized, -(static_cast<std::int64_t>(-border) / 2)};
   return {resized, floor ? static_cast<std::int64_t>(border / 2) : Round(border / 2)};
@@ -96,7 +96,7 @@ std::pair<Axis, Axis> Geometry(const Image& image, const Preprocess& to, const s
                     "', expected center, center-floor, squash or border)");
   }
   if (height < 1 || width < 1) throw Error(Exit::kInput, where, "the image is too narrow to be resized");
-  return {Centre(height, to.height, floor), Centre(width, to.width, floor)};
+  return {Center(height, to.height, floor), Center(width, to.width, floor)};
 }
 
 double Bilinear(double x) { return std::max(0.0, 1 - std::abs(x)); }
@@ -116,7 +116,7 @@ struct Taps {  // the pixels that one pixel of the input is made from
   std::vector<std::int32_t> weights;  // over 2^kFraction; none in the border
 };
 
-// Pixels have their centres at halves; where an image gets smaller, the filter gets wider by as much.
+// Pixels have their centers at halves; where an image gets smaller, the filter gets wider by as much.
 std::vector<Taps> Weigh(int pixels, const Axis& axis, int size, const std::string& interpolation) {
   const bool cubic = interpolation == "bicubic";
   if (!cubic && interpolation != "bilinear") {
@@ -128,13 +128,13 @@ std::vector<Taps> Weigh(int pixels, const Axis& axis, int size, const std::strin
   for (int i = 0; i < size; ++i) {
     const double place = static_cast<double>(axis.offset + i);
     if (place < 0 || place >= axis.resized) continue;
-    const double centre = (place + 0.5) * scale;
-    const auto first = static_cast<std::int64_t>(std::max(centre - support + 0.5, 0.0));
-    const auto last = static_cast<std::int64_t>(std::min(centre + support + 0.5, static_cast<double>(pixels)));
+    const double center = (place + 0.5) * scale;
+    const auto first = static_cast<std::int64_t>(std::max(center - support + 0.5, 0.0));
+    const auto last = static_cast<std::int64_t>(std::min(center + support + 0.5, static_cast<double>(pixels)));
     std::vector<double> weights;
     double sum = 0;
     for (std::int64_t j = first; j < last; ++j) {
-      const double x = (static_cast<double>(j) + 0.5 - centre) / width;
+      const double x = (static_cast<double>(j) + 0.5 - center) / width;
       weights.push_back(cubic ? Bicubic(x) : Bilinear(x));
       sum += weights.back();
     }

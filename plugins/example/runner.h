@@ -26,7 +26,7 @@ class Runner {
 
   const ModelShape& shape() const { return shape_; }
 
-  // Runs `count` normalised images, in as many batches as it takes: count × classes numbers. One call at a time.
+  // Runs `count` normalized images, in as many batches as it takes: count × classes numbers. One call at a time.
   std::vector<float> Infer(const float* nchw, int count);
 
  protected:

@@ -57,7 +57,7 @@ EVIT_HOST_DEVICE inline float to_float(Half value) {
 #else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16, size = value.bits & 0x7fffu;
   if (size >= 0x7c00u) return float_of(sign | 0x7f800000u | size << 13);  // infinite, or not a number
-  // Exponents of FP16 are biased by 15, of FP32 by 127; the product normalises what is subnormal.
+  // Exponents of FP16 are biased by 15, of FP32 by 127; the product normalizes what is subnormal.
   return float_of(sign | bits_of(float_of(size << 13) * 0x1p112f));
 #endif
 }

@@ -11,7 +11,7 @@
 
 namespace {
 
-char refusal[256] = "its initialisation did not run";
+char refusal[256] = "its initialization did not run";
 
 // Numbers of TensorRT's releases that may be in a process, to say which one is.
 constexpr int kOldestMajor = 8, kNewestMajor = 19;

@@ -2,7 +2,7 @@
 // over all tokens, one head a team; then the mean over heads of the candidates' columns.
 //
 // Keys are read once, as the projection left them, and never converted in memory: as PyTorch's operations this row
-// costs more than the reorganisation itself, because each of them writes the keys anew in FP32.
+// costs more than the reorganization itself, because each of them writes the keys anew in FP32.
 #pragma once
 
 #include "kernel.cuh"

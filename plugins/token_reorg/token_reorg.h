@@ -50,7 +50,7 @@ typedef struct EvitTokenReorgCall {
 } EvitTokenReorgCall;
 
 // Starts the kernel on a stream (cudaStream_t, NULL for the default one) and does not wait for it. One launch, no
-// allocation, no synchronisation: it may be captured in a CUDA graph. The same call gives the same bits on every run,
+// allocation, no synchronization: it may be captured in a CUDA graph. The same call gives the same bits on every run,
 // in every batch and on every device, as long as no score is NaN.
 //
 // Returns an EvitStatus. On failure `message` (if not NULL) receives up to `size` bytes of what was wrong,

@@ -1,4 +1,4 @@
-"""The reduced PyTorch model against one that materialises the attention map, DeiT-S at keep rate 0.7, one thread.
+"""The reduced PyTorch model against one that materializes the attention map, DeiT-S at keep rate 0.7, one thread.
 
 The other model is what the paper's algorithm suggests when written down directly: softmax(QKᵀ) as a tensor, its class
 row averaged over heads, then A·V. Everything else is the same code.

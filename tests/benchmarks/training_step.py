@@ -1,10 +1,10 @@
 """A training step of DeiT-S at 0.7 against the dense one and against the official code's structure.
 
 The official structure is what the paper's algorithm 1 suggests when written down directly: the attention map is
-materialised and its class row averaged over heads, and the dropped tokens are the rest of a full sort. Same counts,
-same weights. Images come as bytes and are sent and normalised as in training; the three take turns, ratios are medians
+materialized and its class row averaged over heads, and the dropped tokens are the rest of a full sort. Same counts,
+same weights. Images come as bytes and are sent and normalized as in training; the three take turns, ratios are medians
 over rounds. On a CPU times are CPU time of one thread. On a GPU they are wall time, and there is more to tell: images a
-second, peak memory (three models with their optimisers among it), and of the time the share in which the CPU waits for
+second, peak memory (three models with their optimizers among it), and of the time the share in which the CPU waits for
 a batch, which a GPU may wait for too, and the share in which it waits for the GPU, which is then busy.
 
 python tests/benchmarks/training_step.py --out docs/results/training_step.json
@@ -56,7 +56,7 @@ def official_forward(block, x: torch.Tensor) -> torch.Tensor:
 
 
 def dense_forward(block, x: torch.Tensor) -> torch.Tensor:
-    """A block without reduction, its attention map materialised as the official code does."""
+    """A block without reduction, its attention map materialized as the official code does."""
     attn = block.attn
     q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     weights = (q @ k.transpose(-2, -1) * attn.scale).softmax(dim=-1)

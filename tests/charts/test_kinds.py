@@ -39,7 +39,7 @@ def test_every_point_can_be_reached_by_keyboard_and_says_what_it_is():
     assert ElementTree.fromstring(svg).get("aria-label") == "accuracy against time"
 
 
-def test_series_differ_in_colour_and_in_shape():
+def test_series_differ_in_color_and_in_shape():
     first, _, third = marks(points(SOME, AXES, "d"), "point")
     assert first.get("fill") != third.get("fill")
     assert first.get("d") != third.get("d")

@@ -73,7 +73,7 @@ def test_a_manifest_that_says_otherwise_is_found_out(convert, tmp_path):
     ("arguments", "hints"),
     [
         (["--keep-precision", "head,blocks.7.*"], ["--keep-precision", "'blocks.7.*'", "Did you mean 'blocks."]),
-        (["--keep-precision", "*"], ["match every layer", "nothing would be quantised"]),
+        (["--keep-precision", "*"], ["match every layer", "nothing would be quantized"]),
     ],
 )
 def test_patterns_that_fit_nothing_are_refused_and_nothing_is_written(convert, tmp_path, arguments, hints):
@@ -82,7 +82,7 @@ def test_patterns_that_fit_nothing_are_refused_and_nothing_is_written(convert, t
     assert tree(tmp_path) == before
 
 
-def test_of_several_precisions_the_quantised_one_keeps_them(convert, tmp_path):
+def test_of_several_precisions_the_quantized_one_keeps_them(convert, tmp_path):
     result = convert("--precision", "fp32", *KEEP)
     assert result.code == 0, result.err
     found = {path.name.rpartition("-")[2]: read_bundle(path).manifest for path in (tmp_path / "out").iterdir()}
@@ -90,7 +90,7 @@ def test_of_several_precisions_the_quantised_one_keeps_them(convert, tmp_path):
 
 
 @pytest.mark.openvino
-def test_openvino_runs_what_is_quantised_and_what_is_not(convert, tmp_path):
+def test_openvino_runs_what_is_quantized_and_what_is_not(convert, tmp_path):
     pytest.importorskip("openvino")
     result = convert(*KEEP, "--target", "openvino")
     assert result.code == 0, result.err
@@ -138,7 +138,7 @@ def outlying(cli, tmp_path, photographs):
 def test_sensitivity_is_shown_and_in_the_report(convert, tmp_path):
     result = convert("--sensitivity", *KEEP)
     assert result.code == 0, result.err
-    assert "What quantising one linear layer alone costs" in result.out
+    assert "What quantizing one linear layer alone costs" in result.out
     assert "share of it" in result.out
     report = msgspec.json.decode((tmp_path / "out" / REPORT).read_bytes(), type=Report)
     assert len(report.sensitivity) == 25

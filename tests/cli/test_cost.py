@@ -55,7 +55,7 @@ def test_convert_of_a_model_without_classes_tells_cosine_and_recall(cli, embeddi
     checkpoint = embedding.path / embedding.manifest.parents[0].source
     arguments = ["--keep-rate", "0.6", "--data", pictures, "--out", tmp_path / "bundle", "--threads", "1", "--json"]
     _, model = cli("convert", checkpoint, *arguments).document["compared"]
-    assert 0 < model["cosine_centred"] < model["cosine"] <= 1
+    assert 0 < model["cosine_centered"] < model["cosine"] <= 1
     assert model["top1"] is None
     assert model["to_dense"]["low"] < model["to_dense"]["high"]
 

@@ -59,7 +59,7 @@ VALUES = {  # as they are given on the command line, and what comes of it
     "sensitivity": (None, True),
     "indices": (None, True),
     "normalize": (None, True),
-    "data": (["labelled"], "labelled"),
+    "data": (["labeled"], "labeled"),
     "min_speedup": (["1.25"], 1.25),
     "sign": (["key.pem"], "key.pem"),
     "target_options": (["text.word=tokens", "text.size=3"], {"text": {"word": "tokens", "size": "3"}}),
@@ -116,9 +116,9 @@ def test_what_the_command_line_can_ask_for_a_recipe_can_too_and_the_reverse():
 
 def test_a_comparison_s_recipe_takes_what_its_command_takes():
     given = ["--runtime", "onnxruntime", "--runtime", "eager", "--threads", "2", "--batch-sizes", "1,4", "--duration",
-             "7", "--data", "labelled", "--reference", "evit-0.5", "--own-preprocessing"]  # fmt: skip
+             "7", "--data", "labeled", "--reference", "evit-0.5", "--own-preprocessing"]  # fmt: skip
     wanted = {"runtimes": ("onnxruntime", "eager"), "threads": 2, "batch_sizes": (1, 4), "duration": 7.0,
-              "data": "labelled", "reference": "evit-0.5", "own_preprocessing": True}  # fmt: skip
+              "data": "labeled", "reference": "evit-0.5", "own_preprocessing": True}  # fmt: skip
     with compare.make_context("compare", ["a", "b", *given], parent=click.Context(cli)) as context:
         assert struct_of("CompareOptions", dict(context.params)) == CompareOptions(**wanted)
     overrides = [f"{field}={json.dumps(value)}" for field, value in wanted.items()]

@@ -43,7 +43,7 @@ def embedding(converted, tmp_path):
 
 def test_a_table_with_the_best_classes(cli, converted, photographs, tmp_path):
     labels = [f"kind {number} [b]" for number in range(10)]
-    bundle = rewritten(shutil.copytree(converted.path, tmp_path / "labelled"), labels=labels)
+    bundle = rewritten(shutil.copytree(converted.path, tmp_path / "labeled"), labels=labels)
     files = [photographs / "china.png", photographs / "more" / "flower[1].png"]
     result = cli("predict", bundle, *files, "--top", 2, "--threads", 1)
     assert (result.code, result.err) == (0, "")

@@ -13,7 +13,7 @@ from evit_deploy.recipe.options import TuneOptions, seconds_in
 
 BUDGET = ["--min-speedup", "1.5"]
 VALUES = {
-    "calibration": ("images", "images"), "data": ("labelled", "labelled"), "sample": ("32", 32), "trials": ("12", 12),
+    "calibration": ("images", "images"), "data": ("labeled", "labeled"), "sample": ("32", 32), "trials": ("12", 12),
     "seed": ("3", 3), "target": ("openvino", "openvino"), "precision": ("fp16", "fp16"), "runtime": ("eager", "eager"),
     "batch": ("8", 8), "threads": ("2", 2), "duration": ("7", 7.0),
 }  # fmt: skip
@@ -38,7 +38,7 @@ def test_every_field_of_its_options_is_a_flag(budget, wanted):
     [
         ([], 2, ["a search needs exactly one budget", "got none"]),
         ([*BUDGET, "--max-drop", "1", "--data", "x"], 2, ["one budget", "min_speedup and max_drop"]),
-        (["--max-drop", "1"], 2, ["needs labelled images"]),
+        (["--max-drop", "1"], 2, ["needs labeled images"]),
         (["--max-latency", "2"], 2, ["not a time", "2ms"]),
         (["--max-latency", "0ms"], 2, ["not a time"]),
         (["--min-speedup", "1"], 2, ["min_speedup", "got 1"]),

@@ -1,10 +1,11 @@
-"""What is added to timm's augmentation: erasing in two halves, where an image is read and where it is normalised."""
+"""What is added to timm's augmentation: erasing in two halves, where an image is read and where it is normalized."""
 
 import itertools
 
 import pytest
 import torch
 from PIL import Image
+from tests.support.labeled_images import data_section
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
@@ -12,7 +13,6 @@ from evit_deploy.data.augmentation import ErasedTransform, erase_
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sampling import own_randomness
 from evit_deploy.data.training_data import open_data
-from tests.support.labelled_images import data_section
 from tests.support.training_devices import DEVICES, available
 
 SIDE = 24
@@ -52,13 +52,13 @@ def test_what_is_erased_is_noise_from_the_image_s_own_seed(device):
 
 
 @pytest.mark.parametrize("policy", [None, "rand-m9-mstd0.5-inc1"])
-def test_training_images_are_timm_s_to_the_bit(policy, labelled):
-    """Cropped and varied as bytes, normalised later: the same as timm's transform, which does it at once."""
-    section = data_section(labelled, token_labels=None, auto_augment=policy, color_jitter=0.4)
+def test_training_images_are_timm_s_to_the_bit(policy, labeled):
+    """Cropped and varied as bytes, normalized later: the same as timm's transform, which does it at once."""
+    section = data_section(labeled, token_labels=None, auto_augment=policy, color_jitter=0.4)
     how = Preprocess(size=(SIDE, SIDE))
     reference = create_transform((3, SIDE, SIDE), is_training=True, scale=section.crop, color_jitter=0.4,
                                  auto_augment=policy, interpolation="bicubic")  # fmt: skip
-    files = sorted((labelled / "train").glob("*/*.JPEG"))
+    files = sorted((labeled / "train").glob("*/*.JPEG"))
     for step, (images, labels) in enumerate(itertools.islice(open_data(section, how).training(6, 0), 3)):
         for row, (image, label) in enumerate(zip(images, labels, strict=True)):
             found = []

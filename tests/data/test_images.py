@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from evit_deploy.data.digits.digits import DigitsData, augment, load_digits_data
 from evit_deploy.data.images import preprocess_image, sample_inputs, sample_photographs
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import Folder, labelled_batches
+from evit_deploy.data.sources import Folder, labeled_batches
 from evit_deploy.data.training_data import open_data
 from evit_deploy.errors import InputError, RecipeError
 from evit_deploy.recipe.sections import DataSection
@@ -22,7 +22,7 @@ SMALL = Preprocess(size=(16, 16), crop_pct=1.0)
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three images in each of three classes, every image of one colour: 20 · class + 5 · number."""
+    """Three images in each of three classes, every image of one color: 20 · class + 5 · number."""
     for label, name in enumerate(("class 2", "class 9", "class 10")):
         (tmp_path / name).mkdir()
         for number in range(3):
@@ -72,9 +72,9 @@ def test_sample_inputs_are_distinct_steady_and_in_range():
 
 
 def test_sample_inputs_for_other_channels():
-    colours = sample_inputs(SMALL, 2)
-    np.testing.assert_allclose(sample_inputs(SMALL, 2, channels=1)[:, 0], colours.mean(1), rtol=1e-6)
-    np.testing.assert_array_equal(sample_inputs(SMALL, 2, channels=5)[:, 3:], colours[:, :2])
+    colors = sample_inputs(SMALL, 2)
+    np.testing.assert_allclose(sample_inputs(SMALL, 2, channels=1)[:, 0], colors.mean(1), rtol=1e-6)
+    np.testing.assert_array_equal(sample_inputs(SMALL, 2, channels=5)[:, 3:], colors[:, :2])
 
 
 @pytest.mark.parametrize(("count", "channels"), [(0, 3), (-1, 3), (2, 0)])
@@ -88,7 +88,7 @@ def test_folder_keeps_numbers_in_order_and_every_image_once(folder):
     (folder / "class 2" / "notes.txt").write_text("no image")
     found = Folder(folder)
     assert found.classes == ("class 2", "class 9", "class 10")
-    batches = list(labelled_batches(found, SMALL, 4))
+    batches = list(labeled_batches(found, SMALL, 4))
     assert [len(labels) for _, labels in batches] == [4, 4, 1]
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -121,7 +121,7 @@ def test_unreadable_images_are_named(folder):
     for content in (b"", b"no image", whole[: len(whole) // 2]):
         (folder / "class 9" / "1.png").write_bytes(content)
         with pytest.raises(InputError, match=r"1\.png"):
-            list(labelled_batches(Folder(folder), SMALL, 4))
+            list(labeled_batches(Folder(folder), SMALL, 4))
     for path, word in [(folder / "none.png", "no such image"), (folder, "this is a folder")]:
         with pytest.raises(InputError, match=word):
             preprocess_image(path, SMALL)

@@ -290,7 +290,7 @@ def test_folder_training_is_the_same_for_any_workers_processes_and_starts(tmp_pa
         assert torch.equal(images, whole[4][0][rank::2])
         assert torch.equal(labels, whole[4][1][rank::2])
     assert all(labels[i] == labels[i + 1] == labels[i + 2] for _, labels in whole for i in (0, 3))
-    assert len({image.numpy().tobytes() for images, _ in whole for image in images}) > 15  # of 30, on flat colours
+    assert len({image.numpy().tobytes() for images, _ in whole for image in images}) > 15  # of 30, on flat colors
     counts = [sum(len(y) for _, y in data.validation(4, rank=rank, world=5)) for rank in range(5)]
     assert (sum(counts), max(counts)) == (12, 3)
 

@@ -1,4 +1,4 @@
-"""Token labelling: labels follow their patches through crop, mirror, mixing and reduction, and the loss by hand."""
+"""Token labeling: labels follow their patches through crop, mirror, mixing and reduction, and the loss by hand."""
 
 import math
 from pathlib import Path

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.support.labeled_images import SIZE, data_section
 
 from evit_deploy.data.digits.digits import DigitsData
 from evit_deploy.data.preprocess import Preprocess
@@ -13,7 +14,6 @@ from evit_deploy.data.sampling import loader, stacked
 from evit_deploy.data.training_data import open_data
 from evit_deploy.data.transfer import Transfer
 from evit_deploy.recipe.sections import DataSection
-from tests.support.labelled_images import SIZE, data_section
 from tests.support.training_devices import DEVICES, available
 
 HOW = Preprocess(size=(8, 8), crop_pct=1.0)
@@ -94,10 +94,10 @@ def test_a_loader_pins_what_it_is_asked_to(workers):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["digits", "digits-in-the-wild", "folder"])
-def test_a_gpu_gets_the_images_that_a_cpu_gets(name, labelled):
+def test_a_gpu_gets_the_images_that_a_cpu_gets(name, labeled):
     available("cuda")
     if name == "folder":
-        section = data_section(labelled, token_labels=None, **MIXED)
+        section = data_section(labeled, token_labels=None, **MIXED)
     else:
         section = DataSection(name=name, workers=0, images=100, test_images=10)
     data = open_data(section, Preprocess(size=(SIZE, SIZE)))
@@ -108,8 +108,8 @@ def test_a_gpu_gets_the_images_that_a_cpu_gets(name, labelled):
         torch.testing.assert_close(theirs.cpu(), targets)
 
 
-def test_what_a_loop_of_one_s_own_draws_is_ready_for_a_model(labelled):
-    folder = open_data(data_section(labelled, token_labels=None, **MIXED), Preprocess(size=(SIZE, SIZE)))
+def test_what_a_loop_of_one_s_own_draws_is_ready_for_a_model(labeled):
+    folder = open_data(data_section(labeled, token_labels=None, **MIXED), Preprocess(size=(SIZE, SIZE)))
     for data in (folder, DigitsData(DataSection(name="digits"), Preprocess(size=(16, 16)))):
         images, _ = next(data.training(6, 0))
         assert images.dtype == torch.float32

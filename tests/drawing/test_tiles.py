@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit_deploy.drawing.colours import GROUPS, group_colours, scale_colours
+from evit_deploy.drawing.colors import GROUPS, group_colors, scale_colors
 from evit_deploy.drawing.seen import Seen, Stage
 from evit_deploy.drawing.tiles import kept_tile, ranks, score_tile, tile_of
 
@@ -15,7 +15,7 @@ def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def grey_of(pixel) -> int:
+def gray_of(pixel) -> int:
     return (299 * int(pixel[0]) + 587 * int(pixel[1]) + 114 * int(pixel[2]) + 500) // 1000
 
 
@@ -31,14 +31,14 @@ def drawn(image: np.ndarray, grid, paint, apart, patch: tuple[int, int]) -> np.n
         np.uint8,
     )
     dark, light = max(1, min(patch) // 12), 1 if min(patch) >= 6 else 0
-    for colour, before, after in ((LIGHT, 0, light), (DARK, dark, 0)):
+    for color, before, after in ((LIGHT, 0, light), (DARK, dark, 0)):
         for row in range(rows):
             for column in range(columns):
                 own, y, x = row * columns + column, row * high, column * wide
                 if column + 1 < columns and apart(own, own + 1):
-                    found[y : y + high, x + wide - before : x + wide + after] = colour
+                    found[y : y + high, x + wide - before : x + wide + after] = color
                 if row + 1 < rows and apart(own, own + columns):
-                    found[y + high - before : y + high + after, x : x + wide] = colour
+                    found[y + high - before : y + high + after, x : x + wide] = color
     return found
 
 
@@ -57,7 +57,7 @@ def test_patches_that_are_dropped_are_pale_and_the_others_as_they_were(grid, pat
     stage = Stage(0, kept, np.where(kept, np.arange(patches), -1).astype(np.int32), int(kept.sum()), patches)
 
     def paint(pixel, number):
-        return pixel if kept[number] else [(grey_of(pixel) + 3 * 255 + 2) // 4] * 3
+        return pixel if kept[number] else [(gray_of(pixel) + 3 * 255 + 2) // 4] * 3
 
     found = kept_tile(Seen(image, grid, (stage,)), stage, side=max(image.shape))
     wanted = drawn(image, grid, paint, lambda one, other: kept[one] != kept[other], patch)
@@ -65,7 +65,7 @@ def test_patches_that_are_dropped_are_pale_and_the_others_as_they_were(grid, pat
 
 
 @pytest.mark.parametrize(("grid", "patch"), SHAPES)
-def test_a_fused_token_is_pale_in_its_colour_with_a_line_around_it(grid, patch):
+def test_a_fused_token_is_pale_in_its_color_with_a_line_around_it(grid, patch):
     image, patches = photograph(grid[0] * patch[0], grid[1] * patch[1]), grid[0] * grid[1]
     kept = np.arange(patches) % 2 == 0
     groups = np.where(kept, np.arange(patches), 1).astype(np.int32)  # the lowest of those that are fused
@@ -75,7 +75,7 @@ def test_a_fused_token_is_pale_in_its_colour_with_a_line_around_it(grid, patch):
     def paint(pixel, number):
         if kept[number]:
             return pixel
-        return [(grey_of(pixel) + 3 * ((2 * 255 + int(channel)) // 3) + 2) // 4 for channel in tint]
+        return [(gray_of(pixel) + 3 * ((2 * 255 + int(channel)) // 3) + 2) // 4 for channel in tint]
 
     found = kept_tile(Seen(image, grid, (stage,)), stage, side=max(image.shape))
     wanted = drawn(image, grid, paint, lambda one, other: (groups[one] == 1) != (groups[other] == 1), patch)
@@ -103,7 +103,7 @@ def test_merged_tokens_are_tinted_and_patches_alone_are_not(grid, patch):
 
 
 @pytest.mark.parametrize(("grid", "patch"), SHAPES)
-def test_scores_are_colours_by_rank_with_a_line_around_what_was_kept(grid, patch):
+def test_scores_are_colors_by_rank_with_a_line_around_what_was_kept(grid, patch):
     image, patches = photograph(grid[0] * patch[0], grid[1] * patch[1]), grid[0] * grid[1]
     scores = np.random.default_rng(1).permutation(patches).astype(np.float32) ** 9  # ranks, not values, count
     order = np.argsort(scores)
@@ -111,11 +111,11 @@ def test_scores_are_colours_by_rank_with_a_line_around_what_was_kept(grid, patch
     kept = np.zeros(patches, bool)
     kept[order[-2:]] = True
     stage = Stage(0, kept, np.where(kept, np.arange(patches), -1).astype(np.int32), 2, patches, scores=scores)
-    colours = {int(patch): scale_colours(np.array(i / (patches - 2))) for i, patch in enumerate(order[1:])}
+    colors = {int(patch): scale_colors(np.array(i / (patches - 2))) for i, patch in enumerate(order[1:])}
 
     def paint(pixel, number):
-        over = colours.get(number, (255, 255, 255))
-        return [(grey_of(pixel) + 3 * int(channel) + 2) // 4 for channel in over]
+        over = colors.get(number, (255, 255, 255))
+        return [(gray_of(pixel) + 3 * int(channel) + 2) // 4 for channel in over]
 
     found = score_tile(Seen(image, grid, (stage,)), stage, side=max(image.shape))
     wanted = drawn(image, grid, paint, lambda one, other: kept[one] != kept[other], patch)
@@ -133,27 +133,27 @@ def test_a_small_image_is_enlarged_whole_times_and_a_large_one_reduced_to_whole_
     )
 
 
-def test_neighbouring_groups_differ_in_colour():
+def test_neighboring_groups_differ_in_color():
     generator = np.random.default_rng(0)
     compared = 0
     for _ in range(20):
         tokens = generator.integers(0, 60, 144)
         groups = np.array([int(np.flatnonzero(tokens == token)[0]) for token in tokens], np.int32)
-        colours = group_colours(groups, (12, 12))
+        colors = group_colors(groups, (12, 12))
         alone = {group for group in groups.tolist() if (groups == group).sum() == 1}
         beside: dict[int, set[int]] = {group: set() for group in groups.tolist()}
         for patch, group in enumerate(groups.tolist()):
-            assert (colours[patch] == -1) == (group in alone)
-            assert colours[patch] == colours[group]  # all patches of a group have one colour
+            assert (colors[patch] == -1) == (group in alone)
+            assert colors[patch] == colors[group]  # all patches of a group have one color
             row, column = divmod(patch, 12)
             for other in ([patch + 1] if column < 11 else []) + ([patch + 12] if row < 11 else []):
                 if groups[other] != group and not {int(groups[other]), group} & alone:
                     beside[group].add(int(groups[other]))
                     beside[int(groups[other])].add(group)
         for group, others in beside.items():
-            for other in others:  # where both have more neighbours there may not be colours enough
+            for other in others:  # where both have more neighbors there may not be colors enough
                 if len(others) < len(GROUPS) and len(beside[other]) < len(GROUPS):
-                    assert colours[group] != colours[other]
+                    assert colors[group] != colors[other]
                     compared += 1
     assert compared > 100
 

@@ -126,7 +126,7 @@ def test_every_kind_in_every_precision(of, plan, name, precision, gpu):
 
 
 @pytest.mark.parametrize(("precision", "gpu"), [("int8", "sm80"), ("fp8", "sm89")])
-def test_layers_that_were_left_out_of_quantising_are_in_16_bits(of, tmp_path, plan, precision, gpu):
+def test_layers_that_were_left_out_of_quantizing_are_in_16_bits(of, tmp_path, plan, precision, gpu):
     kind, kept = of("plain"), ("blocks.1.mlp.fc2", "blocks.2.attn.proj")
     calibration = images(kind.model, 8)
     path = tmp_path / "model.onnx"

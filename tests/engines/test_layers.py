@@ -181,24 +181,24 @@ def test_an_fp16_engine_is_not_one_of_another_precision(layers, precision):
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_quantised_engine_may_keep_attention_stem_and_head_in_16_bits(layers, precision):
-    quantised = layers
+def test_a_quantized_engine_may_keep_attention_stem_and_head_in_16_bits(layers, precision):
+    quantized = layers
     for part in ("attn.v/Gemm", "attn.proj/Gemm", "fc1/Gemm", "fc2/Gemm"):
-        quantised = retyped(quantised, part, precision)
-    assert dtype_check(quantised, precision).passed
-    assert not dtype_check(retyped(quantised, "blocks.0.mlp.inner.fc2", "fp16"), precision).passed
-    assert not dtype_check(retyped(quantised, "_gemm_mha_v2_myl0_3", "fp32"), precision).passed
+        quantized = retyped(quantized, part, precision)
+    assert dtype_check(quantized, precision).passed
+    assert not dtype_check(retyped(quantized, "blocks.0.mlp.inner.fc2", "fp16"), precision).passed
+    assert not dtype_check(retyped(quantized, "_gemm_mha_v2_myl0_3", "fp32"), precision).passed
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_layers_that_were_left_out_of_quantising_may_be_in_16_bits_and_no_others(layers, precision):
-    quantised = layers
+def test_layers_that_were_left_out_of_quantizing_may_be_in_16_bits_and_no_others(layers, precision):
+    quantized = layers
     for part in ("attn.v/Gemm", "attn.proj/Gemm", "fc1/Gemm", "fc2/Gemm"):
-        quantised = retyped(quantised, part, precision)
-    kept = retyped(quantised, "blocks.0.mlp.inner.fc2", "fp16")
+        quantized = retyped(quantized, part, precision)
+    kept = retyped(quantized, "blocks.0.mlp.inner.fc2", "fp16")
     assert dtype_check(kept, precision, ["blocks.0.mlp.fc2"]).passed
     assert not dtype_check(kept, precision, ["blocks.1.mlp.fc2"]).passed
-    assert not dtype_check(retyped(quantised, "blocks.0.mlp.inner.fc2", "fp32"), precision, ["blocks.0.mlp.fc2"]).passed
+    assert not dtype_check(retyped(quantized, "blocks.0.mlp.inner.fc2", "fp32"), precision, ["blocks.0.mlp.fc2"]).passed
 
 
 def test_more_than_three_offenders_are_counted(layers):

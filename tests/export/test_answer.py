@@ -70,7 +70,7 @@ def test_an_output_is_found_by_its_name():
 
 
 @each
-def test_normalised_in_pytorch(kind):
+def test_normalized_in_pytorch(kind):
     model = without_classes(kind)
     inputs = images(model, 3)
     plain = run(model, inputs)
@@ -82,7 +82,7 @@ def test_normalised_in_pytorch(kind):
     )
 
 
-def test_copies_and_twins_are_normalised_too():
+def test_copies_and_twins_are_normalized_too():
     model = reduce_tokens_(projected(), KEEP)
     keys = set(model.state_dict())
     normalize_(model)
@@ -93,7 +93,7 @@ def test_copies_and_twins_are_normalised_too():
         np.testing.assert_allclose(lengths, 1, rtol=0, atol=1e-6)
 
 
-def test_logits_are_not_normalised():
+def test_logits_are_not_normalized():
     with pytest.raises(InputError, match=r"--normalize: logits cannot be normalized.*10 classes"):
         normalize_(seeded())
 
@@ -106,7 +106,7 @@ def test_a_vector_of_zeros_stays_one():
 
 
 @each
-def test_normalised_in_the_file(kind):
+def test_normalized_in_the_file(kind):
     model = without_classes(kind)
     normalize_(model)
     size = backbone_of(model).image_size(model)  # timm says another of its LeViTs

@@ -176,7 +176,7 @@ def test_a_precision_costs_the_same_in_both(kind, precision, base):
 
 
 @pytest.mark.parametrize(("precision", "base"), BASES[1:])
-def test_every_matmul_is_quantised_with_a_scale_for_each_output(precision, base):
+def test_every_matmul_is_quantized_with_a_scale_for_each_output(precision, base):
     proto = lowered("plain", "matmul", precision, base)
     made, known = {output: node for node in proto.graph.node for output in node.output}, weights(proto)
     before = weights(matmul("plain"))

@@ -45,7 +45,7 @@ def makers(proto: ModelProto) -> dict[str, onnx.NodeProto]:
 
 
 def for_cpu(precision: str, base: str = "fp32") -> bool:
-    """Whether activations are unsigned with a zero point and biases quantised, as CPUs have it."""
+    """Whether activations are unsigned with a zero point and biases quantized, as CPUs have it."""
     return precision == "int8" and base == "fp32"
 
 
@@ -68,7 +68,7 @@ def scale_of(limits: tuple[float, float], precision: str, base: str = "fp32") ->
 
 
 @each_file
-def test_linear_layers_alone_are_quantised(kind, precision, base):
+def test_linear_layers_alone_are_quantized(kind, precision, base):
     proto, original = lowered(kind, precision, base), exported(kind)
     made, constants = makers(proto), arrays(proto)
     linear = nodes(proto, "Gemm") + nodes(proto, "MatMul")
@@ -123,7 +123,7 @@ def test_the_rest_of_the_file_is_as_it_was(kind, precision, base):
 
 
 @based
-def test_what_is_not_quantised_is_in_the_base_precision(precision, base):
+def test_what_is_not_quantized_is_in_the_base_precision(precision, base):
     constants = arrays(lowered("plain", precision, base))
     wanted = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}[base]
     before = arrays(exported("plain"))
@@ -162,7 +162,7 @@ def test_an_outlier_counts_wherever_it_stands_among_the_calibration_images(count
 
 
 @each_fp32_file
-def test_weights_are_quantised_by_row_to_the_nearest(kind, precision):
+def test_weights_are_quantized_by_row_to_the_nearest(kind, precision):
     proto, before = lowered(kind, precision), arrays(exported(kind))
     constants = arrays(proto)
     found = 0
@@ -185,7 +185,7 @@ def test_weights_are_quantised_by_row_to_the_nearest(kind, precision):
 
 
 @based
-def test_zero_points_are_zero_and_in_the_quantised_type(precision, base):
+def test_zero_points_are_zero_and_in_the_quantized_type(precision, base):
     proto = lowered("plain", precision, base)
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     activations = {node.input[2] for node in nodes(proto, "QuantizeLinear")}
@@ -211,7 +211,7 @@ def test_zero_is_exact_on_a_cpu():
         assert abs(int(constants[node.input[2]]) - wanted) <= 1, name
 
 
-def test_biases_are_quantised_with_the_scales_of_what_they_are_added_to():
+def test_biases_are_quantized_with_the_scales_of_what_they_are_added_to():
     proto, before = lowered("plain", "int8"), arrays(exported("plain"))
     constants, made = arrays(proto), makers(proto)
     for node in nodes(proto, "Gemm"):
@@ -233,7 +233,7 @@ def test_the_same_images_give_the_same_bytes_and_the_original_is_left_alone(prec
     assert logging.getLogger().level == level
 
 
-def test_the_quantiser_says_nothing(capfd):
+def test_the_quantizer_says_nothing(capfd):
     set_precision(exported("plain"), "int8", calibration=images(of_kind("plain"), 2))
     assert capfd.readouterr() == ("", "")
 
@@ -266,13 +266,13 @@ def test_layers_that_are_kept_are_those_of_the_base_precision(precision, base):
     found = set_precision(
         exported("plain"), precision, base=base, calibration=calibration_of("plain"), keep=KEEP_LAYERS
     )
-    all_quantised = lowered("plain", precision, base)
+    all_quantized = lowered("plain", precision, base)
     plain = exported("plain") if base == "fp32" else set_precision(exported("plain"), base)
     onnx.checker.check_model(onnx.inliner.inline_local_functions(found), full_check=True)
-    own, quantised, unquantised = (linear_nodes(proto) for proto in (found, all_quantised, plain))
+    own, quantized, unquantized = (linear_nodes(proto) for proto in (found, all_quantized, plain))
     constants, before = arrays(found), arrays(plain)
     for name, node in own.items():
-        assert list(node.input) == list((unquantised if name in KEPT else quantised)[name].input), name
+        assert list(node.input) == list((unquantized if name in KEPT else quantized)[name].input), name
         if name in KEPT:
             for constant in node.input[1:]:
                 assert constants[constant].dtype == before[constant].dtype
@@ -280,7 +280,7 @@ def test_layers_that_are_kept_are_those_of_the_base_precision(precision, base):
     used = {name for node in found.graph.node for name in node.input} | {o.name for o in found.graph.output}
     assert set(constants) <= used
     assert all(set(node.output) & used for node in found.graph.node if node.op_type in QUANTIZERS)
-    card, other = read_card(found), read_card(all_quantised)
+    card, other = read_card(found), read_card(all_quantized)
     assert card is not None
     assert other is not None
     assert (list(card.unquantized), card.precision) == (KEPT, precision)
@@ -289,7 +289,7 @@ def test_layers_that_are_kept_are_those_of_the_base_precision(precision, base):
 
 @pytest.mark.parametrize("base", ["fp32", "fp16"])
 def test_leaving_layers_out_afterwards_is_leaving_them_out(base):
-    """The quantiser's own exclusion is the oracle, for layers that share their input with no other."""
+    """The quantizer's own exclusion is the oracle, for layers that share their input with no other."""
     original, calibration = exported("plain"), calibration_of("plain")
     quantized = quantize(original, "int8", base, calibration)
     kept = layers_like(("blocks.3.mlp.*", "blocks.1.attn.proj", "head"), quantized.layers)
@@ -327,7 +327,7 @@ def test_layers_are_called_as_in_the_checkpoint(kind):
         (("blocks.0.attn.qkv",), ["'blocks.0.attn.qkv'", "Did you mean 'blocks.0.attn."]),
         (("norm",), ["'norm'", "one of blocks.0.attn.q,"]),
         (("",), ["''"]),
-        (("head", "blocks.*"), ["match every layer", "nothing would be quantised"]),
+        (("head", "blocks.*"), ["match every layer", "nothing would be quantized"]),
     ],
 )
 def test_patterns_that_name_no_layer_or_all(patterns, hints):
@@ -360,7 +360,7 @@ def test_the_noise_is_that_of_the_rounding(kind, precision, base):
 @pytest.mark.parametrize(("precision", "factor"), [("int8", 0.25), ("int8", 8), ("fp8", 0.25)])
 def test_ranges_that_the_images_do_not_have_are_worse(precision, factor):
     """Too narrow ones cut off, too wide ones are coarse (FP8 is as fine in any); brighter images change no range here,
-    because LayerNorm comes before every quantised layer."""
+    because LayerNorm comes before every quantized layer."""
     proto = copied(lowered("plain", precision))
     scales = {node.input[1] for node in nodes(proto, "QuantizeLinear")}
     for tensor in proto.graph.initializer:
@@ -375,7 +375,7 @@ def test_ranges_that_the_images_do_not_have_are_worse(precision, factor):
 
 @quantized
 @pytest.mark.parametrize("calibration", [None, np.zeros((0, 3, 96, 96), np.float32)])
-def test_without_images_nothing_can_be_quantised(precision, calibration):
+def test_without_images_nothing_can_be_quantized(precision, calibration):
     with pytest.raises(InputError, match=rf"{precision} needs real images.*--calibration"):
         set_precision(exported("plain"), precision, calibration=calibration)
 
@@ -383,16 +383,16 @@ def test_without_images_nothing_can_be_quantised(precision, calibration):
 @quantized
 @pytest.mark.parametrize("base", ["int8", "fp64", ""])
 def test_a_base_that_is_no_float(precision, base):
-    with pytest.raises(InputError, match=r"stays unquantised.*fp32 or fp16 or bf16"):
+    with pytest.raises(InputError, match=r"stays unquantized.*fp32 or fp16 or bf16"):
         set_precision(exported("plain"), precision, base=base, calibration=calibration_of("plain"))
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
-def test_a_file_that_was_quantised_before(precision):
+def test_a_file_that_was_quantized_before(precision):
     with pytest.raises(InputError, match=r"exported in FP32.*int8"):
         set_precision(lowered("plain", "int8"), precision, calibration=calibration_of("plain"))
 
 
 def test_images_that_the_model_does_not_take():
-    with pytest.raises(StageError, match="quantiser failed"):
+    with pytest.raises(StageError, match="quantizer failed"):
         set_precision(exported("plain"), "int8", calibration=np.zeros((2, 3, 64, 64), np.float32))

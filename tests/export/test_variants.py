@@ -158,7 +158,7 @@ def test_files_of_every_precision_can_be_told(precision):
     own = answers(proto, inputs, indices=True)
     choice = {row.block: own[kept_name(row.block)] for row in token_plan(reduced("plain")).locations}
     found = told(proto, inputs, choice)
-    # another graph may be optimised otherwise, and then a rounding falls otherwise
+    # another graph may be optimized otherwise, and then a rounding falls otherwise
     np.testing.assert_allclose(found[answer_in(found)], own[answer_in(own)], atol=0.01)
     assert all(found[f"scores_{block}"].dtype == np.float32 for block in choice)
 

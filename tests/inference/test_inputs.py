@@ -61,7 +61,7 @@ def test_a_prepared_batch_is_not_copied(converted):
     assert np.shares_memory(prepared(batch, converted.manifest), batch)
 
 
-def test_grey_and_transparent_pictures_become_colour(converted):
+def test_gray_and_transparent_pictures_become_color(converted):
     for mode in ("L", "P", "LA", "RGBA", "1", "CMYK"):
         image = Image.new(mode, (50, 40))
         np.testing.assert_array_equal(
@@ -86,7 +86,7 @@ FLOAT = np.float32
         (np.zeros((96, 96, 3), np.int64), ["of this type is ambiguous", "got int64"]),
         (np.zeros((96, 96), np.uint8), ["RGB pictures", "got [96, 96]", "[H, W, 3]", "Image.fromarray"]),
         (np.zeros((96, 96, 4), np.uint8), ["got [96, 96, 4]", "Image.fromarray"]),
-        (np.zeros((3, 96, 96), np.uint8), ["got [3, 96, 96]", "colours last"]),
+        (np.zeros((3, 96, 96), np.uint8), ["got [3, 96, 96]", "colors last"]),
         ([np.zeros((2, 96, 96, 3), np.uint8)], ["images[0]", "one image is wanted", "got [2, 96, 96, 3]"]),
         (np.zeros((0, 96, 3), np.uint8), ["one image is wanted", "got [0, 96, 3]"]),
         (torch.zeros(3, 96, 96, requires_grad=True), ["cannot be read as an array", "requires grad"]),

@@ -342,19 +342,19 @@ def test_a_model_without_classes_answers_with_embeddings(tmp_path):
 
 
 def test_a_model_of_one_channel_takes_pictures(tmp_path):
-    source = write_checkpoint(tmp_path / "grey.safetensors", "qk-norm, one channel")
+    source = write_checkpoint(tmp_path / "gray.safetensors", "qk-norm, one channel")
     measure = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
-    bundle, _ = evit_deploy.convert(source, keep_rate=0.6, out=tmp_path / "grey", measure=measure)
+    bundle, _ = evit_deploy.convert(source, keep_rate=0.6, out=tmp_path / "gray", measure=measure)
     pytorch = reduce_tokens_(build_model(read_checkpoint(source)), TokenSpec(keep_rate=0.6))
     images = sample_photographs()
-    colours = np.stack([preprocess_image(image, bundle.manifest.preprocess) for image in images])
-    grey = colours.mean(axis=1, keepdims=True)
+    colors = np.stack([preprocess_image(image, bundle.manifest.preprocess) for image in images])
+    gray = colors.mean(axis=1, keepdims=True)
     with load(bundle.path) as model, torch.inference_mode():
-        expected = pytorch(torch.from_numpy(grey)).numpy()
+        expected = pytorch(torch.from_numpy(gray)).numpy()
         np.testing.assert_allclose(model.logits(images), expected, atol=2e-5)
-        np.testing.assert_allclose(model.logits(grey), expected, atol=2e-5)
+        np.testing.assert_allclose(model.logits(gray), expected, atol=2e-5)
         with pytest.raises(InputError, match=r"got \[3, 96, 96\], expected \[1, 96, 96\]"):
-            model.logits(colours)
+            model.logits(colors)
 
 
 def test_a_classifier_has_no_embedding(converted, inputs):

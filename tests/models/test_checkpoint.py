@@ -74,7 +74,7 @@ def test_which_set_was_used_is_noted(tmp_path, deit_tiny):
     assert any("model_ema" in note and "'model' is used" in note for note in notes)
 
 
-# Recognising an architecture takes names and shapes only.
+# Recognizing an architecture takes names and shapes only.
 
 ARCHITECTURES = [
     "deit_tiny_patch16_224",
@@ -92,7 +92,7 @@ ARCHITECTURES = [
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_architecture_is_recognised(tmp_path, name):
+def test_an_architecture_is_recognized(tmp_path, name):
     with torch.device("meta"):
         wanted = timm.create_model(name, pretrained=False)
     checkpoint = read_checkpoint(saved(tmp_path, {"model": hollow(name)}))

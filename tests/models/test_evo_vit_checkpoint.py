@@ -1,4 +1,4 @@
-"""Checkpoints of Evo-ViT in the layout of its authors: recognised, opened, written and read back."""
+"""Checkpoints of Evo-ViT in the layout of its authors: recognized, opened, written and read back."""
 
 import argparse
 

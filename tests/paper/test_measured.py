@@ -116,10 +116,10 @@ def test_accuracy_is_counted_right(small, weights, images):
     checkpoint = read_checkpoint(weights)
     model = build_model(checkpoint, 64)
     prepare: Preprocess = preprocess_of(checkpoint, model)
-    from evit_deploy.data.sources import Folder, labelled_batches
+    from evit_deploy.data.sources import Folder, labeled_batches
 
     right = 0
-    for x, labels in labelled_batches(Folder(images), prepare, 1):
+    for x, labels in labeled_batches(Folder(images), prepare, 1):
         right += int(model(torch.from_numpy(x)).argmax(1).item() == labels[0])
     table = paper_table("1", weights={"mine": weights}, data=images)
     assert table.rows[0].accuracy.top1 == right / 12

@@ -16,7 +16,7 @@ from PIL import Image
 from evit_deploy import RUNTIMES, CompareOptions, InputError, MissingRequirement, compare, read_bundle
 from evit_deploy.bundle.bundle import Bundle
 from evit_deploy.bundle.manifest import DENSE, MANIFEST, MODEL
-from evit_deploy.data.sources import Folder, labelled_batches
+from evit_deploy.data.sources import Folder, labeled_batches
 from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.pipeline.compare import CSV, JSON, MARKDOWN, RESULTS, reference_of, settings_of
 from evit_deploy.report.report import Report
@@ -37,7 +37,7 @@ def answers(file: Path, bundle: Bundle, data: Path) -> tuple[np.ndarray, np.ndar
     with opened("onnxruntime", file, 1) as runner:
         pairs = [
             (runner.infer(feeds(images))[LOGITS], labels)
-            for images, labels in labelled_batches(Folder(data), bundle.manifest.preprocess, 1)
+            for images, labels in labeled_batches(Folder(data), bundle.manifest.preprocess, 1)
         ]
     return np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])
 
@@ -130,8 +130,8 @@ def test_agreement_needs_no_labels(converted, fewer, whole, pictures, tmp_path):
         shutil.copy(file, tmp_path / f"{number:02}.png")
     (tmp_path / "notes.txt").write_text("no image")
     report = compare([converted.path, fewer.path], options=options(images=tmp_path, batch_sizes=(1,)))
-    for row, labelled in zip(report.compared, whole[0].compared, strict=True):
-        assert (row.images, row.agreement) == (40, labelled.agreement)
+    for row, labeled in zip(report.compared, whole[0].compared, strict=True):
+        assert (row.images, row.agreement) == (40, labeled.agreement)
         assert (row.top1, row.top5, row.to_dense, row.to_reference) == (None,) * 4
 
 
@@ -324,8 +324,8 @@ def test_models_without_classes_are_compared_by_cosine_and_recall(embedding, emb
     paths = [embedding.path, embedding_fewer.path]
     report = compare(paths, options=options(data=pictures, batch_sizes=(1,)), out=tmp_path / "out")
     dense, first, second = report.compared
-    assert 1 > first.cosine_centred > second.cosine_centred > 0  # fewer tokens, further away
-    assert first.cosine > first.cosine_centred
+    assert 1 > first.cosine_centered > second.cosine_centered > 0  # fewer tokens, further away
+    assert first.cosine > first.cosine_centered
     for row in (first, second):
         assert row.to_dense.value == pytest.approx(row.recall - dense.recall, abs=1e-4)
         assert (row.top1, row.top5, row.agreement) == (None,) * 3
@@ -333,7 +333,7 @@ def test_models_without_classes_are_compared_by_cosine_and_recall(embedding, emb
     (line, *_) = csv.DictReader(io.StringIO((tmp_path / "out" / CSV).read_text()))
     assert float(line["recall"]) == dense.recall
     markdown = (tmp_path / "out" / MARKDOWN).read_text()
-    for word in ("recall@1 less the dense baseline's", "recall@1 less that of embedding", "centred cosine"):
+    for word in ("recall@1 less the dense baseline's", "recall@1 less that of embedding", "centered cosine"):
         assert f"| {word} |" in markdown
     assert "top-1" not in markdown
     bare = compare(paths, options=options(images=pictures, batch_sizes=(1,))).compared

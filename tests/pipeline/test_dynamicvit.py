@@ -67,7 +67,7 @@ def predictors(width: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_released_file_is_recognised(tmp_path, form):
+def test_a_released_file_is_recognized(tmp_path, form):
     name, args = FORMS[form]
     weights = hollow(name, **args)
     own = predictors(weights["cls_token"].shape[-1])

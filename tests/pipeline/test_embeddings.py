@@ -1,4 +1,4 @@
-"""Models without classes through the whole of convert: what comes out, normalised and not, and what is refused."""
+"""Models without classes through the whole of convert: what comes out, normalized and not, and what is refused."""
 
 import shutil
 
@@ -25,21 +25,21 @@ KIND = "registers, no classes"
 MEASURE = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["as it is", "normalised"])
+@pytest.fixture(scope="module", params=[False, True], ids=["as it is", "normalized"])
 def bundle(request):
     def make(path):
         checkpoint = write_checkpoint(path.with_name("features.safetensors"), KIND)
         options = ConvertOptions(targets=("onnx",), normalize=request.param, indices=True)
         convert(checkpoint, keep_rate=0.7, options=options, measure=MEASURE, out=path)
 
-    return read_bundle(made_once(f"embeddings/{'normalised' if request.param else 'plain'}", make))
+    return read_bundle(made_once(f"embeddings/{'normalized' if request.param else 'plain'}", make))
 
 
 def test_the_bundle_says_what_it_answers(bundle):
     manifest = bundle.manifest
     assert manifest.answer == "embedding"
     assert manifest.outputs[0].shape == (None, 48)
-    assert manifest.normalized == (bundle.path.name == "normalised")
+    assert manifest.normalized == (bundle.path.name == "normalized")
     session = onnxruntime.InferenceSession(bundle.file(MODEL))
     assert [output.name for output in session.get_outputs()] == [spec.name for spec in manifest.outputs]
     golden = load_golden(bundle.file(GOLDEN), manifest)
@@ -54,7 +54,7 @@ def test_the_bundle_says_what_it_answers(bundle):
 
 
 def test_pytorch_and_the_file_agree(bundle):
-    """The model that is built again from the checkpoint is normalised like the one that was exported."""
+    """The model that is built again from the checkpoint is normalized like the one that was exported."""
     model, why_not = parent_model(bundle)
     assert model is not None, why_not
     report = verify(bundle.path, runtimes=("eager", "onnxruntime"), batch_sizes=(2,), threads=1)
@@ -65,7 +65,7 @@ def test_pytorch_and_the_file_agree(bundle):
     assert not any("logits" in name for name in names)
 
 
-def test_a_file_that_is_not_normalised_is_found_out(bundle, tmp_path):
+def test_a_file_that_is_not_normalized_is_found_out(bundle, tmp_path):
     """Another scale of the answers is another answer."""
     golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
     proto = onnx.load(bundle.file(MODEL))
@@ -91,7 +91,7 @@ def test_half_precision(tmp_path, normalize):
     assert spread.value == golden.noise(embedding=True)
 
 
-def test_logits_are_not_normalised(checkpoint_file, tmp_path):
+def test_logits_are_not_normalized(checkpoint_file, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"--normalize: logits cannot be normalized.*10 classes"):
         convert(checkpoint_file, keep_rate=0.7, options=ConvertOptions(normalize=True), out=out)
@@ -105,7 +105,7 @@ def test_a_recipe_that_asks_for_it_is_refused_before_training(tmp_path):
 
 
 def test_a_bundle_of_an_earlier_version_is_read(bundle, tmp_path):
-    """It called every answer ``logits`` and did not say whether it is normalised."""
+    """It called every answer ``logits`` and did not say whether it is normalized."""
     old = tmp_path / "old"
     shutil.copytree(bundle.path, old)
     shutil.copy(bundle.path / bundle.manifest.parents[0].source, tmp_path)

@@ -83,7 +83,7 @@ def test_files_for_a_cpu_are_in_fp32():
     assert made.runtimes == ("onnxruntime", "openvino")
 
 
-def test_what_is_quantised_has_a_base_that_its_target_is_quick_in():
+def test_what_is_quantized_has_a_base_that_its_target_is_quick_in():
     assert lower(["onnx"], "int8", calibration=IMAGES).base == "fp32"
     assert Lowering((RTX,), "int8", asked(SM80)).base == "fp16"
 
@@ -114,9 +114,9 @@ def test_an_engine_is_run_where_one_of_its_gpus_is(monkeypatch, here, gpus, runs
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("more", [{"keep_precision": ("head",)}, {"max_drop": 0.5}, {"sensitivity": True}], ids=str)
-def test_what_is_about_quantised_layers_needs_some(precision, more):
+def test_what_is_about_quantized_layers_needs_some(precision, more):
     (field,) = more
-    with pytest.raises(InputError, match=rf"{flag(field)}: {precision} quantises no layer.*ask for int8"):
+    with pytest.raises(InputError, match=rf"{flag(field)}: {precision} quantizes no layer.*ask for int8"):
         lowering(ConvertOptions(targets=("onnx",), precision=precision, **more))
 
 

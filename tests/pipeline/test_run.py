@@ -201,12 +201,10 @@ def test_expectations_are_gates_that_keep_the_checkpoints(tmp_path: Path):
 def test_the_fine_tune_recipe_runs_on_folders_of_images(tmp_path: Path):
     train_stage(digits(), tmp_path / "start")
     for split in ("train", "validation"):
-        for label, colour in (("dark", 40), ("light", 200)):
+        for label, color in (("dark", 40), ("light", 200)):
             (tmp_path / split / label).mkdir(parents=True)
             for number in range(4):
-                Image.new("RGB", (40, 40), (colour, colour, 10 * number)).save(
-                    tmp_path / split / label / f"{number}.png"
-                )
+                Image.new("RGB", (40, 40), (color, color, 10 * number)).save(tmp_path / split / label / f"{number}.png")
     recipe = load_recipe(
         RECIPES / "finetune.yaml",
         (

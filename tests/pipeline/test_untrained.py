@@ -53,7 +53,7 @@ def test_of_embeddings_it_gives_the_cosine(pictures):
     made = model(num_classes=0)
     note = merging_note(made, preprocessing(made), pictures)
     assert note is not None
-    assert re.match(r"Without training it has a centred cosine of \S+ to the dense model on 5 of these", note)
+    assert re.match(r"Without training it has a centered cosine of \S+ to the dense model on 5 of these", note)
 
 
 def test_the_rate_has_nearly_the_same_multiply_adds():
@@ -62,8 +62,8 @@ def test_the_rate_has_nearly_the_same_multiply_adds():
     rate = merging_spec(other).keep_rate
     away = abs(token_plan(other).macs() - token_plan(made).macs())
     for near in (rate - 0.01, rate + 0.01):
-        neighbour = reduce_tokens_(copy_sharing_weights(made), TokenSpec(round(near, 2), method="merge", fuse=False))
-        assert away <= abs(token_plan(neighbour).macs() - token_plan(made).macs())
+        neighbor = reduce_tokens_(copy_sharing_weights(made), TokenSpec(round(near, 2), method="merge", fuse=False))
+        assert away <= abs(token_plan(neighbor).macs() - token_plan(made).macs())
 
 
 def test_without_pictures(tmp_path):

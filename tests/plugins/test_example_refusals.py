@@ -108,7 +108,7 @@ def golden_with(**arrays: np.ndarray | None) -> Callable[[Path], None]:
 
 
 SQUARE = {"size": [96, 96], "crop_pct": 0.9, "crop_mode": "center", "interpolation": "bicubic"}
-COLOURS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+COLORS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 BREAKAGES: list[tuple[str, Callable[[Path], None], int, list[str]]] = [
     ("no manifest", remove("manifest.json"), 2, ["not a bundle"]),
     ("manifest cut short", raw_manifest(lambda text: text[:500]), 2, ["manifest cannot be read", "parse error"]),
@@ -120,10 +120,10 @@ BREAKAGES: list[tuple[str, Callable[[Path], None], int, list[str]]] = [
     ("a path upwards", manifest(files={"../secret": "00"}), 2, ["outside the bundle", "../secret"]),
     ("an absolute path", manifest(files={"/etc/passwd": "00"}), 2, ["outside the bundle", "/etc/passwd"]),
     ("a link outwards", link_outside, 2, ["outside the bundle", "openvino/model.bin"]),
-    ("std of zero", manifest(preprocess=SQUARE | COLOURS | {"std": [0.5, 0, 0.5]}), 2, ["out of range"]),
-    ("half a pixel", manifest(preprocess=SQUARE | COLOURS | {"size": [96.5, 96]}), 2, ["out of range"]),
-    ("a huge size", manifest(preprocess=SQUARE | COLOURS | {"size": [10**9, 96]}), 2, ["out of range"]),
-    ("no size", manifest(preprocess=COLOURS), 2, ["manifest cannot be read", "size"]),
+    ("std of zero", manifest(preprocess=SQUARE | COLORS | {"std": [0.5, 0, 0.5]}), 2, ["out of range"]),
+    ("half a pixel", manifest(preprocess=SQUARE | COLORS | {"size": [96.5, 96]}), 2, ["out of range"]),
+    ("a huge size", manifest(preprocess=SQUARE | COLORS | {"size": [10**9, 96]}), 2, ["out of range"]),
+    ("no size", manifest(preprocess=COLORS), 2, ["manifest cannot be read", "size"]),
     ("no openvino files", without_openvino, 2, ["has no openvino/model.xml", "--target"]),
     ("weights gone", remove("openvino/model.bin"), 2, ["model.bin", "no such file"]),
     ("weights changed", flip("openvino/model.bin"), 2, ["model.bin", "damaged", "SHA-256"]),
@@ -171,9 +171,9 @@ def test_broken_bundles(program, broken, breakage, code, hints):
 @pytest.mark.parametrize(
     ("fields", "hints"),
     [
-        ({"preprocess": SQUARE | COLOURS | {"crop_mode": "random"}}, ["crop_mode (got 'random', expected center"]),
-        ({"preprocess": SQUARE | COLOURS | {"interpolation": "lanczos"}}, ["interpolation (got 'lanczos'"]),
-        ({"preprocess": SQUARE | COLOURS | {"size": [64, 64]}}, ["3 channels of 64 × 64", "takes 3 of 96 × 96"]),
+        ({"preprocess": SQUARE | COLORS | {"crop_mode": "random"}}, ["crop_mode (got 'random', expected center"]),
+        ({"preprocess": SQUARE | COLORS | {"interpolation": "lanczos"}}, ["interpolation (got 'lanczos'"]),
+        ({"preprocess": SQUARE | COLORS | {"size": [64, 64]}}, ["3 channels of 64 × 64", "takes 3 of 96 × 96"]),
         ({"labels": ["cat", "dog"]}, ["labels do not fit", "got 2, expected 10"]),
     ],
     ids=["crop_mode", "interpolation", "size", "labels"],
@@ -185,7 +185,7 @@ def test_manifests_that_images_cannot_be_prepared_by(program, broken, image_file
 
 
 def test_a_model_of_one_channel_takes_no_images(program, bundles, image_files):
-    program(bundles("qk-norm, one channel").path, image_files["grey.png"]).refused(2, "3 channels", "takes 1 of")
+    program(bundles("qk-norm, one channel").path, image_files["gray.png"]).refused(2, "3 channels", "takes 1 of")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_files_that_are_no_images(program, broken, image_files, tmp_path, name, 
         case "deep.png":
             Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)).save(path)
         case "narrow.png":
-            change_manifest(broken, preprocess=SQUARE | COLOURS | {"crop_mode": "border"})
+            change_manifest(broken, preprocess=SQUARE | COLORS | {"crop_mode": "border"})
             china.resize((640, 1)).save(path)
     result = program(broken, image_files["small.png"] if name != "narrow.png" else path, path)
     result.refused(2, str(path), *hints)

@@ -61,7 +61,7 @@ def test_override(override, path, value):
     assert found == value
 
 
-def test_override_of_one_model_argument_leaves_its_neighbours():
+def test_override_of_one_model_argument_leaves_its_neighbors():
     args = load_recipe(DIGITS, ["model.args.depth=4"]).model.args
     assert (args["depth"], args["patch_size"]) == (4, 4)
 

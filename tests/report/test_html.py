@@ -1,4 +1,4 @@
-"""What a notebook shows: the numbers of the terminal's tables, escaped, in the page's colours."""
+"""What a notebook shows: the numbers of the terminal's tables, escaped, in the page's colors."""
 
 import io
 import re
@@ -97,7 +97,7 @@ def test_a_bundle_says_what_it_is(converted):
     assert set(converted.manifest.plan.header) <= set(cells)
 
 
-def test_a_table_has_no_colours_of_its_own_and_loads_nothing():
+def test_a_table_has_no_colors_of_its_own_and_loads_nothing():
     page = html_table(("name", "n"), [("<script>alert(1)</script>", "+3 %"), ("b", "")], caption="a & b")
     assert Read(page).cells == ["name", "n", "<script>alert(1)</script>", "+3 %", "b", ""]
     assert "<script>" not in page

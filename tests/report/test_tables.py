@@ -89,7 +89,7 @@ def test_embeddings_have_columns_of_their_own():
     nothing = {"top1_low": None, "top1_high": None, "top5": None, "agreement": None}
     rows = answered("onnxruntime", **nothing, recall=0.625, recall_low=0.5, recall_high=0.75)
     dense, model = (msgspec.structs.replace(row, top1=None) for row in rows)
-    model = msgspec.structs.replace(model, cosine=0.98765, cosine_low=0.91, cosine_centred=0.8765, neighbours=0.775)
+    model = msgspec.structs.replace(model, cosine=0.98765, cosine_low=0.91, cosine_centered=0.8765, neighbors=0.775)
     text = shown(Report(compared=(dense, model)))
     for word in (
         "differences of recall@1",

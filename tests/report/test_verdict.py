@@ -72,8 +72,8 @@ def test_what_it_costs():
         "The same class as its dense twin on 93.8 % of 64 images; top-1 -5.0 points [-12.0, +2.0]; "
         "1.47x [1.45, 1.49] as fast as its dense twin on onnxruntime at batch 8."
     )
-    assert verdict(Report(compared=(compared("model", cosine_centred=0.98765),))) == (
-        "Embeddings with a centred cosine of 0.9877 to its dense twin's on 64 images."
+    assert verdict(Report(compared=(compared("model", cosine_centered=0.98765),))) == (
+        "Embeddings with a centered cosine of 0.9877 to its dense twin's on 64 images."
     )
 
 

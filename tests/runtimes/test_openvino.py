@@ -44,7 +44,7 @@ def golden_of(kind: str) -> Golden:
     return once(("golden", kind), lambda: make_golden(model, dense_twin(model), images(model, 3)))
 
 
-def relabelled(precision: str) -> ModelProto:
+def relabeled(precision: str) -> ModelProto:
     """An FP32 file that says that it is in another precision, and so is to be computed in that."""
     copy = copied(exported("plain"))
     card = read_card(copy)
@@ -147,16 +147,16 @@ def test_answers_are_not_overwritten_by_the_next_ones(ir):
 @pytest.mark.parametrize(("precision", "wanted"), [("fp32", "f32"), ("bf16", "bf16"), ("fp16", "f16"), ("int8", "f32")])
 def test_it_computes_in_the_files_precision(precision, wanted):
     if not computes(precision.replace("int8", "fp32")):
-        refuses(relabelled(precision))
+        refuses(relabeled(precision))
         return
-    with OpenVINORunner(relabelled(precision), threads=1) as runner:
+    with OpenVINORunner(relabeled(precision), threads=1) as runner:
         assert runner.computes_in == wanted
         assert runner.card is not None
         assert runner.card.precision == precision
 
 
 def test_another_precision_than_the_files_is_refused(tmp_path):
-    onnx.save(relabelled("fp16"), tmp_path / "model.onnx")
+    onnx.save(relabeled("fp16"), tmp_path / "model.onnx")
     code = (
         "import sys; from evit_deploy.errors import MissingRequirement\n"
         "from evit_deploy.runtimes.openvino import OpenVINORunner\n"
@@ -177,8 +177,8 @@ def test_another_precision_than_the_files_is_refused(tmp_path):
 
 
 def test_fp8_is_refused():
-    assert OpenVINORunner.accepts(relabelled("fp8")) == ["it has no fp8"]
-    with pytest.raises(InputError, match=r"no such precision \(got fp8"), OpenVINORunner(relabelled("fp8")):
+    assert OpenVINORunner.accepts(relabeled("fp8")) == ["it has no fp8"]
+    with pytest.raises(InputError, match=r"no such precision \(got fp8"), OpenVINORunner(relabeled("fp8")):
         pass
 
 
@@ -186,7 +186,7 @@ def test_fp8_is_refused():
 @pytest.mark.parametrize("weights", ["short", "fp32"])
 def test_scores_stay_in_fp32_and_looking_at_the_choice_changes_nothing(dtype, weights, tmp_path):
     precision = "fp16" if dtype == torch.float16 else "bf16"
-    save_openvino(lowered("plain", precision) if weights == "short" else relabelled(precision), tmp_path / "model.xml")
+    save_openvino(lowered("plain", precision) if weights == "short" else relabeled(precision), tmp_path / "model.xml")
     if not computes(precision):
         refuses(tmp_path / "model.xml")
         return

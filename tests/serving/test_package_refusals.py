@@ -155,9 +155,9 @@ def test_a_manifest_of_another_model(tensors, own, refused):
 
 def test_a_model_that_takes_no_photographs(own, refused):
     (image,) = own.manifest.inputs
-    grey = change(own, inputs=(msgspec.structs.replace(image, shape=(None, 1, *image.shape[2:])),))
-    refused(grey, match="photographs have 3 channels.*got 1.*--preprocess none")
-    package([grey.path], "triton", triton=TritonOptions(preprocess="none"))
+    gray = change(own, inputs=(msgspec.structs.replace(image, shape=(None, 1, *image.shape[2:])),))
+    refused(gray, match="photographs have 3 channels.*got 1.*--preprocess none")
+    package([gray.path], "triton", triton=TritonOptions(preprocess="none"))
 
 
 def test_preprocessing_that_dali_does_not_do(own, refused):

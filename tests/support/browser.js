@@ -4,8 +4,8 @@
   const pen = canvas.getContext("2d", { willReadFrequently: true })
   const known = new Map()
 
-  // Red, green, blue in 0..255 and alpha in 0..1 of any colour that CSS can write.
-  function colour(text) {
+  // Red, green, blue in 0..255 and alpha in 0..1 of any color that CSS can write.
+  function color(text) {
     if (!known.has(text)) {
       pen.clearRect(0, 0, 1, 1)
       pen.fillStyle = text
@@ -52,7 +52,7 @@
       if (!matrix) continue
       const middle = new DOMPoint(box.x + box.width / 2, box.y + box.height / 2).matrixTransform(matrix.inverse())
       if (!shape.isPointInFill(middle)) continue
-      const [r, g, b, a] = colour(style.fill)
+      const [r, g, b, a] = color(style.fill)
       found.push([r, g, b, a * style.fillOpacity * style.opacity])
     }
     return found
@@ -64,7 +64,7 @@
     for (let e = svg ? element.ownerSVGElement : element; e; e = e.parentElement) {
       const style = getComputedStyle(e)
       if (style.backgroundImage !== "none" && !(layers.some(layer => layer[3] === 1))) return null
-      layers.push(colour(style.backgroundColor))
+      layers.push(color(style.backgroundColor))
     }
     return layers.reduceRight((below, layer) => over(layer, below), sheet())
   }
@@ -73,7 +73,7 @@
   function sheet() {
     const probe = document.body.appendChild(document.createElement("i"))
     probe.style.backgroundColor = "Canvas"
-    const found = colour(getComputedStyle(probe).backgroundColor)
+    const found = color(getComputedStyle(probe).backgroundColor)
     probe.remove()
     return found
   }
@@ -100,7 +100,7 @@
       const svg = element.ownerSVGElement != null
       const behind = background(element, svg)
       if (behind === null) continue
-      const [r, g, b, a] = colour(svg ? style.fill : style.color)
+      const [r, g, b, a] = color(svg ? style.fill : style.color)
       const contrast = ratio(over([r, g, b, a * opacity(element) * (svg ? style.fillOpacity : 1)], behind), behind)
       if (contrast < minimum) found.push(`${contrast.toFixed(2)} ${path(element)}: ${text.slice(0, 40)}`)
     }

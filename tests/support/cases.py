@@ -28,7 +28,7 @@ class Case:
         fuse: Whether there is a fused row.
         scores: One of ``SCORES``: ``random`` like a softmax row; ``ties`` four levels only; ``equal``; ``zeros``;
             ``nan`` some are NaN; ``one_hot`` a single 1 among zeros.
-        values: ``normal``, or ``cancelling``: rows of ±40000 under scores of 1, whose sum is small but whose partial
+        values: ``normal``, or ``canceling``: rows of ±40000 under scores of 1, whose sum is small but whose partial
             sums overflow FP16 (65504), so that it must be summed in FP32. For an even N and K = 1 only.
     """
 
@@ -45,7 +45,7 @@ class Case:
     def id(self) -> str:
         """A readable name, unique in the table."""
         name = f"b{self.batch}-p{self.prefix}-n{self.candidates}-c{self.width}-k{self.keep}"
-        return f"{name}-{'fuse' if self.fuse else 'drop'}-{self.scores}" + ("-cancelling" * (self.values != "normal"))
+        return f"{name}-{'fuse' if self.fuse else 'drop'}-{self.scores}" + ("-canceling" * (self.values != "normal"))
 
     @property
     def has_order(self) -> bool:
@@ -56,7 +56,7 @@ class Case:
         """x ``[B, prefix + N, C]`` in the dtype and scores FP32 ``[B, N]``; the same on every call and machine."""
         random = np.random.default_rng(zlib.crc32(self.id.encode()))
         shape = (self.batch, self.prefix + self.candidates, self.width)
-        if self.values == "cancelling":
+        if self.values == "canceling":
             half = self.candidates // 2
             signs = np.ones(shape[1])
             signs[self.prefix + half :] = -1  # the same sign for a long stretch: partial sums grow far past FP16
@@ -67,7 +67,7 @@ class Case:
 
     def _scores(self, random: np.random.Generator) -> np.ndarray:
         shape = (self.batch, self.candidates)
-        if self.values == "cancelling":
+        if self.values == "canceling":
             return np.ones(shape, np.float32)
         exponentials = np.exp(2 * random.standard_normal(shape))
         softmax = exponentials / (exponentials.sum(1, keepdims=True) * 1.1)  # the prefix took a tenth
@@ -124,8 +124,8 @@ def _table() -> Iterator[Case]:
     yield Case(2, 1, 1025, 16, 64, True, "ties")
     yield Case(1, 1, 1024, 8, 64, True, "nan")
     yield Case(1, 8, 4096, 8, 32, True)
-    yield Case(2, 1, 196, 16, 1, True, "equal", "cancelling")
-    yield Case(1, 1, 8, 3, 1, True, "equal", "cancelling")
+    yield Case(2, 1, 196, 16, 1, True, "equal", "canceling")
+    yield Case(1, 1, 8, 3, 1, True, "equal", "canceling")
 
 
 CASES = tuple(dict.fromkeys(_table()))

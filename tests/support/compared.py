@@ -69,7 +69,7 @@ def other_weights() -> Bundle:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty coloured pictures of noise, as many as ten classes have folders for. Read only."""
+    """Forty colored pictures of noise, as many as ten classes have folders for. Read only."""
     root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for number in range(40):
         path = root / f"class {number % 10}" / f"{number}.png"

@@ -189,7 +189,7 @@ def pictures() -> dict[str, tuple[Image.Image, dict[str, Any]]]:
         "china.jpg": (china, {"quality": 95}),
         "flower 4:4:4.jpg": (flower, {"quality": 90, "subsampling": 0}),
         "progressive.jpg": (china, {"quality": 60, "progressive": True}),
-        "grey.jpg": (flower.convert("L"), {}),
+        "gray.jpg": (flower.convert("L"), {}),
         "odd.jpg": (china.resize((233, 311)), {"quality": 85}),
         "china.png": (china, {}),
         "small.png": (flower.resize((50, 71)), {}),
@@ -198,11 +198,11 @@ def pictures() -> dict[str, tuple[Image.Image, dict[str, Any]]]:
         "as large as the input.png": (china.resize((96, 96)), {}),
         "one pixel.png": (china.resize((1, 1)), {}),
         "alpha.png": (alpha, {}),
-        "grey and alpha.png": (alpha.convert("LA"), {}),
+        "gray and alpha.png": (alpha.convert("LA"), {}),
         "palette.png": (flower.quantize(64), {}),
         "transparent palette.png": (flower.quantize(64), {"transparency": 3}),
-        "grey.png": (china.convert("L"), {}),
-        "two colours.png": (china.convert("1"), {}),
+        "gray.png": (china.convert("L"), {}),
+        "two colors.png": (china.convert("1"), {}),
     }
 
 

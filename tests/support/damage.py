@@ -96,7 +96,7 @@ def depend_on_the_place(proto: ModelProto, shift: float = 0.01) -> None:
     )
 
 
-def depend_on_the_neighbours(proto: ModelProto) -> None:
+def depend_on_the_neighbors(proto: ModelProto) -> None:
     """Takes the mean of the batch's logits in place of each image's own mean."""
     graph = proto.graph
     node = next(node for node in graph.node if LOGITS in node.output)
@@ -105,8 +105,8 @@ def depend_on_the_neighbours(proto: ModelProto) -> None:
         [
             helper.make_node("ReduceMean", ["right", "class_axis"], ["own_mean"], keepdims=1),
             helper.make_node("ReduceMean", ["right"], ["mean_of_all"], keepdims=1),
-            helper.make_node("Sub", ["right", "own_mean"], ["centred"]),
-            helper.make_node("Add", ["centred", "mean_of_all"], [LOGITS]),
+            helper.make_node("Sub", ["right", "own_mean"], ["centered"]),
+            helper.make_node("Add", ["centered", "mean_of_all"], [LOGITS]),
         ]
     )
     graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "class_axis"))

@@ -51,7 +51,7 @@ def lowered(kind: str, precision: str, base: str = "fp32", spec: TokenSpec | Non
 
 
 def calibration_of(kind: str) -> np.ndarray:
-    """Distributed like the inputs that tests take, but others; three batches of the quantiser's."""
+    """Distributed like the inputs that tests take, but others; three batches of the quantizer's."""
     return images(of_kind(kind), 24, seed=1)
 
 

@@ -1,6 +1,6 @@
 """Small seeded models, checkpoints and one bundle that several test files share; also pytest's fixtures for them.
 
-``seeded`` draws every parameter anew, wide enough that each one matters: timm's own initialisation leaves biases at 0,
+``seeded`` draws every parameter anew, wide enough that each one matters: timm's own initialization leaves biases at 0,
 layer scales at 1e-5 and attention nearly uniform, and a test on such a model would miss a lost parameter.
 """
 

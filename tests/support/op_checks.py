@@ -65,7 +65,7 @@ def error_of(y: np.ndarray, reference: np.ndarray) -> float:
 
 
 def check_answer(case: Case, dtype: str, x: np.ndarray, scores: np.ndarray, y: np.ndarray, idx: np.ndarray) -> None:
-    """The whole judgement, against the oracle."""
+    """The whole judgment, against the oracle."""
     kept = check_choice(case, idx)
     check_copies(case, x, y, kept)
     reference = oracle.reorganize(x, scores, kept, case.fuse, case.prefix)

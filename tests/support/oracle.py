@@ -66,7 +66,7 @@ def is_valid_choice(kept: np.ndarray, candidates: int) -> bool:
 
 
 def fused_row(patches: np.ndarray, scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Equation 3: Σ score · row over the candidates that are not kept; not normalised, zero when all are kept.
+    """Equation 3: Σ score · row over the candidates that are not kept; not normalized, zero when all are kept.
 
     Args:
         patches: The candidates ``[B, N, C]``.

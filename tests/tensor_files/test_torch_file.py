@@ -39,7 +39,7 @@ ODD = {
     "overlapping": (lambda: torch.zeros(5).as_strided((4, 2), (1, 1)), "is expanded"),
     "sparse": (lambda: torch.eye(2).to_sparse(), "is a sparse tensor"),
     "sparse CSR": (lambda: torch.eye(2).to_sparse_csr(), "is a sparse tensor"),
-    "quantised": (lambda: torch.quantize_per_tensor(WIDE, 0.1, 0, torch.qint8), "is a quantised tensor"),
+    "quantized": (lambda: torch.quantize_per_tensor(WIDE, 0.1, 0, torch.qint8), "is a quantized tensor"),
     "meta": (lambda: torch.zeros(10**9, device="meta"), r"without values \(meta\)"),
     "complex": (lambda: WIDE.to(torch.complex64), "complex64"),
     "FP8": (lambda: WIDE.to(torch.float8_e4m3fn), "float8_e4m3fn"),

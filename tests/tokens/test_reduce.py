@@ -42,8 +42,8 @@ def spoiled(model: nn.Module) -> dict[str, torch.Tensor]:
 def layer_norm(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     if isinstance(norm, nn.Identity):
         return x
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
 
 
 def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
@@ -58,7 +58,7 @@ def layer_scale(x: torch.Tensor, scale: nn.Module) -> torch.Tensor:
 
 @torch.inference_mode()
 def slow_evit(dense: nn.Module, x: torch.Tensor, spec: TokenSpec) -> tuple[torch.Tensor, list[np.ndarray]]:
-    """Algorithm 1 in float64: blocks by hand, scores and reorganisation by the oracle, stem and head not.
+    """Algorithm 1 in float64: blocks by hand, scores and reorganization by the oracle, stem and head not.
 
     Also gives the kept candidates of every location, after making sure that FP32 can tell their scores apart.
     """

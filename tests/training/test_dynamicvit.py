@@ -127,7 +127,7 @@ def test_the_token_loss_by_hand():
     assert one == pytest.approx(wanted)
 
 
-def test_a_teacher_is_asked_for_its_own_normalisation():
+def test_a_teacher_is_asked_for_its_own_normalization():
     model, dense = reduced("deit").train(), create("deit")
     for which, mean in ((model, 0.5), (dense, 0.4)):
         which.pretrained_cfg = dict(which.pretrained_cfg) | {"mean": (mean,) * 3, "std": (0.5,) * 3}
@@ -156,7 +156,7 @@ def test_predictors_learn_the_rate():
 # ---- who is trained, and how fast
 
 
-def test_groups_of_the_optimiser():
+def test_groups_of_the_optimizer():
     model = reduce_tokens_(tiny(), TOKENS)
     groups = parameter_groups(model, section(weight_decay=0.05))
     names = {id(value): name for name, value in model.named_parameters()}

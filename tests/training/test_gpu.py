@@ -16,7 +16,7 @@ from evit_deploy.training.log import COLUMNS
 from evit_deploy.training.loop import fit, train
 from evit_deploy.training.step import TrainingRun
 from evit_deploy.training.tasks import Teacher
-from tests.support import labelled_images
+from tests.support import labeled_images
 from tests.support.logs import notices
 from tests.support.paths import RECIPES
 from tests.support.training import QUIET, RUN, SPEC, FixedBatch, Killed, recipe, section, tiny
@@ -124,7 +124,7 @@ def nothing_waits():
 
 
 def check_that_nothing_waits(run, batches, begin):
-    for _ in range(3):  # memory, statistics, the optimiser's state, programs
+    for _ in range(3):  # memory, statistics, the optimizer's state, programs
         run.advance(batches, 1e-3, moving=False)
     torch.cuda.synchronize()
     begin()
@@ -142,23 +142,23 @@ def test_nothing_in_a_step_waits(name, nothing_waits):
         master = tiny(embed_dim=48, num_classes=10).to("cuda").eval().requires_grad_(False)
         master.pretrained_cfg = dict(master.pretrained_cfg) | {"mean": (0.1, 0.2, 0.3)}
         teacher = Teacher(master, TeacherSection(name="x"))
-    data = labelled_images.open_data(DataSection(name="digits"), labelled_images.Preprocess(size=(16, 16)))
+    data = labeled_images.open_data(DataSection(name="digits"), labeled_images.Preprocess(size=(16, 16)))
     batches = data.training(8, 0, device="cuda")
     check_that_nothing_waits(TrainingRun(model, section(**STEPS.get(name, {})), teacher), batches, nothing_waits)
 
 
 @pytest.mark.parametrize("what", ["mixed", "token labels"])
-def test_no_batch_of_images_waits(what, labelled, nothing_waits):
-    """Bytes that are normalised, erased and mixed on the GPU; label maps that are cropped there."""
+def test_no_batch_of_images_waits(what, labeled, nothing_waits):
+    """Bytes that are normalized, erased and mixed on the GPU; label maps that are cropped there."""
     varied = {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.9}
     if what == "mixed":
-        data = labelled_images.opened(labelled, token_labels=None, mixup=0.8, cutmix=1.0, **varied)
-        model = tiny(num_classes=3, img_size=labelled_images.SIZE, patch_size=16)
+        data = labeled_images.opened(labeled, token_labels=None, mixup=0.8, cutmix=1.0, **varied)
+        model = tiny(num_classes=3, img_size=labeled_images.SIZE, patch_size=16)
         run = TrainingRun(reduce_tokens_(model, SPEC).to("cuda").train(), section(batch_size=6))
     else:
-        data = labelled_images.opened(labelled, **varied)
-        model = reduce_tokens_(labelled_images.tiny(), labelled_images.SPEC).to("cuda").train()
-        run = TrainingRun(model, labelled_images.section(token_labels=TokenLabelSection()))
+        data = labeled_images.opened(labeled, **varied)
+        model = reduce_tokens_(labeled_images.tiny(), labeled_images.SPEC).to("cuda").train()
+        run = TrainingRun(model, labeled_images.section(token_labels=TokenLabelSection()))
     check_that_nothing_waits(run, data.training(6, 0, device="cuda"), nothing_waits)
 
 

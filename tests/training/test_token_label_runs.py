@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from tests.support.labeled_images import ARGS, CLASSES, SIZE, SPEC, data_section, section, tiny, write_map
 
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.training_data import open_data
@@ -23,25 +24,24 @@ from evit_deploy.training import step as training_run
 from evit_deploy.training.loop import EVIT, fit, train
 from evit_deploy.training.tasks import Teacher, make_task
 from evit_deploy.training.token_labels import token_logits
-from tests.support.labelled_images import ARGS, CLASSES, SIZE, SPEC, data_section, section, tiny, write_map
 from tests.support.logs import notices
 from tests.support.paths import RECIPES
 from tests.support.training import QUIET, Killed, losses_of
 
-LABELLED = TokenLabelSection()
+LABELED = TokenLabelSection()
 RUN = TrainSection(
     steps=9, batch_size=6, learning_rate=1e-3, keep_rate_epochs=1, save_every=2, ema=0.9, label_smoothing=0.1,
-    threads=1, token_labels=LABELLED,
+    threads=1, token_labels=LABELED,
 )  # fmt: skip
 MODEL = ModelSection(name="lvvit_s", image_size=SIZE, args=ARGS | {"drop_path_rate": 0.2}, pretrained=False)
 AUGMENTED = {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
 
 
-def recipe(labelled: Path, **changes) -> Recipe:
+def recipe(labeled: Path, **changes) -> Recipe:
     base = {
         "name": "tiny",
         "model": MODEL,
-        "data": data_section(labelled, **AUGMENTED),
+        "data": data_section(labeled, **AUGMENTED),
         "tokens": SPEC,
         "finetune": RUN,
     }
@@ -51,8 +51,8 @@ def recipe(labelled: Path, **changes) -> Recipe:
 # ---- nothing lost, and several processes
 
 
-def test_a_run_that_was_killed_goes_on_bit_for_bit(labelled, tmp_path, monkeypatch):
-    train(recipe(labelled), tmp_path / "whole", device="cpu")
+def test_a_run_that_was_killed_goes_on_bit_for_bit(labeled, tmp_path, monkeypatch):
+    train(recipe(labeled), tmp_path / "whole", device="cpu")
     advance = training_run.TrainingRun.advance
 
     def killing(self, *arguments, **named):
@@ -62,22 +62,22 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(labelled, tmp_path, monkeypat
 
     monkeypatch.setattr(training_run.TrainingRun, "advance", killing)
     with pytest.raises(Killed):
-        train(recipe(labelled), tmp_path / "run", device="cpu")
+        train(recipe(labeled), tmp_path / "run", device="cpu")
     monkeypatch.setattr(training_run.TrainingRun, "advance", advance)
     told = notices()
-    train(recipe(labelled), tmp_path / "run", resume=True, device="cpu")
+    train(recipe(labeled), tmp_path / "run", resume=True, device="cpu")
     assert "finetune: goes on at step 5 of 9" in told
     assert (tmp_path / "run" / EVIT).read_bytes() == (tmp_path / "whole" / EVIT).read_bytes()
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(labelled, tmp_path):
+def test_two_processes_do_what_one_does(labeled, tmp_path):
     # Tokens are mixed, and batch norm is done, among the images of one process: without them nothing is left to differ.
     run = msgspec.structs.replace(
         RUN, steps=20, batch_size=8, ema=None, model_mode="eval", token_labels=TokenLabelSection(mix_token=0)
     )
     still = msgspec.structs.replace(MODEL, args=ARGS)
-    alone = recipe(labelled, finetune=run, model=still)
+    alone = recipe(labeled, finetune=run, model=still)
     half = msgspec.structs.replace(alone, finetune=msgspec.structs.replace(run, batch_size=4))
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713"]
@@ -126,7 +126,7 @@ def test_digits_learn_from_a_teacher(tmp_path):
     digits = Recipe(name="tiny", model=model, data=data, dense=plain, tokens=SPEC, finetune=plain, **QUIET)
     first = train(digits, tmp_path / "teacher", device="cpu")
     results = []
-    for teacher, labels in ((TeacherSection(checkpoint=str(first.dense), kind="token_labels"), LABELLED), (None, None)):
+    for teacher, labels in ((TeacherSection(checkpoint=str(first.dense), kind="token_labels"), LABELED), (None, None)):
         finetune = msgspec.structs.replace(plain, token_labels=labels)
         start = ModelSection(checkpoint=str(first.dense))
         taught = msgspec.structs.replace(digits, model=start, dense=None, finetune=finetune, teacher=teacher)
@@ -173,14 +173,14 @@ def test_a_recipe_that_contradicts_itself_is_refused(make, words):
         make()
 
 
-def damaged(labelled: Path, tmp_path: Path, **changes) -> DataSection:
+def damaged(labeled: Path, tmp_path: Path, **changes) -> DataSection:
     """The folder's data, with maps that may be changed."""
     labels = tmp_path / "labels"
-    for file in (labelled / "labels").rglob("*.pt"):
-        target = labels / file.relative_to(labelled / "labels")
+    for file in (labeled / "labels").rglob("*.pt"):
+        target = labels / file.relative_to(labeled / "labels")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes())
-    return data_section(labelled, token_labels=str(labels), **changes)
+    return data_section(labeled, token_labels=str(labels), **changes)
 
 
 def refused(what: Recipe, tmp_path: Path, words: str, error: type[Exception] = RecipeError) -> None:
@@ -189,11 +189,11 @@ def refused(what: Recipe, tmp_path: Path, words: str, error: type[Exception] = R
     assert not (tmp_path / "run").exists()
 
 
-def test_what_cannot_work_is_refused_before_training(labelled, tmp_path):
-    none = recipe(labelled, data=data_section(labelled, token_labels=None))
+def test_what_cannot_work_is_refused_before_training(labeled, tmp_path):
+    none = recipe(labeled, data=data_section(labeled, token_labels=None))
     refused(none, tmp_path, r"finetune\.token_labels: no token labels given\. Give --set data\.token_labels=FOLDER")
     both = recipe(
-        labelled,
+        labeled,
         data=none.data,
         teacher=TAUGHT,
         dense=RUN,
@@ -201,15 +201,15 @@ def test_what_cannot_work_is_refused_before_training(labelled, tmp_path):
     )
     refused(both, tmp_path, r"dense\.token_labels: no token labels given.*the teacher is finetune's alone")
     deit = ModelSection(name="deit_tiny_patch16_224", image_size=SIZE, pretrained=False)
-    refused(recipe(labelled, model=deit), tmp_path, "no classifier on every token .*LV-ViT")
+    refused(recipe(labeled, model=deit), tmp_path, "no classifier on every token .*LV-ViT")
     for tokens in (TokenSpec(method="tome", options={"merge": 2}), TokenSpec(0.7, options={"squeeze": True})):
         refused(
-            recipe(labelled, tokens=tokens),
+            recipe(labeled, tokens=tokens),
             tmp_path,
             "finetune.token_labels: token labels need tokens that are patches",
         )
     refused(
-        recipe(labelled, data=data_section(labelled, token_labels="nowhere")),
+        recipe(labeled, data=data_section(labeled, token_labels="nowhere")),
         tmp_path,
         "nowhere: no such folder",
         InputError,
@@ -220,32 +220,32 @@ def test_what_cannot_work_is_refused_before_training(labelled, tmp_path):
         fit(tiny(), open_data(none.data, Preprocess(size=(SIZE, SIZE))), RUN)
 
 
-def test_maps_that_do_not_fit_are_refused(labelled, tmp_path):
-    data = damaged(labelled, tmp_path)
+def test_maps_that_do_not_fit_are_refused(labeled, tmp_path):
+    data = damaged(labeled, tmp_path)
     labels = Path(data.token_labels or "")
     (labels / "bee" / "3.pt").unlink()
     words = r"labels: 1 of 24 training images have no token labels \(got no bee/3\.pt, expected <class>/"
-    refused(recipe(labelled, data=data), tmp_path, words, InputError)
+    refused(recipe(labeled, data=data), tmp_path, words, InputError)
     write_map(labels / "bee" / "3.pt", 3, torch.Generator(), size=4)
     with pytest.raises(InputError, match=r"bee/3\.pt: a token label map of a different size .*at most 0 of 24"):
-        train(recipe(labelled, data=data), tmp_path / "begun", device="cpu")
+        train(recipe(labeled, data=data), tmp_path / "begun", device="cpu")
     write_map(labels / "ant" / "0.pt", 40, torch.Generator())
-    refused(recipe(labelled, data=data), tmp_path, r"ant/0\.pt: token labels of unknown classes .*0 to 2", InputError)
+    refused(recipe(labeled, data=data), tmp_path, r"ant/0\.pt: token labels of unknown classes .*0 to 2", InputError)
 
 
-def test_two_images_do_not_share_a_map(labelled, tmp_path):
-    data = damaged(labelled, tmp_path)
+def test_two_images_do_not_share_a_map(labeled, tmp_path):
+    data = damaged(labeled, tmp_path)
     for name in CLASSES:
         (tmp_path / "train" / name).mkdir(parents=True)
-        for file in (labelled / "train" / name).iterdir():
+        for file in (labeled / "train" / name).iterdir():
             (tmp_path / "train" / name / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "train" / "cat" / "0.again.JPEG").write_bytes((labelled / "train" / "cat" / "0.JPEG").read_bytes())
+    (tmp_path / "train" / "cat" / "0.again.JPEG").write_bytes((labeled / "train" / "cat" / "0.JPEG").read_bytes())
     twice = msgspec.structs.replace(data, train=str(tmp_path / "train"))
-    refused(recipe(labelled, data=twice), tmp_path, r"cat/0\.pt: two training images have the same", InputError)
+    refused(recipe(labeled, data=twice), tmp_path, r"cat/0\.pt: two training images have the same", InputError)
 
 
-def test_a_map_that_cannot_be_read_gives_way_like_an_image(labelled, tmp_path):
-    data = damaged(labelled, tmp_path, max_corrupt=1)
+def test_a_map_that_cannot_be_read_gives_way_like_an_image(labeled, tmp_path):
+    data = damaged(labeled, tmp_path, max_corrupt=1)
     (Path(data.token_labels or "") / "bee" / "3.pt").write_bytes(b"PK\x03\x04 nothing")
     told = notices()
     found = open_data(data, Preprocess(size=(SIZE, SIZE))).training(24, 0)
@@ -255,8 +255,8 @@ def test_a_map_that_cannot_be_read_gives_way_like_an_image(labelled, tmp_path):
     assert "bee/3.pt: not a token label map" in told[0]
 
 
-def test_teachers_that_cannot_label_are_refused(labelled, tmp_path):
-    data = data_section(labelled, token_labels=None)
+def test_teachers_that_cannot_label_are_refused(labeled, tmp_path):
+    data = data_section(labeled, token_labels=None)
     shape = {"num_classes": 3, "img_size": SIZE, "embed_dim": 24, "depth": 1, "num_heads": 2}
     deit, name = tmp_path / "deit.safetensors", "deit_tiny_patch16_224"
     save_checkpoint(
@@ -264,13 +264,13 @@ def test_teachers_that_cannot_label_are_refused(labelled, tmp_path):
         timm.create_model(name, **shape),
         Checkpoint("", None, {}, name, shape, preprocess=Preprocess(size=(SIZE, SIZE))),
     )
-    first = train(recipe(labelled, finetune=msgspec.structs.replace(RUN, steps=1)), tmp_path / "first", device="cpu")
+    first = train(recipe(labeled, finetune=msgspec.structs.replace(RUN, steps=1)), tmp_path / "first", device="cpu")
     for path, words in (
         (deit, "the teacher has no classifier on every"),
         (first.checkpoint, "the teacher drops tokens"),
     ):
         teacher = TeacherSection(checkpoint=str(path), kind="token_labels")
-        refused(recipe(labelled, data=data, teacher=teacher), tmp_path, words)
+        refused(recipe(labeled, data=data, teacher=teacher), tmp_path, words)
 
 
 def test_the_paper_s_lvvit_recipes_learn_from_token_labels():

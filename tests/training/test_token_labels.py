@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.support.labeled_images import CLASSES, SIZE, SPEC, opened, section, tiny
 from torch import Tensor
 from torchvision.transforms import Compose, ToTensor
 
@@ -22,7 +23,6 @@ from evit_deploy.training.loop import fit
 from evit_deploy.training.step import TrainingRun
 from evit_deploy.training.tasks import make_task
 from evit_deploy.training.token_labels import MixToken, token_logits
-from tests.support.labelled_images import CLASSES, SIZE, SPEC, opened, section, tiny
 
 # ---- the loss, in float64 and without PyTorch
 
@@ -60,11 +60,11 @@ def labels_by_hand(label_map: np.ndarray, box: np.ndarray, mirrored: bool, side:
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
-def test_loss_and_gradient_are_those_written_out(labelled, fuse, progress):
+def test_loss_and_gradient_are_those_written_out(labeled, fuse, progress):
     model = reduce_tokens_(tiny(), TokenSpec(keep_rate=0.6, locations=(1, 2, 3), fuse=fuse)).eval()
     set_keep_rate_(model, progress)
     run = section(steps=1, label_smoothing=0.1, model_mode="eval")
-    images, targets, *labels = (part.numpy() for part in next(opened(labelled).training(6, 3)))
+    images, targets, *labels = (part.numpy() for part in next(opened(labeled).training(6, 3)))
     maps, boxes, mirrored, warps = labels
     np.testing.assert_allclose(warps, np.broadcast_to(np.eye(3)[:2], (6, 2, 3)))
     with torch.no_grad():
@@ -81,16 +81,16 @@ def test_loss_and_gradient_are_those_written_out(labelled, fuse, progress):
         head += shown - own
         aux += 0.7 * (said - wanted[patches]).mean(0)
     assert (len(kept[0]) < side**2) == (progress > 0)
-    done = TrainingRun(model, run).advance(opened(labelled).training(6, 3), 1e-3, moving=False)
+    done = TrainingRun(model, run).advance(opened(labeled).training(6, 3), 1e-3, moving=False)
     assert done.loss == pytest.approx(total / 6, rel=2e-6)
     np.testing.assert_allclose(model.head.bias.grad.numpy(), head / 6, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(model.aux_head.bias.grad.numpy(), aux / 6, rtol=1e-4, atol=1e-6)
 
 
-def test_mixed_tokens_learn_mixed_labels(labelled):
+def test_mixed_tokens_learn_mixed_labels(labeled):
     model = reduce_tokens_(tiny(), SPEC).eval()
     task = make_task(model, section(token_labels=TokenLabelSection(weight=0.7)), None)
-    images, targets, *labels = next(opened(labelled).training(6, 3))
+    images, targets, *labels = next(opened(labeled).training(6, 3))
     torch.manual_seed(4)
     drawn = MixToken.draw((4, 4), np.random.default_rng(int(torch.randint(2**62, ()))))
     assert 0 < drawn.share < 1
@@ -109,14 +109,14 @@ def test_mixed_tokens_learn_mixed_labels(labelled):
     torch.testing.assert_close(done["target"], own)
 
 
-def test_a_run_learns_and_saving_memory_changes_nothing(labelled):
+def test_a_run_learns_and_saving_memory_changes_nothing(labeled):
     mixed = TokenLabelSection()
     models, losses = [], []
     for changes in ({}, {"checkpoint_activations": True}, {"channels_last": True}):
         model = reduce_tokens_(tiny(), SPEC)
         torch.manual_seed(1)
         run = section(steps=12, keep_rate_epochs=1, token_labels=mixed, learning_rate=3e-3, **changes)
-        losses.append(fit(model, opened(labelled), run))
+        losses.append(fit(model, opened(labeled), run))
         models.append(model)
     assert sum(losses[0][-3:]) < sum(losses[0][:3])
     for other in losses[1:]:
@@ -125,11 +125,11 @@ def test_a_run_learns_and_saving_memory_changes_nothing(labelled):
     assert list(models[0].state_dict()) == list(tiny().state_dict())
 
 
-def test_accumulated_batches_give_the_step_of_one_large_batch(labelled):
+def test_accumulated_batches_give_the_step_of_one_large_batch(labeled):
     found = []
     for size, accumulate in ((6, 1), (3, 2)):
         model = reduce_tokens_(tiny(), SPEC).eval()
-        batch = next(opened(labelled).training(6, 3))
+        batch = next(opened(labeled).training(6, 3))
         parts = zip(*(part.split(size) for part in batch), strict=True)
         run = TrainingRun(model, section(batch_size=size, accumulate=accumulate))
         loss = run.advance(iter(list(parts)), 1e-3, moving=False).loss
@@ -139,7 +139,7 @@ def test_accumulated_batches_give_the_step_of_one_large_batch(labelled):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
-def test_a_whole_run_compiles_once_whatever_is_mixed(labelled, monkeypatch):
+def test_a_whole_run_compiles_once_whatever_is_mixed(labeled, monkeypatch):
     torch._dynamo.reset()
     graphs: list[int] = []
 
@@ -154,7 +154,7 @@ def test_a_whole_run_compiles_once_whatever_is_mixed(labelled, monkeypatch):
     for compiled in (False, True):
         torch.manual_seed(2)
         model = reduce_tokens_(tiny(), SPEC)
-        losses.append(fit(model, opened(labelled), msgspec.structs.replace(run, compile=compiled)))
+        losses.append(fit(model, opened(labeled), msgspec.structs.replace(run, compile=compiled)))
     torch._dynamo.reset()
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     assert len(graphs) == 2  # before the keep rate moves and after it
@@ -164,13 +164,13 @@ def test_a_whole_run_compiles_once_whatever_is_mixed(labelled, monkeypatch):
 
 
 def test_labels_follow_crop_mirror_and_warp():
-    # A picture of four colours, and a map that says which: where a patch of the result shows one colour, its label says
+    # A picture of four colors, and a map that says which: where a patch of the result shows one color, its label says
     # it too.
     from timm.data.auto_augment import RandAugment, rand_augment_ops
 
-    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])
+    colors = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])
     rows, columns = torch.meshgrid(torch.arange(192) // 96, torch.arange(256) // 128, indexing="ij")
-    picture = Image.fromarray((colours[2 * rows + columns] * 255).byte().numpy())
+    picture = Image.fromarray((colors[2 * rows + columns] * 255).byte().numpy())
     cells = 2 * (torch.arange(24) // 12).view(24, 1) + (torch.arange(24) // 12).view(1, 24)
     label_map = torch.stack([torch.full((1, 24, 24), 20.0), cells[None].float()])
     options = {"img_mean": (128, 128, 128), "interpolation": Image.Resampling.BILINEAR, "translate_const": 40}
@@ -184,7 +184,7 @@ def test_labels_follow_crop_mirror_and_warp():
         soft = crop_token_labels(label_map[None], box[None], mirrored[None], (8, 8), 4, warps=warp[None])[0]
         straight = crop_token_labels(label_map[None], box[None], mirrored[None], (8, 8), 4)[0]
         patches = shown.unfold(1, 16, 16).unfold(2, 16, 16).permute(1, 2, 3, 4, 0).reshape(64, 256, 3)
-        pure = [(patches - colour).abs().amax((1, 2)) < 0.02 for colour in colours]
+        pure = [(patches - color).abs().amax((1, 2)) < 0.02 for color in colors]
         for label, mask in enumerate(pure):
             assert (soft[mask].argmax(-1) == label).all()
             seen += int(mask.sum())
@@ -217,8 +217,8 @@ def test_a_warp_is_what_the_image_library_does():
     np.testing.assert_allclose(y[inside], wanted[1][inside], atol=0.6)
 
 
-def drawn(labelled: Path, steps: int, *, section: dict | None = None, **place) -> list[tuple[Tensor, ...]]:
-    data = opened(labelled, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25, **(section or {}))
+def drawn(labeled: Path, steps: int, *, section: dict | None = None, **place) -> list[tuple[Tensor, ...]]:
+    data = opened(labeled, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25, **(section or {}))
     return list(itertools.islice(data.training(6, 5, **place), steps))
 
 
@@ -227,18 +227,16 @@ def assert_same(one, other) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_processes_share_what_one_draws_and_a_later_start_changes_nothing(labelled, tmp_path):
-    whole = drawn(labelled, 5)
-    shares = [drawn(labelled, 5, rank=rank, world=2) for rank in range(2)]
+def test_processes_share_what_one_draws_and_a_later_start_changes_nothing(labeled, tmp_path):
+    whole = drawn(labeled, 5)
+    shares = [drawn(labeled, 5, rank=rank, world=2) for rank in range(2)]
     for step in range(5):
         for rank in range(2):
             assert_same(shares[rank][step], [part[rank::2] for part in whole[step]])
-    for one, other in zip(drawn(labelled, 2, start_step=3), whole[3:], strict=True):
+    for one, other in zip(drawn(labeled, 2, start_step=3), whole[3:], strict=True):
         assert_same(one, other)
-    for one, other in zip(drawn(labelled, 5, section={"workers": 2}), whole, strict=True):
+    for one, other in zip(drawn(labeled, 5, section={"workers": 2}), whole, strict=True):
         assert_same(one, other)
-    cached = drawn(
-        labelled, 5, section={"cache": str(tmp_path)}
-    )  # the pictures are small enough to be kept as they are
+    cached = drawn(labeled, 5, section={"cache": str(tmp_path)})  # the pictures are small enough to be kept as they are
     for one, other in zip(cached, whole, strict=True):
         assert_same(one, other)

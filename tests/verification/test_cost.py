@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evit_deploy.bundle.manifest import DENSE, MODEL
-from evit_deploy.data.sources import Folder, labelled_batches
+from evit_deploy.data.sources import Folder, labeled_batches
 from evit_deploy.export.card import feeds
 from evit_deploy.report.report import ComparedRow
 from evit_deploy.report.statistics import paired_interval, wilson
@@ -24,7 +24,7 @@ def answers(file, bundle, data):
     with opened("onnxruntime", file, 1) as runner:
         pairs = [
             (runner.infer(feeds(images))[bundle.manifest.answer], labels)
-            for images, labels in labelled_batches(Folder(data), bundle.manifest.preprocess, 1)
+            for images, labels in labeled_batches(Folder(data), bundle.manifest.preprocess, 1)
         ]
     return np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])
 
@@ -59,7 +59,7 @@ def test_classes_beside_those_of_the_dense_twin(converted, pictures):
         assert row.top1 == pytest.approx(hits.mean())
         assert (row.top1_low, row.top1_high) == wilson(hits.sum(), 40)
         assert row.top5 == pytest.approx((np.argsort(-found, 1)[:, :5] == truth[:, None]).any(1).mean())
-        assert (row.cosine, row.recall, row.neighbours) == (None,) * 3
+        assert (row.cosine, row.recall, row.neighbors) == (None,) * 3
     assert (dense.agreement, dense.to_dense) == (None, None)
     assert model.agreement == (logits.argmax(1) == dense_logits.argmax(1)).mean()
     assert (model.to_dense.other, model.to_dense.value) == ("dense", pytest.approx(right.mean() - dense_right.mean()))
@@ -69,8 +69,8 @@ def test_classes_beside_those_of_the_dense_twin(converted, pictures):
 def test_without_labels_only_agreement_is_told(converted, pictures, tmp_path):
     for number, file in enumerate(Folder(pictures).files):
         shutil.copy(file, tmp_path / f"{number:02}.png")
-    labelled, (dense, model) = rows(converted, pictures)[1], rows(converted, tmp_path)
-    assert (model.images, model.agreement) == (40, labelled.agreement)
+    labeled, (dense, model) = rows(converted, pictures)[1], rows(converted, tmp_path)
+    assert (model.images, model.agreement) == (40, labeled.agreement)
     for row in (dense, model):
         assert (row.top1, row.top5, row.to_dense, row.share) == (None,) * 4
 
@@ -93,23 +93,23 @@ def test_embeddings_beside_those_of_the_dense_twin(embedding, pictures):
     other, _ = answers(embedding.file(DENSE), embedding, pictures)
     near = (unit(found) * unit(other)).sum(1)
     middle = other.mean(0)
-    centred = (unit(found - middle) * unit(other - middle)).sum(1)
-    neighbours, dense_neighbours = others_nearest(found), others_nearest(other)
-    right, dense_right = labels[neighbours] == labels, labels[dense_neighbours] == labels
-    assert centred.mean() < near.mean()
-    assert 0 < (neighbours == dense_neighbours).mean() < 1
+    centered = (unit(found - middle) * unit(other - middle)).sum(1)
+    neighbors, dense_neighbors = others_nearest(found), others_nearest(other)
+    right, dense_right = labels[neighbors] == labels, labels[dense_neighbors] == labels
+    assert centered.mean() < near.mean()
+    assert 0 < (neighbors == dense_neighbors).mean() < 1
     assert (right != dense_right).any()
     assert model.cosine == pytest.approx(near.mean(), abs=1e-5)
     assert model.cosine_low == pytest.approx(np.quantile(near, 0.05), abs=1e-5)
-    assert model.cosine_centred == pytest.approx(centred.mean(), abs=1e-4)
-    assert model.neighbours == (neighbours == dense_neighbours).mean()
+    assert model.cosine_centered == pytest.approx(centered.mean(), abs=1e-4)
+    assert model.neighbors == (neighbors == dense_neighbors).mean()
     assert (dense.recall, model.recall) == (dense_right.mean(), right.mean())
     assert (model.recall_low, model.recall_high) == wilson(right.sum(), 40)
     assert model.to_dense.value == pytest.approx(right.mean() - dense_right.mean())
     assert (model.to_dense.low, model.to_dense.high) == paired_interval(right, dense_right)
     for row in (dense, model):
         assert (row.top1, row.top5, row.agreement) == (None,) * 3
-    assert (dense.cosine, dense.neighbours, dense.to_dense) == (None,) * 3
+    assert (dense.cosine, dense.neighbors, dense.to_dense) == (None,) * 3
 
 
 def test_runtimes_are_held_against_each_other_by_cosine(embedding, pictures):
@@ -124,11 +124,11 @@ def test_embeddings_of_images_without_labels(embedding, pictures, tmp_path):
         shutil.copy(file, tmp_path / f"{number}.png")
     dense, model = rows(embedding, tmp_path)
     assert (model.recall, model.to_dense, dense.recall) == (None,) * 3
-    assert None not in (model.cosine, model.cosine_centred, model.neighbours)
+    assert None not in (model.cosine, model.cosine_centered, model.neighbors)
     (tmp_path / "1.png").unlink()
     (tmp_path / "2.png").unlink()
     _, alone = rows(embedding, tmp_path)  # one image has no other, and is its own mean
-    assert (alone.images, alone.neighbours, alone.cosine_centred) == (1, None, None)
+    assert (alone.images, alone.neighbors, alone.cosine_centered) == (1, None, None)
     assert alone.cosine == pytest.approx(alone.cosine_low)
 
 

@@ -228,7 +228,7 @@ def test_terms_that_cancel_leave_room_for_their_own_rounding():
     assert golden.limit() == pytest.approx(FLOOR * EPS * golden.terms.max())
 
 
-def test_terms_of_a_normalised_embedding_are_scaled_as_it_is():
+def test_terms_of_a_normalized_embedding_are_scaled_as_it_is():
     model = create_model("vit_tiny_patch16_224", TINY | {"num_classes": 0, "projection": 20}).eval()
     inputs = images(model, 2)
     plain = make_golden(model, model, inputs)

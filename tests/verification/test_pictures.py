@@ -22,7 +22,7 @@ def folder(root: Path, names: list[str]) -> Path:
     return root
 
 
-def labelled(bundle: Bundle, labels: list[str] | None) -> Manifest:
+def labeled(bundle: Bundle, labels: list[str] | None) -> Manifest:
     return msgspec.structs.replace(bundle.manifest, labels=labels)
 
 
@@ -36,7 +36,7 @@ def truth(data: Path, manifest: Manifest) -> dict[str, int]:
 
 def test_folders_that_are_called_as_labels_are_these_classes(converted, tmp_path):
     data = folder(tmp_path / "data", ["hen", "bee", "fox"])
-    manifest = labelled(converted, LABELS)
+    manifest = labeled(converted, LABELS)
     assert truth(data, manifest) == {"hen": 9, "bee": 1, "fox": 6}
     assert pictures_of(data, manifest).notes == ()
 
@@ -44,21 +44,21 @@ def test_folders_that_are_called_as_labels_are_these_classes(converted, tmp_path
 def test_as_many_folders_as_classes_are_taken_in_order_and_that_is_said(converted, tmp_path):
     names = [f"n{number}" for number in range(10)]
     data = folder(tmp_path / "data", names)
-    assert truth(data, labelled(converted, LABELS)) == {name: number for number, name in enumerate(names)}
-    (note,) = pictures_of(data, labelled(converted, LABELS)).notes
+    assert truth(data, labeled(converted, LABELS)) == {name: number for number, name in enumerate(names)}
+    (note,) = pictures_of(data, labeled(converted, LABELS)).notes
     assert note == (
         "The 10 class folders of data are not called as the model's labels, and were taken for its classes in order: "
         "'n0' for 'ant'."
     )
-    assert truth(data, labelled(converted, None)) == {name: number for number, name in enumerate(names)}
-    assert pictures_of(data, labelled(converted, None)).notes == ()  # there are no names to differ from
+    assert truth(data, labeled(converted, None)) == {name: number for number, name in enumerate(names)}
+    assert pictures_of(data, labeled(converted, None)).notes == ()  # there are no names to differ from
 
 
 def test_few_folders_of_other_names_are_refused_where_the_labels_are_known(converted, tmp_path):
     data = folder(tmp_path / "data", ["bee", "crane", "zebra"])
     with pytest.raises(InputError, match=r"not among the model's labels .got crane, zebra, .*10 labels.*a folder for"):
-        pictures_of(data, labelled(converted, LABELS))  # there are two cranes
-    (note,) = pictures_of(data, labelled(converted, None)).notes
+        pictures_of(data, labeled(converted, LABELS))  # there are two cranes
+    (note,) = pictures_of(data, labeled(converted, None)).notes
     assert "taken for its first 3" in note
 
 
@@ -112,6 +112,6 @@ def test_classes_may_be_called_like_parts_and_hold_folders(converted, tmp_path, 
 def test_what_is_no_folder_of_images_is_refused(converted, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    for name, message in (("absent", "no such folder"), ("file", "this is a file"), ("empty", "no labelled images")):
+    for name, message in (("absent", "no such folder"), ("file", "this is a file"), ("empty", "no labeled images")):
         with pytest.raises(InputError, match=message):
             pictures_of(tmp_path / name, converted.manifest)

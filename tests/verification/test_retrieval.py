@@ -1,10 +1,10 @@
-"""Cosines and nearest neighbours of embeddings, against the definition written out pair by pair."""
+"""Cosines and nearest neighbors of embeddings, against the definition written out pair by pair."""
 
 import numpy as np
 import pytest
 
 from evit_deploy.verification import retrieval
-from evit_deploy.verification.retrieval import centred_cosines, cosines, nearest, recalled
+from evit_deploy.verification.retrieval import centered_cosines, cosines, nearest, recalled
 
 
 def embeddings(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
@@ -28,12 +28,12 @@ def test_centring_shows_what_a_common_part_hides():
     common = 50 * np.ones(16, np.float32)
     dense, other = embeddings(200) + common, embeddings(200, seed=1) + common  # they have nothing else in common
     assert cosines(other, dense).min() > 0.99
-    assert abs(centred_cosines(other, dense).mean()) < 0.1
+    assert abs(centered_cosines(other, dense).mean()) < 0.1
     middle = dense.astype(np.float64).mean(0)
     wanted = [cosine(a - middle, b - middle) for a, b in zip(other, dense, strict=True)]
-    np.testing.assert_allclose(centred_cosines(other, dense), wanted, atol=1e-5)
+    np.testing.assert_allclose(centered_cosines(other, dense), wanted, atol=1e-5)
     # a shift of every embedding is seen: the mean is the dense model's, not each one's own
-    assert centred_cosines(dense + 3, dense).mean() < 0.95
+    assert centered_cosines(dense + 3, dense).mean() < 0.95
 
 
 @pytest.mark.parametrize("block", [1, 37 * 4, 2**23])
@@ -45,6 +45,6 @@ def test_the_nearest_other_image(block, monkeypatch):
 
 
 def test_recall_counts_images_that_have_another_of_their_class():
-    neighbours, labels = np.array([1, 0, 1, 0, 2]), np.array([0, 0, 2, 2, 5])
-    assert recalled(neighbours, labels).tolist() == [True, True, False, False]  # the only one of class 5 is left out
+    neighbors, labels = np.array([1, 0, 1, 0, 2]), np.array([0, 0, 2, 2, 5])
+    assert recalled(neighbors, labels).tolist() == [True, True, False, False]  # the only one of class 5 is left out
     assert recalled(np.array([1, 0]), np.array([3, 4])).tolist() == []

@@ -1,4 +1,4 @@
-"""What quantising each layer costs, against the quantiser's own exclusion; and which layers a limit leaves out."""
+"""What quantizing each layer costs, against the quantizer's own exclusion; and which layers a limit leaves out."""
 
 import functools
 from collections.abc import Iterator
@@ -40,11 +40,11 @@ def with_coarse_activations(found: Quantized, *layers: str) -> Quantized:
 def shown(kind: str = "plain", count: int = 48, labels: Any = None, *, embeds: bool = False) -> Shown:
     inputs = images(of_kind(kind), count, seed=3)
 
-    def labelled() -> Iterator[Any]:
+    def labeled() -> Iterator[Any]:
         for start in range(0, count, 20):
             yield inputs[start : start + 20], labels[start : start + 20]
 
-    return Shown(of_array(inputs) if labels is None else labelled, embeds, 1)
+    return Shown(of_array(inputs) if labels is None else labeled, embeds, 1)
 
 
 def never() -> Any:
@@ -52,7 +52,7 @@ def never() -> Any:
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_layer_s_cost_is_the_noise_when_the_quantiser_takes_it_alone(precision):
+def test_a_layer_s_cost_is_the_noise_when_the_quantizer_takes_it_alone(precision):
     calibration, inputs = calibration_of("plain"), images(of_kind("plain"), sensitivity.IMAGES)
     found = {row.layer: row for row in layer_costs(quantized(precision=precision), inputs, threads=1)}
     exact = answers(exported("plain"), inputs)["logits"]
@@ -145,7 +145,7 @@ def test_where_all_but_one_were_named_there_is_nothing_to_leave_out():
     found = with_coarse_activations(quantized(), BAD)
     others = [name for name in found.layers if name != BAD]
     rows = layer_costs(found, calibration_of("plain")[:4], threads=1)
-    with pytest.raises(GateFailed, match="no layer would be quantised"):
+    with pytest.raises(GateFailed, match="no layer would be quantized"):
         kept_within(found, 1, shown(), others, lambda: rows)
 
 
@@ -161,11 +161,11 @@ def test_with_labels_it_is_top1_that_is_lost():
     assert check.value <= 0
 
 
-def test_of_embeddings_it_is_the_nearest_neighbours():
+def test_of_embeddings_it_is_the_nearest_neighbors():
     kind = "registers, no classes"
     found = with_coarse_activations(quantized(kind), BAD)
     check = kept_within(found, 99.9, shown(kind, embeds=True), (), never).check
-    assert check.name == "drop of nearest neighbours in common, points"
+    assert check.name == "drop of nearest neighbors in common, points"
     assert isinstance(check.value, float)
     assert check.value > kept_within(quantized(kind), 99.9, shown(kind, embeds=True), (), never).check.value  # type: ignore[operator]
 

@@ -26,7 +26,7 @@ from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.verification.golden import load_golden
 from evit_deploy.verification.verify import verify, verify_runtime
 from tests.support.damage import (
-    depend_on_the_neighbours,
+    depend_on_the_neighbors,
     depend_on_the_place,
     keep_the_lowest,
     keep_the_second_best,
@@ -166,7 +166,7 @@ def test_an_answer_that_depends_on_the_place_in_the_batch(bundle):
 
 def test_an_answer_that_depends_on_the_other_images(bundle):
     # In a batch of equal images nothing is wrong, so only the logits of different images can show it.
-    rewrite(bundle, depend_on_the_neighbours)
+    rewrite(bundle, depend_on_the_neighbors)
     assert failed(checked(bundle)) == every_batch("logits", (2, 8))
 
 
@@ -239,7 +239,7 @@ def test_an_unknown_runtime(bundle):
 
 
 def independent(image: Image.Image, preprocess: Any) -> np.ndarray:
-    """Resize the shorter side, crop the centre, normalise; written without timm and torchvision."""
+    """Resize the shorter side, crop the center, normalize; written without timm and torchvision."""
     size = preprocess.size[0]
     shorter = int(np.floor(size / preprocess.crop_pct))
     scale = shorter / min(image.size)

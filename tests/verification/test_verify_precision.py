@@ -20,7 +20,7 @@ from evit_deploy.verification.agreement import Answers, agreement_row
 from evit_deploy.verification.golden import Golden, make_golden
 from evit_deploy.verification.verify import verify_dense, verify_precision, verify_runtime
 from tests.support.damage import (
-    depend_on_the_neighbours,
+    depend_on_the_neighbors,
     depend_on_the_place,
     keep_the_lowest,
     keep_the_second_best,
@@ -72,7 +72,7 @@ DAMAGE: dict[str, tuple[Callable[[ModelProto], None], set[str]]] = {
     "the lowest": (keep_the_lowest, {"kept patches", "logits"}),
     "the second best": (keep_the_second_best, {"kept patches", "logits"}),
     "the place": (functools.partial(depend_on_the_place, shift=0.2), {"same answer at every place", "logits"}),
-    "the neighbours": (depend_on_the_neighbours, {"logits"}),
+    "the neighbors": (depend_on_the_neighbors, {"logits"}),
     "not a number": (functools.partial(poison_a_weight, value=np.nan), {"logits"}),
 }
 FLOATS = ("fp32", "fp16", "bf16")
@@ -82,7 +82,7 @@ FLOATS = ("fp32", "fp16", "bf16")
     ("precision", "kind"),
     [(precision, kind) for precision in FLOATS for kind in DAMAGE]
     # an integer is always finite; and the images' mean logits differ by less than int8 costs
-    + [("int8", kind) for kind in DAMAGE if kind not in ("not a number", "the neighbours")]
+    + [("int8", kind) for kind in DAMAGE if kind not in ("not a number", "the neighbors")]
     + [("fp8", kind) for kind in ("the lowest", "the second best", "the place")],  # it is too coarse for the others
 )
 def test_damage_is_caught(precision, kind):

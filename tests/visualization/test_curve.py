@@ -16,7 +16,7 @@ from evit_deploy.models.checkpoint import build_model, read_checkpoint
 from evit_deploy.report.statistics import wilson
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
-from evit_deploy.verification.retrieval import centred_cosines
+from evit_deploy.verification.retrieval import centered_cosines
 from evit_deploy.visualization.curve import RemovalCurve, removal_curve
 from tests.support.models import write_checkpoint
 
@@ -115,8 +115,8 @@ def test_a_method_is_compared_and_embeddings_have_cosines(tmp_path, folder):
     with torch.inference_mode():
         dense = model(inputs).numpy()
         reduced = reduce_tokens_(model, TokenSpec(0.5, locations=(1, 2)))(inputs).numpy()
-    assert found.points[0].cosine == pytest.approx(centred_cosines(reduced, dense).mean(), abs=1e-5)
-    assert found.caption == "centred cosine to the dense model"
+    assert found.points[0].cosine == pytest.approx(centered_cosines(reduced, dense).mean(), abs=1e-5)
+    assert found.caption == "centered cosine to the dense model"
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_a_method_with_many_locations_has_four_columns():
 
 
 def test_labels_and_names_with_markup_stay_text(converted, tmp_path):
-    path = shutil.copytree(converted.path, tmp_path / "labelled")
+    path = shutil.copytree(converted.path, tmp_path / "labeled")
     labels = [f"<b>kind</b> & {number}" for number in range(10)]
     write_manifest(path, msgspec.structs.replace(read_bundle(path).manifest, labels=labels))
     file = tmp_path / "a<svg onload=x>.png"

@@ -57,7 +57,7 @@ TRAIN_PHOTOGRAPHS = (
     "skimage/gravel.png",
     "skimage/coins.png",
 )
-"""What training images show behind their digits: seven colour photographs and four grey ones."""
+"""What training images show behind their digits: seven color photographs and four gray ones."""
 TEST_PHOTOGRAPHS = (
     "sklearn/flower.jpg",
     "skimage/chelsea.png",
@@ -65,7 +65,7 @@ TEST_PHOTOGRAPHS = (
     "skimage/grass.png",
     "skimage/moon.png",
 )
-"""What test images show: three colour photographs and two grey ones, none of them seen in training."""
+"""What test images show: three color photographs and two gray ones, none of them seen in training."""
 
 _FOLDERS = {"sklearn": Path("datasets", "images"), "skimage": Path("data")}
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -135,7 +135,7 @@ class WildDigits:
 
         Args:
             index: Which, from 0.
-            level: The curriculum's: 0 is a centred white digit on black, 1 is full difficulty.
+            level: The curriculum's: 0 is a centered white digit on black, 1 is full difficulty.
 
         Returns:
             uint8 ``[3, size, size]`` and the digit it shows.
@@ -154,8 +154,8 @@ class WildDigits:
         image = np.asarray(_crop(photograph, size, draws[7:11]), dtype=np.float32) * (level / 255)
         behind = image[top : top + side, left : left + side]
         luma = float(behind.mean(axis=(0, 1)) @ _LUMA)
-        colour = _colour(luma, 1 - (1 - asked.contrast) * level, level, draws[11], rng.random(3))
-        behind += mask[:, :, None] * (colour - behind)
+        color = _color(luma, 1 - (1 - asked.contrast) * level, level, draws[11], rng.random(3))
+        behind += mask[:, :, None] * (color - behind)
         return np.ascontiguousarray((image * 255 + 0.5).astype(np.uint8).transpose(2, 0, 1)), int(self._labels[number])
 
     def _place(self, draw: float, side: int, level: float) -> int:
@@ -214,8 +214,8 @@ def _crop(photograph: Image.Image, size: int, draws: np.ndarray) -> Image.Image:
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip < 0.5 else crop
 
 
-def _colour(behind: float, contrast: float, level: float, draw: float, tint: np.ndarray) -> np.ndarray:
-    """A colour whose luma is at least ``contrast`` away from the luma behind it; the furthest one if none is."""
+def _color(behind: float, contrast: float, level: float, draw: float, tint: np.ndarray) -> np.ndarray:
+    """A color whose luma is at least ``contrast`` away from the luma behind it; the furthest one if none is."""
     darker, brighter = max(0.0, behind - contrast), max(0.0, 1 - behind - contrast)  # lengths of what may be chosen
     if darker + brighter == 0:
         luma = 1.0 if behind < 0.5 else 0.0
@@ -239,7 +239,7 @@ class WildDigitsData:
         self._test = WildDigits("test", section.test_images, size, section.difficulty)
 
     def curriculum(self) -> Curriculum:
-        """From a centred white digit on black to the section's difficulty, as the model learns."""
+        """From a centered white digit on black to the section's difficulty, as the model learns."""
         section = self._section
         return Curriculum(section.curriculum_threshold, section.curriculum_rate, delay=AHEAD)
 

@@ -1,6 +1,6 @@
 """The TensorRT plugin for ``evit::TokenReorg``: where it is found, what it has to be, and how it gets into a process.
 
-Without it TensorRT builds the operator's body into the engine, a dozen small kernels; with it the reorganisation is
+Without it TensorRT builds the operator's body into the engine, a dozen small kernels; with it the reorganization is
 one. A plan that was built with it runs only where it is loaded. Its code runs in the process that loads it, so a
 library is never taken for lying beside a plan: it is named, or it is the one that ``evit-deploy plugin build`` put into
 the user's cache and whose SHA-256 the manifest has.

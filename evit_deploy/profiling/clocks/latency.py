@@ -80,7 +80,7 @@ def warnings_of(timings: Timings, label: str) -> list[str]:
     if compute.variation > UNSTABLE:
         sentences.append(
             f"{label}: the compute time is not stable (coefficient of variance {compute.variation:.1%}, above "
-            f"{UNSTABLE:.1%}): lock the GPU's clocks, and look for neighbours on it."
+            f"{UNSTABLE:.1%}): lock the GPU's clocks, and look for neighbors on it."
         )
     return sentences
 

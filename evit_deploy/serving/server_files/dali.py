@@ -1,5 +1,5 @@
 """Image files to inputs with DALI, inside Triton: ``package`` copies this file as ``1/dali.py`` of the ensemble's first
-model, and its settings as ``1/preprocess.json``; Triton's DALI backend serialises the pipeline when it loads.
+model, and its settings as ``1/preprocess.json``; Triton's DALI backend serializes the pipeline when it loads.
 
 Sizes and crops are those of :mod:`evit_deploy.data.images`; the arithmetic of decoding and resizing is DALI's own,
 which is near Pillow's and not the same.
@@ -66,5 +66,5 @@ if _settings_file.is_file():
     @autoserialize
     @pipeline_def(batch_size=_settings["max_batch"], num_threads=4, device_id=0)
     def pipeline() -> Any:
-        """What the backend serialises."""
+        """What the backend serializes."""
         return images(_settings, "mixed")

@@ -10,7 +10,7 @@ from evit_deploy.tokens.reducer import TokenReducer
 
 
 class Slice(TokenReducer):
-    """The first tokens stay, nothing is scored or gathered: what the reorganisation itself costs is the rest."""
+    """The first tokens stay, nothing is scored or gathered: what the reorganization itself costs is the rest."""
 
     exports = False
     comparison_only = True

@@ -19,9 +19,9 @@ void ReadAsManifest(const Bytes& content) {
       .write(reinterpret_cast<const char*>(content.data()), static_cast<std::streamsize>(content.size()));
   const evit::Bundle bundle = evit::ReadBundle(folder);
   // The numbers of a manifest that is read have to be safe to use.
-  const evit::Image grey{5, 7, Bytes(3 * 5 * 7, 128)};
+  const evit::Image gray{5, 7, Bytes(3 * 5 * 7, 128)};
   if (bundle.preprocess.height <= 512 && bundle.preprocess.width <= 512) {
-    evit::PreprocessImage(grey, bundle.preprocess, "image");
+    evit::PreprocessImage(gray, bundle.preprocess, "image");
   }
 }
 

@@ -1,5 +1,5 @@
 // Drives the creator and the plugin as TensorRT would: fields, types, formats, shapes through an IExprBuilder,
-// serialisation, clones, and enqueue, with the host build in place of the GPU's kernel.
+// serialization, clones, and enqueue, with the host build in place of the GPU's kernel.
 #include "plugin.h"
 
 #include <cstring>
@@ -271,7 +271,7 @@ void test_configure() {
   CHECK(build_of(plugin).getWorkspaceSize(in, 2, out, 2) == 0);
 }
 
-void test_serialisation() {
+void test_serialization() {
   const Plugin original = create(138, 1, 5);
   Plugin copies[3];
   copies[0].reset(original->clone());
@@ -383,7 +383,7 @@ int main() {
   test_formats();
   test_shapes();
   test_configure();
-  test_serialisation();
+  test_serialization();
   test_bad_fields();
   test_enqueue();
   CHECK(logger.last.empty());  // nothing was said that nobody looked at

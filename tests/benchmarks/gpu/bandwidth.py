@@ -1,4 +1,4 @@
-"""The kernel against a device copy of the same bytes, PyTorch's reorganisation (eager and compiled) and an empty node.
+"""The kernel against a device copy of the same bytes, PyTorch's reorganization (eager and compiled) and an empty node.
 
 Every candidate is one CUDA graph over as many sets of buffers as exceed the cache, and they take turns; a time is the
 median of the rounds over the calls in a graph. Bytes are what the operator has to move: every row of x and the scores

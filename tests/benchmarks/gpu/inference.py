@@ -1,4 +1,4 @@
-"""Whole models: reduced against dense, slice, PyTorch's own reorganisation and the official structure."""
+"""Whole models: reduced against dense, slice, PyTorch's own reorganization and the official structure."""
 
 import functools
 import random
@@ -133,7 +133,7 @@ def _compiled_row(job: Job, models: dict[str, Any], batch: int) -> None:
 
 
 def measure_paper(job: Job) -> None:
-    """TF32, eager, images on the device, a hundred calls and then one synchronisation; by the clock on the wall."""
+    """TF32, eager, images on the device, a hundred calls and then one synchronization; by the clock on the wall."""
     torch.set_float32_matmul_precision("high")
     batch, calls, rounds = (2, 2, 2) if job.toy else (128, CALLS, 3)
     models = variants_of(SMALL, PAPER, "fp32", job)

@@ -1,7 +1,7 @@
 """Where the time of a forward pass goes: DeiT-S's kernels by what they compute, and what is left of the graph's time.
 
 Eager calls under PyTorch's profiler tell what a kernel computes: its launch lies within ranges that are opened around
-the modules, the scores and the reorganisation; where no range tells, its name does. Durations are of a replayed CUDA
+the modules, the scores and the reorganization; where no range tells, its name does. Durations are of a replayed CUDA
 graph if that runs the same kernels in the same order, because it is the graph that the other parts time.
 """
 
@@ -32,7 +32,7 @@ FORWARDS = 5
 MARK = "evit|"
 """Ranges are called ``evit|kind|label``."""
 GEMM, ATTENTION, NORM, OTHER = "GEMM", "attention", "layer norm", "other"
-EMBEDDING, GELU, SCORES, REORG = "patch embedding", "GELU", "score row", "reorganisation"
+EMBEDDING, GELU, SCORES, REORG = "patch embedding", "GELU", "score row", "reorganization"
 KINDS = (GEMM, ATTENTION, NORM, GELU, EMBEDDING, SCORES, REORG, OTHER)
 BLOCK = "block"
 """A range too, but it says where a kernel is, not what it computes."""

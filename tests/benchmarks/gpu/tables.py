@@ -322,7 +322,7 @@ def _paper(rows: Rows) -> list[Table]:
               "paper, img/s", "paper")  # fmt: skip
     return [
         Table(
-            "eager, a hundred calls and one synchronisation (the paper's protocol in TF32)", header, lines, _tried(rows)
+            "eager, a hundred calls and one synchronization (the paper's protocol in TF32)", header, lines, _tried(rows)
         )
     ]
 

@@ -1,4 +1,4 @@
-"""A training step of DeiT-S: BF16 autocast, resident images as bytes that are normalised on the device, AdamW."""
+"""A training step of DeiT-S: BF16 autocast, resident images as bytes that are normalized on the device, AdamW."""
 
 import time
 from typing import Any
@@ -20,7 +20,7 @@ BATCH = 256
 
 
 class Step:
-    """Forward, cross-entropy, backward and optimiser.
+    """Forward, cross-entropy, backward and optimizer.
 
     Args:
         model: In training; its own weights.

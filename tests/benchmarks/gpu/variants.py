@@ -1,4 +1,4 @@
-"""The models that are compared: one set of seeded weights, and who reorganises the tokens and how."""
+"""The models that are compared: one set of seeded weights, and who reorganizes the tokens and how."""
 
 import copy
 from collections import Counter
@@ -43,7 +43,7 @@ class Variant:
 
 
 class BodyReducer(EViT):
-    """EViT that scores and reorganises tokens by PyTorch's operators, whatever kernel there is; for eager calls."""
+    """EViT that scores and reorganizes tokens by PyTorch's operators, whatever kernel there is; for eager calls."""
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`TokenReducer.forward`."""

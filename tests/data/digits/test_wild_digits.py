@@ -57,7 +57,7 @@ def test_every_digit_has_its_share():
 
 
 @pytest.mark.parametrize("size", [64, 224, 33])
-def test_level_zero_is_a_centred_white_digit_on_black(size):
+def test_level_zero_is_a_centered_white_digit_on_black(size):
     data = WildDigits("train", 8, size, "hard")
     for i in range(8):
         image = data.render(i, 0.0)[0]
@@ -119,12 +119,12 @@ def test_easy_digits_stay_on_the_grid_at_every_level_and_spread_out():
 def test_contrast_to_what_lies_behind_is_kept():
     rng = np.random.default_rng(0)
     for behind, contrast, draw in itertools.product((0.0, 0.2, 0.5, 0.9, 1.0), (0.25, 0.5, 1.0), (0.0, 0.4, 0.99)):
-        colour = wild_digits._colour(behind, contrast, 1.0, draw, rng.random(3))
-        luma = float(colour @ LUMA)
+        color = wild_digits._color(behind, contrast, 1.0, draw, rng.random(3))
+        luma = float(color @ LUMA)
         possible = max(behind, 1 - behind)
         assert abs(luma - behind) >= min(contrast, possible) - 1e-5
-        assert colour.min() >= -1e-6
-        assert colour.max() <= 1 + 1e-6
+        assert color.min() >= -1e-6
+        assert color.max() <= 1 + 1e-6
     data = WildDigits("test", 20, 64, Difficulty(opacity=1.0, contrast=0.4))
     for i in range(20):
         shown, bare, (rows, columns) = changed(data, i)

@@ -1,4 +1,4 @@
-"""Labelled images in tar files, and in WebDataset shards."""
+"""Labeled images in tar files, and in WebDataset shards."""
 
 import functools
 import tarfile

@@ -24,7 +24,7 @@ TO = Preprocess(size=(SIZE, SIZE), crop_pct=0.9)
 
 
 def picture() -> Image.Image:
-    """Colours with something in them."""
+    """Colors with something in them."""
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)).resize((40, 50))
 

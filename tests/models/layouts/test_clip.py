@@ -124,7 +124,7 @@ def test_transformers_and_the_file_agree(tmp_path, kind):
 
 
 @pytest.mark.parametrize("changes", [{"hidden_act": "gelu"}, {"layer_norm_eps": 1e-3}, {"num_attention_heads": 6}])
-def test_what_the_config_of_transformers_says_is_honoured(tmp_path, changes):
+def test_what_the_config_of_transformers_says_is_honored(tmp_path, changes):
     owner, config = hugging_face("CLIPVisionModelWithProjection", **changes)
     identity = identified(tmp_path, owner.state_dict(), config)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What a config of transformers says: honoured, and refused where it contradicts the tensors or is not valid."""
+"""What a config of transformers says: honored, and refused where it contradicts the tensors or is not valid."""
 
 import pytest
 import torch

@@ -36,7 +36,7 @@ def forward(model: Model, images: Array, rates: Mapping[int, float], fusion: Fus
         model: The model, with one token in front.
         images: ``[B, 3, height, width]``.
         rates: Keep rate κ of each block that reduces: ceil(κN) of N candidates stay.
-        fusion: What the others become: nothing; Σ a·x, the paper's; or Σ a·x / Σ a, normalised.
+        fusion: What the others become: nothing; Σ a·x, the paper's; or Σ a·x / Σ a, normalized.
     """
     return together([_one(model, image, rates, fusion) for image in images])
 

@@ -109,8 +109,8 @@ def linear(model: Model, name: str, x: Array) -> Array:
 
 def layer_norm(model: Model, name: str, x: Array, eps: float | None = None) -> Array:
     """Over the last dimension, with the biased variance; ``eps`` is the model's unless given."""
-    centred = x - x.mean(-1, keepdims=True)
-    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + (model.eps if eps is None else eps))
+    centered = x - x.mean(-1, keepdims=True)
+    scaled = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + (model.eps if eps is None else eps))
     return scaled * tensor(model, f"{name}.weight") + tensor(model, f"{name}.bias")
 
 

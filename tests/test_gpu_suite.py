@@ -81,17 +81,17 @@ def test_every_part_runs_dry_and_becomes_a_section_of_the_results(tmp_path):
 
     docs = tmp_path / "docs"
     docs.mkdir()
-    shutil.copy(ROOT / "docs" / "results.md", docs)
+    shutil.copy(ROOT / "docs" / "results-gpu.md", docs)
     write = [sys.executable, str(RESULTS), str(out), "--docs", str(docs)]
     refused = subprocess.run(write, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "a dry run, whose figures mean nothing" in refused.stderr
     for _ in range(2):  # the second time it replaces what the first one wrote
         subprocess.run([*write, "--dry-run"], check=True)
-    page = (docs / "results.md").read_text()
+    page = (docs / "results-gpu.md").read_text()
     assert page.count("| goal | wanted | measured |") == 1
     assert "| training step at 0.7, eager | at least 1.4 |" in page
-    assert "## Not run" in page
+    assert "### What the figures say" in page
     stored = json.loads((docs / "results" / "gpu_suite.json").read_text())
     assert [part["name"] for part in stored["parts"]] == PARTS
 
@@ -278,16 +278,18 @@ def test_a_run_that_was_killed_becomes_results_too_and_a_later_run_replaces_its_
         return tmp_path / folder
 
     folders = ceilings("first", 1.25), ceilings("second", 2.75)
-    shutil.copy(ROOT / "docs" / "results.md", tmp_path)
+    shutil.copy(ROOT / "docs" / "results-gpu.md", tmp_path)
     done = subprocess.run(
         [sys.executable, str(RESULTS), *map(str, folders), "--docs", str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "results.md").read_text()
+    page = (tmp_path / "results-gpu.md").read_text()
     assert "| copy on the device, TB/s | 2.75 | 3.0 |" in page
     assert "| copy on the device, TB/s | 1.25 |" not in page
     assert "3 passed" in page
-    before, second, first = page.partition("## On a GPU")[2].partition("## Not run")[0].split("**ceilings (run of ")
+    before, second, first = (
+        page.partition("## On a GPU")[2].partition("### What the figures say")[0].split("**ceilings (run of ")
+    )
     assert "| copy on the device, TB/s | 2.75 | 3.0 |" in second
     assert second.startswith("2026-11-21 10:30 UTC)")
     assert "empty node: failed: RuntimeError: no" in second

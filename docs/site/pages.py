@@ -45,7 +45,7 @@ def figures() -> str:
     lines = [
         "# Figures as files",
         "",
-        "What [results.md](results.md) quotes, whole, with the command where the file has it.",
+        "What [the results](results.md) quote, whole, with the command where the file has it.",
         "",
     ]
     lines += ["| file | command |", "|---|---|"]

@@ -130,7 +130,7 @@ def quantize(
     Two forms of INT8. TensorRT wants signed activations around zero and biases as they are. CPUs multiply unsigned by
     signed, and ONNX Runtime's kernels take the INT32 biases along: on DeiT-S 2.4 times as fast as the other form there,
     1.1 times in OpenVINO, and more accurate, because what comes out of Gelu is hardly ever negative (figures:
-    ``tests/benchmarks/int8_forms.py``, docs/results.md).
+    ``tests/benchmarks/int8_forms.py``, docs/results-precision.md).
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 

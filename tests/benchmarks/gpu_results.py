@@ -1,6 +1,7 @@
-"""Writes what gpu_suite.py measured into the GPU section of docs/results.md, and its raw JSON into docs/results/.
+"""Writes what gpu_suite.py measured into the GPU section of docs/results-gpu.md, and its raw JSON into docs/results/.
 
 python tests/benchmarks/gpu_results.py DIR [DIR...]
+mdformat docs/results-gpu.md
 
 Of several runs, given in the order in which they ran, a later one's rows replace the same rows of earlier ones; rows
 that only an earlier run has stay, and the text says which run each table is from. A run that was killed is read from
@@ -141,7 +142,7 @@ def placeless(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="what gpu_suite.py wrote")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder with results.md")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder with results-gpu.md")
     parser.add_argument("--dry-run", action="store_true", help="take dry runs, whose figures mean nothing")
     options = parser.parse_args()
     documents = [document_of(folder) for folder in options.folders]
@@ -150,7 +151,7 @@ def main() -> None:
             parser.error(f"{folder}: nothing was measured there (no rows in rows.jsonl)")
         if document["dry run"] and not options.dry_run:
             parser.error(f"{folder}: a dry run, whose figures mean nothing")
-    page = options.docs / "results.md"
+    page = options.docs / "results-gpu.md"
     before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

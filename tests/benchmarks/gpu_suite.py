@@ -6,7 +6,7 @@ The kernel library is the one that EVIT_DEPLOY_KERNEL names, or several are comp
 old=PATH; the first is what PyTorch's models use. Beside it lie libevit_token_reorg_host.so and token_reorg_cases_gpu;
 gpu_bundle.sh prepares all of that. DIR gets rows.jsonl (every row as soon as it is known, so that a run that is killed
 keeps them), gpu_suite.json (all of them with their parts), log.txt and table.txt. gpu_results.py writes them into
-docs/results.md. --dry-run runs every part at toy size on the CPU.
+docs/results-gpu.md. --dry-run runs every part at toy size on the CPU.
 
 Exit codes: 0 when all that was asked for ran, 1 when a part was cut short or not run, 2 usage, 3 no GPU, 130
 interrupted.

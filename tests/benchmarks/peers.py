@@ -333,7 +333,7 @@ def _goal(text: str, theirs: list[float], ours: list[float], level: float) -> di
 
 
 def print_table(rows: dict[str, dict[str, Any]], met: list[dict[str, Any]]) -> None:
-    """As it stands in docs/results.md."""
+    """As it stands in docs/results-tools.md."""
     print("\n| | convert: s, of the CPU, peak MB | file MB | batch 1: images/s, over Optimum's | batch 8 | same class, "
           "1 − centered cosine |\n|---|---|---|---|---|---|")  # fmt: skip
     for name, row in rows.items():

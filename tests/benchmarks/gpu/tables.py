@@ -59,7 +59,7 @@ def as_markdown(one: Table) -> list[str]:
     """A table of Markdown."""
     lines = [f"**{one.title}**", ""]
     if one.lines:
-        lines += [_bar(one.header), _bar(["---"] * len(one.header)), *map(_bar, one.lines), ""]
+        lines += [_bar(one.header), _bar(["--"] * len(one.header)), *map(_bar, one.lines), ""]
     for note in one.notes:
         lines += [note, ""]
     return lines

@@ -1,6 +1,6 @@
-"""evit-deploy: from a pretrained vision transformer to a faster one that is proven to give the same answers.
+"""evit-deploy: turns a pretrained vision transformer into a faster one, verified to return the same answers.
 
-The public names below are loaded on first use (PEP 562), so that ``evit-deploy --help`` never pays for PyTorch.
+The public names below are loaded on first use (PEP 562), so that ``evit-deploy --help`` does not import PyTorch.
 """
 
 __version__ = "0.2.0"
@@ -87,8 +87,8 @@ _PUBLIC = {
         "MissingRequirement StageError GateFailed",
     },
 }
-"""Stage -> module -> its public names. ``docs/generate_api.py`` makes of this list, which is the only one, the stub
-``__init__.pyi`` for type checkers and editors, and ``docs/api.md``."""
+"""Stage -> module -> its public names: the only list of them. ``docs/generate_api.py`` generates from it the stub
+``__init__.pyi``, for type checkers and editors, and ``docs/api.md``."""
 _MODULE_OF = {name: module for stage in _PUBLIC.values() for module, names in stage.items() for name in names.split()}
 
 __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -97,7 +97,7 @@ __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module  # here, so that it is no name of the package
+    from importlib import import_module  # imported here to keep it out of the package's namespace
 
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 

@@ -1,4 +1,5 @@
-"""The program ``evit-deploy``, also ``python -m evit_deploy``: it listens to signals before it imports more."""
+"""The program ``evit-deploy``, also ``python -m evit_deploy``: signal handlers are installed before the other
+imports."""
 
 import sys
 
@@ -12,11 +13,11 @@ def main() -> None:
         from evit_deploy import cli
 
         cli.main()
-    except KeyboardInterrupt:  # while that was imported, or in the last moment
+    except KeyboardInterrupt:  # during the import, or after the command line's own handler
         interrupts.ignore()
         sys.stderr.write(f"evit-deploy: {interrupts.SENTENCE}\n")
         sys.exit(interrupts.exit_code())
-    except (OSError, MemoryError) as error:  # so little is left that not even the command line can be imported
+    except (OSError, MemoryError) as error:  # too little memory or disk even for importing the command line
         sys.stderr.write(f"evit-deploy: {error or 'not enough memory'}\n")
         sys.exit(4)
 

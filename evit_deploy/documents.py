@@ -1,7 +1,7 @@
-"""Files that others may have written: read within limits of size, depth and count, into a type, or refused in words.
+"""Reading documents from untrusted sources, with limits on size, depth and number of elements.
 
-Manifests, reports, package lists, metadata of checkpoints and configs are read here. A damaged or hostile one is an
-error of its reader (:class:`~evit_deploy.errors.InputError`), and costs no more than its size.
+Manifests, reports, package lists, metadata of checkpoints and configs are read here. A damaged or malicious document
+raises :class:`~evit_deploy.errors.InputError`; the work done before that is at most proportional to its size.
 """
 
 import os
@@ -17,15 +17,15 @@ _Kind = TypeVar("_Kind")
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What a document may be at most.
+    """Upper limits of a document.
 
     Args:
         size: Bytes.
-        depth: Of lists and mappings within one another.
-        items: Of lists and mappings together; a text or a number counts as one too.
+        depth: Nesting of lists and mappings.
+        items: Elements of all lists and mappings together, scalars included.
     """
 
-    size: int = 16 << 20  # the largest that are written hold the names of 21,841 classes: about a megabyte
+    size: int = 16 << 20  # the largest we write hold the names of 21,841 classes: about a megabyte
     depth: int = 32
     items: int = 1_000_000
 
@@ -34,16 +34,16 @@ USUAL = Limits()
 
 
 def read_bytes(path: Path, limits: Limits = USUAL, error: type[EvitDeployError] = InputError) -> bytes:
-    """Reads a regular file; its size is looked at first.
+    """Reads a regular file after checking its size.
 
     Args:
         path: The file.
-        limits: Only the size matters here.
+        limits: Only ``size`` is used.
         error: Class of the errors to raise.
 
     Raises:
-        EvitDeployError: Of the class ``error``: no such file, no regular file (a pipe or a device would be waited for
-            without end), a file that is too large, or one that cannot be read.
+        EvitDeployError: Of the class ``error``: the file does not exist, is not a regular file (reading a pipe or a
+            device could block forever), is too large, or cannot be read.
     """
     try:
         # Without O_NONBLOCK, opening a pipe waits for a writer.
@@ -55,7 +55,7 @@ def read_bytes(path: Path, limits: Limits = USUAL, error: type[EvitDeployError] 
             if not stat.S_ISREG(status.st_mode):
                 raise error("this is a pipe, a socket or a device", where=path, wanted="a file")
             content = b"" if status.st_size > limits.size else file.read(limits.size + 1)
-            size = max(status.st_size, len(content))  # a file of /proc has size 0, another may grow meanwhile
+            size = max(status.st_size, len(content))  # /proc reports size 0; other files may grow
     except IsADirectoryError:
         raise error("this is a folder", where=path, wanted="a file") from None
     except FileNotFoundError:
@@ -81,17 +81,17 @@ def decode_json(
     limits: Limits = USUAL,
     error: type[EvitDeployError] = InputError,
 ) -> _Kind:
-    """JSON as a type.
+    """Parses JSON into a type.
 
     Args:
         content: The JSON.
-        kind: What msgspec can convert to: a struct, or a type such as ``dict[str, Any]``.
-        where: File it stands in, for messages.
-        limits: What it may be at most.
+        kind: A type that msgspec can convert to: a struct, or for example ``dict[str, Any]``.
+        where: File it was read from, for messages.
+        limits: Upper limits of the document.
         error: Class of the errors to raise.
 
     Raises:
-        EvitDeployError: Of the class ``error``: no JSON, too much of it, or something else than the type asks for.
+        EvitDeployError: Of the class ``error``: not valid JSON, over the limits, or not convertible to the type.
     """
     size = len(content)
     if size > limits.size:
@@ -100,7 +100,7 @@ def decode_json(
         document = msgspec.json.decode(content)
     except RecursionError:
         raise error("nested too deeply", where=where, wanted=f"at most {limits.depth} levels") from None
-    except (msgspec.DecodeError, ValueError) as failure:  # a ValueError is text that is no UTF-8
+    except (msgspec.DecodeError, ValueError) as failure:  # ValueError: the text is not valid UTF-8
         raise error(f"not valid JSON: {failure}", where=where) from None
     check_tree(document, where, limits, error)
     return converted(document, kind, where, error)
@@ -109,12 +109,12 @@ def decode_json(
 def read_json(
     path: Path, kind: type[_Kind], limits: Limits = USUAL, error: type[EvitDeployError] = InputError
 ) -> _Kind:
-    """A JSON file as a type; see :func:`read_bytes` and :func:`decode_json`."""
+    """Parses a JSON file into a type; see :func:`read_bytes` and :func:`decode_json`."""
     return decode_json(read_bytes(path, limits, error), kind, path, limits, error)
 
 
 def converted(document: Any, kind: type[_Kind], where: object, error: type[EvitDeployError] = InputError) -> _Kind:
-    """A parsed document as a type; the error says at which key it is something else.
+    """Converts a parsed document to a type; the error names the key that does not fit.
 
     Raises:
         EvitDeployError: Of the class ``error``.
@@ -125,14 +125,14 @@ def converted(document: Any, kind: type[_Kind], where: object, error: type[EvitD
         what, _, place = str(failure).partition(" - at `$")
         place = place.rstrip("`").lstrip(".")
         raise error(what[:1].lower() + what[1:], where=f"{where}: {place}" if place else where) from None
-    except (EvitDeployError, ValueError, OverflowError) as failure:  # of a struct's own rules
+    except (EvitDeployError, ValueError, OverflowError) as failure:  # raised by a struct's ``__post_init__``
         raise error(str(failure), where=where) from None
 
 
 def check_tree(document: Any, where: object, limits: Limits = USUAL, error: type[EvitDeployError] = InputError) -> None:
-    """Makes sure that a parsed document is not too deep and has not too many parts; takes linear time.
+    """Checks that a parsed document is not nested too deeply and has not too many elements, in linear time.
 
-    A part that stands in several places counts at each: written out, it would cost as much.
+    An object referenced from several places is counted at each of them, because serializing it would cost as much.
 
     Raises:
         EvitDeployError: Of the class ``error``.

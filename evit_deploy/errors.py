@@ -1,20 +1,19 @@
-"""Every error a user can meet, with the exit code the command line gives for it.
+"""All errors that evit-deploy raises, with their exit codes on the command line.
 
 ::
 
-    EvitDeployError            4   base; also "a stage failed"
-    ├── InputError             2   what was given cannot be used (also a ValueError)
-    │   ├── CheckpointError    2   a checkpoint cannot be read or does not fit
-    │   ├── RecipeError        2   a recipe cannot be read or asks for something impossible
-    │   └── UnsupportedModelError  2   a model that cannot be reduced exactly, with the reasons
-    ├── MissingRequirement     3   the environment lacks something; the message has the line that fixes it
-    ├── StageError             4   a stage failed for a reason outside the input (full disk, exporter, runtime)
-    └── GateFailed             1   everything ran and a check did not hold
+    EvitDeployError            4   base; also "a stage failed" ├── InputError             2   an option, a file or an
+    argument cannot be used (also a ValueError) │   ├── CheckpointError    2   a checkpoint cannot be read or does not
+    fit │   ├── RecipeError        2   a recipe cannot be read or asks for something impossible │   └──
+    UnsupportedModelError  2   a model that cannot be reduced exactly, with the reasons ├── MissingRequirement     3
+    the environment lacks something; the message has the line that fixes it ├── StageError             4   a stage
+    failed for a reason outside the input (full disk, exporter, runtime) └── GateFailed             1   everything ran
+    and a check did not hold
 
-:class:`Interrupted` is no error: a training was asked to stop, and left behind what it can continue from. The command
-line ends with 130 after Ctrl-C and with 143 after SIGTERM, whatever was being done.
+:class:`Interrupted` is not an error: training was stopped by a signal, after it wrote a state it can resume from. The
+command line exits with 130 after Ctrl-C and with 143 after SIGTERM, whatever it was doing.
 
-A message says what happened, where, what was seen, what was wanted and what to do about it, in that order.
+A message states what happened, where, the value found, the value expected and what to do about it, in that order.
 """
 
 import errno
@@ -22,11 +21,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 _LONGEST = 1500
-"""Characters of a message before its fix: what others wrote stands in it, and may be of any length."""
+"""Maximum length of a message before its fix; messages quote foreign text, which may have any length."""
 
 
 def _cut(text: str, length: int) -> str:
-    """A text that is too long, without its middle."""
+    """Shortens a long text by removing its middle."""
     return text if len(text) <= length else f"{text[: length * 2 // 3]} … {text[-length // 3 + 3 :]}"
 
 
@@ -64,13 +63,13 @@ class EvitDeployError(Exception):
 
 
 class InputError(EvitDeployError, ValueError):
-    """What was given (an option, a file, an argument) cannot be used."""
+    """An option, a file or an argument cannot be used."""
 
     exit_code = 2
 
 
 class CheckpointError(InputError):
-    """A checkpoint cannot be read, is not what it should be, or does not fit the model."""
+    """A checkpoint cannot be read, is not a checkpoint, or does not fit the model."""
 
 
 class RecipeError(InputError):
@@ -83,7 +82,7 @@ class UnsupportedModelError(InputError):
     Args:
         model: Name of the model or of its class.
         reasons: Why, one clause each.
-        fix: What helps; by default another model.
+        fix: What to do about it; by default, choosing another model.
     """
 
     def __init__(self, model: str, reasons: list[str], fix: str | None = None) -> None:
@@ -95,32 +94,32 @@ class UnsupportedModelError(InputError):
 
 
 class MissingRequirement(EvitDeployError):  # noqa: N818 -- reads as what it is; click and pip name theirs likewise
-    """The environment lacks a package, a device or the network; the message has the line that fixes it."""
+    """The environment lacks a package, a device or network access; the message contains the command that fixes it."""
 
     exit_code = 3
 
 
 class StageError(EvitDeployError):
-    """A stage failed for a reason that lies outside the input."""
+    """A stage failed for a reason other than its input: full disk, exporter, runtime."""
 
     exit_code = 4
 
 
 class GateFailed(EvitDeployError):  # noqa: N818 -- a result, not a malfunction
-    """Everything ran, and a check did not hold."""
+    """Everything ran, and a check failed."""
 
     exit_code = 1
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training that Ctrl-C or SIGTERM stopped and that can continue from a file: a ``KeyboardInterrupt`` with words.
+    """Training was stopped by Ctrl-C or SIGTERM and can be resumed: a ``KeyboardInterrupt`` with a message.
 
-    Its text says how far the training has come, and where its state is.
+    The message states the step reached and the path of the saved state.
     """
 
 
 class _Shortage(NamedTuple):
-    """Something that a machine runs out of."""
+    """A resource that can run out, and how its errors are recognized."""
 
     what: str
     numbers: tuple[int, ...]
@@ -151,11 +150,11 @@ _MEMORY = _Shortage(
 
 
 def exhausted(error: BaseException) -> StageError | None:
-    """What the machine had run out of, if that is why something failed, in whichever library.
+    """The error to report if something failed because memory, disk, files or processes ran out, in any library.
 
     Args:
-        error: What was raised. One of ours stays as it is if it names the shortage, asks for a package, is a result, or
-            refuses an input for want of memory (a shape that no memory holds).
+        error: What was raised. An error of this package is not replaced if it already names the shortage, asks for a
+            package, is a failed check, or refuses an input that needs too much memory.
     """
     known = (_FILES, _DISK, _PROCESSES, _MEMORY)
     if isinstance(error, InputError):
@@ -185,26 +184,26 @@ def _says(error: BaseException, shortage: _Shortage) -> bool:
 
 
 def did_you_mean(name: object, known: Iterable[str], *, prefix: str = "", choices: int = 1) -> str | None:
-    """The question to ask about a name that is not known; ``None`` when no known name is like it.
+    """A suggestion for an unknown name; ``None`` if no known name is similar.
 
     >>> did_you_mean("evti", ["evit", "slice"])
     "Did you mean 'evit'?"
 
     Args:
-        name: What was written.
-        known: The names that there are.
-        prefix: Put before the names that are asked for.
-        choices: How many names to ask for at most.
+        name: The unknown name.
+        known: The valid names.
+        prefix: Prepended to each suggested name.
+        choices: Maximum number of suggestions.
     """
-    import difflib  # every command imports this module, and few ask
+    import difflib  # every command imports this module, and few need this
 
-    # Half of the letters are enough: `deit_tiny` is to find timm's long name, `trt` to find `tensorrt`.
+    # A low cutoff, so that `deit_tiny` finds timm's long name and `trt` finds `tensorrt`.
     near = difflib.get_close_matches(str(name), known, n=choices, cutoff=0.5)
     return f"Did you mean {' or '.join(repr(prefix + one) for one in near)}?" if near else None
 
 
 def first_few(names: Iterable[object], count: int = 3, separator: str = ", ") -> str:
-    """The first of many names, and how many more there are.
+    """Joins the first names and the number of the remaining ones.
 
     >>> first_few(["a", "b", "c", "d"])
     'a, b, c and 1 more'

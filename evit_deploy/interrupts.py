@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM: a request to stop, and with which signal it came.
+"""Ctrl-C and SIGTERM: handling a request to stop.
 
-Both raise ``KeyboardInterrupt`` in the main thread. What comes within :data:`TOGETHER` seconds of the first belongs to
-it, because the same request often comes twice: from the terminal and from a launcher, from a scheduler and from a
-shell. So the second one does not disturb the work of tidying up; one that comes later does.
+Both raise ``KeyboardInterrupt`` in the main thread. Signals that arrive within :data:`TOGETHER` seconds of the first
+count as the same request, because a request often arrives twice: from the terminal and a launcher, or from a scheduler
+and a shell. They are ignored, so that they do not interrupt the cleanup; a later signal does.
 
 A library may swallow or wrap the exception; the signal is remembered, and :func:`raise_if_asked` raises again.
 """
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 TOGETHER = 2.0
-"""Seconds in which several signals are one request."""
+"""Seconds within which several signals count as one request."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SENTENCE = "interrupted; nothing was left half-written"
 
@@ -30,9 +30,9 @@ class _Request:
 
 
 def listen() -> None:
-    """Takes SIGINT and SIGTERM over; one that the parent process has set to be ignored stays so.
+    """Installs the handlers of SIGINT and SIGTERM, except for a signal that the parent process has set to be ignored.
 
-    Only the main thread may; elsewhere nothing changes.
+    Only the main thread can install handlers; in other threads this does nothing.
     """
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
@@ -42,7 +42,7 @@ def listen() -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Listens for the time of one command, and forgets what came when it ends."""
+    """Installs the handlers for the duration of one command, then restores the previous ones and resets the state."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     _forget()
     listen()
@@ -57,10 +57,10 @@ def listening() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Holds a request back until a short step is done, such as starting a process that has to be ended again.
+    """Defers a request until a short step is done, such as starting a process that must be ended later.
 
     Raises:
-        KeyboardInterrupt: At the end, if a signal came.
+        KeyboardInterrupt: At the end, if a signal arrived.
     """
     _Request.held = True
     try:
@@ -73,41 +73,41 @@ def held() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """Lets the process end as it has decided to: what comes from now on changes nothing."""
+    """Ignores all further signals, so that the process ends with the exit code it has chosen."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # CPython ends by SIGINT, whatever the exit code, when the last text it ran was interrupted, as in an import that
-    # makes a dataclass. So it runs another.
+    # CPython exits by SIGINT, whatever the exit code, if its last `exec` was interrupted, as in an import that creates
+    # a dataclass. Another `exec` resets that.
     exec("")
 
 
 def note(number: int) -> None:
-    """Notes a signal that is a request."""
+    """Records a signal as the request to stop."""
     _Request.number, _Request.since = number, time.monotonic()
 
 
 def repeated() -> bool:
-    """Whether a signal that comes now is the request that was noted, once again."""
+    """Whether a signal that arrives now counts as the same request."""
     return asked() and time.monotonic() - _Request.since < TOGETHER
 
 
 def asked() -> bool:
-    """Whether a signal came."""
+    """Whether a signal has arrived."""
     return _Request.number is not None
 
 
 def exit_code() -> int:
-    """130 after Ctrl-C, 143 after SIGTERM, as a shell gives it."""
+    """130 after Ctrl-C, 143 after SIGTERM, as shells report it."""
     return 128 + (_Request.number or signal.SIGINT)
 
 
 def raise_if_asked() -> None:
-    """Raises again what a library may have swallowed.
+    """Raises ``KeyboardInterrupt`` again if a library has swallowed it.
 
-    Not while something is tidied up after an exception: that is not to be disturbed.
+    Does nothing while an exception is being handled, so that cleanup is not interrupted.
 
     Raises:
-        KeyboardInterrupt: It was raised before, and the work did not end.
+        KeyboardInterrupt: It was raised before, and the work continued.
     """
     if _Request.raised and sys.exception() is None:
         raise KeyboardInterrupt

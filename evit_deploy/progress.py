@@ -1,9 +1,9 @@
-"""How far long work has come, as records of the logger ``evit_deploy``.
+"""Progress of long work, as records of the logger ``evit_deploy``.
 
-Every module logs through ``logging.getLogger(__name__)``: warnings are what the user should know (assumptions, costs,
-trouble that was overcome), infos are facts worth a line. Progress is logged here, as infos and debug records that carry
-a :class:`Progress` in their attribute ``progress``, so that a display can show it in place instead of line by line; the
-command line's is :class:`evit_deploy.cli.output.Output`. Without a handler progress is silent, as Python's logging is.
+Every module logs through ``logging.getLogger(__name__)``: warnings report what the user should know (assumptions,
+costs, recovered errors), infos report facts worth a line. Progress is logged here, as info and debug records with a
+:class:`Progress` in the attribute ``progress``, so that a display can update in place;
+:class:`evit_deploy.cli.output.Output` is the one of the command line. Without a logging handler, nothing is shown.
 """
 
 import logging
@@ -28,14 +28,14 @@ _PLAN: ContextVar[_Plan | None] = ContextVar("stages", default=None)
 
 @dataclass(frozen=True)
 class Progress:
-    """The place that a record speaks of.
+    """Position in the work that a record refers to.
 
     Args:
         stage: Number of the stage, from 1; ``None`` outside of :func:`stages`.
         stages: How many there are.
-        done: Steps of a stage that lie behind, where it is counted in steps.
-        total: Its steps in all.
-        figures: What is measured on the way, ``images/s`` or ``loss``.
+        done: Completed steps of the stage, if it counts steps.
+        total: Total number of its steps.
+        figures: Current measurements, such as ``images/s`` or ``loss``.
     """
 
     stage: int | None = None
@@ -47,7 +47,7 @@ class Progress:
 
 @contextmanager
 def stages(count: int) -> Iterator[None]:
-    """Says how many stages the work has. Of nested ones the outermost counts: the inner ones are details of its stage.
+    """Declares the number of stages. If calls are nested, only the outermost counts.
 
     Args:
         count: How often :func:`stage` will be called.
@@ -60,13 +60,13 @@ def stages(count: int) -> Iterator[None]:
 
 
 def in_stages(items: Collection[T]) -> Iterator[T]:
-    """The items of a loop whose body begins a stage each."""
+    """Iterates over items, each of which is one stage."""
     with stages(len(items)):
         yield from items
 
 
 def stage(log: logging.Logger, text: str) -> None:
-    """Logs the beginning of the next stage."""
+    """Logs the start of the next stage."""
     plan = _PLAN.get()
     if plan is not None:
         plan.reached += 1
@@ -74,7 +74,7 @@ def stage(log: logging.Logger, text: str) -> None:
 
 
 def doing(log: logging.Logger, text: str) -> None:
-    """Logs what is being done now, within the stage."""
+    """Logs the current activity within the stage."""
     log.info(text, extra={"progress": _here()})
 
 
@@ -84,9 +84,9 @@ def step(log: logging.Logger, text: str, done: int, total: int, **figures: float
     Args:
         log: The caller's logger.
         text: What is being done.
-        done: Steps that lie behind.
-        total: Steps in all.
-        figures: What is measured on the way.
+        done: Completed steps.
+        total: Total number of steps.
+        figures: Current measurements.
     """
     here = _here()
     log.debug(text, extra={"progress": Progress(here.stage, here.stages, done, total, figures)})

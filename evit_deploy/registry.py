@@ -1,8 +1,8 @@
-"""Four doors, one key: methods, backbones, targets and runtimes are found by name and imported on first use.
+"""Methods, backbones, targets and runtimes by name, imported on first use.
 
-A third party adds its own either by an entry point (``evit_deploy.methods``, ``evit_deploy.backbones``,
-``evit_deploy.targets``, ``evit_deploy.runtimes``) or by :meth:`Registry.register`; ours are listed here in the same
-form.
+Other packages add theirs with an entry point (group ``evit_deploy.methods``, ``evit_deploy.backbones``,
+``evit_deploy.targets`` or ``evit_deploy.runtimes``) or with :meth:`Registry.register`. The built-in ones are listed
+here in the same form.
 """
 
 import importlib
@@ -12,12 +12,12 @@ from evit_deploy.errors import InputError, did_you_mean
 
 
 class Registry:
-    """Names of one kind of thing, each a ``"module:attribute"`` that is imported when asked for.
+    """Maps names of one kind to ``"module:attribute"`` references, which are imported when requested.
 
     Args:
-        kind: What the names stand for, in the singular; used in messages and in the entry point group.
+        kind: What the names refer to, in the singular; used in messages and in the entry point group.
         targets: name -> ``"module:attribute"``.
-        unlisted: Names that can be used but are not offered where a user chooses.
+        unlisted: Names that can be used but are not offered to users.
     """
 
     def __init__(self, kind: str, targets: dict[str, str], unlisted: tuple[str, ...] = ()) -> None:
@@ -35,7 +35,7 @@ class Registry:
             target: ``"module:attribute"``.
 
         Raises:
-            InputError: The name is taken by something else, or the target is malformed.
+            InputError: The name is already in use, or the reference is malformed.
         """
         if target.count(":") != 1:
             raise InputError(f"not a {self.kind} target", seen=repr(target), wanted="'module:attribute'")
@@ -44,13 +44,13 @@ class Registry:
         self._targets[name] = target
 
     def own_names(self) -> list[str]:
-        """Our names alone, whatever was registered: what help pages list, the same on every machine."""
+        """The built-in names only. Help pages list these, so that they are the same on every machine."""
         return list(self._own)
 
     def names(self) -> list[str]:
-        """All names, ours first, then those of entry points."""
+        """All names: the built-in ones, then those of entry points."""
         if not self._scanned:
-            import importlib.metadata  # costs more than all else here, and a help page needs none of it
+            import importlib.metadata  # slow to import, and not needed for help pages
 
             self._scanned = True
             for point in importlib.metadata.entry_points(group=f"evit_deploy.{self.kind}s"):
@@ -58,21 +58,21 @@ class Registry:
         return list(self._targets)
 
     def offered(self) -> list[str]:
-        """The names that a user can ask for."""
+        """The names offered to users."""
         return [name for name in self.names() if name not in self.unlisted]
 
     def get(self, name: str) -> Any:
-        """Imports what a name stands for.
+        """Imports what a name refers to.
 
         Raises:
-            InputError: No such name; the message has the nearest one.
+            InputError: Unknown name; the message suggests the most similar one.
         """
         if name not in self._targets and name not in self.names():
             raise InputError(
                 f"unknown {self.kind}",
                 seen=repr(name),
                 wanted="one of " + ", ".join(sorted(self.offered())),
-                fix=did_you_mean(name, self.names()),  # what only compares can be asked for in places
+                fix=did_you_mean(name, self.names()),  # unlisted names too: recipes accept them
             )
         module, attribute = self._targets[name].split(":")
         return getattr(importlib.import_module(module), attribute)
@@ -90,7 +90,7 @@ METHODS = Registry(
         "random": "evit_deploy.tokens.methods.baselines:RandomDrop",
         "inverse": "evit_deploy.tokens.methods.baselines:InverseDrop",
     },
-    unlisted=("slice", "random", "inverse"),  # to compare others with: in recipes and in Python
+    unlisted=("slice", "random", "inverse"),  # baselines, for recipes and Python
 )
 BACKBONES = Registry(
     "backbone",
@@ -103,7 +103,7 @@ BACKBONES = Registry(
 )
 TARGETS = Registry(
     "target",
-    {  # the first that a bundle has a file for is what `package` takes
+    {  # order of preference of `package`
         "tensorrt": "evit_deploy.targets.tensorrt:TensorRT",
         "tensorrt-rtx": "evit_deploy.targets.tensorrt_rtx:TensorRTRTX",
         "torch-tensorrt": "evit_deploy.targets.torch_tensorrt:TorchTensorRT",

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 from PIL import Image
-from tests.support.labeled_images import data_section
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
@@ -13,6 +12,7 @@ from evit_deploy.data.augmentation import ErasedTransform, erase_
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.sampling import own_randomness
 from evit_deploy.data.training_data import open_data
+from tests.support.labeled_images import data_section
 from tests.support.training_devices import DEVICES, available
 
 SIDE = 24

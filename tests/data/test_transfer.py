@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.support.labeled_images import SIZE, data_section
 
 from evit_deploy.data.digits.digits import DigitsData
 from evit_deploy.data.preprocess import Preprocess
@@ -14,6 +13,7 @@ from evit_deploy.data.sampling import loader, stacked
 from evit_deploy.data.training_data import open_data
 from evit_deploy.data.transfer import Transfer
 from evit_deploy.recipe.sections import DataSection
+from tests.support.labeled_images import SIZE, data_section
 from tests.support.training_devices import DEVICES, available
 
 HOW = Preprocess(size=(8, 8), crop_pct=1.0)

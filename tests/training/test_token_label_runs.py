@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tests.support.labeled_images import ARGS, CLASSES, SIZE, SPEC, data_section, section, tiny, write_map
 
 from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.data.training_data import open_data
@@ -24,6 +23,7 @@ from evit_deploy.training import step as training_run
 from evit_deploy.training.loop import EVIT, fit, train
 from evit_deploy.training.tasks import Teacher, make_task
 from evit_deploy.training.token_labels import token_logits
+from tests.support.labeled_images import ARGS, CLASSES, SIZE, SPEC, data_section, section, tiny, write_map
 from tests.support.logs import notices
 from tests.support.paths import RECIPES
 from tests.support.training import QUIET, Killed, losses_of

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.support.labeled_images import CLASSES, SIZE, SPEC, opened, section, tiny
 from torch import Tensor
 from torchvision.transforms import Compose, ToTensor
 
@@ -23,6 +22,7 @@ from evit_deploy.training.loop import fit
 from evit_deploy.training.step import TrainingRun
 from evit_deploy.training.tasks import make_task
 from evit_deploy.training.token_labels import MixToken, token_logits
+from tests.support.labeled_images import CLASSES, SIZE, SPEC, opened, section, tiny
 
 # ---- the loss, in float64 and without PyTorch
 

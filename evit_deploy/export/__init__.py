@@ -1,1 +1,1 @@
-"""One portable ONNX file, and what is made of it: precisions, variants, OpenVINO files."""
+"""The portable ONNX file and its derivatives: precisions, variants, OpenVINO files."""

@@ -1,4 +1,4 @@
-"""What a model answers: one number a class, ``logits``, or a vector that images are compared by, ``embedding``."""
+"""A model's output: ``logits``, one per class, or ``embedding``, a vector for comparing images."""
 
 from collections.abc import Collection
 from typing import Any
@@ -9,11 +9,11 @@ from evit_deploy.errors import InputError
 from evit_deploy.export.card import EMBEDDING, LOGITS
 from evit_deploy.tokens.op import precise
 
-_SHORTEST = 1e-12  # as torch.nn.functional.normalize has it: a vector of nothing but zeros stays one
+_SHORTEST = 1e-12  # the eps of torch.nn.functional.normalize: a zero vector stays zero
 
 
 class Normalize(nn.Module):
-    """Scales vectors to length 1, in FP32 at least: squares of half precision overflow and vanish early."""
+    """Scales vectors to length 1, in FP32 or higher, because squares in half precision overflow and underflow."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, width]`` to ``[B, width]``, FP32 or FP64."""
@@ -22,20 +22,20 @@ class Normalize(nn.Module):
 
 
 def normalize_(model: Any) -> None:
-    """Makes a model without classes answer with vectors of length 1, in place.
+    """Makes a model without classes return vectors of length 1, in place.
 
-    The scaling is a step of the model: what runs, copies or exports it needs to know nothing about it.
+    The scaling becomes part of the model, so code that runs, copies or exports it needs no special case.
 
     Args:
         model: A model of a registered backbone.
 
     Raises:
-        InputError: It has classes.
+        InputError: The model has classes.
     """
     if answer_name(model) != EMBEDDING:
         raise has_classes(model.num_classes)
     if not is_normalized(model):
-        model.add_module("normalize", Normalize())  # no parameters, and so no new keys in a state dict
+        model.add_module("normalize", Normalize())  # no parameters, so the state dict is unchanged
         model.register_forward_hook(_normalized)
 
 
@@ -44,7 +44,7 @@ def _normalized(model: Any, inputs: Any, answer: Tensor) -> Tensor:
 
 
 def has_classes(classes: int) -> InputError:
-    """The refusal to normalize logits."""
+    """The error for normalizing logits."""
     return InputError(
         "logits cannot be normalized, because their magnitude expresses confidence", where="--normalize",
         seen=f"{classes} classes", wanted="a model without a classifier",
@@ -58,24 +58,24 @@ def is_normalized(model: Any) -> bool:
 
 
 def answer_name(model: Any) -> str:
-    """What the output of a model is called that answers: ``embedding`` where there are no classes, else ``logits``."""
+    """Name of a model's output: ``embedding`` if it has no classes, else ``logits``."""
     return LOGITS if model.num_classes > 0 else EMBEDDING
 
 
 def answer_size(model: Any) -> int:
-    """How many numbers a model answers with: its classes, or the width of its embedding."""
+    """Size of a model's output: the number of classes, or the width of the embedding."""
     if model.num_classes > 0:
         return model.num_classes
-    head = getattr(model, "head", None)  # a projection, as CLIP has one
+    head = getattr(model, "head", None)  # a projection, as in CLIP
     return head.out_features if isinstance(head, nn.Linear) else model.num_features
 
 
 def answer_in(names: Collection[str]) -> str:
-    """Which of a model's outputs answers.
+    """The name of the model's answer among its outputs.
 
-    Bundles of earlier versions call it ``logits`` in any case.
+    In bundles of earlier versions it is always ``logits``.
 
     Args:
-        names: Of the outputs; a mapping's keys will do.
+        names: Names of the outputs; a mapping can be passed.
     """
     return EMBEDDING if EMBEDDING in names else LOGITS

@@ -1,12 +1,12 @@
-"""Blocks that are alike, exported once: the exporter takes as long for a model's twelfth block as for its first.
+"""Exports identical blocks once, because the exporter takes as long for a model's twelfth block as for its first.
 
-The exporter sees a *short* model: stem and head, and of its blocks one of each kind. What it writes for a block is
-repeated for all blocks of the kind, each with its own weights and its own token counts. What it wrote is remembered: a
-dense twin and further keep rates of the same model need no run at all.
+The exporter runs on a *short* model: stem, head, and one block of each kind. Its output for a block is repeated for all
+blocks of that kind, with their own weights and token counts. The output is cached, so that a dense twin and further
+keep rates of the same model need no export at all.
 
-Nothing is guessed. A number in the file is taken for a token count only where nothing else beside it has that size.
-Where something is not understood, the exporter is given the whole model: so it is with methods that carry state,
-whose blocks all differ, with methods that have layers of their own, and with LeViT.
+Nothing is guessed: a number in the file is treated as a token count only if nothing else in the block has that size. In
+unclear cases the whole model is exported. This applies to methods that carry state, whose blocks all differ, to methods
+with their own layers, and to LeViT.
 """
 
 import hashlib
@@ -27,29 +27,29 @@ from evit_deploy.tokens.backbone import Backbone, copy_sharing_weights
 from evit_deploy.tokens.plan import BlockPlan, TokenPlan
 
 Run = Callable[[nn.Module], ModelProto]
-"""The exporter: a model in export form to a file whose nodes are named by their modules."""
+"""The exporter: converts a model in export form to a file whose nodes are named after their modules."""
 
 _DEDUPLICATED = 1024
-"""Elements up to which the exporter makes one of equal initializers."""
+"""The exporter merges equal initializers up to this many elements."""
 _ENDS = (np.iinfo(np.int64).max, np.iinfo(np.int64).min)
 
 
 class UnclearError(Exception):
-    """Something in a file is not understood."""
+    """The exported file is ambiguous; the whole model has to be exported."""
 
 
 class Part(msgspec.Struct):
-    """Nodes that follow one another: the stem, a block or the head.
+    """Consecutive nodes: the stem, a block or the head.
 
     Args:
-        path: How the names of its nodes begin; empty but for a block.
+        path: Common prefix of the node names of a block; empty for stem and head.
         nodes: The nodes.
-        given: The one value that comes from before it; empty for the stem.
-        made: The one value that what follows takes; empty for the head.
+        given: Its only input from the part before; empty for the stem.
+        made: Its only output to the part after; empty for the head.
         infos: Types and shapes of its values and weights.
-        constants: Its initializers but for a block's weights.
+        constants: Its initializers, except a block's weights.
         weights: A block's initializer -> its parameter, and whether it is transposed.
-        numbers: Whole numbers in it that are no token counts.
+        numbers: Integers in it that are not token counts.
     """
 
     path: str
@@ -63,14 +63,14 @@ class Part(msgspec.Struct):
 
 
 class Short(msgspec.Struct):
-    """What the exporter wrote of a short model.
+    """The exporter's output for a short model.
 
     Args:
-        around: What tells its stem and head from others'.
+        around: Identifies its stem and head.
         frame: The file without its graph.
         stem: Before the blocks.
-        blocks: One of each kind.
-        head: Behind the blocks.
+        blocks: One block of each kind.
+        head: After the blocks.
         last: Plan of its last block.
     """
 
@@ -83,7 +83,7 @@ class Short(msgspec.Struct):
 
 
 class Known(msgspec.Struct):
-    """What was exported before of the same weights; :func:`assemble` reads it and adds to it.
+    """Cache of exports of the same weights; :func:`assemble` reads it and adds to it.
 
     Args:
         shorts: The short models so far.
@@ -95,18 +95,18 @@ class Known(msgspec.Struct):
 def assemble(
     lowered: Any, backbone: type[Backbone], plan: TokenPlan, run: Run, known: Known
 ) -> tuple[ModelProto, dict[str, Tensor]] | None:
-    """Exports a model by one block of each kind.
+    """Exports a model from one block of each kind.
 
     Args:
         lowered: The model in export form.
         backbone: Its family.
         plan: Its token counts.
         run: The exporter.
-        known: What is known already.
+        known: Earlier exports.
 
     Returns:
-        The file without the weights of its blocks, and these by name, views of the model's own; ``None`` where the
-        exporter has to be given the whole model.
+        The file without its block weights, and these weights by name, as views of the model's; ``None`` if the whole
+            model has to be exported.
     """
     container = backbone.blocks(lowered)
     path = next((name for name, module in lowered.named_modules() if module is container), "")
@@ -134,14 +134,14 @@ def assemble(
 
 
 def _around(lowered: Any, path: str) -> Any:
-    """Type and weights outside of the blocks; the weights by their hash, because a family may fold them anew."""
+    """Type and weights outside the blocks; weights are hashed, because a family may fold them into new tensors."""
     outside = [(name, tensor) for name, tensor in lowered.named_parameters() if not name.startswith(f"{path}.")]
     digests = [hashlib.sha256(tensor.detach().contiguous().numpy()).digest() for _, tensor in outside]
     return type(lowered), tuple((name, tuple(t.shape), d) for (name, t), d in zip(outside, digests, strict=True))
 
 
 def _sorted(signatures: list[Any], plan: TokenPlan, short: Short) -> list[tuple[Kind, Part]]:
-    """Each block's kind, of those that are known; empty where one is not."""
+    """The known kind of each block; empty if one is unknown."""
     found = [
         next((pair for pair in short.blocks if pair[0].takes(signature, row)), None)
         for signature, row in zip(signatures, plan.blocks, strict=True)
@@ -150,9 +150,10 @@ def _sorted(signatures: list[Any], plan: TokenPlan, short: Short) -> list[tuple[
 
 
 def _kinds(signatures: list[Any], plan: TokenPlan) -> tuple[list[Kind], list[int]]:
-    """The kinds, and the first block of each.
+    """The kinds, and the index of the first block of each.
 
-    It has to take as many tokens as the one before it leaves; one that reduces nothing takes any number.
+    In the short model, each block must accept the tokens that the previous one returns; a block without reduction
+    accepts any number.
     """
     kinds: list[Kind] = []
     chosen = []
@@ -171,7 +172,7 @@ def _kinds(signatures: list[Any], plan: TokenPlan) -> tuple[list[Kind], list[int
 def _run_short(
     lowered: Any, backbone: type[Backbone], chosen: list[nn.Module], run: Run
 ) -> tuple[ModelProto, list[nn.Module]]:
-    """Exports stem, head and some blocks, whose weights are drawn at random: no two are equal, and none is folded."""
+    """Exports stem, head and some blocks with random weights, so that no two are equal and none is folded."""
     generator = torch.Generator().manual_seed(0)
     standing: list[nn.Module] = [copy_sharing_weights(block) for block in chosen]
     for module in (part for block in standing for part in block.modules()):
@@ -184,7 +185,7 @@ def _run_short(
 
 
 def _taken_apart(proto: ModelProto, path: str, kinds: list[Kind], standing: list[nn.Module]) -> Short:
-    """The parts of a short model's file."""
+    """Splits a short model's file into its parts."""
     nodes = _split(proto, path, len(kinds))
     joints = _joints(proto, nodes)
     parts = []
@@ -205,7 +206,7 @@ def _taken_apart(proto: ModelProto, path: str, kinds: list[Kind], standing: list
 
 
 def _split(proto: ModelProto, path: str, count: int) -> list[list[NodeProto]]:
-    """The nodes of the stem, of each block and of the head, which have to come in this order."""
+    """The nodes of the stem, of each block and of the head, which must be in this order."""
     pattern = re.compile(rf"{re.escape(path)}\.(\d+)[./]")
     parts: list[list[NodeProto]] = [[] for _ in range(count + 2)]
     place = 0
@@ -222,7 +223,7 @@ def _split(proto: ModelProto, path: str, count: int) -> list[list[NodeProto]]:
 
 
 def _joints(proto: ModelProto, parts: list[list[NodeProto]]) -> list[str]:
-    """The values between the parts: one each, and besides it the head may take what the stem made."""
+    """The values between parts, one each; only the head may also use values of the stem."""
     constants = {tensor.name for tensor in proto.graph.initializer} | {value.name for value in proto.graph.input}
     made = [{value for node in nodes for value in node.output if value} for nodes in parts]
     joints = []
@@ -240,7 +241,7 @@ def _joints(proto: ModelProto, parts: list[list[NodeProto]]) -> list[str]:
 
 
 def _part(proto: ModelProto, nodes: list[NodeProto], parameters: Mapping[str, Tensor]) -> Part:
-    """Some nodes, with what belongs to them; all of a block's parameters have to be among it, each once."""
+    """A part from its nodes; it must contain each of the block's parameters exactly once."""
     taken = {value for node in nodes for value in node.input if value}
     own = [tensor for tensor in proto.graph.initializer if tensor.name in taken]
     weights: dict[str, tuple[str, bool]] = {}
@@ -258,7 +259,7 @@ def _part(proto: ModelProto, nodes: list[NodeProto], parameters: Mapping[str, Te
 
 
 def _which(array: np.ndarray, parameters: Mapping[str, Tensor]) -> tuple[str, bool]:
-    """The parameter that an initializer is, and whether it is transposed."""
+    """The parameter that an initializer equals, and whether it is transposed."""
     for name, parameter in parameters.items():
         own = parameter.detach().numpy()
         if array.shape == own.shape and np.array_equal(array, own):
@@ -271,7 +272,7 @@ def _which(array: np.ndarray, parameters: Mapping[str, Tensor]) -> tuple[str, bo
 def _joined(
     blocks: list[nn.Module], pairs: list[tuple[Kind, Part]], plan: TokenPlan, path: str, short: Short
 ) -> tuple[ModelProto, dict[str, Tensor]]:
-    """Stem, every block by its kind, head."""
+    """Joins the stem, every block by its kind, and the head."""
     joint, weights = _Joint(short.frame), dict[str, Tensor]()
     value = joint.add(short.stem, "", "", {})
     for index, (block, (kind, part)) in enumerate(zip(blocks, pairs, strict=True)):
@@ -293,7 +294,7 @@ def _joined(
 
 
 class _Joint:
-    """A file that parts are put into.
+    """Joins parts into a file.
 
     Args:
         frame: The file without its graph.
@@ -310,12 +311,12 @@ class _Joint:
 
         Args:
             part: What to add.
-            value: What it takes.
-            path: How the names of its nodes are to begin.
-            counts: Its own token counts -> those here.
+            value: Its input.
+            path: Prefix of its node names.
+            counts: The part's token counts -> those of this block.
 
         Returns:
-            The value that it makes.
+            Its output.
         """
         if counts is None:
             raise UnclearError
@@ -330,7 +331,7 @@ class _Joint:
             made = self.proto.graph.node.add()
             made.CopyFrom(node)
             made.name = path + node.name.removeprefix(part.path)
-            # What is not of the part is of the stem, which keeps its names.
+            # Names outside the part belong to the stem, which keeps its names.
             made.input[:] = [renamed.get(name, name) for name in node.input]
             made.output[:] = [renamed.get(name, name) for name in node.output]
             for attribute in made.attribute:
@@ -345,7 +346,7 @@ class _Joint:
         return renamed.get(part.made, "")
 
     def _constant(self, tensor: TensorProto) -> str:
-        """Name of a constant, which is added unless there is an equal one."""
+        """Name of a constant; added unless an equal one exists."""
         array = onnx.numpy_helper.to_array(tensor)
         key = tensor.data_type, array.shape, array.tobytes()
         if key not in self._constants:
@@ -359,18 +360,18 @@ class _Joint:
 
 
 class _Counts:
-    """Puts other token counts into a part.
+    """Replaces the token counts in a part.
 
     Args:
-        counts: Old -> new; empty where nothing changes.
-        numbers: What else may stand there.
+        counts: Old -> new; empty if nothing changes.
+        numbers: Other integers that may occur.
     """
 
     def __init__(self, counts: Mapping[int, int], numbers: Collection[int]) -> None:
         self._counts, self._numbers = counts, numbers
 
     def tensor(self, tensor: TensorProto) -> TensorProto:
-        """A constant with the other counts."""
+        """A constant with the new counts."""
         if not self._counts:
             return tensor
         array = onnx.numpy_helper.to_array(tensor)
@@ -390,7 +391,7 @@ class _Counts:
             self._check((attribute.f,))
 
     def info(self, info: ValueInfoProto) -> None:
-        """Changes a shape in place; ``17*batch`` is one of its sizes."""
+        """Changes a shape in place, including sizes such as ``17*batch``."""
         for size in info.type.tensor_type.shape.dim:
             if size.HasField("dim_value"):
                 size.dim_value = self._counts.get(size.dim_value, size.dim_value)
@@ -401,11 +402,11 @@ class _Counts:
 
     def _number(self, number: int) -> int:
         if abs(number) > SMALL and number not in (*_ENDS, *self._numbers, *self._counts):
-            raise UnclearError  # made of counts, perhaps
+            raise UnclearError  # possibly computed from counts
         return self._counts.get(number, number)
 
     def _check(self, numbers: Iterable[float]) -> None:
-        """A number such as 1/196 would have to change too."""
+        """Refuses numbers derived from counts, such as 1/196, which would have to change too."""
         for number in numbers:
             made = (form for count in self._counts for form in (count, 1 / count, count**0.5, count**-0.5))
             if any(math.isclose(abs(number), form, rel_tol=1e-5) for form in made):
@@ -413,7 +414,7 @@ class _Counts:
 
 
 def _make_equal_ones_one(proto: ModelProto, weights: dict[str, Tensor]) -> None:
-    """Small initializers that are equal become one, as the exporter does it."""
+    """Merges equal small initializers, as the exporter does."""
     kept: dict[Any, str] = {}
     renamed = {}
     small = {

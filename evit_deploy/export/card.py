@@ -1,4 +1,4 @@
-"""What a portable ONNX file says about itself: names of its tensors, model card; how it is read and what it is fed."""
+"""The model card of a portable ONNX file, the names of its tensors, and reading such files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,19 +19,19 @@ _PROPERTY = "evit_deploy."
 
 
 class ModelCard(msgspec.Struct, frozen=True):
-    """What a portable file says about itself, one model property a field.
+    """Metadata of a portable file, one model property per field.
 
     Args:
         kind: ``reduced``, ``dense`` or ``slice`` (the twins).
         model: timm name.
-        tokens: What was asked for.
+        tokens: The requested reduction.
         plan: The token counts.
         preprocess: From image file to input tensor.
         precision: Of weights and matrix products: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``.
         versions: Packages that made the file.
         linear: Form of the linear layers that see tokens: ``gemm``, 2-D with the bias inside, or ``matmul``, 3-D and an
-            ``Add``. Files of earlier versions do not say; they have the first.
-        unquantized: Linear layers of a quantized model that are in its base precision, by name.
+            ``Add``. Files of earlier versions lack this field and use ``gemm``.
+        unquantized: Names of a quantized model's linear layers that are in the base precision.
     """
 
     kind: str
@@ -46,23 +46,23 @@ class ModelCard(msgspec.Struct, frozen=True):
 
 
 def kept_name(block: int) -> str:
-    """Name of the output with the candidates a block kept, int32 ``[B, K]``."""
+    """Name of the output with the candidates that a block kept, int32 ``[B, K]``."""
     return f"kept_{block}"
 
 
 def write_card(proto: ModelProto, card: ModelCard) -> None:
-    """Puts into a file what it says about itself."""
+    """Writes the card into a file's metadata properties."""
     helper.set_model_props(proto, {_PROPERTY + field: value for field, value in card_fields(card).items()})
     proto.producer_name, proto.producer_version = "evit-deploy", evit_deploy.__version__
 
 
 def read_card(proto: ModelProto) -> ModelCard | None:
-    """What a file says about itself; ``None`` if evit-deploy did not make it."""
+    """Reads a file's card; ``None`` if evit-deploy did not export the file."""
     return parse_card({p.key.removeprefix(_PROPERTY): p.value for p in proto.metadata_props})
 
 
 def card_fields(card: ModelCard) -> dict[str, str]:
-    """A card as text, field by field; :func:`parse_card` reads it."""
+    """Converts a card to text fields, which :func:`parse_card` reads."""
     return {
         field: value if isinstance(value, str) else msgspec.json.encode(value).decode()
         for field, value in msgspec.structs.asdict(card).items()
@@ -70,7 +70,7 @@ def card_fields(card: ModelCard) -> dict[str, str]:
 
 
 def parse_card(found: Mapping[str, str]) -> ModelCard | None:
-    """A card from its fields as text; ``None`` if some are missing or are something else."""
+    """Parses a card from its text fields; ``None`` if some are missing or invalid."""
     fields = msgspec.structs.fields(ModelCard)
     if any(field.required and field.name not in found for field in fields):
         return None
@@ -89,7 +89,7 @@ def load_onnx(path: Path) -> ModelProto:
     """Reads an ONNX file.
 
     Raises:
-        InputError: The file is missing or is no ONNX model.
+        InputError: The file is missing or is not an ONNX model.
     """
     if not path.is_file():
         raise InputError("no such file", where=path, fix="Give the path of an ONNX model.")
@@ -103,5 +103,5 @@ def load_onnx(path: Path) -> ModelProto:
 
 
 def feeds(images: np.ndarray) -> dict[str, np.ndarray]:
-    """What a runner's ``infer`` takes for these images."""
+    """The input of a runner's ``infer`` for these images."""
     return {INPUT: images}

@@ -1,11 +1,11 @@
-"""A file's own arithmetic with its weights moved by their rounding: how far its precision can move its answers.
+"""Perturbs a file's weights within their rounding error, to bound how much its precision can change its outputs.
 
-No tolerance has to be believed then: the file's tensors and their types say what rounding costs. Weights become inputs
-of the graph, so that one session answers for every draw of them.
+The tolerance follows from the file's own tensors and types, so no number has to be chosen. Weights become inputs of the
+graph, so that one session runs every random draw of them.
 
-Two forms of a file are computed, both in FP32: *exact* as if activations were not rounded at all, *rounded* with every
-rounding where the file has it. Weights are what the file holds. Each stands for a number that it was rounded from,
-which is drawn at random.
+Two forms of the file are computed, both in FP32: *exact*, in which activations are not rounded at all, and *rounded*,
+in which they are rounded wherever the file rounds them. A weight in the file is the rounded value of an unknown number;
+that number is drawn at random from the values that round to it.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,18 +30,18 @@ _FLOATS = (DataType.FLOAT, *_LOW)
 
 
 class _Weight(msgspec.Struct, frozen=True):
-    """A weight as the file holds it.
+    """A weight as stored in the file.
 
     Args:
         values: float32.
-        spacing: By how much it may have been rounded, in either direction; of ``values``' shape, or to be broadcast.
+        spacing: Largest rounding error, in either direction; has the shape of ``values`` or broadcasts to it.
     """
 
     values: np.ndarray
     spacing: Callable[[np.ndarray], np.ndarray]
 
     def drawn(self, random: np.random.Generator) -> np.ndarray:
-        """What it may have been rounded from."""
+        """A random value that rounds to this weight."""
         moved = random.random(self.values.shape, np.float32)
         moved *= 2
         moved -= 1
@@ -51,15 +51,15 @@ class _Weight(msgspec.Struct, frozen=True):
 
 
 class OwnArithmetic:
-    """A file as FP32 arithmetic.
+    """Runs a file in FP32.
 
     Args:
         path: An ONNX file that evit-deploy exported.
-        rounded: Whether to round activations where the file does; an FP32 file has no such place.
+        rounded: Whether to round activations where the file does; an FP32 file rounds nowhere.
         chosen: Whether choices are inputs, ``choice_<block>``, and scores outputs; otherwise choices are outputs.
 
     Raises:
-        InputError: The file is missing, is no ONNX model, or ONNX Runtime cannot compute it.
+        InputError: The file is missing, is not an ONNX model, or cannot be run by ONNX Runtime.
     """
 
     def __init__(self, path: Path, *, rounded: bool, chosen: bool) -> None:
@@ -73,16 +73,16 @@ class OwnArithmetic:
             changed = onnx_ir.to_proto(model)
         except EvitDeployError:
             raise
-        except Exception as error:  # whoever wrote the file, protobuf let it pass
+        except Exception as error:  # the file is untrusted; protobuf accepts more than ONNX Runtime does
             raise InputError(f"not a model that evit-deploy exported ({type(error).__name__})", where=path) from error
         self._session = _session(changed, path, plain=rounded)
 
     def answers(self, feeds: Mapping[str, np.ndarray], draw: int | None = None) -> dict[str, np.ndarray]:
-        """What the file says.
+        """Computes the file's outputs.
 
         Args:
-            feeds: Its inputs, and choices where they are given.
-            draw: Which draw of the weights to take; those of the file when ``None``.
+            feeds: Its inputs, including the choices if ``chosen``.
+            draw: Seed of the weights to draw; ``None`` for the file's own weights.
 
         Raises:
             StageError: ONNX Runtime failed.
@@ -101,7 +101,7 @@ def _session(proto: ModelProto, path: Path, *, plain: bool) -> onnxruntime.Infer
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if plain:  # an optimizer takes roundings out, or runs kernels that round elsewhere
+    if plain:  # optimizations remove roundings, or use kernels that round elsewhere
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -114,7 +114,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _take_out_weights(graph: onnx_ir.Graph, outline: Outline, weights: dict[str, _Weight]) -> None:
-    """Makes every floating-point initializer an input, and notes what it holds and how it was rounded."""
+    """Turns every floating-point initializer into an input, and records its values and rounding error."""
     scales = {
         node.inputs[1].name
         for node in graph
@@ -141,19 +141,19 @@ def _take_out_weights(graph: onnx_ir.Graph, outline: Outline, weights: dict[str,
 
 
 def _feed(graph: onnx_ir.Graph, value: onnx_ir.Value, array: np.ndarray) -> None:
-    """Puts an input in the place of a value."""
+    """Replaces a value with an input."""
     given = onnx_ir.Value(name=value.name, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(DataType.FLOAT))
     value.replace_all_uses_with(given)
     graph.inputs.append(given)
 
 
 def _float_roundings(values: np.ndarray) -> np.ndarray:
-    """FP32 weights were not rounded, their products are: by so much as if the weights were, a few times."""
+    """FP32 weights are exact, but their products round: as much as if each weight were off by a few units."""
     return np.abs(values) * np.float32(FLOOR * np.finfo(np.float32).eps / 2)
 
 
 def _half_steps(kind: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Half the distance to the next number of a type, for numbers in it."""
+    """A function that returns half the distance to the next representable number of a type."""
     epsilon, least = np.float32(kind.eps / 2), np.float32(float(kind.smallest_subnormal) / 2)
 
     def spacing(values: np.ndarray) -> np.ndarray:
@@ -163,7 +163,7 @@ def _half_steps(kind: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _dequantized(node: onnx_ir.Node, outline: Outline) -> _Weight:
-    """The weight that a ``DequantizeLinear`` makes of an initializer."""
+    """The weight that a ``DequantizeLinear`` computes from an initializer."""
     given: Any = (*node.inputs, None)
     values, scale, zero = (None if value is None else _array(value, outline) for value in given[:3])
     assert values is not None
@@ -181,7 +181,7 @@ def _dequantized(node: onnx_ir.Node, outline: Outline) -> _Weight:
 
 
 def _array(value: onnx_ir.Value, outline: Outline) -> np.ndarray:
-    """An initializer; a large one is mapped from the file."""
+    """An initializer as an array; large ones are memory-mapped."""
     tensor = value.const_value
     if isinstance(tensor, onnx_ir.ExternalTensor):
         assert tensor.length is not None
@@ -193,11 +193,11 @@ def _array(value: onnx_ir.Value, outline: Outline) -> np.ndarray:
 
 
 def _in_fp32(graph: onnx_ir.Graph, rounded: bool) -> None:
-    """Every number of a lower type in FP32; ``rounded`` where the file rounds it, by a pair of casts."""
+    """Converts lower-precision values to FP32; with ``rounded``, a pair of casts rounds them where the file does."""
     for node in list(graph):
         if node.op_type == "QuantizeLinear" and not rounded:
             given: Any = node.inputs[0]
-            for use in list(node.outputs[0].uses()):  # the pair gives what it takes
+            for use in list(node.outputs[0].uses()):  # the pair is an identity now
                 use.node.outputs[0].replace_all_uses_with(given)
     for node in list(graph):
         low = {value: value.dtype for value in node.outputs if value.dtype is not None and value.dtype in _LOW}

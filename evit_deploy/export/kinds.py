@@ -1,4 +1,4 @@
-"""Kinds of blocks: which blocks of a model an exporter would write alike, but for their weights and token counts."""
+"""Kinds of blocks: blocks that the exporter writes identically except for weights and token counts."""
 
 from typing import Any
 
@@ -10,20 +10,20 @@ from evit_deploy.tokens.plan import BlockPlan
 from evit_deploy.tokens.reducer import TokenReducer
 
 SMALL = 8
-"""Up to here a number is an axis, a sign or a count of prefix tokens, and never taken for a count of tokens."""
+"""Numbers up to this are axes, signs or prefix token counts, never token counts."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _NOT_EXPORTED = frozenset(("replaced", "plan", "given", "drop_prob"))
-"""Attributes that an export does not see, or that are compared otherwise."""
+"""Attributes that do not affect the export, or that are compared separately."""
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """Blocks that differ in nothing but weights and token counts.
+    """Blocks that differ only in weights and token counts.
 
     Args:
-        signature: What an export sees of them; see :func:`signature_of`.
-        row: Plan of the first of them, the one that is exported.
-        prefix: Tokens in front.
+        signature: What the export depends on; see :func:`signature_of`.
+        row: Plan of the first of them, which is exported.
+        prefix: Number of prefix tokens.
     """
 
     signature: Any
@@ -31,21 +31,21 @@ class Kind(msgspec.Struct, frozen=True):
     prefix: int
 
     def takes(self, signature: Any, row: BlockPlan) -> bool:
-        """Whether a block is of this kind, and what was exported can be given its counts."""
+        """Whether a block is of this kind, and the exported one can be renumbered to its token counts."""
         return self.signature == signature and renumbered(self.row, row, self.prefix, numbers_in(signature)) is not None
 
 
 def renumbered(old: BlockPlan, new: BlockPlan, prefix: int, others: set[int]) -> dict[int, int] | None:
-    """What becomes of each token count where one block's plan takes the place of another's.
+    """Maps the token counts of one block's plan to those of another's.
 
     Args:
         old: Plan of what was exported.
         new: The other.
-        prefix: Tokens in front.
-        others: Numbers that stand beside the counts and mean something else.
+        prefix: Number of prefix tokens.
+        others: Numbers in the same block that are not token counts.
 
     Returns:
-        Old count -> new count; ``None`` where a number could be a count or something else, or two counts.
+        Old count -> new count; ``None`` if a number is ambiguous: a count or something else, or two counts at once.
     """
     pairs = set(zip(_counts(old, prefix), _counts(new, prefix), strict=True))
     if all(one == other for one, other in pairs):
@@ -61,16 +61,16 @@ def _counts(row: BlockPlan, prefix: int) -> tuple[int, ...]:
 
 
 def signature_of(module: nn.Module) -> Any:
-    """All that an export sees of a module but the values of its parameters.
+    """Everything about a module that affects its export, except the values of its parameters.
 
-    Modules with buffers, with hooks, with attributes that cannot be compared, and reducers that carry state or have
-    layers elsewhere are like no other.
+    Modules with buffers, hooks or attributes that cannot be compared are never equal to others; neither are reducers
+    that carry state or have layers elsewhere.
 
     Args:
         module: A block in export form.
 
     Returns:
-        Nested tuples, to be compared.
+        Nested tuples that can be compared.
     """
     own: list[Any] = [type(module)]
     for name, value in vars(module).items():
@@ -100,7 +100,7 @@ def _comparable(value: Any) -> Any:
 
 
 def numbers_in(signature: Any) -> set[int]:
-    """Every whole number in a signature: sizes of weights, numbers of heads."""
+    """All integers in a signature, such as weight sizes and numbers of heads."""
     if isinstance(signature, tuple):
         return {number for part in signature for number in numbers_in(part)}
     return {signature} if isinstance(signature, int) and not isinstance(signature, bool) else set()

@@ -1,11 +1,11 @@
-"""The portable file in OpenVINO's own format: ``model.xml`` and ``model.bin``, which say themselves what they are.
+"""Converts the portable file to OpenVINO's own format, ``model.xml`` and ``model.bin``, including the model card.
 
-Two things are added to what OpenVINO's reader makes of the file:
+Two things are added to what OpenVINO's reader returns:
 
-- The kept candidates get the name they have in the portable file, so that they can be made outputs afterwards.
-- What lies between a query-key product and the choice, and what sums up the fused row, is marked to stay in FP32. Left
-  alone, the CPU plugin chooses by scores in BF16, 8 bits with many ties, unless the kept candidates are outputs: then
-  it computes the scores in FP32, and looking at the choice would change it.
+- The kept candidates get the name they have in the portable file, so that they can become outputs later.
+- The nodes between a query-key product and the choice, and those that sum the fused token, are marked to stay in FP32.
+  Otherwise the CPU plugin computes the scores in BF16, whose 8 bits produce many ties, unless the kept candidates are
+  outputs. It then uses FP32, and observing the choice would change it.
 """
 
 import codecs
@@ -37,7 +37,7 @@ _NUMBERED = re.compile(r"([A-Z][A-Za-z0-9]*)_\d+")
 
 
 def import_openvino() -> Any:
-    """Imports OpenVINO without its telemetry, which reports every import to its makers unless it was switched off."""
+    """Imports OpenVINO without its telemetry, which reports every import unless it was switched off."""
     telemetry = "openvino_telemetry"
     if "openvino" not in sys.modules and telemetry not in sys.modules:
         sys.modules[telemetry] = None  # type: ignore[assignment]  # Python's own way to say: not to be imported
@@ -51,17 +51,17 @@ def import_openvino() -> Any:
 
 
 def save_openvino(model: Path | ModelProto, xml: Path) -> None:
-    """Writes a portable file as OpenVINO reads it fastest, weights in the types they have there.
+    """Writes a portable file in OpenVINO's format, keeping the types of the weights.
 
-    Its input and output are the portable file's; what the file says about itself stands in the section ``evit_deploy``
-    of the model's ``rt_info``. The same file in gives the same bytes out.
+    Input and output are those of the portable file; the model card is in the section ``evit_deploy`` of the model's
+    ``rt_info``. The output is deterministic: equal models give equal bytes.
 
     Args:
         model: The portable file.
-        xml: Where to write; the weights go beside it, with the ending ``.bin``.
+        xml: Path to write; the weights go next to it, with the suffix ``.bin``.
 
     Raises:
-        InputError: No ONNX model, not one that evit-deploy made, or the name does not end in ``.xml``.
+        InputError: Not an ONNX model, not exported by evit-deploy, or the name does not end in ``.xml``.
         StageError: OpenVINO does not read it, or the disk is full.
     """
     if xml.suffix != ".xml":
@@ -81,7 +81,7 @@ def save_openvino(model: Path | ModelProto, xml: Path) -> None:
 
 
 def openvino_model(proto: ModelProto, where: str = "model in memory") -> "openvino.Model":
-    """A portable file, or any other ONNX model, as OpenVINO holds it in memory: what :func:`save_openvino` writes.
+    """Loads a portable file, or any other ONNX model, as the OpenVINO model that :func:`save_openvino` writes.
 
     Args:
         proto: The model.
@@ -91,9 +91,9 @@ def openvino_model(proto: ModelProto, where: str = "model in memory") -> "openvi
         StageError: OpenVINO does not read it, or the disk is full.
     """
     core = import_openvino().Core()
-    core.set_property({"ENABLE_MMAP": False})  # or the weights would be looked up in a file that is gone
+    core.set_property({"ENABLE_MMAP": False})  # mapped weights would be read from a file that is already deleted
     try:
-        # The marks exist in the written form only; there is no function that sets them.
+        # OpenVINO has no function that sets the marks; they can only be added to the written file.
         with draft() as scratch:
             return core.read_model(_write(proto, scratch.folder, where))
     except OSError as error:
@@ -101,7 +101,7 @@ def openvino_model(proto: ModelProto, where: str = "model in memory") -> "openvi
 
 
 def read_openvino(xml: Path) -> "openvino.Model":
-    """Reads ``model.xml`` and the ``model.bin`` beside it.
+    """Reads ``model.xml`` and the ``model.bin`` next to it.
 
     Raises:
         InputError: One of the two is missing or damaged.
@@ -110,10 +110,10 @@ def read_openvino(xml: Path) -> "openvino.Model":
         if not path.is_file():
             raise InputError("no such file", where=path, fix="An OpenVINO model is a .xml and a .bin side by side.")
     with xml.open("rb") as file:
-        if b"<net" not in file.read(4096):  # given anything else, OpenVINO tries five other formats, loudly
+        if b"<net" not in file.read(4096):  # otherwise OpenVINO tries five other formats and prints errors
             raise InputError("not an OpenVINO model (no network in it)", where=xml)
         file.seek(0)
-        try:  # OpenVINO hands names and notes on as they are, and fails where they are first looked at
+        try:  # OpenVINO does not validate names and rt_info; it fails on first access
             for _ in codecs.iterdecode(iter(lambda: file.read(1 << 20), b""), "utf-8"):
                 pass
         except UnicodeDecodeError as error:
@@ -126,7 +126,7 @@ def read_openvino(xml: Path) -> "openvino.Model":
 
 
 def openvino_card(model: "openvino.Model") -> ModelCard | None:
-    """What a model says about itself; ``None`` if evit-deploy did not make it."""
+    """The model card; ``None`` if evit-deploy did not write the model."""
     fields = [field.name for field in msgspec.structs.fields(ModelCard) if model.has_rt_info([_SECTION, field.name])]
     return parse_card({field: model.get_rt_info([_SECTION, field]).astype(str) for field in fields})
 
@@ -139,7 +139,7 @@ def kept_outputs(model: "openvino.Model") -> list[str]:
 
 
 def one_line(error: Exception) -> str:
-    """What OpenVINO has to say, without the places in its source that it begins with."""
+    """OpenVINO's error message, without the source locations at its start."""
     lines = [line.strip() for line in str(error).splitlines()]
     telling = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
     return " ".join(telling)[:300] or type(error).__name__
@@ -149,7 +149,7 @@ def _write(proto: ModelProto, folder: Path, where: str) -> Path:
     """Writes ``model.xml`` and ``model.bin`` into a folder."""
     openvino = import_openvino()
     card = read_card(proto)
-    bare = inline_local_functions(with_indices(proto))  # OpenVINO's reader knows no functions
+    bare = inline_local_functions(with_indices(proto))  # OpenVINO's reader does not support functions
     del bare.metadata_props[:]
     try:
         model = openvino.Core().read_model(bare.SerializeToString())
@@ -164,14 +164,14 @@ def _write(proto: ModelProto, folder: Path, where: str) -> Path:
     try:
         openvino.save_model(model, xml, compress_to_fp16=False)
         text = ElementTree.parse(xml)
-    except Exception as error:  # a disk that is full may show as a file that ends early
+    except Exception as error:  # a full disk may appear as a truncated file
         raise StageError(f"OpenVINO cannot write the model: {one_line(error)}", where=where) from error
     root = text.getroot()
     end = max([int(data.get("offset", 0)) + int(data.get("size", 0)) for data in root.iter("data")], default=0)
     if xml.with_suffix(".bin").stat().st_size < end:
         raise StageError("OpenVINO wrote only part of the weights", where=where, fix="Free some disk space.")
     _mark_scores(root)
-    for layer in root.iter("layer"):  # names that OpenVINO made up count on from the last model of the process
+    for layer in root.iter("layer"):  # OpenVINO's generated names are numbered per process, not per model
         made_up = _NUMBERED.fullmatch(layer.get("name", ""))
         if made_up:
             layer.set("name", f"{made_up[1]}_{layer.get('id')}")
@@ -189,7 +189,7 @@ def _name_choice(model: "openvino.Model", result: "openvino.Node", asked_for: se
     choice = result.input_value(0)
     while choice.get_node().get_type_name() == "Convert":  # to int32
         choice = choice.get_node().input_value(0)
-    choice.set_names({name})  # the only one, or a runtime would call it by another
+    choice.set_names({name})  # must be the only name, or runtimes may use another
 
 
 def _mark_scores(root: Element) -> None:
@@ -204,7 +204,7 @@ def _mark_scores(root: Element) -> None:
     def constant(number: str | None) -> bool:
         return kinds[number] == "Const" or any(constant(o) for o in before[number] if kinds[number] == "Convert")
 
-    def compares(number: str | None) -> bool:  # tokens with one another: no weights
+    def compares(number: str | None) -> bool:  # compares tokens with each other, without weights
         return kinds[number] == "MatMul" and not any(map(constant, before[number]))
 
     def scoring(number: str | None) -> Iterator[str | None]:
@@ -237,6 +237,7 @@ def _keep_fp32(layer: Element) -> None:
         info = Element("rt_info")
         layer.insert(0 if data is None else 1, info)
     ElementTree.SubElement(info, "attribute", name="precise", version="0")
-    # The plugin turns a newer Softmax into the oldest and loses the mark; with an axis from the front they are equal.
+    # The plugin converts newer Softmax versions to the first one and loses the mark; with a nonnegative axis they are
+    # equal.
     if layer.get("type") == "SoftMax" and data is not None and int(data.get("axis", -1)) >= 0:
         layer.set("version", "opset1")

@@ -1,8 +1,8 @@
-"""An ONNX file without its weights: an *outline* says where in the file each of them lies.
+"""The *outline* of an ONNX file: the model without its weights, which it references by their position in the file.
 
-A file of a gigabyte is looked at, changed and opened through an outline of a few hundred kilobytes. It is an ordinary
-model whose large initializers are ONNX's external data, and lie in the very file that it was read from. The other way
-round, :func:`write_onnx` writes one file from a model without its weights, tensor by tensor, from where they are.
+A file of a gigabyte is inspected, changed and opened through an outline of a few hundred kilobytes. The outline is an
+ordinary model whose large initializers are ONNX external data, located in the file that it was read from. Conversely,
+:func:`write_onnx` writes a single file from a model without its weights, tensor by tensor, without copying them all.
 """
 
 import mmap
@@ -17,18 +17,18 @@ from torch import Tensor
 from evit_deploy.errors import InputError
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
-"""Numbers of the fields in ONNX's own description, onnx.proto."""
+"""Field numbers in onnx.proto."""
 _INLINE = 2**15
-"""Bytes up to which a tensor stays in the outline: shapes and scalars have to be there, and vectors are worth it."""
-_BYTES = 2  # protobuf's wire type of everything that has a length
+"""Tensors up to this many bytes stay in the outline: shapes and scalars must, and vectors are cheap."""
+_BYTES = 2  # protobuf's wire type for length-delimited fields
 
 
 class Outline(msgspec.Struct, frozen=True):
-    """A model whose weights lie in a file.
+    """A model whose weights are in a file.
 
     Args:
         proto: The model; its large initializers are external data.
-        folder: Where the file lies that holds them.
+        folder: Folder of the file that contains them.
     """
 
     proto: ModelProto
@@ -36,10 +36,10 @@ class Outline(msgspec.Struct, frozen=True):
 
 
 def read_outline(path: Path) -> Outline:
-    """Reads an ONNX file but for its weights.
+    """Reads an ONNX file without its weights.
 
     Raises:
-        InputError: The file is missing or is no ONNX model.
+        InputError: The file is missing or is not an ONNX model.
     """
     if not path.is_file():
         raise InputError("no such file", where=path, fix="Give the path of an ONNX model.")
@@ -71,7 +71,7 @@ def _without_weights(content: mmap.mmap, location: str) -> ModelProto:
 
 
 def _tensor(content: mmap.mmap, begin: int, end: int, location: str) -> TensorProto:
-    """A tensor, with its data if that is small."""
+    """A tensor; its data is included if it is small."""
     if end - begin <= _INLINE:
         return TensorProto.FromString(content[begin:end])
     rest, place = bytearray(), None
@@ -89,7 +89,7 @@ def _tensor(content: mmap.mmap, begin: int, end: int, location: str) -> TensorPr
 
 
 def _fields(content: mmap.mmap, place: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """The fields of a protobuf message: number, where it starts, and where its content begins and ends."""
+    """The fields of a protobuf message: number, start of the field, start and end of its content."""
     while place < end:
         start = place
         tag, place = _varint(content, place)
@@ -117,12 +117,12 @@ def _varint(content: mmap.mmap, place: int) -> tuple[int, int]:
 
 
 def write_onnx(proto: ModelProto, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a model in one file, without holding its weights a second time.
+    """Writes a model as one file, without copying its weights in memory.
 
     Args:
         proto: The model; initializers may be missing.
-        weights: These, by name; float32.
-        path: The file.
+        weights: The missing initializers by name, float32.
+        path: The file to write.
     """
     around, graph = ModelProto(), proto.graph.SerializeToString()
     for field, value in proto.ListFields():
@@ -138,12 +138,12 @@ def write_onnx(proto: ModelProto, weights: Mapping[str, Tensor], path: Path) -> 
         file.write(_prefix(_GRAPH, length) + graph)
         for name, head in heads.items():
             file.write(head)
-            # One at a time: what is transposed or cut is made whole for the moment of writing.
+            # One at a time, because transposed and sliced tensors are copied here to be contiguous.
             file.write(np.ascontiguousarray(weights[name].numpy()).data)
 
 
 def _head(name: str, tensor: Tensor) -> bytes:
-    """An initializer up to its data, which is its last field."""
+    """The bytes of an initializer that precede its data, which is the last field."""
     described = TensorProto(name=name, dims=tensor.shape, data_type=TensorProto.FLOAT).SerializeToString()
     described += _prefix(_RAW_DATA, 4 * tensor.numel())
     return _prefix(_INITIALIZER, len(described) + 4 * tensor.numel()) + described

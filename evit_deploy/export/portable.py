@@ -1,11 +1,12 @@
-"""A reduced model as one portable ONNX file, and its twins.
+"""Exports a reduced model, and its dense twin, as one portable ONNX file.
 
-The file holds ``evit::TokenReorg`` nodes *and* the function that says what they do in standard operators: ONNX Runtime,
-OpenVINO and TensorRT-RTX run the function, TensorRT takes a plugin for it when one is loaded. Batch is the one dynamic
-dimension. Everything a consumer must know (plan, preprocessing, versions) stands in the model's own properties.
+The file contains ``evit::TokenReorg`` nodes *and* the function that defines them in standard operators. ONNX Runtime,
+OpenVINO and TensorRT-RTX run the function; TensorRT uses a plugin instead if one is loaded. The batch is the only
+dynamic dimension. Everything a consumer must know (plan, preprocessing, versions) is in the model's metadata
+properties.
 
-The *dense twin* is the same model without token reduction, exported by the same code: what a block is in one file,
-it is in the other (:mod:`evit_deploy.export.blocks`).
+The *dense twin* is the same model without token reduction, exported by the same code, so that blocks are written alike
+in both files (:mod:`evit_deploy.export.blocks`).
 """
 
 import ast
@@ -38,23 +39,23 @@ from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.reduce import token_plan, token_spec
 from evit_deploy.tokens.reducer import TokenReducer
 
-OPSET = 23  # the first with Attention; Gelu came with 20
+OPSET = 23  # the first with Attention (Gelu: 20)
 _ONE_FILE_LIMIT = 2**31 - 1  # a protobuf message cannot be larger
 
 
 class Portable(msgspec.Struct, frozen=True):
-    """An exported model whose large weights are still the PyTorch model's own.
+    """An exported model whose large weights still share the PyTorch model's memory.
 
     Args:
-        proto: The file's content but for these.
-        weights: The initializers that it lacks, by name.
+        proto: The file's content without these weights.
+        weights: The missing initializers by name.
     """
 
     proto: ModelProto
     weights: dict[str, Tensor]
 
     def whole(self) -> ModelProto:
-        """The checked model, in one piece."""
+        """The checked model with all its weights."""
         proto = ModelProto()
         proto.CopyFrom(self.proto)
         for name, tensor in self.weights.items():
@@ -67,7 +68,7 @@ class Portable(msgspec.Struct, frozen=True):
 
         Args:
             path: The file.
-            indices: Whether its choices are outputs too; see :func:`~evit_deploy.export.variants.with_indices`.
+            indices: Whether the choices are outputs too; see :func:`~evit_deploy.export.variants.with_indices`.
         """
         write_onnx(with_indices(self.proto) if indices else self.proto, self.weights, path)
         onnx.checker.check_model(path)
@@ -76,23 +77,23 @@ class Portable(msgspec.Struct, frozen=True):
 def export_onnx(model: torch.nn.Module, *, name: str, preprocess: Preprocess, linear: Linear = "gemm") -> ModelProto:
     """Exports a model, reduced or dense, into the portable form.
 
-    Input ``input`` is float32 NCHW, normalized, with a dynamic batch; output ``logits`` is float32, or
-    ``embedding`` of a model without classes.
+    The input ``input`` is float32 NCHW, normalized, with a dynamic batch. The output is ``logits``, or ``embedding``
+    for a model without classes, float32.
 
     Args:
         model: A model of a registered backbone.
-        name: Its timm name, for the record.
-        preprocess: Its preprocessing, for the record; its size must be the model's.
-        linear: Form of the linear layers that see tokens: ``gemm`` on ``[B·N, C]``, the bias inside, or ``matmul`` on
-            ``[B, N, C]``, and an ``Add``.
+        name: Its timm name, recorded in the file.
+        preprocess: Its preprocessing, recorded in the file; its size must be the model's.
+        linear: Form of the linear layers on tokens: ``gemm`` on ``[B·N, C]`` with the bias inside, or ``matmul`` on
+            ``[B, N, C]`` followed by an ``Add``.
 
     Returns:
-        The checked model, in one piece.
+        The checked model.
 
     Raises:
         UnsupportedModelError: No backbone knows the model.
-        InputError: The file would exceed what one protobuf can hold, the preprocessing has another size, or the family
-            has no such form of linear layers.
+        InputError: The file would exceed the size limit of protobuf, the preprocessing has another size, or the family
+            does not support this form of linear layers.
         StageError: The exporter failed.
     """
     return portable(model, name=name, preprocess=preprocess, linear=linear).whole()
@@ -106,14 +107,14 @@ def portable(
     linear: Linear = "gemm",
     known: Known | None = None,
 ) -> Portable:
-    """:func:`export_onnx` without a copy of the weights, and without exporting what was exported before.
+    """Like :func:`export_onnx`, without copying the weights and without exporting known blocks again.
 
     Args:
         model: See :func:`export_onnx`.
         name: See :func:`export_onnx`.
         preprocess: See :func:`export_onnx`.
         linear: See :func:`export_onnx`.
-        known: What was exported before of the same weights in the same form of linear layers; takes what is new.
+        known: Earlier exports of the same weights in the same form of linear layers; new ones are added.
 
     Raises:
         EvitDeployError: See :func:`export_onnx`.
@@ -132,7 +133,7 @@ def portable(
     for module in lowered.modules():
         if isinstance(getattr(module, "flat", None), bool):
             module.flat = linear == "gemm"
-    example = torch.zeros(2, backbone.channels(model), *size)  # batch 2: a 1 would be baked in as a constant
+    example = torch.zeros(2, backbone.channels(model), *size)  # batch 2: the exporter specializes a batch of 1
 
     def run(module: torch.nn.Module) -> ModelProto:
         found = _run_exporter(module, example, answer_name(model))
@@ -161,7 +162,7 @@ def _run_exporter(model: torch.nn.Module, example: torch.Tensor, answer: str) ->
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
-        for logger in loggers:  # the exporter narrates; a stage that succeeds has nothing to say
+        for logger in loggers:  # the exporter logs its steps; successful ones are not of interest
             logger.setLevel(logging.ERROR)
         # onnxscript up to 0.6 also prints, and standard output belongs to the caller.
         with warnings.catch_warnings(), contextlib.redirect_stdout(None), torch.no_grad():
@@ -176,10 +177,10 @@ def _run_exporter(model: torch.nn.Module, example: torch.Tensor, answer: str) ->
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )
-            assert program is not None  # None is for exports that go straight to a file
+            assert program is not None  # None only when exporting straight to a file
             return program.model_proto
     except Exception as error:  # the exporter raises many kinds
-        cause: BaseException = error  # the exporter wraps what went wrong in instructions of several lines
+        cause: BaseException = error  # the exporter wraps the cause in several lines of instructions
         while cause.__cause__ is not None:
             cause = cause.__cause__
         first_line = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
@@ -190,16 +191,16 @@ def _run_exporter(model: torch.nn.Module, example: torch.Tensor, answer: str) ->
 
 
 def _name_nodes(proto: ModelProto) -> None:
-    """Names every node by its module and operator, ``blocks.3.attn.q/Gemm``, so that a profile can be read.
+    """Names every node by its module and operator, as in ``blocks.3.attn.q/Gemm``, so that profiles are readable.
 
-    What else the exporter notes on a node goes: among it are stack traces with the folders of this machine.
+    Other metadata of the exporter is removed, because it includes stack traces with local paths.
     """
     taken: Counter[str] = Counter()
     module = ""
     for node in proto.graph.node:
         notes = {entry.key: entry.value for entry in node.metadata_props}
         scopes = [str(scope) for scope in ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))]
-        # A node that the exporter made up on its own belongs to the block that it stands in.
+        # A node that the exporter inserted belongs to the surrounding block.
         module = scopes[-2].lstrip("_") if scopes else ".".join(module.split(".")[:2])
         module = "" if module.startswith("empty_nn_module") else module
         name = "/".join(part for part in (module, node.op_type) if part)
@@ -212,10 +213,10 @@ def _name_nodes(proto: ModelProto) -> None:
 
 
 def _name_values(proto: ModelProto) -> None:
-    """Names values after the nodes that make them, and puts them and numbers constants in the order of their use.
+    """Names values after the nodes that produce them, numbers constants by use, and sorts both in that order.
 
-    The exporter numbers them through, and numbers and order depend on what else it was shown: the dense twins of two
-    keep rates would differ in nothing else.
+    The exporter's own numbers and order depend on the rest of the model: the dense twins of two keep rates would
+    otherwise differ in these alone.
     """
     given = {value.name for value in proto.graph.output}
     renamed = {
@@ -238,17 +239,17 @@ def _name_values(proto: ModelProto) -> None:
 
 
 def _linear_form(proto: ModelProto, others: Collection[str]) -> str:
-    """The form of the linear layers in the blocks; names the weights that the exporter transposed for it.
+    """The form of the linear layers in the blocks; also names the weights that the exporter transposed for it.
 
     Args:
         proto: The file.
-        others: Names of the weights that it lacks.
+        others: Names of the weights that are not in it.
     """
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
     uses = Counter(value for node in proto.graph.node for value in node.input)
     named = {*weights, *others}
     products = [node for node in proto.graph.node if node.op_type == "MatMul" and node.input[1] in named]
-    for node in products:  # the exporter calls what it folds val_13
+    for node in products:  # the exporter gives folded weights names such as val_13
         name = f"{node.name.rpartition('/')[0]}.weight"
         if name not in named and uses[node.input[1]] == 1:
             weights[node.input[1]].name = node.input[1] = name
@@ -256,7 +257,7 @@ def _linear_form(proto: ModelProto, others: Collection[str]) -> str:
 
 
 def _name_location(proto: ModelProto, node: onnx.NodeProto, block: int) -> None:
-    """Names a location's node, its tokens and its choice, which a merge takes in and a reorganization gives out."""
+    """Names a location's node, its tokens and its choice: an input of a merge, an output of a reorganization."""
     merges = node.op_type == merge.NAME
     choice = node.input[2] if merges else node.output[1]
     renamed = {node.output[0]: f"blocks.{block}.tokens", choice: kept_name(block)}

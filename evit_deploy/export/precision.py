@@ -1,10 +1,10 @@
 """Precision as part of the graph: typed weights and casts for FP16 and BF16, Q/DQ pairs for INT8 and FP8.
 
-TensorRT 11 knows no other way, and every other runtime understands it too. Input and answer stay float32 whatever
-happens between them, and a normalized embedding is scaled in FP32. Scores, selection and the fused sum stay in FP32,
-because half precision is too coarse to rank patches by; LayerNorm keeps its statistics in FP32 (``stash_type``).
+TensorRT 11 supports no other way, and all other runtimes support this one. Input and output stay float32 in every
+precision, and a normalized embedding is scaled in FP32. Scores, selection and the fused sum stay in FP32, because half
+precision is too coarse to rank patches by; LayerNorm keeps its statistics in FP32 (``stash_type``).
 
-How INT8 and FP8 are laid on top: :mod:`evit_deploy.export.quantization`.
+INT8 and FP8 are added by :mod:`evit_deploy.export.quantization`.
 """
 
 import re
@@ -42,22 +42,22 @@ def set_precision(
     calibration: np.ndarray | None = None,
     keep: Sequence[str] = (),
 ) -> ModelProto:
-    """A copy of an exported FP32 model in another precision.
+    """Converts an exported FP32 model to another precision; returns a copy.
 
     Args:
-        proto: What ``export_onnx`` made.
+        proto: An FP32 model from :func:`~evit_deploy.export.portable.export_onnx`.
         precision: One of :data:`PRECISIONS`.
         base: For ``int8`` and ``fp8``: precision of everything that is not quantized.
-        calibration: For ``int8`` and ``fp8``: real images in the deployment's preprocessing, float32 ``[n, C, H, W]``;
-            what decides the ranges of the activations.
+        calibration: For ``int8`` and ``fp8``: real images in the deployment's preprocessing, float32 ``[n, C, H, W]``,
+            which determine the ranges of the activations.
         keep: For ``int8`` and ``fp8``: linear layers that stay in the base precision, by their names or by patterns
             such as ``blocks.11.mlp.*``.
 
     Returns:
-        The checked model; its card names the precision.
+        The checked model, with the precision in its card.
 
     Raises:
-        InputError: An unknown precision, weights too large for it, no calibration images, a pattern that names no
+        InputError: An unknown precision, weights too large for it, no calibration images, a pattern that matches no
             layer, or a file that evit-deploy did not export in FP32.
         StageError: The quantizer failed.
     """
@@ -71,17 +71,17 @@ def lowered(
     calibration: np.ndarray | None,
     choose: Callable[[Quantized], Collection[str]],
 ) -> ModelProto:
-    """:func:`set_precision`, where the layers that stay in the base precision depend on what quantizing does.
+    """Like :func:`set_precision`, for layers in the base precision that are chosen after quantizing.
 
     Args:
         proto: See :func:`set_precision`.
         precision: See :func:`set_precision`.
         base: See :func:`set_precision`.
         calibration: See :func:`set_precision`.
-        choose: For ``int8`` and ``fp8``: gives the names of the layers that are not to be quantized.
+        choose: For ``int8`` and ``fp8``: returns the names of the layers that are not to be quantized.
 
     Raises:
-        EvitDeployError: See :func:`set_precision`; and what ``choose`` raises.
+        EvitDeployError: See :func:`set_precision`; also errors of ``choose``.
     """
     if precision not in PRECISIONS:
         raise InputError("unknown precision", seen=repr(precision), wanted="one of " + ", ".join(PRECISIONS))
@@ -117,7 +117,7 @@ def lowered(
 
 
 def _cast(proto: ModelProto, precision: str) -> ModelProto:
-    """The graph in FP16 or BF16, but for the score rows; ``TokenReorg`` itself takes tokens of either type."""
+    """Converts the graph to FP16 or BF16, except for the scores; ``TokenReorg`` accepts tokens of either type."""
     model = onnx_ir.from_proto(proto)
     graph, low = model.graph, _TYPES[precision]
     exact = _score_rows(graph)
@@ -153,15 +153,16 @@ def _cast(proto: ModelProto, precision: str) -> ModelProto:
 
 
 def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
-    """The nodes that serve the choice: what gives a location's inputs but its tokens, and what leads there alone.
+    """The nodes that compute the choice: producers of a location's inputs other than its tokens, and what only they
+    use.
 
-    Further what a reducer wants exact, by its name, with what leads there alone; and what is made of such numbers and
-    of no others, as the logarithms of sizes are. A linear layer is none of them, nor what is before it: layers of a
-    method's own compute as those of the model do.
+    Also included: nodes that a reducer marks as exact by their name, with what only they use, and nodes computed only
+    from such values, such as the logarithms of sizes. Linear layers and the nodes before them are excluded: a method's
+    own layers run in the model's precision.
     """
     found = {node for node in graph if _EXACT.match(node.name or "")}
     locations = {node for node in graph if node.domain == DOMAIN}
-    # A merge's sizes, choice and evidence are as exact as a reorganization's scores; its tokens may be evidence too.
+    # A merge's sizes, choice and evidence stay exact, like a reorganization's scores; its tokens may be evidence too.
     given = [value for node in locations for value in node.inputs[1:] if value is not node.inputs[0]]
     made = {value.producer() for value in given if value is not None}
     found |= {node for node in made if node is not None and node not in locations and not _is_linear(node)}
@@ -177,7 +178,7 @@ def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
             pending.extend(node.inputs)
     for node in graph:
         numbers = [v for v in node.inputs if v is not None and _is_float(v) and not v.is_initializer()]
-        # What is repeated, as a mask is for every query, can be rounded before.
+        # A value that is expanded, such as a mask for every query, can be rounded before that.
         if (
             node not in locations
             and node.op_type != "Expand"
@@ -185,7 +186,7 @@ def _score_rows(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
             and all(_is_exact(value, found) for value in numbers)
         ):
             found.add(node)
-    # Last, so that it draws nothing else along: an embedding is computed in the precision asked for, then scaled.
+    # Added last, so that nothing before it is included: an embedding is computed in the model's precision, then scaled.
     return found | {node for node in graph if _NORMALIZE.match(node.name or "")}
 
 
@@ -195,7 +196,7 @@ def _is_linear(node: onnx_ir.Node) -> bool:
 
 
 def _is_exact(value: onnx_ir.Value, exact: set[onnx_ir.Node]) -> bool:
-    """Whether a number stays in FP32; the sizes of merged tokens do."""
+    """Whether a value stays in FP32, as the sizes of merged tokens do."""
     node = value.producer()
     return node in exact or (node is not None and node.domain == DOMAIN and value.index() == 1)
 
@@ -205,7 +206,7 @@ def _is_float(value: onnx_ir.Value) -> bool:
 
 
 def _refuse_too_large(graph: onnx_ir.Graph, exact: set[onnx_ir.Node], precision: str) -> None:
-    """A weight beyond the type's range would become infinite, and the logits with it."""
+    """Raises for a weight outside the type's range: it would become infinite, and so would the logits."""
     large = []
     for value in graph.initializers.values():
         if value.dtype == DataType.FLOAT and not all(use.node in exact for use in value.uses()):
@@ -227,7 +228,7 @@ def _as_type(value: onnx_ir.Value, low: DataType) -> onnx_ir.TensorProtocol:
     array = array_of(value)
     narrow = array.astype(low.numpy())
     scales = any(use.node.op_type in ("QuantizeLinear", "DequantizeLinear") and use.idx == 1 for use in value.uses())
-    if scales:  # a scale below the type's smallest number would become 0, and everything divided by it infinite
+    if scales:  # a scale below the type's smallest number would become 0, and division by it infinite
         narrow = np.where((array != 0) & (narrow == 0), ml_dtypes.finfo(low.numpy()).smallest_subnormal, narrow)
         narrow = narrow.astype(low.numpy())
     return onnx_ir.tensor(narrow, name=value.name)
@@ -236,7 +237,7 @@ def _as_type(value: onnx_ir.Value, low: DataType) -> onnx_ir.TensorProtocol:
 def _widen(
     graph: onnx_ir.Graph, value: onnx_ir.Value, before: onnx_ir.Node, widened: dict[onnx_ir.Value, onnx_ir.Value]
 ) -> onnx_ir.Value:
-    """The same value in FP32, by one ``Cast`` however often it is asked for; the score row's own weights are FP32."""
+    """The same value in FP32, by a ``Cast`` that all its uses share; weights of the scores are FP32 already."""
     if value.is_initializer() and value.dtype == DataType.FLOAT:
         return value
     if value not in widened:
@@ -251,7 +252,7 @@ def _widen(
 def _narrow(
     graph: onnx_ir.Graph, value: onnx_ir.Value, low: DataType, narrowed: dict[onnx_ir.Value, onnx_ir.Value]
 ) -> onnx_ir.Value:
-    """A number of FP32 in the type of the rest, by one ``Cast`` behind its producer however often it is asked for."""
+    """An FP32 value in the lower type, by a ``Cast`` after its producer that all its uses share."""
     if value not in narrowed:
         cast = onnx_ir.node("Cast", [value], {"to": low}, name=f"{value.name}.cast")
         cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = cast.name, low, value.shape

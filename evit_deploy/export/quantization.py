@@ -1,7 +1,7 @@
 """INT8 and FP8: Q/DQ nodes around the linear layers, with ranges learned from real images.
 
-They are laid on top by ONNX Runtime's own quantizer: activations by one scale a tensor, weights by one a channel. What
-is not quantized is FP32 where a CPU runs it, FP16 where TensorRT does.
+ONNX Runtime's quantizer inserts them, with one scale per tensor for activations and one per channel for weights. The
+rest of the model is FP32 for CPUs and FP16 for TensorRT.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ _LINEAR = ("MatMul", "Gemm")
 _CALIBRATION_BATCH = 8
 _FP8, _FP8_LARGEST = DataType.FLOAT8E4M3FN, 448.0
 _WRAPPED = re.compile(r"\.inner(?=\.|$)")
-"""Modules around a layer that the export puts in, and that no checkpoint knows."""
+"""Wrapper modules that the export inserts and that are not in checkpoints."""
 
 
 class Quantized(msgspec.Struct, frozen=True):
-    """A model whose linear layers are all quantized, and what it was made of; what is between them is FP32 still.
+    """A model with all linear layers quantized, and its FP32 original; the layers between them are FP32.
 
     Args:
         original: The FP32 file.
-        proto: The same with Q/DQ pairs.
+        proto: The same model with Q/DQ pairs.
     """
 
     original: ModelProto
@@ -50,7 +50,7 @@ class Quantized(msgspec.Struct, frozen=True):
         return tuple(dict.fromkeys(layer_of(node.name) for node in nodes))
 
     def share(self, layers: Collection[str]) -> float:
-        """Share of the quantized layers' weights that is in some of them, 0 to 1.
+        """The fraction of the quantized weights that belongs to the given layers, 0 to 1.
 
         Args:
             layers: Their names.
@@ -64,9 +64,9 @@ class Quantized(msgspec.Struct, frozen=True):
         return sum(held[layer] for layer in layers) / total if total else 0.0
 
     def without(self, layers: Collection[str]) -> ModelProto:
-        """The model with some of its layers as they were, not quantized.
+        """The model with the given layers not quantized.
 
-        It is what the quantizer makes when it is asked to leave them out, without learning the ranges again.
+        Equal to quantizing without these layers, but does not calibrate again.
 
         Args:
             layers: Their names.
@@ -83,26 +83,26 @@ class Quantized(msgspec.Struct, frozen=True):
 
 
 def layer_of(node: str) -> str:
-    """The layer that a node computes, called as in the checkpoint.
+    """The layer that a node computes, under its name in the checkpoint.
 
     >>> layer_of("blocks.3.mlp.inner.fc1/Gemm")
     'blocks.3.mlp.fc1'
 
     Args:
-        node: Its name.
+        node: Name of the node.
     """
     return _WRAPPED.sub("", node.rpartition("/")[0])
 
 
 def layers_like(patterns: Sequence[str], layers: Sequence[str]) -> list[str]:
-    """The layers that patterns such as ``blocks.11.mlp.*`` name, in the order of the graph.
+    """The layers that match patterns such as ``blocks.11.mlp.*``, in the order of the graph.
 
     Args:
-        patterns: Names, with ``*``, ``?`` and ``[...]`` as shells read them.
-        layers: The layers that are quantized.
+        patterns: Names with the shell wildcards ``*``, ``?`` and ``[...]``.
+        layers: The quantized layers.
 
     Raises:
-        InputError: A pattern names none of them, or the patterns name all.
+        InputError: A pattern matches no layer, or the patterns match all of them.
     """
     for pattern in patterns:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
@@ -125,12 +125,12 @@ def layers_like(patterns: Sequence[str], layers: Sequence[str]) -> list[str]:
 def quantize(
     proto: ModelProto, precision: str, base: str, calibration: np.ndarray, exact: Sequence[str] = ()
 ) -> Quantized:
-    """Puts Q/DQ pairs around the linear layers, but for the nodes named as ``exact``.
+    """Inserts Q/DQ pairs around the linear layers, except for the nodes in ``exact``.
 
-    Two forms of INT8. TensorRT wants signed activations around zero and biases as they are. CPUs multiply unsigned by
-    signed, and ONNX Runtime's kernels take the INT32 biases along: on DeiT-S 2.4 times as fast as the other form there,
-    1.1 times in OpenVINO, and more accurate, because what comes out of Gelu is hardly ever negative (figures:
-    ``tests/benchmarks/int8_forms.py``, docs/results-precision.md).
+    There are two forms of INT8. TensorRT requires signed, symmetric activations and floating-point biases. CPUs
+    multiply unsigned by signed numbers, and ONNX Runtime's kernels use INT32 biases. On DeiT-S this form is 2.4 times
+    as fast as the other in ONNX Runtime and 1.1 times in OpenVINO, and more accurate, because the output of Gelu is
+    rarely negative (figures: ``tests/benchmarks/int8_forms.py``, docs/results-precision.md).
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -163,12 +163,12 @@ def quantize(
                     "ActivationSymmetric": not for_cpu,
                     "WeightSymmetric": True,
                     "QuantizeBias": for_cpu,
-                    # The sum of a linear layer is not rounded again: what follows is not quantized.
+                    # The output of a linear layer is not quantized, because the next operator is not.
                     "OpTypesToExcludeOutputQuantization": list(_LINEAR),
-                    # Not CalibMaxIntermediateOutputs: it throws the ranges of earlier batches away.
+                    # Not CalibMaxIntermediateOutputs, which discards the ranges of earlier batches.
                 },
             )
-        except Exception as error:  # the quantizer raises whatever its parts raise
+        except Exception as error:  # the quantizer does not document its exceptions
             text = str(error).strip().splitlines()
             raise StageError(f"ONNX Runtime's quantizer failed: {text[0] if text else type(error).__name__}") from error
         quantized = onnx.load(target)
@@ -176,7 +176,7 @@ def quantize(
 
 
 def _restore(graph: onnx_ir.Graph, node: onnx_ir.Node, index: int, before: dict[str, Any]) -> None:
-    """Gives a node the number that was rounded on the way to it, and takes out what is not used any more."""
+    """Reconnects a node's input to the unquantized value, and removes nodes that become unused."""
     value = node.inputs[index]
     dequantize = value.producer() if value is not None else None
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
@@ -194,7 +194,7 @@ def _restore(graph: onnx_ir.Graph, node: onnx_ir.Node, index: int, before: dict[
             exact = onnx_ir.Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype))
             exact.const_value = tensor
         node.replace_input_with(index, exact)
-        _remove(graph, dequantize)  # first: what a bias's gives is called as the bias
+        _remove(graph, dequantize)  # first, because the dequantized bias has the name of the bias
         graph.initializers.setdefault(name, exact)
         return
     _remove(graph, dequantize)
@@ -202,7 +202,7 @@ def _restore(graph: onnx_ir.Graph, node: onnx_ir.Node, index: int, before: dict[
 
 
 def _remove(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
-    """Removes a node and its constants, unless they are used."""
+    """Removes a node and its constants, except those still in use."""
     if any(output.uses() for output in node.outputs):
         return
     given = [value for value in node.inputs if value is not None]
@@ -219,9 +219,9 @@ def array_of(value: onnx_ir.Value) -> np.ndarray:
 
 
 def _as_fp8(quantized: ModelProto, original: ModelProto) -> ModelProto:
-    """The same Q/DQ pairs in FP8 (E4M3), their scales such that the largest value seen becomes the largest of FP8.
+    """The same Q/DQ pairs in FP8 (E4M3), scaled so that the largest value seen maps to the largest FP8 number.
 
-    The quantizer's own FP8 takes a scale from the standard deviation instead, which cuts off the outliers of a ViT.
+    The quantizer's own FP8 derives the scale from the standard deviation, which clips the outliers of a ViT.
     """
     model = onnx_ir.from_proto(quantized)
     weights = {tensor.name: tensor for tensor in original.graph.initializer}
@@ -242,7 +242,7 @@ def _as_fp8(quantized: ModelProto, original: ModelProto) -> ModelProto:
             continue
         if name in zeros:
             array = np.zeros(array_of(value).shape, np.float32)
-        else:  # a weight with a scale for each output: [out, in] of a Gemm, [in, out] of a MatMul
+        else:  # per-channel scales: [out, in] for a Gemm, [in, out] for a MatMul
             array = onnx.numpy_helper.to_array(weights[name.removesuffix("_quantized")])
             scale = next(array_of(use.node.inputs[1]) for use in value.uses())  # type: ignore[arg-type]
             axis = next(use.node.attributes["axis"].as_int() for use in value.uses())
@@ -254,7 +254,7 @@ def _as_fp8(quantized: ModelProto, original: ModelProto) -> ModelProto:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """The quantizer logs to the root logger and prints."""
+    """Silences the quantizer, which prints and logs to the root logger."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

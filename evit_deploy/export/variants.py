@@ -1,4 +1,4 @@
-"""Variants of an exported file, made from the file alone: with indices, with the choice given, and the slice twin."""
+"""Variants derived from an exported file: with choices as outputs or inputs, with scores, and the slice twin."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def reorganizations(proto: ModelProto) -> list[onnx.NodeProto]:
-    """The file's ``TokenReorg`` and ``TokenMerge`` nodes, in order: one a location."""
+    """The file's ``TokenReorg`` and ``TokenMerge`` nodes in order, one per location."""
     return [node for node in proto.graph.node if node.domain == op.DOMAIN and node.op_type in (op.NAME, merge.NAME)]
 
 
@@ -27,7 +27,7 @@ def block_of(node: onnx.NodeProto) -> int:
 
 
 def _choice(node: onnx.NodeProto) -> str:
-    """Name of what a location chooses: a merge takes it in, a reorganization gives it out."""
+    """Name of a location's choice: an input of a merge, an output of a reorganization."""
     return node.input[2] if node.op_type == merge.NAME else node.output[1]
 
 
@@ -50,9 +50,9 @@ def with_indices(proto: ModelProto) -> ModelProto:
 
 
 def with_scores(proto: ModelProto) -> ModelProto:
-    """A copy that also gives out its choices, and what each location makes its own by.
+    """A copy that also returns the choices and the values they are based on.
 
-    Outputs are those of :func:`with_indices`, and ``scores_<block>``, ``scores_<block>_1``, … (float32).
+    The outputs are those of :func:`with_indices` and ``scores_<block>``, ``scores_<block>_1``, … (float32).
     """
     copy = with_indices(proto)
     ranks = _ranks(copy)
@@ -62,7 +62,7 @@ def with_scores(proto: ModelProto) -> ModelProto:
 
 
 def scores_in(outputs: Mapping[str, np.ndarray], block: int) -> Any:
-    """What a location chose by, among the outputs of such a copy: one array, or several in a tuple."""
+    """A location's scores among the outputs of such a copy: one array, or several in a tuple."""
     first = f"scores_{block}"
     found = tuple(value for name, value in outputs.items() if name == first or name.startswith(f"{first}_"))
     return found[0] if len(found) == 1 else found
@@ -73,7 +73,7 @@ def _ranks(proto: ModelProto) -> dict[str, int]:
 
 
 def _give_out_scores(proto: ModelProto, node: onnx.NodeProto, ranks: dict[str, int]) -> None:
-    """Makes what a location chooses by outputs of the file."""
+    """Adds the values that a location's choice is based on to the outputs."""
     for index, value in enumerate(list(node.input[3:]) if node.op_type == merge.NAME else [node.input[1]]):
         name = f"scores_{block_of(node)}" + (f"_{index}" if index else "")
         shape = ["batch"] + [None] * (ranks.get(value, 2) - 1)
@@ -82,12 +82,12 @@ def _give_out_scores(proto: ModelProto, node: onnx.NodeProto, ranks: dict[str, i
 
 
 def slice_twin(proto: ModelProto) -> ModelProto:
-    """The same file with each location's node replaced by a plain slice to the same token count.
+    """A copy with each location's node replaced by a plain slice to the same token count.
 
-    What is left of its time under the original's is what scoring, selecting, gathering, fusing and merging cost.
+    The original takes longer than this twin by the cost of scoring, selecting, gathering, fusing and merging.
 
     Raises:
-        InputError: The file has no location.
+        InputError: The file has no locations.
     """
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
@@ -121,15 +121,15 @@ def slice_twin(proto: ModelProto) -> ModelProto:
         if node.op_type == merge.NAME:
             other.replace_all_uses_with(sliced(node, node.inputs[1], counts["keep"], "sizes"))
             choice = node.inputs[2]
-            if choice is not None and len(choice.uses()) > 1:  # what else follows the choice: all join the first
+            if choice is not None and len(choice.uses()) > 1:  # other users of the choice: all tokens join the first
                 numbers = np.arange(2 * counts["candidates"] - counts["keep"], dtype=np.int32)
                 numbers[counts["candidates"] :] = 0
                 choice.replace_all_uses_with(_for_each_image(graph, node, numbers, "numbers", constant))
-        elif other.uses():  # what else is put in order by the choice stays in the order that it has
+        elif other.uses():  # other values that the choice reorders keep their order
             numbers = np.arange(counts["keep"], dtype=np.int32)
             other.replace_all_uses_with(_for_each_image(graph, node, numbers, "numbers", constant))
         scores = node.inputs[1]
-        if node.op_type == op.NAME and scores is not None and len(scores.uses()) > 1:  # what else is weighed by them
+        if node.op_type == op.NAME and scores is not None and len(scores.uses()) > 1:  # other weighted values
             assert scores.shape is not None
             candidates = scores.shape[1]
             assert isinstance(candidates, int)
@@ -141,7 +141,8 @@ def slice_twin(proto: ModelProto) -> ModelProto:
     card = read_card(proto)
     if card is not None:
         write_card(twin, msgspec.structs.replace(card, kind="slice"))
-    if not any(tensor.external_data for tensor in twin.graph.initializer):  # of an outline the checker finds no data
+    # The checker would not find an outline's external data.
+    if not any(tensor.external_data for tensor in twin.graph.initializer):
         onnx.checker.check_model(twin)
     return twin
 
@@ -153,7 +154,7 @@ def _for_each_image(
     label: str,
     constant: "Callable[[str, int], onnx_ir.Value]",
 ) -> "onnx_ir.Value":
-    """The same row for every image, ``[batch, length]``."""
+    """Repeats a row for every image: ``[batch, length]``."""
     import onnx_ir
 
     name = f"{node.name}.{label}"
@@ -168,10 +169,10 @@ def _for_each_image(
 
 
 def with_choice(proto: ModelProto) -> ModelProto:
-    """A copy that takes its choices as inputs and gives out what it would have made them by.
+    """A copy that takes its choices as inputs and returns the values they would have been based on.
 
-    For a look at the arithmetic alone. For every location it has an input ``choice_<block>`` (int32) in place of the
-    choice, and outputs ``scores_<block>``, ``scores_<block>_1``, … (float32).
+    Used to compare arithmetic independently of the choices. Each location has an input ``choice_<block>`` (int32) that
+    replaces the choice, and outputs ``scores_<block>``, ``scores_<block>_1``, … (float32).
 
     Raises:
         InputError: The file has no ``TokenReorg`` node.
@@ -192,7 +193,7 @@ def with_choice(proto: ModelProto) -> ModelProto:
         _give_out_scores(copy, node, ranks)
         if node.op_type == merge.NAME:
             own = node.input[2]
-            for other in copy.graph.node:  # what follows the patches takes the choice as well
+            for other in copy.graph.node:  # other users of the choice read the input too
                 other.input[:] = [f"choice_{block}" if value == own else value for value in other.input]
         else:
             node.input.append(f"choice_{block}")

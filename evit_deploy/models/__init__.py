@@ -1,1 +1,1 @@
-"""Which model a file is: safe reading, identification, weights and model families."""
+"""Reading checkpoints safely, identifying their architecture, and the model families."""

@@ -1,7 +1,7 @@
-"""A checkpoint: weights, and what they are. Architecture, image size, classes and token reduction are read from it.
+"""Checkpoints: weights with their architecture, image size, classes and token reduction.
 
-Where its files are: ``sources.py``. How a file is read without trusting it: ``safe_weights.py``. How tensors are
-recognized: ``identify.py``. What says how images were prepared: ``preprocessing.py``.
+``files/sources.py`` locates the files, ``files/safe_weights.py`` reads them without trusting them, ``identify.py``
+recognizes the architecture, and ``preprocessing.py`` finds out how images are prepared.
 """
 
 import ast
@@ -38,21 +38,21 @@ _FLAGS = {"keep_rate": "--keep-rate", "options": "--method-option"}
 
 
 class Checkpoint(msgspec.Struct):
-    """Weights and what they are.
+    """Weights with their architecture and metadata.
 
     Args:
         source: Path of a file or folder, ``hf-hub:org/name``, or timm name.
         sha256: Hash of the weights (:attr:`evit_deploy.models.files.sources.Source.digest`); ``None`` for a timm name.
         weights: Tensors under timm's names.
         model: timm architecture.
-        model_args: What :func:`evit_deploy.models.create.create_model` needs in addition to the name.
-        tokens: The reduction the weights were trained with, if the file says so.
-        preprocess: How images become inputs; ``None`` for the architecture's own.
-        labels: Class names, if they are known.
-        notes: What was assumed or chosen; the user is warned of it.
-        method_weights: Tensors of the reduction method's own layers, under their names.
-        output: What the model answers: one number a class, or a vector that images are compared by.
-        origins: Where ``preprocess`` and ``labels`` come from, for people.
+        model_args: Further arguments of :func:`evit_deploy.models.create.create_model`.
+        tokens: The reduction the weights were trained with, if the file records it.
+        preprocess: From image to input; ``None`` for the architecture's default.
+        labels: Class names, if known.
+        notes: Assumptions and choices, shown to the user as warnings.
+        method_weights: Tensors of the reduction method's own layers, by name.
+        output: The model's output: one number per class, or a vector for comparing images.
+        origins: Where ``preprocess`` and ``labels`` come from, as text.
     """
 
     source: str
@@ -69,22 +69,22 @@ class Checkpoint(msgspec.Struct):
 
     @property
     def output(self) -> Output:
-        """What the model answers: one number a class, or without classes a vector that images are compared by."""
+        """The model's output: one number per class or, without classes, a vector for comparing images."""
         return output_of(self.model_args)
 
 
 def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tuple[TokenSpec, list[str]]:
-    """Joins what is asked for with what the checkpoint was trained with.
+    """Combines the requested reduction with the one that the checkpoint was trained with.
 
     Args:
         checkpoint: The checkpoint.
-        asked: Fields of the spec; the rest comes from the checkpoint, then from the defaults.
+        asked: Fields of the spec; others come from the checkpoint, then from the defaults.
 
     Returns:
-        The spec, and notes on everything of the checkpoint's own that was replaced.
+        The spec, and notes on values of the checkpoint that were overridden.
 
     Raises:
-        InputError: There is no keep rate, or the values do not fit each other.
+        InputError: There is no keep rate, or the values contradict each other.
     """
     unknown = next((name for name in asked if name not in TokenOptions.__annotations__), None)
     if unknown is not None:
@@ -118,7 +118,7 @@ def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tup
         values["fuse"] = False
     base: dict[str, Any] = msgspec.structs.asdict(own) if own else {}
     if own is not None and values.get("method", own.method) != own.method:
-        base["options"] = {}  # options stay with the method they belong to
+        base["options"] = {}  # options of another method do not apply
     notes = [
         f"{_FLAGS.get(name, '--' + name)}: {value} replaces the checkpoint's own {base[name]}"
         for name, value in values.items()
@@ -130,21 +130,22 @@ def resolve_tokens(checkpoint: Checkpoint, **asked: Unpack[TokenOptions]) -> tup
 def read_checkpoint(
     source: str | Path, model: str | None = None, preprocess: PreprocessOptions | None = None
 ) -> Checkpoint:
-    """Reads a checkpoint, or fetches a timm name's pretrained weights.
+    """Reads a checkpoint, or downloads the pretrained weights of a timm name.
 
     Args:
-        source: ``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors`` file; folder as Hugging Face,
-            timm or OpenCLIP save it; ``hf-hub:org/name`` or ``org/name``, from the local cache where it is there; or a
-            timm name. Of a file that holds several models, ``weights.pth#teacher`` is the one whose names begin with
-            ``teacher``.
-        model: timm name that decides the architecture instead of the tensors.
-        preprocess: Preprocessing and labels that replace the checkpoint's.
+        source: ``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors`` file; a folder saved by Hugging
+            Face, timm or OpenCLIP; ``hf-hub:org/name`` or ``org/name``, from the local cache if possible; or a timm
+            name. ``weights.pth#teacher`` selects the model whose names begin with ``teacher`` in a file with several
+            models.
+        model: timm name of the architecture; by default it is identified from the tensors.
+        preprocess: Preprocessing and labels that override the checkpoint's.
 
     Raises:
-        CheckpointError: The file cannot be read as weights, holds weights that are not finite, or fits no model; or
-            what lies beside it contradicts it.
-        InputError: Neither a file nor a timm name; an unknown ``model``; or labels that do not fit the classes.
-        MissingRequirement: Weights cannot be fetched.
+        CheckpointError: The file cannot be read as weights, holds weights that are not finite, fits no model, or
+            contradicts the configuration next to it.
+        InputError: The source is neither a file nor a timm name, ``model`` is unknown, or the labels do not fit the
+            classes.
+        MissingRequirement: The weights cannot be downloaded.
     """
     found, asked = find_source(source), preprocess or PreprocessOptions()
     if found is None:
@@ -180,7 +181,7 @@ def read_checkpoint(
 
 
 def _split(tensors: dict[str, Tensor], method: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A model's tensors, and those of the methods' own layers; ``method`` may be of another package."""
+    """Splits tensors into the model's and those of methods' own layers; ``method`` may come from another package."""
     names = {*METHODS.own_names(), *({method} & set(METHODS.names()) if method else ())}
     prefixes = tuple(prefix for name in sorted(names) for prefix in METHODS.get(name).own_parameters)
     own = {name: value for name, value in tensors.items() if name.startswith(prefixes)}
@@ -188,11 +189,11 @@ def _split(tensors: dict[str, Tensor], method: str | None) -> tuple[dict[str, Te
 
 
 def build_model(checkpoint: Checkpoint, image_size: int | None = None) -> torch.nn.Module:
-    """Builds the dense model and loads the weights, strictly; those of a method's own layers wait in the model.
+    """Builds the dense model and loads the weights strictly; a method's own weights are stored for later use.
 
     Args:
         checkpoint: What to build.
-        image_size: Pixels, another size than the checkpoint's: the position embedding is resampled as timm does.
+        image_size: Side in pixels, if it differs from the checkpoint's; the position embedding is resampled as in timm.
 
     Returns:
         The model in evaluation mode, FP32.
@@ -203,7 +204,7 @@ def build_model(checkpoint: Checkpoint, image_size: int | None = None) -> torch.
     """
     load_backbones()
     try:
-        with torch.device("meta"):  # a model that is larger than its weights would cost memory before it is refused
+        with torch.device("meta"):  # a mismatching model could use much memory before it is refused
             wanted = create_model(checkpoint.model, checkpoint.model_args).state_dict()
         differences = differences_of(wanted, checkpoint.weights)
         model = None if differences else create_model(checkpoint.model, checkpoint.model_args)
@@ -228,12 +229,12 @@ def build_model(checkpoint: Checkpoint, image_size: int | None = None) -> torch.
 
 
 def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
-    """The checkpoint's preprocessing at the model's image size; timm's for one that says nothing."""
+    """The checkpoint's preprocessing at the model's image size; timm's if the checkpoint has none."""
     own = checkpoint.preprocess
     size = backbone_of(model).image_size(model)
     if own is None:
         return Preprocess.from_model(model, size)
-    if len(own.mean) not in (1, 3):  # whatever the model takes: see evit_deploy.data.images.with_channels
+    if len(own.mean) not in (1, 3):  # for any number of channels: see evit_deploy.data.images.with_channels
         raise InputError(
             "normalization needs three channels", where="--mean and --std", seen=len(own.mean),
             wanted="three numbers, or one for all",
@@ -242,10 +243,10 @@ def preprocess_of(checkpoint: Checkpoint, model: torch.nn.Module) -> Preprocess:
 
 
 def set_image_size_(model: Any, image_size: int) -> None:
-    """Changes the image size a model takes, in place.
+    """Changes a model's image size in place.
 
     Raises:
-        InputError: The patch size does not divide it, memory cannot hold it, or the model takes one size alone.
+        InputError: The patch size does not divide it, it needs too much memory, or the model has a fixed size.
     """
     if not hasattr(model, "set_input_size"):
         size = backbone_of(model).image_size(model)[0]
@@ -266,7 +267,8 @@ def set_image_size_(model: Any, image_size: int) -> None:
     if tuple(model.patch_embed.img_size) != (image_size, image_size):
         try:
             model.set_input_size(img_size=(image_size, image_size))
-        except (RuntimeError, OverflowError, MemoryError) as error:  # PyTorch's words for what memory cannot hold
+        # PyTorch's errors for tensors that do not fit in memory
+        except (RuntimeError, OverflowError, MemoryError) as error:
             raise InputError("the image size is too large for memory", where="--image-size", seen=image_size) from error
 
 
@@ -298,7 +300,7 @@ def _from_timm(name: str, model: str | None, asked: PreprocessOptions) -> Checkp
         )
     try:
         pretrained = timm.create_model(name, pretrained=True)
-    except Exception as error:  # hub, network and cache raise their own kinds
+    except Exception as error:  # hub, network and cache raise their own classes
         what = f"the pretrained weights of {name!r} could not be fetched ({type(error).__name__})"
         raise MissingRequirement(what, fix=fix) from error
     cfg = pretrained.pretrained_cfg
@@ -319,7 +321,7 @@ def _from_timm(name: str, model: str | None, asked: PreprocessOptions) -> Checkp
 
 
 def _imagenet_labels(cfg: Any) -> Said | None:
-    """Class names of weights that timm says were trained on ImageNet."""
+    """ImageNet's class names, if timm records that the weights were trained on it."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset(cfg)
@@ -359,12 +361,12 @@ def _own_metadata(path: Path, text: str) -> _OwnMetadata:
 
 
 def save_checkpoint(path: Path, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Writes weights with all that :func:`read_checkpoint` needs to know them again; whole or not at all.
+    """Writes weights with all metadata that :func:`read_checkpoint` needs, atomically.
 
     Args:
         path: ``.safetensors`` file.
         model: Its ``state_dict`` is written.
-        checkpoint: Everything but the weights.
+        checkpoint: Everything except the weights.
     """
     from safetensors.torch import save
 
@@ -382,8 +384,8 @@ def save_checkpoint(path: Path, model: torch.nn.Module, checkpoint: Checkpoint) 
 
 
 def _tokens_of_args(path: Path, args: Any, method_weights: dict[str, Tensor]) -> TokenSpec | None:
-    """What a training script of others left: EViT's ``base_keep_rate``, ``drop_loc`` (text such as ``(3, 6, 9)``) and
-    ``fuse_token``, or DynamicViT's ``base_rate``, which may be missing."""
+    """The reduction recorded by a third-party training script: EViT's ``base_keep_rate``, ``drop_loc`` (text such as
+    ``(3, 6, 9)``) and ``fuse_token``, or DynamicViT's ``base_rate``, which may be missing."""
     values = args if isinstance(args, dict) else getattr(args, "__dict__", {})
     if any(name.startswith("score_predictor.") for name in method_weights):
         try:

@@ -1,4 +1,4 @@
-"""Builds a model from a timm name and arguments that a file can hold."""
+"""Builds a model from a timm name and JSON arguments."""
 
 import functools
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ _Layer = Annotated[str, Meta(pattern=r"^[a-z0-9_]{0,40}$")]
 
 
 class _Arguments(msgspec.Struct):
-    """All that an architecture may be given, with ranges; the largest released models are at most half of each.
+    """Allowed arguments with their ranges; the largest released models use at most half of each.
 
-    Of LeViT, a width, a depth and a number of heads are lists, one number a stage. ``None`` is timm's own value.
+    For LeViT, width, depth and number of heads are lists with one number per stage. ``None`` means timm's default.
     """
 
     img_size: _Side | Annotated[tuple[_Side, ...], Meta(min_length=2, max_length=2)] | None = None
@@ -72,7 +72,7 @@ class _Arguments(msgspec.Struct):
     stem_width: _Width | None = None
 
 
-# Arguments of timm.create_model that are no architecture's: they read files, ask networks or change what is built.
+# Arguments of timm.create_model that do not describe an architecture: they read files or use the network.
 _OUTSIDE = {"checkpoint_path", "cache_dir", "features_only", "feature_cfg", "scriptable", "exportable", "no_jit"}
 
 
@@ -81,20 +81,20 @@ def create_model(name: str, args: Mapping[str, Any]) -> Any:
 
     Args:
         name: timm name.
-        args: Arguments of ``timm.create_model`` as JSON values; ``act_layer`` is timm's name of the activation. And
-            ``norm_eps``, the epsilon of every LayerNorm, which timm takes only within a function; and ``projection``,
-            the width of an embedding that a matrix makes of the features, as in CLIP: the model has no classes then.
+        args: Arguments of ``timm.create_model`` as JSON values; ``act_layer`` is timm's name of the activation. Two
+            more are accepted: ``norm_eps``, the epsilon of every LayerNorm, and ``projection``, the width of a final
+            linear projection as in CLIP, for a model without classes.
 
     Raises:
-        CheckpointError: The name or an argument would have timm read a file or ask a network; an argument that no
-            architecture has, or one that is out of its range.
-        TypeError: The architecture has no such argument; others of timm's for values that do not fit.
+        CheckpointError: The name or an argument would make timm read a file or use the network, or an argument is
+            unknown or out of range.
+        TypeError: The architecture has no such argument; timm raises other errors for values that do not fit.
     """
     import timm
     from timm.layers import LayerNorm
 
     outside = [key for key in args if key in _OUTSIDE or key.startswith("pretrained")]
-    if ":" in name or outside:  # `hf-hub:` and `local-dir:` in a name
+    if ":" in name or outside:  # prefixes such as `hf-hub:` and `local-dir:`
         raise CheckpointError(
             "a checkpoint may describe a model, but not where timm loads one from", where=name,
             seen=", ".join(outside) or name, wanted="an architecture's name and its arguments",

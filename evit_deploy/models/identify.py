@@ -1,7 +1,7 @@
-"""What a set of tensors is: which layout they are in, and which timm architecture they belong to.
+"""Identifies a set of tensors: their layout and their timm architecture.
 
-A layout is told from names and shapes, and from the ``config.json`` beside the file where there is one. The layouts are
-in ``layouts/``, one a file.
+The layout is recognized by names and shapes, and by the ``config.json`` next to the file if there is one. The layouts
+are in ``layouts/``, one per file.
 """
 
 from collections.abc import Collection
@@ -25,14 +25,14 @@ from evit_deploy.tokens.plan import TokenSpec
 
 
 class Identity(msgspec.Struct):
-    """What tensors were found to be.
+    """Result of identifying tensors.
 
     Args:
         model: timm architecture.
-        model_args: What :func:`evit_deploy.models.create.create_model` needs in addition.
+        model_args: Further arguments of :func:`evit_deploy.models.create.create_model`.
         weights: The tensors under timm's names.
-        notes: What was assumed.
-        tokens: The reduction such weights were trained with, where their names tell.
+        notes: Assumptions.
+        tokens: The reduction the weights were trained with, if their names imply one.
         prepared: See :class:`~evit_deploy.models.layouts.found.Found`; ``preprocess`` likewise.
         preprocess: See ``prepared``.
     """
@@ -47,7 +47,7 @@ class Identity(msgspec.Struct):
 
     @property
     def output(self) -> Output:
-        """What the model answers."""
+        """The model's output: logits or an embedding."""
         return output_of(self.model_args)
 
 
@@ -61,15 +61,14 @@ def identify(
     """Finds the architecture, image size and class count.
 
     Args:
-        path: Where the tensors come from, for messages.
-        weights: Tensors under the names the file has, or what :func:`evit_deploy.models.files.prefixes.inside` made of
-            them.
-        model: timm name that decides, if the user gave one.
-        method_weights: Names of the tensors that were set aside as a reduction method's own.
-        config: The ``config.json`` that lies beside the file: of transformers, or of timm's hub.
+        path: Source of the tensors, for messages.
+        weights: Tensors under the file's names, or as returned by :func:`evit_deploy.models.files.prefixes.inside`.
+        model: timm name given by the user, if any; it takes precedence.
+        method_weights: Names of tensors that belong to a reduction method's own layers.
+        config: The ``config.json`` next to the file, from transformers or timm's hub.
 
     Raises:
-        CheckpointError: The tensors are of no architecture known here, or the config contradicts them.
+        CheckpointError: The architecture is unknown, or the config contradicts the tensors.
         InputError: timm does not know ``model``.
     """
     load_backbones()
@@ -89,7 +88,7 @@ def identify(
 
 
 def _check_kind(held: Held, name: str, types: tuple[str, ...]) -> None:
-    """A config of transformers beside tensors that transformers does not write."""
+    """Refuses a config of transformers next to tensors that transformers does not write."""
     kind = (held.config or {}).get("model_type")
     if types or held.model is not None or kind in (None, "timm_wrapper"):
         return
@@ -100,7 +99,7 @@ def _check_kind(held: Held, name: str, types: tuple[str, ...]) -> None:
 
 
 def _identity(path: Path, held: Inside, found: Found) -> Identity:
-    """Makes sure that tensors are those of the architecture, all of them, and says what was left out."""
+    """Checks that the tensors match the architecture completely, and reports those left out."""
     with torch.device("meta"):
         wanted = create_model(found.model, found.model_args).state_dict()
     differences = differences_of(wanted, found.weights)
@@ -114,7 +113,7 @@ def _identity(path: Path, held: Inside, found: Found) -> Identity:
 
 
 def _refusal(path: Path, weights: dict[str, Tensor]) -> CheckpointError:
-    """The error of tensors that are in no layout; one that has some of their names is named."""
+    """The error for tensors in no known layout; names the layout that shares some of their names."""
     shares = {
         layout.name: max(sum(_has(weights, name) for name in sign) / len(sign) for sign in layout.signs)
         for layout in LAYOUTS
@@ -136,10 +135,10 @@ def _has(weights: dict[str, Tensor], name: str) -> bool:
 
 
 def check_model_name(name: str, *, where: str, also: str | None = None) -> None:
-    """Makes sure that timm knows a name.
+    """Checks that timm knows a name.
 
     Raises:
-        InputError: It does not; the message has the nearest names.
+        InputError: It does not; the message suggests similar names.
     """
     import timm
 

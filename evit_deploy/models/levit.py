@@ -1,13 +1,13 @@
 """Evo-LeViT (Evo-ViT, AAAI 2022, arXiv 2108.01390, on LeViT, arXiv 2104.01136).
 
-Three stages of tokens on a shrinking grid. Against LeViT there is a class token, absolute position embeddings take the
-place of attention biases (at the stem and in each downsampling), and four classifiers. So tokens need no fixed place
-within a stage, and a block may run on some of them: the *informative* ones and one that *represents* the others, which
+Three stages of tokens on a shrinking grid. Unlike LeViT it has a class token, four classifiers, and absolute position
+embeddings (at the stem and in each downsampling) instead of attention biases. Tokens therefore need no fixed position
+within a stage, and a block can run on a subset: the *informative* tokens and one that *represents* the others, which
 wait and receive the updates of their representative.
 
-Plain LeViT is timm's own ``levit_128s`` … ``levit_384``; its attention biases need every token in its place, so that no
-method can carry it. Parameters bear the names of the released checkpoints. Importing this module makes
-``evo_levit_128s`` … ``evo_levit_384`` known to ``timm.create_model``.
+Plain LeViT is timm's ``levit_128s`` … ``levit_384``; its attention biases require every token at its position, so no
+method can reduce it. Parameters have the names of the released checkpoints. Importing this module registers
+``evo_levit_128s`` … ``evo_levit_384`` with ``timm.create_model``.
 """
 
 from collections.abc import Iterator
@@ -26,11 +26,11 @@ from evit_deploy.tokens.state import TokenState
 STRIDE = 16
 MLP_RATIO = 2
 BLOCK_RATIO, DOWNSAMPLE_RATIO = 2, 4
-"""Width of a value over that of a key: in blocks, and in downsampling attention."""
+"""Ratio of value width to key width: in blocks, and in downsampling attention."""
 FIXED_ALPHA = 0.5
-"""Share of a block's own class attention in the moving average, while it is not learned (before epoch 200)."""
+"""Weight of a block's own class attention in the moving average before it is learned (up to epoch 200)."""
 HEADS = ("head", "head_dist", "head_cls", "head_cls_dist")
-"""Classifiers of the mean over patches, then of the class token; each with its twin that learns from a teacher."""
+"""Classifiers of the mean over patches and of the class token, each with a second one for distillation."""
 
 
 class LinearNorm(nn.Sequential):
@@ -39,7 +39,7 @@ class LinearNorm(nn.Sequential):
     Args:
         inputs: Width of the incoming tokens.
         outputs: Width of the outgoing ones.
-        gain: The norm's weight at the start; 0 where a residual branch ends.
+        gain: Initial weight of the norm; 0 at the end of a residual branch.
     """
 
     c: nn.Linear
@@ -77,7 +77,7 @@ class Classifier(nn.Sequential):
     """A batch norm and a linear layer: ``bn``, ``l``.
 
     Args:
-        width: Of the features.
+        width: Width of the features.
         classes: Number of classes.
     """
 
@@ -93,12 +93,12 @@ class Classifier(nn.Sequential):
 
 
 class Stem(nn.Sequential):
-    """Four convolutions of stride 2 with Hardswish between: stride 16 in all.
+    """Four convolutions of stride 2 with Hardswish in between: total stride 16.
 
     Args:
         img_size: Height and width of the image.
-        channels: Of the image.
-        width: Of the tokens.
+        channels: Channels of the image.
+        width: Width of the tokens.
     """
 
     patch_size = (STRIDE, STRIDE)
@@ -120,7 +120,7 @@ class Stem(nn.Sequential):
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image."""
+        """Number of patches."""
         return self.grid_size[0] * self.grid_size[1]
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -131,18 +131,18 @@ class Stem(nn.Sequential):
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows by number: ``[B, N, C]`` and int64 ``[B, M]`` to ``[B, M, C]``."""
-    # Whole rows: gather would go by element, which takes five times as long on a CPU.
+    """Selects rows by index: ``[B, N, C]`` and int64 ``[B, M]`` to ``[B, M, C]``."""
+    # Indexes whole rows: `gather` works by element, which takes five times as long on a CPU.
     first = torch.arange(x.shape[0], device=x.device) * x.shape[1]
     return x.flatten(0, 1).index_select(0, (rows + first.unsqueeze(1)).flatten()).unflatten(0, (-1, rows.shape[1]))
 
 
 def in_order(x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-    """Class token and candidates with every candidate in its place on the grid; the global attention too.
+    """Restores the grid order of the candidates and of the global attention.
 
     Args:
-        x: Class token and all candidates ``[B, 1 + P, C]``; none waits.
-        state: Where they are.
+        x: Class token and all candidates ``[B, 1 + P, C]``; no candidate is waiting.
+        state: Holds the current order.
     """
     if state.rows is None:
         return x, state
@@ -152,11 +152,11 @@ def in_order(x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
 
 
 def mixed(attention: Tensor | None, own: Tensor, alpha: Tensor | float) -> Tensor:
-    """The moving average ``(1 - α) · g + α · own``; only the candidates that took part are refreshed.
+    """The moving average ``(1 - α) · g + α · own``; only candidates that took part are updated.
 
     Args:
         attention: g ``[B, P]``; ``None`` in the first block.
-        own: A block's class attention ``[B, K]`` to the first K candidates.
+        own: Class attention of a block ``[B, K]`` for the first K candidates.
         alpha: α.
     """
     if attention is None:
@@ -167,14 +167,14 @@ def mixed(attention: Tensor | None, own: Tensor, alpha: Tensor | float) -> Tenso
 
 
 class LeViTAttention(nn.Module):
-    """What attention in blocks and in downsampling share, and their export forms."""
+    """Base of attention in blocks and in downsampling, and of their export forms."""
 
     learn_tradeoff: nn.Parameter
     learns_alpha: bool
     scale: float
 
     def alpha(self) -> Tensor | float:
-        """Share of this attention in the moving average."""
+        """Weight of this attention in the moving average."""
         return self.learn_tradeoff.sigmoid() if self.learns_alpha else FIXED_ALPHA
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,18 +182,18 @@ class LeViTAttention(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, ranks: bool = False) -> Any:
-        """The output; if it ranks, also the attention that the class token pays to each candidate."""
+        """Returns the output; with ``ranks``, also the class token's attention to each candidate."""
         y, q, k = self.attend(x)
         return (y, class_scores(q, k, self.scale, prefix=1)) if ranks else y
 
 
 class Attention(LeViTAttention):
-    """Attention of a block; see :class:`LinearNorm` for its layers.
+    """Attention of a block, with :class:`LinearNorm` layers.
 
     Args:
-        width: Of the tokens.
-        key_dim: Of a head's keys; its values are twice as wide.
-        num_heads: Heads.
+        width: Width of the tokens.
+        key_dim: Width of a head's keys; its values are twice as wide.
+        num_heads: Number of heads.
     """
 
     def __init__(self, width: int, key_dim: int, num_heads: int) -> None:
@@ -217,10 +217,10 @@ def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Mlp(nn.Sequential):
-    """Twice the width, with Hardswish between.
+    """Two layers with twice the width and Hardswish in between.
 
     Args:
-        width: Of the tokens.
+        width: Width of the tokens.
     """
 
     def __init__(self, width: int) -> None:
@@ -233,7 +233,7 @@ class Residual(nn.Module):
 
     Args:
         m: The branch.
-        drop_path: Share of images for which the branch is left out in training.
+        drop_path: Fraction of images for which the branch is dropped in training.
     """
 
     def __init__(self, m: nn.Module, drop_path: float) -> None:
@@ -247,7 +247,7 @@ class Residual(nn.Module):
 
 
 class Reducible(nn.Module):
-    """What an entry of ``blocks`` is: run on tokens alone or, with a reducer, on a state too."""
+    """Base of the entries of ``blocks``: runs on tokens or, with a reducer, on tokens and a state."""
 
     reducer: Any
 
@@ -260,9 +260,9 @@ class Block(Reducible):
     """Attention and MLP: ``m1``, ``m2``.
 
     Args:
-        width: Of the tokens.
+        width: Width of the tokens.
         key_dim: Of a head's keys.
-        num_heads: Heads.
+        num_heads: Number of heads.
         drop_path: See :class:`Residual`.
     """
 
@@ -287,10 +287,10 @@ class Block(Reducible):
 
 
 class DownsampleMlp(Reducible):
-    """The MLP behind a downsampling: ``m``.
+    """The MLP after a downsampling: ``m``.
 
     Args:
-        width: Of the tokens.
+        width: Width of the tokens.
         drop_path: See :class:`Residual`.
     """
 
@@ -306,7 +306,7 @@ class DownsampleMlp(Reducible):
 
 
 class Downsampling(LeViTAttention, Reducible):
-    """Downsampling and the global attention with it, which goes to the smaller grid and keeps its sum."""
+    """Downsampling of the tokens and of the global attention, whose sum is preserved."""
 
     asking: Tensor
 
@@ -325,12 +325,12 @@ class Downsampling(LeViTAttention, Reducible):
 
 
 class Downsample(Downsampling):
-    """Attention whose queries are every second row and column of the grid, and the class token; no residual.
+    """Attention without residual; its queries are the class token and every second row and column of the grid.
 
     Args:
         inputs: Width of the tokens.
-        outputs: Width of those that come out.
-        key_dim: Of a head's keys; its values are four times as wide.
+        outputs: Width of the outgoing tokens.
+        key_dim: Width of a head's keys; its values are four times as wide.
         grid: Rows and columns of the tokens.
     """
 
@@ -347,7 +347,7 @@ class Downsample(Downsampling):
         self.set_grid(grid)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
-        """Takes rows and columns of the tokens; the position embeddings are the caller's to change."""
+        """Sets rows and columns of the tokens; the caller must update the position embeddings."""
         self.grid = grid
         self.register_buffer("asking", _asking(grid).to(self.poss.device), persistent=False)
 
@@ -361,13 +361,13 @@ class Downsample(Downsampling):
 
 
 def _asking(grid: tuple[int, int]) -> Tensor:
-    """The class token and every second row and column of a grid, as numbers of tokens, int64."""
+    """Token indices of the class token and of every second row and column of a grid, int64."""
     places = torch.arange(1, 1 + grid[0] * grid[1]).reshape(grid)[::2, ::2].flatten()
     return torch.cat([places.new_zeros(1), places])
 
 
 class EvoLeViT(nn.Module):
-    """Evo-LeViT. Its logits come from the mean over all patches, averaged over the two classifiers that see it.
+    """Evo-LeViT. The logits are computed from the mean over all patches and averaged over its two classifiers.
 
     As built it is dense: every block sees every token.
 
@@ -379,9 +379,9 @@ class EvoLeViT(nn.Module):
         key_dim: Width of a head's keys.
         num_heads: Heads of the blocks of each stage.
         depth: Blocks of each stage.
-        heads: Which of :data:`HEADS` there are; the first always.
+        heads: Which of :data:`HEADS` exist; the first always does.
         drop_path_rate: Stochastic depth, the same in all blocks.
-        global_pool: timm's; ``avg``, the only one there is.
+        global_pool: As in timm; only ``avg`` is supported.
     """
 
     def __init__(
@@ -435,7 +435,7 @@ class EvoLeViT(nn.Module):
         return tuple(head.l if isinstance(head, Classifier) else head for head in heads)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Begins all classifiers anew."""
+        """Reinitializes all classifiers."""
         if global_pool not in (None, "avg"):
             raise InputError(
                 "LeViT classifies from the mean over patches", seen=global_pool, wanted="global_pool 'avg'"
@@ -444,13 +444,13 @@ class EvoLeViT(nn.Module):
         self._begin_heads()
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that training leaves to grow."""
+        """Parameters excluded from weight decay."""
         return {name for name, _ in self.named_parameters() if "poss" in name}
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: Any = None) -> None:
-        """Takes another image size: all position embeddings are resampled as timm does.
+        """Changes the image size; all position embeddings are resampled as in timm.
 
-        A model that was reduced has to be reduced anew.
+        A reduced model must be reduced again.
         """
         assert patch_size in (None, STRIDE, (STRIDE, STRIDE))
         if img_size is None:
@@ -466,7 +466,7 @@ class EvoLeViT(nn.Module):
                 grid = halved(grid)
 
     def learn_alpha_(self, learned: bool) -> None:
-        """Whether the moving average of class attention uses the learned α (from epoch 200 on) or ½ (before)."""
+        """Selects the α of the moving average of class attention: learned (from epoch 200 on) or ½ (before)."""
         for module in self.modules():
             if isinstance(module, LeViTAttention):
                 module.learns_alpha = learned
@@ -485,7 +485,7 @@ class EvoLeViT(nn.Module):
         return torch.stack(seeing).mean(0) if len(seeing) > 1 else seeing[0]
 
     def head_logits(self, x: Tensor) -> dict[str, Tensor]:
-        """What each classifier says of tokens ``[B, 1 + P, D]``; training learns from all of them."""
+        """Logits of each classifier for tokens ``[B, 1 + P, D]``; the training loss uses all of them."""
         mean, token = x[:, 1:].mean(1), x[:, 0]
         return {name: getattr(self, name)(mean if name in HEADS[:2] else token) for name in self.heads}
 
@@ -526,9 +526,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "evo_levit_256": {"embed_dim": (256, 384, 512), "key_dim": 32, "num_heads": (4, 6, 8), "depth": (4, 4, 4)},
     "evo_levit_384": {"embed_dim": (384, 512, 768), "key_dim": 32, "num_heads": (6, 9, 12), "depth": (4, 4, 4)},
 }  # fmt: skip
-"""What distinguishes the sizes; that 384 is trained with a stochastic depth of 0.1 is the recipe's to say."""
+"""Arguments that distinguish the sizes. The stochastic depth of 0.1 for training 384 belongs in the recipe."""
 
-# No url: the releases are single files and are given to evit-deploy by their path.
+# No URL: the releases are single files, passed to evit-deploy by path.
 default_cfgs = generate_default_cfgs(
     {
         name: {

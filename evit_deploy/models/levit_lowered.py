@@ -1,4 +1,4 @@
-"""LeViT and Evo-LeViT in the form that exports best: no batch norms, and tokens in 2-D for linear layers."""
+"""LeViT and Evo-LeViT in export form: batch norms folded, and 2-D tokens for linear layers."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,13 +26,13 @@ from evit_deploy.tokens.backbone import copy_sharing_weights
 
 
 class FoldedAttention(nn.Module):
-    """Attention with its norms folded: a projection each for queries, keys and values.
+    """Attention with its norms folded, and separate projections for queries, keys and values.
 
-    Not the ONNX operator ``Attention``: its values are as wide as its keys in some runtimes, and here they are wider.
+    Does not use the ONNX operator ``Attention``: some runtimes require values as wide as keys, and here they are wider.
 
     Args:
-        attention: What to fold; of either model and kind.
-        projections: Of queries, keys and values; see :func:`parts`.
+        attention: The attention to fold, of either model and kind.
+        projections: Projections of queries, keys and values; see :func:`parts`.
         bias: Added to the logits, ``[H, queries, keys]``.
     """
 
@@ -48,7 +48,7 @@ class FoldedAttention(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def attended(self, asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens that ask ``[B, n, C]`` and tokens that are asked ``[B, N, C]``; see ``LeViTAttention.attend``."""
+        """Attends from query tokens ``[B, n, C]`` to tokens ``[B, N, C]``; see ``LeViTAttention.attend``."""
         q, k, v = self._heads(self.q, asking), self._heads(self.k, x), self._heads(self.v, x)
         logits = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * self.scale
         share = (logits if self.bias is None else logits + self.bias).softmax(-1)
@@ -58,7 +58,7 @@ class FoldedAttention(nn.Module):
 
     def _heads(self, linear: nn.Module, x: Tensor) -> Tensor:
         heads = (self.num_heads, -1)
-        if self.flat:  # straight to four dimensions: by way of three would be a Reshape more
+        if self.flat:  # directly to four dimensions: via three would add a Reshape
             return linear(x.flatten(0, 1)).unflatten(1, heads).unflatten(0, (-1, x.shape[1]))
         return linear(x).unflatten(-1, heads)
 
@@ -91,9 +91,9 @@ class LoweredDownsample(FoldedAttention, Downsampling):
 
 
 def folded(pair: Any) -> Any:
-    """The layer of a ``ConvNorm`` or ``LinearNorm``, ours or timm's, with its norm in it.
+    """Folds the norm of a ``ConvNorm`` or ``LinearNorm``, ours or timm's, into its layer.
 
-    Computed in FP64, so that a folded weight is off by the one rounding back.
+    Computed in FP64, so that a folded weight is rounded only once.
     """
     own = pair.c if hasattr(pair, "c") else pair.linear
     layer, norm = copy.deepcopy(own).double().eval(), copy.deepcopy(pair.bn).double().eval()
@@ -102,7 +102,7 @@ def folded(pair: Any) -> Any:
 
 
 def parts(linear: nn.Linear, heads: int, *widths: int) -> Iterator[nn.Linear]:
-    """Cuts a projection whose rows lie head by head: one for each width, its rows head by head again."""
+    """Splits a projection with rows ordered by head into one per width, with rows ordered by head."""
     weights = linear.weight.unflatten(0, (heads, -1)).split(list(widths), dim=1)
     biases = linear.bias.unflatten(0, (heads, -1)).split(list(widths), dim=1)
     for weight, bias in zip(weights, biases, strict=True):
@@ -129,7 +129,7 @@ def _lowered_mlp(mlp: Mlp) -> LoweredMlp:
 
 
 def one_classifier(classifiers: Iterable[Any]) -> nn.Linear:
-    """The mean of classifiers, each a batch norm ``bn`` and a linear layer, as one layer, computed in FP64."""
+    """Folds the mean of classifiers, each a batch norm ``bn`` and a linear layer, into one layer, in FP64."""
     weights, biases, dtype = [], [], torch.float32
     for classifier in classifiers:
         own = classifier.l if hasattr(classifier, "l") else classifier.linear
@@ -141,7 +141,7 @@ def one_classifier(classifiers: Iterable[Any]) -> nn.Linear:
 
 
 def lower(model: EvoLeViT) -> Any:
-    """A copy in export form: batch norms folded, the classifiers of the mean as one, tokens in 2-D."""
+    """A copy in export form: batch norms folded, the classifiers of the mean combined, tokens in 2-D."""
     lowered: Any = copy_sharing_weights(model)
     for index, part in enumerate(lowered.patch_embed):
         if isinstance(part, ConvNorm):

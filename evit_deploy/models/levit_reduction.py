@@ -1,4 +1,4 @@
-"""What token reduction must know of Evo-LeViT: its plan, Evo-ViT in the form that it takes there, its backbone."""
+"""Token reduction for Evo-LeViT: its token plan, its form of Evo-ViT, and its backbone."""
 
 import math
 from fractions import Fraction
@@ -27,16 +27,16 @@ from evit_deploy.tokens.reducer import TokenReducer
 from evit_deploy.tokens.state import TokenState
 
 METHOD = "evo-vit"
-"""The method's name in the registry."""
+"""Name of the method in the registry."""
 DENSE_BLOCKS = 2
-"""Blocks of the first stage that see every token: global attention has to settle first."""
+"""Blocks of the first stage that see every token, until the global attention has settled."""
 
 
 class LeViTShape(ModelShape, frozen=True):
-    """What a plan has to know of an Evo-LeViT.
+    """The shape of an Evo-LeViT, as needed for its plan.
 
     Args:
-        stages: Numbers of each stage's blocks.
+        stages: Indices of each stage's blocks.
         grid: Rows and columns of patches.
     """
 
@@ -44,16 +44,16 @@ class LeViTShape(ModelShape, frozen=True):
     grid: tuple[int, int]
 
     def locations(self) -> tuple[int, ...]:
-        """The paper's places: once a stage, at its beginning; in the first after two blocks, if it has more."""
+        """The paper's locations: one per stage, at its start; in the first stage after two blocks, if it has more."""
         first, *others = self.stages
         return tuple(stage[0] for stage in (first[DENSE_BLOCKS:], *others) if stage)
 
     def candidates(self, block: int) -> int:
-        """Tokens of a block behind the prefix."""
+        """Number of a block's tokens without the prefix."""
         return self.cost.blocks[block].tokens_in - self.prefix
 
     def places(self, stage: int) -> tuple[int, ...]:
-        """Patches that the candidates of a stage stand for: those in every second, fourth, … row and column."""
+        """Patch indices of a stage's candidates: those in every second, fourth, … row and column."""
         rows, columns = self.grid
         return tuple(
             row * columns + column for row in range(0, rows, 2**stage) for column in range(0, columns, 2**stage)
@@ -61,14 +61,14 @@ class LeViTShape(ModelShape, frozen=True):
 
 
 class EvoLeViTReducer(EvoViT):
-    """Evo-ViT in an Evo-LeViT: candidates are set apart once a stage, until its end.
+    """Evo-ViT in an Evo-LeViT: candidates are separated once per stage, until its end.
 
-    Global attention is a mean over heads with an α of each attention's own, from the first block on. Before a
-    downsampling every candidate goes back to its place on the grid. Those that wait always have a representative.
+    Global attention is a mean over heads, with a separate α for each attention layer, from the first block on. Before a
+    downsampling every candidate returns to its position on the grid. Waiting candidates always have a representative.
     """
 
     class Options(EvoViT.Options, frozen=True, forbid_unknown_fields=True):
-        """Evo-ViT's own, but that there is always a representative."""
+        """The options of Evo-ViT; there is always a representative."""
 
         representative: bool = True
 
@@ -76,15 +76,15 @@ class EvoLeViTReducer(EvoViT):
 
     @classmethod
     def attach(cls, model: Any, options: msgspec.Struct, plan: TokenPlan) -> None:
-        """Adds nothing: an Evo-LeViT has both heads of its class token from the start."""
+        """Does nothing: an Evo-LeViT has both heads of its class token already."""
 
     @classmethod
     def detach(cls, model: Any) -> None:
-        """Takes nothing away."""
+        """Does nothing."""
 
     @classmethod
     def plan_for(cls, spec: TokenSpec, options: msgspec.Struct, shape: ModelShape, progress: float) -> TokenPlan:
-        """Decides every token count; K = ⌊rate · N⌋ of the N candidates of a stage, as released.
+        """Computes every token count: K = ⌊rate · N⌋ of the N candidates of a stage, as in the released code.
 
         Raises:
             InputError: The spec does not fit the model.
@@ -116,11 +116,11 @@ class EvoLeViTReducer(EvoViT):
                         ranks=block < last,
                     )
                 )  # fmt: skip
-                places = () if sorts else places  # from now on they are told by the order before
+                places = () if sorts else places  # after this, the previous order determines them
         return TokenPlan(shape.prefix, shape.patches, tuple(rows), shape.cost)
 
     def forward(self, x: Tensor, q: Any, k: Any, state: TokenState) -> tuple[Tensor, Tensor, TokenState]:
-        """Sorts, and remembers where each place of the grid has its token; see :meth:`EvoViT.forward`."""
+        """Sorts the tokens, and records the token of each grid position; see :meth:`EvoViT.forward`."""
         x, order, state = super().forward(x, q, k, state)
         numbers = order.long()
         places = torch.arange(numbers.shape[1], device=x.device).expand_as(numbers)
@@ -128,10 +128,10 @@ class EvoLeViTReducer(EvoViT):
         return x, order, state._replace(rows=where if state.rows is None else where.gather(1, state.rows))
 
     def check(self, x: Tensor) -> None:
-        """Refuses tokens that the plan does not have.
+        """Checks the number of tokens against the plan.
 
         Raises:
-            UnsupportedModelError: The image has another size than the plan was made for.
+            UnsupportedModelError: The image size differs from the plan's.
         """
         wanted = self.plan.tokens_in
         if x.shape[1] != wanted:
@@ -142,17 +142,17 @@ class EvoLeViTReducer(EvoViT):
 
 
 def _informative(spec: TokenSpec, shape: LeViTShape, progress: float) -> dict[int, int | None]:
-    """For each location how many candidates are informative; ``None`` where that is all of them.
+    """Number of informative candidates at each location; ``None`` for all of them.
 
     Raises:
-        InputError: A location is none of the model's, there are more or fewer rates than locations, or a rate leaves
-            nothing.
+        InputError: A location does not exist in the model, there are more or fewer rates than locations, or a rate
+            keeps nothing.
     """
     found = dict(_rates(spec, shape))
     keeps = {block: _count(rate, block, shape) for block, rate in found.items()}
     if progress == 1:
         return keeps
-    # One that sets none apart at the end sets none apart on the way either.
+    # A schedule whose final rate keeps all candidates keeps all of them throughout.
     on_the_way = {block: scheduled_rate(found[block], progress) for block in found if keeps[block] is not None}
     return {block: _count(rate, block, shape) for block, rate in on_the_way.items()}
 
@@ -169,7 +169,7 @@ def _count(rate: float, block: int, shape: LeViTShape) -> int | None:
 
 
 class DenseOnly(TokenReducer):
-    """A method that a family cannot carry: there is only the dense model."""
+    """A method that a family does not support: only the dense model is available."""
 
     family: ClassVar[str] = "an Evo-LeViT"
     reason: ClassVar[str] = "its downsampling needs every patch in its place, and this method gives some up"
@@ -191,7 +191,7 @@ class DenseOnly(TokenReducer):
 
 
 def dense_only(form: type[DenseOnly], name: str) -> type[DenseOnly]:
-    """The method of a name where it cannot be carried: it takes its options all the same."""
+    """A dense-only form of the method with this name; it accepts the method's options."""
     general = METHODS.get(name)
     return type(general.__name__, (form,), {"Options": general.Options})
 
@@ -200,7 +200,7 @@ def _rates(spec: TokenSpec, shape: LeViTShape) -> tuple[tuple[int, float], ...]:
     """Pairs of location and keep rate.
 
     Raises:
-        InputError: A location is none of the model's, or there are more or fewer rates than locations.
+        InputError: A location does not exist in the model, or there are more or fewer rates than locations.
     """
     chosen = msgspec.structs.replace(
         spec,
@@ -227,12 +227,12 @@ def _dense_row(shape: LeViTShape, block: int, ranks: bool) -> BlockPlan:
 class EvoLeViTBackbone:
     """The backbone's entry in the registry; see :class:`evit_deploy.tokens.backbone.Backbone`.
 
-    Blocks bear the numbers that they have in a checkpoint: a downsampling counts as two, attention and MLP.
+    Blocks are numbered as in checkpoints: a downsampling counts as two, attention and MLP.
     """
 
     @staticmethod
     def unsupported(model: Any) -> list[str]:
-        """Why this model cannot be reduced exactly; empty when it can."""
+        """Reasons why this model cannot be reduced exactly; empty if it can."""
         if not isinstance(model, EvoLeViT):
             return ["it is not an Evo-LeViT"]
         return [
@@ -263,7 +263,7 @@ class EvoLeViTBackbone:
 
     @staticmethod
     def shape(model: EvoLeViT) -> LeViTShape:
-        """What a token plan has to know of the model."""
+        """The model's shape, as needed for a token plan."""
         return LeViTShape(
             prefix=model.num_prefix_tokens,
             patches=model.patch_embed.num_patches,
@@ -276,22 +276,22 @@ class EvoLeViTBackbone:
 
     @staticmethod
     def pools(model: EvoLeViT) -> bool:
-        """Its answer comes from the patches."""
+        """True: the heads pool the patches."""
         return True
 
     @staticmethod
     def method(name: str) -> type[TokenReducer]:
-        """The method of a name: Evo-ViT in LeViT's own form, and of all others only the dense model."""
+        """The method with this name: LeViT's form of Evo-ViT; all other methods are dense-only."""
         return EvoLeViTReducer if name == METHOD else dense_only(DenseOnly, name)
 
     @staticmethod
     def blocks(model: EvoLeViT) -> nn.Sequential:
-        """Blocks and downsampling, as they are numbered in a checkpoint."""
+        """Blocks and downsampling, numbered as in checkpoints."""
         return model.blocks
 
     @staticmethod
     def set_blocks(model: EvoLeViT, blocks: nn.Sequential) -> None:
-        """Puts another container of blocks into the model."""
+        """Replaces the model's container of blocks."""
         model.blocks = blocks
 
     @staticmethod
@@ -329,7 +329,7 @@ class EvoLeViTBackbone:
 
     @staticmethod
     def ending(block: Any, rows: int) -> Any:
-        """Never asked for: its heads pool, and need every token."""
+        """Not used: the heads pool, and need every token."""
         return block
 
     @staticmethod
@@ -339,7 +339,7 @@ class EvoLeViTBackbone:
 
 
 def _cost(block: Any, tokens: int) -> BlockCost:
-    """Multiply-adds of a block of which every token takes part."""
+    """Multiply-adds of a block in which every token takes part."""
     if isinstance(block, Block):
         attention = block.m1.m
         pair = (1 + BLOCK_RATIO) * attention.key_dim * attention.num_heads

@@ -1,8 +1,8 @@
-"""LV-ViT ("All Tokens Matter", NeurIPS 2021, arXiv 2104.10858), and what token reduction must know of it.
+"""LV-ViT ("All Tokens Matter", NeurIPS 2021, arXiv 2104.10858), and its backbone.
 
-The model is timm's ``VisionTransformer`` where the two agree. It differs in the stem (four convolutions), in the
-residual branches (divided by λ), and in a second classifier that sees every patch token. Parameters bear the names of
-the released checkpoints. Importing this module makes ``lvvit_t`` … ``lvvit_l`` known to ``timm.create_model``.
+The model extends timm's ``VisionTransformer``. It differs in the stem (four convolutions), in the residual branches
+(divided by λ), and in a second classifier for all patch tokens. Parameters have the names of the released checkpoints.
+Importing this module registers ``lvvit_t`` … ``lvvit_l`` with ``timm.create_model``.
 """
 
 import copy
@@ -23,20 +23,20 @@ from evit_deploy.tokens.plan import ModelCost
 
 STRIDE = 16
 AUX_WEIGHT = 0.5
-"""Share of the patch tokens' best logit in the model's own (evaluation in the released code)."""
+"""Weight of the patch tokens' maximum logit in the model's output (as in the released evaluation code)."""
 
 
 class ConvStem(PatchEmbed):
-    """Three convolutions at half the resolution, then one patch embedding of 8 × 8 of theirs: stride 16 in all.
+    """Three convolutions at half the resolution, then an 8 × 8 patch embedding: total stride 16.
 
     Args:
         img_size: Height and width of the image, or its side.
-        patch_size: The whole stem's stride; 16, the only one there is.
+        patch_size: Stride of the whole stem; must be 16.
         in_chans: Channels of the image.
         embed_dim: Width of the tokens.
         stem_width: Channels of the three convolutions.
         bias: Whether the last one has a bias.
-        dynamic_img_pad: timm's; must be false.
+        dynamic_img_pad: As in timm; must be false.
         device: Of the parameters.
         dtype: Of the parameters.
     """
@@ -55,7 +55,7 @@ class ConvStem(PatchEmbed):
     ) -> None:
         assert patch_size == STRIDE
         assert not dynamic_img_pad
-        # timm's embedding is of the stem's channels and becomes the last convolution; its stride is put right below
+        # timm's patch embedding, on the stem's channels, becomes the last convolution; its stride is set below
         super().__init__(img_size, patch_size, stem_width, embed_dim, bias=bias, device=device, dtype=dtype)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False, **made)
@@ -68,7 +68,7 @@ class ConvStem(PatchEmbed):
         self.proj = nn.Conv2d(stem_width, embed_dim, STRIDE // 2, stride=STRIDE // 2, bias=bias, **made)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Takes another image size; the stride stays what it is."""
+        """Changes the image size; the stride stays the same."""
         assert patch_size in (None, STRIDE, (STRIDE, STRIDE))
         super().set_input_size(img_size=img_size)
 
@@ -83,7 +83,7 @@ class ConvStem(PatchEmbed):
 
 
 class Divide(nn.Module):
-    """Divides a residual branch by λ (the paper's skip λ); stands where timm has its layer scale.
+    """Divides a residual branch by λ (the paper's skip λ); replaces timm's layer scale.
 
     Args:
         by: λ.
@@ -98,14 +98,14 @@ class Divide(nn.Module):
         return x / self.by
 
     def extra_repr(self) -> str:
-        """Shown when the model is printed."""
+        """λ, shown in the module's repr."""
         return f"{self.by:g}"
 
 
 class LVViT(VisionTransformer):
-    """LV-ViT. Its logits are the class token's plus half of the best that the patch tokens say, class by class.
+    """LV-ViT. Its logits are the class token's, plus half of the maximum over the patch tokens' for each class.
 
-    After token reduction the patch tokens are those that remain, the fused one included.
+    After token reduction, the patch tokens are the remaining ones, including the fused token.
 
     Args:
         img_size: Height and width of the image, or its side; multiples of 16.
@@ -114,8 +114,8 @@ class LVViT(VisionTransformer):
         embed_dim: Width.
         depth: Blocks.
         num_heads: Attention heads.
-        mlp_ratio: Width of the MLPs over that of the tokens.
-        skip_lam: λ, by which every residual branch is divided.
+        mlp_ratio: Ratio of MLP width to token width.
+        skip_lam: λ, the divisor of every residual branch.
         stem_width: Channels of the stem's convolutions.
         drop_rate: Dropout before the classifiers.
         pos_drop_rate: Dropout after the position embedding.
@@ -161,7 +161,7 @@ class LVViT(VisionTransformer):
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
             embed_layer=partial(ConvStem, stem_width=stem_width),
-            norm_layer=partial(nn.LayerNorm, eps=1e-5),  # PyTorch's own, which the released code leaves as it is
+            norm_layer=partial(nn.LayerNorm, eps=1e-5),  # PyTorch's default, as in the released code
             device=device,
             dtype=dtype,
         )
@@ -182,18 +182,18 @@ class LVViT(VisionTransformer):
         return head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Begins both classifiers anew."""
+        """Reinitializes both classifiers."""
         if global_pool not in (None, "token"):
             raise InputError("LV-ViT classifies from its class token", seen=global_pool, wanted="global_pool 'token'")
         super().reset_classifier(num_classes)
         self.aux_head = self._aux_head().train(self.training)
 
     def class_logits(self, x: Tensor) -> Tensor:
-        """What the class token says: ``[B, N, D]``, normalized, to ``[B, classes]``."""
+        """Logits of the class token: normalized tokens ``[B, N, D]`` to ``[B, classes]``."""
         return self.head(self.head_drop(x[:, 0]))
 
     def token_logits(self, x: Tensor) -> Tensor:
-        """What each other token says: ``[B, N, D]``, normalized, to ``[B, N - 1, classes]``."""
+        """Logits of every other token: normalized tokens ``[B, N, D]`` to ``[B, N - 1, classes]``."""
         return self.aux_head(self.head_drop(x[:, self.num_prefix_tokens :]))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -204,7 +204,7 @@ class LVViT(VisionTransformer):
 
 
 def _cfg(**values: Any) -> dict[str, Any]:
-    # No url: the releases are single files on GitHub and are given to evit-deploy by their path.
+    # No URL: the releases are single files on GitHub, passed to evit-deploy by path.
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -266,13 +266,13 @@ def lvvit_l(pretrained: bool = False, **given: Any) -> LVViT:
 class LVViTBackbone(TimmViT):
     """The backbone's entry in the registry; see :class:`evit_deploy.tokens.backbone.Backbone`.
 
-    What is not here is as in any ``VisionTransformer``; a reduced block is timm's as well, because λ stands where
-    timm scales a residual branch.
+    Everything else is inherited from ``VisionTransformer``, including the reduced block, because λ takes the position
+    of timm's layer scale.
     """
 
     @staticmethod
     def unsupported(model: Any) -> list[str]:
-        """Why this model cannot be reduced exactly; empty when it can."""
+        """Reasons why this model cannot be reduced exactly; empty if it can."""
         return unusual_blocks(model) if isinstance(model, LVViT) else ["it is not an LV-ViT"]
 
     @staticmethod
@@ -282,7 +282,8 @@ class LVViTBackbone(TimmViT):
 
     @staticmethod
     def cost(model: Any) -> ModelCost:
-        """Multiply-adds of the parts: three convolutions at half the resolution, and a classifier on every token."""
+        """Multiply-adds of the parts, including three convolutions at half the resolution and a classifier on every
+        token."""
         plain, stem = TimmViT.cost(model), model.patch_embed
         height, width = stem.img_size
         convolutions = sum(conv.weight.numel() for conv in (stem.conv1, stem.conv2, stem.conv3))
@@ -314,7 +315,7 @@ class LVViTBackbone(TimmViT):
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    # In FP64, so that a folded weight is off by the one rounding back; the copies leave the model's own alone.
+    # In FP64, so that a folded weight is rounded only once, at the end; works on copies of the parameters.
     wide = fuse_conv_bn_eval(copy.deepcopy(conv).double().eval(), copy.deepcopy(norm).double().eval())
     return wide.to(conv.weight.dtype).requires_grad_(False)
 

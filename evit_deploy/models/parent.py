@@ -15,14 +15,14 @@ from evit_deploy.tokens.reduce import reduce_tokens_
 
 
 def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[torch.nn.Module | None, str]:
-    """The reduced PyTorch model that a bundle was made from, if its checkpoint is still there.
+    """Rebuilds the reduced PyTorch model that a bundle was made from, if its checkpoint still exists.
 
     Args:
         bundle: The bundle.
-        against: Where the checkpoint is now.
+        against: Current path of the checkpoint.
 
     Returns:
-        The model and an empty text; or ``None`` and why not.
+        The model and an empty text; or ``None`` and the reason.
     """
     manifest, parent = bundle.manifest, bundle.manifest.parents[0]
     if against is None and parent.sha256 is None:
@@ -37,7 +37,7 @@ def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[t
         if source.digest != parent.sha256:
             return None, f"{path} is not the checkpoint it was made from"
         checkpoint = read_checkpoint(f"{path}#{part}" if part else path, parent.model)
-        if checkpoint.model == manifest.model:  # a config may have lain beside it that said more than the tensors do
+        if checkpoint.model == manifest.model:  # a config next to it may have said more than the tensors do
             own_size = {key: checkpoint.model_args[key] for key in ("img_size",) if key in checkpoint.model_args}
             checkpoint.model_args = manifest.model_args | own_size
         size = manifest.preprocess.size[0]
@@ -50,7 +50,7 @@ def parent_model(bundle: bundles.Bundle, against: Path | None = None) -> tuple[t
 
 
 def _place(bundle: bundles.Bundle, against: Path | None) -> tuple[Path | None, str]:
-    """Where a bundle's checkpoint is now, and which part of it is meant; what came from the hub is in its cache."""
+    """Current path of a bundle's checkpoint, and the selected part of it; hub checkpoints are in the cache."""
     source = bundle.manifest.parents[0].source
     if source.startswith(hub.PREFIX):
         name, _, part = source.partition("#")

@@ -1,7 +1,7 @@
-"""What lies beside weights and says how their images were prepared, and what their classes are called.
+"""Finds the preprocessing and the class names that belong to weights.
 
-``preprocessor_config.json`` of Hugging Face transformers, ``config.json`` of timm's and OpenCLIP's hub layouts, the
-arguments that a training script left in the checkpoint.
+Sources are ``preprocessor_config.json`` of Hugging Face transformers, ``config.json`` of timm's and OpenCLIP's hub
+layouts, and the arguments that a training script saved in the checkpoint.
 """
 
 import math
@@ -15,18 +15,18 @@ from evit_deploy.data.preprocess import CENTER_FLOOR, Preprocess
 from evit_deploy.errors import CheckpointError, InputError
 from evit_deploy.recipe.options import PreprocessOptions
 
-# PIL's numbers of resampling filters, under timm's names.
+# PIL's resampling filters by number, under timm's names.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _HALF = (0.5, 0.5, 0.5)
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class _Processor(msgspec.Struct, frozen=True):
-    """What one of transformers' image processors does where its file does not say."""
+    """Defaults of an image processor of transformers."""
 
     interpolation: str = "bicubic"
     shorter_side: bool = False
-    """Whether ``size: 224`` is the shorter side of the resized image, and not both."""
+    """Whether ``size: 224`` is the shorter side of the resized image, instead of both sides."""
     crops: bool = False
     mean: tuple[float, ...] = _HALF
     std: tuple[float, ...] = _HALF
@@ -36,17 +36,17 @@ _PROCESSORS = {
     "ViT": _Processor("bilinear"),
     "DeiT": _Processor(crops=True),
     "CLIP": _Processor("bicubic", True, True, *_CLIP),
-    "Bit": _Processor("bicubic", True, True, *_CLIP),  # of DINOv2
+    "Bit": _Processor("bicubic", True, True, *_CLIP),  # DINOv2
 }
 _PROCESSOR = "preprocessor_config.json"
 
 
 class Said(msgspec.Struct, frozen=True):
-    """One thing that is said about a checkpoint.
+    """A value found for a checkpoint, with its origin.
 
     Args:
-        value: What.
-        origin: Where, for people: the file, or ``the checkpoint's arguments``.
+        value: The value.
+        origin: Where it was found, as text: the file, or ``the checkpoint's arguments``.
     """
 
     value: Any
@@ -54,13 +54,13 @@ class Said(msgspec.Struct, frozen=True):
 
 
 class Inputs(msgspec.Struct, frozen=True):
-    """What a model's inputs and classes are, and how that is known.
+    """A model's preprocessing and class names, with their origins.
 
     Args:
         preprocess: From image file to input.
-        labels: Class names, if they are known.
-        origins: Where each comes from, for people.
-        notes: What was guessed.
+        labels: Class names, if known.
+        origins: Where each comes from, as text.
+        notes: Assumptions.
     """
 
     preprocess: Preprocess
@@ -78,19 +78,19 @@ def resolve_inputs(
     *,
     chosen: bool = False,
 ) -> Inputs:
-    """Joins what is asked for with what the checkpoint says, and with what timm says of the architecture.
+    """Combines the user's values with the checkpoint's and with timm's for the architecture.
 
     Args:
         architecture: timm name.
-        classes: How many the model has; 0 for a model that gives an embedding, ``None`` if that is not known.
-        said: The preprocessing that the checkpoint asks for.
-        names: Its class names.
-        asked: What replaces them.
-        chosen: Whether timm's preprocessing of the architecture is surely that of the weights, which the user named or
-            which fit no other.
+        classes: Number of classes; 0 for a model that returns an embedding, ``None`` if unknown.
+        said: The checkpoint's preprocessing.
+        names: The checkpoint's class names.
+        asked: The user's values, which take precedence.
+        chosen: Whether timm's preprocessing of the architecture certainly applies: the user named it, or the weights
+            fit no other.
 
     Raises:
-        InputError: Labels for another number of classes, or a mean without the length of the deviation.
+        InputError: The number of labels is wrong, or mean and deviation differ in length.
     """
     notes: list[str] = []
     base = said.value if said is not None else of_architecture(architecture)
@@ -117,7 +117,7 @@ def resolve_inputs(
     found = Said(read_labels(asked.labels), f"--labels {asked.labels}") if asked.labels is not None else names
     if found is not None and classes is not None and len(found.value) != classes:
         if classes == 0 and asked.labels is None:
-            found = None  # transformers writes two labels into every configuration
+            found = None  # transformers writes two default labels into every config
         else:
             raise InputError(
                 "the number of labels is not the number of classes" if classes
@@ -130,7 +130,7 @@ def resolve_inputs(
 
 
 def described(preprocess: Preprocess, labels: list[str] | None, origins: Mapping[str, str]) -> str:
-    """Preprocessing and labels in one line, with where they come from."""
+    """Describes preprocessing and labels in one line, with their origins."""
     height, width = preprocess.size
     resized = [math.floor(side / preprocess.crop_pct) for side in preprocess.size]
     if preprocess.crop_mode == "squash":
@@ -152,7 +152,7 @@ def _normalized(preprocess: Preprocess) -> str:
 
 
 def of_architecture(name: str) -> Preprocess:
-    """How images are prepared for an architecture, as timm says."""
+    """timm's preprocessing for an architecture."""
     import timm
 
     cfg = timm.get_pretrained_cfg(name)
@@ -160,18 +160,18 @@ def of_architecture(name: str) -> Preprocess:
 
 
 def preprocess_in(configs: Mapping[str, dict[str, Any]], args: Any, where: object) -> Said | None:
-    """The preprocessing that files beside the weights ask for, or else the training script's arguments.
+    """The preprocessing given by the files next to the weights, or else by the training script's arguments.
 
     Args:
         configs: Files by name, see :data:`evit_deploy.models.files.sources.CONFIGS`.
-        args: What a training script left in the checkpoint, a mapping or a namespace.
+        args: Arguments that a training script saved in the checkpoint, a mapping or a namespace.
         where: The checkpoint, for messages.
 
     Returns:
-        A :class:`~evit_deploy.data.preprocess.Preprocess`, and where it stands.
+        A :class:`~evit_deploy.data.preprocess.Preprocess` with its origin.
 
     Raises:
-        CheckpointError: It says something that cannot be done, or nothing that can be understood.
+        CheckpointError: It is not supported or not understood.
     """
     for name, read in (
         (_PROCESSOR, _of_processor),
@@ -192,10 +192,10 @@ def preprocess_in(configs: Mapping[str, dict[str, Any]], args: Any, where: objec
 
 
 def labels_in(configs: Mapping[str, dict[str, Any]], where: object) -> Said | None:
-    """Class names that a configuration beside the weights gives; none where they are transformers' ``LABEL_0`` …
+    """Class names from a config next to the weights; ``None`` for transformers' default ``LABEL_0`` …
 
     Raises:
-        CheckpointError: They are no names, or numbers are missing among them.
+        CheckpointError: They are not names, or some indices are missing.
     """
     config = configs.get("config.json", {})
     place = f"{where}/config.json"
@@ -226,7 +226,7 @@ def _numbered(names: dict[Any, Any], where: str) -> list[str]:
 
 
 def _of_processor(config: dict[str, Any]) -> Preprocess:
-    """An image processor's file, of any version: sizes are numbers in old ones and mappings in new ones."""
+    """Parses an image processor's file of any version: sizes are numbers in old files and mappings in new ones."""
     kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
     usual = next((value for name, value in _PROCESSORS.items() if kind.startswith(name)), _PROCESSORS["ViT"])
     if not config.get("do_resize", True):
@@ -254,7 +254,7 @@ def _filter(number: Any) -> str:
 
 
 def _size(size: Any, shorter_by_default: bool) -> tuple[int, int, bool]:
-    """Height and width of the resized image, and whether they are those of its shorter side."""
+    """Height and width of the resized image, and whether they refer to its shorter side."""
     if isinstance(size, dict):
         if "shortest_edge" in size and set(size) <= {"shortest_edge"}:
             edge = _whole(size["shortest_edge"])
@@ -273,17 +273,17 @@ def _whole(value: Any) -> int:
 
 
 def _crop_share(side: int, whole: int) -> float:
-    """timm's ``crop_pct``, which gives exactly this size: it resizes to ``floor(side / crop_pct)``."""
+    """The ``crop_pct`` with which timm resizes to exactly this size, ``floor(side / crop_pct)``."""
     if side > whole:
         raise ValueError(f"crop_size {side} is larger than size {whole}")
     share = side / whole
-    while math.floor(side / share) < whole:  # rounding fell on the wrong side
+    while math.floor(side / share) < whole:  # correct for rounding
         share = math.nextafter(share, 0)
     return share
 
 
 def _normalization(config: dict[str, Any], usual: _Processor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation on images scaled to 0..1, whatever the file's own scale is."""
+    """Mean and deviation for images scaled to 0..1, converted from the file's scale."""
     mean, std = (0.0,) * 3, (1.0,) * 3
     if config.get("do_normalize", True):
         mean = _numbers(config.get("image_mean"), usual.mean)
@@ -330,7 +330,7 @@ def _of_open_clip(config: dict[str, Any]) -> Preprocess | None:
 
 
 def _of_args(args: Mapping[str, Any], where: object) -> Preprocess | None:
-    """timm's training script leaves what it was asked for, and ``None`` for what the architecture decided."""
+    """Arguments saved by timm's training script; ``None`` values mean the architecture's default."""
     fields = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     given = {name: args[name] for name in fields if args.get(name) not in (None, "")}
     if not {"mean", "std"} <= given.keys():

@@ -1,7 +1,7 @@
-"""timm's LeViT (arXiv 2104.01136), which there is in its dense form alone.
+"""timm's LeViT (arXiv 2104.01136), in dense form only.
 
-Its attention adds a learned bias for every distance on the grid, so that each attention needs every token in its place:
-no method can take tokens away. What can reduce its tokens is its Evo form (:mod:`evit_deploy.models.levit`).
+Its attention adds a learned bias for every distance on the grid, so every token must be at its position, and no method
+can remove tokens. Evo-LeViT (:mod:`evit_deploy.models.levit`) is the variant that supports token reduction.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from evit_deploy.tokens.reducer import TokenReducer
 
 
 class BiasedOnly(DenseOnly):
-    """Any method: on a LeViT there is only the dense model."""
+    """Stands for every method: LeViT is only available in dense form."""
 
     family = "a LeViT"
     reason = "its attention biases need every token in its place"
@@ -77,12 +77,12 @@ def _lowered_mlp(mlp: Any) -> LoweredMlp:
 class TimmLeViT:
     """The backbone's entry in the registry; see :class:`evit_deploy.tokens.backbone.Backbone`.
 
-    Blocks are counted through all stages; a downsampling, attention and MLP together, is one.
+    Blocks are numbered through all stages; a downsampling (attention and MLP) counts as one.
     """
 
     @staticmethod
     def unsupported(model: Any) -> list[str]:
-        """Why this model cannot be handled exactly; empty when it can."""
+        """Reasons why this model is not supported; empty if it is."""
         if type(model) not in (Levit, LevitDistilled):
             return ["it is not a LeViT of timm's"]
         reasons = []
@@ -94,7 +94,7 @@ class TimmLeViT:
 
     @staticmethod
     def prefix_tokens(model: Any) -> int:
-        """None."""
+        """Zero: LeViT has no prefix tokens."""
         return 0
 
     @staticmethod
@@ -116,17 +116,17 @@ class TimmLeViT:
 
     @staticmethod
     def shape(model: Any) -> ModelShape:
-        """What a token plan has to know of the model."""
+        """The model's shape, as needed for a token plan."""
         return shape_of(TimmLeViT, model, model.embed_dim[0])
 
     @staticmethod
     def pools(model: Any) -> bool:
-        """Its answer comes from the patches."""
+        """True: the heads pool the patches."""
         return True
 
     @staticmethod
     def method(name: str) -> type[TokenReducer]:
-        """The method of a name: of all of them only the dense model."""
+        """A dense-only form of the method with this name."""
         return dense_only(BiasedOnly, name)
 
     @staticmethod
@@ -136,7 +136,7 @@ class TimmLeViT:
 
     @staticmethod
     def set_blocks(model: Any, blocks: Any) -> None:
-        """Never needed: no block is ever replaced."""
+        """Not used: no block is ever replaced."""
         raise NotImplementedError
 
     @staticmethod
@@ -160,7 +160,7 @@ class TimmLeViT:
 
     @staticmethod
     def reduced(block: Any, reducer: Any) -> Any:
-        """Never needed: no method reduces a LeViT."""
+        """Not used: no method reduces a LeViT."""
         raise NotImplementedError
 
     @staticmethod
@@ -170,7 +170,7 @@ class TimmLeViT:
 
     @staticmethod
     def ending(block: Any, rows: int) -> Any:
-        """Never asked for: its heads pool, and need every token."""
+        """Not used: the heads pool, and need every token."""
         return block
 
     @staticmethod
@@ -191,12 +191,12 @@ class TimmLeViT:
             lowered.head = one_classifier(classifiers(model))
         if isinstance(model, LevitDistilled):
             del lowered.head_dist
-            lowered.__class__ = Levit  # which has the one
+            lowered.__class__ = Levit  # a Levit has one classifier
         return lowered.eval()
 
 
 def classifiers(model: Any) -> list[nn.Module]:
-    """Those that an answer is the mean of."""
+    """The classifiers that are averaged."""
     return [model.head, model.head_dist] if isinstance(model, LevitDistilled) else [model.head]
 
 

@@ -19,10 +19,10 @@ from evit_deploy.tokens.plan import ModelCost, ModelShape
 from evit_deploy.tokens.state import TokenBlocks, TokenState
 
 HEAD_TOKENS = 2
-"""The class token, and the distillation token of models that have one. Of others the second is computed for nothing:
-TensorRT-RTX 1.7 has no fused attention for one query among 197 or 73 keys, and for two it has."""
+"""The class token, and the distillation token of models that have one. For other models the second row is unused:
+TensorRT-RTX 1.7 has no fused attention for one query and 197 or 73 keys, but has one for two queries."""
 
-# Classes that are known not to fit, and why, so that the refusal teaches something.
+# Classes that are known not to fit, with the reason for the error message.
 _KNOWN_REASONS = (
     ("Swin", "it computes attention in windows, which need every patch in its place"),
     ("MaxxVit", "it computes attention in windows, which need every patch in its place"),
@@ -37,12 +37,12 @@ _KNOWN_REASONS = (
 class ReducedBlock(nn.Module):
     """A timm ``Block`` that reorganizes its tokens between attention and MLP.
 
-    The children of the original block are adopted under their own names, so parameter names stay as they were. Compared
-    with ``Block.forward``: q and k are handed to the reducer, and attention-map dropout never reaches the scores.
+    The children of the original block keep their names, so parameter names do not change. Unlike ``Block.forward``, q
+    and k are passed to the reducer, and attention dropout does not affect the scores.
 
     Args:
-        block: The block to replace; kept, so that it can be put back.
-        reducer: What to do with the tokens.
+        block: The block to replace; stored, so that it can be restored.
+        reducer: The method's reducer for this block.
     """
 
     attn: Any
@@ -61,14 +61,14 @@ class ReducedBlock(nn.Module):
             self.add_module(name, child)
         self.reducer = reducer
         self.train(block.training)
-        self.replaced = (block,)  # in a tuple, where nn.Module does not look for children
+        self.replaced = (block,)  # a tuple, so that nn.Module does not register it as a child
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, state: TokenState | None = None
     ) -> Any:
-        """Like ``Block.forward``; masks are refused, because a mask has no meaning for tokens that moved.
+        """Like ``Block.forward``, without masks, because they are undefined for reordered tokens.
 
-        With a state it gives the tokens and the new state, see :class:`~evit_deploy.tokens.state.TokenBlocks`.
+        With a state, returns the tokens and the new state; see :class:`~evit_deploy.tokens.state.TokenBlocks`.
         """
         if attn_mask is not None or is_causal:
             raise UnsupportedModelError("a reduced block", ["an attention mask was given"])
@@ -81,7 +81,7 @@ class ReducedBlock(nn.Module):
     def _carry(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         x, state = self.reducer.before(x, state)
         mask = self.reducer.keep_mask(state)
-        if mask is None:  # masked tokens are still there
+        if mask is None:  # masked tokens are not removed
             _check_tokens(x, self.reducer)
             attended, q, k = attend(self.attn, self.norm1(x), self.reducer.key_bias(state))
         else:
@@ -90,7 +90,7 @@ class ReducedBlock(nn.Module):
         return self.reducer.after(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), state)
 
     def with_kept(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The block's tokens, and the candidates that it kept, int32 ``[B, K]``; ``None`` where nothing is dropped."""
+        """Returns the block's tokens and the kept candidates, int32 ``[B, K]``, or ``None`` if nothing is dropped."""
         _check_tokens(x, self.reducer)
         attended, q, k = attend(self.attn, self.norm1(x))
         x, kept = x + self.drop_path1(self.ls1(attended)), None
@@ -100,13 +100,13 @@ class ReducedBlock(nn.Module):
 
 
 class EndingBlock(nn.Module):
-    """A model's last block, where its head sees the first tokens alone: queries, projection and MLP are theirs alone.
+    """The last block of a model whose head uses only the first tokens: computes queries, projection and MLP for them.
 
-    The others are still its keys and values. What comes out is equal but for the order of additions.
+    The other tokens still provide keys and values. The result is equal up to the order of additions.
 
     Args:
-        block: timm's ``Block`` or a :class:`ReducedBlock`, in evaluation.
-        rows: How many tokens are computed: at least those that the head sees.
+        block: timm's ``Block`` or a :class:`ReducedBlock`, in evaluation mode.
+        rows: Number of tokens to compute; at least those that the head uses.
     """
 
     norm1: Any
@@ -123,7 +123,7 @@ class EndingBlock(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor, state: TokenState | None = None) -> Any:
-        """``[B, N, C]`` to ``[B, rows, C]``; with a state, that as well."""
+        """``[B, N, C]`` to ``[B, rows, C]``; with a state, also returns the new state."""
         reducer: Any = getattr(self, "reducer", None)
         bias = None
         if state is not None:
@@ -146,7 +146,7 @@ def _check_tokens(x: Tensor, reducer: Any) -> None:
 
 
 def attend(attn: nn.Module, x: Tensor, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs an attention module and also gives its queries and keys.
+    """Runs an attention module and also returns its queries and keys.
 
     Args:
         attn: timm's ``Attention`` or its lowered form.
@@ -172,12 +172,12 @@ def attend(attn: nn.Module, x: Tensor, key_bias: Tensor | None = None) -> tuple[
 
 
 def attend_from(attn: Any, x: Tensor, rows: int, key_bias: Tensor | None = None) -> Tensor:
-    """The first rows of what :func:`attend` gives, for which alone there are queries.
+    """The first rows of the output of :func:`attend`, computed with queries for these rows only.
 
     Args:
         attn: See :func:`attend`.
         x: See :func:`attend`.
-        rows: How many.
+        rows: Number of rows.
         key_bias: See :func:`attend`.
 
     Returns:
@@ -202,12 +202,12 @@ def attend_from(attn: Any, x: Tensor, rows: int, key_bias: Tensor | None = None)
 
 
 def attend_masked(attn: Any, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`attend` for training, with tokens that others do not look at; the gradient reaches the mask.
+    """:func:`attend` for training, with masked tokens; the mask receives a gradient.
 
     Args:
         attn: timm's ``Attention``.
         x: Normalized tokens ``[B, N, C]``.
-        mask: ``[B, N]``: 1 for tokens that are looked at, else 0.
+        mask: ``[B, N]``: 1 for visible tokens, else 0.
     """
     q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)
     q, k = attn.q_norm(q), attn.k_norm(k)
@@ -220,9 +220,9 @@ def attend_masked(attn: Any, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def masked_softmax(logits: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:
-    """DynamicViT's softmax: masked columns have next to no share, but a token's own.
+    """DynamicViT's softmax: masked columns get almost no weight, except the diagonal.
 
-    ``eps`` is shared out evenly, also where nothing is masked.
+    ``eps`` is distributed evenly, even if nothing is masked.
 
     Args:
         logits: ``[B, H, N, N]``.
@@ -239,14 +239,14 @@ def masked_softmax(logits: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class LoweredAttention(nn.Module):
-    """Attention in the form that exports best: three projections into the 3-D ONNX ``Attention`` operator.
+    """Attention in export form: three projections into the 3-D ONNX ``Attention`` operator.
 
-    Against the plain export this saves a Split, three Squeezes and four Transposes a block.
+    Compared with the plain export, this saves a Split, three Squeezes and four Transposes per block.
     """
 
     flat: bool = True
-    """Whether linear layers see 2-D tokens ``[B·N, C]``, so that each becomes one ``Gemm`` with its bias folded in; on
-    ``[B, N, C]`` it becomes ``MatMul`` and ``Add``. The exporter sets it, on every module that has it."""
+    """Whether linear layers run on 2-D tokens ``[B·N, C]``, so that each exports as one ``Gemm`` including its bias; on
+    ``[B, N, C]`` it exports as ``MatMul`` and ``Add``. The export sets this on every module that has it."""
     q: nn.Linear
     k: nn.Linear
     v: nn.Linear
@@ -260,11 +260,11 @@ class LoweredAttention(nn.Module):
         self.num_heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
 
     def attend(self, asking: Tensor, x: Tensor, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """See :func:`attend`; the tokens that ask are all, or the first of them."""
+        """See :func:`attend`; the query tokens are all tokens, or the first ones."""
         asking_rows, seen = (tokens.flatten(0, 1) if self.flat else tokens for tokens in (asking, x))
         q, queries = self._heads(self.q(asking_rows), self.q_norm, asking)
         k, keys = self._heads(self.k(seen), self.k_norm, x)
-        # The operator broadcasts masks; ONNX Runtime's kernel refuses one that has not a row for each query.
+        # The operator broadcasts masks, but ONNX Runtime's kernel requires a row for each query.
         mask = None if key_bias is None else key_bias.expand(-1, -1, asking.shape[1], -1)
         y, *_ = torch.onnx.ops.attention(
             queries,
@@ -281,10 +281,10 @@ class LoweredAttention(nn.Module):
         return self._tokens(self.proj(y), asking), q, k
 
     def _heads(self, rows: Tensor, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries or keys ``[B, N, H, d]``, and as the operator takes them, ``[B, N, H·d]``."""
+        """Queries or keys as ``[B, N, H, d]``, and in the operator's form ``[B, N, H·d]``."""
         heads = rows.unflatten(-1, (self.num_heads, self.head_dim))
         if not self.flat and isinstance(norm, nn.Identity):
-            return heads, rows  # there and back would stay in the file as a Reshape that changes nothing
+            return heads, rows  # reshaping twice would leave a no-op Reshape in the file
         heads = self._tokens(norm(heads), x)
         return heads, heads.flatten(2)
 
@@ -311,7 +311,7 @@ class LoweredMlp(nn.Module):
 
 
 def run_blocks(model: Any, images: Tensor) -> tuple[Tensor, TokenState]:
-    """A model up to its last block, with what its method carried there; for losses that look into it.
+    """Runs a model up to its last block, including its method's state; for losses that use the state.
 
     Args:
         model: A ``VisionTransformer`` whose method carries state.
@@ -333,7 +333,7 @@ def _slice_linear(linear: nn.Linear, start: int, end: int) -> nn.Linear:
 
 
 def unusual_blocks(model: Any) -> list[str]:
-    """Why the first block that is not timm's plain one cannot be reduced; empty when all are."""
+    """Reasons why the first block other than timm's plain one cannot be reduced; empty if all are plain."""
     for index, block in enumerate(map(TimmViT.original, model.blocks)):
         if type(block) is not Block:
             return [f"block {index} is a {type(block).__name__}, not a Block"]
@@ -347,7 +347,7 @@ class TimmViT:
 
     @staticmethod
     def unsupported(model: Any) -> list[str]:
-        """Why this model cannot be reduced exactly; empty when it can."""
+        """Reasons why this model cannot be reduced exactly; empty if it can."""
         name = type(model).__name__
         if type(model) not in (VisionTransformer, VisionTransformerDistilled):
             known = next((reason for part, reason in _KNOWN_REASONS if part in name), None)
@@ -363,17 +363,17 @@ class TimmViT:
 
     @staticmethod
     def shape(model: Any) -> ModelShape:
-        """What a token plan has to know of the model."""
+        """The model's shape, as needed for a token plan."""
         return shape_of(backbone_of(model), model, model.embed_dim)
 
     @staticmethod
     def pools(model: VisionTransformer) -> bool:
-        """Whether the head sees all patch tokens."""
+        """Whether the head uses all patch tokens."""
         return model.global_pool != "token"
 
     @staticmethod
     def method(name: str) -> Any:
-        """The method of a name: one form fits all of them."""
+        """The method with this name, in its default form."""
         return METHODS.get(name)
 
     @staticmethod
@@ -383,7 +383,7 @@ class TimmViT:
 
     @staticmethod
     def patches(model: Any) -> int:
-        """Patch tokens at the image size the model was built for."""
+        """Number of patch tokens at the model's image size."""
         return model.patch_embed.num_patches
 
     @staticmethod
@@ -404,7 +404,7 @@ class TimmViT:
 
     @staticmethod
     def set_blocks(model: VisionTransformer, blocks: nn.Sequential) -> None:
-        """Puts another container of blocks into the model."""
+        """Replaces the model's container of blocks."""
         model.blocks = blocks
 
     @staticmethod
@@ -414,7 +414,7 @@ class TimmViT:
 
     @staticmethod
     def cost(model: Any) -> ModelCost:
-        """Multiply-adds of the parts; all blocks of a VisionTransformer are alike."""
+        """Multiply-adds of the parts; all blocks are equal."""
         block = model.blocks[0]
         linears = [m for name, m in block.attn.named_modules() if isinstance(m, nn.Linear)]
         heads = [m for m in (model.head, getattr(model, "head_dist", None)) if isinstance(m, nn.Linear)]
@@ -430,22 +430,22 @@ class TimmViT:
 
     @staticmethod
     def reduced(block: nn.Module, reducer: nn.Module) -> nn.Module:
-        """A block that also applies the reducer."""
+        """A copy of the block that also applies the reducer."""
         return ReducedBlock(block, reducer)
 
     @staticmethod
     def original(block: Any) -> Any:
-        """The block that was replaced, or the block itself."""
+        """The block that a reduced block replaced, or the block itself."""
         return block.replaced[0] if isinstance(block, ReducedBlock) else block
 
     @staticmethod
     def ending(block: nn.Module, rows: int) -> nn.Module:
-        """The last block, computed for its first tokens alone."""
+        """The last block, computed only for its first tokens."""
         return EndingBlock(block, rows)
 
     @staticmethod
     def lower(model: Any) -> Any:
-        """A copy in export form; weights are shared where they need not be cut."""
+        """A copy in export form; weights that need not be split are shared."""
         lowered = for_inference(model)
         for block in lowered.blocks:
             attn, mlp = LoweredAttention(block.attn), LoweredMlp(block.mlp)

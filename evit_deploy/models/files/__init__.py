@@ -1,1 +1,1 @@
-"""Where a checkpoint's tensors lie: files, folders and the hub, and the model inside a file."""
+"""Locating a checkpoint's tensors: files, folders, the hub, and the model inside a file."""

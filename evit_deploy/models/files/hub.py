@@ -9,7 +9,7 @@ import msgspec
 from evit_deploy.errors import CheckpointError, InputError, MissingRequirement
 
 PREFIX = "hf-hub:"
-_PREFIXES = (PREFIX, "hf_hub:")  # timm writes it either way
+_PREFIXES = (PREFIX, "hf_hub:")  # timm uses both spellings
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _ID = re.compile(rf"(?P<id>{_PART}/{_PART})(@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{{0,95}}))?")
 
@@ -27,18 +27,18 @@ class Repository(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """As it is written where it could be a path too."""
+        """The repository with the prefix that distinguishes it from a path."""
         return PREFIX + self.id + (f"@{self.revision}" if self.revision else "")
 
 
 def repository_of(text: str) -> Repository | None:
-    """The repository that a text names; ``None`` if it names none.
+    """Parses a hub id; ``None`` if the text is not one.
 
     >>> repository_of("google/vit-base-patch16-224").name
     'hf-hub:google/vit-base-patch16-224'
 
     Raises:
-        InputError: It has the prefix of a hub id, and what follows is none.
+        InputError: It has the prefix of a hub id, but is not valid.
     """
     prefix = next((prefix for prefix in _PREFIXES if text.startswith(prefix)), "")
     found = _ID.fullmatch(text.removeprefix(prefix))
@@ -52,16 +52,16 @@ def repository_of(text: str) -> Repository | None:
 def fetch(
     repository: Repository, wanted: Callable[[Sequence[str]], list[str]], complete: Callable[[Path], bool]
 ) -> Path:
-    """The folder of a repository in the hub's cache, fetched if it is not there.
+    """The folder of a repository in the hub's cache; downloads it if necessary.
 
     Args:
-        repository: Which.
-        wanted: Chooses the files to fetch from the names of all.
-        complete: Whether a folder of the cache holds all that is needed.
+        repository: The repository.
+        wanted: Selects the files to fetch from all file names.
+        complete: Whether a cached folder contains everything needed.
 
     Raises:
         CheckpointError: The hub has no such repository, or it holds no weights.
-        MissingRequirement: It is not in the cache, and the hub cannot be asked.
+        MissingRequirement: It is not in the cache, and the hub cannot be reached.
     """
     folder = cached(repository)
     if folder is not None and complete(folder):
@@ -89,30 +89,30 @@ def fetch(
         raise CheckpointError(f"the Hugging Face hub answered: {what}", where=repository.name, fix=fix) from None
     except CheckpointError:
         raise
-    except Exception as error:  # of whichever HTTP library the hub uses, and of the disk
+    except Exception as error:  # depends on the hub's HTTP library; also disk errors
         raise _failed(repository, error) from error
     return Path(paths[0]).parent
 
 
 def cached(repository: Repository) -> Path | None:
-    """The repository's folder in the hub's cache; ``None`` if it was never fetched. Asks no network."""
+    """The repository's folder in the hub's cache; ``None`` if it is not cached. Does not use the network."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository.id, revision=repository.revision, local_files_only=True))
-    except Exception:  # its kind differs between versions of the hub's library
+    except Exception:  # its class depends on the version of the hub's library
         return None
 
 
 def unreachable() -> str:
-    """Why the hub cannot be asked; empty when it can. One short question instead of the hub's minute of retries."""
+    """Why the hub cannot be reached; empty if it can. One short request, to avoid the hub's minute of retries."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:  # of whichever HTTP library the hub uses
+    except Exception as error:  # depends on the hub's HTTP library
         return type(error).__name__
     return ""
 

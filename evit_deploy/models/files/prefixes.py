@@ -1,4 +1,4 @@
-"""Where in a file the model is: names that all begin alike, and a model inside a larger one."""
+"""Finds the model in a file: common name prefixes, and a model inside a larger one."""
 
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evit_deploy.errors import CheckpointError, first_few
 
-# Sets that are trained together, and the one that their authors evaluate: DINO, iBOT and DINOv2 take the teacher.
+# Models trained together, and the one that their authors evaluate: the teacher in DINO, iBOT and DINOv2.
 _EVALUATED = {"teacher": "student"}
 
 
@@ -17,10 +17,10 @@ class Inside(msgspec.Struct, frozen=True):
     """A model inside a file.
 
     Args:
-        weights: Every tensor of the file. Those of the model have the names they have within it, those beside it begin
-            with ``../``, those elsewhere with ``/``.
-        prefix: What stands before the names of the model, with its dot; empty if the file is the model.
-        notes: What was chosen among several.
+        weights: Every tensor of the file. Names are relative to the model; tensors one level above it begin with
+            ``../``, those elsewhere with ``/``.
+        prefix: Prefix of the model's names, including the dot; empty if the file is the model.
+        notes: Which of several models was chosen.
     """
 
     weights: dict[str, Tensor]
@@ -29,9 +29,9 @@ class Inside(msgspec.Struct, frozen=True):
 
 
 def without_common(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Takes off what all names begin with, up to a dot, as ``module.`` of DDP and ``model.`` of Lightning.
+    """Removes a prefix that all names share, such as ``module.`` of DDP and ``model.`` of Lightning.
 
-    No layout has one beginning for all its names, so that nothing is lost.
+    No layout has a common prefix of its own, so nothing is lost.
 
     Args:
         weights: Tensors by name.
@@ -43,15 +43,15 @@ def without_common(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def inside(where: Path, weights: dict[str, Tensor], signs: Collection[Sequence[str]]) -> Inside:
-    """Finds the model that a file holds.
+    """Finds the model in a file.
 
     Args:
         where: The file, for messages.
         weights: Its tensors.
-        signs: For every layout, names that all its files have.
+        signs: For every layout, names found in all its files.
 
     Raises:
-        CheckpointError: There are several models, and none that is meant by itself.
+        CheckpointError: There are several models, and none takes precedence.
     """
     prefixes = sorted({prefix for sign in signs for prefix in _prefixes(weights, sign)})
     if not prefixes or "" in prefixes:
@@ -89,13 +89,13 @@ def _meant(where: Path, prefixes: Sequence[str]) -> str:
 
 
 def what_was_left(names: Collection[str]) -> str:
-    """In words, how many tensors of what a model has no place for.
+    """Describes the tensors that a model does not use.
 
     >>> what_was_left(["../decoder.a.weight", "../decoder.b.weight", "mask_token"])
     '2 tensors of decoder, mask_token'
 
     Args:
-        names: As :class:`Inside` has them.
+        names: Names as in :class:`Inside`.
     """
     groups: dict[str, list[str]] = {}
     for name in names:

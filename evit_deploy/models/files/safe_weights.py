@@ -1,7 +1,7 @@
-"""Reads tensors out of an untrusted file: safetensors, or a pickle that is not allowed to do anything.
+"""Reads tensors from an untrusted file: safetensors, or a pickle of which nothing is executed.
 
-Which of a file's tensors are the weights is decided on their descriptions (:mod:`evit_deploy.tensor_files`); only those
-are made, after they have been checked. Nothing in a file is ever executed.
+The weights are selected among a file's tensors by their descriptions (:mod:`evit_deploy.tensor_files`); only these are
+created, after checking them.
 """
 
 import reprlib
@@ -19,19 +19,19 @@ from evit_deploy.tensor_files.described import MOST_TENSORS, Described, Odd
 from evit_deploy.tensor_files.safetensors_file import read_safetensors
 from evit_deploy.tensor_files.torch_file import TorchFile, open_torch
 
-# Which weights a file with several sets means by itself. DeiT and EViT save `model_ema` and never evaluate it; timm's
-# trainer saves `state_dict_ema` and evaluates that one when it is there. DINO and iBOT evaluate the teacher.
+# Which of several sets of weights is used by default. DeiT and EViT save `model_ema` and never evaluate it; timm's
+# trainer saves `state_dict_ema` and evaluates it if present. DINO and iBOT evaluate the teacher.
 _WRAPPERS = ("model", "state_dict_ema", "state_dict", "model_ema", "teacher", "student")
 
 
 class Weights(msgspec.Struct):
-    """What a file holds.
+    """Content of a file.
 
     Args:
         tensors: By name.
-        metadata: Of a safetensors file.
-        args: What a training script left beside the weights, if anything.
-        notes: What was chosen among several.
+        metadata: Metadata of a safetensors file.
+        args: Arguments that a training script saved with the weights, if any.
+        notes: Which of several sets was chosen.
     """
 
     tensors: dict[str, Tensor]
@@ -41,32 +41,31 @@ class Weights(msgspec.Struct):
 
 
 def split_part(source: str | Path) -> tuple[Path, str]:
-    """A source's path, and the part of the file that is meant: ``weights.pth#teacher`` is the teacher's.
+    """Splits a source into its path and the selected part: ``weights.pth#teacher`` selects ``teacher``.
 
     Args:
-        source: As the user wrote it; a file whose name has a ``#`` is that file.
+        source: As given by the user. If a file with the whole name exists, ``#`` is part of its name.
     """
     path = Path(source)
     before, mark, part = path.name.rpartition("#")
     try:
         if not mark or not before or path.exists():
             return path, ""
-    except OSError:  # a name too long for any file
+    except OSError:  # the name is too long
         return path, ""
     return path.with_name(before), part.strip(".")
 
 
 def read_weights(path: Path, part: str = "") -> Weights:
-    """Reads a file, by what is in it and not by its name.
+    """Reads a file; the format is detected from its content, not its name.
 
     Args:
         path: The file.
-        part: What the names of the wanted tensors begin with, dictionaries of the file included; see
-            :func:`split_part`.
+        part: Name prefix of the requested tensors, including the file's dictionaries; see :func:`split_part`.
 
     Raises:
-        CheckpointError: Missing, empty, damaged, no weights, weights that are not finite, a pickle that is more than
-            weights, or no such part.
+        CheckpointError: The file is missing, empty or damaged, contains no weights or weights that are not finite, is a
+            pickle with other content, or has no such part.
     """
     head = _read_head(path)
     if path.suffix == ".safetensors" or head[8:9] == b"{":
@@ -80,16 +79,16 @@ def read_weights(path: Path, part: str = "") -> Weights:
 
 
 def read_shards(where: Path, files: Sequence[Path], index: Mapping[str, str], part: str = "") -> Weights:
-    """Reads tensors that lie in several files.
+    """Reads tensors from several files.
 
     Args:
-        where: Their index or folder, for messages.
+        where: The index or folder, for messages.
         files: The files.
         index: Name of the file of each tensor.
         part: See :func:`read_weights`.
 
     Raises:
-        CheckpointError: See :func:`read_weights`; or a file lacks a tensor that the index promises, or holds another.
+        CheckpointError: See :func:`read_weights`; or the tensors of a file do not match the index.
     """
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -109,14 +108,14 @@ def read_shards(where: Path, files: Sequence[Path], index: Mapping[str, str], pa
 
 
 def _flat(where: Path, content: dict[Any, Any]) -> dict[str, Described | Odd]:
-    """All tensors of nested dictionaries, under names with dots between; of four levels of them."""
+    """All tensors of nested dictionaries, up to four levels, with their keys joined by dots."""
     found: dict[str, Described | Odd] = {}
     level, entries = [("", content)], 0
     for _ in range(4):
         inside: list[tuple[str, dict[Any, Any]]] = []
         for prefix, held in level:
             entries += len(held)
-            if entries > 10 * MOST_TENSORS:  # a pickle may have one dictionary in many places
+            if entries > 10 * MOST_TENSORS:  # a pickle may reference one dictionary many times
                 raise CheckpointError("dictionaries are nested too deeply", where=where)
             for key, value in held.items():
                 if isinstance(value, Described | Odd):
@@ -147,7 +146,7 @@ def _read_head(path: Path) -> bytes:
             raise CheckpointError("a folder, not a checkpoint file", where=path)
         if not path.exists():
             raise CheckpointError("no such file", where=path, fix="Check the path, or give a timm name.")
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe could block forever
             raise CheckpointError("a pipe, a socket or a device, not a checkpoint file", where=path)
         with path.open("rb") as file:
             head = file.read(16)
@@ -191,7 +190,7 @@ def _unwrap(file: TorchFile, content: dict[Any, Any]) -> Weights:
 
 
 def _chosen(path: Path, content: dict[Any, Any]) -> tuple[dict[Any, Described | Odd], list[str]]:
-    """The weights among what a file holds, and what was chosen among several."""
+    """Selects the weights in a file's content, and notes which of several were chosen."""
     present = [name for name in _WRAPPERS if _is_weights(content.get(name))]
     if present:
         several = [f"it holds {' and '.join(present)}; {present[0]!r} is used"] if present[1:] else []

@@ -1,7 +1,7 @@
-"""Where a checkpoint's files are: one file, a folder as Hugging Face, timm or OpenCLIP save it, or a hub id.
+"""Locates a checkpoint's files: a single file, a folder saved by Hugging Face, timm or OpenCLIP, or a hub id.
 
-What a folder says about its weights (``config.json`` and its like) is read here as plain dictionaries. What it means is
-the business of :mod:`evit_deploy.models.layouts` (architecture) and of :mod:`evit_deploy.models.preprocessing`.
+Configuration files such as ``config.json`` are read here as plain dictionaries, and interpreted in
+:mod:`evit_deploy.models.layouts` (architecture) and :mod:`evit_deploy.models.preprocessing`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from evit_deploy.models.files import hub
 from evit_deploy.models.files.safe_weights import Weights, read_shards, read_weights, split_part
 
 FILE_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".bin", ".ckpt")
-# Weights in the order in which the libraries that save them look for them; an index names the shards.
+# Weight files in the order in which the saving libraries look for them; an index lists the shards.
 _STANDARD = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -30,21 +30,20 @@ _STANDARD = (
 )
 _INDEX = ".index.json"
 CONFIGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
-"""What may lie beside weights and say what they are."""
+"""Configuration files that may accompany weights."""
 
 
 class Source(msgspec.Struct, frozen=True):
     """The files of one checkpoint.
 
     Args:
-        name: As it was given; ``hf-hub:org/name`` of a hub id.
-        path: The file or folder on this disk.
+        name: As given by the user; ``hf-hub:org/name`` for a hub id.
+        path: The local file or folder.
         files: The weights: one file, or all shards.
-        configs: Content of each of :data:`CONFIGS` that lies beside the weights.
-        index: The index that names the shards, with the shard of each tensor.
-        notes: What was chosen among several.
-        part: What the names of the wanted tensors begin with, see
-            :func:`~evit_deploy.models.files.safe_weights.split_part`.
+        configs: Content of each of :data:`CONFIGS` found next to the weights.
+        index: Tensor name -> file name of its shard; empty for a single file.
+        notes: Which of several files was chosen.
+        part: Name prefix of the requested tensors, see :func:`~evit_deploy.models.files.safe_weights.split_part`.
     """
 
     name: str
@@ -57,12 +56,12 @@ class Source(msgspec.Struct, frozen=True):
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """What says which architecture it is: ``config.json``, or OpenCLIP's own file."""
+        """The config with the architecture: ``config.json``, or OpenCLIP's own file."""
         return self.configs.get("config.json") or self.configs.get("open_clip_config.json")
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the weights: the file's own, or of the shards' names and hashes."""
+        """SHA-256 of the weights: of the file, or of the shards' names and hashes."""
         if len(self.files) == 1:
             return sha256(self.files[0])
         lines = [f"{file.name} {sha256(file)}\n" for file in self.files]
@@ -72,8 +71,8 @@ class Source(msgspec.Struct, frozen=True):
         """Reads the tensors.
 
         Raises:
-            CheckpointError: See :func:`~evit_deploy.models.files.safe_weights.read_weights`; or the shards do not hold
-                what their index says.
+            CheckpointError: See :func:`~evit_deploy.models.files.safe_weights.read_weights`; or the shards do not match
+                their index.
         """
         if not self.index:
             return read_weights(self.files[0], self.part)
@@ -81,16 +80,16 @@ class Source(msgspec.Struct, frozen=True):
 
 
 def find_source(source: str | Path) -> Source | None:
-    """The files that a path or a hub id stands for; ``None`` for what can only be a timm name.
+    """Resolves a path or a hub id to its files; ``None`` for what can only be a timm name.
 
     Args:
-        source: File, folder, ``hf-hub:org/name`` or ``org/name``, with ``@revision`` where a hub id has one; ``#part``
-            behind it names the model that is meant among several in it.
+        source: File, folder, ``hf-hub:org/name`` or ``org/name``; a hub id may be followed by ``@revision``, and
+            ``#part`` selects one of several models.
 
     Raises:
-        CheckpointError: There is no such file, or a folder holds no weights or several.
-        InputError: What can only be a hub id is none.
-        MissingRequirement: A hub id is not in the cache, and the hub cannot be asked.
+        CheckpointError: The file does not exist, or a folder holds no or ambiguous weights.
+        InputError: An invalid hub id.
+        MissingRequirement: The repository is not in the cache, and the hub cannot be reached.
     """
     path, part = split_part(source)
     if _exists(path):
@@ -103,14 +102,14 @@ def find_source(source: str | Path) -> Source | None:
         name = repository.name + (f"#{part}" if part else "")
         return msgspec.structs.replace(_folder(folder, where=repository.name), name=name, part=part)
     if _looks_like_path(text):
-        return _file(path)  # whose reading says that there is none
+        return _file(path)  # reading it raises the error for a missing file
     return None
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name too long for any file, or with a zero in it
+    except (OSError, ValueError):  # a name that is too long or contains a null character
         return False
 
 
@@ -119,7 +118,7 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _file(path: Path) -> Source:
-    """One file. A file of a standard name is read with the configuration beside it, as its folder would be."""
+    """A single file. If it has a standard name, the configuration next to it is read, as for a folder."""
     if path.name.endswith(_INDEX):
         return _sharded(path, path.parent)
     configs = read_configs(path.parent) if path.name in _STANDARD else {}
@@ -142,10 +141,10 @@ def _folder(path: Path, where: object = None) -> Source:
 
 
 def _choose(where: object, names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """The file to read among those of a folder.
+    """Chooses the weights to read in a folder.
 
     Raises:
-        CheckpointError: None, or several that are not the same weights in several forms.
+        CheckpointError: There are none, or several that are not forms of the same weights.
     """
     standard = [name for name in _STANDARD if name in names]
     if standard:
@@ -166,10 +165,10 @@ def _choose(where: object, names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
 
 def _sharded(index: Path, folder: Path) -> Source:
-    """Weights in several files, as ``*.index.json`` says.
+    """Weights in several files, listed by ``*.index.json``.
 
     Raises:
-        CheckpointError: The index is none, or shards are missing.
+        CheckpointError: The index is invalid, or shards are missing.
     """
     content = read_json(index, dict[str, Any], error=CheckpointError)
     shards = content.get("weight_map")
@@ -193,10 +192,10 @@ def _sharded(index: Path, folder: Path) -> Source:
 
 
 def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """What lies beside weights and says what they are.
+    """Reads the configuration files next to weights.
 
     Raises:
-        CheckpointError: A file of such a name holds no JSON object.
+        CheckpointError: Such a file does not contain a JSON object.
     """
     return {
         name: read_json(folder / name, dict[str, Any], error=CheckpointError)
@@ -206,7 +205,7 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a folder of the hub's cache holds weights, all shards of them."""
+    """Whether a folder of the hub's cache holds weights with all their shards."""
     try:
         return all(file.is_file() for file in _folder(folder).files)
     except CheckpointError:
@@ -214,7 +213,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _wanted(where: str, names: Sequence[str]) -> list[str]:
-    """Which files of a hub repository to fetch: configurations, and one form of the weights."""
+    """The files of a hub repository to fetch: configuration files, and one form of the weights."""
     chosen, _ = _choose(where, [name for name in names if "/" not in name])
     shards = re.escape(chosen.removesuffix(_INDEX)).replace(r"\.", r"-\d+-of-\d+\.", 1) if _INDEX in chosen else r"(?!)"
     return [name for name in names if name in (chosen, *CONFIGS) or re.fullmatch(shards, name)]

@@ -1,1 +1,1 @@
-"""Names that other people's checkpoints give to tensors, one family a file, and ours; exact both ways."""
+"""Layouts: tensor names of third-party checkpoints and their conversion to and from timm's, one family per file."""

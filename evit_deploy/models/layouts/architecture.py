@@ -1,4 +1,4 @@
-"""A VisionTransformer of any size: the timm name that is nearest, and the arguments that make it the one wanted."""
+"""VisionTransformers of any size: the most similar timm name, and the arguments that turn it into the exact one."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,14 @@ SIZES = {
     (1664, 48): "gigantic",
 }
 HEAD_WIDTH = 64
-"""Of all released sizes up to ``large``; tensors do not show it."""
+"""Head width of all released sizes up to ``large``; it cannot be read from the tensors."""
 
 
 def described(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What tensors under timm's names show of their VisionTransformer: arguments of :func:`create_model`.
+    """Reads the arguments of :func:`create_model` from tensors under timm's names.
 
     Args:
-        weights: Tensors under timm's names; ``patch_embed.proj.weight`` is there.
+        weights: Tensors under timm's names, including ``patch_embed.proj.weight``.
     """
     width, channels, patch, _ = weights["patch_embed.proj.weight"].shape
     registers = weights.get("reg_token")
@@ -62,28 +62,28 @@ def depth_of(weights: Mapping[str, Tensor]) -> int:
 
 
 def classes_of(weights: Mapping[str, Tensor]) -> int:
-    """Rows of the classifier; 0 where there is none."""
+    """Rows of the classifier; 0 if there is none."""
     head = weights.get("head.weight")
     return head.shape[0] if head is not None and head.dim() == 2 else 0
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The ratio from which timm's ``int(width * ratio)`` gives this width."""
+    """The ratio for which timm's ``int(width * ratio)`` is the hidden width."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
 def image_size(where: object, positions: int, prefix: int, patch: int) -> int:
-    """Pixels of the square image that has so many positions.
+    """Side of the square image with this number of positions, in pixels.
 
     Args:
         where: The file, for messages.
         positions: Rows of the position embedding.
-        prefix: How many of them are not patches.
-        patch: Pixels of a patch.
+        prefix: Number of them that are not patches.
+        patch: Side of a patch in pixels.
 
     Raises:
-        CheckpointError: There is no such image.
+        CheckpointError: No square image has this number of positions.
     """
     side = math.isqrt(max(positions - prefix, 0))
     if side == 0 or side * side + prefix != positions:
@@ -95,11 +95,11 @@ def image_size(where: object, positions: int, prefix: int, patch: int) -> int:
 
 
 def nearest(families: Sequence[str], wanted: Mapping[str, Any]) -> str:
-    """The timm name that is most like an architecture.
+    """The timm name most similar to an architecture.
 
     Args:
         families: timm names with ``{size}`` and ``{patch}``, in order of preference.
-        wanted: What :func:`described` gave.
+        wanted: Result of :func:`described`.
     """
     import timm
 
@@ -117,13 +117,13 @@ def nearest(families: Sequence[str], wanted: Mapping[str, Any]) -> str:
 
 
 def arguments(held: Held, name: str, wanted: Mapping[str, Any], heads: int | None) -> tuple[dict[str, Any], list[str]]:
-    """What has to be said besides a timm name to get an architecture, and what was assumed.
+    """Arguments that turn a timm name into an architecture, and notes on what was assumed.
 
     Args:
-        held: What the file holds.
+        held: Content of the file.
         name: timm name.
-        wanted: Arguments of :func:`create_model`; ``img_size`` and ``num_classes`` are among them.
-        heads: Heads of an attention, if a config says so.
+        wanted: Arguments of :func:`create_model`, including ``img_size`` and ``num_classes``.
+        heads: Number of attention heads, if the config has it.
 
     Raises:
         CheckpointError: timm builds no VisionTransformer under this name.
@@ -157,7 +157,7 @@ def arguments(held: Held, name: str, wanted: Mapping[str, Any], heads: int | Non
 
 
 def _own_values(model: Any) -> dict[str, Any]:
-    """The arguments that a model was built with, as far as a layout may want others."""
+    """Arguments that a model was built with, restricted to those that layouts override."""
     block = model.blocks[0]
     width = model.embed_dim
     return {
@@ -189,11 +189,11 @@ def activation_of(layer: torch.nn.Module) -> str:
 
 
 def leftover_error(held: Held, layout: str, names: Sequence[str]) -> CheckpointError:
-    """The error of a file that has tensors besides those of its layout.
+    """The error for tensors that do not belong to the file's layout.
 
     Args:
-        held: What the file holds.
-        layout: Its name, for the message.
+        held: Content of the file.
+        layout: Name of the layout, for the message.
         names: The tensors.
     """
     return CheckpointError(

@@ -1,4 +1,4 @@
-"""How two sets of tensors differ, in words."""
+"""Describes how two sets of tensors differ."""
 
 from collections.abc import Mapping
 
@@ -8,11 +8,11 @@ from evit_deploy.errors import first_few
 
 
 def differences_of(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """How two sets of tensors differ in names and shapes; empty if they do not.
+    """Describes how two sets of tensors differ in names and shapes; empty if they do not.
 
     Args:
         wanted: The tensors of a model.
-        given: Those that were found.
+        given: The tensors of the file.
     """
     shapes = [
         f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"

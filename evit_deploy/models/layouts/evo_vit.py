@@ -1,8 +1,8 @@
-"""Evo-ViT's DeiT as its authors release it: the names of its tensors, to timm's and back, exactly.
+"""Evo-ViT's DeiT as released by its authors: conversion of its tensor names to timm's and back.
 
-They hold the parts of the attention apart (``qks.i.qk`` has the rows of q and then those of k, ``vs.i.v`` those of v)
-and classify from the mean of all patches, so that their ``norm`` is timm's ``fc_norm``. ``norm_cls`` and ``head_cls``,
-the class token's head in training, have the same names in both.
+The files split the attention (``qks.i.qk`` has the rows of q followed by those of k, ``vs.i.v`` those of v). The model
+classifies from the mean of all patches, so ``norm`` is timm's ``fc_norm``. ``norm_cls`` and ``head_cls``, the class
+token's head in training, have the same names in both.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 
 _SIGN = "qks.0.qk.weight"
 MODEL_ARGS = {"global_pool": "avg"}
-"""What such a model is built with."""
+"""Arguments for building such a model."""
 _PARTS = ("weight", "bias")
 _BLOCK = {"norms.{}": "blocks.{}.norm1", "projs.{}": "blocks.{}.attn.proj"}
 
@@ -23,14 +23,14 @@ def is_evo_vit(weights: Mapping[str, Tensor]) -> bool:
 
 
 def _renamed(depth: int) -> dict[str, str]:
-    """Tensors that are the same under another name: released to timm's."""
+    """Tensors that differ only in name: released -> timm."""
     pairs = {"norm": "fc_norm"}
     pairs |= {theirs.format(i): ours.format(i) for i in range(depth) for theirs, ours in _BLOCK.items()}
     return {f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in pairs.items() for part in _PARTS}
 
 
 def to_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Released names to timm's; tensors of other names are left as they are, and so is what is not complete."""
+    """Converts released names to timm's; leaves other tensors and incomplete sets unchanged."""
     found = dict(weights)
     depth = sum(name.startswith("qks.") and name.endswith(".qk.weight") for name in weights)
     for theirs, ours in _renamed(depth).items():
@@ -45,7 +45,7 @@ def to_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_released(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: timm's names to the released ones."""
+    """Converts timm's names to the released ones."""
     found = dict(weights)
     depth = sum(name.endswith(".attn.qkv.weight") for name in weights)
     for theirs, ours in _renamed(depth).items():

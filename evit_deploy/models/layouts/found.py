@@ -1,4 +1,4 @@
-"""What a layout is asked and what it gives: the values that every module of this folder takes and returns."""
+"""Input and result types of layouts, used by all modules in this folder."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,24 +11,24 @@ from evit_deploy.models.layouts.table import Table
 from evit_deploy.tokens.plan import TokenSpec
 
 Output = Literal["logits", "embedding"]
-"""What a model answers: one number a class, or a vector that images are compared by."""
+"""A model's output: one number per class, or a vector for comparing images."""
 
 
 def output_of(model_args: Mapping[str, Any]) -> Output:
-    """What a model with these arguments answers: without classes, a vector."""
+    """Output of a model with these arguments: a vector if it has no classes."""
     return "logits" if model_args.get("num_classes", 1) else "embedding"
 
 
 class Held(msgspec.Struct, frozen=True):
-    """What a file holds, as layouts are asked about it.
+    """The content of a file, as passed to layouts.
 
     Args:
         where: The file, for messages.
-        weights: Its tensors. Those of the model have the names they have within it, those beside it begin with ``../``
-            (``../classifier.weight`` beside ``vit.embeddings.cls_token``) or, elsewhere in the file, with ``/``.
-        config: The ``config.json`` beside the file, if there is one.
-        model: timm name that the user gave, if any; it goes before the config's architecture.
-        method_weights: Names of the tensors that were set aside as a reduction method's own.
+        weights: Its tensors. Names are relative to the model. Tensors one level above it begin with ``../``
+            (``../classifier.weight`` for ``vit.embeddings.cls_token``), those elsewhere in the file with ``/``.
+        config: The ``config.json`` next to the file, if there is one.
+        model: timm name given by the user, if any; it overrides the config.
+        method_weights: Names of tensors that belong to a reduction method's own layers.
     """
 
     where: object
@@ -38,25 +38,25 @@ class Held(msgspec.Struct, frozen=True):
     method_weights: frozenset[str] = frozenset()
 
     def inside(self) -> dict[str, Tensor]:
-        """The tensors of the model alone."""
+        """Only the tensors inside the model."""
         return {name: value for name, value in self.weights.items() if not name.startswith(("../", "/"))}
 
 
 class Found(msgspec.Struct, frozen=True):
-    """What tensors were found to be.
+    """Result of identifying a file.
 
     Args:
         model: timm name.
-        model_args: What :func:`evit_deploy.models.create.create_model` needs besides; JSON values alone.
+        model_args: Further arguments of :func:`evit_deploy.models.create.create_model`; JSON values only.
         weights: The tensors under timm's names.
-        tokens: The reduction they were trained with, where the layout tells.
-        notes: What was assumed; the user is warned of it.
-        left_out: Tensors of the file that the model has no place for, under the names they were asked about. The user
-            is warned of them too.
-        prepared: Whether images for such weights were surely prepared as timm says of the architecture, or as
-            ``preprocess`` says.
-        preprocess: How all files of the layout had their images prepared, where that is another way than timm's.
-        table: The names of the layout beside timm's, for the way back; ``None`` where the layout's module has another.
+        tokens: The reduction they were trained with, if the layout implies one.
+        notes: Assumptions, shown to the user as warnings.
+        left_out: Tensors of the file that the model does not use, named as in :attr:`Held.weights`; shown to the user
+            as warnings.
+        prepared: Whether the preprocessing is certain: timm's for the architecture, or ``preprocess``.
+        preprocess: Preprocessing of all files of the layout, if it differs from timm's.
+        table: Mapping between the layout's names and timm's, to convert back; ``None`` if the layout's module converts
+            differently.
     """
 
     model: str

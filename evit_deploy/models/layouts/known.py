@@ -1,4 +1,4 @@
-"""The layouts that files are known in, one a module here or in ``hugging_face``, in the order of asking."""
+"""All known layouts, one per module here or in ``hugging_face``, in the order in which they are tried."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,10 +13,10 @@ class Layout(msgspec.Struct, frozen=True):
     """A layout.
 
     Args:
-        name: As messages call it.
-        signs: Names that all its files have, for every form: a model inside a larger one is found by them.
-        find: Gives what a file holds; ``None`` if it is of another layout.
-        types: Values of ``model_type`` in the configs of its files; none if it has no such config.
+        name: Name in messages.
+        signs: For each form, names found in all its files; used to find a model inside a larger one.
+        find: Identifies a file; returns ``None`` for other layouts.
+        types: Its values of ``model_type`` in configs; empty if it has no such config.
     """
 
     name: str
@@ -36,7 +36,7 @@ LAYOUTS = (
     Layout("torchvision's ViT", torchvision_vit.SIGNS, torchvision_vit.find),
     Layout("timm's names", timm_names.SIGNS, timm_names.find),
 )
-"""Of layouts whose signs are alike, the narrower one comes first; timm's, which fits most, is the last."""
+"""Among similar layouts, the more specific one comes first; timm's, which matches most files, is last."""
 
 SIGNS = tuple(sign for layout in LAYOUTS for sign in layout.signs)
 TYPES = frozenset(kind for layout in LAYOUTS for kind in layout.types)

@@ -1,8 +1,8 @@
-"""Released LeViT and Evo-LeViT: which size their tensors are, and their names in our models.
+"""Released LeViT and Evo-LeViT: identifies the size, and renames the tensors.
 
-An Evo-LeViT file holds its blocks twice, as ``blocks`` and, for the stage-wise forward pass, as ``stage_blocks``; ours
-have the first names alone. A LeViT file of Facebook's has no names of stages, and carries tables of indices that follow
-from the grid; in timm, whose names we take for it, it has both otherwise.
+An Evo-LeViT file holds its blocks twice, as ``blocks`` and, for the stage-wise forward pass, as ``stage_blocks``; our
+model uses only the first names. A LeViT file from Facebook has no stage names, and stores index tables that follow from
+the grid. It is converted to timm's names, which have stages and no tables.
 """
 
 import math
@@ -25,17 +25,17 @@ _TABLE = "attention_bias_idxs"
 
 
 def is_evo_levit(weights: dict[str, Tensor]) -> bool:
-    """Whether a file is an Evo-LeViT's: its stem, and the tokens that only it has."""
+    """Whether a file is an Evo-LeViT, by its stem and tokens."""
     return weights.keys() >= set(SIGNS[0])
 
 
 def is_levit(weights: dict[str, Tensor]) -> bool:
-    """Whether a file is a LeViT's as Facebook released it."""
+    """Whether a file is a LeViT as released by Facebook."""
     return weights.keys() >= set(SIGNS[1])
 
 
 def is_timm_levit(weights: dict[str, Tensor]) -> bool:
-    """Whether a file is a LeViT's under timm's own names."""
+    """Whether a file is a LeViT under timm's names."""
     return weights.keys() >= set(SIGNS[2])
 
 
@@ -44,11 +44,11 @@ SIGNS = (
     ("patch_embed.0.c.weight", "blocks.0.m.attention_biases"),
     ("stem.conv1.linear.weight", "stages.0.blocks.0.attn.attention_biases"),
 )
-"""Names that all files have: Evo-LeViT's, LeViT's and timm's."""
+"""Names found in all files of Evo-LeViT, of LeViT, and of timm's LeViT."""
 
 
 def find(held: Held) -> Found | None:
-    """Which of the three a file is, and its size; ``None`` for another family's."""
+    """Identifies which of the three a file is, and its size; ``None`` for other families."""
     weights, where = held.inside(), held.where
     if is_evo_levit(weights):
         found = find_evo_levit(where, weights)
@@ -70,18 +70,18 @@ def find(held: Held) -> Found | None:
 # ---- Evo-LeViT
 
 TRAINED = TokenSpec(keep_rate=0.5, fuse=False, method=METHOD)
-"""All released Evo-LeViTs were trained with it; at the method's own locations."""
+"""The reduction that all released Evo-LeViTs were trained with, at the method's default locations."""
 
 
 def find_evo_levit(where: object, weights: dict[str, Tensor]) -> Found:
-    """The size, image size and classifiers of an Evo-LeViT file.
+    """Identifies the size, image size and classifiers of an Evo-LeViT file.
 
     Args:
         where: The file, for messages.
         weights: Its tensors.
 
     Raises:
-        CheckpointError: They are of no size known, or what is there twice differs.
+        CheckpointError: The size is unknown, or duplicated tensors differ.
     """
     own = without_duplicates(where, weights)
     widths, keys, depth = _evo_shape(own)
@@ -104,7 +104,7 @@ def _key_widths(size: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _evo_shape(weights: dict[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Width, width of the keys and number of blocks of each stage."""
+    """Width, key width and number of blocks of each stage."""
     widths, keys, depth = [], [], []
     for number in range(1 + max((int(n.split(".")[1]) for n in weights if re.match(r"blocks\.\d+\.", n)), default=-1)):
         qkv = weights.get(f"blocks.{number}.m1.m.qkv.c.weight")
@@ -119,10 +119,10 @@ def _evo_shape(weights: dict[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def without_duplicates(where: object, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drops what a file of Evo-LeViT holds a second time.
+    """Drops the duplicated tensors of an Evo-LeViT file.
 
     Raises:
-        CheckpointError: A second copy is none: it differs, or there is no first.
+        CheckpointError: A duplicate differs from its original, or has none.
     """
     own = {name: value for name, value in weights.items() if not name.startswith(_DUPLICATES)}
     if len(own) == len(weights):
@@ -143,7 +143,7 @@ def without_duplicates(where: object, weights: dict[str, Tensor]) -> dict[str, T
 
 
 def with_duplicates(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The released form of an Evo-LeViT: every block under its second name as well."""
+    """Converts to the released form of an Evo-LeViT, with every block under its second name too."""
     return weights | {second: weights[first] for first, second in _evo_names(weights)}
 
 
@@ -155,8 +155,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def _evo_names(weights: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Pairs of a block's names, first and second.
 
-    What follows the stage-wise pass: the dense blocks, each in its two halves; then one entry with all other halves of
-    the stage; then the downsampling and its MLP, an entry each.
+    The second names follow the stage-wise pass: an entry for each half of the dense blocks, one entry with all other
+    halves of the stage, then one each for the downsampling and its MLP.
     """
     *_, depth = _evo_shape(weights)
     second: dict[str, str] = {}
@@ -197,10 +197,10 @@ def _side(where: object, places: int) -> int:
 
 
 def find_levit(where: object, weights: dict[str, Tensor]) -> Found:
-    """The size and classes of a LeViT file of Facebook's, under timm's names.
+    """Identifies the size and classes of a Facebook LeViT file, and renames its tensors to timm's names.
 
     Raises:
-        CheckpointError: Its tensors are of no size known, or of another image size than the only one timm builds.
+        CheckpointError: The size is unknown, or the image size differs from the only one that timm builds.
     """
     renamed = dict(_timm_names(weights))
     model = _levit_of_size(where, _levit_shape(weights))
@@ -212,10 +212,10 @@ def find_levit(where: object, weights: dict[str, Tensor]) -> Found:
 
 
 def find_timm_levit(where: object, weights: dict[str, Tensor]) -> Found:
-    """The size and classes of a LeViT file under timm's names.
+    """Identifies the size and classes of a LeViT file under timm's names.
 
     Raises:
-        CheckpointError: Its tensors are of no size known, or of another image size than the only one timm builds.
+        CheckpointError: The size is unknown, or the image size differs from the only one that timm builds.
     """
     widths, keys, depth = [], [], []
     for stage in range(3):
@@ -249,11 +249,11 @@ def _levit_of_size(where: object, shape: tuple[tuple[int, ...], tuple[int, ...],
 
 
 def to_facebook(weights: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Facebook's form of a LeViT of timm's.
+    """Converts a LeViT from timm's form to Facebook's.
 
     Args:
         weights: Tensors under timm's names.
-        names: Tensors of a file of Facebook's of the same size, for its names and tables.
+        names: Tensors of a Facebook file of the same size, for its names and tables.
     """
     return {old: names[old] if new.endswith(_TABLE) else weights[new] for old, new in _timm_names(names)}
 
@@ -274,7 +274,7 @@ def _levit_shape(weights: dict[str, Tensor]) -> tuple[tuple[int, ...], tuple[int
 
 
 def _levit_entries(weights: dict[str, Tensor]) -> Iterator[tuple[str, int]]:
-    """Kind and number of each entry of ``blocks``, in order."""
+    """Kind and index of each entry of ``blocks``, in order."""
     parts: dict[int, set[str]] = {}
     for name in weights:
         if re.match(r"blocks\.\d+\.", name):
@@ -285,7 +285,7 @@ def _levit_entries(weights: dict[str, Tensor]) -> Iterator[tuple[str, int]]:
 
 
 def _timm_names(weights: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Pairs of a tensor's names, Facebook's and timm's."""
+    """Pairs of a tensor's name at Facebook and in timm."""
     prefixes: dict[str, str] = {f"patch_embed.{2 * i}": f"stem.conv{i + 1}" for i in range(4)}
     stage = block = 0
     downsampled = False
@@ -320,7 +320,7 @@ def _timm_names(weights: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
 
 
 def _is_table(weights: dict[str, Tensor], name: str) -> bool:
-    """Whether a table of indices is the one that timm computes: row distance times columns, plus column distance."""
+    """Whether an index table equals the one that timm computes: row distance times columns, plus column distance."""
     table = weights[name]
     columns = math.isqrt(table.shape[1])
     places = torch.arange(table.shape[1])

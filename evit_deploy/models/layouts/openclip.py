@@ -1,4 +1,4 @@
-"""OpenCLIP's ViT: the image tower of a whole model, ``visual.*``, with its projection."""
+"""OpenCLIP's ViT: the image tower of a full model, ``visual.*``, with its projection."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from evit_deploy.models.layouts.table import Same, Table, Transposed, layers
 
 SIGNS = (("class_embedding", "positional_embedding", "conv1.weight", "ln_post.weight"),)
 TYPES = ("clip",)
-"""The same repository often holds the model for transformers too, whose ``config.json`` says the same of it."""
+"""Repositories often also hold the model for transformers, with a ``config.json`` that describes the same model."""
 _BLOCK, _OURS = "transformer.resblocks.{}", "blocks.{}"
 TABLE = Table((
     Same("class_embedding", "cls_token", axes=2),
@@ -40,11 +40,11 @@ _NORM_EPS, _HEAD_WIDTH = 1e-5, 64
 
 
 def find(held: Held) -> Found | None:
-    """A file of this layout; ``None`` for another's.
+    """Identifies a file of this layout; ``None`` for other layouts.
 
     Raises:
-        CheckpointError: Its head reads all patches, config and tensors contradict each other, or there are tensors that
-            the layout does not have.
+        CheckpointError: Its head reads all patches, config and tensors contradict each other, or there are tensors
+            unknown to the layout.
     """
     if not set(SIGNS[0]) <= held.weights.keys():
         return None
@@ -74,7 +74,7 @@ def find(held: Held) -> Found | None:
 
 
 def _said(held: Held) -> dict[str, Any] | None:
-    """What a config says: OpenCLIP's, or that of transformers beside it; ``None`` without one.
+    """Values of the config: OpenCLIP's, or that of transformers next to it; ``None`` without one.
 
     Raises:
         CheckpointError: Its head reads all patches, or an option changes what is computed.
@@ -131,7 +131,7 @@ def _of_openclip(held: Held, model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(held: Held, said: Mapping[str, Any], ours: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> None:
-    """Makes sure that a config and the tensors are of one model."""
+    """Checks that config and tensors describe the same model."""
     head = ours.get("head.weight")
     shown = {
         "width": wanted["embed_dim"], "layers": wanted["depth"], "patch_size": wanted["patch_size"],

@@ -1,4 +1,4 @@
-"""Families that cannot be reduced exactly, or are no vision transformers: by config and by tensors, with the reason."""
+"""Families that cannot be reduced exactly or are not vision transformers, recognized by config or tensors."""
 
 import re
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from evit_deploy.models.timm_vit import TimmViT
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """Why a family is not converted.
+    """A family that is not converted.
 
     Args:
         family: Its name.
-        reason: Why not, as a clause.
-        instead: What can be converted instead, as a sentence.
+        reason: The reason, as a clause.
+        instead: An alternative, as a sentence.
     """
 
     family: str
@@ -59,7 +59,7 @@ def _staged(name: str) -> Refusal:
     return Refusal(name, _CONVOLUTIONS, _CLASSIFIER)
 
 
-# model_type in a config of transformers, to why.
+# `model_type` in a config of transformers -> refusal.
 _TYPES: dict[str, Refusal] = {
     **dict.fromkeys(("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"), _SIGLIP),
     "beit": _BEIT,
@@ -89,7 +89,7 @@ _TYPES: dict[str, Refusal] = {
     "vit_hybrid": Refusal("a hybrid ViT", "its patches come from a ResNet", _CLASSIFIER),
 }
 
-# Names of tensors that only such families have, beside those of a layout or not.
+# Tensor names that occur only in such families, whether or not the other tensors match a layout.
 _TENSORS: tuple[tuple[str, Refusal], ...] = (
     (r"(^|\.)layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table$", _SWIN),
     (r"(^|\.)encoder\.layers\.\d+\.blocks\.\d+\.attention\.self\.relative_position_bias_table$", _SWIN),
@@ -105,7 +105,7 @@ _TENSORS: tuple[tuple[str, Refusal], ...] = (
     (r"(^|\.)layers\.\d+\.attn\.rel_pos_h$", _SAM),
     (r"(^|\.)embeddings\.detection_tokens$", _DETECTOR),
 )
-# Names that say so of tensors which are in no layout; LeViT has stages too.
+# Names checked only if no layout matches, because LeViT has stages too.
 _TENSORS_OF_NO_LAYOUT: tuple[tuple[str, Refusal], ...] = (
     (r"(^|\.)layer1\.0\.conv1\.", _staged("ResNet")),
     (r"(^|\.)stages\.0\.", _staged("ConvNeXt or another staged network")),
@@ -113,14 +113,14 @@ _TENSORS_OF_NO_LAYOUT: tuple[tuple[str, Refusal], ...] = (
 
 
 def check_config(held: Held, known: frozenset[str]) -> None:
-    """Refuses what a config says cannot be converted; ``--model`` goes before a config.
+    """Refuses a config of a family that cannot be converted, unless the user gave a model.
 
     Args:
         held: What the file holds.
         known: Values of ``model_type`` that have a layout.
 
     Raises:
-        CheckpointError: The config is of such a family, or of an unknown architecture.
+        CheckpointError: The config names such a family, or an unknown architecture.
     """
     config = held.config
     if config is None or held.model is not None:
@@ -143,7 +143,7 @@ def check_config(held: Held, known: frozenset[str]) -> None:
 
 
 def _sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A config and those within it that have a type."""
+    """A config and its nested configs that have a type."""
     found = [config, *(value for value in config.values() if isinstance(value, dict))]
     return [section for section in found if isinstance(section.get("model_type"), str)]
 
@@ -175,14 +175,14 @@ def _check_timm(held: Held, config: Mapping[str, Any]) -> None:
 
 
 def check_tensors(held: Held, *, in_no_layout: bool = False) -> None:
-    """Refuses tensors that only a family has that cannot be converted.
+    """Refuses tensors that occur only in families that cannot be converted.
 
     Args:
         held: What the file holds.
-        in_no_layout: Whether no layout knows them.
+        in_no_layout: Whether no layout matched.
 
     Raises:
-        CheckpointError: There are such.
+        CheckpointError: Such tensors were found.
     """
     for pattern, refusal in _TENSORS_OF_NO_LAYOUT if in_no_layout else _TENSORS:
         search = re.compile(pattern).search

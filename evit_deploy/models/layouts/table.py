@@ -1,4 +1,4 @@
-"""The names of a layout beside timm's, as a table that is read in both directions."""
+"""Tables that map a layout's tensor names to timm's, in both directions."""
 
 import re
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Same(msgspec.Struct, frozen=True):
-    """A tensor that has another name, and in timm more leading axes of length 1.
+    """A tensor with another name, and possibly more leading axes of length 1 in timm.
 
     Args:
         theirs: Name in the layout; ``{}`` stands for the number of a block.
         ours: Name in timm.
-        axes: How many axes timm has more.
+        axes: Number of additional axes in timm.
     """
 
     theirs: str
@@ -26,16 +26,16 @@ class Same(msgspec.Struct, frozen=True):
         return (self.theirs,)
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """The layout's tensor as timm's."""
+        """Converts the layout's tensor to timm's."""
         return parts[0].reshape((1,) * self.axes + tuple(parts[0].shape))
 
     def cut(self, whole: Tensor) -> list[Tensor]:
-        """timm's tensor as the layout's."""
+        """Converts timm's tensor to the layout's."""
         return [whole.reshape(whole.shape[self.axes :])]
 
 
 class Joined(msgspec.Struct, frozen=True):
-    """Tensors of equal shape that are one in timm, rows under rows: q, k and v, or the halves of a gated MLP.
+    """Tensors of equal shape that timm concatenates by rows: q, k and v, or the halves of a gated MLP.
 
     Args:
         theirs: Names in the layout, in timm's order.
@@ -50,16 +50,16 @@ class Joined(msgspec.Struct, frozen=True):
         return self.theirs
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """The layout's tensors as timm's one."""
+        """Concatenates the layout's tensors to timm's."""
         return torch.cat(parts)
 
     def cut(self, whole: Tensor) -> list[Tensor]:
-        """timm's tensor as the layout's."""
+        """Converts timm's tensor to the layout's."""
         return [part.clone() for part in whole.chunk(len(self.theirs))]
 
 
 class Transposed(msgspec.Struct, frozen=True):
-    """A matrix that a layout multiplies by from the right, and timm's linear layer has the other way round.
+    """A matrix that the layout multiplies from the right: the transpose of timm's linear layer.
 
     Args:
         theirs: Name in the layout.
@@ -83,12 +83,12 @@ class Transposed(msgspec.Struct, frozen=True):
 
 
 class PositionsWithoutRegisters(msgspec.Struct, frozen=True):
-    """Positions of class token and patches; in timm, registers between them have positions too, and theirs are zero.
+    """Position embeddings of class token and patches; timm adds zeros for the registers between them.
 
     Args:
         theirs: Name in the layout.
         ours: Name in timm.
-        registers: How many.
+        registers: Number of register tokens.
     """
 
     theirs: str
@@ -105,7 +105,7 @@ class PositionsWithoutRegisters(msgspec.Struct, frozen=True):
         return torch.cat([parts[0][:, :1], zeros, parts[0][:, 1:]], 1)
 
     def cut(self, whole: Tensor) -> list[Tensor]:
-        """The way back; registers that have a position by now would be lost."""
+        """``[1, 1 + registers + P, D]`` to ``[1, 1 + P, D]``; drops the positions of registers."""
         assert not whole[:, 1 : 1 + self.registers].any(), "the registers have got positions: no way back"
         return [torch.cat([whole[:, :1], whole[:, 1 + self.registers :]], 1)]
 
@@ -114,16 +114,16 @@ Row = Same | Joined | Transposed | PositionsWithoutRegisters
 
 
 class Table(msgspec.Struct, frozen=True):
-    """Rows of names. A row whose tensors are not there, in a file or in a model, is passed over.
+    """Rows of names. Rows without matching tensors are skipped.
 
     Args:
-        rows: One a tensor of timm's.
+        rows: One per tensor in timm.
     """
 
     rows: tuple[Row, ...]
 
     def to_timm(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A layout's tensors under timm's names, and those that no row names.
+        """Converts a layout's tensors to timm's names; also returns the tensors that match no row.
 
         Args:
             weights: Tensors under the layout's names.
@@ -137,13 +137,13 @@ class Table(msgspec.Struct, frozen=True):
         return found, left
 
     def to_released(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The way back: timm's tensors under the layout's names.
+        """Converts timm's tensors to the layout's names.
 
         Args:
             weights: Tensors under timm's names.
 
         Raises:
-            KeyError: No row names a tensor.
+            KeyError: A tensor matches no row.
         """
         found: dict[str, Tensor] = {}
         left = dict(weights)
@@ -157,7 +157,7 @@ class Table(msgspec.Struct, frozen=True):
         return found
 
     def _numbered(self, weights: Mapping[str, Tensor], *, theirs: bool) -> list[tuple[Row, str]]:
-        """Every row with every number of a block that its first name has among the tensors."""
+        """Every row, with every block number for which its first name is among the tensors."""
         found: list[tuple[Row, str]] = []
         for row in self.rows:
             pattern = row.names()[0] if theirs else row.ours
@@ -171,10 +171,10 @@ class Table(msgspec.Struct, frozen=True):
 
 
 def layers(names: Mapping[str, str]) -> tuple[Row, ...]:
-    """Rows of layers, their weight and their bias.
+    """Rows for the weights and biases of layers.
 
     Args:
-        names: A layer's name in the layout, to the one in timm.
+        names: Name in the layout -> name in timm.
     """
     return tuple(
         Same(f"{theirs}.{part}", f"{ours}.{part}") for theirs, ours in names.items() for part in ("weight", "bias")
@@ -182,7 +182,7 @@ def layers(names: Mapping[str, str]) -> tuple[Row, ...]:
 
 
 def joined_layers(theirs: tuple[str, ...], ours: str) -> tuple[Row, ...]:
-    """Rows of layers that are one in timm, their weight and their bias.
+    """Rows for the weights and biases of layers that timm concatenates.
 
     Args:
         theirs: Names of the layers, in timm's order.

@@ -1,7 +1,7 @@
-"""timm's own names, and those of papers that timm's code takes: DeiT, DINO, DeiT III, DINOv2, MAE, LV-ViT, Evo-ViT.
+"""timm's own names, and those of papers that timm can load: DeiT, DINO, DeiT III, DINOv2, MAE, LV-ViT, Evo-ViT.
 
-Several architectures of timm have the same tensors; the config of timm's hub decides, or the user, or an order of
-preference, and then the others are named.
+Several architectures in timm have the same tensors. The config of timm's hub decides, or the user, or an order of
+preference; in the last case the others are reported.
 """
 
 import math
@@ -21,7 +21,7 @@ from evit_deploy.models.preprocessing import of_architecture
 from evit_deploy.tokens.plan import TokenSpec
 
 SIGNS = (("cls_token", "pos_embed", "patch_embed.proj.weight"),)
-# In order of preference: where several fit, the first is taken and the others are named.
+# In order of preference: the first one that fits is used, and the others are reported.
 _FAMILIES = (
     "deit_{size}_distilled_patch{patch}_{image}",
     "deit_{size}_patch{patch}_{image}",
@@ -33,10 +33,10 @@ _FAMILIES = (
     "vit_{size}_patch{patch}_clip_quickgelu_{image}",
 )
 _IMAGES = (224, 384)
-# LV-ViT is known by its stem; its names say nothing but the size, and heads and λ come with them.
+# LV-ViT is recognized by its stem; the name determines the size, including heads and λ.
 _LVVIT = {(240, 12): "lvvit_t", (384, 16): "lvvit_s", (512, 20): "lvvit_m", (768, 24): "lvvit_l"}
 _LVVIT_STEM = "patch_embed.conv1.weight"
-# A DeiT that only DynamicViT's authors have released: tensors do not show how many heads it has.
+# A DeiT released only by DynamicViT's authors; the number of heads cannot be read from the tensors.
 _DEIT_256 = ("deit_small_patch16_224", {"embed_dim": 256, "num_heads": 4})
 _DINO_HEAD = "../head.last_layer."
 _DINO = "vit_{size}_patch{patch}_224.dino"
@@ -44,7 +44,7 @@ _ANY_SIZE = ("deit_{size}_patch{patch}_224", "vit_{size}_patch{patch}_224")
 
 
 def find(held: Held) -> Found | None:
-    """A file of these names; ``None`` for another's.
+    """Identifies a file with these names; ``None`` for others.
 
     Raises:
         CheckpointError: Its tensors fit no architecture.
@@ -67,7 +67,7 @@ def find(held: Held) -> Found | None:
         weights = {name: value for name, value in weights.items() if name not in spare}
     names, own_args = _names(held, weights)
     more = own_args | more
-    if held.model is None and tokens is not None:  # its authors have trained DeiTs
+    if held.model is None and tokens is not None:  # its authors trained DeiTs
         names = [name for name in names if name.startswith("deit_")]
     if held.model is None and _is_deit_256(weights, held):
         name, more = _DEIT_256
@@ -96,7 +96,7 @@ def find(held: Held) -> Found | None:
 
 
 def _names(held: Held, weights: dict[str, Tensor]) -> tuple[list[str], dict[str, Any]]:
-    """Architectures that may be meant, and the arguments that a config says."""
+    """Candidate architectures, and the arguments given by the config."""
     if held.model is not None:
         return [held.model], {}
     architecture_of_config = (held.config or {}).get("architecture")
@@ -112,14 +112,14 @@ def _names(held: Held, weights: dict[str, Tensor]) -> tuple[list[str], dict[str,
 
 
 def _args_of_config(held: Held, classes: int) -> dict[str, Any]:
-    """What a config of timm's hub says of the model: its arguments, the pooling.
+    """Arguments of the model from a config of timm's hub, including the pooling.
 
     Args:
         held: What the file holds.
         classes: Rows of the classifier.
 
     Raises:
-        CheckpointError: Its arguments make no sense, or it has another number of classes.
+        CheckpointError: Its arguments are invalid, or the number of classes differs.
     """
     config = held.config or {}
     if classes and config.get("num_classes") not in (None, classes):
@@ -154,7 +154,7 @@ def _candidates(weights: dict[str, Tensor]) -> list[str]:
         return [name for size, name in _LVVIT.items() if size == _size(weights)]
     size = SIZES.get(_size(weights))
     names = [family.format(size=size, patch=patch, image=image) for family in _FAMILIES for image in _IMAGES]
-    # One name a family: its image sizes are the same network, and the image size is read from the tensors.
+    # One name per family: its image sizes are the same network, and the image size is read from the tensors.
     found: dict[str, str] = {}
     for family, name in zip([f for f in _FAMILIES for _ in _IMAGES], names, strict=True):
         if family not in found and timm.is_model(name):
@@ -163,7 +163,7 @@ def _candidates(weights: dict[str, Tensor]) -> list[str]:
 
 
 def _fit(name: str, weights: dict[str, Tensor], more: dict[str, Any]) -> Found | None:
-    """Builds the architecture without memory and compares names and shapes."""
+    """Builds the architecture on the meta device and compares names and shapes."""
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
     args: dict[str, Any] = more | {"num_classes": classes_of(weights)}
@@ -188,7 +188,7 @@ def _fit(name: str, weights: dict[str, Tensor], more: dict[str, Any]) -> Found |
             model = create_model(name, args)
         try:
             renamed = checkpoint_filter_fn(dict(weights), model, adapt_layer_scale=True)
-        except RuntimeError:  # its positions are not those of an architecture with these prefix tokens
+        except RuntimeError:  # the number of positions does not fit these prefix tokens
             return None
         left = {key: weights[key] for key in ("mask_token",) if key in weights}
     side = math.isqrt(max(renamed["pos_embed"].shape[1] - prefix, 0))
@@ -200,7 +200,7 @@ def _fit(name: str, weights: dict[str, Tensor], more: dict[str, Any]) -> Found |
 
 
 def _of_any_size(held: Held, weights: dict[str, Tensor]) -> Found | None:
-    """A VisionTransformer of a size that timm has no name for."""
+    """Identifies a VisionTransformer of a size for which timm has no name."""
     wanted = architecture.described(weights)
     if not wanted["depth"] or not wanted["embed_dim"]:
         return None

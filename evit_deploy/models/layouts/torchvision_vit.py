@@ -31,14 +31,14 @@ def _table(mlp: tuple[str, str]) -> Table:
 
 
 TABLES = (_table(("0", "3")), _table(("linear_1", "linear_2")))
-"""Today's names, and those of the released files."""
+"""Current names, and those of the released files."""
 
 
 def find(held: Held) -> Found | None:
-    """A file of this layout; ``None`` for another's.
+    """Identifies a file of this layout; ``None`` for other layouts.
 
     Raises:
-        CheckpointError: It has a layer before the classifier, or tensors that the layout does not have.
+        CheckpointError: It has a layer before the classifier, or tensors unknown to the layout.
     """
     if not set(SIGNS[0]) <= held.weights.keys():
         return None
@@ -55,7 +55,7 @@ def find(held: Held) -> Found | None:
         raise architecture.leftover_error(held, _NAME, odd)
     wanted = architecture.described(ours) | {"norm_eps": 1e-6, "global_pool": "token", "no_embed_class": False}
     wanted["img_size"] = architecture.image_size(held.where, ours["pos_embed"].shape[1], 1, wanted["patch_size"])
-    # DeiT's names where there are some: their preprocessing has torchvision's mean and standard deviation.
+    # DeiT names first, because their preprocessing has torchvision's mean and standard deviation.
     families = ("deit_{size}_patch{patch}_224", "vit_{size}_patch{patch}_224")
     name = held.model or architecture.nearest(families, wanted)
     args, assumed = architecture.arguments(held, name, wanted, None)
@@ -64,10 +64,10 @@ def find(held: Held) -> Found | None:
 
 
 def _prepared(size: int) -> Preprocess:
-    """How torchvision's own transforms prepare images.
+    """The preprocessing of torchvision's own transforms.
 
-    Mean and deviation are the same for all of its ViTs. The first weights, of 224 pixels, are for 224 of 256, bilinear;
-    the larger ones of SWAG for the whole image, bicubic.
+    Mean and deviation are the same for all of its ViTs. The original weights at 224 pixels use a crop of 224 from 256,
+    bilinear; the larger SWAG weights use the whole image, bicubic.
     """
     first = size <= 224
     return Preprocess((size, size), 0.875 if first else 1.0, "center", "bilinear" if first else "bicubic")

@@ -1,1 +1,1 @@
-"""Layouts of Hugging Face transformers, one model a file."""
+"""Layouts of Hugging Face transformers, one model per file."""

@@ -1,4 +1,4 @@
-"""Hugging Face's CLIP: the vision tower, alone or within the whole model, with its projection where the file has it."""
+"""Hugging Face's CLIP: the vision tower, alone or within the full model, with its projection if the file has one."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ SIGNS = (("embeddings.class_embedding", "embeddings.patch_embedding.weight", "pr
 TYPES = ("clip_vision_model", "clip")
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 _LAYERS = {"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-# In files from before transformers 5, and of a whole CLIP, the projection stands beside the tower.
+# In files of transformers 4 and of a full CLIP, the projection is a sibling of the tower.
 _PROJECTIONS = ("../visual_projection.weight", "visual_projection.weight")
 TABLES = tuple(
     Table((
@@ -27,18 +27,18 @@ TABLES = tuple(
     ))
     for projection in _PROJECTIONS
 )  # fmt: skip
-# What a config leaves out is what transformers takes by default.
+# Defaults of transformers, for values missing from a config.
 _DEFAULTS: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
 
-# Written into every config, also of models that have no classes.
+# Written into every config, even for models without classes.
 _LABELS = ("id2label", "label2id", "num_labels")
 
 
 def find(held: Held) -> Found | None:
-    """A file of this layout; ``None`` for another's.
+    """Identifies a file of this layout; ``None`` for other layouts.
 
     Raises:
-        CheckpointError: It has a classifier, which reads the mean of the patches, or tensors that CLIP does not have.
+        CheckpointError: It has a classifier, which reads the mean of the patches, or tensors unknown to CLIP.
     """
     if not set(SIGNS[0]) <= held.weights.keys():
         return None
@@ -70,25 +70,25 @@ def families(quick: bool) -> tuple[str, ...]:
     """timm names of CLIP towers, with ``{size}`` and ``{patch}``.
 
     Args:
-        quick: Whether OpenAI's quick GELU is the activation; timm has names for some sizes of it only.
+        quick: Whether the activation is OpenAI's quick GELU; timm has names for some of its sizes only.
     """
     plain = "vit_{size}_patch{patch}_clip_224"
     return ("vit_{size}_patch{patch}_clip_quickgelu_224", plain) if quick else (plain,)
 
 
 def projected(found: Found) -> Found:
-    """The same with the matrix at its end as a projection, which is no classifier."""
+    """Treats the final matrix as a projection instead of a classifier."""
     args = found.model_args | {"num_classes": 0, "projection": found.weights["head.weight"].shape[0]}
     return msgspec.structs.replace(found, model_args=args)
 
 
 def _config(held: Held) -> dict[str, Any] | None:
-    """The vision tower's config, whole; ``None`` where there is none or ``--model`` replaces it."""
+    """The complete config of the vision tower; ``None`` without one, or if the user gave a model."""
     config = held.config
     if config is None or held.model is not None or "model_type" not in config:
         return None
     tower = config.get("vision_config") if config["model_type"] != TYPES[0] else config
-    if not isinstance(tower, dict) or "model_type" not in tower:  # written before configs within configs had a type
+    if not isinstance(tower, dict) or "model_type" not in tower:  # written before nested configs had a type
         tower = {"model_type": TYPES[0], **(tower if isinstance(tower, dict) else {})}
     said = {name: value for name, value in tower.items() if name not in _LABELS}
     return _DEFAULTS | said

@@ -1,6 +1,6 @@
-"""Hugging Face's DeiT, whose files have a distillation token: with both classifiers, with the class token's, or none.
+"""Hugging Face's DeiT, with a distillation token and two, one or no classifiers.
 
-With one classifier the distillation token is one that the head does not see: a register token, as timm calls it.
+With one classifier the head does not use the distillation token; timm calls such a token a register.
 """
 
 from evit_deploy.models.layouts.found import Found, Held
@@ -40,7 +40,7 @@ _WITHOUT = _family(_ALONE, ("deit_{size}_patch{patch}_224",))
 
 
 def find(held: Held) -> Found | None:
-    """A file of this layout; ``None`` for another's."""
+    """Identifies a file of this layout; ``None`` for other layouts."""
     if not has_vit_blocks(held) or "embeddings.distillation_token" not in held.weights:
         return None
     notes = [POOLER] if "pooler.dense.weight" in held.weights else []

@@ -18,7 +18,7 @@ _BLOCK = "encoder.layer.{}"
 _NORMS = {"norm1": "norm1", "norm2": "norm2"}
 _PLAIN = _NORMS | {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 _SCALES: tuple[Row, ...] = tuple(Same(f"{_BLOCK}.layer_scale{i}.lambda1", f"blocks.{{}}.ls{i}.gamma") for i in (1, 2))
-# With the plain MLP and with the gated one; each as files have it, and as a model of transformers 5 has it in memory.
+# Plain and gated MLP, each as named in files and in a transformers 5 model in memory.
 _BLOCKS: dict[bool, tuple[tuple[Row, ...], tuple[Row, ...]]] = {
     False: (blocks(_BLOCK, OLD_ATTENTION, _PLAIN), blocks(_BLOCK, NEW_ATTENTION, _PLAIN)),
     True: (
@@ -32,10 +32,10 @@ _BLOCKS: dict[bool, tuple[tuple[Row, ...], tuple[Row, ...]]] = {
 
 
 def find(held: Held) -> Found | None:
-    """A file of this layout; ``None`` for another's.
+    """Identifies a file of this layout; ``None`` for other layouts.
 
     Raises:
-        CheckpointError: It has DINOv2's classifier, which reads the mean of the patches too.
+        CheckpointError: It has DINOv2's classifier, which also reads the mean of the patches.
     """
     names = held.weights.keys()
     if not set(SIGN) <= names or "encoder.layer.0.norm1.weight" not in names:
@@ -56,7 +56,7 @@ def _family(registers: int, *, gated: bool) -> Family:
         name="Hugging Face's DINOv2" + (" with registers" if registers else ""),
         types=("dinov2_with_registers",) if registers else ("dinov2",),
         tables=tuple(Table((*rows, *form)) for form in _BLOCKS[gated]),
-        # Only the giant of timm has the gated MLP, and only the others have the plain one.
+        # In timm, the giant has the gated MLP, and all other sizes the plain one.
         families=(name.format(size="giant" if gated else "{size}", patch="{patch}"),),
         norm_eps=1e-6,
         spare=("embeddings.mask_token",),

@@ -1,4 +1,4 @@
-"""What the layouts of Hugging Face transformers have in common: the config, its checks, and the way to timm."""
+"""Shared by the layouts of Hugging Face transformers: the config, its checks, and the conversion to timm."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -12,9 +12,9 @@ from evit_deploy.models.layouts.found import Found, Held
 from evit_deploy.models.layouts.table import Row, Same, Table, joined_layers, layers
 
 SIGN = ("embeddings.cls_token", "embeddings.patch_embeddings.projection.weight")
-"""Names that all files of ViT, DeiT, ViT-MAE and DINOv2 have."""
+"""Names found in all files of ViT, DeiT, ViT-MAE and DINOv2."""
 
-# transformers' names of activations, to timm's. The ones that are one function are one here.
+# Activation names in transformers -> in timm. Synonyms map to the same name.
 _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -27,26 +27,26 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-# Where a config that stands for several models keeps the one of its vision transformer.
+# Keys under which a config of several models stores that of its vision transformer.
 _SECTIONS = ("vision_config", "backbone_config", "encoder")
 
 EMBEDDINGS: tuple[Row, ...] = (
     Same("embeddings.cls_token", "cls_token"),
     *layers({"embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm": "norm"}),
 )
-"""Rows of what all four have in common; the positions differ."""
+"""Rows shared by all four; only the positions differ."""
 
 
 class Family(msgspec.Struct, frozen=True):
     """A layout of transformers.
 
     Args:
-        name: As messages call it.
-        types: Values of ``model_type`` in its configs.
-        tables: Its names, a table for every form in which files are about.
+        name: Name in messages.
+        types: Its values of ``model_type`` in configs.
+        tables: Its names, one table for each form in use.
         families: timm names to choose from, with ``{size}`` and ``{patch}``.
-        norm_eps: The epsilon of its LayerNorms where no config says another.
-        spare: Beginnings of names within the model that have no place in timm's, and are left out.
+        norm_eps: Default epsilon of its LayerNorms.
+        spare: Prefixes of tensor names that have no counterpart in timm and are left out.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Family(msgspec.Struct, frozen=True):
 
 
 def blocks(theirs: str, attention: Sequence[str], mlp: Mapping[str, str]) -> tuple[Row, ...]:
-    """Rows of a transformer's blocks.
+    """Rows for transformer blocks.
 
     Args:
-        theirs: What the names of a block begin with; ``{}`` stands for its number.
+        theirs: Prefix of a block's names; ``{}`` stands for its index.
         attention: Names of q, k, v and the output projection.
-        mlp: Names of the other layers, to timm's.
+        mlp: Names of the other layers -> names in timm.
     """
     q, k, v, output = (f"{theirs}.{name}" for name in attention)
     others = {f"{theirs}.{layer}": f"blocks.{{}}.{ours}" for layer, ours in mlp.items()}
@@ -75,20 +75,20 @@ def blocks(theirs: str, attention: Sequence[str], mlp: Mapping[str, str]) -> tup
 
 OLD_ATTENTION = ("attention.attention.query", "attention.attention.key", "attention.attention.value",
                  "attention.output.dense")  # fmt: skip
-"""As files have them: transformers 4, and what 5 writes."""
+"""Names in files: of transformers 4, and as written by 5."""
 NEW_ATTENTION = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
-"""As a model of transformers 5 has them in memory."""
+"""Names in the state dict of a transformers 5 model in memory."""
 
 
 def config_of(held: Held, family: Family) -> dict[str, Any] | None:
-    """The config of the vision transformer itself; ``None`` where there is no config or ``--model`` replaces it.
+    """The config of the vision transformer itself; ``None`` without a config, or if the user gave a model.
 
     Args:
         held: What the file holds.
-        family: The layout that the tensors have.
+        family: The layout of the tensors.
 
     Raises:
-        CheckpointError: The config is of another architecture.
+        CheckpointError: The config is for another architecture.
     """
     if held.config is None or "model_type" not in held.config:
         return None
@@ -106,10 +106,10 @@ def config_of(held: Held, family: Family) -> dict[str, Any] | None:
 
 
 def number(held: Held, config: Mapping[str, Any], name: str) -> Any:
-    """A number of a config; ``None`` if it is not there.
+    """A number from a config; ``None`` if it is missing.
 
     Raises:
-        CheckpointError: It is no number above zero.
+        CheckpointError: It is not a positive number.
     """
     value = config.get(name)
     if isinstance(value, list) and value and all(item == value[0] for item in value):  # height and width
@@ -123,10 +123,10 @@ def number(held: Held, config: Mapping[str, Any], name: str) -> Any:
 
 
 def activation(held: Held, config: Mapping[str, Any], default: str = "gelu") -> str:
-    """timm's name of the activation that a config names.
+    """timm's name for the activation in a config.
 
     Raises:
-        CheckpointError: timm has none like it.
+        CheckpointError: timm has no such activation.
     """
     name = config.get("hidden_act", default)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
@@ -138,15 +138,15 @@ def activation(held: Held, config: Mapping[str, Any], default: str = "gelu") -> 
 
 
 def check(held: Held, config: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-    """Makes sure that a config and the tensors are of one model.
+    """Checks that config and tensors describe the same model.
 
     Args:
         held: What the file holds.
         config: The config.
-        shown: What the tensors show, under the config's names; ``None`` where they do not.
+        shown: Values read from the tensors, under the config's names; ``None`` where unknown.
 
     Raises:
-        CheckpointError: They are not.
+        CheckpointError: They differ.
     """
     differences = [
         f"{name} {number(held, config, name)} in the config and {value} in the tensors"
@@ -165,16 +165,16 @@ def check(held: Held, config: Mapping[str, Any], shown: Mapping[str, Any]) -> No
 
 
 def to_timm(held: Held, family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor], Table]:
-    """The tensors under timm's names, those left out, and the table of the form that the file is in.
+    """Returns the tensors under timm's names, those left out, and the table that matches the file.
 
     Args:
         held: What the file holds.
         family: The layout.
 
     Raises:
-        CheckpointError: There are tensors of the model that the layout does not have.
+        CheckpointError: The model has tensors unknown to the layout.
     """
-    # The form is the one that leaves least over.
+    # Choose the table that leaves the fewest tensors over.
     ours, left, table = min(
         ((*table.to_timm(held.weights), table) for table in family.tables), key=lambda found: len(found[1])
     )
@@ -185,16 +185,16 @@ def to_timm(held: Held, family: Family) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def find(held: Held, family: Family, *, notes: Collection[str] = (), **more: Any) -> Found:
-    """What a file of a layout of transformers holds.
+    """Identifies a file of a transformers layout.
 
     Args:
         held: What the file holds.
         family: The layout.
-        notes: What to warn of besides.
-        more: Arguments of the architecture that tensors do not show.
+        notes: Additional warnings.
+        more: Arguments of the architecture that cannot be read from the tensors.
 
     Raises:
-        CheckpointError: Config and tensors contradict each other, or there are tensors that the layout does not have.
+        CheckpointError: Config and tensors contradict each other, or there are tensors unknown to the layout.
     """
     ours, left, table = to_timm(held, family)
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight")
@@ -227,7 +227,7 @@ def find(held: Held, family: Family, *, notes: Collection[str] = (), **more: Any
 
 
 def _shown(ours: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """What tensors show, under the names of a config."""
+    """Values read from tensors, under the config's names."""
     hidden = ours.get("blocks.0.mlp.fc1.weight")
     gated = hidden is not None and ours["blocks.0.mlp.fc2.weight"].shape[1] != hidden.shape[0]
     return {

@@ -1,4 +1,4 @@
-"""Hugging Face's ViT-MAE: the encoder, whose names are ViT's. The decoder serves pre-training alone and is left out."""
+"""Hugging Face's ViT-MAE: the encoder, named as in ViT. The decoder, used only in pre-training, is left out."""
 
 from evit_deploy.models.layouts.found import Found, Held
 from evit_deploy.models.layouts.hugging_face import family as of_transformers
@@ -10,14 +10,14 @@ _MAE = Family(
     name="Hugging Face's ViT-MAE",
     types=("vit_mae",),
     tables=TABLES,
-    # DeiT's preprocessing is MAE's, where timm has no name for the size.
+    # For sizes without an MAE name in timm: DeiT has the same preprocessing.
     families=("vit_{size}_patch{patch}_224.mae", "deit_{size}_patch{patch}_224", "vit_{size}_patch{patch}_224"),
     norm_eps=1e-12,
 )
 
 
 def find(held: Held) -> Found | None:
-    """A file of this layout; ``None`` for another's."""
+    """Identifies a file of this layout; ``None`` for other layouts."""
     typed = held.config is not None and held.config.get("model_type") == "vit_mae"
     if not has_vit_blocks(held) or not (typed or "../decoder.decoder_embed.weight" in held.weights):
         return None

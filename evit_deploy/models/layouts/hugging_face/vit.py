@@ -1,4 +1,4 @@
-"""Hugging Face's ViT, and ViT-MSN, whose names are the same: ViTModel, ViTForImageClassification and others on it."""
+"""Hugging Face's ViT and ViT-MSN, which share their names: ViTModel, ViTForImageClassification and so on."""
 
 from evit_deploy.models.layouts.found import Found, Held
 from evit_deploy.models.layouts.hugging_face import family as of_transformers
@@ -17,9 +17,9 @@ _NORMS = {"layernorm_before": "norm1", "layernorm_after": "norm2"}
 OLD_BLOCKS = blocks(
     "encoder.layer.{}", OLD_ATTENTION, _NORMS | {"intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}
 )
-"""Rows of the blocks as files have them."""
+"""Rows of the blocks as named in files."""
 NEW_BLOCKS = blocks("layers.{}", NEW_ATTENTION, _NORMS | {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"})
-"""Rows of the blocks as a model of transformers 5 has them in memory."""
+"""Rows of the blocks as named in a transformers 5 model in memory."""
 POSITIONS = Same("embeddings.position_embeddings", "pos_embed")
 _OTHERS = (POSITIONS, *EMBEDDINGS, *layers({"../classifier": "head"}))
 TABLES = (Table((*_OTHERS, *OLD_BLOCKS)), Table((*_OTHERS, *NEW_BLOCKS)))
@@ -37,14 +37,14 @@ _MSN = Family(
     name="Hugging Face's ViT-MSN",
     types=("vit_msn",),
     tables=TABLES,
-    families=("deit_{size}_patch{patch}_224", "vit_{size}_patch{patch}_224"),  # of ImageNet's preprocessing
+    families=("deit_{size}_patch{patch}_224", "vit_{size}_patch{patch}_224"),  # both with ImageNet's preprocessing
     norm_eps=1e-6,
     spare=("embeddings.mask_token",),
 )
 
 
 def find(held: Held) -> Found | None:
-    """A file of this layout; ``None`` for another's."""
+    """Identifies a file of this layout; ``None`` for other layouts."""
     if not has_vit_blocks(held):
         return None
     of_msn = held.config is not None and held.config.get("model_type") == "vit_msn"
@@ -53,6 +53,6 @@ def find(held: Held) -> Found | None:
 
 
 def has_vit_blocks(held: Held) -> bool:
-    """Whether a file has the names of ViT's embeddings and blocks, which DeiT and ViT-MAE share."""
+    """Whether a file has the embeddings and block names of ViT, which DeiT and ViT-MAE share."""
     norms = {"encoder.layer.0.layernorm_before.weight", "layers.0.layernorm_before.weight"}
     return set(SIGN) <= held.weights.keys() and bool(norms & held.weights.keys())

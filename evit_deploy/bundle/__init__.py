@@ -1,1 +1,1 @@
-"""What is handed from stage to stage: a folder, and the manifest that describes it."""
+"""Bundles: the folder that is passed between stages, and its manifest."""

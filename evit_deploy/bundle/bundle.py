@@ -1,7 +1,7 @@
-"""A bundle: one folder with the model, its twin, golden answers and a manifest that says what everything is.
+"""A bundle: a folder with the model, its dense twin, golden answers and a manifest that describes them.
 
-A bundle appears whole or not at all: it is made in a draft beside its place and moved there in one step; what that
-means where, :mod:`evit_deploy.files.drafts` says.
+A bundle is published atomically: it is written to a draft next to its destination and moved there in one step;
+:mod:`evit_deploy.files.drafts` explains the guarantees.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ class Bundle(msgspec.Struct, frozen=True):
 
     Args:
         path: Its folder.
-        manifest: What is in it.
+        manifest: Description of its content.
     """
 
     path: Path
     manifest: Manifest
 
     def facts(self) -> dict[str, str]:
-        """What one wants to know of it at a glance, in words."""
+        """A summary as names and values."""
         manifest = self.manifest
         rates = ", ".join(f"{rate:g}" for rate in manifest.tokens.rates)
         facts = {
@@ -58,10 +58,10 @@ class Bundle(msgspec.Struct, frozen=True):
         return html_table((), list(self.facts().items())) + manifest.plan._repr_html_()
 
     def file(self, name: str) -> Path:
-        """Path of a listed file.
+        """Path of a file listed in the manifest.
 
         Raises:
-            InputError: The manifest does not list it, or it is gone.
+            InputError: The manifest does not list it, or it is missing.
         """
         if name not in self.manifest.files:
             raise InputError(f"this bundle has no {name}", where=self.path)
@@ -72,21 +72,21 @@ class Bundle(msgspec.Struct, frozen=True):
 
 
 def read_bundle(path: str | Path) -> Bundle:
-    """Reads a bundle's manifest and checks that every listed file stays inside.
+    """Reads a bundle's manifest and checks that every listed file is inside the folder.
 
     Raises:
-        InputError: No bundle, a damaged manifest, a manifest of another version, or a file name that leads outside.
+        InputError: Not a bundle, a damaged manifest, a manifest of another version, or a file name that points outside.
     """
     path = Path(path)
     manifest_path = path / MANIFEST
     try:
         if not path.exists():
-            sweep(path.parent)  # a process may have died while it put another one in its place
+            sweep(path.parent)  # a process may have died while replacing the bundle
         if not path.exists():
             raise InputError("no such bundle", where=path)
         if not manifest_path.is_file():
             raise InputError(f"not a bundle (no {MANIFEST} in it)", where=path)
-    except OSError as error:  # a name too long for any file, a folder that may not be entered
+    except OSError as error:  # a name that is too long, or a folder without access
         raise InputError(f"no such bundle ({error.strerror})", where=path) from None
     document = read_json(manifest_path, dict[str, Any])
     if document.get("format", FORMAT) != FORMAT:
@@ -105,31 +105,31 @@ def _is_inside(root: Path, name: str) -> bool:
         return False
     try:
         return (root / name).resolve().is_relative_to(root)
-    except (OSError, RuntimeError, ValueError):  # too long, links in a circle, a zero byte
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, or a null character
         return False
 
 
 def changed_files(bundle: Bundle) -> list[str]:
-    """Names of listed files that are gone or no longer have their hash."""
+    """Names of listed files that are missing or have another hash."""
     changed = []
     for name, digest in bundle.manifest.files.items():
         path = bundle.path / name
-        if not os.path.isfile(path) or sha256(path) != digest:  # Path.is_file raises where a name is too long
+        if not os.path.isfile(path) or sha256(path) != digest:  # Path.is_file raises for names that are too long
             changed.append(name)
     return changed
 
 
 def check_out(out: Path, *, force: bool) -> None:
-    """Makes sure, before any work, that a bundle may be written to ``out``.
+    """Checks, before any work, that a bundle may be written to ``out``.
 
     Raises:
-        InputError: It exists and ``force`` was not given; it holds files that are no bundle's and no package's; or its
-            folder cannot be written to.
+        InputError: It exists and ``force`` is false, it contains files that belong to no bundle or package, or its
+            parent is not writable.
     """
     try:
-        sweep(out.parent)  # what a process that died had moved aside is there again
+        sweep(out.parent)  # restores what a process that died had moved aside
         exists = out.exists() or out.is_symlink()
-    except OSError as error:  # a name too long for any file, a folder that may not be entered
+    except OSError as error:  # a name that is too long, or a folder without access
         raise InputError(f"cannot write there ({error.strerror})", where=out, fix="Give another --out.") from None
     if exists:
         if not force:
@@ -147,7 +147,7 @@ def check_out(out: Path, *, force: bool) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise InputError("its parent is not a folder", where=out, seen=folder)
-    try:  # asking os.access is not enough: read-only file systems, quotas, root
+    try:  # os.access is not enough: read-only file systems, quotas, root
         with draft(folder):
             pass
     except OSError as error:
@@ -166,7 +166,7 @@ def _strangers(out: Path) -> list[str]:
 
 
 def _listed(out: Path) -> set[str]:
-    """Names of the files that a bundle's manifest or a package's list claims."""
+    """Names of the files listed by a bundle's manifest or a package's list."""
     try:
         known = set(read_bundle(out).manifest.files) | {MANIFEST, SIGNATURE}
     except InputError:
@@ -179,17 +179,18 @@ def _listed(out: Path) -> set[str]:
 
 
 class _Listed(msgspec.Struct):
-    """What of ``package.json`` matters here; the whole is :class:`evit_deploy.serving.package.Package`."""
+    """The part of ``package.json`` needed here; the complete structure is
+    :class:`evit_deploy.serving.package.Package`."""
 
     files: dict[str, str]
 
 
 class Staging:
-    """A folder beside ``out`` that holds a bundle in the making, and vanishes unless it is published.
+    """A temporary folder next to ``out`` for a new bundle; deleted unless it is published.
 
     Args:
-        out: Where the bundle is to appear.
-        force: Whether to replace an older bundle there.
+        out: Destination of the bundle.
+        force: Whether to replace an existing bundle.
 
     Raises:
         InputError: See :func:`check_out`.
@@ -204,7 +205,7 @@ class Staging:
             self._made = stack.enter_context(_folders_for(self.out))
             self._draft = stack.enter_context(draft(self.out.parent))
             self.path = self._draft.folder
-            self.path.chmod(0o755)  # a bundle is meant to be served by another user, whatever this one's umask is
+            self.path.chmod(0o755)  # a bundle may be served by another user, so the umask does not apply
             self._stack = stack.pop_all()
         return self
 
@@ -215,28 +216,28 @@ class Staging:
             raise StageError(what, where=self.out, fix="Nothing was left behind.") from error
 
     def publish(self, out: Path) -> None:
-        """Moves the folder to its place, in one step; an older bundle there is replaced or stays as it was.
+        """Moves the folder to its destination in one step; an existing bundle is replaced or stays unchanged.
 
         Args:
-            out: ``self.out``, or another place beside it, where what is there is replaced.
+            out: ``self.out``, or another path next to it, whose content is replaced.
 
         Raises:
-            InputError: It is ``self.out``, and something has appeared there that is not to be replaced.
+            InputError: ``self.out`` was created in the meantime and may not be replaced.
         """
         replace = self.force or out != self.out
         try:
-            check_out(out, force=replace)  # the first look was long ago
+            check_out(out, force=replace)  # it may have changed since the first check
             self._draft.publish(self.path, out, replace=replace)
         except FileExistsError:
             what = "it appeared while this one was made, and stays"
             raise InputError(what, where=out, fix="Give --force to replace it, or another --out.") from None
-        for folder in self._made:  # they are on the disk when their own parents are
+        for folder in self._made:  # new folders are durable once their parents are synced
             sync(folder.parent)
 
 
 @contextlib.contextmanager
 def _folders_for(out: Path) -> Iterator[list[Path]]:
-    """Makes the folders that ``out`` is to lie in, and removes those again that stay empty."""
+    """Creates the parent folders of ``out``, and removes those that are still empty at the end."""
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -248,18 +249,18 @@ def _folders_for(out: Path) -> Iterator[list[Path]]:
 
 
 def write_manifest(staging: Path, manifest: Manifest, unchanged: Mapping[str, str] | None = None) -> Manifest:
-    """Hashes everything in a staging folder, and writes the manifest that lists it.
+    """Hashes all files in a staging folder, and writes a manifest that lists them.
 
     Args:
         staging: The folder.
-        manifest: What to write.
-        unchanged: Files whose hashes are known.
+        manifest: The manifest; its ``files`` are replaced.
+        unchanged: Known hashes by file name.
 
     Returns:
-        What was written.
+        The manifest as written.
     """
     files = hashes(staging, unchanged)
-    for name in (MANIFEST, SIGNATURE):  # written before, with less in it
+    for name in (MANIFEST, SIGNATURE):  # from an earlier call, with fewer files
         files.pop(name, None)
     manifest = msgspec.structs.replace(manifest, files=files)
     (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))

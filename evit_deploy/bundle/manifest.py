@@ -1,4 +1,4 @@
-"""The types that travel between stages: what a bundle's manifest records, and the names of its files."""
+"""Types of a bundle's manifest, and the names of its files."""
 
 import math
 import typing
@@ -16,22 +16,22 @@ FORMAT = 1
 MANIFEST, MODEL, DENSE, GOLDEN, REPORT = "manifest.json", "model.onnx", "dense/model.onnx", "golden.npz", "report.json"
 ENGINE, OPENVINO = "engine.plan", "openvino/model.xml"
 PAGE = "report.html"
-"""The same as :data:`REPORT`, to read."""
+"""The same as :data:`REPORT`, as a web page."""
 SIGNATURE = "manifest.sig"
-"""Of the manifest, which lists the hash of everything else; see :mod:`evit_deploy.bundle.signature`."""
+"""Signature of the manifest, which lists the hashes of all other files; see :mod:`evit_deploy.bundle.signature`."""
 PACKAGE = "package.json"
-"""Of a package, which is made of bundles: says what it was made of, and lists its files."""
+"""Description of a package: the bundles it was made from, and its files."""
 TWIN = "dense/"
-"""Folder of the dense twin; in it, files are named as the model's own."""
+"""Folder of the dense twin, with the same file names as the model."""
 
 
 class Parent(msgspec.Struct, frozen=True):
-    """What a bundle was made from.
+    """The checkpoint that a bundle was made from.
 
     Args:
         source: A path relative to the bundle, or a timm name.
         sha256: Hash of the file; ``None`` for a timm name.
-        model: timm name that was forced with ``--model``, if any.
+        model: timm name given with ``--model``, if any.
     """
 
     source: str
@@ -40,17 +40,18 @@ class Parent(msgspec.Struct, frozen=True):
 
 
 class Engine(msgspec.Struct, frozen=True):
-    """What a plan was built with, as the manifest records it.
+    """How an engine was built, as recorded in the manifest.
 
     Args:
         target: ``tensorrt``, ``tensorrt-rtx`` or ``torch-tensorrt``.
-        version: Of the library that built it; a plan runs on this one only, unless it is version-compatible.
+        version: Version of the library that built it; a plan runs only on this version, unless it is
+            version-compatible.
         gpus: Compute capabilities it runs on, ``sm80``.
-        driver: Of the machine that built it, where it had one.
-        precision: Of the ONNX file it was built from.
-        profiles: Batch sizes it covers.
-        plugin: SHA-256 of the plugin library it needs; ``None`` when the operator's body is inside.
-        options: Other options of the builder.
+        driver: Driver of the machine that built it, if it had one.
+        precision: Precision of the ONNX file it was built from.
+        profiles: Its optimization profiles: the batch sizes that it covers.
+        plugin: SHA-256 of the plugin library it needs; ``None`` if the operator's ONNX function was built in instead.
+        options: Other builder options.
         seconds: How long the build took.
     """
 
@@ -71,7 +72,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
     Args:
         name: Its name in the model.
         dtype: NumPy name, ``float32``.
-        shape: Sizes; ``None`` where a dimension is dynamic.
+        shape: Size of each dimension; ``None`` if dynamic.
     """
 
     name: str
@@ -86,28 +87,28 @@ class Manifest(msgspec.Struct, frozen=True):
         format: Version of this structure.
         kind: The method, ``evit``.
         model: timm architecture.
-        model_args: What ``timm.create_model`` needs in addition.
-        tokens: What was asked for.
+        model_args: Further arguments of ``timm.create_model``.
+        tokens: The requested reduction.
         plan: Token counts and costs.
         preprocess: From image file to input tensor.
-        precision: Of the weights in the files.
+        precision: Precision of the weights in the files.
         labels: Class names, if known.
-        inputs: What the model wants.
-        outputs: What it gives.
+        inputs: The model's inputs.
+        outputs: The model's outputs.
         files: Name inside the bundle -> SHA-256.
-        parents: What it was made from.
-        recipe: The recipe, when ``run`` made it.
-        versions: Packages that made it.
-        device: Machine that made it.
-        results: The figures that matter, from the report.
-        notes: What was assumed.
-        engine: What ``engine.plan`` was built with, if there is one.
-        normalized: Whether the embedding is scaled to length 1, inside the files.
-        origins: Where ``preprocess`` and ``labels`` come from, for people.
-        unquantized: Linear layers of a quantized model that stayed in the base precision, by name.
+        parents: The checkpoints it was made from.
+        recipe: The recipe, if ``run`` made it.
+        versions: Versions of the packages that made it.
+        device: The machine that made it.
+        results: Main figures of the report.
+        notes: Assumptions.
+        engine: How ``engine.plan`` was built, if there is one.
+        normalized: Whether the model scales its embedding to length 1.
+        origins: Where ``preprocess`` and ``labels`` come from, as text.
+        unquantized: Names of a quantized model's linear layers that stayed in the base precision.
 
     Raises:
-        InputError: It describes no model that evit-deploy makes.
+        InputError: It does not describe a model that evit-deploy can make.
     """
 
     kind: str
@@ -158,18 +159,18 @@ class Manifest(msgspec.Struct, frozen=True):
 
     @property
     def answer(self) -> str:
-        """Name of the output that answers: ``logits``, or ``embedding`` of a model without classes."""
+        """Name of the model's output: ``logits``, or ``embedding`` for a model without classes."""
         return self.outputs[0].name
 
 
 def choose_profile(profiles: Sequence[BatchProfile], batch: int) -> int:
-    """The profile to run a batch in: of those that cover it, the one tuned for the nearest size.
+    """Index of the profile for a batch size: among those that cover it, the one tuned for the nearest size.
 
     >>> choose_profile([BatchProfile(1, 1, 1), BatchProfile(1, 32, 128)], 1)
     0
 
     Raises:
-        InputError: None covers it.
+        InputError: No profile covers it.
     """
     covering = [index for index, p in enumerate(profiles) if p.minimum <= batch <= p.maximum]
     if not covering:
@@ -179,7 +180,7 @@ def choose_profile(profiles: Sequence[BatchProfile], batch: int) -> int:
             wanted=" or ".join(f"{p.minimum} to {p.maximum}" for p in profiles),
             fix=f"Give --batch-sizes within, or convert again with --batch {batch}:{batch}:{batch} beside the others.",
         )
-    # Distance in ratios: 8 is as far from 4 as from 16. Of two as near, the narrower one was tuned more closely.
+    # Distance as a ratio: 8 is as far from 4 as from 16. Ties go to the narrower profile, which is tuned more closely.
     return min(
         covering,
         key=lambda index: (

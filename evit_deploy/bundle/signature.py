@@ -1,10 +1,10 @@
 """A signature over a bundle's manifest, which lists the hash of every other file.
 
-``manifest.sig`` is Ed25519 over the bytes of ``manifest.json``, 64 bytes long, so that other tools check it too::
+``manifest.sig`` is the 64-byte Ed25519 signature of ``manifest.json``, which other tools can verify too::
 
     openssl pkeyutl -verify -pubin -inkey public.pem -rawin -in manifest.json -sigfile manifest.sig
 
-Keys are files as OpenSSL (PEM) or OpenSSH write them.
+Keys are files in OpenSSL's (PEM) or OpenSSH's format.
 """
 
 from pathlib import Path
@@ -24,14 +24,14 @@ _MAKE = "Make one: openssl genpkey -algorithm ed25519 -out key.pem"
 
 
 def read_private_key(path: Path) -> "Ed25519PrivateKey":
-    """Reads a key to sign with.
+    """Reads a private key for signing.
 
     Args:
         path: PEM or OpenSSH file, without a passphrase.
 
     Raises:
-        InputError: The file cannot be read, holds no such key, or its key is encrypted.
-        MissingRequirement: The package for signatures is missing.
+        InputError: The file cannot be read, or does not contain an unencrypted Ed25519 key.
+        MissingRequirement: The ``cryptography`` package is missing.
     """
     require_extra("sign")
     from cryptography.exceptions import UnsupportedAlgorithm
@@ -55,14 +55,14 @@ def read_private_key(path: Path) -> "Ed25519PrivateKey":
 
 
 def read_public_key(path: Path) -> "Ed25519PublicKey":
-    """Reads a key to check signatures with.
+    """Reads a public key for checking signatures.
 
     Args:
         path: PEM or OpenSSH file.
 
     Raises:
-        InputError: The file cannot be read or holds no such key.
-        MissingRequirement: The package for signatures is missing.
+        InputError: The file cannot be read or does not contain an Ed25519 key.
+        MissingRequirement: The ``cryptography`` package is missing.
     """
     require_extra("sign")
     from cryptography.exceptions import UnsupportedAlgorithm
@@ -90,14 +90,14 @@ def sign(folder: Path, key: "Ed25519PrivateKey") -> None:
 
 
 def read_signed(path: str | Path, key: Path) -> Bundle:
-    """Reads a bundle whose manifest has to be signed.
+    """Reads a bundle after checking its signature.
 
     Args:
         path: Its folder.
         key: Public key; see :func:`read_public_key`.
 
     Raises:
-        GateFailed: The bundle is not signed, not with this key, or was changed since.
+        GateFailed: The bundle is not signed, is signed with another key, or was changed since.
         InputError: See :func:`read_public_key` and :func:`~evit_deploy.bundle.bundle.read_bundle`.
         MissingRequirement: See :func:`read_public_key`.
     """

@@ -1,4 +1,4 @@
-"""The charts that reports are made of: points with a frontier, lines with intervals, bars in pairs."""
+"""Chart types of reports: points with a frontier, lines with intervals, grouped bars."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from evit_deploy.report.lines import printable
 
 WIDTH, HEIGHT = 380, 240
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
-_MOST_INTERVALS = 200  # beyond, whiskers hide the points
+_MOST_INTERVALS = 200  # more whiskers would hide the points
 
 
 class Point(msgspec.Struct, frozen=True):
-    """One point.
+    """A point of a chart.
 
     Args:
-        x: Its place; the name of a group in :func:`bars`.
-        y: Its place.
-        label: What is said of it.
-        series: Its color and shape.
+        x: Horizontal position; the name of a group in :func:`bars`.
+        y: Vertical position.
+        label: Text shown for it.
+        series: Its series, which determines color and shape.
         low: Lower end of the interval of ``y``.
         high: Upper end.
     """
@@ -34,14 +34,14 @@ class Point(msgspec.Struct, frozen=True):
 
 
 class Axes(msgspec.Struct, frozen=True):
-    """What the axes say.
+    """Titles and scales of the axes.
 
     Args:
         x: Title.
         y: Title.
-        logarithmic: Whether ``x`` is spaced by ratios, with a tick at every value there is.
-        line: A value of ``y`` to draw a line at: where nothing is gained.
-        percent: Whether ``y`` is a share.
+        logarithmic: Whether ``x`` is logarithmic, with a tick at every value.
+        line: A value of ``y`` at which to draw a line, such as a speed-up of 1.
+        percent: Whether ``y`` is a fraction, shown in percent.
     """
 
     x: str
@@ -56,9 +56,10 @@ def points(values: Sequence[Point], axes: Axes, description: str, *, lower_x: bo
 
     Args:
         values: The points.
-        axes: What the axes say.
-        description: What the chart shows, for those who do not see it.
-        lower_x: Whether low or high ``x`` is better, to draw the frontier by; high ``y`` is. ``None`` without one.
+        axes: Titles and scales.
+        description: Text alternative.
+        lower_x: Whether low (true) or high (false) ``x`` is better, for the frontier; high ``y`` always is. ``None``
+            draws no frontier.
 
     Returns:
         SVG for a page: see :func:`evit_deploy.charts.svg.drawn`.
@@ -74,13 +75,13 @@ def points(values: Sequence[Point], axes: Axes, description: str, *, lower_x: bo
 
 
 def lines(values: Sequence[Point], axes: Axes, description: str, *, marks: bool = True) -> str:
-    """A chart of lines, one a series, through its points in order of ``x``.
+    """A line chart with one line per series, through its points in order of ``x``.
 
     Args:
         values: The points.
-        axes: What the axes say.
-        description: What the chart shows, for those who do not see it.
-        marks: Whether every point is marked, with its interval.
+        axes: Titles and scales.
+        description: Text alternative.
+        marks: Whether to mark every point, with its interval.
 
     Returns:
         SVG for a page: see :func:`evit_deploy.charts.svg.drawn`.
@@ -91,12 +92,12 @@ def lines(values: Sequence[Point], axes: Axes, description: str, *, marks: bool 
 
 
 def bars(values: Sequence[Point], axes: Axes, description: str) -> str:
-    """A chart of bars: at every ``x`` one bar a series, side by side.
+    """A grouped bar chart: for every ``x``, one bar per series.
 
     Args:
         values: The bars; ``y`` is the height.
-        axes: What the axes say.
-        description: What the chart shows, for those who do not see it.
+        axes: Titles and scales.
+        description: Text alternative.
 
     Returns:
         SVG for a page: see :func:`evit_deploy.charts.svg.drawn`.
@@ -119,7 +120,7 @@ def bars(values: Sequence[Point], axes: Axes, description: str) -> str:
 
 
 def frontier(values: Sequence[Point], *, lower_x: bool) -> list[Point]:
-    """The points that no other one beats in both directions, in order of ``x``.
+    """The Pareto-optimal points, in order of ``x``.
 
     >>> some = [Point(1, 1, "", "a"), Point(2, 3, "", "a"), Point(3, 2, "", "a")]
     >>> [point.x for point in frontier(some, lower_x=True)]
@@ -188,7 +189,7 @@ def _marks(values: Sequence[Point]) -> dict[str, Any]:
 
 
 _BESIDE = 26
-"""Characters up to which two names of series have room side by side above a chart."""
+"""Length of series names, in characters, up to which two fit side by side above a chart."""
 
 
 def _colors(values: Sequence[Point]) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def _colors(values: Sequence[Point]) -> dict[str, Any]:
 
 
 def _scale(values: Sequence[Point], span: Sequence[str]) -> dict[str, Any]:
-    """One value of a span a series; a single series needs no legend."""
+    """A scale with one value of ``span`` per series; without a legend for a single series."""
     names = list(dict.fromkeys(printable(value.series) for value in values))
     scale = {"domain": names, "range": [span[i % SERIES] for i in range(len(names))]}
     columns = 1 if max(map(len, names), default=0) > _BESIDE else 2

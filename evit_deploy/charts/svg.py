@@ -1,7 +1,7 @@
-"""From a Vega-Lite specification to SVG, without a browser and without a network.
+"""Renders Vega-Lite specifications as SVG, without a browser or network.
 
-Vega and Vega-Lite run inside vl-convert, so a page needs no script to show a chart. Every mark keeps the label that
-Vega gives it for screen readers, and can be reached by keyboard.
+Vega and Vega-Lite run inside vl-convert, so a page needs no script to show a chart. Every mark keeps Vega's label for
+screen readers and can be reached by keyboard.
 """
 
 import re
@@ -9,11 +9,11 @@ from typing import Any
 
 from evit_deploy.report.lines import printable
 
-_VEGA_LITE = "5.20"  # of those that vl-convert has; charts look the same after an update of it
+_VEGA_LITE = "5.20"  # pinned, so that charts do not change with an update of vl-convert
 SERIES = 8
-"""How many series have a color and a shape each; further ones begin again."""
+"""Number of distinct colors and shapes; further series reuse them."""
 _LIGHT = ("#0b5cad", "#b3470c", "#1b7a4d", "#8a3391", "#75600a", "#3f6b7d", "#a3264f", "#555555")
-"""Colors with a contrast of 4.5 and more on white."""
+"""Colors with a contrast of at least 4.5 on white."""
 _DARK = ("#6cb6ff", "#ff9f5a", "#5fd39a", "#e09be6", "#d8c25a", "#8fc4d8", "#ff8fae", "#c4c4c4")
 """The same on :data:`DARK_PAGE`."""
 LIGHT_PAGE, DARK_PAGE = "#ffffff", "#15181d"
@@ -32,16 +32,16 @@ _CONFIG: dict[str, Any] = {
         "titleFontWeight": "normal", "orient": "top", "labelLimit": 320, "columns": 2,
         "columnPadding": 40,
     },
-    "axisY": {"titlePadding": 14},  # a page's font may be wider than the one that is measured here
+    "axisY": {"titlePadding": 14},  # a page's font may be wider than the one measured here
     "rule": {"color": "currentColor"},
     "text": {"color": "currentColor", "fontSize": 12},
 }  # fmt: skip
-# Vega marks up what it draws of the data: points, bars and lines, not axes.
+# Only marks that represent data are labeled by Vega: points, bars and lines, not axes.
 _MARK = re.compile(r'(role="graphics-symbol" aria-roledescription="(?:point|bar|line mark|square|circle)")')
 
 
 def color(series: int) -> str:
-    """A series' color as a CSS variable, which :func:`palette` gives a value on light pages and on dark ones."""
+    """A series' color as a CSS variable, which :func:`palette` defines for light and dark pages."""
     return f"var(--series-{series % SERIES + 1})"
 
 
@@ -51,17 +51,17 @@ def palette(dark: bool = False) -> str:
 
 
 def drawn(spec: dict[str, Any], description: str) -> str:
-    """Draws a chart for a page that takes it in as it is: in the page's text color and :func:`palette`.
+    """Draws a chart for embedding in a page, with the page's text color and :func:`palette`.
 
     Args:
-        spec: A Vega-Lite 5 specification with its data in it. Its texts have to be
-            :func:`~evit_deploy.report.lines.printable`: at a control character vl-convert ends the process.
-        description: What the chart shows, for those who do not see it.
+        spec: A Vega-Lite 5 specification including its data. Its texts must be
+            :func:`~evit_deploy.report.lines.printable`, because vl-convert aborts the process at a control character.
+        description: Text alternative.
 
     Returns:
         ``<svg …>``; all texts in it are escaped.
     """
-    import vl_convert  # 80 MB: only where something is drawn
+    import vl_convert  # 80 MB, so imported only when needed
 
     whole = {"$schema": f"https://vega.github.io/schema/vega-lite/v{_VEGA_LITE[0]}.json", "config": _CONFIG} | spec
     text = vl_convert.vegalite_to_svg(whole, vl_version=_VEGA_LITE, allowed_base_urls=[])
@@ -70,11 +70,11 @@ def drawn(spec: dict[str, Any], description: str) -> str:
 
 
 def standalone(svg: str, dark: bool = False) -> str:
-    """The same chart as a file: with a background and colors instead of a page's.
+    """The same chart as a standalone file, with its own background and colors.
 
     Args:
-        svg: What :func:`drawn` returned.
-        dark: Whether on a dark background.
+        svg: Result of :func:`drawn`.
+        dark: Whether to use a dark background.
     """
     values = {f"var(--series-{i + 1})": value for i, value in enumerate(_DARK if dark else _LIGHT)}
     for name, value in values.items():

@@ -1,1 +1,1 @@
-"""Pictures of what a model does with an image: what it keeps, what it fuses or merges, and by which scores."""
+"""Pictures of the patches that a model keeps, fuses or merges, and of their scores."""

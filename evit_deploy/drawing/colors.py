@@ -1,4 +1,4 @@
-"""Colors: of groups, so that neighbors differ, and of scores."""
+"""Colors of groups, chosen so that neighbors differ, and of scores."""
 
 import numpy as np
 
@@ -9,23 +9,23 @@ GROUPS = np.array(
     [(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66)],
     np.uint8,
 )
-"""Okabe and Ito's colors, which those who see few colors tell apart too."""
+"""Okabe and Ito's colors, which are distinguishable with color vision deficiencies."""
 _SCALE = np.array(
     [(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
      (170, 220, 50), (253, 231, 37)],
     np.float64,
 )  # fmt: skip
-"""Nine of viridis' colors: brighter all the way, so that it can be read in gray."""
+"""Nine colors of viridis, whose brightness increases steadily, so that it also works in gray."""
 
 
 def scale_colors(shares: np.ndarray) -> np.ndarray:
-    """Colors of numbers from 0 (dark) to 1 (bright); NaN has the darkest.
+    """Maps numbers from 0 (dark) to 1 (bright) to colors; NaN is the darkest.
 
     Args:
         shares: float of any shape.
 
     Returns:
-        uint8 of that shape and ``[3]``.
+        uint8 of shape ``[..., 3]``.
     """
     place = np.clip(np.nan_to_num(shares), 0, 1) * (len(_SCALE) - 1)
     channels = [np.interp(place, np.arange(len(_SCALE)), _SCALE[:, channel]) for channel in range(3)]
@@ -33,17 +33,17 @@ def scale_colors(shares: np.ndarray) -> np.ndarray:
 
 
 def group_colors(groups: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Which of :data:`GROUPS` each patch has.
+    """Index into :data:`GROUPS` for each patch.
 
-    A group begins its search at its own number, so that it has the same color at most locations, and takes the first
-    that no neighbor has.
+    A group uses the first color that no neighbor has, searching from its own number on, so that it has the same color
+    at most locations.
 
     Args:
         groups: int ``[patches]``, see :class:`~evit_deploy.drawing.seen.Stage`.
         grid: Rows and columns.
 
     Returns:
-        int ``[patches]``; −1 for a patch that is alone in its token, or in none.
+        int ``[patches]``; −1 for a patch that is alone in its token or was dropped.
     """
     numbers, sizes = np.unique(groups, return_counts=True)
     several = {int(number) for number, size in zip(numbers, sizes, strict=True) if number >= 0 and size > 1}

@@ -1,4 +1,4 @@
-"""What a model did with one image, location by location, as arrays: everything that a picture of it needs."""
+"""What a model did with one image at each location, as arrays: the data of a picture."""
 
 import math
 from collections.abc import Sequence
@@ -10,18 +10,19 @@ from evit_deploy.errors import InputError
 
 
 class Stage(msgspec.Struct, frozen=True, eq=False):
-    """What became of the patches of one image at one location.
+    """The patches of one image after one location.
 
-    Arrays are by patch, row by row from the top left.
+    Arrays are indexed by patch, row by row from the top left.
 
     Args:
         block: 0-based block of the location.
-        kept: bool ``[patches]``: whether the model continues with the patch, by itself or merged; others are dimmed.
-        groups: int32 ``[patches]``: the lowest patch number in the token that the patch is in; −1 where it was dropped.
-        count: Patches that were kept, where a fused token may take the place of one; tokens where they merge.
-        patches: Of so many.
-        does: What happened to those that are counted: ``kept``, ``merged`` or, where the others wait, ``updated``.
-        scores: float32 ``[patches]``: what was chosen by, NaN where the patch was no candidate; ``None`` if not known.
+        kept: bool ``[patches]``: whether the patch is still in use, alone or merged; others are dimmed.
+        groups: int32 ``[patches]``: lowest patch index in the token that contains the patch; −1 if it was dropped.
+        count: Number of kept patches, including a fused token in place of one; number of tokens for merging methods.
+        patches: Total number of patches.
+        does: What happened to the counted ones: ``kept``, ``merged``, or ``updated`` if the others wait.
+        scores: float32 ``[patches]``: scores of the choice, NaN for patches that were not candidates; ``None`` if
+            unknown.
     """
 
     block: int
@@ -38,19 +39,19 @@ class Stage(msgspec.Struct, frozen=True, eq=False):
         return title_of([self])
 
     def tokens(self) -> list[list[int]]:
-        """The patches of each token that holds several, in the order of their lowest numbers."""
+        """The patches of each token that contains several, ordered by lowest index."""
         found: dict[int, list[int]] = {}
         for patch, group in enumerate(self.groups.tolist()):
             found.setdefault(group, []).append(patch)
         return [members for group, members in sorted(found.items()) if group >= 0 and len(members) > 1]
 
     def equals(self, other: "Stage") -> bool:
-        """Whether the same patches were kept, and the same ones fused or merged, whatever the scores."""
+        """Whether the same patches were kept, fused and merged; scores are ignored."""
         return bool((self.kept == other.kept).all() and (self.groups == other.groups).all())
 
 
 def title_of(stages: Sequence[Stage]) -> str:
-    """The title of one location of several images: ``block 6: 96 to 97 of 196 patches kept``."""
+    """Title of one location for several images: ``block 6: 96 to 97 of 196 patches kept``."""
     first, counts = stages[0], [stage.count for stage in stages]
     count = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     if first.does == "merged":
@@ -62,14 +63,14 @@ class Seen(msgspec.Struct, frozen=True, eq=False):
     """One image and what a model did with it.
 
     Args:
-        image: uint8 ``[H, W, 3]``: what the model saw.
+        image: uint8 ``[H, W, 3]``: the model's input as an image.
         grid: Rows and columns of patches.
         stages: The locations, in order.
-        name: What the image is called.
-        answer: What the model said, in a few words.
+        name: Name of the image.
+        answer: The model's answer as a short text.
 
     Raises:
-        InputError: The grid does not divide the image, or a stage has another number of patches.
+        InputError: The grid does not divide the image, or a stage has the wrong number of patches.
     """
 
     image: np.ndarray
@@ -94,7 +95,7 @@ class Seen(msgspec.Struct, frozen=True, eq=False):
 
 
 def grid_of(height: int, width: int, patches: int) -> tuple[int, int]:
-    """Rows and columns of so many patches in an image, as square as patches can be.
+    """Rows and columns of the patches in an image, with patches as square as possible.
 
     >>> grid_of(224, 448, 392)
     (14, 28)

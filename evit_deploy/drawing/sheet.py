@@ -1,4 +1,4 @@
-"""A sheet: images one below the other, each beside what is left of it after each location; as PNG and as SVG."""
+"""Sheets: images in rows, each with the remaining patches after each location; as PNG or SVG."""
 
 import base64
 import io
@@ -17,11 +17,11 @@ from evit_deploy.errors import InputError
 
 _GAP = 8
 _LINE = 5 / 4
-"""Distance of lines of text, in sizes of the font."""
+"""Line height, relative to the font size."""
 
 
 class _Text(msgspec.Struct, frozen=True):
-    """A line of text; ``top`` is where its font begins."""
+    """A line of text; ``top`` is the upper edge of its font."""
 
     left: int
     top: int
@@ -31,7 +31,7 @@ class _Text(msgspec.Struct, frozen=True):
 
 
 class _Picture(msgspec.Struct, frozen=True, eq=False):
-    """Pixels, and what to say to those who do not see them."""
+    """Pixels with a text alternative."""
 
     left: int
     top: int
@@ -43,14 +43,14 @@ _Part: TypeAlias = _Text | _Picture
 
 
 class Sheet:
-    """Images and what was done with them, laid out.
+    """Lays out images and their stages.
 
-    Titles stand above the columns. Below the tile of a stage are its scores, where any image has some.
+    Titles are above the columns. The scores of a stage are below its tile, if any image has scores.
 
     Args:
-        images: All of the same grid and the same stages.
-        heading: A sentence above everything.
-        scores: What the scores are, for the legend; empty to leave them out.
+        images: Images with the same grid and stages.
+        heading: A sentence at the top.
+        scores: Name of the scores, for the legend; empty to leave them out.
         side: See :func:`~evit_deploy.drawing.tiles.tile_of`.
 
     Raises:
@@ -89,11 +89,11 @@ class Sheet:
         return canvas
 
     def png(self) -> bytes:
-        """The sheet as the content of a PNG file, the same for the same images."""
+        """The sheet as the content of a PNG file; deterministic."""
         return _png(self.image())
 
     def svg(self) -> str:
-        """The sheet as an SVG document: tiles as embedded images, words as words."""
+        """The sheet as an SVG document, with embedded images and text elements."""
         size = f'width="{self.width}" height="{self.height}" viewBox="0 0 {self.width} {self.height}"'
         lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" role="img">']
         lines += [f'<rect width="{self.width}" height="{self.height}" fill="{_hex(PAPER)}"/>']
@@ -142,7 +142,7 @@ class Sheet:
         self.height += _GAP
 
     def _legend(self) -> None:
-        """A bar of the scores' colors, beside the first heat map."""
+        """A color bar next to the first heat map."""
         top = self.height
         size, long = self._small, self._wide // 2
         left = _GAP + self._wide - long
@@ -160,7 +160,7 @@ class Sheet:
     def _write(
         self, left: int, text: str, size: int, width: int, color: tuple[int, int, int] = INK, most: int = 6
     ) -> None:
-        """Writes lines no longer than ``width``, and no more than ``most``."""
+        """Writes text in at most ``most`` lines of at most ``width`` pixels."""
         lines = _wrapped(_visible(text), size, width)
         if len(lines) > most:
             lines = [*lines[: most - 1], _cut(" ".join(lines[most - 1 :]), size, width)]
@@ -170,7 +170,7 @@ class Sheet:
 
 
 def _wrapped(text: str, size: int, width: int) -> list[str]:
-    """Lines that are no wider, broken between words; a word that is wider is cut."""
+    """Wraps text between words; words wider than a line are shortened."""
     lines: list[str] = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word
@@ -182,7 +182,7 @@ def _wrapped(text: str, size: int, width: int) -> list[str]:
 
 
 def _cut(text: str, size: int, width: int) -> str:
-    """A text that is too wide, without its middle."""
+    """Shortens a wide text by removing its middle."""
     text = text if len(text) <= 500 else f"{text[:250]}...{text[-250:]}"
     if _width(text, size) <= width:
         return text
@@ -196,7 +196,7 @@ _FONTS: dict[int, ImageFont.FreeTypeFont | ImageFont.ImageFont] = {}
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, so that a sheet looks the same everywhere."""
+    """Pillow's built-in font, so that a sheet looks the same everywhere."""
     if size not in _FONTS:
         _FONTS[size] = ImageFont.load_default(size)
     return _FONTS[size]
@@ -207,12 +207,12 @@ def _width(text: str, size: int) -> int:
 
 
 def _drawable(text: str) -> str:
-    """The text in letters that Pillow's font has; an SVG has them all."""
+    """Replaces characters that Pillow's font lacks; SVG needs no replacement."""
     return text.encode("latin-1", "replace").decode("latin-1")
 
 
 def _visible(text: str) -> str:
-    """A text on one line, with a mark in the place of what is invisible: an SVG may not hold a control character."""
+    """The text on one line with invisible characters replaced, because SVG does not allow control characters."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 

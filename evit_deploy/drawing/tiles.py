@@ -1,6 +1,6 @@
-"""One image at one location as pixels: dimmed where patches are gone, groups tinted and outlined, scores as colors.
+"""Draws one image at one location: removed patches dimmed, groups tinted and outlined, scores as colors.
 
-All arithmetic is of whole numbers, so that a picture has the same bytes everywhere.
+All arithmetic uses integers, so that a picture has the same bytes on every machine.
 """
 
 import msgspec
@@ -11,13 +11,13 @@ from evit_deploy.drawing.colors import GROUPS, INK, PAPER, group_colors, scale_c
 from evit_deploy.drawing.seen import Seen, Stage
 
 SIDE = 224
-"""Pixels that the longer side of a tile has, or a little less."""
+"""Longer side of a tile in pixels; rounded down to whole patches."""
 
 
 def tile_of(seen: Seen, side: int = SIDE) -> np.ndarray:
-    """The image as it is drawn: every patch has a whole number of pixels.
+    """Resizes the image so that every patch has a whole number of pixels.
 
-    A small image is enlarged a whole number of times, one that is larger than ``side`` is reduced.
+    A small image is enlarged by an integer factor; one larger than ``side`` is reduced.
 
     Returns:
         uint8 ``[h, w, 3]``.
@@ -33,7 +33,7 @@ def tile_of(seen: Seen, side: int = SIDE) -> np.ndarray:
 
 
 def kept_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
-    """What is left: patches that are not kept are pale, tokens of several patches tinted, with lines around both.
+    """Draws the remaining patches: removed ones pale, tokens of several patches tinted, both outlined.
 
     Args:
         seen: The image.
@@ -49,18 +49,18 @@ def kept_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
     tints = np.where(colors[:, None] < 0, np.array(PAPER), GROUPS[colors].astype(int))
     kept, grouped = stage.kept[place][..., None], (colors >= 0)[place][..., None]
     pixels, tint = photo.astype(np.int64), tints[place]
-    pale = np.where(grouped, (2 * PAPER[0] + tint) // 3, PAPER[0])  # papers are gray: one number will do
+    pale = np.where(grouped, (2 * PAPER[0] + tint) // 3, PAPER[0])  # the paper color is gray, so one channel is enough
     pixels = np.where(kept, np.where(grouped, (pixels + tint + 1) // 2, pixels), (_gray(pixels) + 3 * pale + 2) // 4)
-    # A line around what is kept too: on white paper pale patches would not show.
+    # Outline the kept patches too: pale patches would be invisible on white images.
     apart = np.where(colors >= 0, stage.groups, np.where(stage.kept, -1, -2))
     return _outlined(pixels.astype(np.uint8), apart, seen.grid)
 
 
 def score_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
-    """Scores as colors over a gray photograph, dark for the lowest and bright for the highest of the location.
+    """Draws scores as colors over the gray image, from dark for the lowest to bright for the highest.
 
-    Colors go by rank: class attention spans orders of magnitude, and the choice is by rank too. Patches that were no
-    candidates are pale; a line runs around what was kept.
+    Colors are by rank, because class attention spans orders of magnitude and the choice is by rank too. Patches that
+    were not candidates are pale; the kept ones are outlined.
 
     Args:
         seen: The image.
@@ -81,7 +81,7 @@ def score_tile(seen: Seen, stage: Stage, side: int = SIDE) -> np.ndarray:
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
-    """The place of each score among them all, from 0 to 1; equal scores have equal places, NaN stays.
+    """Rank of each score, scaled to 0 to 1; equal scores have equal ranks, NaN stays NaN.
 
     Args:
         scores: ``[patches]``.
@@ -97,8 +97,8 @@ class Outline(msgspec.Struct, frozen=True):
     """Width of the lines between patches.
 
     Args:
-        dark: Pixels on one side.
-        light: Pixels on the other.
+        dark: Width of the dark line in pixels.
+        light: Width of the light line in pixels.
     """
 
     dark: int
@@ -106,12 +106,12 @@ class Outline(msgspec.Struct, frozen=True):
 
 
 def outline_for(patch: int) -> Outline:
-    """Lines for patches of so many pixels."""
+    """Line widths for a patch size in pixels."""
     return Outline(max(1, patch // 12), 1 if patch >= 6 else 0)
 
 
 def _patch_at(photo: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The patch of each pixel, ``[h, w]``."""
+    """Patch index of each pixel, ``[h, w]``."""
     numbers = np.arange(grid[0] * grid[1]).reshape(grid)
     return numbers.repeat(photo.shape[0] // grid[0], axis=0).repeat(photo.shape[1] // grid[1], axis=1)
 
@@ -122,14 +122,14 @@ def _gray(pixels: np.ndarray) -> np.ndarray:
 
 
 def _outlined(pixels: np.ndarray, groups: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Draws a line wherever one patch is in another group than the next.
+    """Draws a line between neighboring patches of different groups.
 
-    It is dark in the patch above or to the left and light in the other, so that it shows on any photograph.
+    It is dark in the patch above or to the left and light in the other, so that it is visible on any image.
     """
     square = groups.reshape(grid)
     high, wide = pixels.shape[0] // grid[0], pixels.shape[1] // grid[1]
     line = outline_for(min(high, wide))
-    for light in (True, False):  # dark lines are drawn last: they close every corner
+    for light in (True, False):  # dark lines are drawn last, so that corners are closed
         width, color = (line.light, PAPER) if light else (line.dark, INK)
         for row, column in np.argwhere(square[:, :-1] != square[:, 1:]):
             edge = (column + 1) * wide

@@ -1,1 +1,1 @@
-"""Reports as web pages: one file that needs no network."""
+"""Reports as web pages, each a single file that needs no network."""

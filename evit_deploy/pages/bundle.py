@@ -1,4 +1,4 @@
-"""The page of one bundle, and of any report."""
+"""The report page of a bundle, or of any other report."""
 
 from collections.abc import Sequence
 
@@ -29,17 +29,17 @@ def report_page(
     pictures: Sequence[Picture] = (),
     curves: Sequence[Curve] = (),
 ) -> str:
-    """A report as a page.
+    """Renders a report as a page.
 
     Args:
-        report: What was checked and measured.
-        title: Of the page; a bundle's name.
-        manifest: The bundle's, where it is of one.
-        pictures: Which patches stay.
-        curves: How the training went.
+        report: The checks and measurements.
+        title: Title of the page, such as a bundle's name.
+        manifest: Manifest of the bundle, if there is one.
+        pictures: Pictures of the kept patches.
+        curves: Training curves.
 
     Returns:
-        HTML, complete.
+        A complete HTML document.
     """
     page = WebPage(title, "" if manifest is None else _subtitle(manifest))
     verdict_section(page, report)

@@ -1,8 +1,7 @@
-"""A page: sections of paragraphs, tables, charts and pictures, in one HTML file.
+"""A web page with paragraphs, tables, charts and pictures in sections, as one HTML file.
 
-It loads nothing: styles, the script, charts and pictures are in it, and its content security policy lets a browser run
-that script and no other. Everything can be read without the script, which sorts tables and shows what a point of a
-chart stands for.
+The page loads nothing: styles, script, charts and pictures are embedded, and its content security policy allows only
+that script. Everything is readable without the script, which sorts tables and shows details of chart points.
 """
 
 import base64
@@ -16,15 +15,15 @@ from evit_deploy.report.html import Page, is_number
 from evit_deploy.report.lines import printable
 
 GENERATOR = "evit-deploy"
-"""What a page says of itself near its beginning."""
+"""Value of the ``generator`` tag near the start of a page."""
 
 
 class WebPage(Page):
-    """A page in the making; it also takes what :func:`evit_deploy.report.tables.render` prints.
+    """Builds a page; also accepts the output of :func:`evit_deploy.report.tables.render`.
 
     Args:
-        title: Of the page; any text.
-        subtitle: A line below it.
+        title: Title of the page; escaped.
+        subtitle: A line below the title.
     """
 
     def __init__(self, title: str, subtitle: str = "") -> None:
@@ -33,7 +32,7 @@ class WebPage(Page):
         self._sections: list[tuple[str, str]] = []
 
     def section(self, title: str) -> None:
-        """Begins a section; what is added from now on belongs to it."""
+        """Starts a section, to which further content is added."""
         self._parts.append(f'{"</section>" * bool(self._sections)}<section id="s{len(self._sections)}">')
         self._parts.append(f"<h2>{_text(title)}</h2>")
         self._sections.append((f"s{len(self._sections)}", title))
@@ -44,7 +43,7 @@ class WebPage(Page):
         self._parts.append(f"<p>{said}</p>")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-        """Adds a table that its reader can sort; columns of numbers are flush right."""
+        """Adds a sortable table; columns of numbers are right-aligned."""
         names = [_text(title.replace("\n", " ")) for title in header]
         flush = [' class="n"' if all(is_number(row[i]) for row in rows) else "" for i in range(len(header))]
         titles = "".join(f'<th scope="col"{side}>{name}</th>' for name, side in zip(names, flush, strict=True))
@@ -60,7 +59,7 @@ class WebPage(Page):
         )
 
     def cards(self, cards: Sequence[tuple[str, str, str]]) -> None:
-        """Adds answers in a few words: of each its title, what it says, and ``good``, ``bad`` or nothing."""
+        """Adds short verdicts: title, text, and ``good``, ``bad`` or nothing."""
         said = {"good": "✓ ", "bad": "✗ ", "": ""}
         parts = (
             f'<div class="card {kind}"><dt>{said[kind]}{_text(title)}</dt><dd>{_text(text)}</dd></div>'
@@ -74,9 +73,9 @@ class WebPage(Page):
         self._parts.append(f'<dl class="facts">{"".join(parts)}</dl>')
 
     def charts(self, charts: Sequence[tuple[str, str]]) -> None:
-        """Adds charts side by side where there is room: of each the title and the SVG.
+        """Adds charts, each with title and SVG, side by side if there is room.
 
-        The SVG is taken as it is: see :func:`evit_deploy.charts.svg.drawn`.
+        The SVG is inserted unchanged; see :func:`evit_deploy.charts.svg.drawn`.
         """
         parts = (
             f"<figure><figcaption>{_text(title)}</figcaption>{svg}<output>&nbsp;</output></figure>"
@@ -89,7 +88,7 @@ class WebPage(Page):
 
         Args:
             image: The file.
-            description: What it shows.
+            description: Text alternative.
             kind: ``png`` or ``jpeg``.
         """
         data = base64.b64encode(image).decode()
@@ -99,15 +98,15 @@ class WebPage(Page):
         )
 
     def commands(self, commands: Sequence[str]) -> None:
-        """Adds lines to be copied."""
+        """Adds command lines for copying."""
         self._parts.append(f'<pre tabindex="0"><code>{escape(chr(10).join(map(printable, commands)))}</code></pre>')
 
     def begin_details(self, summary: str) -> None:
-        """What follows, up to :meth:`end_details`, is shown when its reader asks for it."""
+        """Starts collapsed content, up to :meth:`end_details`."""
         self._parts.append(f"<details><summary>{_text(summary)}</summary>")
 
     def end_details(self) -> None:
-        """See :meth:`begin_details`."""
+        """Ends the collapsed content."""
         self._parts.append("</details>")
 
     def __str__(self) -> str:

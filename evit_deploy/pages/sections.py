@@ -1,4 +1,4 @@
-"""The sections of a page: what a report says, beside charts of it. A section without content is left out."""
+"""The sections of a report page, with tables and charts. Sections without content are left out."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -15,12 +15,11 @@ _MOST_CHECKS = 12
 
 
 class Curve(msgspec.Struct, frozen=True):
-    """What a training run wrote down.
+    """The log of a training run.
 
     Args:
         stage: ``dense`` or ``finetune``.
-        rows: One for each line of its CSV file: ``step``, ``loss``, ``validation_top1`` and so on; a value may be
-            missing.
+        rows: One per line of its CSV file: ``step``, ``loss``, ``validation_top1`` and so on; values may be missing.
     """
 
     stage: str
@@ -32,7 +31,7 @@ class Picture(msgspec.Struct, frozen=True):
 
     Args:
         image: The file.
-        description: What it shows.
+        description: Text alternative.
         kind: ``png`` or ``jpeg``.
     """
 
@@ -42,7 +41,7 @@ class Picture(msgspec.Struct, frozen=True):
 
 
 def verdict_section(page: WebPage, report: Report) -> None:
-    """Same answers? How much faster? What did it cost?"""
+    """The verdict: whether the answers are the same, how much faster it is, and what it costs."""
     page.section("Verdict")
     if len({row.name for row in report.compared if row.dense is not None}) > 1:
         page.cards((("Side by side", verdict(report) or "", "bad" if report.failed else ""),))
@@ -70,7 +69,7 @@ _NO_IMAGES = "With --data IMAGES, convert, profile and compare hold the answers 
 
 
 def _trained(report: Report) -> str | None:
-    """What a model that was trained here lost against the dense one, on the validation images."""
+    """Accuracy lost against the dense model on the validation images, for a model trained in this run."""
     row = next((row for row in reversed(report.accuracy) if row.against and row.against.other == "dense"), None)
     if row is None or row.against is None:
         return None
@@ -79,7 +78,7 @@ def _trained(report: Report) -> str | None:
 
 
 def accuracy_section(page: WebPage, report: Report, curves: Sequence[Curve] = ()) -> None:
-    """How right the answers are, and how that came about."""
+    """Accuracy, with training curves."""
     answered = [row for row in report.compared if row.images is not None]
     if not (report.accuracy or answered or curves):
         return
@@ -91,7 +90,7 @@ def accuracy_section(page: WebPage, report: Report, curves: Sequence[Curve] = ()
 
 
 def agreement_section(page: WebPage, report: Report) -> None:
-    """What was checked, and which runtimes agree."""
+    """The checks, and the agreement between runtimes."""
     if not (report.checks or report.agreement):
         return
     page.section("Agreement and checks")
@@ -109,7 +108,7 @@ def agreement_section(page: WebPage, report: Report) -> None:
 
 
 def speed_section(page: WebPage, report: Report) -> None:
-    """How fast it is, by batch size."""
+    """Speed by batch size."""
     if not (report.rows or report.latencies or report.load):
         return
     page.section("Speed")
@@ -136,7 +135,7 @@ def speed_section(page: WebPage, report: Report) -> None:
 
 
 def trade_section(page: WebPage, report: Report, title: str = "Accuracy against time") -> None:
-    """The same artifacts in both: what they answer, and how long they take."""
+    """Accuracy and latency of the same artifacts."""
     charts = list(trade_charts(report))
     if charts:
         page.section(title)
@@ -144,9 +143,9 @@ def trade_section(page: WebPage, report: Report, title: str = "Accuracy against 
 
 
 def trade_charts(report: Report) -> Iterator[tuple[str, str]]:
-    """Charts of accuracy against time a call: for each measure of it, lane, and batch size at either end.
+    """Charts of accuracy against time per call: for each measure, lane, and the smallest and largest batch size.
 
-    A lane is a runtime, a device and a clock; times of different ones cannot be compared.
+    A lane is a combination of runtime, device and clock; times of different lanes cannot be compared.
     """
     lanes: dict[tuple[str, str, str], list[ProfileRow]] = {}
     for row in report.rows:
@@ -162,7 +161,7 @@ def trade_charts(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _trade(report: Report, rows: Sequence[ProfileRow], measure: tuple[str, str]) -> Iterator[Point]:
-    """A point for each row whose model was asked for this measure."""
+    """A point for each row whose model has this measure."""
     title, field = measure
     by_name = {row.name: row for row in report.compared} | {
         row.name: row for row in report.compared if rows and row.runtime == rows[0].runtime
@@ -184,13 +183,13 @@ _MOST_SERIES = 8
 
 
 def _accuracy(row: ComparedRow, field: str) -> float | None:
-    """A dense baseline agrees with itself, which is not measured."""
+    """The value of a measure; a dense baseline agrees with itself, which is not measured."""
     found = getattr(row, field)
     return 1.0 if found is None and row.dense is None and field in ("agreement", "cosine_centered") else found
 
 
 def _measures(rows: Sequence[ComparedRow]) -> Iterator[tuple[str, str]]:
-    """What models were judged by, as title and field: being right, and answering as the dense model does."""
+    """The measures of the models, as title and field: accuracy, and agreement with the dense model."""
     titles = {
         "top1": "Top-1", "recall": "Recall@1", "agreement": "Agreement", "cosine_centered": "Centered cosine",
     }  # fmt: skip
@@ -200,7 +199,7 @@ def _measures(rows: Sequence[ComparedRow]) -> Iterator[tuple[str, str]]:
 
 
 def plan_section(page: WebPage, plan: TokenPlan, report: Report) -> None:
-    """Tokens, multiply-adds, error and time of every block."""
+    """Tokens, multiply-adds, error and time by block."""
     page.section("Token plan")
     charts = []
     if plan.cost is not None:
@@ -250,11 +249,11 @@ def plan_section(page: WebPage, plan: TokenPlan, report: Report) -> None:
 
 
 _ROUNDING = 1e-4
-"""Errors of FP32 files lie below it; they are all alike."""
+"""Errors of FP32 files are below this, and not worth a chart."""
 
 
 def _times_of_blocks(report: Report) -> dict[str, str]:
-    """Milliseconds of the model's blocks at the first batch size of the first runtime."""
+    """Milliseconds by block, at the first batch size of the first runtime."""
     own = [row for row in report.blocks if row.variant == "model"]
     return {
         row.blocks: f"{row.milliseconds:.3f}"
@@ -291,7 +290,7 @@ def blocks_section(page: WebPage, report: Report) -> None:
 
 
 def pictures_section(page: WebPage, pictures: Sequence[Picture]) -> None:
-    """Which patches stay."""
+    """Pictures of the kept patches."""
     if not pictures:
         return
     page.section("Patches that stay")
@@ -300,7 +299,7 @@ def pictures_section(page: WebPage, pictures: Sequence[Picture]) -> None:
 
 
 def environment_section(page: WebPage, report: Report, more: Sequence[str] = ()) -> None:
-    """Where it ran, and how to run it again."""
+    """The environment, and the commands to repeat it."""
     page.section("Environment and commands")
     page.facts([(name, str(value)) for name, value in (report.device | report.versions).items()])
     commands = [*report.commands, *more]

@@ -91,7 +91,8 @@ def test_every_part_runs_dry_and_becomes_a_section_of_the_results(tmp_path):
     page = (docs / "results-gpu.md").read_text()
     assert page.count("| goal | wanted | measured |") == 1
     assert "| training step at 0.7, eager | at least 1.4 |" in page
-    assert "### What the figures say" in page
+    assert page.startswith("# Results: GPUs\n")
+    assert page.endswith("<!-- gpu_results.py: end -->\n")
     stored = json.loads((docs / "results" / "gpu_suite.json").read_text())
     assert [part["name"] for part in stored["parts"]] == PARTS
 
@@ -287,14 +288,12 @@ def test_a_run_that_was_killed_becomes_results_too_and_a_later_run_replaces_its_
     assert "| copy on the device, TB/s | 2.75 | 3.0 |" in page
     assert "| copy on the device, TB/s | 1.25 |" not in page
     assert "3 passed" in page
-    before, second, first = (
-        page.partition("## On a GPU")[2].partition("### What the figures say")[0].split("**ceilings (run of ")
-    )
+    before, second, first = page.split("### Ceilings\n\nRun of ")
     assert "| copy on the device, TB/s | 2.75 | 3.0 |" in second
-    assert second.startswith("2026-11-21 10:30 UTC)")
+    assert second.startswith("2026-11-21 10:30 UTC.\n")
     assert "empty node: failed: RuntimeError: no" in second
     assert "| empty node of a graph, µs | 0.75 |" in first  # what the later run did not measure
-    assert first.startswith("2026-11-20 10:30 UTC, rows that the later run does not have)")
+    assert first.startswith("2026-11-20 10:30 UTC: rows that the later run does not have.\n")
     assert "- Run of 2026-11-20 10:30 UTC, 0 s: ceilings, tests. " in before
 
     empty = tmp_path / "empty"

@@ -1,4 +1,4 @@
-"""Writes what gpu_suite.py measured into the GPU section of docs/results-gpu.md, and its raw JSON into docs/results/.
+"""Writes what gpu_suite.py measured as the last section of docs/results-gpu.md, and its raw JSON into docs/results/.
 
 python tests/benchmarks/gpu_results.py DIR [DIR...]
 mdformat docs/results-gpu.md
@@ -92,8 +92,8 @@ def _of(names: set[str], value: Any) -> Any:
     return {name: each for name, each in value.items() if name in names} if isinstance(value, dict) else value
 
 
-def _told(begun: str) -> str:
-    """A run's time, as it is written: ``2026-11-26 15:45 UTC``."""
+def _time(begun: str) -> str:
+    """A run's time, as the page has it: ``2026-11-26 15:45 UTC``."""
     return begun[:16].replace("T", " ") + " UTC" if begun[:1].isdigit() else begun
 
 
@@ -107,11 +107,11 @@ def section(document: dict[str, Any]) -> str:
     ceilings = next((part["rows"] for part in document["parts"] if part["name"] == "ceilings"), [])
     machine = next((row for row in ceilings if row.get("what") == "machine" and "versions" in row), {})
     about = f"{machine.get('gpu', 'a CPU')}, driver {machine.get('driver')}, CUDA {machine.get('cuda')}, PyTorch "
-    about += f"{machine.get('versions', {}).get('torch')}. Raw data: `results/gpu_suite.json`."
+    about += f"{machine.get('versions', {}).get('torch')}. Data: [gpu_suite.json](results/gpu_suite.json)."
     lines = [about, ""]
     for run in document["runs"]:
         names = ", ".join(part["name"] for part in document["parts"] if run["begun"] in _runs(part))
-        lines.append(f"- Run of {_told(run['begun'])}, {run['seconds']:.0f} s: {names}. `{run['command']}`")
+        lines.append(f"- Run of {_time(run['begun'])}, {run['seconds']:.0f} s: {names}. `{run['command']}`")
     found = states(document)
     found = replace(found, title=f"{found.title.partition(';')[0]}; each of the latest run that has it")
     lines += ["", *as_markdown(goal_table(document)), *as_markdown(found)]
@@ -120,10 +120,10 @@ def section(document: dict[str, Any]) -> str:
         for begun in runs:
             rows = [row for row in part["rows"] if row["run"] == begun]
             for table in tables_of(part | {"rows": rows}):
-                where = f"run of {_told(begun)}"
-                if begun != runs[0]:
-                    where += ", rows that the later run does not have"
-                lines += as_markdown(replace(table, title=f"{table.title} ({where})"))
+                if not table.lines and not table.notes:
+                    continue
+                lost = "" if begun == runs[0] else ": rows that the later run does not have"
+                lines += as_markdown(table, f"Run of {_time(begun)}{lost}.")
     return "\n".join(lines).rstrip() + "\n"
 
 

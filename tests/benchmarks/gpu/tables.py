@@ -55,9 +55,11 @@ def as_text(one: Table) -> list[str]:
     return [f"## {one.title}", *aligned, *one.notes]
 
 
-def as_markdown(one: Table) -> list[str]:
-    """A table of Markdown."""
-    lines = [f"**{one.title}**", ""]
+def as_markdown(one: Table, run: str = "") -> list[str]:
+    """A section of Markdown: the title, the run that it is from, the table and its notes."""
+    lines = [f"### {one.title[:1].upper()}{one.title[1:]}", ""]
+    if run:
+        lines += [run, ""]
     if one.lines:
         lines += [_bar(one.header), _bar(["--"] * len(one.header)), *map(_bar, one.lines), ""]
     for note in one.notes:

@@ -40,7 +40,7 @@ def build(
     from evit_deploy.engines.plugin.build import build_plugin
     from evit_deploy.engines.plugin.library import LIBRARY
     from evit_deploy.files import sha256
-    from evit_deploy.tokens.library import KERNEL
+    from evit_deploy.tokens.operators.library import KERNEL
 
     names = architectures.split(",") if architectures is not None else ()
     folder = build_plugin(out, tensorrt_root=tensorrt_root, architectures=names, kernel_only=kernel_only)

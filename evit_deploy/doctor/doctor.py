@@ -254,7 +254,7 @@ def _kernel() -> list[Finding]:
     """The kernel that PyTorch uses on this machine's GPU; empty without a GPU."""
     import torch
 
-    from evit_deploy.tokens.operator import kernel_on
+    from evit_deploy.tokens.operators.torch_ops import kernel_on
 
     if not torch.cuda.is_available():
         return []

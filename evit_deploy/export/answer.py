@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import EMBEDDING, LOGITS
-from evit_deploy.tokens.op import precise
+from evit_deploy.tokens.operators.token_reorg import precise
 
 _SHORTEST = 1e-12  # the eps of torch.nn.functional.normalize: a zero vector stays zero
 

@@ -34,8 +34,8 @@ from evit_deploy.export.card import INPUT, ModelCard, kept_name, write_card
 from evit_deploy.export.outline import write_onnx
 from evit_deploy.export.variants import with_indices
 from evit_deploy.recipe.options import Linear
-from evit_deploy.tokens import merge, op
 from evit_deploy.tokens.backbone import backbone_of
+from evit_deploy.tokens.operators import token_merge, token_reorg
 from evit_deploy.tokens.reduce import token_plan, token_spec
 from evit_deploy.tokens.reducer import TokenReducer
 
@@ -148,7 +148,7 @@ def portable(
             "models of this family have one form of linear layers", where="--linear", seen=linear, wanted=form
         )
     _name_values(proto)
-    nodes = [node for node in proto.graph.node if node.domain == op.DOMAIN]
+    nodes = [node for node in proto.graph.node if node.domain == token_reorg.DOMAIN]
     for node, row in zip(nodes, plan.locations, strict=True):
         _name_location(proto, node, row.block)
     if nodes:
@@ -258,7 +258,7 @@ def _linear_form(proto: ModelProto, others: Collection[str]) -> str:
 
 def _name_location(proto: ModelProto, node: onnx.NodeProto, block: int) -> None:
     """Names a location's node, its tokens and its choice: an input of a merge, an output of a reorganization."""
-    merges = node.op_type == merge.NAME
+    merges = node.op_type == token_merge.NAME
     choice = node.input[2] if merges else node.output[1]
     renamed = {node.output[0]: f"blocks.{block}.tokens", choice: kept_name(block)}
     node.name = f"blocks.{block}.{'token_merge' if merges else 'token_reorg'}"
@@ -270,10 +270,10 @@ def _name_location(proto: ModelProto, node: onnx.NodeProto, block: int) -> None:
 
 
 def _attach_functions(proto: ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    if any(node.op_type == op.NAME for node in nodes):
-        proto.functions.append(op.onnx_function(OPSET))
-    merging = next((node for node in nodes if node.op_type == merge.NAME), None)
+    if any(node.op_type == token_reorg.NAME for node in nodes):
+        proto.functions.append(token_reorg.onnx_function(OPSET))
+    merging = next((node for node in nodes if node.op_type == token_merge.NAME), None)
     if merging is not None:
-        proto.functions.append(merge.onnx_function(OPSET, len(merging.input) - 3))
-    if not any(entry.domain == op.DOMAIN for entry in proto.opset_import):
-        proto.opset_import.append(helper.make_opsetid(op.DOMAIN, op.DOMAIN_VERSION))
+        proto.functions.append(token_merge.onnx_function(OPSET, len(merging.input) - 3))
+    if not any(entry.domain == token_reorg.DOMAIN for entry in proto.opset_import):
+        proto.opset_import.append(helper.make_opsetid(token_reorg.DOMAIN, token_reorg.DOMAIN_VERSION))

@@ -22,7 +22,7 @@ from onnx_ir import DataType
 from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import read_card, write_card
 from evit_deploy.export.quantization import Quantized, array_of, layers_like, quantize
-from evit_deploy.tokens.op import DOMAIN
+from evit_deploy.tokens.operators.token_reorg import DOMAIN
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 QUANTIZED = ("int8", "fp8")

@@ -10,7 +10,7 @@ from onnx import ModelProto, helper
 
 from evit_deploy.errors import InputError
 from evit_deploy.export.card import kept_name, read_card, write_card
-from evit_deploy.tokens import merge, op
+from evit_deploy.tokens.operators import token_merge, token_reorg
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 def reorganizations(proto: ModelProto) -> list[onnx.NodeProto]:
     """The file's ``TokenReorg`` and ``TokenMerge`` nodes in order, one per location."""
-    return [node for node in proto.graph.node if node.domain == op.DOMAIN and node.op_type in (op.NAME, merge.NAME)]
+    return [
+        node
+        for node in proto.graph.node
+        if node.domain == token_reorg.DOMAIN and node.op_type in (token_reorg.NAME, token_merge.NAME)
+    ]
 
 
 def block_of(node: onnx.NodeProto) -> int:
@@ -28,12 +32,12 @@ def block_of(node: onnx.NodeProto) -> int:
 
 def _choice(node: onnx.NodeProto) -> str:
     """Name of a location's choice: an input of a merge, an output of a reorganization."""
-    return node.input[2] if node.op_type == merge.NAME else node.output[1]
+    return node.input[2] if node.op_type == token_merge.NAME else node.output[1]
 
 
 def _choice_length(node: onnx.NodeProto) -> int:
     counts = {attribute.name: attribute.i for attribute in node.attribute}
-    return 2 * counts["candidates"] - counts["keep"] if node.op_type == merge.NAME else counts["keep"]
+    return 2 * counts["candidates"] - counts["keep"] if node.op_type == token_merge.NAME else counts["keep"]
 
 
 def with_indices(proto: ModelProto) -> ModelProto:
@@ -74,7 +78,7 @@ def _ranks(proto: ModelProto) -> dict[str, int]:
 
 def _give_out_scores(proto: ModelProto, node: onnx.NodeProto, ranks: dict[str, int]) -> None:
     """Adds the values that a location's choice is based on to the outputs."""
-    for index, value in enumerate(list(node.input[3:]) if node.op_type == merge.NAME else [node.input[1]]):
+    for index, value in enumerate(list(node.input[3:]) if node.op_type == token_merge.NAME else [node.input[1]]):
         name = f"scores_{block_of(node)}" + (f"_{index}" if index else "")
         shape = ["batch"] + [None] * (ranks.get(value, 2) - 1)
         proto.graph.node.append(helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT))
@@ -94,7 +98,7 @@ def slice_twin(proto: ModelProto) -> ModelProto:
 
     model = onnx_ir.from_proto(proto)
     graph = model.graph
-    nodes = [node for node in graph if node.domain == op.DOMAIN]
+    nodes = [node for node in graph if node.domain == token_reorg.DOMAIN]
     if not nodes:
         raise InputError("this file has no TokenReorg node, so there is nothing to slice", seen=proto.graph.name)
 
@@ -118,7 +122,7 @@ def slice_twin(proto: ModelProto) -> ModelProto:
         tokens, other = node.outputs
         end = counts["prefix"] + counts["keep"] + counts.get("fuse", 0)
         tokens.replace_all_uses_with(sliced(node, node.inputs[0], end, "slice"))
-        if node.op_type == merge.NAME:
+        if node.op_type == token_merge.NAME:
             other.replace_all_uses_with(sliced(node, node.inputs[1], counts["keep"], "sizes"))
             choice = node.inputs[2]
             if choice is not None and len(choice.uses()) > 1:  # other users of the choice: all tokens join the first
@@ -129,7 +133,7 @@ def slice_twin(proto: ModelProto) -> ModelProto:
             numbers = np.arange(counts["keep"], dtype=np.int32)
             other.replace_all_uses_with(_for_each_image(graph, node, numbers, "numbers", constant))
         scores = node.inputs[1]
-        if node.op_type == op.NAME and scores is not None and len(scores.uses()) > 1:  # other weighted values
+        if node.op_type == token_reorg.NAME and scores is not None and len(scores.uses()) > 1:  # other weighted values
             assert scores.shape is not None
             candidates = scores.shape[1]
             assert isinstance(candidates, int)
@@ -184,14 +188,14 @@ def with_choice(proto: ModelProto) -> ModelProto:
         raise InputError("this file has no TokenReorg node, so there is nothing to choose", seen=proto.graph.name)
     ranks = _ranks(copy)
     for function in copy.functions:
-        if function.name == op.NAME:
+        if function.name == token_reorg.NAME:
             function.input.append("choice")
             top = next(node for node in function.node if node.op_type == "TopK")
             top.CopyFrom(helper.make_node("Cast", ["choice"], [top.output[1]], to=onnx.TensorProto.INT64))
     for node in nodes:
         block, length = block_of(node), _choice_length(node)
         _give_out_scores(copy, node, ranks)
-        if node.op_type == merge.NAME:
+        if node.op_type == token_merge.NAME:
             own = node.input[2]
             for other in copy.graph.node:  # other users of the choice read the input too
                 other.input[:] = [f"choice_{block}" if value == own else value for value in other.input]

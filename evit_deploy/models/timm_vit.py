@@ -14,7 +14,7 @@ from evit_deploy.errors import UnsupportedModelError
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import backbone_of, shape_of
 from evit_deploy.tokens.ending import for_inference
-from evit_deploy.tokens.op import precise
+from evit_deploy.tokens.operators.token_reorg import precise
 from evit_deploy.tokens.plan import ModelCost, ModelShape
 from evit_deploy.tokens.state import TokenBlocks, TokenState
 

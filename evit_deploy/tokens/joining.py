@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evit_deploy.tokens.choices import rounding_of, swap_last
-from evit_deploy.tokens.op import precise, rows_of, select
+from evit_deploy.tokens.operators.token_reorg import precise, rows_of, select
 
 _TINY = float(np.finfo(np.float32).tiny)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from evit_deploy.errors import InputError
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.choices import share_margin, swap_last
-from evit_deploy.tokens.op import reorganize, token_reorg
+from evit_deploy.tokens.operators.token_reorg import reorganize, token_reorg
 from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, make_plan
 from evit_deploy.tokens.state import TokenState
 
@@ -203,7 +203,7 @@ class TokenReducer(nn.Module):
         return self.reorganized(x, self.scores(x, q, k), self.plan.keep, self.plan.fused)
 
     def reorganized(self, x: Tensor, scores: Tensor, keep: int, fuse: bool) -> tuple[Tensor, Tensor]:
-        """:func:`~evit_deploy.tokens.op.token_reorg`, with the choice that is given, if one is."""
+        """:func:`~evit_deploy.tokens.operators.token_reorg.token_reorg`, with the choice that is given, if one is."""
         if self.given is not None:
             return reorganize(x, scores, self.given.long(), fuse, self.prefix), self.given
         return token_reorg(x, scores, keep, fuse, self.prefix)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evit_deploy.tokens.backbone import backbone_of
-from evit_deploy.tokens.merge import token_merge
-from evit_deploy.tokens.op import precise
+from evit_deploy.tokens.operators.token_merge import token_merge
+from evit_deploy.tokens.operators.token_reorg import precise
 from evit_deploy.tokens.reducer import TokenReducer
 from evit_deploy.tokens.state import TokenState, patches_back, rows_after
 
@@ -55,7 +55,7 @@ class SizedReducer(TokenReducer):
         Args:
             x: ``[B, prefix + N, C]``.
             choice: int32 ``[B, 2N - K]``, of kind ``merge``.
-            evidence: What the choice was made by, see :func:`~evit_deploy.tokens.merge.token_merge`.
+            evidence: What the choice was made by, see :func:`~evit_deploy.tokens.operators.token_merge.token_merge`.
             state: Sizes and rows before the merge.
         """
         keep, sizes = self.plan.keep, state.sizes

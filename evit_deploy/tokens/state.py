@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from evit_deploy.tokens.op import rows_of
+from evit_deploy.tokens.operators.token_reorg import rows_of
 
 
 class TokenState(NamedTuple):

@@ -19,7 +19,7 @@ from evit_deploy import TokenSpec, reduce_tokens_
 from evit_deploy.profiling.timing import measure
 from evit_deploy.report.statistics import median_interval
 from evit_deploy.runtimes.select import opened
-from evit_deploy.tokens.op import token_reorg
+from evit_deploy.tokens.operators.token_reorg import token_reorg
 
 
 def attention_map_forward(block, x):

@@ -318,11 +318,11 @@ def child(options: argparse.Namespace, libraries: dict[str, Path]) -> None:
 
 def _on_the_cpu(libraries: dict[str, Path]) -> AbstractContextManager[None]:
     """In a dry run the kernels run too, of the host library if there is one, as they would on a GPU."""
-    from evit_deploy.tokens import operator
-    from evit_deploy.tokens.kernel import TokenReorgKernel
+    from evit_deploy.tokens.operators import torch_ops
+    from evit_deploy.tokens.operators.kernel import TokenReorgKernel
 
     path = next(iter(libraries.values()), None)
-    return nullcontext() if path is None else operator.using(TokenReorgKernel(path), "cpu")
+    return nullcontext() if path is None else torch_ops.using(TokenReorgKernel(path), "cpu")
 
 
 def _end_with_the_suite() -> None:

@@ -15,7 +15,7 @@ from evit_deploy.export.portable import export_onnx
 from evit_deploy.export.precision import set_precision
 from evit_deploy.recipe.options import BuildOptions
 from evit_deploy.runtimes.tensorrt import TensorRTRTXRunner
-from evit_deploy.tokens import op
+from evit_deploy.tokens.operators.token_reorg import DOMAIN, NAME
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_
 from tests.support import tensorrt_lean
@@ -47,7 +47,7 @@ def model(tmp_path) -> Path:
 
 @rtx
 def test_the_plugin_is_the_operator_s():
-    assert PLUGIN == (op.DOMAIN, op.NAME)
+    assert PLUGIN == (DOMAIN, NAME)
 
 
 @pytest.mark.tensorrt_headers

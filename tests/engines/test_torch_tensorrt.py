@@ -22,7 +22,7 @@ from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.export.precision import DTYPES
 from evit_deploy.recipe.options import BatchProfile, BuildOptions
-from evit_deploy.tokens.op import select
+from evit_deploy.tokens.operators.token_reorg import select
 from evit_deploy.tokens.reduce import reduce_tokens_
 from tests.support.cases import CASES, Case
 from tests.support.models import KEEP, KINDS, images, of_kind, seeded, tree

@@ -13,7 +13,7 @@ from evit_deploy.export.card import INPUT, ModelCard, kept_name, load_onnx, read
 from evit_deploy.export.portable import OPSET, export_onnx
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.backbone import backbone_of
-from evit_deploy.tokens.op import DOMAIN, NAME
+from evit_deploy.tokens.operators.token_reorg import DOMAIN, NAME
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, dense_twin, token_plan, token_spec
 from tests.support import exporter

@@ -23,7 +23,7 @@ from evit_deploy.export.precision import DTYPES, set_precision
 from evit_deploy.export.variants import block_of, reorganizations, with_indices
 from evit_deploy.runtimes.openvino import OpenVINORunner
 from evit_deploy.tokens.choices import FLOOR
-from evit_deploy.tokens.op import DOMAIN, NAME
+from evit_deploy.tokens.operators.token_reorg import DOMAIN, NAME
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 from evit_deploy.verification.golden import _replayed, make_golden

@@ -18,7 +18,7 @@ from evit_deploy.export.precision import set_precision
 from evit_deploy.export.quantization import layer_of, layers_like, quantize
 from evit_deploy.export.variants import reorganizations
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
-from evit_deploy.tokens.op import DOMAIN, NAME
+from evit_deploy.tokens.operators.token_reorg import DOMAIN, NAME
 from evit_deploy.verification.golden import make_golden
 from tests.support.exports import answers, calibration_of, copied, exported, lowered, nodes, reduced
 from tests.support.models import KINDS, images, of_kind

@@ -17,7 +17,7 @@ from evit_deploy.export.portable import OPSET
 from evit_deploy.export.variants import slice_twin, with_choice, with_indices
 from evit_deploy.runtimes.onnxruntime import OnnxRuntimeRunner
 from evit_deploy.tokens.choices import FLOOR
-from evit_deploy.tokens.op import NAME
+from evit_deploy.tokens.operators.token_reorg import NAME
 from evit_deploy.tokens.plan import BlockPlan, TokenPlan
 from evit_deploy.tokens.reduce import capture, token_plan
 from evit_deploy.verification.golden import _replayed

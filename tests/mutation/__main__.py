@@ -21,7 +21,9 @@ from tests.mutation.mutants import Mutant, mutants_of
 from tests.mutation.running import Result, judge
 
 MODULES = {
-    "evit_deploy/tokens/op.py": ("tokens/test_op.py", "tokens/test_operator.py", "export/test_portable.py"),
+    "evit_deploy/tokens/operators/token_reorg.py": (
+        "tokens/operators/test_token_reorg.py", "tokens/operators/test_torch_ops.py", "export/test_portable.py",
+    ),
     "evit_deploy/tokens/plan.py": (
         "tokens/test_plan.py", "tokens/test_choices.py", "tokens/test_ending.py", "report/test_html.py",
     ),

@@ -17,7 +17,7 @@ import torch
 
 from evit_deploy.bundle.manifest import ENGINE
 from evit_deploy.files import sha256
-from evit_deploy.tokens.library import ABI
+from evit_deploy.tokens.operators.library import ABI
 from tests.support.cpp_example import (
     Result,
     build,

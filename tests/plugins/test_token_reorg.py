@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from evit_deploy.tokens.library import read_identity
+from evit_deploy.tokens.operators.library import read_identity
 from tests.support import plugin_builds
 from tests.support.paths import PLUGINS
 

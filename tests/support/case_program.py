@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from evit_deploy.tokens.kernel import DTYPES, Cut
+from evit_deploy.tokens.operators.kernel import DTYPES, Cut
 from tests.support.cases import Case
 from tests.support.op_checks import TORCH
 

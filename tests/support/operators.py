@@ -4,7 +4,7 @@ import numpy as np
 import timm
 import torch
 
-from evit_deploy.tokens.kernel import TokenReorgKernel
+from evit_deploy.tokens.operators.kernel import TokenReorgKernel
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_
 from tests.support.cases import DTYPES

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from evit_deploy.tokens.library import ABI
+from evit_deploy.tokens.operators.library import ABI
 
 LINE = b"\x7fELF evit-deploy library: kind=%s version=0.1.0 abi=%d architectures=%s tensorrt=%s;\0"
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from evit_deploy.errors import InputError, UnsupportedModelError
 from evit_deploy.tokens.choices import original_patches, patch_rows
 from evit_deploy.tokens.joining import nearest_kept
-from evit_deploy.tokens.merge import merge
 from evit_deploy.tokens.methods.evit import EViT
+from evit_deploy.tokens.operators.token_merge import merge
 from evit_deploy.tokens.plan import BlockPlan, TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, set_keep_rate_, token_label, token_plan
 from tests.support.method_oracles import evit, squeeze, synthetic, vit

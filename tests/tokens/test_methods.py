@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from evit_deploy.errors import InputError
 from evit_deploy.models.timm_vit import ReducedBlock
 from evit_deploy.registry import METHODS
-from evit_deploy.tokens import operator
+from evit_deploy.tokens.operators import torch_ops
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
 from evit_deploy.tokens.reducer import TokenReducer
@@ -170,6 +170,6 @@ def test_methods_stay_on_the_device(method, options):
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cuda:0")
         pixels = torch.empty(2, 3, 64, 64, device="cuda:0")
-        with operator.using(None, "cuda:0"), torch.inference_mode(), Crossings() as crossings:
+        with torch_ops.using(None, "cuda:0"), torch.inference_mode(), Crossings() as crossings:
             assert model(pixels).device.type == "cuda"
     assert crossings.found == []

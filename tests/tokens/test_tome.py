@@ -16,7 +16,7 @@ from evit_deploy.models.timm_vit import ReducedBlock
 from evit_deploy.registry import METHODS
 from evit_deploy.tokens.choices import original_patches, patch_rows
 from evit_deploy.tokens.methods.tome import ToMe, choose, numbered_by_parts
-from evit_deploy.tokens.op import select
+from evit_deploy.tokens.operators.token_reorg import select
 from evit_deploy.tokens.plan import BlockPlan, TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, set_keep_rate_, token_label, token_plan
 from tests.support.families import create, images, logits

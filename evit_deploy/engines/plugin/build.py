@@ -25,10 +25,10 @@ from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.files.drafts import draft
 from evit_deploy.progress import doing
 from evit_deploy.report.report import Check, Report
-from evit_deploy.tokens.kernel import DTYPES, TokenReorgKernel
-from evit_deploy.tokens.library import ABI, KERNEL, Identity, cache, read_identity
-from evit_deploy.tokens.op import token_reorg
-from evit_deploy.tokens.operator import runs_on, using
+from evit_deploy.tokens.operators.kernel import DTYPES, TokenReorgKernel
+from evit_deploy.tokens.operators.library import ABI, KERNEL, Identity, cache, read_identity
+from evit_deploy.tokens.operators.token_reorg import token_reorg
+from evit_deploy.tokens.operators.torch_ops import runs_on, using
 
 _LOG = logging.getLogger(__name__)
 

@@ -17,15 +17,15 @@ from evit_deploy.environment.requirements import version_of
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.files import sha256
 from evit_deploy.registry import RUNTIMES
-from evit_deploy.tokens.library import ABI, Identity, cache, read_identity
+from evit_deploy.tokens.operators.library import ABI, Identity, cache, read_identity
 
 LIBRARY = "libevit_plugin.so"
 """Registers itself when it is loaded."""
 CREATORS = "libevit_plugin_creators.so"
 """Is registered by TensorRT, which loads it."""
 PLUGIN = ("evit", "TokenReorg")
-"""Namespace and name in TensorRT's registry: the operator's domain and name in :mod:`evit_deploy.tokens.op`, which
-imports PyTorch, as the builder's process does not."""
+"""Namespace and name in TensorRT's registry: the operator's domain and name in
+:mod:`evit_deploy.tokens.operators.token_reorg`, which imports PyTorch, as the builder's process does not."""
 BUILD = "evit-deploy plugin build"
 _LOADED: dict[Path, ctypes.CDLL] = {}  # a plugin library stays: its creator is in TensorRT's registry for good
 

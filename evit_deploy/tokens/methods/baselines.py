@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from evit_deploy.tokens.methods.evit import class_scores
-from evit_deploy.tokens.op import reorganize, select
+from evit_deploy.tokens.operators.token_reorg import reorganize, select
 from evit_deploy.tokens.reducer import TokenReducer
 
 

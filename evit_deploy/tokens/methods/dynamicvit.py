@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from evit_deploy.errors import InputError
 from evit_deploy.tokens.choices import linear_margin
-from evit_deploy.tokens.op import precise
+from evit_deploy.tokens.operators.token_reorg import precise
 from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, scheduled_rate
 from evit_deploy.tokens.reducer import TokenReducer, own_weights
 from evit_deploy.tokens.state import TokenState

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from evit_deploy.errors import InputError
-from evit_deploy.tokens import operator
 from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.choices import share_margin
 from evit_deploy.tokens.joining import cosines, join_margin, nearest_join, nearest_kept
-from evit_deploy.tokens.merge import token_merge
-from evit_deploy.tokens.op import precise
+from evit_deploy.tokens.operators import torch_ops
+from evit_deploy.tokens.operators.token_merge import token_merge
+from evit_deploy.tokens.operators.token_reorg import precise
 from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, make_plan
 from evit_deploy.tokens.reducer import TokenReducer
 from evit_deploy.tokens.state import TokenState, patches_back, rows_after, rows_after_keeping
@@ -197,7 +197,7 @@ def class_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
     Returns:
         FP32 ``[B, N - prefix]`` (FP64 from FP64 inputs); a row sums to less than 1.
     """
-    if operator.takes_scores(q, k):
+    if torch_ops.takes_scores(q, k):
         return torch.ops.evit.class_scores(q[:, :1], k, scale, prefix)[0]
     # A product and a sum, not a matmul: K keeps the layout in which the projection left it, nothing is transposed.
     logits = (precise(q[:, :1]) * precise(k)).sum(-1) * scale

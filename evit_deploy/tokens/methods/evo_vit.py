@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from evit_deploy.errors import InputError
 from evit_deploy.tokens.methods.evit import class_scores
-from evit_deploy.tokens.op import precise
+from evit_deploy.tokens.operators.token_reorg import precise
 from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, scheduled_rate
 from evit_deploy.tokens.reducer import TokenReducer, own_weights
 from evit_deploy.tokens.state import TokenState

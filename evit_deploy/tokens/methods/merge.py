@@ -23,7 +23,7 @@ from torch import Tensor
 from evit_deploy.tokens.choices import rounding_of
 from evit_deploy.tokens.joining import cosines, in_full, join_margin, nearest_join, nearest_kept
 from evit_deploy.tokens.methods.evit import class_scores
-from evit_deploy.tokens.op import precise
+from evit_deploy.tokens.operators.token_reorg import precise
 from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, make_plan
 from evit_deploy.tokens.sized import SizedReducer
 from evit_deploy.tokens.state import TokenState

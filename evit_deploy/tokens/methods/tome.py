@@ -18,7 +18,7 @@ from torch import Tensor
 
 from evit_deploy.errors import InputError
 from evit_deploy.tokens.choices import rounding_of
-from evit_deploy.tokens.op import precise, select
+from evit_deploy.tokens.operators.token_reorg import precise, select
 from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, scheduled_rate
 from evit_deploy.tokens.sized import SizedReducer
 from evit_deploy.tokens.state import TokenState

@@ -1,5 +1,5 @@
 // Answers calls of the op from standard input on standard output: numbers in, numbers out, checked by
-// tests/tokens/test_kernel.py against the oracle. Every buffer is allocated in its exact size, so that a
+// tests/tokens/operators/test_kernel.py against the oracle. Every buffer is allocated in its exact size, so that a
 // sanitizer (or compute-sanitizer, in the build for a GPU) sees every step outside.
 //
 // A call is a Header, x and scores; the answer a status and, if it is EVIT_OK, y and idx.

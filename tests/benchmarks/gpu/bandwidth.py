@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from evit_deploy.tokens.kernel import TokenReorgKernel
-from evit_deploy.tokens.op import reorganize, select
+from evit_deploy.tokens.operators.kernel import TokenReorgKernel
+from evit_deploy.tokens.operators.token_reorg import reorganize, select
 
 from .compiling import compiled
 from .device import Run, in_turns

@@ -7,7 +7,7 @@ import torch
 
 from evit_deploy.environment.nvidia import compute_capability, missing_gpu
 from evit_deploy.errors import EvitDeployError
-from evit_deploy.tokens.kernel import TokenReorgKernel
+from evit_deploy.tokens.operators.kernel import TokenReorgKernel
 
 from .job import Job
 

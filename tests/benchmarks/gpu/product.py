@@ -18,7 +18,7 @@ from .job import Job
 from .variants import seeded
 
 ROOT = Path(__file__).parents[3]
-ELSEWHERE = ("tests/tokens/test_kernel.py::test_compute_sanitizer_finds_nothing",)
+ELSEWHERE = ("tests/tokens/operators/test_kernel.py::test_compute_sanitizer_finds_nothing",)
 """Tests that other parts of the suite do more quickly."""
 TAIL = 1200
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import InputError
-from evit_deploy.tokens.kernel import TokenReorgKernel
-from evit_deploy.tokens.op import token_reorg
+from evit_deploy.tokens.operators.kernel import TokenReorgKernel
+from evit_deploy.tokens.operators.token_reorg import token_reorg
 from tests.support.cases import CASES, Case
 from tests.support.op_checks import TORCH, check_answer, to_numpy, to_torch
 

@@ -13,9 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evit_deploy import TokenSpec, reduce_tokens_
-from evit_deploy.tokens import operator
 from evit_deploy.tokens.backbone import copy_sharing_weights
 from evit_deploy.tokens.methods.evit import EViT
+from evit_deploy.tokens.operators import torch_ops
 from evit_deploy.tokens.reducer import TokenReducer
 
 TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
@@ -47,7 +47,7 @@ class BodyReducer(EViT):
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`TokenReducer.forward`."""
-        with operator.using(None, x.device):
+        with torch_ops.using(None, x.device):
             return super().forward(x, q, k)
 
 

@@ -23,8 +23,8 @@ from evit_deploy.engines.plugin.library import (
 from evit_deploy.errors import InputError, MissingRequirement, StageError
 from evit_deploy.files import sha256
 from evit_deploy.recipe.options import BatchProfile
-from evit_deploy.tokens.library import ABI, KERNEL, Identity, read_identity
-from evit_deploy.tokens.op import token_reorg
+from evit_deploy.tokens.operators.library import ABI, KERNEL, Identity, read_identity
+from evit_deploy.tokens.operators.token_reorg import token_reorg
 from tests.support import plugin_builds
 from tests.support.plugin_files import LINE, library
 

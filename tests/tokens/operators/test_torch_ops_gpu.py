@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from evit_deploy.tokens import operator
-from evit_deploy.tokens.kernel import TokenReorgKernel
+from evit_deploy.tokens.operators import torch_ops
+from evit_deploy.tokens.operators.kernel import TokenReorgKernel
 from tests.support import oracle, plugin_builds
 from tests.support.op_checks import TORCH, each_dtype, to_numpy
 from tests.support.operators import SHAPES, CountedKernel, queries_and_keys, reduced
@@ -18,7 +18,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @needs_gpu
 @pytest.mark.parametrize("dtype", TORCH.values(), ids=str)
 def test_on_a_gpu_it_keeps_the_rules_of_an_operator(dtype):
-    with operator.using(TokenReorgKernel(plugin_builds.gpu_library()), "cuda:0"):
+    with torch_ops.using(TokenReorgKernel(plugin_builds.gpu_library()), "cuda:0"):
         x = torch.randn(2, 46, 16, device="cuda:0", dtype=dtype, requires_grad=True)
         scores = torch.rand(2, 45, device="cuda:0", requires_grad=True)
         torch.library.opcheck(OP, (x, scores, 30, True, 1))
@@ -44,12 +44,12 @@ def test_on_a_gpu_the_score_row_matches_the_oracle(dtype):
 @needs_gpu
 def test_on_a_gpu_eager_compiled_and_trained_models_take_it():
     kernel = CountedKernel(plugin_builds.gpu_library())
-    with operator.using(kernel, "cuda:0"):
+    with torch_ops.using(kernel, "cuda:0"):
         model, images = reduced().cuda(), torch.randn(2, 3, 64, 64, device="cuda:0")
         with torch.inference_mode():
             ours = model(images)
         assert kernel.count == 3
-        with torch.inference_mode(), operator.using(None, "cuda:0"):
+        with torch.inference_mode(), torch_ops.using(None, "cuda:0"):
             wanted = model(images)
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
         compiled = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")

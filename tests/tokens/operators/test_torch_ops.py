@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.tokens import operator
-from evit_deploy.tokens.library import ABI, KERNEL, Identity
 from evit_deploy.tokens.methods.evit import class_scores
-from evit_deploy.tokens.op import reorganize, select, token_reorg
+from evit_deploy.tokens.operators import torch_ops
+from evit_deploy.tokens.operators.library import ABI, KERNEL, Identity
+from evit_deploy.tokens.operators.token_reorg import reorganize, select, token_reorg
 from tests.support import oracle, plugin_builds
 from tests.support.cases import CASES
 from tests.support.logs import notices
@@ -23,7 +23,7 @@ OP = torch.ops.evit.token_reorg.default
 @pytest.fixture
 def in_use():
     kernel = CountedKernel(plugin_builds.host_library())
-    with operator.using(kernel, "cpu"):
+    with torch_ops.using(kernel, "cpu"):
         yield kernel
 
 
@@ -107,7 +107,7 @@ def test_the_score_row_has_the_gradients_of_the_operations_in_pytorch(in_use):
         return torch.autograd.grad((class_scores(q, k, 0.25, 1) * weights).sum(), (q, k))
 
     ours = gradients()
-    with operator.using(None, "cpu"):
+    with torch_ops.using(None, "cpu"):
         wanted = gradients()
     for one, other in zip(ours, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
@@ -122,10 +122,10 @@ def test_keys_at_an_address_off_the_grid_are_copied_first(in_use):
 
 def test_queries_and_keys_off_the_grid_are_left_to_pytorch(in_use):
     q, k = queries_and_keys(1, 6, 2, 12, 1.0, "fp16")  # 24 bytes a head
-    assert not operator.takes_scores(q, k)
+    assert not torch_ops.takes_scores(q, k)
     assert class_scores(q, k, 0.3, 1).shape == (1, 5)
     wide = torch.rand(1, 6, 2, 16).transpose(2, 3)
-    assert not operator.takes_scores(wide, wide)
+    assert not torch_ops.takes_scores(wide, wide)
     with pytest.raises(InputError, match="off the grid of 16 bytes"):
         in_use.class_scores(q, k, 0.3, 1)
     with pytest.raises(InputError, match="not contiguous"):
@@ -142,7 +142,7 @@ def test_a_model_takes_it_in_eager_mode_and_under_autocast(in_use):
     with torch.inference_mode():
         ours = model(images)
         assert in_use.count == 3
-        with operator.using(None, "cpu"):
+        with torch_ops.using(None, "cpu"):
             wanted = model(images)
         assert in_use.count == 3
         with torch.autocast("cpu", torch.bfloat16):
@@ -231,9 +231,9 @@ def test_without_a_kernel_the_operator_says_so():
 def test_a_gpu_without_a_number_is_the_current_one(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     numbered = torch.device("cuda", 3)
-    with operator.using(None, "cuda"):
-        assert operator._IN_USE[numbered] is None
-    assert numbered not in operator._IN_USE
+    with torch_ops.using(None, "cuda"):
+        assert torch_ops._IN_USE[numbered] is None
+    assert numbered not in torch_ops._IN_USE
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_a_gpu_without_a_number_is_the_current_one(gpu, monkeypatch):
     ],
 )
 def test_a_library_is_for_some_gpus(architectures, capability, runs):
-    assert operator.runs_on(Identity("kernel", "0.1.0", 2, architectures, None), capability) == runs
+    assert torch_ops.runs_on(Identity("kernel", "0.1.0", 2, architectures, None), capability) == runs
 
 
 @pytest.fixture
@@ -268,18 +268,18 @@ def test_a_library_for_another_gpu_is_refused_when_named_and_passed_over_in_the_
     folder = tmp_path / "evit-deploy" / "plugins" / "0.1.0"
     folder.mkdir(parents=True)
     other = library(folder / KERNEL, "kernel", abi=ABI, architectures="80-real")
-    assert operator._find(gpu) is None
+    assert torch_ops._find(gpu) is None
     library(folder.with_name("0.2.0") / KERNEL, "kernel", architectures="90-real")  # says so, and cannot be loaded
     (folder.with_name("0.3.0")).mkdir()
     (folder.with_name("0.3.0") / KERNEL).write_bytes(b"")
     told = notices()
-    assert operator._find(gpu) is None
+    assert torch_ops._find(gpu) is None
     assert [line.partition(":")[0] for line in told] == ["ignoring a kernel in the cache"] * 2
-    monkeypatch.setenv(operator.ENVIRONMENT, "none")
-    assert operator._find(gpu) is None
-    monkeypatch.setenv(operator.ENVIRONMENT, str(other))
+    monkeypatch.setenv(torch_ops.ENVIRONMENT, "none")
+    assert torch_ops._find(gpu) is None
+    monkeypatch.setenv(torch_ops.ENVIRONMENT, str(other))
     with pytest.raises(MissingRequirement, match=r"EVIT_DEPLOY_KERNEL=.*not built for this GPU \(got 80-real"):
-        operator._find(gpu)
-    monkeypatch.setenv(operator.ENVIRONMENT, str(tmp_path / "none.so"))
+        torch_ops._find(gpu)
+    monkeypatch.setenv(torch_ops.ENVIRONMENT, str(tmp_path / "none.so"))
     with pytest.raises(InputError, match="the library cannot be read"):
-        operator._find(gpu)
+        torch_ops._find(gpu)

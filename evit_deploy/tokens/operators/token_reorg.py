@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import InputError
-from evit_deploy.tokens import operator
+from evit_deploy.tokens.operators import torch_ops
 
 if TYPE_CHECKING:
     import onnx
@@ -86,7 +86,7 @@ def token_reorg(x: Tensor, scores: Tensor, keep: int, fuse: bool, prefix: int) -
 
     Differentiable in ``x`` and, through the fused row, in ``scores``. During an ONNX export it becomes one
     ``evit::TokenReorg`` node; on a GPU the compiled kernel computes it where there is one
-    (:mod:`evit_deploy.tokens.operator`), else PyTorch.
+    (:mod:`evit_deploy.tokens.operators.torch_ops`), else PyTorch.
 
     Args:
         x: ``[B, prefix + N, C]``, FP32, FP16 or BF16.
@@ -124,7 +124,7 @@ def token_reorg(x: Tensor, scores: Tensor, keep: int, fuse: bool, prefix: int) -
             version=DOMAIN_VERSION,
         )
         return y, kept
-    if operator.takes(x, scores, prefix):
+    if torch_ops.takes(x, scores, prefix):
         return torch.ops.evit.token_reorg(x, scores, keep, fuse, prefix)
     kept = select(scores, keep)
     return reorganize(x, scores, kept, fuse, prefix), kept.to(torch.int32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import InputError
-from evit_deploy.tokens.op import DOMAIN, DOMAIN_VERSION, precise, rows_of
+from evit_deploy.tokens.operators.token_reorg import DOMAIN, DOMAIN_VERSION, precise, rows_of
 
 if TYPE_CHECKING:
     import onnx

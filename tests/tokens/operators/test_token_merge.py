@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evit_deploy.errors import InputError
-from evit_deploy.tokens.merge import NAME, onnx_function, token_merge
-from evit_deploy.tokens.op import DOMAIN, DOMAIN_VERSION
+from evit_deploy.tokens.operators.token_merge import NAME, onnx_function, token_merge
+from evit_deploy.tokens.operators.token_reorg import DOMAIN, DOMAIN_VERSION
 
 OPSET = 23
 TYPES = {"fp32": (onnx.TensorProto.FLOAT, np.float32), "fp16": (onnx.TensorProto.FLOAT16, np.float16)}

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.tokens.kernel import Cut, TokenReorgKernel, _Call
-from evit_deploy.tokens.library import ABI, read_identity
-from evit_deploy.tokens.op import token_reorg
+from evit_deploy.tokens.operators.kernel import Cut, TokenReorgKernel, _Call
+from evit_deploy.tokens.operators.library import ABI, read_identity
+from evit_deploy.tokens.operators.token_reorg import token_reorg
 from tests.support import plugin_builds
 from tests.support.case_program import CUTS, ProgramCall, answered, sent
 from tests.support.cases import CASES, Case

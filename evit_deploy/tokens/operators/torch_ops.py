@@ -2,9 +2,9 @@
 
 Eager PyTorch, ``torch.compile`` (one opaque node, no graph break) and training go through it where a kernel is in use:
 on CUDA the library that ``EVIT_DEPLOY_KERNEL`` names, or else the one that ``evit-deploy plugin build`` made for this
-GPU. Everywhere else
-:mod:`evit_deploy.tokens.op` and :mod:`evit_deploy.tokens.methods.evit` compute in PyTorch. The kernel's bits are its
-own, on every device and in every batch; PyTorch's sum of the fused row differs from them by rounding.
+GPU. Everywhere else :mod:`evit_deploy.tokens.operators.token_reorg` and :mod:`evit_deploy.tokens.methods.evit` compute
+in PyTorch. The kernel gives the same bits on every device and in every batch; PyTorch's sum of the fused row differs
+from them by rounding.
 """
 
 import logging
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import InputError, MissingRequirement
-from evit_deploy.tokens.kernel import DTYPES, TokenReorgKernel
-from evit_deploy.tokens.library import ABI, KERNEL, Identity, cache, read_identity
+from evit_deploy.tokens.operators.kernel import DTYPES, TokenReorgKernel
+from evit_deploy.tokens.operators.library import ABI, KERNEL, Identity, cache, read_identity
 
 ENVIRONMENT = "EVIT_DEPLOY_KERNEL"
 """Path of the kernel's library; ``none`` for PyTorch's own operations."""

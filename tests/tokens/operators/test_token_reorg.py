@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from evit_deploy.errors import InputError
 from evit_deploy.tokens.methods.evit import class_scores
-from evit_deploy.tokens.op import DOMAIN, DOMAIN_VERSION, NAME, onnx_function, select, token_reorg
+from evit_deploy.tokens.operators.token_reorg import DOMAIN, DOMAIN_VERSION, NAME, onnx_function, select, token_reorg
 from tests.support import oracle
 from tests.support.cases import CASES, DTYPES, EPS, Case
 from tests.support.op_checks import (

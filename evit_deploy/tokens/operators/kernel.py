@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evit_deploy.errors import InputError, MissingRequirement, StageError
-from evit_deploy.tokens.library import ABI, read_identity
+from evit_deploy.tokens.operators.library import ABI, read_identity
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INVALID_CALL = 1

@@ -1,4 +1,4 @@
-"""Whole processes: `convert` of a DeiT-S checkpoint and `--help`, wall seconds, CPU seconds and peak memory.
+"""Whole processes: `convert` of a DeiT-S checkpoint, `doctor` and `--help`, wall seconds, CPU seconds and peak memory.
 
 python tests/benchmarks/whole_commands.py --out docs/results/whole_commands.json
 """
@@ -41,6 +41,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-c", MAKE_CHECKPOINT, str(checkpoint)], check=True, cwd=Path(__file__).parent)
         commands = {
             "--help": ["--help"],
+            "doctor": ["doctor"],
             "convert deit_s.pth --keep-rate 0.7": [
                 "convert",
                 str(checkpoint),

@@ -14,13 +14,11 @@ print(msgspec.json.encode({target.name: target for target in available()}).decod
 """
 
 
-def test_targets_are_told_quickly_and_without_loading_anything():
+def test_targets_are_listed_without_loading_anything():
     code = """
-import sys, time
-started = time.perf_counter()
+import sys
 from evit_deploy.targets.target import usable_targets
 usable_targets()
-assert time.perf_counter() - started < 2, time.perf_counter() - started
 print([name for name in ("torch", "numpy", "onnx", "onnxruntime", "openvino", "tensorrt_rtx") if name in sys.modules])
 """
     assert python(code).strip() == "[]"

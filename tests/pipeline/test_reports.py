@@ -2,7 +2,6 @@ import csv
 import importlib.util
 import json
 import shutil
-import time
 
 import jsonschema
 import msgspec
@@ -64,10 +63,8 @@ def test_machines_are_told_apart(converted):
 
 def test_a_thousand_bundles(converted, tmp_path):
     manifest, report = converted.manifest, read_json(converted.file(REPORT), Report)
-    begun = time.process_time()
     page = report_page(side_by_side([(f"bundle {i}", manifest, report) for i in range(1000)]), "many")
     assert len(page) < 12_000_000
-    assert time.process_time() - begun < 60  # far from it: what grows faster than the bundles would show
 
 
 def test_a_report_of_another_version_is_refused(cli, converted, tmp_path):

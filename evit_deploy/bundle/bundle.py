@@ -40,7 +40,7 @@ class Bundle(msgspec.Struct, frozen=True):
             "multiply-adds": manifest.plan.total,
             "precision": manifest.precision,
             "input": f"{manifest.preprocess.size[0]} × {manifest.preprocess.size[1]} pixels",
-            "answer": f"{manifest.answer}, {manifest.outputs[0].shape[-1]} numbers",
+            "answer": f"{manifest.answer}, {manifest.answer_size} numbers",
             "labels": ", ".join(manifest.labels[:3]) + ", …" * (len(manifest.labels) > 3) if manifest.labels else "",
             "files": ", ".join(manifest.files),
             "folder": str(self.path),

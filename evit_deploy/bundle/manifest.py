@@ -162,6 +162,16 @@ class Manifest(msgspec.Struct, frozen=True):
         """Name of the model's output: ``logits``, or ``embedding`` for a model without classes."""
         return self.outputs[0].name
 
+    @property
+    def answer_size(self) -> int:
+        """How many numbers that output has for each image: classes, or the width of the embedding."""
+        return typing.cast(int, self.outputs[0].shape[1])
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of an image."""
+        return typing.cast(tuple[int, ...], self.inputs[0].shape[1:])
+
 
 def choose_profile(profiles: Sequence[BatchProfile], batch: int) -> int:
     """Index of the profile for a batch size: among those that cover it, the one tuned for the nearest size.

@@ -1,1 +1,1 @@
-"""The environment: packages, extras, GPU and driver, and the targets available with them."""
+"""What this machine has: packages, extras, GPU and driver, and the targets that makes usable."""

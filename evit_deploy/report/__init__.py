@@ -1,1 +1,1 @@
-"""Reports of checks and measurements, their statistics and tables."""
+"""What was checked and measured: the report, its statistics and its tables."""

@@ -1,8 +1,8 @@
-"""Reads files of ``torch.save``, in the zip format and in the legacy one.
+"""Files of ``torch.save``, in the zip format and in the one before it: what they describe, and tensors of it.
 
-PyTorch's own reader trusts a file's numbers: it allocates storages and tensors of the sizes in the pickle, and
-decompresses compressed parts. Here the pickle is read as descriptions (:mod:`evit_deploy.tensor_files.pickled`), and
-tensors are views of the mapped file, created only after they were checked.
+PyTorch's own reader trusts a file's numbers: it makes storages and tensors of the sizes that the pickle names, and
+unpacks compressed parts. Here the pickle is read as descriptions (:mod:`evit_deploy.tensor_files.pickled`), and tensors
+are views of the mapped file, made only of what was checked.
 """
 
 import io
@@ -24,13 +24,12 @@ from evit_deploy.errors import EvitDeployError, InputError
 from evit_deploy.tensor_files.described import Described, Odd, Storage, check, check_name, check_total
 from evit_deploy.tensor_files.pickled import Forbidden, read_pickle
 
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the legacy format
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before zip
 _LARGEST_DIRECTORY = 16 << 20
-"""Limit for a zip file's directory in bytes, more than MOST_TENSORS need; Python uses about ten times as much
-memory."""
+"""Bytes of a zip file's list of parts, more than MOST_TENSORS take; Python makes about ten times as much of it."""
 _DESCRIPTION, _SHARE = 1 << 20, 1024
 _ALIGNED = 8
-"""Size of the largest element in bytes: a storage that is not aligned to it is copied."""
+"""Bytes of the largest element: a storage that begins elsewhere is copied."""
 _SAVE = "Save the weights alone: torch.save(model.state_dict(), 'weights.pth')."
 
 
@@ -39,9 +38,9 @@ class TorchFile:
 
     Args:
         path: The file.
-        content: Content of its pickle, with descriptions in place of tensors.
-        regions: Offset and size of each storage in bytes.
-        swapped: Whether its byte order differs from this machine's.
+        content: What its pickle holds, with descriptions where tensors are.
+        regions: Where each storage lies, in bytes: offset and size.
+        swapped: Whether its bytes are in the other order than this machine's.
         error: Class of the errors to raise.
     """
 
@@ -57,13 +56,13 @@ class TorchFile:
         self.path, self.content, self._regions, self._swapped, self._error = path, content, regions, swapped, error
 
     def tensors(self, described: Mapping[Any, Described | Odd]) -> dict[str, Tensor]:
-        """Creates tensors, after checking all of them.
+        """Makes tensors, after all of them have been checked.
 
         Args:
-            described: Their descriptions by name, from ``content``.
+            described: Their descriptions by name, out of ``content``.
 
         Raises:
-            EvitDeployError: A name is invalid, or a tensor is not supported or exceeds the file.
+            EvitDeployError: A name that is none, or a tensor that is not read or asks for more than the file holds.
         """
         held = self.path.stat().st_size
         found = {name: self._checked(name, tensor) for name, tensor in described.items()}
@@ -117,15 +116,15 @@ def _view(tensor: Described, storage: torch.UntypedStorage) -> Tensor:
 
 
 def open_torch(path: Path, error: type[EvitDeployError] = InputError) -> TorchFile:
-    """Reads the descriptions in a file, without reading any tensor.
+    """Reads what a file describes, and no tensor of it.
 
     Args:
         path: The file.
         error: Class of the errors to raise.
 
     Raises:
-        EvitDeployError: Of the class ``error``: not a file of ``torch.save``, a damaged one, or one that contains
-            objects other than tensors.
+        EvitDeployError: Of the class ``error``: no file of ``torch.save``, a damaged one, or one that names something
+            else than tensors.
     """
     try:
         # Without O_NONBLOCK, opening a pipe waits for a writer.
@@ -155,7 +154,7 @@ def open_torch(path: Path, error: type[EvitDeployError] = InputError) -> TorchFi
 
 
 class _TooLargeError(Exception):
-    """A part of the file is larger than allowed."""
+    """A part that is larger than it has to be."""
 
     def __init__(self, what: str, seen: str, wanted: str) -> None:
         super().__init__(what)
@@ -163,7 +162,7 @@ class _TooLargeError(Exception):
 
 
 class _NotWeightsError(Exception):
-    """A PyTorch file with other content than weights."""
+    """A file of PyTorch that holds something else."""
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(what)
@@ -174,23 +173,23 @@ _Read = tuple[Any, dict[str, tuple[int, int]], bool]
 
 
 def _largest_description(size: int) -> int:
-    """Limit for a pickle in bytes; Python may use 75 times as much memory. A ViT-B's with its optimizer has 100,000."""
+    """Bytes of a pickle, of which Python may make 75 times as much. A ViT-B's with its optimizer has 100,000."""
     return _DESCRIPTION + size // _SHARE
 
 
 class _Bounded:
-    """Wraps a file so that no single read exceeds the limit for a zip file's directory."""
+    """A file that is not read in larger pieces than the list of a zip file's parts may be."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self.seek, self.tell = file.seek, file.tell
 
     def seekable(self) -> bool:
-        """Whether the file is seekable."""
+        """As of any file."""
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Reads bytes, up to the limit."""
+        """Some bytes."""
         if size > _LARGEST_DIRECTORY:
             raise _TooLargeError(
                 "too many parts in this zip file", f"{size:,} bytes of names", f"{_LARGEST_DIRECTORY:,}"
@@ -239,7 +238,7 @@ def _bytes(file: Any, start: int, length: int, most: int) -> bytes:
 
 
 def _region(file: Any, member: zipfile.ZipInfo, size: int) -> tuple[int, int]:
-    """Offset and size of a part's data; the local header must be consistent with the directory."""
+    """Where a part's bytes are. Both places that say so have to agree as far as they can."""
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size or member.flag_bits & 1:
         raise zipfile.BadZipFile("a part of it is compressed or encrypted; torch.save writes none")
     header = _bytes(file, member.header_offset, 30, most=30)
@@ -252,7 +251,7 @@ def _region(file: Any, member: zipfile.ZipInfo, size: int) -> tuple[int, int]:
 
 
 def _read_legacy(file: Any, size: int) -> _Read:
-    """Reads the legacy format: five pickles, then for each storage the number of its elements and their bytes."""
+    """The format before zip: five pickles, and then for each storage how many elements it has and their bytes."""
     most = _largest_description(size)
     head = file.read(min(size, most))
     stream = io.BytesIO(head)
@@ -260,7 +259,7 @@ def _read_legacy(file: Any, size: int) -> _Read:
         magic, protocol = (read_pickle(stream)[0] for _ in range(2))
         if (magic, protocol) != (_MAGIC, _PROTOCOL):
             raise pickle.UnpicklingError("it does not begin like a file of torch.save")
-        read_pickle(stream)  # byte order and type sizes of the machine
+        read_pickle(stream)  # of the machine
         content, itemsizes = read_pickle(stream)
         keys, _ = read_pickle(stream)
     except pickle.UnpicklingError:

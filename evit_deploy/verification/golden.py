@@ -124,16 +124,15 @@ def load_golden(path: Path, manifest: Manifest) -> Golden:
     Raises:
         InputError: The file is not a golden file, or not this model's.
     """
-    plan, answers = manifest.plan, ("images", manifest.outputs[0].shape[-1] or 0)
-    channels = manifest.inputs[0].shape[1] or 0
+    plan = manifest.plan
     floats = ("float32", "float64")
-    shapes: dict[str, tuple[int | str, ...]] = {
-        "inputs": ("images", channels, *manifest.preprocess.size), "terms": ("images",), "dense_terms": ("images",)
-    }  # fmt: skip
-    wanted = {name: ArraySpec(floats, shapes.get(name, answers)) for name in _PLAIN}
+    wanted = {name: ArraySpec(floats, ("images", manifest.answer_size)) for name in _PLAIN}
+    wanted["inputs"] = ArraySpec(floats, ("images", *manifest.image_shape))
+    wanted["terms"] = wanted["dense_terms"] = ArraySpec(floats, ("images",))
     wanted["precision"] = ArraySpec(("str",), ())
     for row in plan.locations:
-        numbers = plan.patches if row.choice == "merge" else (row.keep or 0) + (row.fused and not row.aside)
+        assert row.keep is not None
+        numbers = plan.patches if row.choice == "merge" else row.keep + (row.fused and not row.aside)
         wanted[f"kept_{row.block}"] = ArraySpec(("int32", "int64"), ("images", numbers))
         wanted[f"margin_{row.block}"] = ArraySpec(floats, ("images", plan.patches + 1), infinite=True)
     arrays = read_arrays(path, wanted, {"images": _IMAGES})
@@ -256,15 +255,15 @@ def make_golden(
     )  # fmt: skip
 
 
-def _first_of(model: Any) -> int:
-    """The first block that is not the dense model's own; 0 where the blocks before it cannot be left out."""
+def _first_of(model: Any) -> int | None:
+    """The first block that is not the dense model's own; ``None`` where the blocks before it cannot be left out."""
     blocks = backbone_of(model).blocks(model)
     stateful = any(isinstance(part, TokenReducer) and part.stateful for part in model.modules())
     locations = token_plan(model).locations
-    return locations[0].block if locations and not stateful and type(blocks) is torch.nn.Sequential else 0
+    return locations[0].block if locations and not stateful and type(blocks) is torch.nn.Sequential else None
 
 
-def _in_full(model: torch.nn.Module, inputs: np.ndarray, first: int, begun: dict[int, Tensor]) -> _InFull:
+def _in_full(model: torch.nn.Module, inputs: np.ndarray, first: int | None, begun: dict[int, Tensor]) -> _InFull:
     """Runs a model in FP32 and FP64.
 
     Args:
@@ -293,21 +292,24 @@ class _Begun(torch.nn.Module):
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
-        self.value = (value,)  # in a tuple: it is no weight
+        self.value = value
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.value[0]
+        return self.value
 
 
-def _begin_at(blocks: Any, first: int, begun: dict[int, Tensor]) -> None:
+def _begin_at(blocks: Any, first: int | None, begun: dict[int, Tensor]) -> None:
     """Leaves out the blocks before the first one that reduces, if what they give is known; else takes note of it."""
-    if first and first in begun:
+    if first is None:
+        return
+    if first in begun:
         for index in range(first):
             blocks[index] = _Begun(begun[first])
-    elif first:
+    else:
 
         def note(block: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
-            begun[first] = given[0].clone()
+            (tokens,) = given
+            begun[first] = tokens.clone()
 
         blocks[first].register_forward_pre_hook(note)
 
@@ -349,14 +351,14 @@ def _computing_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[torch.
 
     for block in blocks:
         block.register_forward_pre_hook(enter)
-        block.register_forward_hook(leave, always_call=True)
+        block.register_forward_hook(leave)
     yield twin
 
 
 def _cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
     for name, value in module._parameters.items():
         if value is not None and value.is_floating_point():
-            module._parameters[name] = torch.nn.Parameter(value.detach().to(dtype), requires_grad=False)
+            module._parameters[name] = torch.nn.Parameter(value.detach().to(dtype))
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.is_floating_point():
             module._buffers[name] = buffer.to(dtype)
@@ -372,14 +374,16 @@ def _classifier_terms(model: Any) -> Iterator[list[np.ndarray]]:
 
     def note(layer: torch.nn.Linear, given: tuple[Tensor, ...]) -> None:
         bias = torch.zeros(()) if layer.bias is None else layer.bias
-        found.append((given[0].abs() @ layer.weight.abs().T + bias.abs()).numpy())
+        (features,) = given
+        found.append((features.abs() @ layer.weight.abs().T + bias.abs()).numpy())
 
     classifier = model.get_classifier()
     layers = classifier if isinstance(classifier, tuple) else (classifier,)
     handles = [layer.register_forward_pre_hook(note) for layer in layers if isinstance(layer, torch.nn.Linear)]
 
     def scale(layer: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
-        found[:] = [terms / given[0].norm(dim=-1, keepdim=True).numpy() for terms in found]
+        (embedding,) = given
+        found[:] = [terms / embedding.norm(dim=1, keepdim=True).numpy() for terms in found]
 
     if is_normalized(model):
         handles.append(model.normalize.register_forward_pre_hook(scale))
@@ -392,19 +396,15 @@ def _classifier_terms(model: Any) -> Iterator[list[np.ndarray]]:
 
 def _largest(terms: list[np.ndarray], reference: np.ndarray) -> np.ndarray:
     """Of each image the largest over the classifiers and classes; without a classifier, of the features themselves."""
-    return np.max([np.abs(logits).max(axis=-1) for logits in terms or [reference]], axis=0)
+    return np.max([np.abs(logits).max(axis=1) for logits in terms or [reference]], axis=0)
 
 
 def _replayed(model: torch.nn.Module, inputs: np.ndarray, kept: list[np.ndarray]) -> tuple[np.ndarray, list[Any]]:
-    """Logits and scores of a model whose choices are given."""
+    """Logits and scores of a twin of a model, whose choices are given from here on."""
     reducers = [m for m in model.modules() if isinstance(m, TokenReducer) and m.plan.keep is not None]
     for reducer, choice in zip(reducers, kept, strict=True):
         reducer.given = torch.from_numpy(choice)
-    try:
-        logits, _, scores = _answers(model, inputs)
-    finally:
-        for reducer in reducers:
-            reducer.given = None
+    logits, _, scores = _answers(model, inputs)
     return logits, scores
 
 
@@ -437,7 +437,8 @@ def _quantized_answers(
         found = [
             replayed[name] for name in replayed if name.startswith(f"scores_{block}_") or name == f"scores_{block}"
         ]
-        scores.append(found[0] if len(found) == 1 else tuple(found))
+        one, *others = found
+        scores.append((one, *others) if others else one)
     answer = answer_in(replayed)
     return Expected(replayed[answer], scores, _run_graph(model, feeds(inputs))[answer], dense_logits)
 

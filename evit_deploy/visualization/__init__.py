@@ -1,1 +1,1 @@
-"""Pictures of the patches that a model keeps, fuses and merges, computed by PyTorch or a bundle's runtimes."""
+"""What a model keeps, fuses and merges of images: asked of PyTorch or of a bundle's runtimes, and drawn."""

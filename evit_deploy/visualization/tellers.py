@@ -1,4 +1,4 @@
-"""Sources of choices: a PyTorch model, a bundle's ONNX file including its scores, or any runtime of a bundle."""
+"""Who says what was chosen: a PyTorch model, a bundle's ONNX file with its scores, or any runtime of a bundle."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ BATCH = 8
 
 
 class Told(msgspec.Struct, frozen=True):
-    """Answers, choices and scores for a batch of images.
+    """What was said to some images.
 
     Args:
         answers: Logits or embeddings, float32 ``[n, width]``.
-        choices: The choice of each location, see :mod:`evit_deploy.tokens.choices`.
-        scores: The scores of each location; empty if not available.
+        choices: What each location chose, see :mod:`evit_deploy.tokens.choices`.
+        scores: What it chose by; none where that is not given out.
     """
 
     answers: np.ndarray
@@ -38,10 +38,10 @@ class Told(msgspec.Struct, frozen=True):
 
 
 class Teller(ABC):
-    """Runs a model on images and returns the choices of its locations; call :meth:`close` at the end.
+    """Runs a model on images and says what its locations chose; :meth:`close` ends it.
 
     Args:
-        runtime: Name of the runtime.
+        runtime: What it is called.
     """
 
     def __init__(self, runtime: str) -> None:
@@ -49,14 +49,14 @@ class Teller(ABC):
 
     @abstractmethod
     def tell(self, images: np.ndarray) -> Told:
-        """Runs prepared images.
+        """What is chosen for prepared images.
 
         Args:
             images: float32 ``[n, C, H, W]``.
         """
 
     def close(self) -> None:
-        """Releases its resources."""
+        """Gives up what it holds."""
         return
 
 
@@ -64,10 +64,10 @@ class PyTorch(Teller):
     """A model in PyTorch.
 
     Args:
-        model: A reduced model; not changed.
+        model: A reduced model; it stays as it is.
 
     Raises:
-        UnsupportedModelError: Its method does not expose its choices.
+        UnsupportedModelError: Its method decides in a way that is not seen from outside.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -102,7 +102,7 @@ class File(Teller):
         threads: CPU threads, ``None`` for the runtime's own choice.
 
     Raises:
-        InputError: The file was not exported by evit-deploy.
+        InputError: It is no such file.
         StageError: ONNX Runtime refuses it.
     """
 
@@ -115,7 +115,7 @@ class File(Teller):
 
     @staticmethod
     def unusable(bundle: Bundle) -> list[str]:
-        """Reasons why ONNX Runtime cannot run a bundle's file here; empty if it can."""
+        """Why ONNX Runtime cannot run a bundle's file here; empty where it can."""
         if MODEL not in bundle.manifest.files:
             return ["the bundle has no ONNX file"]
         return OnnxRuntimeRunner.accepts(bundle.file(MODEL))
@@ -139,10 +139,10 @@ class File(Teller):
 
 
 class Opened(Teller):
-    """A bundle on any runtime, without scores.
+    """A bundle on any runtime; scores are not among what they give out.
 
     Args:
-        model: The opened bundle; closed together with this object.
+        model: The opened bundle; closed with this.
     """
 
     def __init__(self, model: Model) -> None:
@@ -153,7 +153,7 @@ class Opened(Teller):
         """See :meth:`Teller.tell`.
 
         Raises:
-            InputError: The runtime's file does not return its choices.
+            InputError: The runtime runs a file that does not say what it keeps.
         """
         return Told(*self._model.choices(images))
 

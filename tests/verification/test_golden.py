@@ -3,12 +3,14 @@
 import copy
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from evit_deploy.export.answer import normalize_
 from evit_deploy.export.card import LOGITS, kept_name
+from evit_deploy.export.precision import set_precision
 from evit_deploy.models.create import create_model
 from evit_deploy.report.report import Report
 from evit_deploy.tokens.choices import FLOOR, original_patches
@@ -18,8 +20,9 @@ from evit_deploy.verification.agreement import agreement, answer_error, overlap,
 from evit_deploy.verification.golden import Golden, KnownAnswers, make_golden
 from evit_deploy.verification.tolerances import NOISE_LIMIT
 from evit_deploy.verification.verify import verify_precision
-from tests.support.exports import lowered, reduced
-from tests.support.models import TINY, images, of_kind
+from tests.support import levit_oracle
+from tests.support.exports import calibration_of, exported, lowered, reduced
+from tests.support.models import TINY, images, of_kind, seeded
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -140,6 +143,24 @@ def test_choices_of_two_places_are_compared_with_each_other():
     assert (same.tolist(), tie.tolist()) == ([False] * 3, [True, True, False])
 
 
+def test_of_a_merge_every_patch_is_compared_with_its_own_token():
+    """There it has a number for every patch, and the fused token's place in the margins means nothing."""
+    golden = synthetic((0, 1, [5]), kept={0: np.tile([0, 1, 2, 0, 1, 2], (3, 1))})
+    golden.margin[0][:, FUSED] = 0.5
+    kept = {0: golden.kept[0].copy()}
+    found = [part.tolist() for part in same_choice(golden, np.arange(3), golden.kept, kept, merging=[0])]
+    assert found == [[True] * 3, [False] * 3]
+    kept[0][:, 5] = 1  # within rounding in the second image alone
+    found = [part.tolist() for part in same_choice(golden, np.arange(3), golden.kept, kept, merging=[0])]
+    assert found == [[False] * 3, [False, True, False]]
+
+
+def test_a_model_that_chooses_nothing_chooses_the_same():
+    golden = synthetic(kept={}, margin={})
+    found = agreement(golden, np.arange(3), {LOGITS: golden.logits}, PLAN.dense())
+    assert (shares(found), found.overlap, found.error) == ((1, 0, 0), 1, 0)
+
+
 # Logits.
 
 
@@ -228,6 +249,19 @@ def test_terms_that_cancel_leave_room_for_their_own_rounding():
     assert golden.limit() == pytest.approx(FLOOR * EPS * golden.terms.max())
 
 
+@pytest.mark.parametrize("kind", ["plain", "distilled"])
+def test_terms_are_those_of_the_reference_and_of_no_other_choice(kind):
+    """Of the class token after the last norm; of two classifiers' terms the larger."""
+    model, inputs = reduced(kind), images(of_kind(kind), 4)
+    golden, exact = make_golden(model, of_kind(kind), inputs), model.double()
+    heads = [exact.head, exact.head_dist] if kind == "distilled" else [exact.head]
+    with torch.inference_mode():
+        tokens = exact.forward_features(torch.from_numpy(inputs).double()).abs()
+        terms = [tokens[:, i] @ head.weight.abs().T + head.bias.abs() for i, head in enumerate(heads)]
+    wanted = torch.cat(terms, dim=1).max(dim=1).values.numpy()
+    assert golden.terms == pytest.approx(wanted, rel=1e-9)
+
+
 def test_terms_of_a_normalized_embedding_are_scaled_as_it_is():
     model = create_model("vit_tiny_patch16_224", TINY | {"num_classes": 0, "projection": 20}).eval()
     inputs = images(model, 2)
@@ -306,18 +340,23 @@ def test_the_reference_keeps_what_the_fp32_model_kept():
         ("plain", TokenSpec(keep_rate=0.5, method="evo-vit", fuse=False)),
         ("plain", TokenSpec(method="tome", options={"merge": (5, 5, 5)})),
         ("LV-ViT", TokenSpec(keep_rate=0.6)),  # its stem has batch norms, whose buffers are cast too
+        ("Evo-LeViT", TokenSpec(keep_rate=0.5, method="evo-vit")),  # has buffers of indices, which are not
     ],
     ids=lambda part: part if isinstance(part, str) else f"{part.method} at {part.locations}",
 )
 def test_the_reference_is_the_model_itself_in_fp64(kind, spec):
     """Whatever blocks the two models are found to have in common."""
-    model, dense = reduce_tokens_(of_kind(kind), spec), of_kind(kind)
+
+    def fresh() -> Any:
+        return seeded("evo_levit_128s", **levit_oracle.TINY_ARGS) if kind == "Evo-LeViT" else of_kind(kind)
+
+    model, dense = reduce_tokens_(fresh(), spec), fresh()
     inputs = images(model, 2)
     golden, known = make_golden(model, dense, inputs), KnownAnswers()
-    make_golden(reduced(kind), dense, inputs, known=known)
+    make_golden(reduce_tokens_(fresh(), msgspec.structs.replace(spec, locations=None)), dense, inputs, known=known)
     with torch.inference_mode():
         exact, whole = (one.double()(torch.from_numpy(inputs).double()).numpy() for one in (model, dense))
-    for made in golden, make_golden(reduce_tokens_(of_kind(kind), spec), of_kind(kind), inputs, known=known):
+    for made in golden, make_golden(reduce_tokens_(fresh(), spec), fresh(), inputs, known=known):
         np.testing.assert_allclose(made.reference, exact, rtol=0, atol=1e-12)
         np.testing.assert_allclose(made.dense_reference, whole, rtol=0, atol=1e-12)
 
@@ -336,6 +375,56 @@ def test_blocks_that_both_models_share_are_computed_once_in_fp64():
     finally:
         handle.remove()
     assert len(seen) == 4 + 2 + 2  # the dense model; the reduced one from its location on, with either choice
+
+
+def test_no_second_copy_of_all_weights_is_in_memory():
+    """Only the block that is running has its weights in FP64."""
+    model, dense = reduced("plain"), of_kind("plain")
+    kinds, seen = {type(block) for block in (*model.blocks, *dense.blocks)}, []
+
+    def look(module: torch.nn.Module, given: Any) -> None:
+        if type(module) in kinds:
+            cast = [one for one in seen if next(one.parameters()).dtype == torch.float64]
+            assert cast == []
+            seen.append(module)
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        make_golden(model, dense, images(dense, 1))
+    finally:
+        handle.remove()
+    assert len(seen) >= 2 * 4 * 2
+
+
+def test_products_are_in_full_fp32_whatever_the_process_has_set():
+    model, seen = of_kind("plain"), []
+    handle = model.norm.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        make_golden(model, model, images(model, 1))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+        handle.remove()
+    assert set(seen) == {"highest"}
+
+
+def test_known_answers_are_those_of_the_same_layers():
+    """A search that leaves other layers unquantized asks the dense twin again; one that leaves the same does not."""
+    model, dense = reduced("plain"), of_kind("plain")
+    inputs, known, twins = images(dense, 2), KnownAnswers(), []
+    for keep in ((), ("blocks.3.mlp.*",)):
+        pair: Any = tuple(
+            set_precision(exported("plain", spec), "int8", calibration=calibration_of("plain"), keep=keep)
+            for spec in (TokenSpec(keep_rate=0.6), None)
+        )
+        twins.append(make_golden(model, dense, inputs, "int8", pair, known).dense_expected)
+        np.testing.assert_array_equal(twins[-1], make_golden(model, dense, inputs, "int8", pair).dense_expected)
+        without_twin: Any = (pair[0], None)
+        again = make_golden(model, dense, inputs, "int8", without_twin, known).dense_expected
+        np.testing.assert_array_equal(twins[-1], again)
+    assert not np.array_equal(*twins)
 
 
 def test_equal_patches_are_a_tie_in_the_golden_file():

@@ -160,8 +160,10 @@ BROKEN: dict[str, tuple[Callable[[Bundle, Path], None], str]] = {
     "complex": (_changed(lambda a: a.update(logits=a["logits"].astype(complex))), "logits: an array of the wrong type"),
     "a long precision": (_changed(lambda a: a.update(precision=np.array("x" * 999))), "precision: an array"),
     "another precision": (_changed(lambda a: a.update(precision=np.array("bf16"))), "precision of the golden"),
-    "no such patch": (_changed(lambda a: a["kept_1"].__setitem__((0, 0), 10**6)), "numbers of patches"),
-    "a patch below": (_changed(lambda a: a["kept_1"].__setitem__((0, 0), -7)), "numbers of patches"),
+    "no such patch": (
+        _changed(lambda a: a["kept_1"].__setitem__((0, 0), 36)), r"kept_1.*got -1 to 36, expected -1 to 35"
+    ),
+    "a patch below": (_changed(lambda a: a["kept_1"].__setitem__((0, 0), -2)), r"kept_1.*got -2 to \d+, expected -1"),
     "twice": (_twice, "do not belong there"),
     "longer": (_longer_than_it_is, "golden"),
 }  # fmt: skip

@@ -18,6 +18,7 @@ from evit_deploy.files import sha256
 from evit_deploy.report.report import Report
 from evit_deploy.verification.golden import load_golden
 from evit_deploy.verification.verify import hold_golden, verify
+from tests.support.models import of_kind
 
 Arrays = dict[str, np.ndarray]
 
@@ -116,6 +117,17 @@ def test_a_bundle_that_lies_about_all_of_itself_is_found_by_its_checkpoint(bundl
 
 
 SIGNED = ("logits", "reference", "swapped", "expected", "expected_free")
+
+
+def test_ties_explain_as_much_as_another_choice_changes(bundle):
+    """Five times what it does is more than processors and draws differ by, and is no size of an answer."""
+
+    def widen(arrays: Arrays) -> None:
+        arrays["swapped"] = arrays["reference"] + 5 * (arrays["swapped"] - arrays["reference"])
+        arrays.update({name: np.zeros_like(arrays[name]) for name in arrays if name.startswith("margin_")})
+
+    change_golden(bundle, widen)
+    assert "golden file: tolerance on ties" in failed(checked(bundle))
 
 
 def test_patches_that_were_not_kept(bundle):
@@ -218,3 +230,9 @@ def test_leaving_out_the_model_does_not_make_tolerances_believed(bundle):
         _, report = hold_golden(left, golden, None, "it is gone", served=served)
         assert report.passed == served
         assert "as they were written" in report.notes[0]
+        assert "Give --against CHECKPOINT" in report.notes[0]
+    # The checkpoint says nothing of what is quantized where.
+    golden = msgspec.structs.replace(golden, precision="int8")
+    _, report = hold_golden(left, golden, of_kind("plain"), "", served=False)
+    assert not report.passed
+    assert report.notes[0].endswith("to find them by. Verify the bundle.")

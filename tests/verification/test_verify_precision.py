@@ -12,7 +12,7 @@ import pytest
 from onnx import ModelProto
 
 from evit_deploy.errors import InputError
-from evit_deploy.export.card import INPUT, LOGITS, kept_name
+from evit_deploy.export.card import EMBEDDING, INPUT, LOGITS, kept_name
 from evit_deploy.report.report import Report
 from evit_deploy.tokens.reduce import token_plan
 from evit_deploy.verification.accuracy import infer_all
@@ -187,6 +187,22 @@ def test_a_tie_may_fall_otherwise_at_another_place(verified, tie, share, failed)
     assert moved or tie
 
 
+@pytest.mark.parametrize("image", [0, 1])
+def test_two_images_are_tried_at_every_place(verified, image):
+    golden = golden_of("fp32")
+
+    def answer(inputs: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = truth(inputs)
+        if all(np.array_equal(given, golden.inputs[image]) for given in inputs):
+            outputs[LOGITS][1] += 1
+        return outputs
+
+    report, _ = verified(golden, answer)
+    (check,) = report.failed
+    assert check.name == "x, batch 2: same answer at every place"
+    assert check.reason == "logits: moved by 1.00e+00 with its place"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_the_dense_twin_is_held_to_the_dense_model(precision):
     golden = golden_of(precision)
@@ -217,7 +233,16 @@ def test_runtimes_agree_by_top_1_by_patches_and_by_logits(converted):
     row = agreement_row("a", one, "b", other, converted.manifest)
     assert (row.first, row.second, row.images, row.top1, row.logits) == ("a", "b", 2, 0.5, 1.0)
     assert row.kept == {"1": (1 + 1 / 3) / 2}  # the other does not tell the second location
+    assert row.cosine is None
     assert agreement_row("a", one, "c", Answers(other.logits, {}), converted.manifest).kept == {}
+
+
+def test_runtimes_agree_on_an_embedding_by_its_direction(converted):
+    embedding = msgspec.structs.replace(converted.manifest.outputs[0], name=EMBEDDING)
+    manifest = msgspec.structs.replace(converted.manifest, outputs=(embedding,))
+    one, other = (Answers(np.array(rows), {}) for rows in ([[1.0, 0.0], [3.0, 4.0]], [[2.0, 0.0], [4.0, 3.0]]))
+    row = agreement_row("a", one, "b", other, manifest)
+    assert (row.top1, row.logits, row.cosine) == (None, 1.0, pytest.approx(24 / 25))
 
 
 def test_a_runtime_that_does_not_run_a_file_is_refused():

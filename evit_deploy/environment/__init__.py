@@ -1,1 +1,1 @@
-"""What this machine has: packages, extras, GPU and driver, and the targets that makes usable."""
+"""The environment: packages, extras, GPU and driver, and the targets available with them."""

@@ -1,4 +1,4 @@
-"""Whether a target can be made and run on this machine, by what is installed and what its GPU is."""
+"""Whether a target can be built and run on this machine, by installed packages and GPU."""
 
 from collections.abc import Mapping
 
@@ -16,12 +16,12 @@ from evit_deploy.environment.requirements import (
 from evit_deploy.errors import MissingRequirement
 
 RTX_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""What TensorRT-RTX builds for and runs on, in the order of the bits in a plan's header."""
+"""GPUs supported by TensorRT-RTX, in the order of the bits in an engine's header."""
 
-# The first driver branch of a CUDA major version; an older driver runs nothing that was built with it.
+# First driver branch of each CUDA major version; older drivers cannot run code built with it.
 _FIRST_DRIVER = {12: 525, 13: 580}
 
-_TENSORRT_SINCE = (7, 5)  # the first compute capability that TensorRT 10.15 and newer has kernels for
+_TENSORRT_SINCE = (7, 5)  # lowest compute capability supported by TensorRT 10.15 and later
 
 _NO_GPU = "no NVIDIA GPU is visible"
 _GPU_FIX = "Run it on a machine with an NVIDIA GPU and its driver; CUDA_VISIBLE_DEVICES may hide one."
@@ -29,19 +29,19 @@ _GPU_FIX = "Run it on a machine with an NVIDIA GPU and its driver; CUDA_VISIBLE_
 _FOR_ONNX = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-ir", "numpy", "onnxruntime")
 
 TENSORRT = "tensorrt"
-"""Name of the runtime that takes plugins, of its extra and of its package."""
+"""Name of the runtime that supports plugins, of its extra and of its package."""
 
 
 class Needs(msgspec.Struct, frozen=True):
-    """What a target needs of a machine, beyond what every target does.
+    """Requirements of a target, in addition to those of every target.
 
     Args:
-        extra: The extra with its packages.
-        wheel: Package whose wheels are built for one CUDA version each, where there is one.
-        gpu: Whether what was made runs on an NVIDIA GPU only.
-        ahead: Whether it is built for GPUs that are named, on any machine.
-        gpus: Compute capabilities it runs on; all from :data:`_TENSORRT_SINCE` on when empty.
-        label: The library's own name.
+        extra: Extra with its packages.
+        wheel: Package whose wheels are specific to a CUDA version, if any.
+        gpu: Whether the result runs only on an NVIDIA GPU.
+        ahead: Whether it can be built on any machine for given GPUs.
+        gpus: Supported compute capabilities; if empty, all from :data:`_TENSORRT_SINCE` on.
+        label: Name of the library.
     """
 
     extra: str | None = None
@@ -53,14 +53,14 @@ class Needs(msgspec.Struct, frozen=True):
 
 
 class Availability(msgspec.Struct, frozen=True):
-    """What can be done for one target here.
+    """Availability of a target on this machine.
 
     Args:
-        name: As in ``--target``.
-        builds: Whether it can be made here.
-        runs: Whether what was made runs here.
-        reasons: Why not.
-        fix: The line that mends the first of them.
+        name: Name of the target, as in ``--target``.
+        builds: Whether it can be built here.
+        runs: Whether the result runs here.
+        reasons: Why not, if either is false.
+        fix: The command that fixes the first of them.
     """
 
     name: str
@@ -73,13 +73,13 @@ class Availability(msgspec.Struct, frozen=True):
 def availability(
     name: str, needs: Needs, driver: Nvidia | None = None, broken: Mapping[str, str] | None = None
 ) -> Availability:
-    """Whether a target can be made and run here, by what is installed and what the GPU is.
+    """Checks whether a target can be built and run here, by installed packages and GPU.
 
     Args:
-        name: Of the target.
-        needs: What it needs.
-        driver: What :func:`nvidia` said, if it was asked already.
-        broken: Package -> why it does not load, if that was tried.
+        name: Name of the target.
+        needs: Its requirements.
+        driver: Result of :func:`nvidia`, if known.
+        broken: Package -> why it does not load, if tested.
     """
     driver, broken = driver or nvidia(), broken or {}
     try:
@@ -91,7 +91,7 @@ def availability(
     if problems:
         reasons = tuple(f"{package} does not load: {why}" for package, why in problems)
         return Availability(name, False, False, reasons, f"pip install --force-reinstall {problems[0][0]}")
-    # Every target starts from the portable file.
+    # Every target is built from the portable file.
     faults = {package: clause for package in _FOR_ONNX if (clause := fault(required[package]))}
     if faults:
         return Availability(name, False, False, tuple(faults.values()), pip_install(required[p] for p in faults))
@@ -104,7 +104,7 @@ def availability(
 
 
 def _device(name: str, needs: Needs, driver: Nvidia) -> tuple[str | None, str | None]:
-    """Why the GPU here does not do for a target, and what would."""
+    """Why the GPU here does not suit a target, and the fix."""
     if not driver.gpus:
         return (f"{_NO_GPU}: {driver.error}" if driver.error else _NO_GPU), _GPU_FIX
     cuda = cuda_of(needs.wheel) if needs.wheel is not None else None
@@ -122,7 +122,7 @@ def _device(name: str, needs: Needs, driver: Nvidia) -> tuple[str | None, str | 
 
 
 def cuda_of(package: str) -> int | None:
-    """CUDA major version that a library is built with, read off the name of its wheel."""
+    """CUDA major version that a library is built with, from the name of its wheel."""
     majors = [major for major in _FIRST_DRIVER if version_of(f"{package}-cu{major}") is not None]
     return max(majors, default=None)
 

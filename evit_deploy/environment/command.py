@@ -1,4 +1,4 @@
-"""The command line that is running, as its user could type it again."""
+"""The command line of this process, in a form that can be run again."""
 
 import re
 import shlex
@@ -10,18 +10,18 @@ _PASSWORD = re.compile(r"(?<=//)[^/@\s]+(?=@)")
 
 
 def note_command(arguments: Sequence[str]) -> None:
-    """Takes down what ``evit-deploy`` was called with; reports made from now on have it.
+    """Records the command line, for reports.
 
     Args:
-        arguments: Without the program's name.
+        arguments: Arguments without the program's name.
     """
     _ARGUMENTS.set(tuple(arguments))
 
 
 def commands() -> tuple[str, ...]:
-    """The command that is running; empty where Python called the library.
+    """The command line of this process; empty if the library was called from Python.
 
-    Names and passwords in addresses (``http://user:password@host``) are left out.
+    User names and passwords in addresses (``http://user:password@host``) are removed.
     """
     found = _ARGUMENTS.get()
     return () if found is None else (shlex.join(["evit-deploy", *(_PASSWORD.sub("…", one) for one in found)]),)

@@ -1,4 +1,4 @@
-"""The machine and the packages that a report is about."""
+"""Machine and package versions, for reports."""
 
 import importlib.metadata
 import os
@@ -9,7 +9,7 @@ import evit_deploy
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that have a part in an exported file."""
+    """Versions of the packages that affect an exported file."""
     packages = ("torch", "timm", "onnx", "onnxscript", "onnxruntime")
     return {"evit-deploy": evit_deploy.__version__} | {name: importlib.metadata.version(name) for name in packages}
 

@@ -1,8 +1,7 @@
-"""What the NVIDIA driver says, through NVML: which GPUs there are, and how fast each is allowed to run at the moment.
+"""GPUs and their current clocks, as reported by the NVIDIA driver through NVML.
 
-A measurement on a GPU whose clocks moved measured the clocks. NVIDIA's own advice is to lock them first
-(``nvidia-smi --lock-gpu-clocks``); a :class:`GpuState` shows whether they were, and whether something slowed the GPU
-down.
+Timings are not comparable if the GPU's clocks changed in between. NVIDIA recommends locking them first (``nvidia-smi
+--lock-gpu-clocks``); a :class:`GpuState` shows whether they were, and whether something slowed the GPU down.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ import msgspec
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import MissingRequirement
 
-# Bits of nvmlDeviceGetCurrentClocksEventReasons (nvml.h) -> what slows the GPU down.
+# Bits of nvmlDeviceGetCurrentClocksEventReasons (nvml.h) -> reason.
 REASONS = {
     0x1: "it is idle",
     0x2: "application clocks are set",
@@ -31,16 +30,16 @@ REASONS = {
 
 
 class GpuState(msgspec.Struct, frozen=True):
-    """A GPU at one moment; ``None`` where the driver does not say.
+    """State of a GPU at one moment; ``None`` for values that the driver does not report.
 
     Args:
-        name: As the driver calls it.
-        driver: Version.
+        name: Name reported by the driver.
+        driver: Driver version.
         compute_capability: ``sm80``.
-        sm_clock: MHz now.
-        sm_clock_max: MHz at most.
-        memory_clock: MHz now.
-        memory_clock_max: MHz at most.
+        sm_clock: Current MHz.
+        sm_clock_max: Maximum MHz.
+        memory_clock: Current MHz.
+        memory_clock_max: Maximum MHz.
         throttled_by: Bits of ``REASONS``.
         temperature: °C.
         power: Watts.
@@ -61,7 +60,7 @@ class GpuState(msgspec.Struct, frozen=True):
 
     @property
     def reasons(self) -> list[str]:
-        """What slows it down, in words."""
+        """Reasons for reduced clocks, as text."""
         return reasons_in_words(self.throttled_by)
 
 
@@ -69,7 +68,7 @@ class Gpu(msgspec.Struct, frozen=True):
     """One GPU.
 
     Args:
-        name: As the driver calls it.
+        name: Name reported by the driver.
         capability: Compute capability.
         memory: Bytes.
     """
@@ -85,13 +84,13 @@ class Gpu(msgspec.Struct, frozen=True):
 
 
 class Nvidia(msgspec.Struct, frozen=True):
-    """What the NVIDIA driver says.
+    """Driver and GPUs, as reported by the NVIDIA driver.
 
     Args:
         driver: Its version; ``None`` without one.
-        cuda: The newest CUDA version it runs.
-        gpus: Those that this process may use.
-        error: Why nothing more could be learned.
+        cuda: Newest CUDA version that it supports.
+        gpus: The GPUs visible to this process.
+        error: Why the query failed.
     """
 
     driver: str | None = None
@@ -101,7 +100,7 @@ class Nvidia(msgspec.Struct, frozen=True):
 
 
 def reasons_in_words(bits: int) -> list[str]:
-    """Puts NVML's clock event reasons into words.
+    """Converts NVML's clock event reasons to text.
 
     >>> reasons_in_words(0x44)
     ['the power limit is reached', 'it is too hot (hardware limit)']
@@ -112,7 +111,7 @@ def reasons_in_words(bits: int) -> list[str]:
 
 
 def missing_gpu() -> MissingRequirement | None:
-    """What is missing here for work on a GPU; ``None`` when PyTorch reaches one."""
+    """The error for a missing GPU; ``None`` if PyTorch can use one."""
     import torch
 
     if torch.cuda.is_available():
@@ -131,14 +130,14 @@ def missing_gpu() -> MissingRequirement | None:
 
 
 def current_device() -> int:
-    """PyTorch's number of the GPU that work goes to."""
+    """PyTorch's index of the current GPU."""
     import torch
 
     return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 def compute_capability(device: int = 0) -> str | None:
-    """``sm80`` and the like, from PyTorch; ``None`` without a GPU."""
+    """Compute capability as reported by PyTorch, such as ``sm80``; ``None`` without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -149,11 +148,11 @@ def compute_capability(device: int = 0) -> str | None:
 
 @contextlib.contextmanager
 def _nvml() -> Iterator[Any]:
-    """NVML between its init and its shutdown; it neither loads CUDA nor takes memory on the GPU.
+    """Initializes NVML and shuts it down at the end. NVML does not load CUDA or use GPU memory.
 
     Raises:
         ImportError: nvidia-ml-py is not installed, or damaged.
-        Exception: The driver does not answer; pynvml makes its classes at run time.
+        Exception: The driver does not respond; pynvml creates its exception classes at run time.
     """
     try:
         import pynvml
@@ -168,13 +167,13 @@ def _nvml() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def gpu_reader(device: int = 0) -> Iterator[Callable[[], GpuState]]:
-    """A function that looks at a GPU, each time it is called.
+    """Yields a function that reads the state of a GPU.
 
     Args:
-        device: PyTorch's number of it, which ``CUDA_VISIBLE_DEVICES`` renumbers; NVML is asked by its UUID.
+        device: PyTorch's index, which depends on ``CUDA_VISIBLE_DEVICES``; NVML is queried by UUID.
 
     Raises:
-        MissingRequirement: No GPU, or no nvidia-ml-py.
+        MissingRequirement: There is no GPU, or nvidia-ml-py is not installed.
     """
     lacking = missing_gpu()
     if lacking is not None:
@@ -194,7 +193,7 @@ def gpu_reader(device: int = 0) -> Iterator[Callable[[], GpuState]]:
         properties = torch.cuda.get_device_properties(device)
         try:
             handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-        except nvml.NVMLError as error:  # a slice of a GPU (MIG) has another kind of number
+        except nvml.NVMLError as error:  # a slice of a GPU (MIG) has another kind of ID
             raise MissingRequirement(
                 f"the driver does not know PyTorch's GPU by its number ({error})", seen=str(properties.uuid)
             ) from None
@@ -202,7 +201,7 @@ def gpu_reader(device: int = 0) -> Iterator[Callable[[], GpuState]]:
 
 
 def snapshot(device: int = 0) -> GpuState:
-    """Looks at a GPU once; see :func:`gpu_reader`."""
+    """Reads the state of a GPU once; see :func:`gpu_reader`."""
     with gpu_reader(device) as read:
         return read()
 
@@ -211,12 +210,12 @@ def _state(nvml: Any, handle: Any, properties: Any) -> GpuState:
     def ask(function: str, *arguments: Any) -> Any:
         try:
             return getattr(nvml, function)(handle, *arguments)
-        except nvml.NVMLError:  # not every GPU answers every question; a virtual one answers few
+        except nvml.NVMLError:  # not every GPU supports every query; virtual ones support few
             return None
 
     power, limit = ask("nvmlDeviceGetPowerUsage"), ask("nvmlDeviceGetPowerManagementLimit")
     reasons = ask("nvmlDeviceGetCurrentClocksEventReasons")
-    if reasons is None:  # its name before driver 535
+    if reasons is None:  # the function's name before driver 535
         reasons = ask("nvmlDeviceGetCurrentClocksThrottleReasons")
     return GpuState(
         name=properties.name,
@@ -234,14 +233,14 @@ def _state(nvml: Any, handle: Any, properties: Any) -> GpuState:
 
 
 def nvidia() -> Nvidia:
-    """Asks NVML; never raises."""
+    """Queries NVML; never raises."""
     try:
         with _nvml() as nvml:
             driver = str(nvml.nvmlSystemGetDriverVersion())
             version = int(nvml.nvmlSystemGetCudaDriverVersion_v2())
             gpus = _visible([_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())])
             return Nvidia(driver, (version // 1000, version % 1000 // 10), tuple(gpus))
-    except Exception as error:  # none here, a driver that was updated under a running machine, a GPU off its bus
+    except Exception as error:  # no driver, a driver updated without a reboot, a GPU that fell off the bus
         return Nvidia(error=str(error))
 
 
@@ -253,7 +252,7 @@ def _gpu(nvml: Any, index: int) -> tuple[str, Gpu]:
 
 
 def _visible(gpus: list[tuple[str, Gpu]]) -> list[Gpu]:
-    """NVML knows all GPUs; CUDA only those that CUDA_VISIBLE_DEVICES names, up to the first name it does not know."""
+    """Filters NVML's list of all GPUs by CUDA_VISIBLE_DEVICES, up to its first unknown entry, as CUDA does."""
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:
         return [gpu for _, gpu in gpus]
@@ -261,7 +260,7 @@ def _visible(gpus: list[tuple[str, Gpu]]) -> list[Gpu]:
     for name in (part.strip() for part in wanted.split(",")):
         if name.isdecimal() and int(name) < len(gpus):
             visible.append(gpus[int(name)][1])
-        elif name.startswith("MIG-") and gpus:  # a slice of some GPU here; all that is asked of it is the same
+        elif name.startswith("MIG-") and gpus:  # a slice of some GPU here; the values needed are the same
             visible.append(gpus[0][1])
         elif name and (match := [gpu for identity, gpu in gpus if identity.startswith(name)]):
             visible.append(match[0])

@@ -1,7 +1,7 @@
-"""What evit-deploy needs, as its own metadata says, and what of it is installed here, without importing it.
+"""The requirements of evit-deploy according to its metadata, and the installed versions, without importing packages.
 
-The bounds stand in ``pyproject.toml`` only; pip writes them into the metadata that is read here. What is installed may
-still be broken: :mod:`evit_deploy.doctor.doctor` loads it all, in separate processes, and says so.
+The bounds are defined only in ``pyproject.toml``; pip copies them to the metadata that is read here. An installed
+package may still be broken; :mod:`evit_deploy.doctor.doctor` finds out by loading each one in a separate process.
 """
 
 import functools
@@ -28,9 +28,9 @@ EXTRAS = {
     "digits": "handwritten digits as training data, for trying things out",
     "wild": "the photographs behind the digits of digits-in-the-wild",
 }
-"""Extra -> what it is for. ``dev`` and ``docs`` are left out: they are for working on evit-deploy, not with it."""
+"""Extra -> purpose. ``dev`` and ``docs`` are left out because they serve only development."""
 
-# Wheels for one CUDA version can be installed without the metapackage that picks one.
+# Wheels for a specific CUDA version can be installed without the metapackage that selects one.
 _ALSO_KNOWN_AS = {
     "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
@@ -39,10 +39,10 @@ _ALSO_KNOWN_AS = {
 
 
 def needed(extra: str = "") -> dict[str, Requirement]:
-    """Packages that evit-deploy needs on this machine, by name; with an extra, those that the extra adds.
+    """Required packages on this machine by name; with an extra, those that it adds.
 
     Raises:
-        MissingRequirement: evit-deploy runs from files that were never installed, so that it has no metadata.
+        MissingRequirement: evit-deploy has no metadata, because it runs from files that were not installed.
     """
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
@@ -68,7 +68,7 @@ def _parsed(line: str) -> Requirement:
 
 
 def version_of(package: str) -> str | None:
-    """Installed version of a distribution (or of one that stands in for it), or ``None``."""
+    """Installed version of a distribution or of its substitute; ``None`` if neither is installed."""
     for name in (package, *_ALSO_KNOWN_AS.get(package, ())):
         try:
             version = importlib.metadata.version(name)
@@ -80,7 +80,7 @@ def version_of(package: str) -> str | None:
 
 
 def bounds(requirement: Requirement) -> str:
-    """The versions that fit, lower bound first.
+    """The accepted versions, lower bound first.
 
     >>> bounds(Requirement("torch<2.15,>=2.14"))
     '>=2.14,<2.15'
@@ -89,13 +89,13 @@ def bounds(requirement: Requirement) -> str:
 
 
 def fault(requirement: Requirement) -> str | None:
-    """What is wrong with a package, as a clause; ``None`` if a version that fits is installed."""
+    """What is wrong with a package, as a clause; ``None`` if an accepted version is installed."""
     name = canonicalize_name(requirement.name)
     version = version_of(name)
     if version is None:
         return f"{name} is not installed"
     try:
-        # pip chooses no pre-release by itself; one that is installed was chosen by its user.
+        # pip selects no pre-release by default, so an installed one was chosen by the user.
         fits = requirement.specifier.contains(Version(version), prereleases=True)
     except InvalidVersion:
         fits = False
@@ -103,7 +103,7 @@ def fault(requirement: Requirement) -> str | None:
 
 
 def lacking(extra: str) -> list[str]:
-    """What an extra lacks, one clause for each package; empty when all are there."""
+    """Missing packages of an extra, one clause each; empty if all are installed."""
     try:
         requirements = needed(extra)
     except MissingRequirement as error:
@@ -112,10 +112,11 @@ def lacking(extra: str) -> list[str]:
 
 
 def install_line(name: str) -> str:
-    """The line that installs an extra or a package with the versions that fit.
+    """The command that installs an extra or a package in accepted versions.
 
-    It names packages and not ``evit-deploy[extra]``, which pip finds on an index only. Of an extra it names what is
-    lacking, or everything when nothing is: a wheel for one CUDA version must not get a second one beside it.
+    It lists packages instead of ``evit-deploy[extra]``, which requires a package index. For an extra it lists the
+    missing packages, or all of them if none is missing, because wheels for two CUDA versions must not be installed
+    together.
 
     Args:
         name: An extra, or a package that evit-deploy or an extra needs.
@@ -130,7 +131,7 @@ def install_line(name: str) -> str:
 
 
 def pip_install(requirements: Iterable[Requirement]) -> str:
-    """The line that installs these packages with the versions that fit."""
+    """The command that installs these packages in accepted versions."""
     names = []
     for requirement in requirements:
         extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
@@ -139,7 +140,7 @@ def pip_install(requirements: Iterable[Requirement]) -> str:
 
 
 def _install_self(name: str = "") -> str:
-    """The line that installs evit-deploy where its files are, with an extra if that is what is needed."""
+    """The command that installs evit-deploy from its folder, optionally with an extra."""
     root, extra = Path(__file__).parents[2], f"[{name}]" if name in EXTRAS else ""
     if (root / "pyproject.toml").is_file():
         return f'pip install -e "{root}{extra}"'
@@ -147,13 +148,13 @@ def _install_self(name: str = "") -> str:
 
 
 def require_extra(name: str) -> None:
-    """Makes sure that all packages of an extra are there; whether they load is for whoever imports them.
+    """Checks that all packages of an extra are installed, without importing them.
 
     Args:
         name: One of ``EXTRAS``.
 
     Raises:
-        MissingRequirement: One is missing or has the wrong version; the message has the exact pip line.
+        MissingRequirement: One is missing or has the wrong version; the message contains the exact pip command.
         InputError: There is no such extra.
     """
     if name not in EXTRAS:

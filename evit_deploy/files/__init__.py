@@ -1,4 +1,4 @@
-"""Hashes of files, and files that are written whole or not at all."""
+"""Hashing files, and writing files atomically."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,27 +9,27 @@ from evit_deploy.files.drafts import draft
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, in hex."""
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hashes(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Hashes of everything in a folder, by name.
+    """Hashes of all files in a folder, by name.
 
     Args:
         folder: The folder.
-        known: Hashes that are known already, by name.
+        known: Known hashes by name.
     """
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     return {name: (known or {}).get(name) or sha256(folder / name) for name in names}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes one file whole or not at all.
+    """Writes one file atomically.
 
     Raises:
-        StageError: The disk is full or failed.
+        StageError: The disk is full or failing.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,14 @@
-"""Drafts: hidden folders in which something is made, and which it leaves for its place in one step.
+"""Drafts: hidden folders for files in progress, which are published in one step.
 
-A draft is ``.evit-deploy-<random>`` beside the place. Its owner holds a lock on a file in it, which the kernel takes
-away when the process ends, however it ends; so the next draft beside it finds what the dead left, by no clock and no
-process number, and removes it. What the living own stays, and everything where the file system has no locks.
+A draft is named ``.evit-deploy-<random>`` and is next to its destination. Its owner holds a lock on a file in it, which
+the kernel releases when the process ends for any reason. A later draft in the same folder can therefore detect and
+remove those of dead processes, without relying on times or process IDs. Drafts in use are kept; so are all drafts on
+file systems without locks.
 
-A file or folder is on the disk before it moves, and its move is before :meth:`Draft.publish` returns. A folder that
-takes the place of another one does so by ``renameat2``, which exchanges the two. Where the kernel or the file system
-does not have it, the old folder is moved aside first; a process that dies between the two moves leaves the old one in
-its draft, and the next draft, or :func:`sweep`, puts it back.
+A file or folder is synced to disk before it is moved, and the move is synced before :meth:`Draft.publish` returns. A
+folder replaces another by ``renameat2``, which exchanges the two. If the kernel or file system does not support it, the
+old folder is moved aside first; if the process dies between the two moves, the old folder remains in its draft, and the
+next draft or :func:`sweep` restores it.
 """
 
 import errno
@@ -20,37 +21,39 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = ".evit-deploy-"
-_NOT_OWNED = ".not-owned-evit-deploy-"  # where the file system has no locks: no one can know whether these are in use
+_NOT_OWNED = ".not-owned-evit-deploy-"  # on file systems without locks, where it is unknown whether a draft is in use
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
-_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)  # EPERM: what some sandboxes say for ENOSYS
+# EPERM: some sandboxes return it instead of ENOSYS
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 _TRIES = 100
-# What linux/fs.h and fcntl.h call RENAME_NOREPLACE, RENAME_EXCHANGE and AT_FDCWD.
+# RENAME_NOREPLACE, RENAME_EXCHANGE (linux/fs.h) and AT_FDCWD (fcntl.h).
 _ONLY_IF_FREE, _EXCHANGE, _FROM_HERE = 1, 2, -100
 
 
 class Draft:
-    """A folder in the making; see :func:`draft`.
+    """A temporary folder that can be published; see :func:`draft`.
 
     Args:
-        room: The hidden folder. It holds ``lock``, ``new`` and, while one folder replaces another, ``old/<name>``.
+        room: The hidden folder. It contains ``lock``, ``new`` and, while one folder replaces another, ``old/<name>``.
     """
 
     def __init__(self, room: Path) -> None:
         self._room = room
         self.folder = room / "new"
-        """An empty folder to make things in."""
+        """An empty folder for new files."""
 
     def publish(self, made: Path, place: Path, *, replace: bool) -> None:
-        """Moves something to its place in one step, and returns when it is on the disk.
+        """Moves a file or folder to its destination in one step, and returns when it is on the disk.
 
         Args:
             made: :attr:`folder`, or a file or folder in it.
-            place: Where it goes, beside the draft.
-            replace: Whether a folder takes the place of what is there. A file does so always, though never of a folder.
+            place: Its destination, next to the draft.
+            replace: Whether a folder replaces an existing one. Files always replace files, and never folders.
 
         Raises:
-            FileExistsError: Something is there that is not replaced. ``made`` stays where it is.
-            OSError: It cannot be written or moved; what was there still is, at the latest when the draft is closed.
+            FileExistsError: The destination exists and is not replaced. ``made`` is not moved.
+            OSError: It cannot be written or moved; the previous content is unchanged, or restored when the draft is
+                closed.
         """
         _sync_all(made)
         if not made.is_dir():
@@ -63,7 +66,7 @@ class Draft:
         sync(place.parent)
 
     def _replace(self, made: Path, place: Path) -> None:
-        for _ in range(_TRIES):  # others may put something there, or take it away, between any two steps
+        for _ in range(_TRIES):  # other processes may create or remove the destination at any time
             try:
                 if _renameat2(made, place, _EXCHANGE):
                     return
@@ -72,7 +75,7 @@ class Draft:
                     old.parent.mkdir(exist_ok=True)
                     os.rename(place, old)
             except FileNotFoundError:
-                pass  # nothing is there (any more)
+                pass  # the destination does not exist (any more)
             with suppress(FileExistsError):
                 _move(made, place)
                 return
@@ -81,13 +84,13 @@ class Draft:
 
 @contextmanager
 def draft(parent: Path | None = None) -> Iterator[Draft]:
-    """Opens a draft, and removes it at the end with what was not published; first those whose owners have died.
+    """Opens a draft, and removes it at the end with everything unpublished. First removes drafts of dead processes.
 
     Args:
-        parent: Where it lies, beside the places of what is made in it; by default in the folder for temporary files.
+        parent: Folder of the draft, which must be that of the destination; by default the folder for temporary files.
 
     Raises:
-        OSError: No folder can be made there.
+        OSError: The folder cannot be created.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     sweep(parent)
@@ -99,7 +102,7 @@ def draft(parent: Path | None = None) -> Iterator[Draft]:
     finally:
         try:
             _discard(room)
-        except BaseException:  # interrupted: the second signal of the same request does not interrupt again
+        except BaseException:  # interrupted; further signals of the same request are ignored during cleanup
             _discard(room)
             raise
         finally:
@@ -108,9 +111,9 @@ def draft(parent: Path | None = None) -> Iterator[Draft]:
 
 
 def sweep(parent: Path) -> None:
-    """Removes the drafts in a folder whose owners have died, and puts back what they had moved aside.
+    """Removes drafts of dead processes in a folder, and restores what they had moved aside.
 
-    Those of other users stay, and what cannot be removed.
+    Drafts of other users, and those that cannot be removed, are kept.
     """
     try:
         with os.scandir(parent) as entries:
@@ -128,7 +131,7 @@ def sweep(parent: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Puts a file, or what a folder says of its files, on the disk; a folder only where the file system can."""
+    """Syncs a file or a folder's entries to disk; a folder only if the file system supports it."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
@@ -140,14 +143,14 @@ def sync(path: Path) -> None:
 
 
 def _own(parent: Path) -> tuple[Path, int | None]:
-    """Makes a hidden folder, and locks it."""
+    """Creates a hidden folder and locks it."""
     for _ in range(_TRIES):
         room = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         try:
             return room, _lock(room)
         except (BlockingIOError, FileNotFoundError):
-            continue  # a sweep was faster than the lock
-        except ImportError:  # a system whose Python has no such locks
+            continue  # swept before it was locked
+        except ImportError:  # no file locks on this platform
             pass
         except BaseException as error:
             if not isinstance(error, OSError) or error.errno not in _NO_LOCKS:
@@ -159,12 +162,12 @@ def _own(parent: Path) -> tuple[Path, int | None]:
 
 
 def _lock(room: Path) -> int:
-    """Locks a draft until the file that it gives is closed.
+    """Locks a draft until the returned file descriptor is closed.
 
     Raises:
-        BlockingIOError: Its owner lives.
-        FileNotFoundError: It was removed in between.
-        OSError: The file system has no locks, or the draft is of another user.
+        BlockingIOError: Its owner is alive.
+        FileNotFoundError: It was removed in the meantime.
+        OSError: The file system has no locks, or the draft belongs to another user.
     """
     import fcntl
 
@@ -172,7 +175,8 @@ def _lock(room: Path) -> int:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(handle), path.lstat()):  # locked what somebody else had just removed
+        # the locked file had just been removed by another process
+        if not os.path.samestat(os.fstat(handle), path.lstat()):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     except BaseException:
         os.close(handle)
@@ -181,30 +185,30 @@ def _lock(room: Path) -> int:
 
 
 def _discard(room: Path) -> None:
-    """Removes a draft. What it had moved aside goes back where its place is free; all stays if that cannot be done."""
+    """Removes a draft after restoring what it had moved aside; keeps everything if that fails."""
     try:
         for old in (room / "old").iterdir():
             with suppress(FileExistsError):
                 _move(old, room.parent / old.name)
     except FileNotFoundError:
-        pass  # nothing was moved aside
+        pass  # nothing had been moved aside
     except OSError:
         return
     shutil.rmtree(room, ignore_errors=True)
 
 
 def _move(folder: Path, place: Path) -> None:
-    """Moves a folder to a place that must be free.
+    """Moves a folder to a path that must not exist.
 
     Raises:
-        FileExistsError: It is not.
+        FileExistsError: It exists.
     """
     if _renameat2(folder, place, _ONLY_IF_FREE):
         return
     try:
         if os.path.lexists(place):
             raise FileExistsError
-        os.rename(folder, place)  # onto nothing, or an empty folder that came in between: the system refuses all else
+        os.rename(folder, place)  # succeeds only onto a missing or empty folder
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR, errno.EEXIST) or isinstance(error, FileExistsError):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place)) from None
@@ -212,10 +216,10 @@ def _move(folder: Path, place: Path) -> None:
 
 
 def _renameat2(one: Path, other: Path, how: int) -> bool:
-    """Renames as only Linux can; whether it could.
+    """Calls Linux's ``renameat2``; returns whether it is supported.
 
     Raises:
-        OSError: Why it failed.
+        OSError: The call failed.
     """
     call = _system_call()
     if call is None:
@@ -232,18 +236,18 @@ def _renameat2(one: Path, other: Path, how: int) -> bool:
 
 @functools.cache
 def _system_call() -> Callable[..., int] | None:
-    import ctypes  # most commands write nothing
+    import ctypes  # imported here because most commands write nothing
 
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # another system, or a C library without it
+    except (AttributeError, OSError, TypeError):  # not Linux, or a C library without it
         return None
     call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
     return call
 
 
 def _sync_all(made: Path) -> None:
-    """Puts a file, or a folder with all that is in it, on the disk."""
+    """Syncs a file, or a folder with all its content, to disk."""
     for folder, _, names in os.walk(made):
         for name in names:
             path = Path(folder, name)

@@ -1,1 +1,1 @@
-"""The tables of the EViT paper: the published figures beside those that are computed and measured here."""
+"""The tables of the EViT paper: published figures next to those computed and measured here."""

@@ -1,18 +1,18 @@
-"""A measured table of the paper as cells for the terminal, and as Markdown."""
+"""Formats a measured table of the paper as cells for the terminal, and as Markdown."""
 
 from evit_deploy.paper.measured import MeasuredRow, MeasuredTable
 
 MISSING = "–"
 SPARE = ("top-5 %\npaper", "top-5 %\nhere", "speed-up\npaper", "GMACs\npaper", "images/s\npaper")
-"""Columns to leave out for want of width, the first first."""
+"""Columns to drop if the terminal is too narrow, in this order."""
 
 
 def cells(table: MeasuredTable, *, whole: bool = False) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Titles and cells.
+    """Column titles and cells of a table.
 
     Args:
-        table: What was found.
-        whole: Whether to keep columns in which every figure is missing.
+        table: The measured table.
+        whole: Whether to keep columns without any figure.
     """
     columns = {"row": [row.row.name for row in table.rows]}
     for title, published, here in (
@@ -30,7 +30,7 @@ def cells(table: MeasuredTable, *, whole: bool = False) -> tuple[tuple[str, ...]
 
 
 def as_markdown(table: MeasuredTable) -> str:
-    """The table with everything that goes with it."""
+    """The table as Markdown, with title, source and notes."""
     header, rows = cells(table, whole=True)
     titles = [title.replace("\n", ", ") for title in header]
     lines = [f"# Table {table.number}: {table.title}", "", table.source + ".", ""]
@@ -43,7 +43,7 @@ def as_markdown(table: MeasuredTable) -> str:
 
 
 def measured_on(table: MeasuredTable) -> str:
-    """Says what throughput here is of; empty where none was measured."""
+    """Describes the conditions of the measured throughput; empty if it was not measured."""
     speed = next((row.speed for row in table.rows if row.speed is not None), None)
     if speed is None:
         return ""
@@ -59,7 +59,7 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def _printed(value: float | None) -> str:
-    """A figure with the digits that the paper has."""
+    """Formats a figure with as many digits as the paper."""
     return MISSING if value is None else str(value)
 
 

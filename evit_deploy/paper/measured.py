@@ -1,4 +1,4 @@
-"""A table of the paper, with what is computed and measured here beside what was published."""
+"""Tables of the paper with figures computed and measured here."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,17 +38,17 @@ from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 
 _LOG = logging.getLogger(__name__)
-_BATCH = 32  # images that accuracy is measured on at a time
+_BATCH = 32  # batch size for measuring accuracy
 
 
 class MeasuredRow(msgspec.Struct, frozen=True):
-    """A row of the paper, and what is known of it here.
+    """A row of the paper with our figures.
 
     Args:
-        row: What was published, and of what.
-        gmacs: Multiply-adds for one image, in 10⁹, every matrix product counted once.
-        speed: How fast it is here, if that was measured: of weights from a seed, which speed does not depend on.
-        accuracy: How often it is right here, if weights and images were given.
+        row: The published row.
+        gmacs: Multiply-adds per image, in 10⁹, counting every matrix product once.
+        speed: Measured speed, if any; with random weights, because speed does not depend on them.
+        accuracy: Measured accuracy, if weights and images were given.
     """
 
     row: PaperRow
@@ -58,16 +58,16 @@ class MeasuredRow(msgspec.Struct, frozen=True):
 
 
 class MeasuredTable(msgspec.Struct, frozen=True):
-    """A table of the paper beside figures from here.
+    """A table of the paper with our figures.
 
     Args:
         number: ``2b``.
-        title: What it is about.
+        title: Title of the table.
         source: The paper.
-        rows: In the paper's order.
-        notes: What to know of the figures, and what is missing.
-        versions: Packages.
-        device: Where it was measured.
+        rows: The rows in the paper's order.
+        notes: Notes on the figures, and on missing ones.
+        versions: Package versions.
+        device: The machine used.
     """
 
     number: str
@@ -86,20 +86,21 @@ def paper_table(
     weights: Mapping[str, str | Path] | None = None,
     data: str | Path | None = None,
 ) -> MeasuredTable:
-    """Puts figures from here beside those of a table of the EViT paper.
+    """Computes and measures the figures of a table of the EViT paper.
 
-    Multiply-adds are always computed. Throughput is measured where the options ask for it, all rows in turn. Accuracy
-    is that of PyTorch in FP32, on the rows whose weights are given.
+    Multiply-adds are always computed. Throughput is measured if the options request it, with all rows in turn. Accuracy
+    is measured with PyTorch in FP32, for the rows with given weights.
 
     Args:
         number: ``1``, ``2a``, ``2b``, ``3a``, ``3b``, ``4``, ``5``, ``6a``, ``6b`` or ``7``.
         options: Whether and how throughput is measured.
-        weights: Checkpoints by the name of their row; in table 1, whose rows share them, ``DeiT-S``.
-        data: Folder of labeled images (class/image) for accuracy, with as many folders as the models have classes.
+        weights: Row name -> checkpoint; in table 1, all rows share ``DeiT-S``.
+        data: Folder of labeled images (class/image) for accuracy, with one folder for each class of the models.
 
     Raises:
-        InputError: No such table or row, weights without images or images without weights, or what does not fit.
-        MissingRequirement: The runtime is not here.
+        InputError: Unknown table or row, weights without images or images without weights, or weights or images that do
+            not fit.
+        MissingRequirement: The runtime is not installed.
     """
     table, options = published_table(number), options or PaperOptions()
     given = {name: Path(file) for name, file in (weights or {}).items()}
@@ -116,7 +117,7 @@ def paper_table(
 
 
 def _check(table: PaperTable, options: PaperOptions, weights: Mapping[str, Path], data: str | Path | None) -> None:
-    """Refuses what cannot be measured, before anything is."""
+    """Refuses impossible measurements before any work."""
     names = list(dict.fromkeys(row.takes for row in table.rows))
     strange = next((name for name in weights if name not in names), None)
     if strange is not None:
@@ -141,9 +142,9 @@ def _check(table: PaperTable, options: PaperOptions, weights: Mapping[str, Path]
 
 
 def _model(row: PaperRow) -> torch.nn.Module:
-    """The model of a row, its tokens reduced, with weights from a seed."""
+    """The reduced model of a row, with random weights from a fixed seed."""
     torch.manual_seed(0)
-    check_model_name(row.model, where="published.json")  # which registers ours
+    check_model_name(row.model, where="published.json")  # also registers our models with timm
     model = timm.create_model(row.model).eval()
     if row.image_size is not None:
         set_image_size_(model, row.image_size)
@@ -157,7 +158,7 @@ def _plan(row: PaperRow) -> TokenPlan:
 
 
 def _speeds(rows: Sequence[PaperRow], plans: Sequence[TokenPlan], options: PaperOptions) -> dict[str, ProfileRow]:
-    """Times all rows in turn."""
+    """Measures the speed of all rows in turn."""
     runtime, on_gpu = options.runtime, False
     place = torch.device("cuda" if compute_capability() else "cpu")
     with draft() as scratch, ExitStack() as stack:
@@ -215,13 +216,13 @@ def _accuracy(row: PaperRow, file: Path, folder: Folder) -> AccuracyRow:
 
 
 def _alike(name: str) -> tuple[str, ...]:
-    """Architectures with the same tensors as one that a checkpoint was taken for."""
+    """Architectures with the same tensors as the identified one."""
     same = name.replace("vit_", "deit_", 1) if name.startswith("vit_") else name.replace("deit_", "vit_", 1)
     return (same,)
 
 
 def _missing(rows: Sequence[MeasuredRow]) -> Iterator[str]:
-    """Says what is not measured here, and how it would be."""
+    """Describes what was not measured, and how to measure it."""
     if all(row.speed is None for row in rows):
         yield "Throughput here is missing: --throughput measures it."
     lacking = list(dict.fromkeys(row.row.takes for row in rows if row.accuracy is None))

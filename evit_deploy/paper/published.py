@@ -1,4 +1,4 @@
-"""What the paper printed, row by row: ``published.json``, and what model each row is."""
+"""The published rows of the paper's tables (``published.json``), with the model of each row."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ FILE = Path(__file__).with_name("published.json")
 
 
 class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The figures of one row; ``None`` where the paper has none.
+    """Published figures of a row; ``None`` if the paper has none.
 
     Args:
         top1: Percent.
         top5: Percent.
         images_per_second: Throughput.
-        gmacs: Multiply-adds for one image, in 10⁹, as the paper counts them.
+        gmacs: Multiply-adds per image, in 10⁹, as counted by the paper.
     """
 
     top1: float | None = None
@@ -30,15 +30,15 @@ class PaperRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One row of a table.
 
     Args:
-        name: What it is called here.
+        name: Name of the row.
         model: timm name.
-        published: What the paper printed.
-        keep_rate: Share of the patches that stays at each location; 1 of a dense model.
-        locations: 0-based blocks; the method's own where it is ``None``.
-        fuse: With the fused token.
-        image_size: Pixels; the model's own where it is ``None``.
-        recipe: The recipe that trains it, if one comes with the package.
-        weights: Name of the weights it takes, where that is not its own: of a table without training.
+        published: The published figures.
+        keep_rate: Fraction of the patches kept at each location; 1 for a dense model.
+        locations: 0-based blocks; ``None`` for the method's default.
+        fuse: Whether there is a fused token.
+        image_size: Side in pixels; ``None`` for the model's default.
+        recipe: The packaged recipe that trains it, if any.
+        weights: Name of its weights, if different from ``name``, as in tables without training.
     """
 
     name: str
@@ -53,17 +53,17 @@ class PaperRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def dense(self) -> bool:
-        """Whether it is the model that the others are compared with."""
+        """Whether it is the dense model that the others are compared with."""
         return self.keep_rate == 1.0
 
     @property
     def tokens(self) -> TokenSpec:
-        """How its tokens are reduced."""
+        """Its token reduction."""
         return TokenSpec(keep_rate=self.keep_rate, locations=self.locations, fuse=self.fuse)
 
     @property
     def takes(self) -> str:
-        """Name of its weights."""
+        """Name of the weights it uses."""
         return self.weights or self.name
 
 
@@ -71,9 +71,9 @@ class PaperTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One table.
 
     Args:
-        title: What it is about.
-        rows: The first one is the dense model, where the table has it.
-        notes: What to know of its figures.
+        title: Title of the table.
+        rows: The rows, starting with the dense model if the table has one.
+        notes: Notes on its figures.
     """
 
     title: str
@@ -86,9 +86,9 @@ class Paper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         source: The paper.
-        conditions: What its figures were measured on.
-        counting: How its multiply-adds differ from those that are counted here.
-        tables: By number: ``1``, ``2a``, ``2b`` and so on.
+        conditions: Hardware and conditions of its measurements.
+        counting: How its count of multiply-adds differs from ours.
+        tables: The tables by number: ``1``, ``2a``, ``2b`` and so on.
     """
 
     source: str
@@ -106,7 +106,7 @@ def published_table(number: str) -> PaperTable:
     """One table of the paper.
 
     Raises:
-        InputError: There is no such table here.
+        InputError: There is no such table.
     """
     tables = paper().tables
     if number not in tables:

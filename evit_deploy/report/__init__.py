@@ -1,1 +1,1 @@
-"""What was checked and measured: the report, its statistics and its tables."""
+"""Reports of checks and measurements, their statistics and tables."""

@@ -1,6 +1,6 @@
-"""A comparison as files: one flat table as CSV, two to read as Markdown and LaTeX, with the very numbers of the JSON.
+"""Writes a comparison as CSV (one flat table), Markdown and LaTeX (two tables), with the same numbers as JSON.
 
-So that all three can be equal, numbers are rounded once, when the rows are made: see :func:`rounded`.
+Numbers are rounded once, when the rows are created, so that all formats agree; see :func:`rounded`.
 """
 
 import csv
@@ -16,13 +16,13 @@ from evit_deploy.report.lines import printable
 from evit_deploy.report.report import ComparedRow, ProfileRow, Report
 
 DIGITS = 5
-"""Significant digits of every number: more than any clock is good for, and exact for a share of 50,000 images."""
+"""Significant digits of every number: more than any clock provides, and exact for fractions of 50,000 images."""
 
 _Row = TypeVar("_Row", bound=msgspec.Struct)
 
 
 def rounded(row: _Row) -> _Row:
-    """A row with its floating-point numbers rounded to :data:`DIGITS` significant digits, those of structs in it too.
+    """Rounds the floating-point numbers of a row, including nested structs, to :data:`DIGITS` significant digits.
 
     >>> rounded(ComparedRow("a", "evit", "keep_rate=0.7", "fp32", 3.0012345, 1.0, 97)).gmacs
     3.0012
@@ -37,20 +37,20 @@ def rounded(row: _Row) -> _Row:
 
 
 def pairs(report: Report) -> Iterator[tuple[ComparedRow, ProfileRow]]:
-    """What each profile row of a comparison is about, runtime by runtime and batch size by batch size."""
+    """Pairs each profile row of a comparison with its model, by runtime and batch size."""
     compared = {row.name: row for row in report.compared}
     for row in report.rows:
         yield compared[row.variant], row
 
 
 def as_csv(report: Report) -> str:
-    """One line for every bundle and baseline, runtime and batch size; empty cells are what was not measured.
+    """CSV with one line per bundle or baseline, runtime and batch size; empty cells were not measured.
 
-    Columns are the fields of :class:`ComparedRow` and :class:`ProfileRow`; a difference takes four, ``to_dense``,
-    ``to_dense_error``, ``to_dense_low`` and ``to_dense_high``. A bundle's own fields stand in each of its lines.
+    Columns are the fields of :class:`ComparedRow` and :class:`ProfileRow`; a difference has four columns, ``to_dense``,
+    ``to_dense_error``, ``to_dense_low`` and ``to_dense_high``. A bundle's own fields are repeated in each of its lines.
 
-    A spreadsheet computes what begins with ``=``, ``+``, ``-`` or ``@``: a text that does so stands behind an
-    apostrophe, and line ends and other control characters of names are written as escapes. JSON has the names exactly.
+    Spreadsheets evaluate cells that begin with ``=``, ``+``, ``-`` or ``@``, so such text is prefixed with an
+    apostrophe. Line ends and other control characters in names are escaped. JSON contains the exact names.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -63,7 +63,7 @@ def as_csv(report: Report) -> str:
 _DIFFERENCES = ("to_dense", "to_reference")
 _PARTS = {"": "value", "_error": "error", "_low": "low", "_high": "high"}
 _ANSWERED_BY = "answered_by"
-"""Column of :attr:`ComparedRow.runtime`, because the profile row has a runtime too."""
+"""Column name of :attr:`ComparedRow.runtime`, because the profile row has a runtime too."""
 
 
 def _flat(kind: type[ComparedRow]) -> list[str]:
@@ -93,10 +93,10 @@ def _speed_columns() -> list[str]:
 
 
 def as_markdown(report: Report, title: str = "Comparison") -> str:
-    """The same numbers to read: a table of what the bundles are and answer, one of how fast they are, and the notes.
+    """Markdown with a table of the bundles and their answers, a table of their speed, and the notes.
 
     Args:
-        report: Of a comparison.
+        report: Report of a comparison.
         title: Heading.
     """
     parts = [f"# {_markdown(title)}"]
@@ -111,7 +111,7 @@ def as_markdown(report: Report, title: str = "Comparison") -> str:
 
 
 def as_latex(report: Report) -> str:
-    """The same numbers as two ``tabular`` environments (booktabs), for a paper; the notes as comments above them."""
+    """LaTeX with two ``tabular`` environments (booktabs), and the notes as comments above them."""
     notes = [f"% {printable(note)}" for note in report.notes]
     parts = ["\n".join(notes), "% \\usepackage{booktabs}"]
     parts += [_latex_table(*_answers(report.compared)), _latex_table(*_speeds(report.rows))]
@@ -171,12 +171,12 @@ def _span(low: float | None, high: float | None) -> str:
 
 
 def _cell(value: float | str | None) -> str:
-    """A number as Python and JSON write it, so that it reads back equal."""
+    """Formats a number as in Python and JSON, so that it can be read back exactly."""
     return "" if value is None else str(value)
 
 
 def _csv_cell(value: float | str | None) -> str:
-    """A cell that a spreadsheet takes for a number or for text, never for a formula."""
+    """Formats a cell that spreadsheets read as a number or text, never as a formula."""
     if not isinstance(value, str):
         return _cell(value)
     text = printable(value)
@@ -184,7 +184,7 @@ def _csv_cell(value: float | str | None) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Text of others, in which a page shows neither links nor tags."""
+    """Escapes untrusted text, so that Markdown contains no links or tags from it."""
     return re.sub(r"([\\`*<\[|])", r"\\\1", printable(text))
 
 
@@ -200,7 +200,7 @@ _LATEX = {
 
 
 def _latex(text: str) -> str:
-    """Text of others, in which TeX sees no command."""
+    """Escapes untrusted text, so that TeX finds no commands in it."""
     return "".join(_LATEX.get(letter, letter) for letter in printable(text))
 
 

@@ -1,20 +1,20 @@
-"""Tables for notebooks: plain HTML in the page's own colors, with everything escaped."""
+"""Tables for notebooks, as plain HTML in the page's own colors; all text is escaped."""
 
 from collections.abc import Sequence
 from html import escape
 
 from evit_deploy.report.lines import printable
 
-_LINE = "1px solid rgba(128, 128, 128, 0.35)"  # gray shows on white and on black
+_LINE = "1px solid rgba(128, 128, 128, 0.35)"  # gray is visible on white and on black
 _CELL = f"padding: 0.2em 0.7em; border-bottom: {_LINE}; vertical-align: top"
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> str:
-    """One table; columns of numbers are flush right.
+    """One table; columns of numbers are right-aligned.
 
     Args:
-        header: Titles; none for a table without.
-        rows: Cells, as text.
+        header: Column titles; empty for a table without.
+        rows: Cells as text.
         caption: A line above it.
     """
     flush = [all(is_number(row[i]) for row in rows) for i in range(len(rows[0]) if rows else len(header))]
@@ -38,7 +38,7 @@ def html_line(text: str, *, strong: bool = False) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Whether a cell counts as a number, or as one that is missing."""
+    """Whether a cell is a number, or marks a missing one."""
     return not text or text.lstrip("+-")[:1].isdigit()
 
 
@@ -52,7 +52,7 @@ def _cell(tag: str, text: str, right: bool) -> str:
 
 
 class Page:
-    """Takes what :func:`evit_deploy.report.tables.render` prints, in place of a console."""
+    """Collects the output of :func:`evit_deploy.report.tables.render` as HTML; replaces a console."""
 
     def __init__(self) -> None:
         self._parts: list[str] = []

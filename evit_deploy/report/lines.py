@@ -1,18 +1,18 @@
-"""Lines of text on a terminal."""
+"""Lines of text for a terminal."""
 
 import textwrap
 import unicodedata
 
 _INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode's categories of control characters, marks of format and direction, halves of characters, line separators."""
+"""Unicode categories of control and format characters, surrogates, and line and paragraph separators."""
 
 
 def printable(text: object) -> str:
-    """A name or a sentence on one line, in characters that a terminal shows and does not obey.
+    """Escapes text from untrusted sources to a single line of printable characters.
 
-    File names, labels, names of tensors and what libraries say of them may hold anything. What is invisible (control
-    characters, escape sequences, marks of direction, zero widths, line ends) is shown as Python writes it, ``\\x1b``;
-    a byte of a file name that is no UTF-8 as ``\\xff``.
+    File names, labels, tensor names and error messages about them may contain anything. Invisible characters (control
+    characters, escape sequences, direction marks, zero-width characters, line ends) are shown as in Python, ``\\x1b``;
+    a byte of a file name that is not valid UTF-8 as ``\\xff``.
     """
     said = str(text)
     if said.isprintable():
@@ -21,23 +21,23 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """The same for a text of ours that has lines: what was put into it has none, see :func:`printable`."""
+    """The same for text of several lines, whose inserted parts went through :func:`printable`."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def wrapped(text: str, width: int) -> str:
-    """Breaks lines between words only: a path that is longer than the terminal stays whole, to be copied."""
+    """Wraps lines between words only: a path longer than the terminal stays in one piece for copying."""
     return "\n".join(
         textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.splitlines()
     )
 
 
 _IN_ASCII = str.maketrans("▁▂▃▄▅▆▇█×±·–", "_.-=+*%#x~.-")
-"""What stands in for characters of ours on a terminal without UTF-8: bars of a curve, the lowest first, and signs."""
+"""ASCII replacements for terminals without UTF-8: bars of a curve, lowest first, and signs."""
 
 
 def shown_in(text: str, encoding: str | None) -> str:
-    """A text of ours as a stream shows it: in ASCII where its encoding lacks a character, as other locales' do."""
+    """Adapts a text to a stream's encoding: in ASCII if the encoding lacks one of the characters."""
     try:
         text.encode(encoding or "ascii")
     except (UnicodeEncodeError, LookupError):

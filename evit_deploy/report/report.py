@@ -1,4 +1,4 @@
-"""What was checked and what was measured: one structure for JSON and for the terminal."""
+"""The report of checks and measurements, for JSON and for the terminal."""
 
 import importlib
 from typing import Any, Literal
@@ -8,22 +8,22 @@ import msgspec
 from evit_deploy.errors import GateFailed, InputError
 
 FORMAT = 1
-"""Of ``report.json``; ``docs/report.schema.json`` is its JSON Schema."""
+"""Version of ``report.json``; its JSON Schema is ``docs/report.schema.json``."""
 
 Clock = Literal["compute", "cpu", "wall"]
-"""``compute``: the device's own time of the work alone, by CUDA events; ``cpu``: one thread's CPU time; ``wall``: whole
-calls by the wall clock."""
+"""``compute``: GPU time of the computation alone, by CUDA events; ``cpu``: CPU time of one thread; ``wall``: wall time
+of whole calls."""
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One yes-or-no question and its answer.
+    """A check that passed or failed.
 
     Args:
         name: What was checked.
-        value: What was found.
-        limit: What would still have passed.
-        passed: Whether it held.
-        reason: How the value came about, or why the check failed.
+        value: Measured value.
+        limit: Largest (or smallest) value that passes.
+        passed: Whether it passed.
+        reason: Explanation of the value, or why the check failed.
     """
 
     name: str
@@ -34,34 +34,35 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class ProfileRow(msgspec.Struct, frozen=True):
-    """How fast one candidate ran at one batch size; all of it by :attr:`clock`, but for the fields named end to end.
+    """Speed of one candidate at one batch size. Times are by :attr:`clock`, except in the ``end_to_end`` fields.
 
     Args:
         runtime: Name in the registry of runtimes.
         variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
-            :class:`evit_deploy.profiling.candidates.Candidate`. In a sweep or a comparison, the name of what was timed.
+            :class:`evit_deploy.profiling.candidates.Candidate`. In a sweep or a comparison, the name of the timed
+            model.
         batch: Images per call.
-        rounds: Turns measured: of one call on a CPU, of several on a GPU.
-        images_per_second: Batch over the median latency.
-        p50: Median latency of a call, milliseconds; the same for p95 and p99.
+        rounds: Number of measured rounds: one call each on a CPU, several on a GPU.
+        images_per_second: Batch divided by the median latency.
+        p50: Median latency of a call in milliseconds; p95 and p99 likewise.
         p95: See p50.
         p99: See p50.
-        variation: Standard deviation over mean of the latencies.
-        speedup: Dense twin's time over this one's, median of the paired rounds.
-        speedup_low: Lower end of the median's 95 % interval.
+        variation: Standard deviation divided by mean of the latencies.
+        speedup: Time of the dense twin divided by this one's, median over paired rounds.
+        speedup_low: Lower end of the 95 % interval of the median.
         speedup_high: Upper end.
-        mac_ratio: Dense multiply-adds over this one's, with the last block counted whole, as papers do.
-        computed_mac_ratio: The same of the multiply-adds that files and runtimes compute: of the last block only what
-            the head sees.
-        mac_efficiency: Speed-up over the computed MAC ratio: 1 when time follows arithmetic.
-        overhead: This one's time over the slice twin's, less 1: what the reorganization itself costs.
-        device: Where it ran, ``cpu`` or ``gpu``; what ran on different ones did not take turns.
-        clock: ``compute``, the work alone on a GPU by CUDA events, inputs lying there; ``cpu``, one thread's CPU time;
-            ``wall``, whole calls by the wall clock. Rows of different clocks cannot be compared.
-        end_to_end_images_per_second: Batch over the median wall time of a whole call, from images in host memory to
-            logits in host memory; ``None`` where the row is of such calls itself.
-        end_to_end_p50: That time, milliseconds.
-        end_to_end_speedup: Dense twin's over this one's, median of the paired rounds.
+        mac_ratio: Dense multiply-adds divided by this one's, counting the whole last block, as papers do.
+        computed_mac_ratio: The same for the multiply-adds that are actually computed: in the last block only for the
+            tokens that the head uses.
+        mac_efficiency: Speed-up divided by the computed MAC ratio: 1 if time is proportional to arithmetic.
+        overhead: This one's time divided by the slice twin's, minus 1: the cost of the reorganization itself.
+        device: ``cpu`` or ``gpu``; runs on different devices did not take turns.
+        clock: ``compute``, GPU time by CUDA events, with inputs already on the GPU; ``cpu``, CPU time of one thread;
+            ``wall``, wall time of whole calls. Rows with different clocks cannot be compared.
+        end_to_end_images_per_second: Batch divided by the median wall time of a whole call, from images in host memory
+            to logits in host memory; ``None`` if :attr:`clock` measures such calls already.
+        end_to_end_p50: That time in milliseconds.
+        end_to_end_speedup: Time of the dense twin divided by this one's, median over paired rounds.
     """
 
     runtime: str
@@ -88,14 +89,14 @@ class ProfileRow(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """One row of latencies in few numbers, milliseconds.
+    """Summary of a series of latencies in milliseconds.
 
     Args:
-        count: Calls.
-        minimum: The fastest.
-        maximum: The slowest.
+        count: Number of calls.
+        minimum: Fastest call.
+        maximum: Slowest call.
         mean: Average.
-        median: The middle one; the same for p90, p95 and p99 (linear interpolation).
+        median: Median; p90, p95 and p99 likewise, with linear interpolation.
         p90: See median.
         p95: See median.
         p99: See median.
@@ -114,21 +115,22 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 class LatencyRow(msgspec.Struct, frozen=True):
-    """Where the time of one engine's calls went, as trtexec reports it: CUDA events, milliseconds.
+    """Breakdown of an engine's time per call, as in trtexec: by CUDA events, in milliseconds.
 
     Args:
         runtime: Name in the registry of runtimes.
         variant: ``model``, ``dense``, ``slice``, ``body`` or ``plugin``: see
             :class:`evit_deploy.profiling.candidates.Candidate`.
         batch: Images per call.
-        images_per_second: Batch over the median compute time: what the engine could do if data lay on the GPU.
-        latency: Copies and compute.
-        enqueue: Host time that putting the work on the stream took.
+        images_per_second: Batch divided by the median compute time: the throughput with data already on the GPU.
+        latency: Copies and computation.
+        enqueue: Host time to enqueue the work on the stream.
         h2d: Copies to the device.
-        compute: The engine itself.
+        compute: Computation of the engine.
         d2h: Copies back.
-        speedup: Dense twin's compute time over this one's, median of the rounds, in which all engines took turns.
-        overhead: This one's compute time over the slice twin's, less 1.
+        speedup: Compute time of the dense twin divided by this one's, median over rounds in which all engines took
+            turns.
+        overhead: This one's compute time divided by the slice twin's, minus 1.
     """
 
     runtime: str
@@ -145,18 +147,19 @@ class LatencyRow(msgspec.Struct, frozen=True):
 
 
 class BlockRow(msgspec.Struct, frozen=True):
-    """Time of one transformer block of an engine, beside its token counts.
+    """Time and token counts of one transformer block of an engine.
 
     Args:
         runtime: Name in the registry of runtimes.
         variant: ``model`` or ``dense``.
         batch: Images per call.
-        blocks: ``3``; ``3-4`` for layers that hold parts of both; ``rest`` for the stem, the head and what names none.
-        tokens_in: Tokens its attention sees; of a span's first block.
-        tokens_out: Tokens it hands on; of a span's last block.
-        layers: Layers of the engine in it.
-        milliseconds: Their time together, under the library's own profiler, which slows the whole down a little.
-        share: Of the whole engine's time, 0 to 1.
+        blocks: ``3``; ``3-4`` for layers with parts of both; ``rest`` for the stem, the head and layers without a
+            block.
+        tokens_in: Tokens at its attention; in a span, at the first block.
+        tokens_out: Tokens at its output; in a span, of the last block.
+        layers: Number of engine layers in it.
+        milliseconds: Their total time, measured by the library's profiler, which slows execution slightly.
+        share: Fraction of the engine's total time, 0 to 1.
     """
 
     runtime: str
@@ -171,17 +174,17 @@ class BlockRow(msgspec.Struct, frozen=True):
 
 
 class BlockErrorRow(msgspec.Struct, frozen=True):
-    """How far the output of one transformer block of a bundle's ONNX file is from the PyTorch model's in FP32.
+    """Error of one transformer block in a bundle's ONNX file, compared with the PyTorch model in FP32.
 
-    Compared are the tokens in front of the patches, which no method removes; of a model without such tokens, the mean
-    of its tokens.
+    The comparison uses the prefix tokens, which no method removes; for models without prefix tokens, the mean of all
+    tokens.
 
     Args:
-        runtime: Who ran the file.
+        runtime: Runtime that ran the file.
         block: 0-based index.
-        images: Pictures that both were shown.
-        error: Root mean square of the difference, over that of how the PyTorch model's tokens differ from picture to
-            picture; ``None`` where the file gives no finite number.
+        images: Number of images.
+        error: Root mean square of the difference, divided by that of the variation of the PyTorch model's tokens
+            between images; ``None`` if the file's output is not finite.
     """
 
     runtime: str
@@ -191,17 +194,18 @@ class BlockErrorRow(msgspec.Struct, frozen=True):
 
 
 class LoadRow(msgspec.Struct, frozen=True):
-    """A served model with several clients at a time, by the clients' wall clock.
+    """Throughput and latency of a served model with concurrent clients, by the clients' wall clock.
 
     Args:
         model: Its name on the server.
-        batch: Images a request.
-        clients: Requests under way at a time.
-        requests: Requests measured.
-        images_per_second: All images over the time that all took.
-        p50: Median time from sending a request to its answer, milliseconds; the same for p99.
+        batch: Images per request.
+        clients: Number of concurrent requests.
+        requests: Number of measured requests.
+        images_per_second: Number of images divided by total time.
+        p50: Median time from request to response in milliseconds; p99 likewise.
         p99: See p50.
-        images_a_run: Images that the server computed together, on average: above ``batch`` it put requests together.
+        images_a_run: Average number of images that the server computed together; above ``batch`` if it combined
+            requests.
     """
 
     model: str
@@ -215,14 +219,14 @@ class LoadRow(msgspec.Struct, frozen=True):
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """How much more often one model was right than another, on the same images.
+    """Difference in accuracy between two models on the same images.
 
     Args:
-        other: Name of the other's row.
-        value: This one's top-1 less the other's, as a share.
-        error: Standard error of the value, from the images on which only one of the two was right. It says what other
-            images would change, not what another training run would.
-        low: Lower end of the value's 95 % interval (Bonett and Price), ``None`` where it was not computed.
+        other: Name of the other model's row.
+        value: This model's top-1 minus the other's, as a fraction.
+        error: Standard error of the value, from the images on which only one of the two was right. It covers the choice
+            of images, not the variation between training runs.
+        low: Lower end of the 95 % interval of the value (Bonett and Price); ``None`` if not computed.
         high: Upper end.
     """
 
@@ -234,18 +238,18 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class AccuracyRow(msgspec.Struct, frozen=True):
-    """How often one model was right.
+    """Accuracy of one model.
 
     Args:
-        name: Which model.
-        top1: Share of images whose label came first.
-        top5: Share of images whose label was among the first five; ``None`` where there are fewer than six classes.
-        count: Images.
+        name: Name of the model.
+        top1: Fraction of images whose label ranked first.
+        top5: Fraction of images whose label ranked among the first five; ``None`` with fewer than six classes.
+        count: Number of images.
         low: Lower end of top-1's 95 % interval (Wilson).
         high: Upper end.
-        gmacs: Multiply-adds for one image, in 10⁹.
-        against: The difference to the row that this one is compared with.
-        gained: Of a fine-tuned model: the difference to the weights it started from, their tokens reduced alike.
+        gmacs: Multiply-adds per image, in 10⁹.
+        against: Difference to the row that this one is compared with.
+        gained: For a fine-tuned model: difference to the initial weights with the same token reduction.
     """
 
     name: str
@@ -260,37 +264,37 @@ class AccuracyRow(msgspec.Struct, frozen=True):
 
 
 class ComparedRow(msgspec.Struct, frozen=True):
-    """What a model is and answers, and what that costs beside its dense baseline on the same images.
+    """A model's answers compared with its dense baseline's on the same images.
 
-    How fast it is stands in the profile rows of the same name, on :attr:`runtime`. The fields from :attr:`cosine` to
-    :attr:`recall_high` are of models that answer with an embedding, in place of agreement and top-1.
+    Its speed on :attr:`runtime` is in the profile rows with the same name. For models that return an embedding, the
+    fields from :attr:`cosine` to :attr:`recall_high` replace agreement and top-1.
 
     Args:
-        name: The bundle's, or the dense baseline's; ``model`` or ``dense`` where one bundle is compared with its
-            twin. ``variant`` of its :class:`ProfileRow`.
-        method: How its tokens are reduced; ``dense`` of a baseline.
-        settings: The settings of the method, ``keep_rate=0.7, locations=2/5/8``.
-        precision: Of its files.
-        gmacs: Multiply-adds for one image, in 10⁹.
-        mac_ratio: The dense baseline's multiply-adds over its own.
-        tokens: Tokens at the end of the last block, the class token among them.
-        dense: Name of the row of its dense baseline; ``None`` of a baseline.
-        images: Images that were answered; the fields below are ``None`` without any.
-        runtime: What answered them.
-        agreement: Share of the images to which the dense baseline gives the same class.
-        top1: Share of images whose label came first.
-        top1_low: Lower end of top-1's 95 % interval (Wilson).
+        name: Name of the bundle or dense baseline; ``model`` or ``dense`` if one bundle is compared with its twin.
+            Equals ``variant`` of its :class:`ProfileRow`.
+        method: Reduction method; ``dense`` for a baseline.
+        settings: Settings of the method, such as ``keep_rate=0.7, locations=2/5/8``.
+        precision: Precision of its files.
+        gmacs: Multiply-adds per image, in 10⁹.
+        mac_ratio: Multiply-adds of the dense baseline divided by its own.
+        tokens: Tokens after the last block, including the class token.
+        dense: Name of its dense baseline's row; ``None`` for a baseline.
+        images: Number of images; without any, the fields below are ``None``.
+        runtime: Runtime that was used.
+        agreement: Fraction of the images for which the dense baseline predicts the same class.
+        top1: Fraction of images whose label ranked first.
+        top1_low: Lower end of the 95 % interval of top-1 (Wilson).
         top1_high: Upper end.
-        top5: Share of images whose label was among the first five; ``None`` where there are fewer than six classes.
-        to_dense: Difference of top-1, or of recall@1, to the dense baseline, on the same images.
+        top5: Fraction of images whose label ranked among the first five; ``None`` with fewer than six classes.
+        to_dense: Difference in top-1 or recall@1 to the dense baseline, on the same images.
         to_reference: The same difference to the reference bundle.
-        cosine: Cosine of an image's embedding and the dense baseline's, mean over the images.
-        cosine_low: The cosine that one image in twenty stays below.
-        cosine_centered: Mean cosine after the mean of the dense baseline's embeddings is taken from both: what images
-            have in common makes plain cosines large.
-        neighbors: Share of the images to which the nearest other image is the same as for the dense baseline.
-        recall: Recall@1: share of the images whose nearest other image is of their class.
-        recall_low: Lower end of recall's 95 % interval (Wilson).
+        cosine: Cosine between an image's embedding and the dense baseline's, mean over the images.
+        cosine_low: 5th percentile of that cosine.
+        cosine_centered: Mean cosine after subtracting the mean of the dense baseline's embeddings from both; what
+            images have in common makes plain cosines large.
+        neighbors: Fraction of the images whose nearest other image is the same as with the dense baseline.
+        recall: Recall@1: fraction of the images whose nearest other image has the same class.
+        recall_low: Lower end of the 95 % interval of recall (Wilson).
         recall_high: Upper end.
     """
 
@@ -321,25 +325,25 @@ class ComparedRow(msgspec.Struct, frozen=True):
 
     @property
     def share(self) -> tuple[float | None, float | None, float | None] | None:
-        """Top-1, or recall@1 of embeddings, and the ends of its interval; ``None`` without labels."""
+        """Top-1, or recall@1 for embeddings, with the ends of its interval; ``None`` without labels."""
         if self.top1 is not None:
             return self.top1, self.top1_low, self.top1_high
         return None if self.recall is None else (self.recall, self.recall_low, self.recall_high)
 
     @property
     def share_name(self) -> str:
-        """What :attr:`share` is of: ``top-1``, or ``recall@1`` of embeddings."""
+        """Name of :attr:`share`: ``top-1``, or ``recall@1`` for embeddings."""
         return "recall@1" if self.top1 is None and self.recall is not None else "top-1"
 
 
 class SensitivityRow(msgspec.Struct, frozen=True):
-    """What it costs to quantize one linear layer and no other.
+    """Effect of quantizing only one linear layer.
 
     Args:
-        layer: Its name.
-        noise: Error of the answers over their spread, both as root mean squares.
-        share: Its share of the noise of all layers, 0 to 1: of the sum of their squares.
-        weights: Share of the quantized layers' weights that is in it, 0 to 1.
+        layer: Name of the layer.
+        noise: Error of the outputs divided by their spread, both as root mean squares.
+        share: Its share of the noise of all layers (of the sum of squares), 0 to 1.
+        weights: Its fraction of the quantized weights, 0 to 1.
         kept: Whether it stayed in the base precision.
     """
 
@@ -351,17 +355,17 @@ class SensitivityRow(msgspec.Struct, frozen=True):
 
 
 class AgreementRow(msgspec.Struct, frozen=True):
-    """How much two runtimes agree on the same images.
+    """Agreement of two runtimes on the same images.
 
     Args:
-        first: One of them.
-        second: The other.
-        images: How many.
-        top1: Share of the images with the same top-1; ``None`` where the answer is an embedding.
-        kept: By block, kept patches in common over kept patches of either (Jaccard, original patch numbers), mean over
-            the images; empty where one of them does not tell.
-        logits: Largest difference of a number of the answer, a logit or one of an embedding.
-        cosine: Lowest cosine of the two embeddings of an image; ``None`` where the answer is logits.
+        first: First runtime.
+        second: Second runtime.
+        images: Number of images.
+        top1: Fraction of the images with the same top-1; ``None`` for embeddings.
+        kept: By block, Jaccard index of the kept patches (original patch indices), mean over the images; empty if a
+            runtime does not return them.
+        logits: Largest absolute difference between outputs (logits or embedding).
+        cosine: Lowest cosine between the two embeddings of an image; ``None`` for logits.
     """
 
     first: str
@@ -374,20 +378,20 @@ class AgreementRow(msgspec.Struct, frozen=True):
 
 
 class GpuSummary(msgspec.Struct, frozen=True):
-    """What a GPU did while one batch size was measured; ``None`` where the driver does not say.
+    """State of a GPU while one batch size was measured; ``None`` for values that the driver does not report.
 
     Args:
-        name: As the driver calls it.
-        driver: Version.
+        name: Name reported by the driver.
+        driver: Driver version.
         compute_capability: ``sm80``.
         batch: Images per call.
-        samples: How often it was looked at and found busy.
-        sm_clock: Slowest and fastest, MHz.
-        sm_clock_max: MHz at most.
-        memory_clock: Slowest and fastest, MHz.
-        memory_clock_max: MHz at most.
-        slowed_down: Share of the samples in which something slowed it down, 0 to 1.
-        reasons: What did, in words.
+        samples: Number of samples in which it was busy.
+        sm_clock: Lowest and highest, MHz.
+        sm_clock_max: Maximum MHz.
+        memory_clock: Lowest and highest, MHz.
+        memory_clock_max: Maximum MHz.
+        slowed_down: Fraction of the samples in which it was throttled, 0 to 1.
+        reasons: Reasons for the throttling, as text.
         temperature: Highest, °C.
         power: Highest, watts.
         power_limit: Watts.
@@ -410,28 +414,28 @@ class GpuSummary(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """The outcome of verify, profile, compare, convert or run.
+    """Result of verify, profile, compare, convert or run.
 
     Args:
-        checks: What had to hold.
-        compared: Models beside their dense baselines: what they are, and how right their answers are.
-        rows: What was measured; each row says by which clock.
-        latencies: Engines: where the time of a call goes.
-        blocks: Engines: time by transformer block.
+        checks: The checks.
+        compared: Models compared with their dense baselines.
+        rows: Speed measurements, each with its clock.
+        latencies: Breakdown of the time per call, for engines.
+        blocks: Time by transformer block, for engines.
         block_errors: Error of each transformer block of the ONNX file.
-        load: Servers: many clients at a time.
-        gpu: What the GPU's clocks did meanwhile, by batch size.
-        accuracy: What was right while training.
-        agreement: Which runtimes agree.
-        sensitivity: What quantizing each linear layer costs, the most expensive first.
+        load: Measurements of servers with concurrent clients.
+        gpu: GPU clocks during the measurement, by batch size.
+        accuracy: Accuracy during training.
+        agreement: Agreement between runtimes.
+        sensitivity: Effect of quantizing each linear layer, largest first.
         notes: Sentences for the reader.
-        versions: Packages.
-        device: Where it ran.
-        commands: Command lines that it comes from, as they were typed; empty where Python called the library.
+        versions: Package versions.
+        device: The machine.
+        commands: The command lines that produced it; empty if the library was called from Python.
         format: Version of this structure, :data:`FORMAT`.
 
     Raises:
-        InputError: It is of a later version.
+        InputError: It was written by a later version.
     """
 
     checks: tuple[Check, ...] = ()
@@ -460,12 +464,12 @@ class Report(msgspec.Struct, frozen=True):
 
     @property
     def passed(self) -> bool:
-        """Whether every check held."""
+        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
     @property
     def verdict(self) -> str:
-        """Whether every check held, in a few words."""
+        """Whether every check passed, as a short text."""
         if not self.checks:
             return "no checks"
         if self.failed:
@@ -483,13 +487,13 @@ class Report(msgspec.Struct, frozen=True):
         page = Page()
         if self.checks:
             page.line(self.verdict, strong=True)
-        # By its name: tables are made of reports, and modules form no cycle.
+        # Imported here to avoid a cycle: tables import reports.
         importlib.import_module("evit_deploy.report.tables").render(self, page)
         return str(page)
 
     @property
     def failed(self) -> tuple[Check, ...]:
-        """The checks that did not hold."""
+        """The failed checks."""
         return tuple(check for check in self.checks if not check.passed)
 
     def raise_if_failed(
@@ -501,20 +505,20 @@ class Report(msgspec.Struct, frozen=True):
         wanted: str = "{limit}",
         fix: str | None = None,
     ) -> None:
-        """Stops at the first check that did not hold; returns where all held.
+        """Raises at the first failed check; returns if all passed.
 
-        ``what``, ``seen`` and ``wanted`` are format strings: they take ``failed`` and ``checks``, which are counts, and
+        ``what``, ``seen`` and ``wanted`` are format strings with the fields ``failed`` and ``checks`` (counts), and
         ``name``, ``value`` and ``limit`` of the check.
 
         Args:
             what: What happened.
             where: What was checked.
-            seen: The value, left out where the check has none.
-            wanted: The limit, left out where the check has none.
-            fix: What to do about it, or what became of the work; by default the check's own reason.
+            seen: The value; left out if the check has none.
+            wanted: The limit; left out if the check has none.
+            fix: What to do about it, or where the result is; by default the check's reason.
 
         Raises:
-            GateFailed: A check did not hold.
+            GateFailed: A check failed.
         """
         if self.passed:
             return

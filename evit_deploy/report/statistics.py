@@ -1,4 +1,4 @@
-"""Intervals and counts: of a share, of a median, of a difference on the same images."""
+"""Confidence intervals of proportions, medians and paired differences."""
 
 from collections.abc import Iterable
 
@@ -7,11 +7,11 @@ import numpy as np
 from evit_deploy.report.report import AccuracyRow, Difference
 
 _Z = 1.959963984540054
-"""Standard deviations on either side of the middle that hold 95 % of a normal distribution."""
+"""Number of standard deviations around the mean that contain 95 % of a normal distribution."""
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """Ends of the 95 % interval of a share (Wilson 1927), which stays sound near 0 and 1.
+    """95 % interval of a proportion (Wilson 1927), which is accurate near 0 and 1 too.
 
     >>> tuple(round(x, 3) for x in wilson(354, 360))
     (0.964, 0.992)
@@ -40,16 +40,16 @@ def difference(other: str, right: np.ndarray, others: np.ndarray) -> Difference:
 
 
 def paired_interval(right: np.ndarray, others: np.ndarray) -> tuple[float, float]:
-    """Ends of the 95 % interval of the difference of two shares on the same images (Bonett and Price 2012).
+    """95 % interval of the difference of two paired proportions (Bonett and Price 2012).
 
-    It stays sound where the two never or hardly ever differ: there it is as wide as the number of images asks for.
+    It is accurate even if the two rarely or never differ; its width then depends on the number of images.
 
     >>> tuple(round(x, 3) for x in paired_interval(np.ones(100, bool), np.arange(100) >= 10))
     (0.034, 0.162)
 
     Args:
-        right: Whether the one was right, for every image, bool ``[n]``.
-        others: Whether the other was, bool ``[n]``.
+        right: Whether the first model was right, bool ``[n]``.
+        others: Whether the other was right, bool ``[n]``.
     """
     count, only_one = len(right) + 2, (right & ~others).sum() + 1
     only_other = (others & ~right).sum() + 1
@@ -61,25 +61,25 @@ def paired_interval(right: np.ndarray, others: np.ndarray) -> tuple[float, float
 def accuracy_row(
     name: str, answers: Iterable[tuple[np.ndarray, np.ndarray]], gmacs: float | None = None
 ) -> AccuracyRow:
-    """Counts how often answers were right.
+    """Computes the accuracy of a model.
 
     Args:
-        name: Which model.
+        name: Name of the model.
         answers: Logits ``[B, classes]`` and labels ``[B]`` of each batch.
-        gmacs: Multiply-adds for one image, in 10⁹.
+        gmacs: Multiply-adds per image, in 10⁹.
     """
     return row_of_hits(name, np.concatenate([hits_of(logits, labels) for logits, labels in answers]), gmacs)
 
 
 def hits_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether the label came first, and whether it was among the first five.
+    """Whether the label ranked first, and whether it ranked among the first five.
 
     Args:
         logits: ``[B, classes]``.
         labels: int64 ``[B]``.
 
     Returns:
-        bool ``[B, 2]``; ``[B, 1]`` where there are no more than five classes, among which every label would be.
+        bool ``[B, 2]``; ``[B, 1]`` with five or fewer classes, where top-5 is meaningless.
     """
     hits = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]
     if logits.shape[1] <= 5:
@@ -88,7 +88,7 @@ def hits_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def row_of_hits(name: str, hits: np.ndarray, gmacs: float | None = None) -> AccuracyRow:
-    """The row of a model from what :func:`hits_of` said of all images."""
+    """Accuracy row of a model from the results of :func:`hits_of` for all images."""
     right1, *right5 = (int(count) for count in hits.sum(axis=0))
     low, high = wilson(right1, len(hits))
     top5 = right5[0] / len(hits) if right5 else None
@@ -96,9 +96,9 @@ def row_of_hits(name: str, hits: np.ndarray, gmacs: float | None = None) -> Accu
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float]:
-    """A 95 % interval of the median that assumes nothing of the distribution (order statistics, binomial).
+    """Distribution-free 95 % interval of the median (order statistics, binomial).
 
-    Of five values or fewer it is all of them, which covers less: 94 % of five, 75 % of three.
+    With five values or fewer it is their range, which covers less: 94 % for five, 75 % for three.
 
     >>> median_interval(np.arange(1.0, 12.0))
     (2.0, 10.0)

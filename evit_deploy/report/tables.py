@@ -1,4 +1,4 @@
-"""How a report looks on a terminal: tables that fit its width, and rather lose columns than letters."""
+"""Prints reports as tables that fit the terminal, dropping columns rather than truncating cells."""
 
 import io
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ def render(report: Report, console: Any) -> None:
     """Prints a report on a rich console, as tables.
 
     Args:
-        report: What to print.
-        console: A ``rich.console.Console``; or a :class:`~evit_deploy.report.html.Page`, for a notebook.
+        report: The report.
+        console: A ``rich.console.Console``, or a :class:`~evit_deploy.report.html.Page` for HTML.
     """
     if report.checks:
         checks = report.checks if isinstance(console, Page) else folded(report.checks)
@@ -134,13 +134,13 @@ def render(report: Report, console: Any) -> None:
 def text_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], width: int, dispensable: Sequence[str] = ()
 ) -> str:
-    """A table as plain text, in the same manner.
+    """Formats a table as plain text, in the same way.
 
     Args:
-        header: Titles.
+        header: Column titles.
         rows: Cells.
-        width: Characters of a line.
-        dispensable: Columns to leave out for want of width, the first first.
+        width: Line length in characters.
+        dispensable: Columns to drop if the line is too narrow, in this order.
     """
     from rich.console import Console
 
@@ -150,7 +150,7 @@ def text_table(
 
 
 def print_lines(console: Any, lines: Sequence[str]) -> None:
-    """Prints sentences, each wrapped at the console's width where a person reads it.
+    """Prints sentences, wrapped at the console's width on a terminal.
 
     Args:
         console: See :func:`render`.
@@ -165,7 +165,7 @@ _MOST_SENSITIVE = 12
 
 
 def _sensitivity(console: Any, rows: Sequence[SensitivityRow]) -> None:
-    """Prints the layers that cost most when they are quantized, and those that were left out; the rest is summed up."""
+    """Prints the layers most sensitive to quantization and those left out; the others are summarized."""
     shown = [row for place, row in enumerate(rows) if place < _MOST_SENSITIVE or row.kept]
     rest = [row for row in rows if row not in shown]
     cells = [
@@ -180,12 +180,12 @@ def _sensitivity(console: Any, rows: Sequence[SensitivityRow]) -> None:
 
 
 def _compared(console: Any, rows: Sequence[ComparedRow], speeds: Sequence[ProfileRow]) -> None:
-    """Prints what models are and answer, and how fast the runtime that answered runs them.
+    """Prints a comparison of models, with their speed on the runtime that was used.
 
     Args:
         console: A ``rich.console.Console``.
-        rows: What was answered on one runtime, or without one what there is.
-        speeds: What was measured on that runtime.
+        rows: Rows of one runtime, or rows without answers.
+        speeds: Measurements on that runtime.
     """
     answered = next((row for row in rows if row.images is not None), None)
     if answered is not None:
@@ -222,7 +222,7 @@ _COMPARED = {
     "same\nneighbor %": "neighbors", "top-1 %": "top1", "recall@1 %": "recall", "95 % interval": "share",
     "top-5 %": "top5", "to dense": "to_dense", "to the\nreference": "to_reference",
 }  # fmt: skip
-"""Columns of a comparison, each with the field without which it is left out."""
+"""Columns of a comparison, each with the field that it requires."""
 
 
 def _what_was_answered(rows: Sequence[ComparedRow], answered: ComparedRow) -> str:
@@ -237,7 +237,7 @@ def _what_was_answered(rows: Sequence[ComparedRow], answered: ComparedRow) -> st
 
 
 def _speeds(rows: Sequence[ComparedRow], speeds: Sequence[ProfileRow]) -> dict[str, dict[str, str]]:
-    """Columns of latency at the smallest batch size and of images a second at the largest: title -> name -> cell."""
+    """Columns of latency at the smallest batch size and of throughput at the largest: title -> name -> cell."""
     names = {row.name for row in rows}
     own = [speed for speed in speeds if speed.variant in names]
     if not own:
@@ -295,7 +295,7 @@ _CLOCKS = {
 
 
 def _clocks(rows: Sequence[ProfileRow]) -> str:
-    """Says what the figures of a table are of."""
+    """Describes the clocks of a table's figures."""
     used = [text for clock, text in _CLOCKS.items() if any(row.clock == clock for row in rows)]
     whole = any(row.end_to_end_p50 is not None for row in rows)
     end = " End to end is a whole call, host memory to host memory, by the wall clock." * whole
@@ -390,10 +390,10 @@ def _number(value: float | int | str | None) -> str:
 
 
 def render_variants(variants: Sequence[tuple[str, float, float, Report]], console: Any) -> None:
-    """Prints a line for each of several variants of a model.
+    """Prints one line for each variant of a model.
 
     Args:
-        variants: Name, multiply-adds in 10⁹, the dense twin's over them, and report of each.
+        variants: For each: name, multiply-adds in 10⁹, ratio to the dense twin, and report.
         console: See :func:`render`.
     """
     timed = {row.batch for *_, report in variants for row in report.rows if row.speedup is not None}
@@ -426,17 +426,17 @@ def _table(
     dispensable: Sequence[str] = (),
     unsaid: Sequence[str] = (),
 ) -> None:
-    """Prints a table; where the terminal is narrow, without dispensable columns, and then with cells of several lines.
+    """Prints a table; on narrow terminals first drops dispensable columns, then wraps cells.
 
     Args:
         console: A ``rich.console.Console``.
-        header: Titles.
+        header: Column titles.
         rows: Cells.
-        dispensable: Columns to leave out for want of width, the first first.
-        unsaid: Columns to leave out in any case.
+        dispensable: Columns to drop if the line is too narrow, in this order.
+        unsaid: Columns to leave out in any case, because they are empty.
     """
     rows = [[printable(cell) for cell in row] for row in rows]
-    if isinstance(console, Page):  # it has room for all of them
+    if isinstance(console, Page):  # HTML has room for all columns
         shown = [i for i, title in enumerate(header) if title not in unsaid]
         console.table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
         return
@@ -459,7 +459,7 @@ def _table(
 
 
 def _fitted(console: Any, header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[Any, int]:
-    """A table of rich's, and by how many characters it is too wide."""
+    """A rich table, and by how many characters it is too wide."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -469,21 +469,22 @@ def _fitted(console: Any, header: Sequence[str], rows: Sequence[Sequence[str]]) 
         numeric = all(is_number(row[i]) for row in rows)
         table.add_column(title, justify="right" if numeric else "left", no_wrap=True, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # a name in brackets is no markup
+        table.add_row(*map(Text, row))  # as Text, so that brackets are not parsed as markup
     return table, _measure(console, table) - console.width
 
 
 def _measure(console: Any, what: Any) -> int:
-    """Characters that something takes in one line."""
-    return console.measure(what, options=console.options.update(width=10_000)).maximum  # cut to the options' width
+    """Width in characters if printed on one line."""
+    # measured with a large width, because the result is limited to it
+    return console.measure(what, options=console.options.update(width=10_000)).maximum
 
 
 _READABLE = 16
-"""Characters that a column of text needs, when its cells are broken."""
+"""Minimum width of a text column with wrapped cells, in characters."""
 
 
 def _narrower(console: Any, table: Any, excess: int) -> Any:
-    """The table with the cells of its widest column of text in several lines; ``None`` where that is not enough."""
+    """The table with its widest text column wrapped; ``None`` if that is not enough."""
     texts = [column for column in table.columns if column.justify == "left"]
     widths = [max(_measure(console, cell) for cell in (column.header, *column.cells)) for column in texts]
     most = max(widths, default=0)
@@ -495,7 +496,7 @@ def _narrower(console: Any, table: Any, excess: int) -> Any:
 
 
 def _print(console: Any, text: str) -> None:
-    """A sentence, in lines where a person reads it and in one line where a program does."""
+    """Prints a sentence, wrapped on a terminal and on one line otherwise."""
     text = printable(text)
     if isinstance(console, Page):
         console.line(text)

@@ -1,4 +1,4 @@
-"""What a report comes to, in one sentence: the same answers or not, what fewer tokens cost, how much faster it is."""
+"""Summarizes a report in one sentence: whether the answers are the same, the cost in accuracy, and the speed-up."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from evit_deploy.report.report import Check, ComparedRow, ProfileRow, Report
 
 _ON_A_RUNTIME = re.compile(r"(?P<runtime>[^,:]+), batch (?P<batch>\d+): (?P<question>(?!speed-up$).+)")
-"""How :mod:`evit_deploy.verification.verify` names the checks of a runtime's answers; not the gates on speed."""
+"""Matches the names of :mod:`evit_deploy.verification.verify`'s checks of answers, not those of speed."""
 _PRECISION = re.compile(r"(fp16|bf16|int8|fp8): error over spread of ")
 
 
@@ -14,12 +14,12 @@ def verdict(report: Report) -> str | None:
     """The verdict of ``verify``, ``profile``, ``compare`` and ``convert``.
 
     Args:
-        report: What was checked and measured.
+        report: The report.
 
     Returns:
         ``Same answers as the PyTorch model to 8 images on onnxruntime; 1.47x [1.45, 1.49] as fast as its dense twin on
-        onnxruntime at batch 8.`` The interval is that of the median, 95 %. ``None`` where nothing was checked or
-        measured that it could be about.
+        onnxruntime at batch 8.`` The interval is that of the median, 95 %. ``None`` if the report has no relevant
+            checks or measurements.
     """
     several = len({row.name for row in report.compared if row.dense is not None}) > 1
     parts = _of_several(report) if several else [answers(report), cost(report), speed(report)]
@@ -28,7 +28,7 @@ def verdict(report: Report) -> str | None:
 
 
 def answers(report: Report) -> str | None:
-    """Whether the answers are PyTorch's; ``None`` where no runtime was asked and no check failed."""
+    """Whether the answers match PyTorch's; ``None`` if no runtime was checked and no check failed."""
     if report.failed:
         return f"FAILED: {len(report.failed)} of {len(report.checks)} checks, first: {report.failed[0].name}"
     found = [match for check in report.checks if (match := _ON_A_RUNTIME.fullmatch(check.name))]
@@ -36,7 +36,7 @@ def answers(report: Report) -> str | None:
         return None
     runtimes = _listed(list(dict.fromkeys(match["runtime"] for match in found)))
     precision = next((match[1] for check in report.checks if (match := _PRECISION.match(check.name))), None)
-    if precision in ("int8", "fp8"):  # what the quantized graph says in float arithmetic is what it is held against
+    if precision in ("int8", "fp8"):  # the reference is the quantized graph in floating-point arithmetic
         return f"same answers on {runtimes} as its {precision} model in float arithmetic"
     asked = next((row.images for row in report.agreement if row.first == "pytorch fp32"), None)
     to = f" to {asked} images" if asked is not None else ""
@@ -45,7 +45,7 @@ def answers(report: Report) -> str | None:
 
 
 def cost(report: Report) -> str | None:
-    """What fewer tokens cost on the images; of several runtimes the first one's answers. ``None`` without images."""
+    """The cost in accuracy on the images, according to the first runtime; ``None`` without images."""
     row = next((row for row in report.compared if row.dense is not None and row.images is not None), None)
     if row is None:
         return None
@@ -53,7 +53,7 @@ def cost(report: Report) -> str | None:
 
 
 def speed(report: Report) -> str | None:
-    """How much faster the model is than its dense twin, on the runtime that is fastest, at the largest batch size."""
+    """The speed-up over the dense twin, on the fastest runtime at the largest batch size."""
     own = [row for row in report.rows if row.variant == "model"]
     if not own:
         return None
@@ -70,13 +70,13 @@ def speed(report: Report) -> str | None:
 
 
 def folded(checks: Sequence[Check]) -> list[Check]:
-    """Checks that held at several batch sizes as one, with the worst value of them; the others as they are.
+    """Combines checks that passed at several batch sizes into one, with the worst value; keeps the others.
 
     Args:
-        checks: ``onnxruntime, batch 1: logits`` and so on.
+        checks: Checks such as ``onnxruntime, batch 1: logits``.
 
     Returns:
-        ``onnxruntime, batch 1, 2, 8: logits`` and so on, each where its first one stood.
+        Checks such as ``onnxruntime, batch 1, 2, 8: logits``, at the position of the first of each.
     """
     groups: dict[object, list[Check]] = {}
     for check in checks:
@@ -99,7 +99,7 @@ def _together(group: Sequence[Check]) -> Check:
 
 
 def _of_several(report: Report) -> list[str | None]:
-    """Which of several bundles is fastest, and which answers most like its dense baseline."""
+    """Which of several bundles is fastest, and which is closest to its dense baseline."""
     names = {row.name for row in report.compared if row.dense is not None}
     timed = [row for row in report.rows if row.variant in names and row.speedup is not None]
     answered = [row for row in report.compared if row.name in names and _share(row) is not None]
@@ -115,7 +115,7 @@ def _of_several(report: Report) -> list[str | None]:
 
 
 def _fastest(rows: Sequence[ProfileRow]) -> ProfileRow:
-    """The row of most images a second at the largest batch size."""
+    """The row with the highest throughput at the largest batch size."""
     largest = max(row.batch for row in rows)
     return max((row for row in rows if row.batch == largest), key=lambda row: row.images_per_second)
 

@@ -1,1 +1,1 @@
-"""Tensors in files that others may have written: described and checked before any value is read."""
+"""Tensors in untrusted files, whose descriptions are checked before any value is read."""

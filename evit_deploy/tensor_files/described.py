@@ -1,7 +1,7 @@
-"""What a file says of a tensor, and what is accepted of it.
+"""Descriptions of tensors in a file, and their checks.
 
-A description costs nothing, whatever it asks for. So names, dtypes, shapes, strides and bytes are checked on it, and a
-tensor is made only of a description that keeps within its file.
+A description allocates nothing, whatever size it claims. Names, dtypes, shapes, strides and bytes are checked on it,
+and a tensor is created only if it stays within its file.
 """
 
 import msgspec
@@ -15,23 +15,23 @@ DTYPES = frozenset(
         torch.int32, torch.int64,
     )
 )  # fmt: skip
-"""Of weights, and of the buffers beside them."""
+"""Accepted dtypes: those of weights and buffers."""
 _LONGEST_NAME = 512
 _MOST_AXES = 16
 _LARGEST = 1 << 40
-"""Of sizes and strides: no file holds as much, and PyTorch's own arithmetic does not overflow."""
+"""Limit for sizes and strides: no file is that large, and PyTorch's arithmetic does not overflow."""
 MOST_TENSORS = 100_000
-"""In one set of weights. The largest vision transformers have about a thousand."""
+"""Limit for the tensors of one set of weights. The largest vision transformers have about a thousand."""
 
 
 class Storage(msgspec.Struct, frozen=True):
-    """A run of bytes in a file, which tensors are views of.
+    """A range of bytes in a file, of which tensors are views.
 
     Args:
         key: Its name in the file.
-        dtype: What its class says that it holds.
-        start: Bytes before it within what the file has under that name.
-        size: Bytes.
+        dtype: Element type according to its class.
+        start: Offset in bytes within the file's entry of that name.
+        size: Size in bytes.
     """
 
     key: str
@@ -41,14 +41,14 @@ class Storage(msgspec.Struct, frozen=True):
 
 
 class Described(msgspec.Struct, frozen=True):
-    """A tensor, as a file describes it.
+    """Description of a tensor in a file.
 
     Args:
-        storage: What it is a view of.
-        dtype: Of its elements.
-        offset: Elements before its first one.
+        storage: The storage that it is a view of.
+        dtype: Type of its elements.
+        offset: Number of elements before its first one.
         shape: Length of each axis.
-        stride: Elements from one to the next along each axis.
+        stride: Distance in elements along each axis.
     """
 
     storage: Storage
@@ -59,7 +59,7 @@ class Described(msgspec.Struct, frozen=True):
 
     @property
     def size(self) -> int:
-        """Bytes of its elements."""
+        """Size of its elements in bytes."""
         count = 1
         for length in self.shape:
             count *= length
@@ -67,10 +67,10 @@ class Described(msgspec.Struct, frozen=True):
 
 
 class Odd(msgspec.Struct, frozen=True):
-    """Something that stands where a tensor may, and is none that is read.
+    """A value in the position of a tensor that is not supported.
 
     Args:
-        what: In words, such as ``a sparse tensor``.
+        what: Description, such as ``a sparse tensor``.
         fix: What to do about it.
     """
 
@@ -79,7 +79,7 @@ class Odd(msgspec.Struct, frozen=True):
 
 
 def check_name(name: object, where: object, error: type[EvitDeployError] = InputError) -> None:
-    """Makes sure that a tensor's name is one, and that it can be shown.
+    """Checks that a tensor's name is a printable string.
 
     Args:
         name: Key of the dictionary that holds the tensor.
@@ -102,16 +102,16 @@ def check_name(name: object, where: object, error: type[EvitDeployError] = Input
 
 
 def check_dtype(name: str, dtype: object, where: object, error: type[EvitDeployError] = InputError) -> None:
-    """Makes sure that elements are of a kind that weights have.
+    """Checks that a dtype is supported for weights.
 
     Args:
-        name: Of the tensor.
+        name: Name of the tensor.
         dtype: Its ``torch.dtype``.
         where: The file, for messages.
         error: Class of the errors to raise.
 
     Raises:
-        EvitDeployError: Of the class ``error``: FP8, complex, quantized or smaller than a byte.
+        EvitDeployError: Of the class ``error``: the dtype is FP8, complex, quantized or smaller than a byte.
     """
     if dtype not in DTYPES:
         raise error(
@@ -122,11 +122,11 @@ def check_dtype(name: str, dtype: object, where: object, error: type[EvitDeployE
 
 
 def check_axes(name: str, axes: int, where: object, error: type[EvitDeployError] = InputError) -> None:
-    """Makes sure that a tensor has no more axes than one may have.
+    """Checks that a tensor does not have too many axes.
 
     Args:
-        name: Of the tensor.
-        axes: How many it has.
+        name: Name of the tensor.
+        axes: Number of its axes.
         where: The file, for messages.
         error: Class of the errors to raise.
 
@@ -141,17 +141,17 @@ def check_axes(name: str, axes: int, where: object, error: type[EvitDeployError]
 
 
 def check(name: str, tensor: Described, where: object, error: type[EvitDeployError] = InputError) -> None:
-    """Makes sure that a tensor has a place in its storage for each of its elements.
+    """Checks that every element of a tensor has its own position inside the storage.
 
     Args:
-        name: Of the tensor.
+        name: Name of the tensor.
         tensor: Its description.
         where: The file, for messages.
         error: Class of the errors to raise.
 
     Raises:
-        EvitDeployError: Of the class ``error``: a dtype that is not read, an expanded or overlapping tensor, or one
-            that reaches out of its storage.
+        EvitDeployError: Of the class ``error``: an unsupported dtype, an expanded or overlapping tensor, or one that
+            exceeds its storage.
     """
     check_dtype(name, tensor.dtype, where, error)
     shape, stride = tensor.shape, tensor.stride
@@ -162,7 +162,7 @@ def check(name: str, tensor: Described, where: object, error: type[EvitDeployErr
             seen=f"{len(shape)} axes {list(shape)!r:.80}, {len(stride)} strides {list(stride)!r:.80}",
             wanted=f"a stride for each axis, and nothing larger than {_LARGEST}", fix="Save the file again.",
         )  # fmt: skip
-    reach = 0 if 0 in shape else 1  # elements of the storage from the tensor's first to its last
+    reach = 0 if 0 in shape else 1  # number of elements from the tensor's first to its last
     for step, length in sorted((step, length) for step, length in zip(stride, shape, strict=True) if length > 1):
         if reach and step < reach:
             raise error(
@@ -181,12 +181,12 @@ def check(name: str, tensor: Described, where: object, error: type[EvitDeployErr
 
 
 def check_total(count: int, size: int, held: int, where: object, error: type[EvitDeployError] = InputError) -> None:
-    """Makes sure that tensors that share storages do not together ask for many times what a file holds.
+    """Checks that tensors that share storages do not together need far more memory than the file's size.
 
     Args:
-        count: How many tensors.
-        size: Bytes of all their elements.
-        held: Bytes of the file.
+        count: Number of tensors.
+        size: Size of all their elements in bytes.
+        held: Size of the file in bytes.
         where: The file, for messages.
         error: Class of the errors to raise.
 

@@ -1,8 +1,8 @@
-"""Reads a pickle of PyTorch as descriptions: nothing in it is run, and no tensor is made.
+"""Reads a PyTorch pickle as descriptions: nothing in it is executed, and no tensor is created.
 
-Python's own unpickler in its pure form, with the operations that ``torch.save`` writes and a closed table of names. The
-one in C, which is faster, allocates whatever a memo index claims: 5 bytes can ask for 32 GB. And PyTorch's
-(``weights_only=True``) makes tensors while it reads, of any size that the pickle names.
+Uses Python's pure unpickler, restricted to the operations that ``torch.save`` writes and to a fixed table of names. The
+faster one in C allocates whatever a memo index claims: 5 bytes can request 32 GB. PyTorch's own (``weights_only=True``)
+creates tensors of any size named in the pickle while reading.
 """
 
 import argparse
@@ -42,10 +42,10 @@ _LARGEST_KEY = 1 << 63
 
 
 class Forbidden(pickle.UnpicklingError):
-    """A pickle that names something besides tensors.
+    """A pickle refers to something other than tensors.
 
     Args:
-        name: With its module.
+        name: Qualified name, including its module.
     """
 
     def __init__(self, name: str) -> None:
@@ -62,7 +62,7 @@ def _whole(value: Any) -> int:
 def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple | list):
         raise pickle.UnpicklingError("a shape is not a list of sizes")
-    return tuple(_whole(value) for value in values[:64])  # more axes than any tensor has are refused later
+    return tuple(_whole(value) for value in values[:64])  # more axes than any tensor has; refused later
 
 
 def _tensor(
@@ -80,7 +80,7 @@ def _tensor_v3(
 def _tensor_of(storage: Any, offset: Any, layout: tuple[Any, Any], dtype: Any, metadata: Any) -> Any:
     if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
         raise pickle.UnpicklingError("a tensor without a storage")
-    if metadata:  # of conjugated and negated views
+    if metadata:  # for conjugated and negated views
         return Odd("a view that negates its elements", "Save tensor.resolve_neg().")
     shape, stride = map(_sizes, layout)
     return Described(storage, dtype, _whole(offset), shape, stride)
@@ -106,7 +106,7 @@ def _odd(what: str, fix: str = Odd("").fix) -> types.FunctionType:
 
 
 def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
-    """How protocol 2 writes bytes."""
+    """Decodes bytes as written by protocol 2."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
         raise pickle.UnpicklingError("bytes in an encoding that no pickler writes")
     return text.encode(encoding)
@@ -124,7 +124,7 @@ def _dictionary(items: Any = ()) -> dict[Any, Any]:
 
 
 def _key(key: Any) -> Any:
-    # Hashes of large numbers and of tuples can be made to collide, and then a dictionary takes quadratic time.
+    # Large numbers and tuples can be crafted to have colliding hashes, which make a dictionary quadratic.
     if not isinstance(key, str | bytes | float | None) and not (isinstance(key, int) and abs(key) < _LARGEST_KEY):
         raise pickle.UnpicklingError(f"a dictionary with a key that is neither text nor a number, {type(key).__name__}")
     return key
@@ -132,7 +132,7 @@ def _key(key: Any) -> Any:
 
 _SOMETHING = _odd("no tensor")
 _DENSE = "Save tensor.to_dense()."
-# What may be called, under the names that a pickle has for it. What is made is a description, or nothing of use.
+# Functions that may be called, by their names in a pickle. They return descriptions, or nothing useful.
 _CALLED: dict[str, types.FunctionType] = {
     "collections.OrderedDict": _dictionary,
     "collections.Counter": _dictionary,
@@ -157,12 +157,12 @@ _CALLED: dict[str, types.FunctionType] = {
     "builtins.bytearray": _SOMETHING,
     "builtins.complex": _SOMETHING,
 }
-# What may be named and not be called, besides dtypes and classes of storages.
+# Names that may occur without being called, in addition to dtypes and storage classes.
 _NAMED = {"torch.Tensor": Odd("a tensor of an old format"), "torch.nn.parameter.Parameter": Odd("an empty parameter")}
 
 
 class _Reader(pickle._Unpickler):
-    """The operations that ``torch.save`` writes, and no other."""
+    """Supports only the operations that ``torch.save`` writes."""
 
     stack: list[Any]
     readline: Callable[[], bytes]
@@ -172,13 +172,13 @@ class _Reader(pickle._Unpickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, encoding="utf-8")
         self.itemsizes: dict[str, int] = {}
-        """Bytes of an element of each storage, as it was first named."""
+        """Element size of each storage in bytes, from its first reference."""
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module.replace('__builtin__', 'builtins')}.{name}".replace("torch.tensor._", "torch._tensor._")
         if full in _CALLED:
             return _CALLED[full]
-        if full == "argparse.Namespace":  # official EViT checkpoints keep their keep rate in one
+        if full == "argparse.Namespace":  # official EViT checkpoints store their keep rate in one
             return argparse.Namespace
         storage = _STORAGE.fullmatch(full)
         if storage is not None and storage[1] in _STORAGES:
@@ -202,11 +202,11 @@ class _Reader(pickle._Unpickler):
         self.itemsizes.setdefault(str(key), item)
         if not view or view[0] is None:
             return Storage(str(key), dtype, 0, _whole(count) * item)
-        _, first, count = view[0]  # of files that are older than PyTorch 0.4
+        _, first, count = view[0]  # for files from before PyTorch 0.4
         return Storage(str(key), dtype, _whole(first) * item, _whole(count) * item)
 
     def read_global(self) -> None:
-        """Reads a name whole: a file may be cut short within it."""
+        """Reads a name, which must be complete: the file may be truncated."""
         lines = [self.readline(), self.readline()]
         if not all(line.endswith(b"\n") for line in lines):
             raise EOFError
@@ -214,19 +214,19 @@ class _Reader(pickle._Unpickler):
         self.append(self.find_class(module, name))
 
     def reduce(self) -> None:
-        """Calls a function of the table."""
+        """Calls a function from the table."""
         arguments, make = self.stack.pop(), self.stack[-1]
         self.stack[-1] = _with_type(make, None, arguments, None)
 
     def new_object(self) -> None:
-        """Makes a namespace, the one class that is let through."""
+        """Creates a namespace, the only class that is allowed."""
         arguments, made = self.stack.pop(), self.stack.pop()
         if made is not argparse.Namespace or arguments != ():
             raise pickle.UnpicklingError("an object of an unsupported class")
         self.append(argparse.Namespace())
 
     def build(self) -> None:
-        """Gives a namespace its values. What PyTorch notes beside a dictionary or a tensor is left out."""
+        """Sets the values of a namespace; ignores attributes that PyTorch adds to dictionaries and tensors."""
         state, made = self.stack.pop(), self.stack[-1]
         if isinstance(made, argparse.Namespace):
             vars(made).update({str(name): value for name, value in _dictionary(state).items()})
@@ -274,15 +274,15 @@ def read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, int]]:
     """Reads one pickle.
 
     Args:
-        file: Where it begins; afterwards, where it has ended.
+        file: Positioned at its start; afterwards, at its end.
 
     Returns:
-        What it holds, with a :class:`~evit_deploy.tensor_files.described.Described` or an
-        :class:`~evit_deploy.tensor_files.described.Odd` where a tensor is; and the bytes of an element of each storage
-        that it names.
+        Its content, with a :class:`~evit_deploy.tensor_files.described.Described` or an
+            :class:`~evit_deploy.tensor_files.described.Odd` in place of each tensor; and the element size of each
+            storage in bytes.
 
     Raises:
-        Forbidden: It names something else than tensors. It was not run.
+        Forbidden: It refers to something other than tensors, which was not executed.
         pickle.UnpicklingError: It is damaged.
     """
     reader = _Reader(file)

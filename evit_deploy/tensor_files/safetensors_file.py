@@ -1,4 +1,4 @@
-"""Safetensors files: their header is checked before any value is read."""
+"""Reads safetensors files after checking their header."""
 
 import os
 import stat
@@ -11,20 +11,21 @@ from evit_deploy.errors import EvitDeployError, InputError
 from evit_deploy.tensor_files.described import check_axes, check_name, check_total
 
 _LARGEST_HEADER = 16 << 20
-"""Bytes: 100 or so a tensor, and the names of classes. The library reads up to 100 MB, and makes much more of them."""
+"""Limit in bytes: about 100 per tensor, plus class names. The library accepts 100 MB, and needs several times as much
+memory."""
 _DTYPES = frozenset(("F16", "BF16", "F32", "F64", "BOOL", "U8", "I8", "I16", "I32", "I64"))
 
 
 def read_safetensors(path: Path, error: type[EvitDeployError] = InputError) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads tensors and the text beside them.
+    """Reads tensors and metadata.
 
     Args:
         path: The file.
         error: Class of the errors to raise.
 
     Raises:
-        EvitDeployError: Of the class ``error``: no safetensors file, a damaged one, a name that is none, or elements
-            that are not read.
+        EvitDeployError: Of the class ``error``: not a safetensors file, a damaged one, an invalid name, or an
+            unsupported dtype.
     """
     import safetensors
     from safetensors.torch import load_file
@@ -48,7 +49,7 @@ def read_safetensors(path: Path, error: type[EvitDeployError] = InputError) -> t
 
 
 def _check_header(path: Path, error: type[EvitDeployError]) -> None:
-    """Makes sure that it is a regular file whose header is none too long."""
+    """Checks that it is a regular file whose header is not too long."""
     # Without O_NONBLOCK, opening a pipe waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(descriptor, "rb") as file:

@@ -1,8 +1,8 @@
-"""Files of ``torch.save``, in the zip format and in the one before it: what they describe, and tensors of it.
+"""Reads files of ``torch.save``, in the zip format and in the legacy one.
 
-PyTorch's own reader trusts a file's numbers: it makes storages and tensors of the sizes that the pickle names, and
-unpacks compressed parts. Here the pickle is read as descriptions (:mod:`evit_deploy.tensor_files.pickled`), and tensors
-are views of the mapped file, made only of what was checked.
+PyTorch's own reader trusts a file's numbers: it allocates storages and tensors of the sizes in the pickle, and
+decompresses compressed parts. Here the pickle is read as descriptions (:mod:`evit_deploy.tensor_files.pickled`), and
+tensors are views of the mapped file, created only after they were checked.
 """
 
 import io
@@ -24,12 +24,13 @@ from evit_deploy.errors import EvitDeployError, InputError
 from evit_deploy.tensor_files.described import Described, Odd, Storage, check, check_name, check_total
 from evit_deploy.tensor_files.pickled import Forbidden, read_pickle
 
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before zip
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the legacy format
 _LARGEST_DIRECTORY = 16 << 20
-"""Bytes of a zip file's list of parts, more than MOST_TENSORS take; Python makes about ten times as much of it."""
+"""Limit for a zip file's directory in bytes, more than MOST_TENSORS need; Python uses about ten times as much
+memory."""
 _DESCRIPTION, _SHARE = 1 << 20, 1024
 _ALIGNED = 8
-"""Bytes of the largest element: a storage that begins elsewhere is copied."""
+"""Size of the largest element in bytes: a storage that is not aligned to it is copied."""
 _SAVE = "Save the weights alone: torch.save(model.state_dict(), 'weights.pth')."
 
 
@@ -38,9 +39,9 @@ class TorchFile:
 
     Args:
         path: The file.
-        content: What its pickle holds, with descriptions where tensors are.
-        regions: Where each storage lies, in bytes: offset and size.
-        swapped: Whether its bytes are in the other order than this machine's.
+        content: Content of its pickle, with descriptions in place of tensors.
+        regions: Offset and size of each storage in bytes.
+        swapped: Whether its byte order differs from this machine's.
         error: Class of the errors to raise.
     """
 
@@ -56,13 +57,13 @@ class TorchFile:
         self.path, self.content, self._regions, self._swapped, self._error = path, content, regions, swapped, error
 
     def tensors(self, described: Mapping[Any, Described | Odd]) -> dict[str, Tensor]:
-        """Makes tensors, after all of them have been checked.
+        """Creates tensors, after checking all of them.
 
         Args:
-            described: Their descriptions by name, out of ``content``.
+            described: Their descriptions by name, from ``content``.
 
         Raises:
-            EvitDeployError: A name that is none, or a tensor that is not read or asks for more than the file holds.
+            EvitDeployError: A name is invalid, or a tensor is not supported or exceeds the file.
         """
         held = self.path.stat().st_size
         found = {name: self._checked(name, tensor) for name, tensor in described.items()}
@@ -116,15 +117,15 @@ def _view(tensor: Described, storage: torch.UntypedStorage) -> Tensor:
 
 
 def open_torch(path: Path, error: type[EvitDeployError] = InputError) -> TorchFile:
-    """Reads what a file describes, and no tensor of it.
+    """Reads the descriptions in a file, without reading any tensor.
 
     Args:
         path: The file.
         error: Class of the errors to raise.
 
     Raises:
-        EvitDeployError: Of the class ``error``: no file of ``torch.save``, a damaged one, or one that names something
-            else than tensors.
+        EvitDeployError: Of the class ``error``: not a file of ``torch.save``, a damaged one, or one that contains
+            objects other than tensors.
     """
     try:
         # Without O_NONBLOCK, opening a pipe waits for a writer.
@@ -154,7 +155,7 @@ def open_torch(path: Path, error: type[EvitDeployError] = InputError) -> TorchFi
 
 
 class _TooLargeError(Exception):
-    """A part that is larger than it has to be."""
+    """A part of the file is larger than allowed."""
 
     def __init__(self, what: str, seen: str, wanted: str) -> None:
         super().__init__(what)
@@ -162,7 +163,7 @@ class _TooLargeError(Exception):
 
 
 class _NotWeightsError(Exception):
-    """A file of PyTorch that holds something else."""
+    """A PyTorch file with other content than weights."""
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(what)
@@ -173,23 +174,23 @@ _Read = tuple[Any, dict[str, tuple[int, int]], bool]
 
 
 def _largest_description(size: int) -> int:
-    """Bytes of a pickle, of which Python may make 75 times as much. A ViT-B's with its optimizer has 100,000."""
+    """Limit for a pickle in bytes; Python may use 75 times as much memory. A ViT-B's with its optimizer has 100,000."""
     return _DESCRIPTION + size // _SHARE
 
 
 class _Bounded:
-    """A file that is not read in larger pieces than the list of a zip file's parts may be."""
+    """Wraps a file so that no single read exceeds the limit for a zip file's directory."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self.seek, self.tell = file.seek, file.tell
 
     def seekable(self) -> bool:
-        """As of any file."""
+        """Whether the file is seekable."""
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Some bytes."""
+        """Reads bytes, up to the limit."""
         if size > _LARGEST_DIRECTORY:
             raise _TooLargeError(
                 "too many parts in this zip file", f"{size:,} bytes of names", f"{_LARGEST_DIRECTORY:,}"
@@ -238,7 +239,7 @@ def _bytes(file: Any, start: int, length: int, most: int) -> bytes:
 
 
 def _region(file: Any, member: zipfile.ZipInfo, size: int) -> tuple[int, int]:
-    """Where a part's bytes are. Both places that say so have to agree as far as they can."""
+    """Offset and size of a part's data; the local header must be consistent with the directory."""
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size or member.flag_bits & 1:
         raise zipfile.BadZipFile("a part of it is compressed or encrypted; torch.save writes none")
     header = _bytes(file, member.header_offset, 30, most=30)
@@ -251,7 +252,7 @@ def _region(file: Any, member: zipfile.ZipInfo, size: int) -> tuple[int, int]:
 
 
 def _read_legacy(file: Any, size: int) -> _Read:
-    """The format before zip: five pickles, and then for each storage how many elements it has and their bytes."""
+    """Reads the legacy format: five pickles, then for each storage the number of its elements and their bytes."""
     most = _largest_description(size)
     head = file.read(min(size, most))
     stream = io.BytesIO(head)
@@ -259,7 +260,7 @@ def _read_legacy(file: Any, size: int) -> _Read:
         magic, protocol = (read_pickle(stream)[0] for _ in range(2))
         if (magic, protocol) != (_MAGIC, _PROTOCOL):
             raise pickle.UnpicklingError("it does not begin like a file of torch.save")
-        read_pickle(stream)  # of the machine
+        read_pickle(stream)  # byte order and type sizes of the machine
         content, itemsizes = read_pickle(stream)
         keys, _ = read_pickle(stream)
     except pickle.UnpicklingError:

@@ -1,1 +1,1 @@
-"""What a model keeps, fuses and merges of images: asked of PyTorch or of a bundle's runtimes, and drawn."""
+"""Pictures of the patches that a model keeps, fuses and merges, computed by PyTorch or a bundle's runtimes."""

@@ -1,7 +1,7 @@
-"""What the scores are good for: answers where patches are removed by them, at random, and the other way round.
+"""Tests the scores: answers if patches are removed by score, at random, or in inverse order.
 
-That is the experiment of figure 1 of the EViT paper (arXiv 2202.07800): a model that does without the patches it
-attends to least answers nearly as before, and one that does without the others does not.
+This is the experiment in figure 1 of the EViT paper (arXiv 2202.07800): removing the patches with the least attention
+hardly changes the answers, while removing those with the most does.
 """
 
 import csv
@@ -43,27 +43,27 @@ _LOG = logging.getLogger(__name__)
 RATES = (0.9, 0.7, 0.5, 0.3)
 SAMPLE = 64
 DRAWS = 3
-"""Random choices that are tried, of which the mean counts."""
+"""Number of random draws to average."""
 _BATCH = 16
 _BY_SCORE, _AT_RANDOM, _INVERSE = "least attended first", "at random", "most attended first"
 _MEANS = {_BY_SCORE: "evit", _AT_RANDOM: "random", _INVERSE: "inverse"}
 
 
 class CurvePoint(msgspec.Struct, frozen=True):
-    """Answers at one keep rate, with patches removed in one order.
+    """Result at one keep rate, with patches removed in one order.
 
     Args:
         removed: ``least attended first``, ``at random``, ``most attended first``, or a method's name.
-        keep_rate: Share of the candidates that each location keeps.
-        tokens: Patches and fused tokens behind the last location.
-        gmacs: Multiply-adds for one image, in 10⁹.
-        images: Images that were asked about.
-        agreement: Share with the dense model's class; ``None`` of a model without classes.
-        agreement_low: Lower end of its 95 % interval over images.
+        keep_rate: Fraction of the candidates that each location keeps.
+        tokens: Patches and fused tokens after the last location.
+        gmacs: Multiply-adds per image, in 10⁹.
+        images: Number of images.
+        agreement: Fraction with the same class as the dense model; ``None`` for a model without classes.
+        agreement_low: Lower end of its 95 % interval over the images.
         agreement_high: Upper end.
-        cosine: Centered cosine to the dense model's embedding, mean over images; ``None`` of a model with classes.
-        top1: Share with the right class, where labels are known.
-        top1_low: Lower end of its 95 % interval over images.
+        cosine: Centered cosine to the dense model's embedding, mean over the images; ``None`` for a model with classes.
+        top1: Fraction with the correct class, if labels are known.
+        top1_low: Lower end of its 95 % interval over the images.
         top1_high: Upper end.
     """
 
@@ -82,14 +82,14 @@ class CurvePoint(msgspec.Struct, frozen=True):
 
 
 class RemovalCurve(msgspec.Struct, frozen=True):
-    """Answers at several keep rates, with patches removed in several orders; in a notebook a chart and a table.
+    """Results at several keep rates and orders of removal; displayed as a chart and a table in notebooks.
 
     Args:
-        about: The model.
+        about: Short description of the model.
         locations: Blocks that remove patches.
-        images: Images that were asked about.
+        images: Number of images.
         points: By order of removal, the highest keep rate first.
-        dense_top1: Share of the dense model's answers that are right, where labels are known.
+        dense_top1: Top-1 of the dense model, if labels are known.
         notes: Sentences for the reader.
     """
 
@@ -101,7 +101,7 @@ class RemovalCurve(msgspec.Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Titles and cells: one row a keep rate, one column an order of removal."""
+        """Titles and cells, with a row per keep rate and a column per order of removal."""
         orders = tuple(dict.fromkeys(point.removed for point in self.points))
         found = {(point.removed, point.keep_rate): point for point in self.points}
         rates = tuple(dict.fromkeys(point.keep_rate for point in self.points))
@@ -113,7 +113,7 @@ class RemovalCurve(msgspec.Struct, frozen=True):
         return ("keep rate", "tokens", "GMACs", *orders), rows
 
     def csv(self) -> str:
-        """One line a point."""
+        """CSV with one line per point."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(CurvePoint.__struct_fields__)
@@ -123,7 +123,7 @@ class RemovalCurve(msgspec.Struct, frozen=True):
         return text.getvalue()
 
     def svg(self) -> str:
-        """A chart: top-1 where labels are known, else agreement with the dense model, or the cosine to it."""
+        """SVG chart of top-1 if labels are known, else of agreement with the dense model, or of the cosine to it."""
         return standalone(self._chart())
 
     def _chart(self) -> str:
@@ -139,14 +139,14 @@ class RemovalCurve(msgspec.Struct, frozen=True):
 
     @property
     def measure(self) -> str:
-        """What the chart and the table show."""
+        """Name of the measure in the chart and the table."""
         if self.dense_top1 is not None:
             return "top-1"
         return "centered cosine to the dense model" if self._cosines else "same class as the dense model"
 
     @property
     def caption(self) -> str:
-        """What the table's cells are."""
+        """Explains the cells of the table."""
         if self.dense_top1 is None:
             return self.measure if self._cosines else "% with the dense model's class"
         return f"top-1 %, in brackets % with the dense model's class; dense {100 * self.dense_top1:.1f} %"
@@ -169,17 +169,17 @@ def removal_curve(
     model: str | None = None,
     **tokens: Unpack[TokenOptions],
 ) -> RemovalCurve:
-    """Removes patches by score, at random and inversely, at several keep rates; in PyTorch, without training.
+    """Removes patches by score, at random and in inverse order, at several keep rates, in PyTorch without training.
 
     Args:
-        source: A bundle, whose checkpoint is asked, or a checkpoint.
-        images: Files, and folders that stand for all images below them; one folder whose folders are the model's
-            classes has labels.
+        source: A bundle, whose checkpoint is used, or a checkpoint.
+        images: Files, and folders, which are searched recursively. A single folder with one folder per class of the
+            model also provides labels.
         rates: Keep rates of each location.
-        sample: Images at most; evenly spaced of more.
-        against: The bundle's checkpoint, if it was moved.
-        model: Of a checkpoint: timm name that decides the architecture.
-        tokens: Of a checkpoint: ``locations``, ``fuse``, and a ``method`` to compare with.
+        sample: Maximum number of images, evenly spaced among all.
+        against: Current path of the bundle's checkpoint, if it was moved.
+        model: For a checkpoint: timm name of the architecture.
+        tokens: For a checkpoint: ``locations``, ``fuse``, and a ``method`` to compare with.
 
     Raises:
         InputError: The source or an image cannot be used, or the model cannot be reduced.
@@ -201,12 +201,12 @@ class _Asked(msgspec.Struct, frozen=True):
 
     @property
     def classes(self) -> int | None:
-        """How many it has; ``None`` for none."""
+        """Number of classes; ``None`` for none."""
         return int(getattr(self.dense, "num_classes", 0)) or None
 
 
 class _Images(msgspec.Struct, frozen=True):
-    """The images, and their labels where they are known."""
+    """The images, and their labels if known."""
 
     given: Given
     labels: np.ndarray | None
@@ -262,7 +262,7 @@ def _images(paths: Sequence[str | Path], asked: _Asked, sample: int) -> _Images:
 
 
 def _holds_classes(folder: Path, asked: _Asked) -> bool:
-    """Whether a folder's folders are the model's classes: all have their names, or there are as many."""
+    """Whether a folder's subfolders are the model's classes: by name, or by number."""
     if asked.classes is None or not folder.is_dir() or not is_labeled(folder):
         return False
     names = class_folders(folder)
@@ -273,7 +273,7 @@ def _holds_classes(folder: Path, asked: _Asked) -> bool:
 
 
 def _measure(asked: _Asked, images: _Images, rates: Sequence[float]) -> RemovalCurve:
-    """Asks every model about every batch, so that memory does not grow with the images."""
+    """Runs every model on every batch, so that memory does not grow with the number of images."""
     reduced = list(_reduced(asked, rates))
     models = [for_inference(asked.dense), *(for_inference(model) for _, _, model in reduced)]
     found: list[list[np.ndarray]] = [[] for _ in models]
@@ -301,7 +301,7 @@ def _measure(asked: _Asked, images: _Images, rates: Sequence[float]) -> RemovalC
 
 
 def _reduced(asked: _Asked, rates: Sequence[float]) -> Iterable[tuple[str, float, nn.Module]]:
-    """Every model to ask: order of removal, keep rate, and the model; the random order several times."""
+    """Yields order of removal, keep rate and model; the random order several times."""
     own, spec = METHODS.get(asked.spec.method), asked.spec
     locations, fuse = spec.locations, spec.fuse or not own.fuses
     orders = [
@@ -342,7 +342,7 @@ def _point(
 
 
 def _measured(point: CurvePoint) -> tuple[float, float | None, float | None]:
-    """What is shown of a point, with its interval."""
+    """The displayed value of a point, with its interval."""
     if point.cosine is not None:
         return point.cosine, None, None
     if point.top1 is not None:

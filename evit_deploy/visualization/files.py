@@ -1,4 +1,4 @@
-"""Pictures on disk: sheets of up to :data:`~evit_deploy.visualization.show.PAGE` images each, whole or not at all."""
+"""Writes pictures atomically, in sheets of up to :data:`~evit_deploy.visualization.show.PAGE` images each."""
 
 import logging
 import os
@@ -26,15 +26,15 @@ SUFFIXES = (".png", ".svg")
 
 
 class ShownStage(msgspec.Struct, frozen=True):
-    """What became of one image's patches at one location, as numbers.
+    """The patches of one image after one location, as numbers.
 
     Args:
         block: 0-based block.
-        does: ``kept``, ``merged``, or ``updated`` where the others wait.
-        count: Patches that were kept; tokens where they merge.
-        patches: Of so many.
-        kept: Their numbers, row by row from the top left; none where they merge.
-        tokens: The patches of each token that holds several.
+        does: ``kept``, ``merged``, or ``updated`` if the others wait.
+        count: Number of kept patches; of tokens for merging methods.
+        patches: Total number of patches.
+        kept: Indices of the kept patches, row by row from the top left; empty for merging methods.
+        tokens: The patches of each token that contains several.
     """
 
     block: int
@@ -49,8 +49,8 @@ class ShownImage(msgspec.Struct, frozen=True):
     """One image.
 
     Args:
-        image: Its file.
-        answer: What the model said, in a few words.
+        image: Path of its file.
+        answer: The model's answer as a short text.
         stages: Its locations.
     """
 
@@ -60,16 +60,16 @@ class ShownImage(msgspec.Struct, frozen=True):
 
 
 class ShownFiles(msgspec.Struct, frozen=True):
-    """What was drawn.
+    """The pictures that were written, with their data.
 
     Args:
-        about: The model in a few words.
-        runtimes: Who was asked; the first one is drawn.
-        pictures: The files that were written.
+        about: Short description of the model.
+        runtimes: The runtimes that were queried; the pictures show the first.
+        pictures: The written files.
         grid: Rows and columns of patches.
-        images: The images that could be read; every location, also those that are not drawn.
-        unreadable: Those that could not.
-        differences: Where a further runtime chose otherwise, in words.
+        images: The images that could be read, with all locations, including those not drawn.
+        unreadable: Images that could not be read.
+        differences: Sentences on choices of further runtimes that differ.
     """
 
     about: str
@@ -81,7 +81,7 @@ class ShownFiles(msgspec.Struct, frozen=True):
     differences: list[str]
 
     def summary(self) -> list[str]:
-        """What a person reads: how much is kept, and the files."""
+        """Lines for the terminal: how much is kept, and the files."""
         lines = []
         if self.images:
             lines.append(f"{self.about}, {self.runtimes[0]}, {len(self.images)} image{'s' * (len(self.images) != 1)}.")
@@ -92,10 +92,10 @@ class ShownFiles(msgspec.Struct, frozen=True):
         return [*lines, *self.pictures]
 
     def raise_if_unreadable(self) -> None:
-        """Says at the end that not every image was drawn.
+        """Raises if an image could not be read.
 
         Raises:
-            GateFailed: One could not be read.
+            GateFailed: An image could not be read.
         """
         if self.unreadable:
             raise GateFailed(
@@ -106,7 +106,7 @@ class ShownFiles(msgspec.Struct, frozen=True):
 
 
 def picture_files(out: Path, images: int) -> list[Path]:
-    """The files that so many images are drawn in: ``out``, or ``out`` with numbers."""
+    """Paths of the sheets for this number of images: ``out``, or ``out`` with numbers."""
     pages = -(-images // PAGE)
     if pages <= 1:
         return [out]
@@ -114,15 +114,15 @@ def picture_files(out: Path, images: int) -> list[Path]:
 
 
 def check_out(files: Iterable[Path], *, force: bool, suffixes: Sequence[str] = SUFFIXES) -> None:
-    """Refuses, before any work, places where nothing can be written.
+    """Checks, before any work, that files can be written.
 
     Args:
-        files: Where to write.
-        force: Whether to replace what is there.
-        suffixes: Endings that say how it is written.
+        files: Paths to write.
+        force: Whether to replace existing files.
+        suffixes: Accepted file extensions.
 
     Raises:
-        InputError: One is a folder, exists already, has another ending, or lies where nothing can be written.
+        InputError: A path is a folder, exists already, has another extension, or is not writable.
     """
     for file in files:
         if file.is_dir():
@@ -150,21 +150,21 @@ def draw_files(
     out: Path | None = None,
     force: bool = False,
 ) -> ShownFiles:
-    """Draws what becomes of images in files, sheet by sheet: memory does not grow with their number.
+    """Draws images to files, sheet by sheet, so that memory does not grow with their number.
 
     Args:
-        subject: What is asked.
-        paths: Files, and folders that stand for all images anywhere below them.
-        blocks: Locations to draw; by default all, or four of more.
+        subject: The opened model.
+        paths: Files, and folders, which are searched recursively.
+        blocks: Locations to draw; by default all, or four if there are more.
         heat: Whether to draw scores too.
-        side: Pixels of the longer side of an image on a sheet, or a little less.
-        out: ``.png`` or ``.svg``; by default ``<name>-kept.png`` in the current folder. Numbered where there are more
-            images than a sheet holds.
+        side: Longer side of an image on a sheet in pixels; rounded down to whole patches.
+        out: ``.png`` or ``.svg``; by default ``<name>-kept.png`` in the current folder. Numbered if there are more
+            images than fit on a sheet.
         force: Whether to replace files.
 
     Raises:
-        InputError: A folder without images, ``out`` cannot be written, or a block is no location.
-        StageError: A runtime failed, or the disk.
+        InputError: A folder has no images, ``out`` cannot be written, or a block is not a location.
+        StageError: A runtime or the disk failed.
     """
     blocks_to_draw(subject.plan, blocks)
     files = image_paths(paths)
@@ -198,13 +198,13 @@ def write_picture(sheet: Sheet, file: Path) -> None:
     """Writes a sheet as PNG or SVG.
 
     Raises:
-        StageError: The disk is full or failed.
+        StageError: The disk is full or failing.
     """
     write_atomically(file, sheet.svg().encode() if file.suffix.lower() == ".svg" else sheet.png())
 
 
 def curve_name(source: str | Path) -> str:
-    """The file that the curve of a bundle or a checkpoint is written to in the current folder."""
+    """Default file name for the curve of a bundle or a checkpoint."""
     return f"{name_of(source)}-curve.svg"
 
 
@@ -212,7 +212,7 @@ def write_curve(curve: RemovalCurve, file: Path) -> None:
     """Writes a curve as SVG or CSV.
 
     Raises:
-        StageError: The disk is full or failed.
+        StageError: The disk is full or failing.
     """
     write_atomically(file, (curve.csv() if file.suffix.lower() == ".csv" else curve.svg()).encode())
 

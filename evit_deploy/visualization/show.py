@@ -1,4 +1,4 @@
-"""Pictures of what a model keeps, fuses and merges: of any images, from PyTorch or from a bundle's runtimes."""
+"""Shows the patches that a model keeps, fuses and merges, from PyTorch or from a bundle's runtimes."""
 
 import contextlib
 import logging
@@ -23,22 +23,22 @@ from evit_deploy.visualization.subject import Subject, is_bundle, opened_bundle,
 
 _LOG = logging.getLogger(__name__)
 PAGE = 16
-"""Images a sheet."""
+"""Images per sheet."""
 _COLUMNS = 4
-"""Locations a sheet, unless more are asked for: ToMe has one a block."""
+"""Default number of locations per sheet; ToMe has one in every block."""
 
 
 class Shown(msgspec.Struct, frozen=True, eq=False):
-    """What a model did with images; in a notebook it is a picture.
+    """What a model did with images; displayed as a picture in notebooks.
 
     Args:
-        images: The images that could be read, with what became of them.
-        about: The model in a few words.
-        runtime: Who ran it; not on the picture, which is the same from all.
-        scores: What the heat maps show.
-        legend: What pale patches and colors mean.
-        blocks: Locations that are drawn; the images have all of them.
-        differences: Of further runtimes that were asked: where they chose otherwise, in words; none where they did not.
+        images: The images that could be read, with their stages.
+        about: Short description of the model.
+        runtime: Runtime that ran it; not in the picture, which is the same for all.
+        scores: Name of the scores in the heat maps.
+        legend: Meaning of pale patches and colors.
+        blocks: Locations to draw; the images contain all of them.
+        differences: Sentences on choices of further runtimes that differ; empty if all agree.
     """
 
     images: tuple[Seen, ...]
@@ -54,7 +54,7 @@ class Shown(msgspec.Struct, frozen=True, eq=False):
 
         Args:
             heat: Whether to draw the scores too.
-            side: Pixels of the longer side of an image on it, or a little less.
+            side: Longer side of an image in pixels; rounded down to whole patches.
 
         Raises:
             InputError: No image could be read.
@@ -67,7 +67,7 @@ class Shown(msgspec.Struct, frozen=True, eq=False):
         return Sheet(chosen, f"{self.about}. {self.legend}{below}", self.scores if heat else "", side)
 
     def picture(self) -> Image.Image:
-        """The picture in memory; of many images :meth:`save` makes several files."""
+        """The picture in memory, with all images on one sheet."""
         return self.sheet().image()
 
     def _repr_png_(self) -> bytes | None:
@@ -90,25 +90,25 @@ def show(
     preprocess: Preprocess | None = None,
     **tokens: Unpack[TokenOptions],
 ) -> Shown:
-    """Shows what a model keeps, fuses and merges of images, location by location.
+    """Shows the patches that a model keeps, fuses and merges at each location.
 
     Args:
-        source: A bundle, a checkpoint as :func:`~evit_deploy.models.checkpoint.read_checkpoint` takes it, or a reduced
+        source: A bundle, a checkpoint accepted by :func:`~evit_deploy.models.checkpoint.read_checkpoint`, or a reduced
             PyTorch model.
-        images: One image or several, as :class:`~evit_deploy.inference.model.Model` takes them.
-        runtimes: Runtimes for a bundle; by default ONNX Runtime, or PyTorch (``eager``) where that cannot run the file.
-            The answer of the first one is drawn, and the others are compared with it.
-        blocks: Locations to draw; by default all, or four of more.
-        against: Checkpoint of the bundle, for ``eager``, if it was moved.
-        model: Of a checkpoint: timm name that decides the architecture.
-        preprocess: Of a PyTorch model: from image to input; by default timm's.
-        tokens: Of a checkpoint: fields of the spec; the rest comes from the checkpoint.
+        images: One or several images, as accepted by :class:`~evit_deploy.inference.model.Model`.
+        runtimes: Runtimes for a bundle; by default ONNX Runtime, or PyTorch (``eager``) if that cannot run the file.
+            The first one is drawn, and the others are compared with it.
+        blocks: Locations to draw; by default all, or four if there are more.
+        against: Current path of the bundle's checkpoint, for ``eager``, if it was moved.
+        model: For a checkpoint: timm name of the architecture.
+        preprocess: For a PyTorch model: from image to input; by default timm's.
+        tokens: For a checkpoint: fields of the spec; others come from the checkpoint.
 
     Returns:
-        What was seen.
+        What the model did with each image.
 
     Raises:
-        InputError: The source or an image cannot be used, the model keeps every patch, or a block is no location.
+        InputError: The source or an image cannot be used, the model keeps every patch, or a block is not a location.
         MissingRequirement: A runtime is not installed here.
         StageError: A runtime failed.
     """
@@ -128,10 +128,10 @@ def opened(
     preprocess: Preprocess | None = None,
     tokens: TokenOptions | None = None,
 ) -> Iterator[Subject]:
-    """Opens whatever can be shown; see :func:`show`.
+    """Opens a source of any kind; see :func:`show`.
 
     Raises:
-        InputError: It cannot be used, or an argument is not about it.
+        InputError: It cannot be used, or an argument does not apply to it.
     """
     file = isinstance(source, str | Path)
     bundle = file and is_bundle(source)
@@ -156,7 +156,7 @@ def opened(
 
 
 def _refuse(what: str, arguments: dict[str, Any], fix: str | None = None) -> None:
-    """Refuses arguments that are about something else.
+    """Refuses arguments that do not apply to the source.
 
     Raises:
         InputError: One was given.
@@ -176,19 +176,19 @@ def look(
     blocks: Sequence[int] = (),
     on_error: Callable[[int, InputError], None] | None = None,
 ) -> Shown:
-    """Asks about some of the images.
+    """Runs a range of the images.
 
     Args:
-        subject: What is asked.
+        subject: The opened model.
         given: The images.
-        start: Number of the first.
-        stop: Number after the last.
+        start: Index of the first image.
+        stop: Index after the last image.
         blocks: See :func:`show`.
-        on_error: Is given the number of an image that cannot be read, and why; the image is left out. Without it the
-            first such image is an error.
+        on_error: Called with the index of an unreadable image and the error; the image is left out. Without it, the
+            first unreadable image raises.
 
     Raises:
-        InputError: An image cannot be read, or a block is no location.
+        InputError: An image cannot be read, or a block is not a location.
         StageError: A runtime failed.
     """
     chosen = blocks_to_draw(subject.plan, blocks)
@@ -211,15 +211,15 @@ def look(
 
 
 def see(subject: Subject, images: np.ndarray, names: Sequence[str]) -> tuple[list[Seen], list[str]]:
-    """Asks about prepared images.
+    """Runs prepared images.
 
     Args:
-        subject: What is asked.
+        subject: The opened model.
         images: float32 ``[n, C, H, W]``, at least one.
-        names: What they are called.
+        names: Their names.
 
     Returns:
-        What was seen, and a sentence for each further runtime that chose otherwise.
+        The images with their stages, and a sentence for each further runtime whose choices differ.
 
     Raises:
         StageError: A runtime failed.
@@ -239,7 +239,8 @@ def see(subject: Subject, images: np.ndarray, names: Sequence[str]) -> tuple[lis
         other = teller.tell(images)
         theirs = stages(other.choices, other.scores)
         differences += _difference((subject.tellers[0].runtime, found), (runtime, theirs), names)
-        if teller is subject.scorer:  # the heat map is the file's, whoever chose: so all runtimes give the same picture
+        # the heat map always uses the file's scores, so that pictures are the same for all runtimes
+        if teller is subject.scorer:
             found = [_scored_by(*pair) for pair in zip(found, theirs, strict=True)]
     captions = [""] * len(names)
     if subject.classes:
@@ -254,7 +255,7 @@ def see(subject: Subject, images: np.ndarray, names: Sequence[str]) -> tuple[lis
 
 
 def legend(plan: TokenPlan) -> str:
-    """What pale patches and colors mean, in a sentence or several."""
+    """Explains pale patches and colors in one or more sentences."""
     said = {
         "merged": "Patches that were merged into one token have one color and a line around them.",
         "fused": "Pale patches were fused, those of one color into one token.",
@@ -269,10 +270,10 @@ def legend(plan: TokenPlan) -> str:
 
 
 def blocks_to_draw(plan: TokenPlan, asked: Sequence[int]) -> tuple[int, ...]:
-    """The locations that a sheet has: those that are asked for; else all, or four of more, the last among them.
+    """The locations to draw: the requested ones, or else all, or four including the last if there are more.
 
     Raises:
-        InputError: A block is no location.
+        InputError: A block is not a location.
     """
     blocks = [row.block for row in plan.locations]
     strange = next((block for block in asked if block not in blocks), None)
@@ -300,7 +301,7 @@ def _scored_by(own: Sequence[Stage], others: Sequence[Stage]) -> tuple[Stage, ..
 def _difference(
     one: tuple[str, list[tuple[Stage, ...]]], other: tuple[str, list[tuple[Stage, ...]]], names: Sequence[str]
 ) -> list[str]:
-    """Where two runtimes chose otherwise, in a sentence; none where they did not."""
+    """A sentence on the choices in which two runtimes differ; empty if they agree."""
     unlike = [
         (number, mine.block)
         for number, (own, theirs) in enumerate(zip(one[1], other[1], strict=True))
@@ -316,9 +317,9 @@ def _difference(
 
 
 def _pictures(images: np.ndarray, preprocess: Preprocess) -> list[np.ndarray]:
-    """What the model saw, uint8 ``[H, W, 3]``: its normalized input, back in the range of colors."""
+    """Converts normalized inputs back to images, uint8 ``[H, W, 3]``."""
     mean, std = (np.array(values, np.float64) for values in (preprocess.mean, preprocess.std))
-    if images.shape[1] < 3:  # a mean of colors that were each normalized
+    if images.shape[1] < 3:  # gray: the mean of normalized colors
         images, mean, std = images.mean(axis=1, keepdims=True).repeat(3, axis=1), mean.mean(), std.mean()
     colors = images[:, :3].transpose(0, 2, 3, 1) * std + mean
     return list(np.rint(np.clip(colors, 0, 1) * 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""From the choices of a model's locations to what became of each patch of each image."""
+"""Converts the choices of a model's locations to the state of each patch of each image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,13 +22,13 @@ def stages_of(
 
     Args:
         choices: One integer array for each of the plan's locations, see :mod:`evit_deploy.tokens.choices`.
-        plan: The model's.
+        plan: The model's plan.
         grid: Rows and columns of patches.
-        method: The model's.
-        scores: What each location chose by, as the method's ``scores`` gives it; none where they are not known.
+        method: The model's method.
+        scores: Scores of each location, as returned by the method's ``scores``; empty if unknown.
 
     Returns:
-        For each image its stages, one a location.
+        For each image its stages, one per location.
     """
     kept, groups, rows = original_patches(choices, plan), patch_groups(choices, plan), patch_rows(choices, plan)
     places: tuple[int, ...] = ()
@@ -54,19 +54,18 @@ def stages_of(
 
 
 def _own_patches(kept: np.ndarray, row: BlockPlan, patches: int) -> np.ndarray:
-    """Which patches go on: those that are kept, bool ``[B, patches]``; all where tokens merge."""
+    """Which patches are kept, bool ``[B, patches]``; all for merging methods."""
     if row.choice == "merge":
         return kept >= 0
     own = np.zeros((len(kept), patches + 1), bool)
     np.put_along_axis(own, kept.astype(np.int64) % (patches + 1), True, axis=1)
-    return own[:, :patches]  # a fused token, −1, is the last
+    return own[:, :patches]  # drops the last column, for the fused token (−1)
 
 
 def _of_patches(number: int, plan: TokenPlan, rows: list[np.ndarray], shown: np.ndarray) -> np.ndarray:
-    """Scores of a location's candidates at the patches that they stand for, float ``[B, patches]``.
+    """Maps the scores of a location's candidates to their patches, float ``[B, patches]``.
 
-    Where patches are kept, those that are in a fused token have none: the score is the token's, and says nothing of
-    them.
+    For methods that keep patches, those inside a fused token get no score, because it belongs to the token.
     """
     row = plan.locations[number]
     found = np.full((len(shown), plan.patches), np.nan)
@@ -80,13 +79,13 @@ def _of_patches(number: int, plan: TokenPlan, rows: list[np.ndarray], shown: np.
     gone = before < 0
     if row.choice == "kept":
         counts = np.zeros((len(before), int(before.max()) + 2), int)
-        np.add.at(counts, (np.arange(len(before))[:, None], before), 1)  # those that are gone count at the end
+        np.add.at(counts, (np.arange(len(before))[:, None], before), 1)  # removed ones are counted in the last column
         gone |= np.take_along_axis(counts, before.astype(np.int64), axis=1) > 1
     return np.where(gone, np.nan, at)
 
 
 def _spread(places: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
-    """For each patch the one whose candidate covers it: behind a downsampling a candidate covers several."""
+    """For each patch the one whose candidate covers it; after a downsampling a candidate covers several."""
     rows, columns = grid
     if not places:
         return np.arange(rows * columns)
@@ -98,7 +97,7 @@ def _spread(places: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
 
 
 def _groups(groups: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Groups of one image at every patch; a candidate that covers several patches is no group for that."""
+    """Groups of one image by patch; covering several patches does not make a candidate a group."""
     alone = np.bincount(groups[groups >= 0], minlength=len(groups)) <= 1
     found = groups[spread]
     return np.where((found >= 0) & alone[found], np.arange(len(groups)), found).astype(np.int32)

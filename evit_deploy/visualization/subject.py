@@ -1,4 +1,4 @@
-"""What is shown: a bundle on one or several runtimes, or a checkpoint whose tokens are reduced in PyTorch."""
+"""Models that can be shown: a bundle on one or several runtimes, or a checkpoint reduced in PyTorch."""
 
 import contextlib
 import logging
@@ -30,19 +30,19 @@ _EAGER = "eager"
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """What is shown.
+    """An opened model that can be shown.
 
     Args:
-        name: What files about it are called.
-        about: Model, method and precision in a few words.
-        plan: Its token counts.
+        name: Base name of its output files.
+        about: Short description: model, method and precision.
+        plan: Its token plan.
         method: Its method.
         preprocess: From image to input.
-        shape: Of its input for one image, ``(C, H, W)``.
-        labels: Names of its classes, if they are known.
-        classes: Whether it answers with classes.
-        tellers: Who says what was chosen; the picture is of the first.
-        scorer: Who says what it was chosen by, where the first does not.
+        shape: Input shape for one image, ``(C, H, W)``.
+        labels: Class names, if known.
+        classes: Whether its output is classes.
+        tellers: The runtimes to query; the picture shows the first.
+        scorer: Source of the scores, if the first runtime does not return them.
     """
 
     name: str
@@ -63,7 +63,7 @@ def is_bundle(source: str | Path) -> bool:
 
 
 def name_of(source: str | Path) -> str:
-    """What files about a bundle or a checkpoint are called: the name of its folder or file, or of the hub's model."""
+    """Base name of output files for a bundle or a checkpoint: the name of its folder, file or hub repository."""
     file = Path(str(source).partition("#")[0])
     if file.is_dir():
         return file.resolve().name
@@ -71,17 +71,17 @@ def name_of(source: str | Path) -> str:
 
 
 def subject_of_model(model: Any, preprocess: Preprocess, labels: list[str] | None = None, name: str = "") -> Subject:
-    """A PyTorch model as it is.
+    """Prepares a PyTorch model without changing it.
 
     Args:
         model: A reduced model.
         preprocess: From image to input.
-        labels: Names of its classes, if they are known.
-        name: What it is called.
+        labels: Class names, if known.
+        name: Its name.
 
     Raises:
-        InputError: It keeps every patch.
-        UnsupportedModelError: No backbone knows it.
+        InputError: The model keeps every patch.
+        UnsupportedModelError: No backbone supports the model.
     """
     plan, spec, backbone = token_plan(model), token_spec(model), backbone_of(model)
     _check(plan, name or type(model).__name__)
@@ -94,12 +94,12 @@ def subject_of_model(model: Any, preprocess: Preprocess, labels: list[str] | Non
 
 @contextlib.contextmanager
 def opened_checkpoint(source: str | Path, model: str | None, tokens: TokenOptions) -> Iterator[Subject]:
-    """Opens a checkpoint, with its tokens reduced as is asked for.
+    """Opens a checkpoint and reduces its tokens.
 
     Args:
         source: See :func:`~evit_deploy.models.checkpoint.read_checkpoint`.
-        model: timm name that decides the architecture.
-        tokens: Fields of the spec; the rest comes from the checkpoint.
+        model: timm name of the architecture.
+        tokens: Fields of the spec; others come from the checkpoint.
 
     Raises:
         InputError: The checkpoint cannot be used, or keeps every patch.
@@ -124,12 +124,13 @@ def opened_bundle(
 
     Args:
         path: The bundle.
-        runtimes: Who is asked; by default ONNX Runtime, or PyTorch where that cannot run the file.
+        runtimes: Runtimes to query; by default ONNX Runtime, or PyTorch if that cannot run the file.
         against: See :func:`~evit_deploy.inference.model.load`.
         threads: CPU threads.
 
     Raises:
-        InputError: It keeps every patch, a runtime cannot run it, or see :func:`~evit_deploy.inference.model.load`.
+        InputError: The model keeps every patch, a runtime cannot run it, or see
+            :func:`~evit_deploy.inference.model.load`.
         MissingRequirement: See :func:`~evit_deploy.inference.model.load`.
     """
     bundle = checked_bundle(path)
@@ -166,7 +167,7 @@ def opened_bundle(
 def _teller(
     bundle: Bundle, name: str, against: str | Path | None, threads: int | None, stack: contextlib.ExitStack
 ) -> Teller:
-    """Opens one runtime until the stack ends."""
+    """Opens one runtime until the exit stack closes."""
     if name == _EAGER:
         return PyTorch(asked_for(bundle, name, Path(against) if against is not None else None))
     if name == OnnxRuntimeRunner.name and not File.unusable(bundle):

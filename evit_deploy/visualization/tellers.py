@@ -1,4 +1,4 @@
-"""Who says what was chosen: a PyTorch model, a bundle's ONNX file with its scores, or any runtime of a bundle."""
+"""Sources of choices: a PyTorch model, a bundle's ONNX file including its scores, or any runtime of a bundle."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ BATCH = 8
 
 
 class Told(msgspec.Struct, frozen=True):
-    """What was said to some images.
+    """Answers, choices and scores for a batch of images.
 
     Args:
         answers: Logits or embeddings, float32 ``[n, width]``.
-        choices: What each location chose, see :mod:`evit_deploy.tokens.choices`.
-        scores: What it chose by; none where that is not given out.
+        choices: The choice of each location, see :mod:`evit_deploy.tokens.choices`.
+        scores: The scores of each location; empty if not available.
     """
 
     answers: np.ndarray
@@ -38,10 +38,10 @@ class Told(msgspec.Struct, frozen=True):
 
 
 class Teller(ABC):
-    """Runs a model on images and says what its locations chose; :meth:`close` ends it.
+    """Runs a model on images and returns the choices of its locations; call :meth:`close` at the end.
 
     Args:
-        runtime: What it is called.
+        runtime: Name of the runtime.
     """
 
     def __init__(self, runtime: str) -> None:
@@ -49,14 +49,14 @@ class Teller(ABC):
 
     @abstractmethod
     def tell(self, images: np.ndarray) -> Told:
-        """What is chosen for prepared images.
+        """Runs prepared images.
 
         Args:
             images: float32 ``[n, C, H, W]``.
         """
 
     def close(self) -> None:
-        """Gives up what it holds."""
+        """Releases its resources."""
         return
 
 
@@ -64,10 +64,10 @@ class PyTorch(Teller):
     """A model in PyTorch.
 
     Args:
-        model: A reduced model; it stays as it is.
+        model: A reduced model; not changed.
 
     Raises:
-        UnsupportedModelError: Its method decides in a way that is not seen from outside.
+        UnsupportedModelError: Its method does not expose its choices.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -102,7 +102,7 @@ class File(Teller):
         threads: CPU threads, ``None`` for the runtime's own choice.
 
     Raises:
-        InputError: It is no such file.
+        InputError: The file was not exported by evit-deploy.
         StageError: ONNX Runtime refuses it.
     """
 
@@ -115,7 +115,7 @@ class File(Teller):
 
     @staticmethod
     def unusable(bundle: Bundle) -> list[str]:
-        """Why ONNX Runtime cannot run a bundle's file here; empty where it can."""
+        """Reasons why ONNX Runtime cannot run a bundle's file here; empty if it can."""
         if MODEL not in bundle.manifest.files:
             return ["the bundle has no ONNX file"]
         return OnnxRuntimeRunner.accepts(bundle.file(MODEL))
@@ -139,10 +139,10 @@ class File(Teller):
 
 
 class Opened(Teller):
-    """A bundle on any runtime; scores are not among what they give out.
+    """A bundle on any runtime, without scores.
 
     Args:
-        model: The opened bundle; closed with this.
+        model: The opened bundle; closed together with this object.
     """
 
     def __init__(self, model: Model) -> None:
@@ -153,7 +153,7 @@ class Opened(Teller):
         """See :meth:`Teller.tell`.
 
         Raises:
-            InputError: The runtime runs a file that does not say what it keeps.
+            InputError: The runtime's file does not return its choices.
         """
         return Told(*self._model.choices(images))
 

@@ -1,4 +1,4 @@
-"""The command line: a thin skin over the library. Importing it, and every ``--help``, loads nothing but click."""
+"""The command line, a thin layer over the library. Importing it and printing ``--help`` load no library but click."""
 
 import importlib
 import os
@@ -17,15 +17,15 @@ GROUPS = {
     "Use": ("predict", "show", "package"),
     "Around it": ("recipes", "plugin", "doctor"),
 }
-"""The commands under the headings of the help page, in the order in which one meets them."""
+"""Headings of the help page and their commands, in the order in which a new user needs them."""
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 
 
 class LazyGroup(click.Group):
-    """Loads a command's module when the command is asked for."""
+    """A group that imports a command's module only when the command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order in which one meets them."""
+        """Returns the commands in the order of :data:`GROUPS`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -35,13 +35,13 @@ class LazyGroup(click.Group):
         return importlib.import_module(f"evit_deploy.cli.{cmd_name}").command
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes examples first, as the pages of the commands do."""
+        """Writes the examples first, as the help pages of the commands do."""
         from evit_deploy.cli.options import write_help_text
 
         write_help_text(self, formatter)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes one section a group."""
+        """Writes one section for each heading."""
         for heading, names in GROUPS.items():
             commands = [(name, self.get_command(ctx, name)) for name in names]
             with formatter.section(heading):
@@ -50,7 +50,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """With the nearest name when there is no such command."""
+        """Resolves the command; the error for an unknown name suggests the nearest one."""
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
             from evit_deploy.errors import did_you_mean
 
@@ -74,9 +74,9 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Runs the command line and exits with the contract's codes; no traceback without ``--debug``."""
+    """Runs the command line and exits with its exit code; prints a traceback only with ``--debug``."""
     code = invoke()
-    interrupts.ignore()  # the interpreter takes a second to end, and what was asked for is done
+    interrupts.ignore()  # the work is done, and the interpreter takes a second to shut down
     sys.exit(code)
 
 
@@ -84,7 +84,7 @@ def invoke(args: list[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        args: Arguments; the process's own by default.
+        args: Arguments. Default: ``sys.argv[1:]``.
 
     Returns:
         The exit code.
@@ -108,10 +108,10 @@ def _run(arguments: list[str], as_json: bool) -> int:
             click.echo(error.ctx.get_usage(), err=True)
         return _say(error.format_message(), 2, "UsageError", as_json)
     except BrokenPipeError:
-        sys.stderr.close()  # `evit-deploy ... | head` is no error
+        sys.stderr.close()  # `evit-deploy ... | head` is not an error
         return 0
     except Exception as error:
-        if interrupts.asked():  # a library has made something else of it
+        if interrupts.asked():  # a library turned the interrupt into another exception
             return _interrupted(error, arguments, as_json)
         return _failed(error, "--debug" in arguments, as_json)
 
@@ -119,7 +119,7 @@ def _run(arguments: list[str], as_json: bool) -> int:
 def _interrupted(error: BaseException, arguments: list[str], as_json: bool) -> int:
     from evit_deploy.errors import Interrupted
 
-    if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
+    if os.environ.get("RANK", "0") != "0":  # in distributed training only the first process prints
         return interrupts.exit_code()
     text = interrupts.SENTENCE
     if isinstance(error, Interrupted):
@@ -128,7 +128,7 @@ def _interrupted(error: BaseException, arguments: list[str], as_json: bool) -> i
 
 
 def _how_to_go_on(arguments: list[str]) -> str:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by a launcher, whose own line is not known here
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by a launcher, whose command line is unknown here
         return "Go on by starting it in the same way with --resume."
     from evit_deploy.cli.output import program
 
@@ -137,7 +137,7 @@ def _how_to_go_on(arguments: list[str]) -> str:
 
 
 _ANOTHER_TORCH = "operator torchvision::nms does not exist"
-"""What torchvision raises when it is imported beside another PyTorch, https://github.com/pytorch/pytorch/issues/122494."""
+"""Error of a torchvision built for another PyTorch, https://github.com/pytorch/pytorch/issues/122494."""
 
 
 def _failed(error: Exception, debug: bool, as_json: bool) -> int:

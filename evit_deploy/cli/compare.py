@@ -11,7 +11,7 @@ from evit_deploy.cli.types import PATH
 from evit_deploy.report.lines import printable
 
 _FEW = 4
-"""Bundles that are suggested at most."""
+"""Maximum number of suggested commands."""
 
 
 @click.command("compare", cls=Command, short_help="Compare bundles side by side in one interleaved run.")
@@ -19,13 +19,13 @@ _FEW = 4
 @struct_options("CompareOptions", "Measurement", "runtimes", "threads", "batch_sizes", "duration")
 @struct_options("CompareOptions", "Answers", "data", "images", "reference", "own_preprocessing")
 @click.option("--out", type=PATH, metavar="DIR", help="Write compare.csv, .md, .tex, .json and .html there.")
-@click.option("--force", is_flag=True, help="Replace these files.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
 @output_options
 def command(bundles: tuple[Path, ...], out: Path | None, force: bool, output: Output, **options: Any) -> None:
     """Compare two or more BUNDLEs of the same task, of any methods and keep rates, in one interleaved run.
 
     Each is compared with its dense baseline, which bundles of the same dense model share, and with the slice
-    baseline of the same token counts; with images also against the reference bundle.
+    baseline of the same token counts; with images, also with the reference bundle.
 
     \b
     evit-deploy compare deit_s-evit-k0.7 deit_s-evit-k0.5 --threads 1

@@ -17,15 +17,15 @@ _MODEL = {"cls": Option, "group": "Model"}
 
 
 class _Several(Command):
-    """A command that takes several values behind one flag: ``--keep-rates 0.9 0.7``, ``--precision fp32 fp16``."""
+    """A command that accepts several values after one flag: ``--keep-rates 0.9 0.7``, ``--precision fp32 fp16``."""
 
-    _values = {  # noqa: RUF012 -- of a class that is made once
+    _values = {  # noqa: RUF012 -- never changed
         "--keep-rates": re.compile(r"[0-9.,]+"),
         "--precision": re.compile("|".join(PRECISIONS)),
     }
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeats the flag before each of its values, as click reads them."""
+        """Repeats the flag before each of its values, which is the form that click understands."""
         repeated: list[str] = []
         flag, given = "", 0
         for argument in args:
@@ -43,7 +43,7 @@ class _Several(Command):
 
 
 @click.command("convert", cls=_Several, short_help="Turn a checkpoint into a verified, measured bundle.")
-@click.argument("checkpoint", type=NAME)  # a timm name too: the type is for the shell, which completes files
+@click.argument("checkpoint", type=NAME)  # may be a timm name; the type only lets the shell complete files
 @click.option(
     "--model", type=ModelName(), metavar="NAME", help="timm name, if the tensors do not determine it.", **_MODEL
 )
@@ -122,7 +122,7 @@ def command(checkpoint: str, out: Path | None, force: bool, output: Output, **op
         return
     bundle, report = convert(checkpoint, options=asked, measure=measure, out=out, force=force, **options, **tokens)
     if not output.as_json:
-        # What was assumed has been logged when it mattered; what remains are the verdicts.
+        # The manifest's notes were logged during the conversion; print only the others.
         verdicts = tuple(note for note in report.notes if note not in bundle.manifest.notes)
         report = msgspec.structs.replace(report, notes=verdicts)
     first, last = f"{bundle.manifest.plan}\n", f"\n{printable(bundle.path)}"
@@ -136,10 +136,10 @@ def command(checkpoint: str, out: Path | None, force: bool, output: Output, **op
 def _convert_several(
     checkpoint: str, asked: Any, measure: Any, place: tuple[Path | None, bool], output: Output, options: dict[str, Any]
 ) -> None:
-    """Converts every variant and prints a table of them; a failed one is the command's failure, once all are made.
+    """Converts every variant and prints a table of them; a failed variant does not stop the others.
 
     Raises:
-        GateFailed: Checks of one of them did not hold.
+        GateFailed: After all were made, if a check of one of them failed.
     """
     from evit_deploy.errors import GateFailed
     from evit_deploy.pipeline.variants import make_variants

@@ -9,16 +9,16 @@ from evit_deploy.cli.options import Command
 from evit_deploy.cli.output import Output, output_options
 
 _FASTEST_FIRST = ("tensorrt", "tensorrt-rtx", "openvino")
-"""Targets that are worth a suggestion where they can be used."""
+"""Targets to suggest where they are usable, fastest first."""
 
 
-@click.command("doctor", cls=Command, short_help="Say what is installed and usable here.")
+@click.command("doctor", cls=Command, short_help="List what is installed and usable here.")
 @output_options
 def command(output: Output) -> None:
     """List what is installed, what it can be used for, and the command that installs what is missing.
 
-    Packages, extras, GPU and driver, the plugin's tools, runtimes, and for each target whether it can be built and run
-    here. A missing optional package is not a failure; a broken required one ends with exit code 3.
+    Covers packages, extras, GPU and driver, the plugin's build tools, runtimes, and whether each target can be built
+    and run here. A missing optional package is not a failure; a broken required one ends with exit code 3.
 
     \b
     evit-deploy doctor
@@ -27,7 +27,7 @@ def command(output: Output) -> None:
 
     try:
         from evit_deploy.doctor.doctor import doctor
-    except ImportError as error:  # all that doctor itself needs
+    except ImportError as error:  # the only packages that doctor itself needs
         raise MissingRequirement(
             f"msgspec and packaging are needed: {error}", fix="Run: pip install --force-reinstall msgspec packaging"
         ) from error

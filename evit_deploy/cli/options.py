@@ -1,4 +1,4 @@
-"""Options that commands share."""
+"""Options shared by several commands, and their help pages."""
 
 import functools
 import importlib
@@ -12,16 +12,16 @@ import click
 from evit_deploy.cli.types import IMAGES, PATH, BatchRange, Choice, MethodOption, Numbers, Positive, TargetOption, Whole
 
 _LAST = "Output"
-"""Heading of the options that name none, which closes the page."""
+"""Heading of the options without a group; always last on the page."""
 
 
 class Option(click.Option):
-    """An option under a heading of the help page.
+    """An option that appears under a heading of the help page.
 
     Args:
-        args: As for ``click.Option``.
+        args: Passed to ``click.Option``.
         group: The heading.
-        options: As for ``click.Option``.
+        options: Passed to ``click.Option``.
     """
 
     def __init__(self, *args: Any, group: str = _LAST, **options: Any) -> None:
@@ -34,11 +34,11 @@ class Option(click.Option):
 
 
 def _broken(line: str, width: int) -> list[str]:
-    """A command that is longer than the terminal is wide, in lines that a shell takes as one."""
+    """Splits a command that is wider than the terminal into lines joined by backslashes."""
     if len(line) <= width:
         return [line]
     parts: list[str] = []
-    for word in re.split(r" (?=--)", line):  # a flag stays beside its value
+    for word in re.split(r" (?=--)", line):  # keeps a flag and its value on one line
         if parts and len(f"{parts[-1]} {word}") <= width - 2:
             parts[-1] += f" {word}"
         else:
@@ -64,14 +64,14 @@ def write_help_text(command: click.Command, formatter: click.HelpFormatter) -> N
 
 
 class Command(click.Command):
-    """A command whose help page begins with examples and puts options under headings."""
+    """A command with a help page that starts with examples and groups its options under headings."""
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes examples, then what the command does."""
+        """Writes the examples, then the description."""
         write_help_text(self, formatter)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes one section a heading, in the order of their first options."""
+        """Writes one section for each heading, in the order of their first options."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
@@ -83,10 +83,10 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group of commands whose help page begins with examples."""
+    """A group of commands with a help page that starts with examples."""
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes examples, then what the group is for."""
+        """Writes the examples, then the description."""
         write_help_text(self, formatter)
 
 
@@ -94,7 +94,7 @@ _FLAGS = {
     "batches": "--batch", "gpus": "--gpu", "targets": "--target", "indices": "--with-indices",
     "target_options": "--target-option", "runtimes": "--runtime",
 }  # fmt: skip
-"""Fields that are called otherwise on the command line."""
+"""Fields that have another name on the command line."""
 _METAVARS = {
     "batch": "N", "batch_sizes": "1,8,32", "calibration": "DIR", "crop_pct": "F", "data": "DIR", "duration": "S",
     "gpus": "SM", "images": "DIR", "instances": "N", "keep_precision": "PATTERN[,PATTERN]",
@@ -107,7 +107,7 @@ _METAVARS = {
 _REGISTRIES = {"targets": "TARGETS", "target": "TARGETS", "runtimes": "RUNTIMES", "runtime": "RUNTIMES"}
 _PATHS = ("calibration", "data", "images", "labels", "reference", "sign", "timing_cache")
 _HOMES = ("evit_deploy.recipe.options", "evit_deploy.serving.options")
-"""Where the structs of options are, which load nothing heavy."""
+"""Modules with the structs of options; importing them loads no heavy library."""
 
 
 def _struct(name: str) -> Any:
@@ -116,12 +116,12 @@ def _struct(name: str) -> Any:
 
 
 def struct_options(name: str, group: str, *fields: str) -> Callable[..., Any]:
-    """Makes the options of a struct's fields, with the fields' own documentation; without a value they are left out.
+    """Creates an option for each field of a struct, with the field's documentation as help and no default.
 
     Args:
-        name: Of a struct in a module of :data:`_HOMES`.
+        name: A struct in one of :data:`_HOMES`.
         group: Heading on the help page.
-        fields: Which ones; all but its bases' by default.
+        fields: The fields. Default: all, without inherited ones.
     """
     from evit_deploy.recipe.fields import field_docs, own_fields
 
@@ -143,7 +143,7 @@ def struct_options(name: str, group: str, *fields: str) -> Callable[..., Any]:
 
 
 def _kind(field: str, annotation: Any) -> dict[str, Any]:
-    """How click reads a field."""
+    """Returns the arguments of ``click.option`` that read a field's type."""
     from evit_deploy.recipe.fields import choices_in, limits_in, plain
 
     if field == "batches":
@@ -166,12 +166,12 @@ def _kind(field: str, annotation: Any) -> dict[str, Any]:
 
 
 def struct_of(name: str, values: dict[str, Any], **more: Any) -> Any:
-    """Takes a struct's fields out of a command's options and makes it of those that were given.
+    """Removes a struct's fields from a command's options and creates the struct from those that were given.
 
     Args:
-        name: Of a struct in a module of :data:`_HOMES`.
-        values: The command's options; the struct's are taken out.
-        more: Values that stand in for what was not given.
+        name: A struct in one of :data:`_HOMES`.
+        values: The command's options; the struct's fields are removed from it.
+        more: Values for fields that were not given.
     """
     struct = _struct(name)
     given = {field: values.pop(field) for field in struct.__struct_fields__ if field in values}
@@ -189,7 +189,7 @@ def struct_of(name: str, values: dict[str, Any], **more: Any) -> Any:
 
 
 def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--keep-rate --locations --fuse --method --merge --proportional-attention --method-option``."""
+    """Adds ``--keep-rate --locations --fuse --method --merge --proportional-attention --method-option``."""
     group = "Token reduction"
     for option in (
         click.option(
@@ -198,11 +198,11 @@ def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--proportional-attention/--no-proportional-attention", cls=Option, group=group, default=None,
-            help="merge, tome: a merged token receives attention in proportion to its patches.  [default: it does]",
+            help="merge, tome: weight attention to a merged token by its number of patches.  [default: on]",
         ),
         click.option(
             "--merge", cls=Option, group=group, type=Numbers(int, 0), metavar="R[,R...]",
-            help="tome: tokens that each block merges; one, or one for each block from the first.",
+            help="tome: tokens merged in each block; one number, or one for each block.",
         ),
         click.option(
             "--method", cls=Option, group=group, type=Choice(registry="METHODS"),
@@ -218,7 +218,7 @@ def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--keep-rate", cls=Option, group=group, type=Numbers(float), metavar="RATE[,RATE...]",
-            help="Share of the patches to keep, in (0, 1]; one, or one for each location.",
+            help="Share of the patches to keep, in (0, 1]; one rate, or one for each location.",
         ),
     ):  # fmt: skip
         function = option(function)
@@ -226,7 +226,10 @@ def tokens_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def tokens_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Takes the token options out of a command's, as fields of a ``TokenSpec``, checked before anything heavy loads."""
+    """Removes the token options from a command's, checks them and returns them as fields of a ``TokenSpec``.
+
+    The check comes first because it needs no heavy import.
+    """
     from evit_deploy.tokens.plan import TokenSpec
 
     given = {name: options.pop(name) for name in ("keep_rate", "locations", "fuse", "method")}
@@ -248,7 +251,7 @@ def tokens_of(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--runtime --threads --against --plugin``."""
+    """Adds ``--runtime --threads --against --plugin``."""
     for option in (
         click.option(
             "--plugin",
@@ -288,7 +291,7 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def data_option(group: str) -> Callable[..., Any]:
-    """``--data`` of the commands that take a bundle.
+    """Adds ``--data`` to the commands that take a bundle.
 
     Args:
         group: Heading on the help page.
@@ -301,15 +304,15 @@ def data_option(group: str) -> Callable[..., Any]:
 
 
 def page_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--report`` of the commands that measure or check."""
+    """Adds ``--report`` to the commands that measure or check."""
     return click.option(
         "--report", "page", type=PATH, metavar="FILE",
-        help="Also write the result as a web page; it replaces an earlier page, and no other file.",
+        help="Also write the result as a web page; replaces an earlier page, but no other file.",
     )(function)  # fmt: skip
 
 
 def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--url --model-name --model-version --shared-memory --timeout``."""
+    """Adds ``--url --model-name --model-version --shared-memory --timeout``."""
     server = functools.partial(click.option, cls=Option, group="Server")
     for option in (
         server("--timeout", type=Positive(), metavar="S", help="Seconds to wait for the server.  [default: 60]"),
@@ -317,7 +320,7 @@ def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
         server("--model-version", metavar="N", help="Version of the model.  [default: the server's own choice]"),
         server(
             "--model-name", metavar="NAME",
-            help="Model or ensemble.  [default: the only one that takes the bundle's tensors]",
+            help="Model or ensemble.  [default: the only one with the bundle's inputs and outputs]",
         ),
         server("--url", metavar="URL", help="A running Triton server, http://HOST:8000 or grpc://HOST:8001."),
     ):  # fmt: skip
@@ -326,7 +329,7 @@ def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def server_of(options: dict[str, Any]) -> Any:
-    """Takes the server's options out of a command's, a :class:`~evit_deploy.triton.connection.Server` or ``None``."""
+    """Removes the server's options from a command's; returns a ``Server``, or ``None`` without ``--url``."""
     names = ("model_name", "model_version", "shared_memory", "timeout")
     url, (name, version, shared, timeout) = options.pop("url"), (options.pop(key) for key in names)
     if url is None:
@@ -342,7 +345,7 @@ def server_of(options: dict[str, Any]) -> Any:
 
 
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--set --out --force --resume`` of the commands that take a recipe."""
+    """Adds ``--set --out --force --resume`` to the commands that take a recipe."""
     for option in (
         click.option(
             "--resume",
@@ -350,7 +353,7 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Continue an interrupted training of the same recipe; start it if nothing was saved yet.",
         ),
         click.option("--force", is_flag=True, help="Run every stage again."),
-        click.option("--out", type=PATH, metavar="DIR", help="Where everything goes.  [default: runs/<recipe's name>]"),
+        click.option("--out", type=PATH, metavar="DIR", help="Output folder.  [default: runs/<recipe's name>]"),
         click.option(
             "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe's value; repeatable."
         ),
@@ -360,6 +363,6 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_resume(force: bool, resume: bool) -> None:
-    """Refuses to begin anew and to go on at once."""
+    """Refuses ``--force`` together with ``--resume``."""
     if force and resume:
         raise click.UsageError("--force starts again and --resume continues: give one of them")

@@ -1,4 +1,4 @@
-"""What a command prints and where: the result on stdout, everything else on stderr, through one live display."""
+"""Output of the commands: the result goes to stdout, everything else to stderr through one live display."""
 
 import contextlib
 import functools
@@ -19,9 +19,9 @@ from evit_deploy.report.lines import printable, printable_lines, shown_in, wrapp
 
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--json -v -q --debug``, handed to the command as one ``output``; the innermost decorator.
+    """Adds ``--json -v -q --debug`` and passes them to the command as ``output``; must be the innermost decorator.
 
-    ``--debug`` itself is read by :func:`evit_deploy.cli.invoke`, which prints the traceback.
+    ``--debug`` is handled by :func:`evit_deploy.cli.invoke`, which prints the traceback.
     """
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
@@ -34,23 +34,23 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return function(*args, output=output, **options)
             except Exception as error:
-                error.result_was_printed = output.printed  # type: ignore[attr-defined]  # stdout takes one document
+                error.result_was_printed = output.printed  # type: ignore[attr-defined]  # stdout holds one JSON document
                 raise
 
     return wrapped
 
 
 class Output(logging.Handler):
-    """Prints results on stdout, and on stderr what the library logs: a context manager around a command.
+    """Context manager around a command: prints its results on stdout and the library's log on stderr.
 
-    On a terminal, progress is one live line (stage k of n, elapsed time; in training images/s, loss and time left);
-    messages appear above it. Elsewhere (a pipe, ``TERM=dumb``) progress is left out unless ``verbose``. Of several
-    processes that train together only the first one prints.
+    On a terminal, progress is one live line (stage k of n and the elapsed time; in training also images/s, loss and
+    time left), with messages above it. Elsewhere (a pipe, ``TERM=dumb``) progress is omitted unless ``verbose``. In
+    distributed training only the first process prints.
 
     Args:
-        as_json: Whether the result is to be JSON.
+        as_json: Whether to print the result as JSON.
         verbose: Whether to print every record as a line instead of the live display.
-        quiet: Whether to print nothing but errors.
+        quiet: Whether to print errors only.
     """
 
     def __init__(self, as_json: bool = False, verbose: bool = False, quiet: bool = False) -> None:
@@ -65,7 +65,7 @@ class Output(logging.Handler):
     def __enter__(self) -> "Output":
         log = logging.getLogger("evit_deploy")
         self._before = log.level, log.propagate
-        log.propagate = False  # a library that configures the root logger would have every line twice
+        log.propagate = False  # a handler of the root logger would print every line again
         log.setLevel(logging.DEBUG if self._live or self.verbose else logging.INFO)
         log.addHandler(self)
         return self
@@ -78,10 +78,10 @@ class Output(logging.Handler):
         self._stop()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Shows one record of the library's logger; work that has swallowed an interruption ends here.
+        """Shows one record of the library's logger, and ends work that swallowed an interrupt.
 
         Raises:
-            KeyboardInterrupt: A signal came before, and the work did not end.
+            KeyboardInterrupt: A signal arrived earlier and the work continued.
         """
         interrupts.raise_if_asked()
         progress = getattr(record, "progress", None)
@@ -94,13 +94,13 @@ class Output(logging.Handler):
             self._message(", ".join((stage + record.getMessage(), *_figures(progress))))
         elif self._live and progress is not None:
             if self._display is None:
-                with contextlib.suppress(ImportError):  # `doctor` has to report that rich is missing
+                with contextlib.suppress(ImportError):  # `doctor` must run without rich to report that it is missing
                     self._display = _Display()
             if self._display is not None:
                 self._display.show(record.getMessage(), progress)
 
     def _message(self, text: str) -> None:
-        # While the display lives, rich stands before sys.stderr, with no encoding of that name.
+        # While the display is live, rich replaces sys.stderr with a proxy whose encoding is None.
         stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
         text = shown_in(printable(text), stream.encoding)
         if self._display is not None:
@@ -120,9 +120,9 @@ class Output(logging.Handler):
         """Ends the live display and prints a table that the caller renders.
 
         Args:
-            render: Prints on a rich console.
-            text: What a person reads last.
-            verdict: A sentence that a person reads first.
+            render: Called with a rich console to print on.
+            text: Text to print after the table.
+            verdict: Sentence to print before the table.
         """
         from rich.console import Console
 
@@ -135,7 +135,7 @@ class Output(logging.Handler):
 
     @staticmethod
     def _width() -> int | None:
-        """A pipe has no width, and tables must not be cut there."""
+        """Returns a fixed width for pipes and files, so that rich does not truncate tables to 80 columns there."""
         return None if sys.stdout.isatty() else 160
 
     def _verdict(self, sentence: str | None) -> None:
@@ -145,12 +145,12 @@ class Output(logging.Handler):
             click.echo(f"{wrapped(said, width) if sys.stdout.isatty() else said}\n")
 
     def suggest(self, *commands: Sequence[object], before: Sequence[Sequence[object]] = ()) -> None:
-        """Ends with commands that one may want next, each on a line to copy; for a person at a terminal alone.
+        """Prints likely next commands, one a line and ready to copy; only on a terminal.
 
         Args:
-            commands: The arguments of each, with the paths of this call. One whose path a terminal cannot show as it
-                is, is left out.
-            before: Commands of other programs, which come first.
+            commands: Arguments of each command, with the paths of this call. Commands with characters that a terminal
+                cannot show unchanged are omitted.
+            before: Commands of other programs, printed first.
         """
         if self.as_json or self.quiet or not sys.stderr.isatty():
             return
@@ -172,11 +172,11 @@ class Output(logging.Handler):
         """Ends the live display and prints the result.
 
         Args:
-            report: A Report; for JSON anything msgspec can encode, ``None`` for nothing but the text.
-            text: What a person reads last; names in it go through :func:`~evit_deploy.report.lines.printable`.
-            first: What a person reads first, unless quiet.
-            verdict: A sentence that a person reads before that.
-            extra: More keys for the JSON document.
+            report: A Report; with ``--json`` anything that msgspec can encode. ``None`` prints only the text.
+            text: Text to print last; names in it go through :func:`~evit_deploy.report.lines.printable`.
+            first: Text to print first, unless quiet.
+            verdict: Sentence to print before ``first``.
+            extra: Additional keys of the JSON document.
         """
         self._stop()
         self.printed = True
@@ -187,7 +187,7 @@ class Output(logging.Handler):
             document = document if isinstance(document, dict) else {"items": document}
             try:
                 click.echo(msgspec.json.format(msgspec.json.encode(extra | document), indent=2).decode())
-            except UnicodeEncodeError:  # bytes of a file name that are no UTF-8
+            except UnicodeEncodeError:  # a file name that is not UTF-8
                 click.echo(json.dumps(extra | document, indent=2))
             return
         self._verdict(verdict)
@@ -206,22 +206,22 @@ class Output(logging.Handler):
 
 
 def program() -> list[str]:
-    """How this program was called: as a script, or as Python's module."""
+    """Returns how this program was called: ``evit-deploy`` or ``python -m evit_deploy``."""
     called = os.path.basename(sys.argv[0])
     return ["python", "-m", "evit_deploy"] if called == "__main__.py" else ["evit-deploy"]
 
 
 def typed() -> list[str]:
-    """The arguments of this call, as they were typed."""
+    """Returns the arguments of this call as typed."""
     return sys.argv[1:]
 
 
 def uses_of(bundle: object, *, reduced: bool = True) -> list[tuple[object, ...]]:
-    """What one may do with a bundle that was just made.
+    """Returns commands to suggest for a new bundle.
 
     Args:
         bundle: Its folder.
-        reduced: Whether its model reduces tokens, which ``show`` draws.
+        reduced: Whether its model reduces tokens, so that ``show`` has something to draw.
     """
     found: list[tuple[object, ...]] = [("predict", bundle, "IMAGES")]
     found += [("show", bundle, "IMAGES")] if reduced else []
@@ -229,7 +229,7 @@ def uses_of(bundle: object, *, reduced: bool = True) -> list[tuple[object, ...]]
 
 
 def _figures(progress: Any) -> list[str]:
-    """``images_per_second`` as ``297 images/s``, anything else as ``loss 2.36``."""
+    """Formats ``images_per_second`` as ``297 images/s`` and other figures as ``loss 2.36``."""
     rates = {name: name.removesuffix("_per_second") for name in progress.figures}
     return [
         f"{value:.4g} {rates[name]}/s" if rates[name] != name else f"{name} {value:.4g}"
@@ -262,7 +262,7 @@ class _Display:
         if progress.total is None:
             self._counted = 0
             return ""
-        if progress.done <= self._counted or not self._counted:  # another count of steps begins
+        if progress.done <= self._counted or not self._counted:  # a new series of steps starts
             self._since, self._first = time.monotonic(), progress.done
         self._counted = progress.done
         parts = _figures(progress)

@@ -11,7 +11,7 @@ from evit_deploy.cli.types import PATH, Choice
 from evit_deploy.report.lines import printable
 
 
-@click.command("package", cls=Command, short_help="Make a folder that Triton or a C++ program runs.")
+@click.command("package", cls=Command, short_help="Create a folder for Triton Inference Server or a C++ program.")
 @click.argument("bundle", type=PATH, nargs=-1, required=True)
 @click.option(
     "--for",
@@ -24,8 +24,10 @@ from evit_deploy.report.lines import printable
 )
 @struct_options("PackageOptions", "Package")
 @struct_options("TritonOptions", "Triton")
-@click.option("--out", type=PATH, metavar="DIR", help="Folder to write.  [default: <name>-<triton|cpp> beside it]")
-@click.option("--force", is_flag=True, help="Replace an older package there.")
+@click.option(
+    "--out", type=PATH, metavar="DIR", help="Folder to write.  [default: <name>-<triton|cpp> next to the bundle]"
+)
+@click.option("--force", is_flag=True, help="Replace an existing package.")
 @output_options
 def command(
     bundle: tuple[Path, ...], purpose: str, out: Path | None, force: bool, output: Output, **options: Any

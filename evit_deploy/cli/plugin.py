@@ -11,7 +11,7 @@ from evit_deploy.cli.types import PATH
 
 @click.group("plugin", cls=Group, short_help="Build and check the TensorRT plugin.")
 def command() -> None:
-    """Build and check the TensorRT plugin, which makes the reorganization of tokens one kernel.
+    """Build and check the TensorRT plugin, which reorganizes tokens in a single kernel.
 
     \b
     evit-deploy plugin build
@@ -22,10 +22,10 @@ def command() -> None:
 
 @command.command("build", cls=Command, short_help="Compile it and store it for --plugin auto.")
 @click.option("--tensorrt-root", type=PATH, metavar="DIR",
-              help="Folder with TensorRT's include/.  [default: $TENSORRT_ROOT, the system's, or fetched]")  # fmt: skip
+              help="Folder with TensorRT's include/.  [default: $TENSORRT_ROOT, system, or download]")  # fmt: skip
 @click.option("--architectures", metavar="80,90,...", help="CUDA architectures.  [default: 80,86,87,89,90,100,110,120]")
 @click.option("--kernel-only", is_flag=True, help="Build only the kernel for PyTorch on a GPU, without TensorRT.")
-@click.option("--out", type=PATH, metavar="DIR", help="Where the libraries go.  [default: the user's cache]")
+@click.option("--out", type=PATH, metavar="DIR", help="Folder for the libraries.  [default: the user's cache]")
 @output_options
 def build(
     tensorrt_root: Path | None, architectures: str | None, kernel_only: bool, out: Path | None, output: Output
@@ -57,9 +57,9 @@ def build(
 @click.argument("library", type=PATH, required=False)
 @output_options
 def check(library: Path | None, output: Output) -> None:
-    """Identify LIBRARY, and check that it matches this machine's TensorRT and GPU and gives PyTorch's answers.
+    """Identify LIBRARY, and check that it matches this machine's TensorRT and GPU and returns PyTorch's results.
 
-    Without LIBRARY: the one that --plugin auto takes.
+    Without LIBRARY, check the one that --plugin auto uses.
 
     \b
     evit-deploy plugin check

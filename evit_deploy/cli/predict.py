@@ -13,10 +13,10 @@ from evit_deploy.cli.types import IMAGES, PATH, Choice, Whole
 
 _RUNTIME = {"cls": Option, "group": "Runtime"}
 _FEW = 4
-"""Images that a suggested command names at most."""
+"""Maximum number of images in a suggested command."""
 
 
-@click.command("predict", cls=Command, short_help="Ask a bundle what is on images.")
+@click.command("predict", cls=Command, short_help="Classify or embed images with a bundle.")
 @click.argument("bundle", type=PATH)
 @click.argument("images", nargs=-1, required=True, type=IMAGES, metavar="IMAGES...")
 @click.option(
@@ -26,11 +26,11 @@ _FEW = 4
     type=Whole(1, 2**31 - 1),
     default=5,
     metavar="N",
-    help="Classes to name.  [default: 5]",
+    help="Classes to list for each image.  [default: 5]",
 )
 @click.option(
     "--out", cls=Option, group="Answers", type=PATH, metavar="FILE.npy",
-    help="Write embeddings there, float32 [images, numbers], in the order in which they are listed.",
+    help="Write the embeddings there as float32 [images, dimensions], in the order of the list.",
 )  # fmt: skip
 @click.option("--force", cls=Option, group="Answers", is_flag=True, help="Replace that file.")
 @click.option(
@@ -44,7 +44,7 @@ _FEW = 4
     "--batch-size",
     type=Whole(1, 65_536),
     metavar="N",
-    help="Maximum images per call.  [default: 32, or what an engine was tuned for]",
+    help="Maximum images per call.  [default: 32, or the size that an engine was tuned for]",
     **_RUNTIME,
 )
 @click.option(
@@ -58,10 +58,10 @@ _FEW = 4
 def command(
     bundle: Path, images: tuple[Path, ...], top: int, out: Path | None, force: bool, output: Output, **options: Any
 ) -> None:
-    """Classify or embed IMAGES with BUNDLE: files, or folders that are searched recursively.
+    """Classify or embed IMAGES with BUNDLE: files, or folders searched recursively.
 
-    Images that cannot be read are listed, the others are answered, and the exit code is 1. A bundle of a model without
-    classes answers with embeddings.
+    A model without classes returns embeddings. Images that cannot be read are listed, the others are answered, and the
+    exit code is 1.
 
     \b
     evit-deploy predict deit_s-evit-k0.7 cat.jpg holiday/

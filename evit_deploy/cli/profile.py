@@ -32,7 +32,7 @@ from evit_deploy.cli.types import NAME, Positive
     group="Measurement",
     type=Positive(),
     metavar="F",
-    help="Fail unless it is this many times as fast as the dense twin.",
+    help="Fail unless the model is at least this many times as fast as its dense twin.",
 )
 @data_option("Measurement")
 @tokens_options
@@ -40,10 +40,10 @@ from evit_deploy.cli.types import NAME, Positive
 @page_option
 @output_options
 def command(target: str, min_speedup: float | None, page: Path | None, output: Output, **options: Any) -> None:
-    """Measure TARGET (a bundle, engine.plan, model.onnx or checkpoint) against its twins, interleaved.
+    """Measure TARGET (a bundle, engine.plan, model.onnx or checkpoint) against its twins in one interleaved run.
 
-    The dense twin has no token reduction, the slice twin the same token counts without scores. Of an engine it
-    also reports where the time of a call goes, and which block takes how much of it.
+    The dense twin has no token reduction, the slice twin the same token counts without scores. For an engine, the time
+    of a call is also broken down by kind of work and by block.
 
     \b
     evit-deploy profile deit_s-evit-k0.7

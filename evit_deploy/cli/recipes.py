@@ -12,7 +12,7 @@ from evit_deploy.report.lines import printable
 
 @click.group("recipes", cls=Group, short_help="List, show and copy the recipes that come with evit-deploy.")
 def command() -> None:
-    """List, show and copy the recipes that come with evit-deploy; run and train take them by name too.
+    """List, show and copy the recipes that come with evit-deploy; run and train also accept their names.
 
     \b
     evit-deploy recipes list
@@ -24,7 +24,7 @@ def command() -> None:
 @command.command("list", cls=Command, short_help="List them.")
 @output_options
 def listed(output: Output) -> None:
-    """List all recipes, and what each is for.
+    """List all recipes, and what each does.
 
     \b
     evit-deploy recipes list
@@ -50,7 +50,7 @@ def listed(output: Output) -> None:
 @click.argument("name", type=RecipeName())
 @output_options
 def show(name: str, output: Output) -> None:
-    """Print the recipe NAME as it is written.
+    """Print the file of the recipe NAME.
 
     \b
     evit-deploy recipes show digits
@@ -68,7 +68,7 @@ def show(name: str, output: Output) -> None:
 @command.command("copy", cls=Command, short_help="Copy one, to change it.")
 @click.argument("name", type=RecipeName())
 @click.argument("destination", type=PATH, required=False)
-@click.option("--force", is_flag=True, help="Replace a file there.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
 @output_options
 def copy(name: str, destination: Path | None, force: bool, output: Output) -> None:
     """Copy the recipe NAME to DESTINATION, a file or a folder.  [default: NAME.yaml here]

@@ -18,14 +18,13 @@ from evit_deploy.report.lines import printable
     metavar="DIR",
     help="Write report.html, report.csv, report.md, report.tex and report.json there.",
 )
-@click.option("--force", is_flag=True, help="Replace these files.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
 @output_options
 def command(bundles: tuple[Path, ...], out: Path | None, force: bool, output: Output) -> None:
     """Put the reports of one or more BUNDLEs side by side, without new measurements.
 
-    The page has a chart of accuracy against time with its frontier, the tables can be sorted, and everything is also
-    there as CSV, Markdown, LaTeX and JSON. Times come from each bundle's own run; evit-deploy compare measures all
-    bundles in one.
+    Writes a page with a chart of accuracy against time and sortable tables, and the same data as CSV, Markdown, LaTeX
+    and JSON. Times come from each bundle's own run; evit-deploy compare measures all bundles in one run.
 
     \b
     evit-deploy report deit_s-evit-k0.7 --out report

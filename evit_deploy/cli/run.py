@@ -10,16 +10,16 @@ from evit_deploy.cli.types import PATH
 from evit_deploy.report.lines import printable
 
 
-@click.command("run", cls=Command, short_help="Train, export, verify and profile as a recipe says.")
+@click.command("run", cls=Command, short_help="Train, export, verify and profile a recipe.")
 @click.argument("recipe", type=PATH)
 @recipe_options
 @output_options
 def command(
     recipe: Path, overrides: tuple[str, ...], out: Path | None, force: bool, resume: bool, output: Output
 ) -> None:
-    """Train, export, verify and profile as RECIPE says; stages that are up to date are skipped.
+    """Train, export, verify and profile the model of RECIPE; stages that are up to date are skipped.
 
-    A sweep (recipes/a100.yaml) and a comparison (recipes/compare.yaml) train nothing.
+    RECIPE can also be a sweep (recipes/a100.yaml) or a comparison (recipes/compare.yaml), which train nothing.
 
     \b
     evit-deploy run recipes/digits.yaml

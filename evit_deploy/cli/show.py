@@ -20,53 +20,57 @@ _CURVE = {"cls": Option, "group": "Curve"}
 @click.argument("images", nargs=-1, required=True, type=IMAGES, metavar="IMAGES...")
 @click.option(
     "--blocks", type=Numbers(int, 0, 4_096), metavar="3,6,9",
-    help="Locations to draw.  [default: all, or four of more]", **_PICTURE,
+    help="Locations to draw.  [default: all, or four of them if there are more]", **_PICTURE,
 )  # fmt: skip
-@click.option("--heat/--no-heat", default=True, help="Draw the scores below.  [default: they are]", **_PICTURE)
+@click.option("--heat/--no-heat", default=True, help="Draw the scores below each row.  [default: on]", **_PICTURE)
 @click.option(
     "--side", type=Whole(32, 2_048), default=224, metavar="PIXELS",
-    help="Longer side of an image in the picture, at most.  [default: 224]", **_PICTURE,
+    help="Maximum length of an image's longer side in the picture.  [default: 224]", **_PICTURE,
 )  # fmt: skip
 @click.option(
     "--curve", is_flag=True, **_CURVE,
-    help="Instead: how answers change where patches are removed by class attention, at random, and the other way "
-    "round; in PyTorch. Where IMAGES is one folder with a folder for each class, top-1 too.",
+    help="Draw instead how the answers change when patches are removed by class attention, at random or in the "
+    "opposite order; computed with PyTorch. If IMAGES is one folder with class folders, also draw top-1.",
 )  # fmt: skip
 @click.option(
     "--rates", type=Numbers(float, 0, 1), metavar="RATE[,RATE...]",
     help="Keep rates of the curve.  [default: 0.9,0.7,0.5,0.3]", **_CURVE,
 )  # fmt: skip
 @click.option(
-    "--sample", type=Whole(1, 65_536), metavar="N", help="Images of the curve at most.  [default: 64]", **_CURVE
+    "--sample",
+    type=Whole(1, 65_536),
+    metavar="N",
+    help="Maximum number of images for the curve.  [default: 64]",
+    **_CURVE,
 )
 @click.option(
     "--runtime", "runtimes", type=Choice(registry="RUNTIMES"), multiple=True,
     help="Runtime for a bundle; repeatable: the first is drawn, the others are compared with it.  "
-    "[default: onnxruntime, or eager where that cannot]", **_RUNTIME,
+    "[default: onnxruntime, or eager where that cannot run it]", **_RUNTIME,
 )  # fmt: skip
 @click.option(
     "--threads", type=Whole(1, 4_096), metavar="N", help="CPU threads.  [default: the runtime's own choice]", **_RUNTIME
 )
 @click.option(
     "--against", type=PATH, metavar="PATH",
-    help="Checkpoint of the bundle, for the runtime eager, if it was moved.", **_RUNTIME,
+    help="Checkpoint of the bundle for the runtime eager, if it was moved.", **_RUNTIME,
 )  # fmt: skip
 @click.option(
-    "--model", type=ModelName(), metavar="NAME", help="Of a checkpoint: timm name, if the tensors do not determine it.",
+    "--model", type=ModelName(), metavar="NAME", help="timm name of a checkpoint, if its tensors do not determine it.",
     cls=Option, group="Model",
 )  # fmt: skip
 @tokens_options
 @click.option(
     "--out", type=PATH, metavar="FILE",
-    help="Where the picture goes, .png or .svg; numbered where there are over 16 images. Of a curve .svg or .csv.  "
-    "[default: <name>-kept.png here, <name>-curve.svg]",
+    help="Picture to write, .png or .svg; several numbered files for more than 16 images. With --curve .svg or .csv.  "
+    "[default: <name>-kept.png or <name>-curve.svg here]",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace files.")
 @output_options
 def command(source: str, images: tuple[Path, ...], output: Output, **options: Any) -> None:
-    """Draw what BUNDLE or CHECKPOINT keeps, fuses and merges of IMAGES: files, or folders with images below them.
+    """Draw what BUNDLE or CHECKPOINT keeps, fuses and merges of IMAGES: files, or folders searched recursively.
 
-    Each image is one row: what the model saw, and what is left after each location. The scores are drawn below it.
+    Each image is one row: the model's input, then what is left after each location, with the scores below.
     Images that cannot be read are listed, the others are drawn, and the exit code is 1.
 
     \b

@@ -11,26 +11,26 @@ from evit_deploy.cli.types import IMAGES, Named, TableNumber
 from evit_deploy.report.lines import printable
 
 
-@click.command("table", cls=Command, short_help="Put a table of the EViT paper beside figures from here.")
+@click.command("table", cls=Command, short_help="Compare a table of the EViT paper with your own figures.")
 @click.argument("number", type=TableNumber())
 @struct_options("PaperOptions", "Throughput")
 @click.option(
     "--weights", cls=Option, group="Accuracy", type=Named(), multiple=True, metavar="NAME=FILE",
-    help="Checkpoint of a row, by the row's name; repeatable.",
+    help="Checkpoint for the row of this name; repeatable.",
 )  # fmt: skip
 @click.option(
     "--data", cls=Option, group="Accuracy", type=IMAGES, metavar="DIR",
-    help="Labeled images (class/image), a folder for each class of the models.",
+    help="Labeled images (class/image), with a folder for each of the model's classes.",
 )  # fmt: skip
 @click.option("--markdown", is_flag=True, help="Print Markdown.")
 @output_options
 def command(
     number: str, weights: tuple[tuple[str, str], ...], data: Path | None, markdown: bool, output: Output, **options: Any
 ) -> None:
-    """Put table NUMBER (1, 2a, 2b, 3a, 3b, 4, 5, 6a, 6b or 7) of the EViT paper beside figures from here.
+    """Compare table NUMBER (1, 2a, 2b, 3a, 3b, 4, 5, 6a, 6b or 7) of the EViT paper with your own figures.
 
-    Multiply-adds are computed. Throughput is measured on request, all rows in turn, with weights from a seed.
-    Accuracy needs trained weights and labeled images. A note lists what is missing.
+    Multiply-adds are computed. With --throughput speed is measured, all rows in turn, with random weights. Accuracy
+    needs trained weights and labeled images. Notes list what is missing.
 
     \b
     evit-deploy table 2b

@@ -22,25 +22,27 @@ _TOKENS = {"cls": Option, "group": "Token reduction"}
 @struct_options("TuneOptions", "Budget", "min_speedup", "max_latency", "max_drop")
 @struct_options("TuneOptions", "Images", "calibration", "data", "sample")
 @click.option("--method", type=Choice(registry="METHODS"), help="Reduction method.  [default: evit]", **_TOKENS)
-@click.option("--fuse/--no-fuse", default=None, help="Fuse the removed tokens into one.  [default: fuse]", **_TOKENS)
+@click.option(
+    "--fuse/--no-fuse", default=None, help="Fuse the removed tokens into one extra token.  [default: fuse]", **_TOKENS
+)
 @click.option(
     "--method-option", "method_options", type=MethodOption(), multiple=True, metavar="OPTION=VALUE",
     help="Option of the method, such as squeeze=true of evit; repeatable.", **_TOKENS,
 )  # fmt: skip
 @struct_options("TuneOptions", "Device", "target", "precision", "runtime", "batch", "threads", "duration")
 @struct_options("TuneOptions", "Search", "trials", "seed")
-@click.option("--convert", "bundle", is_flag=True, help="Convert the winner too, into DIR/bundle.")
-@click.option("--out", type=PATH, metavar="DIR", help="Where everything goes.  [default: <stem>-tune beside it]")
-@click.option("--force", is_flag=True, help="Start again where there is a search already.")
+@click.option("--convert", "bundle", is_flag=True, help="Also convert the winner, into DIR/bundle.")
+@click.option("--out", type=PATH, metavar="DIR", help="Output folder.  [default: <stem>-tune next to the checkpoint]")
+@click.option("--force", is_flag=True, help="Replace an earlier search and start again.")
 @click.option("--resume", is_flag=True, help="Continue the search there; several processes can continue it together.")
 @output_options
 def command(
     checkpoint: str, out: Path | None, force: bool, resume: bool, bundle: bool, output: Output, **options: Any
 ) -> None:
-    """Search the schedule (which blocks reduce, to how many tokens) that keeps most of CHECKPOINT's answers.
+    """Search the schedule (which blocks reduce, to how many tokens) that changes CHECKPOINT's answers least.
 
-    It needs a budget, and images without labels. The device is measured first; the finalists are measured
-    as complete models.
+    Needs a budget and a folder of images; labels are optional. The device is measured first; the finalists are
+    measured as complete models.
 
     \b
     evit-deploy tune deit_s.pth --calibration IMAGES --min-speedup 1.5

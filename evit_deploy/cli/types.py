@@ -1,4 +1,4 @@
-"""Kinds of values on the command line."""
+"""Parameter types of the command line."""
 
 import json
 import math
@@ -11,10 +11,10 @@ import click
 
 
 class _Name(click.Path):
-    """A path whose name is UTF-8: the libraries that read weights and models take no other."""
+    """A path with a UTF-8 name: the libraries that read weights and models accept no other."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path, or a refusal."""
+        """Returns the path, or fails if its name is not UTF-8."""
         path = super().convert(value, param, ctx)
         try:
             os.fsencode(path).decode()
@@ -24,20 +24,20 @@ class _Name(click.Path):
 
 
 PATH = _Name(path_type=Path)
-"""A path to write to, or of a model."""
+"""Path of a model, a bundle or an output."""
 NAME = _Name()
-"""A path, or a name of something else."""
+"""A path, or another name such as timm's of a model."""
 IMAGES = click.Path(path_type=Path)
-"""A path of images, which may be called anything."""
+"""Path of images; any file name is allowed."""
 
 
 class Numbers(click.ParamType):
-    """Comma-separated numbers of one kind, as a tuple.
+    """Comma-separated numbers, converted to a tuple.
 
     Args:
         kind: ``int`` or ``float``.
-        low: Least value, if there is one.
-        high: Largest value, if there is one.
+        low: Smallest allowed value, if limited.
+        high: Largest allowed value, if limited.
     """
 
     name = "numbers"
@@ -46,7 +46,7 @@ class Numbers(click.ParamType):
         self.kind, self.low, self.high = kind, low, high
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        """``"3,6,9"`` to ``(3, 6, 9)``."""
+        """Converts ``"3,6,9"`` to ``(3, 6, 9)``."""
         if isinstance(value, tuple):
             return value
         wanted = "whole numbers" if self.kind is int else "numbers"
@@ -62,10 +62,10 @@ class Numbers(click.ParamType):
 
 
 class Whole(click.IntRange):
-    """A whole number within limits that its metavar or its help names."""
+    """A whole number within limits. Unlike ``click.IntRange`` it does not add the limits to the help text."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """``"8"`` to ``8``."""
+        """Converts ``"8"`` to ``8``."""
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter:
@@ -81,10 +81,10 @@ def _ends(low: float | None, high: float | None) -> str:
 
 
 class Positive(click.ParamType):
-    """A finite number above 0; click's own range lets ``nan`` through, which is neither in nor out of it.
+    """A finite number above 0. ``click.FloatRange`` would accept ``nan``, since every comparison with it is false.
 
     Args:
-        high: Largest value.
+        high: Largest allowed value.
     """
 
     name = "float"
@@ -93,7 +93,7 @@ class Positive(click.ParamType):
         self.high = high
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """``"1.5"`` to ``1.5``."""
+        """Converts ``"1.5"`` to ``1.5``."""
         try:
             number = float(value)
         except ValueError:
@@ -109,7 +109,7 @@ class BatchRange(click.ParamType):
     name = "min:opt:max"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """``"1:32:128"`` to ``(1, 32, 128)``."""
+        """Converts ``"1:32:128"`` to ``(1, 32, 128)``."""
         if isinstance(value, tuple):
             return value
         try:
@@ -128,7 +128,7 @@ class TargetOption(click.ParamType):
     name = "target.option=value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str, str]:
-        """``"coreml.units=all"`` to ``("coreml", "units", "all")``."""
+        """Converts ``"coreml.units=all"`` to ``("coreml", "units", "all")``."""
         if isinstance(value, tuple):
             return value
         key, equals, text = str(value).partition("=")
@@ -139,12 +139,12 @@ class TargetOption(click.ParamType):
 
 
 class MethodOption(click.ParamType):
-    """``OPTION=VALUE``; the value as JSON, or as the text that it is."""
+    """``OPTION=VALUE``; the value is read as JSON, or as text if it is not valid JSON."""
 
     name = "option=value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
-        """``"squeeze=true"`` to ``("squeeze", True)``."""
+        """Converts ``"squeeze=true"`` to ``("squeeze", True)``."""
         if isinstance(value, tuple):
             return value
         name, equals, text = str(value).partition("=")
@@ -157,11 +157,12 @@ class MethodOption(click.ParamType):
 
 
 class Choice(click.Choice[str]):
-    """One of some values, with the nearest one named where there is none; the shell completes them.
+    """One of several values. The error for an unknown value suggests the nearest one; the shell completes them.
 
     Args:
         choices: The values.
-        registry: Name of a registry, whose names in other packages count too; help lists ours.
+        registry: Name of a registry to take the values from. Names that other packages register are accepted too;
+            the help lists only those of this package.
     """
 
     def __init__(self, choices: Sequence[str] = (), registry: str | None = None) -> None:
@@ -174,10 +175,10 @@ class Choice(click.Choice[str]):
         super().__init__(tuple(choices))
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The value, if it is one of them."""
+        """Returns the value if it is one of the choices."""
         known = self._known()
         if value in known or (self._registry is not None and value in self._registry.unlisted):
-            return value  # of one that is not offered, who uses it says why not
+            return value  # an unlisted name is refused with its reason where it is used
         from evit_deploy.errors import did_you_mean
 
         hint = did_you_mean(value, known)
@@ -185,7 +186,7 @@ class Choice(click.Choice[str]):
         raise click.BadParameter(text, ctx, param)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        """Names that begin like what was typed."""
+        """Returns the names that start with the typed text."""
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(name) for name in self._known() if name.startswith(incomplete)]
@@ -195,28 +196,28 @@ class Choice(click.Choice[str]):
 
 
 class ModelName(click.ParamType):
-    """timm's name of an architecture; the shell completes those that there are, without importing timm."""
+    """timm's name of an architecture; the shell completes it without importing timm."""
 
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name as it is; who builds the model says whether there is one."""
+        """Returns the name unchanged; it is checked when the model is built."""
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        """Names that begin like what was typed."""
+        """Returns the names that start with the typed text."""
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(name) for name in model_names() if name.startswith(incomplete)]
 
 
 class Named(click.ParamType):
-    """``NAME=FILE``; the name may hold commas and blanks, and a file an equals sign."""
+    """``NAME=FILE``; the name may contain commas and spaces, the file name an equals sign."""
 
     name = "name=file"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        """``"0.7=evit.pth"`` to ``("0.7", "evit.pth")``."""
+        """Converts ``"0.7=evit.pth"`` to ``("0.7", "evit.pth")``."""
         if isinstance(value, tuple):
             return value
         name, equals, file = str(value).partition("=")
@@ -226,16 +227,16 @@ class Named(click.ParamType):
 
 
 class TableNumber(click.ParamType):
-    """The number of a table of the EViT paper; the shell completes them."""
+    """Number of a table of the EViT paper, completed by the shell."""
 
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The number as it is, without ``table``; who reads the tables says whether there is one."""
+        """Returns the number without the word ``table``; it is checked when the table is read."""
         return str(value).lower().removeprefix("table").strip()
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        """Numbers that begin like what was typed."""
+        """Returns the numbers that start with the typed text."""
         from click.shell_completion import CompletionItem
 
         from evit_deploy.paper.published import paper
@@ -244,16 +245,16 @@ class TableNumber(click.ParamType):
 
 
 class RecipeName(click.ParamType):
-    """The name of a recipe that came with the package; the shell completes them."""
+    """Name of a recipe that comes with the package, completed by the shell."""
 
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name as it is; who looks for the recipe says whether there is one."""
+        """Returns the name unchanged; it is checked when the recipe is read."""
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        """Names that begin like what was typed."""
+        """Returns the names that start with the typed text."""
         from click.shell_completion import CompletionItem
 
         from evit_deploy.recipe.shipped import names
@@ -262,11 +263,11 @@ class RecipeName(click.ParamType):
 
 
 _FAMILIES = ("vision_transformer", "deit", "levit")
-"""timm's modules with models whose tokens can be reduced."""
+"""timm's modules that define models with reducible tokens."""
 
 
 def model_names() -> list[str]:
-    """Architectures whose tokens may be reduced, read from timm's source: importing it takes seconds."""
+    """Returns the architectures with reducible tokens, read from timm's source because importing timm takes seconds."""
     import importlib.util
     import re
 

@@ -11,7 +11,7 @@ from evit_deploy.cli.types import PATH, Numbers
 from evit_deploy.report.lines import printable
 
 
-@click.command("verify", cls=Command, short_help="Prove that a bundle answers like PyTorch.")
+@click.command("verify", cls=Command, short_help="Check that a bundle gives PyTorch's answers.")
 @click.argument("bundle", type=PATH)
 @run_options
 @server_options
@@ -21,7 +21,7 @@ from evit_deploy.report.lines import printable
     group="Checks",
     type=Numbers(int, 1, 65_536),
     metavar="1,2,8",
-    help="Images per call.  [default: 1,2,8; for an engine the ends of its profiles]",
+    help="Images per call.  [default: 1,2,8; for an engine the limits of its profiles]",
 )
 @data_option("Checks")
 @click.option(
@@ -30,7 +30,7 @@ from evit_deploy.report.lines import printable
     group="Checks",
     type=PATH,
     metavar="KEY",
-    help="Public key of the signature that the manifest must have (convert --sign).",
+    help="Public key; the manifest must be signed with its private key (convert --sign).",
 )
 @page_option
 @output_options

@@ -1,1 +1,1 @@
-"""What a run is asked to do: sections, files and overrides."""
+"""Recipes and options: sections, files and overrides."""

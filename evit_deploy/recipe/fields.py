@@ -1,4 +1,4 @@
-"""What the fields of a struct are for: the string below each is its documentation, wherever the struct is used."""
+"""Documentation, types and limits of a struct's fields. The string below a field is its documentation."""
 
 import ast
 import functools
@@ -19,7 +19,7 @@ _UNIONS = (types.UnionType, typing.Union)
 
 @functools.cache
 def field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
-    """What is written below the fields of a struct, its bases' too: field -> text on one line."""
+    """Returns the documentation of a struct's fields, inherited ones included: field -> text on one line."""
     if struct is msgspec.Struct:
         return {}
     docs = dict(field_docs(typing.cast(type[msgspec.Struct], struct.__base__)))
@@ -32,19 +32,19 @@ def field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
 
 @functools.cache
 def _classes(file: str) -> dict[str, ast.ClassDef]:
-    """The classes at the top of a source file; parsing it once is quicker than asking ``inspect`` for each."""
+    """Returns the classes of a source file; parsing it once is faster than calling ``inspect`` for each class."""
     with open(file, encoding="utf-8") as source:
         return {node.name: node for node in ast.parse(source.read()).body if isinstance(node, ast.ClassDef)}
 
 
 def struct_in(annotation: Any) -> type[msgspec.Struct] | None:
-    """The struct that an annotation allows, if there is one."""
+    """Returns the struct that an annotation allows, if any."""
     options = typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else (annotation,)
     return next((t for t in options if isinstance(t, type) and issubclass(t, msgspec.Struct)), None)
 
 
 def choices_in(annotation: Any) -> tuple[str, ...]:
-    """The values that an annotation with a ``Literal`` in it allows; empty for any other."""
+    """Returns the values that a ``Literal`` in an annotation allows; empty without one."""
     if typing.get_origin(annotation) is typing.Literal:
         return typing.get_args(annotation)
     parts = typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else ()
@@ -52,7 +52,7 @@ def choices_in(annotation: Any) -> tuple[str, ...]:
 
 
 def structs_in(struct: type[msgspec.Struct]) -> Iterator[type[msgspec.Struct]]:
-    """A struct, and all that its fields hold."""
+    """Yields a struct and, recursively, the structs of its fields."""
     yield struct
     for field in msgspec.structs.fields(struct):
         inner = struct_in(field.type)
@@ -61,14 +61,14 @@ def structs_in(struct: type[msgspec.Struct]) -> Iterator[type[msgspec.Struct]]:
 
 
 def own_fields(struct: type[msgspec.Struct], *, inherited: bool = False) -> dict[str, Any]:
-    """Fields and their annotations; without those of its bases unless asked."""
+    """Returns a struct's fields with their annotations; with ``inherited``, those of its bases too."""
     base = typing.cast(type[msgspec.Struct], struct.__base__)
     below = () if inherited or base is msgspec.Struct else base.__struct_fields__
     return {field.name: field.type for field in msgspec.structs.fields(struct) if field.name not in below}
 
 
 def plain(annotation: Any) -> tuple[type, bool]:
-    """The simple type of an annotation (``int | None`` is ``int``), and whether there may be several of it."""
+    """Returns the simple type of an annotation (``int`` for ``int | None``), and whether it is a tuple of these."""
     if typing.get_origin(annotation) is typing.Annotated:
         return plain(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in _UNIONS:
@@ -80,7 +80,7 @@ def plain(annotation: Any) -> tuple[type, bool]:
 
 @functools.cache
 def numeric_fields(struct: type[msgspec.Struct]) -> dict[str, Any]:
-    """Fields that hold numbers, alone or in tuples and mappings, and their annotations."""
+    """Returns the fields that hold numbers, also in tuples and mappings, with their annotations."""
     return {field.name: field.type for field in msgspec.structs.fields(struct) if _numeric(field.type)}
 
 
@@ -92,10 +92,10 @@ def _numeric(annotation: Any) -> bool:
 
 
 def check_numbers(struct: msgspec.Struct) -> None:
-    """Makes sure that numbers are within their fields' limits: msgspec checks what it converts, and nothing in Python.
+    """Checks that numbers are within their fields' limits, which msgspec does not do for structs created in Python.
 
     Raises:
-        InputError: One is of another type or out of its limits.
+        InputError: A number has another type or is out of its limits.
     """
     for field, annotation in numeric_fields(type(struct)).items():
         value = getattr(struct, field)
@@ -111,12 +111,12 @@ def check_numbers(struct: msgspec.Struct) -> None:
 def _written(value: Any) -> str:
     try:
         return repr(value)
-    except ValueError:  # Python writes no number of more than 4,300 digits
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
         return "a number of thousands of digits"
 
 
 def limits_in(annotation: Any) -> tuple[int | None, int | None]:
-    """Least and largest value that an annotation allows, where it says so."""
+    """Returns the smallest and the largest value that an annotation allows; ``None`` where it has no limit."""
     metas = [part for part in typing.get_args(annotation) if isinstance(part, msgspec.Meta)]
     low = next((meta.ge for meta in metas if meta.ge is not None), None)
     high = next((meta.le for meta in metas if meta.le is not None), None)

@@ -1,6 +1,6 @@
-"""Recipe files: YAML, overrides, and structs that refuse what they do not know with the place it stands at.
+"""Reading recipe files: YAML, ``extends``, overrides, and errors that name the file, the key and the value.
 
-What a recipe holds is in :mod:`evit_deploy.recipe.recipe`; nothing here knows of it.
+Works for any struct; those of recipes are in :mod:`evit_deploy.recipe.recipe`.
 """
 
 import math
@@ -23,22 +23,22 @@ from evit_deploy.recipe.fields import choices_in, field_docs, struct_in
 _Kind = typing.TypeVar("_Kind", bound=msgspec.Struct)
 
 LIMITS = Limits(size=256 << 10, depth=16, items=10_000)
-"""Of a recipe and of each value set over it; the longest that comes with the package has 4 KB, 4 levels, 90 items."""
+"""Limits of a recipe and of each override; the longest recipe of the package has 4 KB, 4 levels and 90 items."""
 _CHAIN = 8
-"""Recipes that may extend one another."""
+"""Maximum number of recipes in a chain of ``extends``."""
 
 
 def load(path: str | Path, overrides: Sequence[str], kind: type[_Kind]) -> _Kind:
-    """Reads a file, overrides what is asked, and checks it all.
+    """Reads a file, applies overrides and checks the result.
 
     Args:
-        path: A YAML file, or the name of a recipe that came with the package.
-        overrides: ``section.key=value`` each, applied in order; values are read as YAML. One of two keys that are
-            alternatives, such as ``steps`` and ``epochs``, takes the place of the file's other one.
-        kind: The struct that the file holds.
+        path: A YAML file, or the name of a recipe that comes with the package.
+        overrides: ``section.key=value`` each, applied in order; values are parsed as YAML. An override of one of two
+            alternative keys, such as ``steps`` and ``epochs``, removes the other from the file's values.
+        kind: The struct that the file describes.
 
     Raises:
-        RecipeError: The file cannot be read, or it or an override asks for something impossible.
+        RecipeError: The file cannot be read, or it or an override is invalid.
     """
     path = _shipped(Path(path))
     document = _read_yaml(path, kind)
@@ -55,18 +55,18 @@ def load(path: str | Path, overrides: Sequence[str], kind: type[_Kind]) -> _Kind
 
 
 def _refusal(text: str, document: dict[str, Any], kind: type[msgspec.Struct], path: Path) -> RecipeError:
-    """msgspec's complaint, with the value it is about and what the field is for."""
+    """Adds the value and the field's documentation to msgspec's error."""
     what, _, place = text.partition(" - at `$")
     place = place.rstrip("`").lstrip(".")
     where = f"{path}: {place}" if place else path
-    if not what.startswith(("Expected ", "Invalid ")):  # a section's own words, which say all
+    if not what.startswith(("Expected ", "Invalid ")):  # an error that a section raised itself, already complete
         return RecipeError(what, where=where)
     value, purpose, choices = _at(place, document, kind)
     if choices:
         wanted = "one of " + ", ".join(choices)
         fix = did_you_mean(str(value).strip("'"), choices) or purpose
         return RecipeError("this value does not fit", where=where, seen=value, wanted=wanted, fix=fix)
-    if what.startswith("Invalid "):  # it has the value in it
+    if what.startswith("Invalid "):  # msgspec's message contains the value
         return RecipeError(what, where=where, fix=purpose)
     wanted, _, got = what.removeprefix("Expected ").partition(", got ")
     return RecipeError("this value does not fit", where=where, seen=value or got or None, wanted=wanted, fix=purpose)
@@ -75,15 +75,14 @@ def _refusal(text: str, document: dict[str, Any], kind: type[msgspec.Struct], pa
 def _at(
     place: str, document: dict[str, Any], kind: type[msgspec.Struct]
 ) -> tuple[str | None, str | None, tuple[str, ...]]:
-    """The value at a place like ``convert.batches[0]``, the documentation of the innermost field on the way, and its
-    choices, if it has some."""
+    """Returns the value at a place like ``convert.batches[0]``, and the documentation and choices of its field."""
     value: Any = document
     struct: type[msgspec.Struct] | None = kind
     known: str | None = None
     choices: tuple[str, ...] = ()
     name = ""
     for step in re.findall(r"[^.\[\]]+|\.{3}", place):
-        if step == "...":  # some key of a mapping: which one is not told
+        if step == "...":  # some key of a mapping; msgspec does not report which
             return None, known, choices
         value = value[int(step) if isinstance(value, list) else step]
         if struct is not None:
@@ -96,7 +95,7 @@ def _at(
 
 
 def _read_none(document: dict[str, Any], kind: type[msgspec.Struct]) -> None:
-    """Reads ``null``, ``no`` and ``off`` as ``none`` where that is a choice: YAML 1.1 makes them null and false."""
+    """Replaces null and false with ``none`` where that is a choice, so that ``null``, ``no`` and ``off`` work too."""
     for field in msgspec.structs.fields(kind):
         value = document.get(field.name, "absent")
         if (value is None or value is False) and "none" in choices_in(field.type):
@@ -107,7 +106,7 @@ def _read_none(document: dict[str, Any], kind: type[msgspec.Struct]) -> None:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """What stands in a recipe file, unchecked.
+    """Reads a recipe file without checking its keys and values.
 
     Args:
         path: See :func:`load`.
@@ -119,15 +118,15 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """``yaml.safe_load`` within limits, of texts, numbers, truth values, lists and mappings alone.
+    """A ``SafeLoader`` with limits that accepts only text, numbers, booleans, null, lists and mappings.
 
-    It refuses a key written twice, of which YAML would silently drop the first, and a key that is no text.
+    It refuses duplicate keys, of which PyYAML silently drops all but the last, and keys that are not text.
     """
 
     _nodes = _level = 0
 
     def get_single_node(self) -> yaml.Node | None:
-        """The document's tree, which is no larger when every alias and merge in it is written out."""
+        """Returns the document's tree, after checking its size with every alias and merge expanded."""
         root = super().get_single_node()
         count, depth, level = 0, 0, [root] if root is not None else []
         while level:
@@ -144,7 +143,7 @@ class _Loader(yaml.SafeLoader):
         return root
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """A part of the tree; stops where the document is too long or too deep already."""
+        """Composes a node; stops as soon as the document is too long or too deep."""
         mark = self.peek_event().start_mark
         self._nodes, self._level = self._nodes + 1, self._level + 1
         if self._nodes > LIMITS.items:
@@ -161,7 +160,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping with each key once."""
+        """Constructs a mapping, after checking that each key is text and occurs once."""
         seen = set()
         for key, _ in node.value:
             if key.tag not in (_TEXT, _MERGE):
@@ -172,13 +171,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def number(self, node: yaml.ScalarNode) -> int | float:
-        """A number that is finite, a whole one within 64 bits."""
-        if len(node.value) > _DIGITS:  # Python's conversions take longer the longer a number is, without bound
+        """Constructs a finite float or an integer of at most 64 bits."""
+        if len(node.value) > _DIGITS:  # the time that Python needs for the conversion grows quadratically
             raise _refused(node, f"a number of {len(node.value):,} digits")
         whole = node.tag.endswith(":int")
         try:
             value = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
-        except ValueError:  # of `!!int cat`
+        except ValueError:  # such as `!!int cat`
             raise _refused(node, f"not a number: {node.value!r}") from None
         if not math.isfinite(value) if not whole else not -(2**63) <= value < 2**64:
             raise _refused(node, f"the number {node.value} is out of range")
@@ -191,7 +190,7 @@ _TAGS = {_TEXT, _MERGE, *(_PREFIX + kind for kind in ("int", "float", "bool", "n
 _DIGITS = 100
 for _tag in ("int", "float"):
     _Loader.add_constructor(_PREFIX + _tag, _Loader.number)
-_Loader.yaml_implicit_resolvers = {  # a date is text: `name: 2026-11-27`
+_Loader.yaml_implicit_resolvers = {  # read dates as text: `name: 2026-11-27`
     first: [pair for pair in pairs if not pair[0].endswith((":timestamp", ":value"))]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -206,16 +205,16 @@ def _shown(node: yaml.Node) -> str:
 
 
 def _parse(text: str, where: object) -> Any:
-    """What YAML says.
+    """Parses YAML.
 
     Raises:
-        RecipeError: It is not valid, or beyond :data:`LIMITS`.
+        RecipeError: The text is not valid, or exceeds :data:`LIMITS`.
     """
     if len(text) > LIMITS.size:
         raise RecipeError("too long", where=where, seen=f"{len(text):,} letters", wanted=f"at most {LIMITS.size:,}")
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
-    except yaml.MarkedYAMLError as error:  # in one line: PyYAML's own text is of several, with the file's content
+    except yaml.MarkedYAMLError as error:  # PyYAML's own message spans several lines and quotes the file
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         raise RecipeError(f"this is not valid YAML{place}: {error.problem or error.context}", where=where) from None
@@ -227,17 +226,17 @@ def _parse(text: str, where: object) -> Any:
 
 
 def _shipped(path: Path) -> Path:
-    """Where an installed package keeps its recipes: the messages and pages name them as in a checkout."""
+    """Finds a recipe that is named as in a checkout, as messages and documentation do, in an installed package."""
     return path if os.path.lexists(path) else shipped.find(path) or path
 
 
 def _read_yaml(path: Path, kind: type[msgspec.Struct] | None, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file's mapping, laid over that of the file which it ``extends``, section by section.
+    """Reads a file and merges it, section by section, into the file that it ``extends``.
 
     Args:
         path: The file.
-        kind: The struct it holds.
-        below: The files that extend it, the first recipe first.
+        kind: The struct that the file describes.
+        below: The chain of files that extend it, starting with the requested recipe.
     """
     document = _read_one(path)
     if "extends" not in document:
@@ -266,7 +265,7 @@ def _laid_over(base: dict[str, Any], changes: dict[str, Any], kind: type[msgspec
     merged = dict(base)
     for key, value in changes.items():
         if value is not None:
-            for other in _alternatives(kind, key):  # both in one file are left to be refused
+            for other in _alternatives(kind, key):  # both in one file stay, and the struct refuses them
                 if other not in changes:
                     merged.pop(other, None)
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
@@ -276,13 +275,13 @@ def _laid_over(base: dict[str, Any], changes: dict[str, Any], kind: type[msgspec
 
 
 def _section(kind: type[msgspec.Struct] | None, key: str) -> type[msgspec.Struct] | None:
-    """The struct that a key of another holds, if it holds one."""
+    """The struct type of a field, if it is one."""
     kinds = {} if kind is None else {field.name: field.type for field in msgspec.structs.fields(kind)}
     return struct_in(kinds[key]) if key in kinds else None
 
 
 def _alternatives(kind: type[msgspec.Struct] | None, key: str) -> tuple[str, ...]:
-    """The keys that one stands for instead, as the struct's ``alternatives`` has them."""
+    """The keys that exclude this one, by the struct's ``alternatives``."""
     groups: tuple[tuple[str, ...], ...] = getattr(kind, "alternatives", ())
     return tuple(other for group in groups if key in group for other in group if other != key)
 
@@ -305,7 +304,7 @@ def _read_one(path: Path) -> dict[str, Any]:
 
 
 def _override(document: dict[str, Any], override: str, kind: type[msgspec.Struct], asked: set[str]) -> None:
-    """Sets what is asked; ``asked`` has the keys of the overrides before, which do not give way to an alternative."""
+    """Applies one override. ``asked`` holds the keys of earlier overrides, which an alternative does not remove."""
     key, equals, text = override.partition("=")
     steps = [step.strip() for step in key.split(".")]
     if not equals or not all(steps):
@@ -315,7 +314,7 @@ def _override(document: dict[str, Any], override: str, kind: type[msgspec.Struct
         raise RecipeError(what, where="--set", seen=f"{len(steps):,} of them", wanted=f"at most {LIMITS.depth}")
     value = _parse(text, f"--set {key}")
     for i, step in enumerate(steps[:-1]):
-        if document.get(step) is None:  # a section that is absent or null is begun by its first key
+        if document.get(step) is None:  # create a section that is absent or null
             document[step] = {}
         document = document[step]
         if not isinstance(document, dict):

@@ -1,7 +1,7 @@
-"""Options of conversion and measurement, spelled once.
+"""Options of conversion and measurement, each defined once.
 
-Each struct here is a section of a recipe, a group of options of the command line (:mod:`evit_deploy.cli.options` makes
-the flags of its fields) and an argument in Python. The string below a field is its documentation in all three.
+Each struct is a section of a recipe, a group of command-line options (:mod:`evit_deploy.cli.options` creates a flag for
+each field) and an argument in Python. The string below a field is its documentation in all three.
 """
 
 import re
@@ -23,9 +23,9 @@ class BatchProfile(msgspec.Struct, frozen=True):
     """Batch sizes that one optimization profile of an engine covers.
 
     Args:
-        minimum: Fewest images.
-        optimum: The number of images it is tuned for.
-        maximum: Most images.
+        minimum: Smallest batch size.
+        optimum: Batch size that the kernels are tuned for.
+        maximum: Largest batch size.
     """
 
     minimum: int
@@ -37,7 +37,7 @@ class BatchProfile(msgspec.Struct, frozen=True):
 
 
 class BuildOptions(Section, frozen=True, kw_only=True):
-    """Options of the builder of an engine."""
+    """Options for building an engine."""
 
     batches: tuple[tuple[BatchSize, BatchSize, BatchSize], ...] = ((1, 32, 128),)
     """Smallest, best and largest batch size of each optimization profile. [default: 1:32:128]"""
@@ -54,12 +54,12 @@ class BuildOptions(Section, frozen=True, kw_only=True):
     timing_cache: str | None = None
     """TensorRT: file that caches kernel timings; read and extended."""
     plugin: str | None = None
-    """TensorRT: library with the plugin for ``evit::TokenReorg``; without one the operator's body is built in.
-    [default: none]"""
+    """TensorRT: library with the plugin for ``evit::TokenReorg``; without it the operator's ONNX function is built from
+    TensorRT's own layers. [default: none]"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("timing_cache", "plugin"):  # a Path is as good as its text
+        for field in ("timing_cache", "plugin"):  # accept a Path as well
             if isinstance(value := getattr(self, field), Path):
                 msgspec.structs.force_setattr(self, field, str(value))
 
@@ -70,46 +70,47 @@ class BuildOptions(Section, frozen=True, kw_only=True):
 
     @property
     def build(self) -> "BuildOptions":
-        """These options alone, of a struct that has more."""
+        """Only the build options, without the fields that a subclass adds."""
         return BuildOptions(**{field: getattr(self, field) for field in BuildOptions.__struct_fields__})
 
 
 class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
-    """What a reduced model is turned into."""
+    """Options for converting a model."""
 
     targets: tuple[str, ...] = ()
-    """What to make in addition to ``model.onnx``; repeatable, at most one engine. [default: tensorrt where it is
+    """What to create in addition to ``model.onnx``; repeatable, at most one engine. [default: tensorrt where it is
     usable, else onnx]"""
     precision: Precision | None = None
     """Precision of the files. [default: fp16 for an engine, else fp32]"""
     linear: Linear | None = None
-    """Form of the linear layers: ``gemm``, on two dimensions with the bias inside, or ``matmul``, on three, with an
-    ``Add``. [default: the target's, gemm]"""
+    """Form of the linear layers: ``gemm``, two-dimensional with the bias inside, or ``matmul``, three-dimensional with
+    a separate ``Add``. [default: the target's, gemm]"""
     calibration: str | None = None
-    """Folder of real images for ``int8`` and ``fp8``, which set the range of every activation."""
+    """Folder of real images for ``int8`` and ``fp8``; they set the range of every activation."""
     keep_precision: tuple[str, ...] = ()
-    """For ``int8`` and ``fp8``: linear layers that stay in the base precision, by name or pattern, ``blocks.11.mlp.*``;
-    several are possible."""
+    """For ``int8`` and ``fp8``: linear layers to keep in the base precision, by name or pattern such as
+    ``blocks.11.mlp.*``; several are possible."""
     max_drop: Annotated[float, Meta(gt=0, le=100)] | None = None
-    """For ``int8`` and ``fp8``: points of top-1 that quantizing may cost on the labeled images of ``data``, or of
-    agreement on those without labels or for calibration; the layers that cost most stay in the base precision."""
+    """For ``int8`` and ``fp8``: the most that quantizing may cost, in points of top-1 on labeled images of ``data``,
+    else of agreement on the images of ``data`` or ``calibration``. The layers that cost most stay in the base
+    precision."""
     sensitivity: bool = False
-    """For ``int8`` and ``fp8``: measure the cost of quantizing each linear layer, one run of 16 images each."""
+    """For ``int8`` and ``fp8``: measure the cost of quantizing each linear layer, with one run of 16 images each."""
     indices: bool = False
-    """Add the kept candidates as outputs ``kept_<block>`` of ``model.onnx``."""
+    """Add the kept candidates to ``model.onnx`` as outputs ``kept_<block>``."""
     normalize: bool = False
     """Scale the embedding of a model without classes to length 1, inside the exported files."""
     data: str | None = None
-    """Folder of images on which the answers are compared with the dense twin's: top-1 and top-5 if they are in class
-    folders (``class/image``); of a model without classes cosine and retrieval."""
+    """Folder of images to compare the answers with the dense twin's: top-1 and top-5 if they are in class folders
+    (``class/image``); cosine and retrieval for a model without classes."""
     min_speedup: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     """Fail unless the model is at least this many times as fast as its dense twin at every measured batch size."""
     sign: str | None = None
     """Private key that signs the manifest: Ed25519, as written by OpenSSL (PEM) or OpenSSH."""
     target_options: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
-    """Option of a target that another package adds; repeatable."""
+    """Option of a target from another package; repeatable."""
     preprocess: PreprocessOptions = PreprocessOptions()
-    """How images become inputs, and what classes are called, where the checkpoint is not to decide."""
+    """Preprocessing and class names that replace the checkpoint's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,53 +120,54 @@ class ConvertOptions(BuildOptions, frozen=True, kw_only=True):
 
 
 class ConvertSection(ConvertOptions, frozen=True, kw_only=True):
-    """What the fine-tuned model is turned into."""
+    """Options for converting the fine-tuned model."""
 
     targets: tuple[str, ...] = ("onnx",)
-    """What to make in addition to ``model.onnx``; at most one engine."""
+    """What to create in addition to ``model.onnx``; at most one engine."""
     calibration_images: Count = 256
-    """For ``int8`` and ``fp8`` without a ``calibration`` folder: how many training images to learn ranges from, without
-    their augmentation."""
+    """For ``int8`` and ``fp8`` without a ``calibration`` folder: number of training images, without augmentation, to
+    take activation ranges from."""
 
 
 class ProfileOptions(Section, frozen=True, kw_only=True):
-    """How speed is measured."""
+    """Options for measuring speed."""
 
     batch_sizes: Annotated[tuple[BatchSize, ...], Meta(min_length=1)] | None = None
-    """Images a call, one row each. [default: 1,8,32, on a GPU 128 too; what an engine covers of them]"""
+    """Images per call, one row each. [default: 1,8,32 and on a GPU 128, as far as an engine covers them]"""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 10.0
-    """Seconds of measurement for each batch size, CPU and GPU each, after the warm-up. [default: 10]"""
+    """Seconds to measure each batch size on each of CPU and GPU, after the warm-up. [default: 10]"""
     threads: Threads | None = None
     """CPU threads. [default: the runtime's own choice]"""
 
 
 class ProfileSection(ProfileOptions, frozen=True, kw_only=True):
-    """How the speed of a run's result is measured."""
+    """Options for measuring the speed of a run's result."""
 
     batch_sizes: Annotated[tuple[BatchSize, ...], Meta(min_length=1)] = (1, 8, 32)
-    """Images a call, one row each."""
+    """Images per call, one row each."""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 3.0
-    """Seconds of measurement for each row, after the warm-up."""
+    """Seconds to measure each row, after the warm-up."""
 
 
 class CompareOptions(ProfileOptions, frozen=True, kw_only=True):
-    """How bundles are compared."""
+    """Options for comparing bundles."""
 
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 30.0
-    """Seconds of measurement for each runtime and batch size, all bundles and their baselines in turn. [default: 30]"""
+    """Seconds to measure each runtime and batch size, all bundles and their baselines in turn. [default: 30]"""
     runtimes: tuple[str, ...] = ()
     """Runtime to compare on; several are possible, and the first one answers the images. [default: all that can run
     every bundle here]"""
     data: str | None = None
-    """Folder of labeled images (``class/image``) for top-1, top-5 and agreement with the dense baseline; of models
-    without classes for recall@1 and cosine."""
+    """Folder of labeled images (``class/image``) for top-1, top-5 and agreement with the dense baseline; for models
+    without classes, recall@1 and cosine."""
     images: str | None = None
-    """Folder of images without labels, for agreement with the dense baseline alone, or cosine."""
+    """Folder of images without labels, for agreement with the dense baseline only; for models without classes,
+    cosine."""
     reference: str | None = None
-    """Bundle that the others' top-1 is compared with, by its name or its path. [default: the first]"""
+    """Bundle to compare the others' top-1 with, by name or path. [default: the first]"""
     own_preprocessing: bool = False
-    """Compare top-1 of bundles that prepare images differently (another size, crop or normalization), each in its own
-    way."""
+    """Allow comparing top-1 of bundles with different preprocessing (size, crop or normalization), each with its own
+    preprocessing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,38 +183,37 @@ class CompareOptions(ProfileOptions, frozen=True, kw_only=True):
 
 
 class TuneOptions(Section, frozen=True, kw_only=True):
-    """What a schedule of token counts is to reach, and how it is searched for."""
+    """Budget and options of the search for a schedule of token counts."""
 
     min_speedup: Annotated[float, Meta(gt=1, le=1e6)] | None = None
     """Budget: at least this many times as fast as the dense model."""
     max_latency: str | None = None
-    """Budget: at most this long for a call, ``2ms``, ``800us`` or ``0.5s``."""
+    """Budget: maximum time of a call, such as ``2ms``, ``800us`` or ``0.5s``."""
     max_drop: Annotated[float, Meta(ge=0, le=100)] | None = None
-    """Budget: at most this many points of top-1 below the dense model, as fast as that allows; needs ``data``."""
+    """Budget: the fastest schedule at most this many points of top-1 below the dense model; needs ``data``."""
     calibration: str | None = None
-    """Folder of images like those that the model will see, 16 or more: schedules are ranked by how close their answers
-    are to the dense model's. No labels are needed."""
+    """Folder of at least 16 images like those in production, without labels: schedules are ranked by how close their
+    answers are to the dense model's."""
     data: str | None = None
-    """Folder of labeled images (``class/image``): the finalists' top-1 on them is compared with the dense model's."""
+    """Folder of labeled images (``class/image``) to compare the finalists' top-1 with the dense model's."""
     sample: Annotated[int, Meta(ge=16, le=65_536)] = 64
-    """Images that each schedule answers; finalists answer twice as many, if there are. [default: 64]"""
+    """Images to try each schedule on; finalists use up to twice as many. [default: 64]"""
     trials: Annotated[int, Meta(ge=4, le=65_536)] = 48
     """Schedules to try on images. [default: 48]"""
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
-    """Seed of the search; use a different one in each process that searches together.
-    [default: 0]"""
+    """Seed of the search; when several processes search together, give each a different one. [default: 0]"""
     target: str | None = None
-    """Target of ``convert`` that is timed and converted. [default: onnx]"""
+    """Target of ``convert`` to time and convert to. [default: onnx]"""
     precision: Precision | None = None
-    """Precision of what is timed and converted. [default: fp16 for an engine, else fp32]"""
+    """Precision to time and convert in. [default: fp16 for an engine, else fp32]"""
     runtime: str | None = None
-    """Runtime to time on. [default: the one that proves the target]"""
+    """Runtime to time on. [default: the one that verifies the target]"""
     batch: BatchSize = 1
     """Images per call. [default: 1]"""
     threads: Threads | None = None
     """CPU threads. [default: the runtime's own choice]"""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 40.0
-    """Seconds to measure the device's staircase, and again for the finalists. [default: 40]"""
+    """Seconds to measure how block times depend on token counts, and again for the finalists. [default: 40]"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -232,10 +233,10 @@ class TuneOptions(Section, frozen=True, kw_only=True):
 
 
 class PaperOptions(Section, frozen=True, kw_only=True):
-    """Whether and how the throughput of a table's rows is measured here."""
+    """Options for measuring the throughput of a table's rows."""
 
     throughput: bool = False
-    """Measure how fast every row's model is here, all rows in turn."""
+    """Measure the throughput of every row's model on this machine, all rows in turn."""
     runtime: str = "eager"
     """Runtime to time on. [default: eager, PyTorch as in the paper]"""
     batch: BatchSize | None = None
@@ -243,20 +244,20 @@ class PaperOptions(Section, frozen=True, kw_only=True):
     threads: Threads | None = None
     """CPU threads. [default: the runtime's own choice]"""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
-    """Seconds of measurement, all rows together. [default: 60]"""
+    """Seconds to measure, all rows together. [default: 60]"""
 
 
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 
 
 def seconds_in(text: str) -> float:
-    """A time with its unit, in seconds.
+    """Converts a time with a unit to seconds.
 
     >>> seconds_in("2ms")
     0.002
 
     Raises:
-        InputError: It is no time above 0, or has no unit.
+        InputError: Not a time above 0, or without a unit.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(s|ms|us|µs)\s*", text)
     seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0

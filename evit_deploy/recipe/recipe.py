@@ -1,8 +1,8 @@
-"""Recipes: one YAML file says what is trained, how its tokens are reduced, what it is compared with and profiled at.
+"""Recipes: one YAML file configures training, token reduction, comparison, conversion and profiling.
 
-Every section is a struct; unknown keys, values of the wrong kind and values out of range are refused with the place
-they stand at. The string below a field is its documentation; ``recipe_schema`` carries it into the JSON Schema. No
-PyTorch here: a recipe can be read and checked in milliseconds.
+Every section is a struct. Errors for unknown keys, wrong types and values out of range name the key. The string below a
+field is its documentation; ``recipe_schema`` adds it to the JSON Schema. Reading and checking a recipe takes
+milliseconds, because nothing here imports PyTorch.
 """
 
 from collections.abc import Sequence
@@ -35,45 +35,45 @@ Published = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class CompareSection(Section, frozen=True, kw_only=True):
-    """What the fine-tuned model is compared with on the validation images; nothing here is trained."""
+    """Models to compare the fine-tuned model with on the validation images; none of them is trained."""
 
     untrained: bool = True
     """Whether to evaluate the dense weights with their tokens reduced but without fine-tuning."""
     baselines: tuple[str, ...] = ("random", "inverse")
-    """Methods that take the place of the recipe's own on the dense weights: ``random`` keeps any tokens, ``inverse``
-    those with the lowest scores, ``slice`` the first ones."""
+    """Methods to apply to the dense weights instead of the recipe's: ``random`` keeps random tokens, ``inverse`` those
+    with the lowest scores, ``slice`` the first ones."""
     keep_rates: tuple[Annotated[float, Meta(gt=0, le=1)], ...] = ()
-    """Further keep rates to evaluate without training; the recipe's own is always among them."""
+    """Keep rates to evaluate without training, in addition to the recipe's."""
 
 
 class ExpectSection(Section, frozen=True, kw_only=True):
-    """Gates on accuracy: the run fails, with everything kept, where a model does worse."""
+    """Accuracy gates: the run fails if a model is below them; its results are kept."""
 
     dense: Share | None = None
-    """Least top-1 of the dense model, as a share."""
+    """Minimum top-1 of the dense model, as a share."""
     finetuned: Share | None = None
-    """Least top-1 of the fine-tuned model, as a share."""
+    """Minimum top-1 of the fine-tuned model, as a share."""
     finetuned_loss: Share | None = 0.0
-    """Most that the fine-tuned model's top-1 may be below that of the weights it started from, their tokens reduced
-    alike: it fails where the whole 95 % interval of the difference lies below; ``null`` lets it lose."""
+    """How far the fine-tuned model's top-1 may be below that of its initial weights with the same token reduction.
+    Fails only if the whole 95 % interval of the difference is lower; ``null`` turns the gate off."""
     untrained_loss: Share | None = None
-    """Most that the dense model's top-1 may be above that of its weights with tokens reduced but not fine-tuned."""
+    """How far top-1 may drop when the dense model's tokens are reduced without fine-tuning."""
     over: dict[str, Share] = msgspec.field(default_factory=dict)
-    """For each of ``compare.baselines`` (``random``, ``inverse``): least that the recipe's own method has to be above
-    it in top-1, both on the dense weights, without fine-tuning. It is what shows that the right tokens are kept."""
+    """For each of ``compare.baselines`` (``random``, ``inverse``): minimum lead of the recipe's method in top-1, both
+    on the dense weights without fine-tuning. It shows that the method keeps the right tokens."""
 
 
 class Recipe(Section, frozen=True, kw_only=True):
-    """All that ``evit-deploy run`` and ``evit-deploy train`` need to know."""
+    """The configuration of ``evit-deploy run`` and ``evit-deploy train``."""
 
     name: str
-    """Name of the recipe; reports carry it."""
+    """Name of the recipe, included in reports."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
-    """Where all random numbers start."""
+    """Seed of all random numbers."""
     model: ModelSection
     """The model to start from."""
     data: DataSection
-    """What it is trained and evaluated on."""
+    """Images for training and evaluation."""
     dense: TrainSection | None = None
     """Training of the dense model before its tokens are reduced; ``null`` starts from the checkpoint, or from timm's
     pretrained weights."""
@@ -84,14 +84,14 @@ class Recipe(Section, frozen=True, kw_only=True):
     teacher: TeacherSection | None = None
     """Teacher used for distillation during fine-tuning, in addition to the labels."""
     published: dict[str, Published] | None = None
-    """What the method's paper reports for this recipe: ``top1``, ``top5`` (percent) and others, of EViT's also the
-    ``table``; printed beside the result."""
+    """Published results for this recipe, printed with the results of the run: ``top1``, ``top5`` (percent) and others;
+    for EViT's also the ``table``."""
     compare: CompareSection = CompareSection()
-    """What the result is compared with."""
+    """Models to compare the result with."""
     expect: ExpectSection = ExpectSection()
-    """What the result has to reach."""
+    """Accuracy that the result must reach."""
     convert: ConvertSection = ConvertSection()
-    """What the result is turned into."""
+    """How the result is converted."""
     profile: ProfileSection = ProfileSection()
     """How speed is measured."""
 
@@ -203,48 +203,48 @@ class Recipe(Section, frozen=True, kw_only=True):
 
 
 class Sweep(Section, frozen=True, kw_only=True):
-    """A recipe of its own kind: the speed of many keep rates side by side, without any training.
+    """A recipe that measures the speed of many keep rates side by side, without training.
 
-    Weights come from a seed: speed does not depend on what was learned.
+    Weights are random, because speed does not depend on them.
     """
 
     name: str
-    """Name of the recipe; reports carry it."""
+    """Name of the recipe, included in reports."""
     models: Annotated[tuple[str, ...], Meta(min_length=1)]
     """timm names."""
     keep_rates: Annotated[tuple[Annotated[float, Meta(gt=0, lt=1)], ...], Meta(min_length=1)]
-    """Rates to run; the dense model is always among them."""
+    """Keep rates to measure, in addition to the dense model."""
     fuse: Annotated[tuple[bool, ...], Meta(min_length=1)] = (True,)
     """With fusion, without, or both."""
     runtimes: Annotated[tuple[str, ...], Meta(min_length=1)] = ("eager:fp32",)
-    """``runtime:precision`` each: ``eager:fp32``, ``torch.compile:fp16``, ``tensorrt:fp16``. PyTorch's runtimes have
-    ``tf32`` too, on a GPU: FP32 whose matrices are multiplied in TF32; ``fp32`` is FP32 everywhere."""
+    """``runtime:precision`` each: ``eager:fp32``, ``torch.compile:fp16``, ``tensorrt:fp16``. On a GPU PyTorch's
+    runtimes also accept ``tf32``: FP32 with matrix products in TF32. ``fp32`` never uses TF32."""
     batch_size: BatchSize = 128
     """Images per call."""
     duration: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
-    """Seconds of measurement for each model on each kind of device, all its variants there in turn."""
+    """Seconds to measure each model on each kind of device, all its variants there in turn."""
     threads: Threads | None = None
-    """CPU threads; ``null`` leaves the runtime's own choice."""
+    """CPU threads; ``null`` uses the runtime's default."""
     published: dict[str, dict[str, Published]] = msgspec.field(default_factory=dict)
-    """Images a second that a paper gives, by model and variant (``dense``, ``0.7``, ``0.7 without fusion``)."""
+    """Published images/s by model and variant (``dense``, ``0.7``, ``0.7 without fusion``)."""
 
 
 class CompareEntry(Section, frozen=True, kw_only=True):
-    """One bundle of a comparison: one that there is, or a model, a method and its settings to make one of."""
+    """One bundle of a comparison: an existing bundle, or a model and token reduction to create one from."""
 
     bundle: str | None = None
-    """A bundle that there is; nothing else but a name goes with it."""
+    """An existing bundle; only ``name`` can be given with it."""
     checkpoint: str | None = None
-    """Checkpoint file, or timm name whose weights are fetched, to make a bundle of. [default: the recipe's]"""
+    """Checkpoint to convert: a file, or a timm name to download weights for. [default: the recipe's]"""
     model: str | None = None
-    """timm name. With a checkpoint it decides the architecture, without one the weights come from the seed.
-    [default: the recipe's]"""
+    """timm name. With a checkpoint it sets the architecture; without one the weights are random. [default: the
+    recipe's]"""
     tokens: TokenSpec | None = None
-    """How tokens are reduced: method, keep_rate, locations, fuse, options. [default: the checkpoint's own]"""
+    """How tokens are reduced: method, keep_rate, locations, fuse, options. [default: the checkpoint's]"""
     precision: Precision | None = None
     """Precision of this bundle's files. [default: that of ``convert``]"""
     name: str | None = None
-    """What the tables call it, and the folder it is made in. [default: model, method and keep rate]"""
+    """Name in the tables and of the bundle's folder. [default: model, method and keep rate]"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -256,28 +256,27 @@ class CompareEntry(Section, frozen=True, kw_only=True):
 
 
 class CompareRecipe(CompareOptions, frozen=True, kw_only=True):
-    """Another kind of recipe: bundles side by side in one interleaved run, made first where they are not there.
+    """A recipe that compares bundles in one interleaved run, and first creates those that do not exist.
 
-    Where neither an entry nor the recipe names a checkpoint, weights come from the seed: speed does not depend on what
-    was learned.
+    Without a checkpoint in the entry or the recipe, weights are random: speed does not depend on them.
     """
 
     name: str
-    """Name of the recipe; reports carry it."""
+    """Name of the recipe, included in reports."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
-    """Where weights come from that no checkpoint gives."""
+    """Seed of random weights, for entries without a checkpoint."""
     checkpoint: str | None = None
-    """Checkpoint of the entries that name none."""
+    """Checkpoint for entries without one."""
     model: str | None = None
-    """timm name of the entries that name neither a model nor a checkpoint."""
+    """timm name for entries with neither a model nor a checkpoint."""
     convert: ConvertOptions = ConvertOptions(targets=("onnx",))
-    """What bundles are made into: targets, precision, options of the builder."""
+    """How bundles are created: targets, precision, options of the builder."""
     compare: Annotated[tuple[CompareEntry, ...], Meta(min_length=2)]
     """The bundles, at least two."""
 
 
 def is_comparison(path: str | Path) -> bool:
-    """Whether a recipe file is a :class:`CompareRecipe`: ``compare`` is a list in it. An unreadable one is not."""
+    """Whether a recipe file is a :class:`CompareRecipe` (its ``compare`` is a list); false if it cannot be read."""
     try:
         return isinstance(read_document(Path(path)).get("compare"), list)
     except RecipeError:
@@ -290,7 +289,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> CompareR
 
 
 def is_sweep(path: str | Path) -> bool:
-    """Whether a recipe file is a :class:`Sweep`; an unreadable one is not."""
+    """Whether a recipe file is a :class:`Sweep` (it has ``models``); false if it cannot be read."""
     try:
         return "models" in read_document(Path(path))
     except RecipeError:
@@ -306,22 +305,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
-        path: A YAML file, or the name of a recipe that came with the package (``digits``, ``recipes/digits.yaml``).
-        overrides: ``section.key=value`` each, applied in order; values are read as YAML.
+        path: A YAML file, or the name of a recipe that comes with the package (``digits``, ``recipes/digits.yaml``).
+        overrides: ``section.key=value`` each, applied in order; values are parsed as YAML.
 
     Raises:
-        RecipeError: The file cannot be read, or the recipe or an override asks for something impossible.
+        RecipeError: The file cannot be read, or the recipe or an override is invalid.
     """
     return load(path, overrides, Recipe)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every default written out; ``load_recipe`` reads it back equal."""
+    """Returns the recipe as YAML with every default written out; ``load_recipe`` reads it back as an equal recipe."""
     return yaml.safe_dump(msgspec.to_builtins(recipe), sort_keys=False, allow_unicode=True)
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe, with the documentation of every field; editors use it to complete and to check."""
+    """Returns the JSON Schema of a recipe with the documentation of every field, for completion in editors."""
     schema = msgspec.json.schema(Recipe)
     for struct in structs_in(Recipe):
         properties = schema["$defs"][struct.__name__]["properties"]

@@ -1,6 +1,6 @@
-"""The sections of a recipe that say what is trained: the model, the data, a training run, a teacher.
+"""The training sections of a recipe: model, data, training run and teacher.
 
-:mod:`evit_deploy.recipe.recipe` puts them together.
+:mod:`evit_deploy.recipe.recipe` combines them.
 """
 
 from fnmatch import fnmatchcase
@@ -14,7 +14,7 @@ from evit_deploy.errors import RecipeError
 from evit_deploy.recipe.fields import check_numbers
 
 Share = Annotated[float, Meta(ge=0, le=1)]
-# Every number has both ends, so that neither `inf` nor 10**400 reaches a library: C's int takes the largest counts.
+# Every number has two limits, so that neither `inf` nor 10**400 reaches a library. The largest count fits a C int.
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 BatchSize = Annotated[int, Meta(ge=1, le=65_536)]
 Threads = Annotated[int, Meta(ge=1, le=4_096)]
@@ -24,9 +24,9 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "ham
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What all sections have in common."""
+    """Base of all sections; checks numbers against their limits."""
 
-    # Keys of which a recipe gives one: set over a file, it takes the place of the others there.
+    # Groups of mutually exclusive keys: an override of one removes the others that the file sets.
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     def __post_init__(self) -> None:
@@ -34,49 +34,50 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PreprocessOptions(Section, frozen=True, kw_only=True):
-    """How images become inputs, and what classes are called, where the checkpoint is not to decide."""
+    """Preprocessing and class names that replace the checkpoint's."""
 
     mean: tuple[Annotated[float, Meta(ge=-1e3, le=1e3)], ...] | None = None
-    """Mean to subtract, one per channel, on images scaled to 0..1. [default: the checkpoint's]"""
+    """Mean to subtract, one value per channel, for images scaled to 0..1. [default: the checkpoint's]"""
     std: tuple[Annotated[float, Meta(ge=1e-6, le=1e3)], ...] | None = None
-    """Standard deviation to divide by, one per channel. [default: the checkpoint's]"""
+    """Standard deviation to divide by, one value per channel. [default: the checkpoint's]"""
     crop_pct: Annotated[float, Meta(gt=0, le=1)] | None = None
-    """Share of the resized image's side that the crop keeps, 0.875 for 224 of 256. [default: the checkpoint's]"""
+    """Share of the resized image's side that the crop keeps: 0.875 for 224 of 256. [default: the checkpoint's]"""
     crop_mode: CropMode | None = None
     """How images are cropped: center, after resizing the shorter side; center-floor, the same with margins rounded as
-    Hugging Face's processors do; squash, after resizing both; border, with a border. [default: the checkpoint's]"""
+    Hugging Face's processors do; squash, after resizing both sides; border, after padding. [default: the
+    checkpoint's]"""
     interpolation: Interpolation | None = None
     """Resampling filter. [default: the checkpoint's]"""
     labels: str | None = None
-    """File of class names, one on each line or JSON. [default: the checkpoint's; with labeled images and no other
-    source, their folders' names]"""
+    """File of class names, one per line or as JSON. [default: the checkpoint's, else the folder names of labeled
+    images]"""
 
     def __post_init__(self) -> None:
-        if isinstance(self.labels, Path):  # a Path is as good as its text
+        if isinstance(self.labels, Path):  # accept a Path as well
             msgspec.structs.force_setattr(self, "labels", str(self.labels))
         super().__post_init__()
 
 
 class ModelSection(Section, frozen=True, kw_only=True):
-    """The model to start from. At least one of ``name`` and ``checkpoint`` is needed by the time training begins."""
+    """The model to start from. Training needs ``name``, ``checkpoint`` or both."""
 
     name: str | None = None
-    """timm name; needed without a checkpoint, and decides where a checkpoint fits several models."""
+    """timm name; needed without a checkpoint, or when a checkpoint fits several models."""
     checkpoint: str | None = None
     """Checkpoint file to start from, relative to the current directory."""
     args: dict[str, Any] = {}
     """Further arguments of ``timm.create_model`` (patch_size, embed_dim, depth, num_heads, mlp_ratio, ...). A
-    ``global_pool`` other than ``token`` takes a method whose tokens serve heads that pool, and as baselines none."""
+    ``global_pool`` other than ``token`` needs a method that supports pooling heads, and ``compare.baselines: []``."""
     image_size: ImageSize | None = None
-    """Side of the square input in pixels; ``null`` is the model's own."""
+    """Side of the square input in pixels; ``null`` uses the model's."""
     pretrained: bool = True
     """Without a checkpoint and without a ``dense`` section: whether to start from timm's pretrained weights. ``false``
     trains the model with its tokens reduced from scratch."""
     init: Literal["timm", "scaled"] = "timm"
-    """First weights of a model trained from scratch. ``scaled``: Xavier with smaller residual branches and larger
+    """Initial weights of a model trained from scratch. ``scaled``: Xavier with smaller residual branches and larger
     position embeddings, which learns several times faster on small data."""
     preprocess: PreprocessOptions = PreprocessOptions()
-    """How images become inputs, where the checkpoint is not to decide; its ``labels`` come from the data here."""
+    """Preprocessing that replaces the checkpoint's; class names always come from the data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,84 +98,85 @@ class ModelSection(Section, frozen=True, kw_only=True):
 
 
 class DataSection(Section, frozen=True, kw_only=True):
-    """The labeled images to train and to evaluate on, and how training images are varied."""
+    """Labeled images for training and evaluation, and the augmentation of training images."""
 
     alternatives = (("validation", "validation_share"),)
 
     name: Literal["digits", "digits-in-the-wild", "folder"]
     """``digits``: the 1,797 digits inside scikit-learn. ``digits-in-the-wild``: the same digits on crops of photographs
-    inside scikit-learn and scikit-image; nothing to download for either. ``folder``: images of your own."""
+    inside scikit-learn and scikit-image. Neither needs a download. ``folder``: your own images."""
     train: str | None = None
-    """Training images (``folder`` only): a folder with one folder a class, ``FILE.tar`` of such, a folder with one tar
-    a class, ``wds/FOLDER`` (WebDataset shards on a disk) or ``hfds/NAME`` (Hugging Face dataset, or its folder)."""
+    """Training images (``folder`` only): a folder with one folder per class, a ``FILE.tar`` of such a folder, a folder
+    with one tar file per class, ``wds/FOLDER`` (local WebDataset shards) or ``hfds/NAME`` (Hugging Face dataset, by
+    name or folder)."""
     validation: str | None = None
-    """Validation images, in the same forms; classes are named as in ``train`` (``folder`` only)."""
+    """Validation images in one of the same forms, with the class names of ``train`` (``folder`` only)."""
     validation_share: Annotated[float, Meta(gt=0, lt=1)] | None = None
-    """Instead of ``validation``: share of each class of ``train``, a folder of class folders, that is held out of
-    training and validated on. Names decide which images, so it is the same ones every time."""
+    """Instead of ``validation``: share of each class of ``train``, a folder of class folders, to hold out of training
+    and validate on. File names decide which images these are, so every run holds out the same ones."""
     train_split: str | None = None
     """``wds``: shards such as ``train-{0000..0009}.tar``, or a split of ``_info.json``; by default every shard.
     ``hfds``: the split, by default ``train``."""
     validation_split: str | None = None
-    """Likewise for ``validation``; ``hfds``: by default ``validation``."""
+    """The same for ``validation``; ``hfds``: by default ``validation``."""
     input_key: str | None = None
-    """``hfds``: the column of images; by default ``image``."""
+    """``hfds``: column of the images, by default ``image``."""
     target_key: str | None = None
-    """``hfds``: the column of labels, by default ``label``. ``wds``: a field of the JSON beside an image; by default
-    the label is in ``.cls``."""
+    """``hfds``: column of the labels, by default ``label``. ``wds``: field of each image's JSON file; by default the
+    label is in the ``.cls`` file."""
     num_classes: Count | None = None
-    """``wds``: how many classes there are."""
+    """``wds``: number of classes."""
     token_labels: str | None = None
     """Folder of token label maps, ``<class>/<image's name>.pt``, one for every training image (``folder`` only, with
-    ``train`` a folder of class folders). A run learns from them where it has ``token_labels``."""
+    ``train`` a folder of class folders). Used by runs that have a ``token_labels`` section."""
     cache: str | None = None
-    """Folder for decoded training images, made on first use (``folder`` only); ``null`` decodes them in every pass."""
+    """Folder to cache decoded training images in (``folder`` only); ``null`` decodes them in every pass."""
     cache_size: Annotated[int, Meta(ge=16, le=16_384)] = 256
-    """Longest shorter side of a cached image in pixels: crops are taken from no more detail than this."""
+    """Maximum length of a cached image's shorter side in pixels; crops have no more detail than this."""
     max_corrupt: Annotated[float, Meta(ge=0, le=1e9)] = 0.01
-    """Images that may be unreadable before the run stops: below 1 a share, from 1 on a number. In training another
-    image takes their place, in validation they are left out (``folder`` only)."""
+    """Unreadable images to tolerate before the run stops: a share below 1, a number from 1 on. In training another
+    image replaces an unreadable one, in validation it is skipped (``folder`` only)."""
     repeated_augmentation: Count = 1
-    """How often an image is shown in a row, with new augmentation each time; a pass then shows
-    as many times fewer images. DeiT and EViT were trained with 3 (``folder`` only)."""
+    """How many times in a row an image is used, each time with new augmentation; a pass covers fewer images by this
+    factor. DeiT and EViT were trained with 3 (``folder`` only)."""
     images: Count = 100_000
-    """Training images to make; more are not slower (``digits-in-the-wild`` only)."""
+    """Training images to generate; the number does not affect speed (``digits-in-the-wild`` only)."""
     test_images: Count = 2_000
-    """Validation images to make, of other digits on other photographs (``digits-in-the-wild`` only)."""
+    """Validation images to generate, from other digits and photographs (``digits-in-the-wild`` only)."""
     difficulty: Literal["easy", "medium", "hard"] = "easy"
-    """``easy``: a digit has 3/8 of the image's side and begins on a grid of eighths. ``medium``: it begins anywhere.
-    ``hard``: its size varies down to half of that, and it may be fainter (``digits-in-the-wild`` only)."""
+    """``easy``: a digit covers 3/8 of the image's side and is placed on a grid of eighths. ``medium``: it is placed
+    anywhere. ``hard``: it can also be down to half that size, and fainter (``digits-in-the-wild`` only)."""
     curriculum_threshold: Share = 0.7
-    """Running training accuracy from which on the images of a model that begins from nothing become harder; 0 raises
-    the level at every step (``digits-in-the-wild`` only)."""
+    """Running training accuracy above which images become harder while a model is trained from scratch; 0 raises the
+    level at every step (``digits-in-the-wild`` only)."""
     curriculum_rate: Annotated[float, Meta(gt=0, le=1)] = 0.005
-    """How much harder they become in one step, from 0 (centered, white on black) to 1 (``digits-in-the-wild`` only)."""
+    """Increase of the level in one step, from 0 (centered, white on black) to 1 (``digits-in-the-wild`` only)."""
     workers: Annotated[int, Meta(ge=0, le=1_024)] = 4
-    """Processes that read or make images (not ``digits``); 0 does it in the main process."""
+    """Processes that read or generate images (not ``digits``); 0 uses the main process."""
     evaluation_batch_size: BatchSize = 64
-    """Images a batch while evaluating; has no influence on the result."""
+    """Images per batch in evaluation; does not affect the result."""
     rotation: Annotated[float, Meta(ge=0, le=180)] = 10.0
-    """Largest rotation in degrees, either way (``digits`` only)."""
+    """Maximum rotation in degrees, in either direction (``digits`` only)."""
     scale: Annotated[float, Meta(ge=0, lt=1)] = 0.1
-    """Largest change of size, as a share, either way (``digits`` only)."""
+    """Maximum change of size as a share, in either direction (``digits`` only)."""
     shift: Share = 0.09
-    """Largest shift in each direction, as a share of the image's side (``digits`` only)."""
+    """Maximum shift in each direction, as a share of the image's side (``digits`` only)."""
     crop: tuple[Share, Share] = (0.08, 1.0)
-    """Smallest and largest share of an image's area that a training crop has (``folder`` only)."""
+    """Smallest and largest share of an image's area that a training crop covers (``folder`` only)."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment or AutoAugment in timm's notation, or ``null`` (``folder`` only)."""
     color_jitter: Share = 0.4
-    """Strength of color jitter; has no effect beside ``auto_augment`` (``folder`` only)."""
+    """Strength of color jitter; not used together with ``auto_augment`` (``folder`` only)."""
     flip: Share = 0.5
     """Probability that a training image is mirrored; 0 where left and right differ, as in writing (``folder`` only)."""
     random_erasing: Share = 0.25
     """Probability that a rectangle of a training image is replaced by noise (``folder`` only)."""
     mixup: Annotated[float, Meta(ge=0, le=1e3)] = 0.8
-    """Mixup's alpha; 0 switches it off (``folder`` only)."""
+    """Mixup's alpha; 0 turns it off (``folder`` only)."""
     cutmix: Annotated[float, Meta(ge=0, le=1e3)] = 1.0
-    """CutMix's alpha; 0 switches it off (``folder`` only)."""
+    """CutMix's alpha; 0 turns it off (``folder`` only)."""
     mix_switch: Share = 0.5
-    """Probability of CutMix instead of mixup where both are on (``folder`` only)."""
+    """Probability of CutMix instead of mixup when both are on (``folder`` only)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,28 +206,28 @@ class DataSection(Section, frozen=True, kw_only=True):
 
 
 class TokenLabelSection(Section, frozen=True, kw_only=True):
-    """Learning from a label for every patch token, beside the image's own (LV-ViT, section 3.2).
+    """Training with a label for every patch token, in addition to the image's label (LV-ViT, section 3.2).
 
-    The labels are ``data.token_labels``, or a teacher's of kind ``token_labels``.
+    The labels come from ``data.token_labels`` or from a teacher of kind ``token_labels``.
     """
 
     weight: Annotated[float, Meta(ge=0, le=1e3)] = 1.0
-    """Factor on the tokens' part of the loss; the class token's has 1."""
+    """Weight of the patch tokens' loss; the class token's loss has weight 1."""
     mix_token: Annotated[float, Meta(ge=0, le=1e3)] = 1.0
     """MixToken's alpha: a box of each image's patch tokens, with their labels, comes from another image of the batch.
-    0 switches it off."""
+    0 turns it off."""
 
 
 class DynamicViTSection(Section, frozen=True, kw_only=True):
-    """Factors of the parts of DynamicViT's loss beside the labels, whose part has 1; for its method alone."""
+    """Weights of DynamicViT's additional losses; the classification loss has weight 1. For its method only."""
 
     ratio_weight: Annotated[float, Meta(ge=0, le=1e3)] = 2.0
-    """Of how far the share of the patches that is kept is from the keep rate's; 5 in the paper's DeiT-B."""
+    """Weight of the difference between the share of patches kept and the keep rate; 5 in the paper's DeiT-B."""
     logits_weight: Annotated[float, Meta(ge=0, le=1e3)] = 0.5
-    """Of how far the logits are from those of the dense model that fine-tuning starts from, or of a ``dense``
+    """Weight of the logits' distance from those of the dense model that fine-tuning starts from, or of a ``dense``
     teacher."""
     tokens_weight: Annotated[float, Meta(ge=0, le=1e3)] = 0.5
-    """Of how far the tokens that are kept are from the teacher's."""
+    """Weight of the kept tokens' distance from the teacher's."""
 
 
 class TrainSection(Section, frozen=True, kw_only=True):
@@ -236,68 +238,70 @@ class TrainSection(Section, frozen=True, kw_only=True):
     steps: Count | None = None
     """Length in optimizer steps."""
     epochs: Annotated[float, Meta(gt=0, le=1e6)] | None = None
-    """Length in passes over the training images; incomplete batches are left out."""
+    """Length in passes over the training images; incomplete batches are dropped."""
     batch_size: Annotated[int, Meta(ge=2, le=65_536)] = 64
-    """Images at a time in every process; even where mixup or CutMix is on."""
+    """Images per batch in every process; must be even with mixup or CutMix."""
     accumulate: Count = 1
-    """Batches whose gradients are added up to one step: a step has processes × accumulate × batch_size images."""
+    """Batches whose gradients are summed for one step: a step has processes × accumulate × batch_size images."""
     processes: Count | None = None
     """Processes (GPUs) that the recipe was written for; with another number, the ``accumulate`` that restores the batch
     is logged."""
     learning_rate: Annotated[float, Meta(gt=0, le=1e3)]
     """Highest learning rate, reached after the warm-up."""
     learning_rate_batch: Count | None = None
-    """Images a step that ``learning_rate`` is meant for: it is scaled by the step's images over this number. ``null``:
-    used as it is."""
+    """Images per step that ``learning_rate`` is meant for: the rate is multiplied by the step's images divided by this
+    number. ``null``: not scaled."""
     min_learning_rate: Annotated[float, Meta(ge=0, le=1e3)] = 0.0
-    """Learning rate at the end, whatever the images of a step. Only where so few scale the highest rate below it is it
-    scaled like that one, with a warning."""
+    """Learning rate at the end. Not scaled by the images of a step, unless that scales the highest rate below it; then
+    it is scaled too, with a warning."""
     warmup: Share = 0.0
     """Share of the run over which the learning rate rises from 0."""
     betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's averaging factors of gradient and squared gradient."""
+    """AdamW's decay rates for the averages of the gradient and the squared gradient."""
     weight_decay: Annotated[float, Meta(ge=0, le=1e3)] = 0.05
-    """AdamW's weight decay; biases, norms, position embeddings and class tokens have none."""
+    """AdamW's weight decay; not applied to biases, norms, position embeddings and class tokens."""
     clip: Annotated[float, Meta(gt=0, le=1e9)] | None = None
-    """Largest gradient norm; longer gradients are shortened to it."""
+    """Maximum gradient norm; larger gradients are scaled down to it. ``null``: no clipping."""
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    """Share of each target, a patch token's as well, that is spread over all classes."""
+    """Share of each target, including a patch token's, that is spread over all classes."""
     token_labels: TokenLabelSection | None = None
-    """How patch tokens learn from their own labels; ``null`` leaves that to the image's label."""
+    """Training with patch token labels; ``null`` uses only the image's label."""
     dynamicvit: DynamicViTSection | None = None
-    """Factors of the loss that the method ``dynamicvit`` is trained with; ``null`` leaves them as they are there."""
+    """Loss weights for training the method ``dynamicvit``; ``null`` uses the defaults."""
     backbone_lr_scale: Share = 1.0
-    """Factor on the learning rate of all but the layers of the reduction method's own (``dynamicvit`` has some)."""
+    """Factor on the learning rate of the backbone: all layers but those that the reduction method adds (``dynamicvit``
+    adds some)."""
     backbone_frozen_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
-    """Epochs at the beginning in which all but these layers stand still."""
+    """Epochs at the beginning in which the backbone is frozen."""
     frozen: tuple[str, ...] = ()
-    """Parameters that stand still all the time: names such as ``cls_token``, or patterns such as ``blocks.[0-5].*``."""
+    """Parameters that are never trained: names such as ``cls_token``, or patterns such as ``blocks.[0-5].*``."""
     keep_rate_start: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
-    """Epoch from which the keep rate moves from 1 towards its target, by a cosine. Has no effect where no tokens are
-    reduced."""
+    """Epoch at which the keep rate starts to move from 1 to its target along a cosine. Has no effect where no tokens
+    are reduced."""
     keep_rate_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
-    """Epochs that this takes; 0 is at once."""
+    """Epochs that this takes; 0 changes it at once."""
     layer_wise_epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
-    """Epochs in which every block sorts the patches again, from the first location on (``evo-vit`` only); from then on,
-    and in the model that is kept, a stage sorts once. Evaluations on the way are of the form that is being trained."""
+    """Epochs in which every block from the first location on sorts the patches again (``evo-vit`` only). Afterwards,
+    and in the resulting model, each stage sorts once. Evaluations in between use the form that is being trained."""
     model_mode: Literal["train", "eval"] = "train"
-    """``eval`` trains without dropout and stochastic depth, as the official EViT fine-tune does."""
+    """``eval`` trains without dropout and stochastic depth, as the official EViT fine-tuning does."""
     autocast: Literal["none", "bf16", "fp16"] = "none"
-    """Computes matrix products in a shorter type; weights stay float32. ``fp16`` scales the loss."""
+    """Lower precision for matrix products; weights stay float32. ``fp16`` also scales the loss."""
     ema: Annotated[float, Meta(gt=0, lt=1)] | None = None
-    """Decay of a running average of the weights, which is evaluated and kept in their place; ``null`` keeps none."""
+    """Decay of an exponential moving average of the weights, which is evaluated and saved instead of them; ``null``
+    turns it off."""
     compile: bool = False
-    """Whether to compile the model with ``torch.compile`` while its token counts stand still."""
+    """Whether to compile the model with ``torch.compile`` while its token counts do not change."""
     checkpoint_activations: bool = False
-    """Whether to compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    """Whether to recompute activations in the backward pass instead of storing them: less memory, more time."""
     channels_last: bool = False
-    """Whether images and the patch embedding have their channels last in memory."""
+    """Whether images and the patch embedding use the channels-last memory format."""
     evaluate_every: Annotated[float, Meta(gt=0, le=1e6)] | None = None
-    """Epochs between evaluations, at the keep rate of the moment; ``null`` evaluates at the end."""
+    """Epochs between evaluations, at the current keep rate; ``null`` evaluates only at the end."""
     save_every: Count = 500
-    """Steps between writes of the state that an interrupted run continues from: at most this many steps are lost."""
+    """Steps between saved training states; an interruption loses at most this many steps."""
     threads: Threads | None = None
-    """CPU threads for PyTorch; ``null`` leaves its own choice."""
+    """CPU threads for PyTorch; ``null`` uses PyTorch's default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -312,19 +316,19 @@ class TrainSection(Section, frozen=True, kw_only=True):
             )  # fmt: skip
 
     def freezes(self, parameter: str) -> bool:
-        """Whether a parameter is among those that stand still.
+        """Whether a parameter is frozen.
 
         Args:
-            parameter: Its name in the model.
+            parameter: Name of the parameter in the model.
         """
         return any(fnmatchcase(parameter, pattern) for pattern in self.frozen)
 
     def images_per_step(self, world: int = 1) -> int:
-        """Images of one optimizer step, over all processes."""
+        """Images of one optimizer step in all processes."""
         return self.batch_size * self.accumulate * world
 
     def effective_learning_rate(self, world: int = 1) -> float:
-        """The highest learning rate after scaling to the images of a step."""
+        """The highest learning rate, scaled to the images of a step."""
         images = self.images_per_step(world)
         return self.learning_rate * images / (self.learning_rate_batch or images)
 
@@ -335,24 +339,23 @@ class TrainSection(Section, frozen=True, kw_only=True):
 
 
 class TeacherSection(Section, frozen=True, kw_only=True):
-    """A trained model that the student is to agree with (DeiT, section 4)."""
+    """A trained model for knowledge distillation (DeiT, section 4)."""
 
     name: str | None = None
-    """timm name; needed without a checkpoint, and decides where a checkpoint fits several models."""
+    """timm name; needed without a checkpoint, or when a checkpoint fits several models."""
     checkpoint: str | None = None
-    """Checkpoint file; ``null`` takes timm's pretrained weights."""
+    """Checkpoint file; ``null`` uses timm's pretrained weights."""
     kind: Literal["logits", "token", "token_labels", "dense"] = "logits"
-    """``logits``: the student's logits follow the teacher's. ``token``: those of its distillation token do. ``dense``:
-    logits and patch tokens follow a dense model of the same form, as ``finetune.dynamicvit`` says; without a teacher
-    that method takes the dense weights that it starts from.
-    ``token_labels``: what the teacher says about a patch is the label of that patch; ``finetune.token_labels`` says
-    how they are learned."""
+    """``logits``: the student's logits learn from the teacher's. ``token``: the logits of its distillation token do.
+    ``dense``: logits and patch tokens learn from a dense model of the same architecture, with the weights of
+    ``finetune.dynamicvit``; without a teacher that method uses its initial dense weights. ``token_labels``: the
+    teacher's output for each patch is that patch's label, used as ``finetune.token_labels`` configures."""
     hard: bool = False
-    """Whether a ``token`` student learns the teacher's decision instead of its probabilities."""
+    """Whether a ``token`` student learns the teacher's predicted class instead of its probabilities."""
     weight: Share = 0.5
-    """Share of the teacher in the loss."""
+    """Share of the distillation loss in the total loss."""
     temperature: Annotated[float, Meta(gt=0, le=100)] = 1.0
-    """Both sides' logits are divided by it."""
+    """Temperature that divides the logits of student and teacher."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,16 +10,16 @@ from evit_deploy.errors import InputError, did_you_mean
 from evit_deploy.files import write_atomically
 
 _LONG = 140
-"""Characters of a description."""
+"""Maximum characters of a description."""
 
 
 class ShippedRecipe(msgspec.Struct, frozen=True):
-    """A recipe that came with the package.
+    """A recipe that comes with the package.
 
     Args:
-        name: What it is called: ``digits``, ``paper/deit-small-0.7``.
+        name: Its name, such as ``digits`` or ``paper/deit-small-0.7``.
         path: Its file.
-        description: The first sentence of its opening comment.
+        description: First sentence of the comment at its top.
     """
 
     name: str
@@ -28,26 +28,26 @@ class ShippedRecipe(msgspec.Struct, frozen=True):
 
 
 def folder() -> Path:
-    """Where the recipes are: in an installed package, or beside it in a checkout."""
+    """Returns the folder of the recipes: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).parents[1]
     return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package)
 
 
 def names() -> list[str]:
-    """All names, those of the paper's tables last."""
+    """Returns all names, with those of the paper's tables last."""
     found = [path.relative_to(folder()).as_posix()[:-5] for path in folder().rglob("*.yaml")]
     return sorted(found, key=lambda name: ("/" in name, name))
 
 
 def find(path: Path) -> Path | None:
-    """The file of a recipe that came with the package.
+    """Finds a recipe that comes with the package.
 
     Args:
-        path: Its name, with or without ``recipes/``, ``paper/`` and ``.yaml``: messages and pages name recipes as they
-            lie in a checkout.
+        path: Its name, with or without ``recipes/``, ``paper/`` and ``.yaml``: messages and documentation use the
+            paths of a checkout.
 
     Returns:
-        The file; ``None`` where no recipe has this name.
+        The file, or ``None`` if no recipe has this name.
     """
     wanted = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
     known = names()
@@ -56,23 +56,23 @@ def find(path: Path) -> Path | None:
 
 
 def nearest(path: Path) -> str | None:
-    """The recipe with the most similar name, as a question."""
+    """Returns "Did you mean ...?" with the most similar name, or ``None``."""
     return did_you_mean(path.as_posix().removeprefix("recipes/").removesuffix(".yaml"), names())
 
 
 def shipped_recipes() -> list[ShippedRecipe]:
-    """All recipes that came with the package."""
+    """Returns all recipes that come with the package."""
     return [_described(name) for name in names()]
 
 
 def shipped_recipe(name: str) -> ShippedRecipe:
-    """One of them.
+    """Returns the recipe of this name.
 
     Args:
         name: See :func:`find`.
 
     Raises:
-        InputError: There is none of this name.
+        InputError: No recipe has this name.
     """
     found = find(Path(name))
     if found is None:
@@ -82,18 +82,18 @@ def shipped_recipe(name: str) -> ShippedRecipe:
 
 
 def copy_recipe(name: str, place: Path | None = None, *, force: bool = False) -> Path:
-    """Copies a recipe, to be changed.
+    """Copies a recipe for editing.
 
     Args:
         name: See :func:`find`.
-        place: The file to write, or a folder to put it into; ``<name>.yaml`` in the current directory by default.
-        force: Whether to replace a file there.
+        place: The file to write, or a folder for it. Default: ``<name>.yaml`` in the current directory.
+        force: Whether to replace an existing file.
 
     Returns:
         The file.
 
     Raises:
-        InputError: There is no such recipe, the folder is not there, or something is in the way.
+        InputError: No recipe has this name, the folder does not exist, or a file is in the way.
     """
     recipe = shipped_recipe(name)
     source = Path(recipe.path)

@@ -1,1 +1,1 @@
-"""What is installed, whether it loads, and what mends it."""
+"""Diagnosis of the installation: what is installed, whether it loads, and how to fix it."""

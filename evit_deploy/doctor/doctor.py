@@ -1,4 +1,4 @@
-"""What is installed here, whether it loads, and what can be made and run with it, each with the line that mends it."""
+"""Checks what is installed, whether it loads, and which targets can be built and run, with a fix for each problem."""
 
 import logging
 import platform
@@ -35,10 +35,10 @@ PYTHON = (3, 11)
 
 PACKAGES, EXTRA, GPU, PLUGIN, RUNTIME = "Python and packages", "Extras", "GPU", "Plugin", "Runtimes"
 
-# What every user has; without the others there is less to choose from, and that is no failure.
+# Required runtimes; the others are optional.
 _NEEDED_RUNTIMES = ("eager", "onnxruntime")
 
-# Package -> the module in it that loads its shared library. PyTorch and torchvision are asked more than that.
+# Package -> the module that loads its shared library. PyTorch and torchvision have their own probes.
 _LIBRARIES = {
     "numpy": "numpy",
     "onnx": "onnx",
@@ -56,16 +56,16 @@ _EXTRA_LIBRARIES = {
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that was looked at.
+    """Result of one check.
 
     Args:
-        group: What kind of thing it is.
+        group: Heading of the check.
         name: Package, extra, device, tool or runtime.
-        found: Its version or what it is; ``None`` if it is not there.
+        found: Its version or description; ``None`` if it is missing.
         usable: Whether evit-deploy can use it.
-        needed: Whether evit-deploy cannot do without it.
-        fix: The line that mends it, when it is not usable.
-        note: Why it is not usable, or what it would be good for.
+        needed: Whether evit-deploy requires it.
+        fix: The command or instruction that makes it usable.
+        note: Why it is not usable, or what it is for.
     """
 
     group: str
@@ -78,11 +78,11 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
-    """Everything that ``doctor`` says.
+    """Result of :func:`doctor`.
 
     Args:
-        findings: Group by group.
-        targets: What can be built and run.
+        findings: The checks, group by group.
+        targets: Which targets can be built and run.
     """
 
     findings: tuple[Finding, ...]
@@ -90,18 +90,15 @@ class Diagnosis(msgspec.Struct, frozen=True):
 
     @property
     def broken(self) -> list[Finding]:
-        """What evit-deploy cannot do without and cannot use."""
+        """Required findings that are not usable."""
         return [finding for finding in self.findings if finding.needed and not finding.usable]
 
 
 def doctor() -> Diagnosis:
-    """Looks at Python, packages, extras, GPU, plugin tools, runtimes and targets.
-
-    Args:
-    """
+    """Checks Python, packages, extras, GPU, the plugin's tools, runtimes and targets."""
     doing(_LOG, "loading what is installed")
     driver = nvidia()
-    with ThreadPoolExecutor() as pool:  # one process imports PyTorch, the other everything that does without
+    with ThreadPoolExecutor() as pool:  # in parallel: one process imports PyTorch, the other the rest
         slow = pool.submit(ask, _jobs_with_torch())
         answers = ask(_jobs_without_torch())
         answers |= slow.result()
@@ -162,13 +159,13 @@ def _package(name: str, requirement: Requirement, answers: dict[str, Answer]) ->
         return Finding(PACKAGES, name, found, False, True, install_line(name), note)
     if answer is None or answer.error is None:
         return Finding(PACKAGES, name, found, True, True, note=answer.found if answer else None)
-    together = name in ("torch", "torchvision")  # one that was built for another version of the other does not load
+    together = name in ("torch", "torchvision")  # each only loads with the other's matching version
     fix = "pip install --force-reinstall " + ("torch torchvision" if together else name)
     return Finding(PACKAGES, name, found, False, True, fix, f"broken: {answer.error}")
 
 
 def _twice() -> list[Finding]:
-    """Two distributions of ONNX Runtime write to one folder, and the later installed one wins, file by file."""
+    """Finds several distributions of ONNX Runtime, which install into one folder and overwrite each other's files."""
     import importlib.metadata
 
     names = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
@@ -182,7 +179,7 @@ def _twice() -> list[Finding]:
 def _extra(name: str, answers: dict[str, Answer]) -> Finding:
     try:
         packages = list(needed(name))
-    except MissingRequirement:  # said once, among the packages
+    except MissingRequirement:  # already reported among the packages
         return Finding(EXTRA, name, None, False, fix=install_line(name), note=EXTRAS[name])
     reasons, versions = lacking(name), {package: version_of(package) for package in packages}
     found = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
@@ -226,7 +223,7 @@ def _gpu(driver: Nvidia, torch: Answer | None) -> list[Finding]:
 
 def _torch_cuda(driver: Nvidia, cuda: str | None, sees: bool, why: str | None) -> Finding:
     found = f"CUDA {cuda}" if cuda else "for the CPU only"
-    if sees or not driver.gpus:  # without a GPU nothing is wrong with either
+    if sees or not driver.gpus:  # without a GPU either build is fine
         return Finding(GPU, "PyTorch is built", found, True)
     if cuda is None:
         return Finding(GPU, "PyTorch is built", found, False, fix="Install a PyTorch built with CUDA.", note=why)
@@ -235,7 +232,7 @@ def _torch_cuda(driver: Nvidia, cuda: str | None, sees: bool, why: str | None) -
 
 
 def _plugin() -> list[Finding]:
-    """What a TensorRT plugin is built with. The operator's body is in every file, so that nothing here is needed."""
+    """Checks the plugin and its build tools. None is required, because every file contains the operator's function."""
     try:
         library = choose_plugin("auto")
         found = Finding(PLUGIN, "library", str(library), True)
@@ -251,7 +248,7 @@ def _plugin() -> list[Finding]:
 
 
 def _kernel() -> list[Finding]:
-    """The kernel that PyTorch uses on this machine's GPU; empty without a GPU."""
+    """Checks the compiled kernel for PyTorch; empty without a GPU."""
     import torch
 
     from evit_deploy.tokens.operators.torch_ops import kernel_on

@@ -1,7 +1,7 @@
-"""Loads what may be broken, in its own process: ``doctor`` asks here.
+"""Loads possibly broken libraries in a separate process, for ``doctor``.
 
-A shared library that fails to load raises anything, and one that was built for another version may take the whole
-process along. Each job is answered on a separate line, so that the first one without an answer is the culprit.
+A shared library that fails to load can raise any exception, and one built for another version can crash the process.
+Each job writes its answer as one line; after a crash, the first job without an answer is the cause.
 
 python -m evit_deploy.doctor.probe torch module:openvino runtime:eager
 """
@@ -25,15 +25,15 @@ PATIENCE = 120.0
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What one job met.
+    """Result of one job.
 
     Args:
         job: ``torch``, ``torchvision``, ``module:<name>`` or ``runtime:<name>``.
-        error: What is wrong, in a line; ``None`` when nothing is.
-        fix: The line that mends it, where the job knows one.
-        found: What was there.
+        error: The problem, in one line; ``None`` if there is no problem.
+        fix: The instruction that fixes it, if known.
+        found: Details of what was found.
         missing: Whether something is absent rather than broken.
-        facts: More, for whoever asked.
+        facts: Further details for the caller.
     """
 
     job: str
@@ -45,14 +45,17 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 def ask(jobs: Sequence[str], patience: float = PATIENCE) -> dict[str, Answer]:
-    """Runs jobs in order in another process; after a crash, the rest in a new one.
+    """Runs jobs in order in a subprocess; after a crash, runs the remaining jobs in a new one.
 
     Args:
         jobs: See :class:`Answer`.
-        patience: Seconds for one process.
+        patience: Timeout of one process in seconds.
+
+    Returns:
+        Job -> answer.
     """
     answers: dict[str, Answer] = {}
-    # The same modules as here are to be found there, whatever this process was told about where they are.
+    # The subprocess must find the same modules, so it gets this process's sys.path.
     paths = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONFAULTHANDLER": ""}
     while waiting := [job for job in jobs if job not in answers]:
@@ -65,7 +68,7 @@ def ask(jobs: Sequence[str], patience: float = PATIENCE) -> dict[str, Answer]:
                 process.kill()
                 said, _ = process.communicate()
                 end = f"no answer within {patience:.0f} s"
-            except BaseException:  # interrupted: it would be waited for
+            except BaseException:  # on an interrupt, Popen's context manager would wait for the process
                 process.kill()
                 raise
         for line in said.splitlines():
@@ -88,7 +91,7 @@ def _torch() -> Answer:
     import torch
 
     with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")  # why CUDA is not available is told in a warning only
+        warnings.simplefilter("always")  # PyTorch reports why CUDA is unavailable only as a warning
         available = torch.cuda.is_available()
     count = torch.cuda.device_count() if available else 0
     gpus = [[torch.cuda.get_device_name(i), list(torch.cuda.get_device_capability(i))] for i in range(count)]
@@ -98,9 +101,9 @@ def _torch() -> Answer:
 
 
 def _torchvision() -> Answer:
-    """A torchvision built for another torch fails when its operators are loaded, and takes timm with it.
+    """Loads torchvision's operators, which fails if it was built for another PyTorch; timm then fails too.
 
-    Only the library is loaded: importing torchvision takes as long as importing torch, and says the same.
+    Loads only the library: importing all of torchvision takes as long as importing PyTorch and shows nothing more.
     """
     import torch
 
@@ -145,7 +148,7 @@ _JOBS: dict[str, Callable[..., Answer]] = {
 
 
 def answer(job: str) -> Answer:
-    """Does one job; whatever it raises is the answer."""
+    """Runs one job; an exception becomes its answer."""
     kind, _, name = job.partition(":")
     try:
         return _JOBS[kind](*([name] if name else []))
@@ -158,7 +161,7 @@ def answer(job: str) -> Answer:
 
 
 def main(jobs: Sequence[str]) -> None:
-    """Answers on stdout, a line each; whatever the libraries print goes to stderr."""
+    """Writes each answer as a line on stdout; output of the libraries goes to stderr."""
     with os.fdopen(os.dup(1), "wb", buffering=0) as answers:
         os.dup2(2, 1)
         for job in jobs:

@@ -1,1 +1,1 @@
-"""From a checkpoint or a recipe to a bundle."""
+"""The stages in order: from a checkpoint or a recipe to a verified bundle."""

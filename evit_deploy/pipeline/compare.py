@@ -1,4 +1,4 @@
-"""Bundles side by side: what each is, how right its answers are, and how fast it is, in one interleaved run."""
+"""Comparison of bundles: configuration, accuracy and speed, measured in one interleaved run."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,16 +51,16 @@ def compare(
         bundles: Their folders, at least two.
         options: Runtimes, batch sizes, images, reference.
         out: Folder for ``compare.csv``, ``compare.md``, ``compare.tex``, ``compare.json`` and ``compare.html``, which
-            hold the same numbers.
-        force: Whether to replace these files.
+            contain the same numbers.
+        force: Whether to replace existing files.
 
     Returns:
-        ``compared``: one row for each bundle and dense baseline; ``rows``: how fast each is, with its name as
-        ``variant``. Numbers are rounded to five significant digits.
+        A report with ``compared``, one row for each bundle and dense baseline, and ``rows``, the speed of each, with
+        its name as ``variant``. Numbers are rounded to five significant digits.
 
     Raises:
-        InputError: These bundles cannot be compared, or not as asked; nothing was measured.
-        MissingRequirement: A runtime that was asked for is not here.
+        InputError: The bundles cannot be compared with these options; nothing was measured.
+        MissingRequirement: A requested runtime is not installed.
     """
     place = Path(out) if out is not None else None
     if place is not None:
@@ -101,7 +101,7 @@ def compare_named(bundles: Sequence[tuple[str, Bundle]], options: CompareOptions
                         stack.enter_context(opened(runtime, entry.candidate.artifact, options.threads))
                         for entry in lane.entries
                     ]
-                except (InputError, MissingRequirement) as error:  # it turns out only now that it does not run here
+                except (InputError, MissingRequirement) as error:  # some runtimes fail only when a model is opened
                     if options.runtimes:
                         raise
                     failed.append(error)
@@ -130,15 +130,15 @@ def write_files(report: Report, place: Path) -> None:
 
 
 def check_place(place: Path, names: Sequence[str], *, force: bool) -> None:
-    """Makes sure, before any work, that results may be written to a folder.
+    """Checks, before any work, that results can be written to a folder.
 
     Args:
         place: The folder.
-        names: Files to be written.
-        force: Whether to replace them.
+        names: The files to write.
+        force: Whether to replace existing files.
 
     Raises:
-        InputError: They may not, or cannot.
+        InputError: Files exist and ``force`` is false, or the folder cannot be written.
     """
     try:
         if place.exists() and not place.is_dir():
@@ -150,15 +150,15 @@ def check_place(place: Path, names: Sequence[str], *, force: bool) -> None:
         folder = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
         with draft(folder):
             pass
-    except OSError as error:  # a name too long for any file, a folder that may not be written to
+    except OSError as error:  # such as a name that is too long, or a folder without write permission
         raise InputError(f"cannot write there ({error.strerror})", where=place, fix="Give another --out.") from None
 
 
 def short_names(bundles: Sequence[tuple[str, Bundle]]) -> list[tuple[str, Bundle]]:
-    """Bundles by the names of their folders, or by their paths where folders of one name are compared.
+    """Names bundles after their folders, or by their paths if two folders have the same name.
 
     Args:
-        bundles: Path and bundle.
+        bundles: (path, bundle) pairs.
     """
     short = [bundle.path.resolve().name for _, bundle in bundles]
     unique = len(set(short)) == len(short)
@@ -187,14 +187,14 @@ def _check_bundles(bundles: Sequence[tuple[str, Bundle]]) -> None:
 
 
 def reference_of(paths: Mapping[str, str], asked: str | None) -> str:
-    """Name of the bundle that the others are held against: the one that was asked for, or the first.
+    """Returns the name of the bundle to compare the others with. Default: the first.
 
     Args:
-        paths: For each name its path.
+        paths: Name -> path.
         asked: A name or a path.
 
     Raises:
-        InputError: None of them is called that.
+        InputError: No bundle has this name or path.
     """
     if asked is None:
         return next(iter(paths))
@@ -210,10 +210,10 @@ def reference_of(paths: Mapping[str, str], asked: str | None) -> str:
 
 
 def _check_images(contenders: Sequence[Contender], options: CompareOptions) -> tuple[str, ...]:
-    """Refuses images that are none, and bundles whose answers to the same images do not mean the same.
+    """Refuses unusable images, and bundles with answers that cannot be compared.
 
     Returns:
-        What there is to say of the images.
+        Notes about the images.
     """
     first = contenders[0]
     if options.images is not None:
@@ -261,7 +261,7 @@ def _check_same_task(first: Contender, other: Contender, *, own_preprocessing: b
 def _answers(
     lane: Lane, runners: Sequence[Runner], contenders: Sequence[Contender], options: CompareOptions
 ) -> Answered:
-    """Shows the images to every bundle and dense baseline; each is read once for all that prepare it alike."""
+    """Runs every bundle and dense baseline on the images; models with equal preprocessing share each decoded image."""
     pictures = _pictures(contenders, options)
     alike: dict[tuple[object, int], list[tuple[str, Runner]]] = {}
     manifests = {one.dense: one.bundle.manifest for one in reversed(contenders)}
@@ -292,7 +292,7 @@ def _channels(manifest: Manifest) -> int:
 
 
 def _pictures(contenders: Sequence[Contender], options: CompareOptions) -> Pictures:
-    """The images, labeled as the bundles number their classes; those with names for them number them alike."""
+    """The images, with labels in the bundles' class order (class names, where known, were checked to be equal)."""
     if options.data is None:
         return Pictures(Path(options.images or ""), None)
     manifests = [one.bundle.manifest for one in contenders]
@@ -300,7 +300,7 @@ def _pictures(contenders: Sequence[Contender], options: CompareOptions) -> Pictu
 
 
 def _compared(contenders: Sequence[Contender], reference: str, answers: Answered | None) -> Iterator[ComparedRow]:
-    """A row for each dense baseline, before the first bundle that is held against it, and for each bundle."""
+    """Yields a row for each bundle, and for each dense baseline before the first bundle compared with it."""
     known: set[str] = set()
     for one in contenders:
         manifest = one.bundle.manifest

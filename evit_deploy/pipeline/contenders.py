@@ -1,6 +1,6 @@
-"""A comparison by a recipe: makes the bundles that it describes, or takes those that are up to date, and compares them.
+"""Comparisons described by a recipe: creates the bundles, unless they are up to date, and compares them.
 
-Like any conversion it hands out no bundle that does not answer like PyTorch.
+As in any conversion, a bundle that fails verification is not published.
 """
 
 import logging
@@ -44,17 +44,17 @@ from evit_deploy.tokens.reduce import reduce_tokens_
 _LOG = logging.getLogger(__name__)
 
 GLANCE = 0.5
-"""Seconds for each batch size of the speed that a conversion measures; the comparison measures it again."""
+"""Seconds per batch size of the conversion's own speed measurement; short, because the comparison measures again."""
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """A bundle of a comparison, before it is made.
+    """A bundle of a comparison, before it is created.
 
     Args:
-        entry: What the recipe says.
-        name: What its rows are called.
+        entry: The recipe's entry.
+        name: Name of its rows.
         path: Its folder.
-        made: What it is turned into; ``None`` of a bundle that is there.
+        made: How to convert it; ``None`` for an existing bundle.
     """
 
     entry: CompareEntry
@@ -64,20 +64,21 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 def compare_recipe(recipe: CompareRecipe, out: str | Path, *, force: bool = False) -> Report:
-    """Runs a comparison that a recipe describes.
+    """Runs a comparison described by a recipe.
 
     Args:
-        recipe: What to compare, and how.
-        out: Folder for the bundles that are made, and for ``compare.csv``, ``compare.md`` and ``compare.json``.
-        force: Whether to make bundles anew that are up to date, and to replace what others wrote in their places.
+        recipe: The comparison.
+        out: Folder for new bundles and the files of the comparison (``compare.csv``, ``compare.md``, ``compare.tex``,
+            ``compare.json``, ``compare.html``).
+        force: Whether to recreate bundles that are up to date, and to replace bundles that are not of this recipe.
 
     Returns:
         See :func:`evit_deploy.pipeline.compare.compare`.
 
     Raises:
-        InputError: The recipe cannot be carried out; where that shows before, nothing was made.
-        MissingRequirement: A package or a device is not here.
-        GateFailed: A bundle does not answer like PyTorch.
+        InputError: The recipe cannot be run. Most causes are found before the first bundle is created.
+        MissingRequirement: A package or a device is missing.
+        GateFailed: A bundle failed verification.
         StageError: Exporting or writing failed.
     """
     out = Path(out)
@@ -113,7 +114,7 @@ _SEEDED = (
 
 
 def _wanted(recipe: CompareRecipe, entry: CompareEntry, out: Path) -> Wanted:
-    """What an entry asks for, looked at as far as that costs nothing."""
+    """Resolves an entry and makes the checks that need no model."""
     if entry.bundle is not None:
         path = Path(entry.bundle)
         return Wanted(entry, entry.name or path.resolve().name, path)
@@ -149,7 +150,7 @@ def _default_name(recipe: CompareRecipe, entry: CompareEntry, source: str) -> st
 
 
 def _check_reducible(recipe: CompareRecipe, wanted: Sequence[Wanted]) -> None:
-    """Reduces every model once as it is asked for: what cannot be made is refused before minutes of exports."""
+    """Reduces every model once, so that an impossible entry is refused before minutes of exports."""
     load_backbones()
     built: dict[tuple[str | None, str | None], tuple[torch.nn.Module, Checkpoint | None]] = {}
     for one in wanted:
@@ -168,7 +169,7 @@ def _check_reducible(recipe: CompareRecipe, wanted: Sequence[Wanted]) -> None:
 
 
 def _tokens(checkpoint: Checkpoint, entry: CompareEntry) -> tuple[TokenSpec, list[str]]:
-    """What an entry says of tokens, with what it leaves out from the checkpoint; see :func:`resolve_tokens`."""
+    """Completes an entry's token reduction from the checkpoint; see :func:`resolve_tokens`."""
     asked: TokenOptions = {}
     spec = entry.tokens
     if spec is not None:
@@ -189,7 +190,7 @@ def _about(model: str) -> Checkpoint:
 
 
 def _architecture(source: str, model: str | None) -> str | None:
-    """What decides the architecture of a checkpoint file; a timm name says it itself."""
+    """The timm name that sets the architecture of a checkpoint file; ``None`` if the source is itself a timm name."""
     return model if Path(source).is_file() else None
 
 
@@ -214,11 +215,11 @@ def _as_text(entry: CompareEntry) -> str:
 
 
 def _bundle(recipe: CompareRecipe, one: Wanted, out: Path, *, force: bool) -> Bundle:
-    """The bundle of an entry, made unless it is up to date."""
+    """Returns the bundle of an entry, creating it unless it is up to date."""
     source = _checkpoint(recipe, one.entry)
     model = _model(recipe, one.entry)
     if source is None:
-        assert model is not None  # _wanted has refused
+        assert model is not None  # checked by _wanted
         source, model = str(_seeded(recipe, one, model, out)), None
     record = {
         "name": recipe.name,
@@ -240,7 +241,7 @@ def _bundle(recipe: CompareRecipe, one: Wanted, out: Path, *, force: bool) -> Bu
 
 
 def _seeded(recipe: CompareRecipe, one: Wanted, model: str, out: Path) -> Path:
-    """A checkpoint from the seed: one for all entries of a model, but for methods with their own layers."""
+    """Writes a checkpoint with random weights: one per model, or per entry for methods with learned layers."""
     spec, _ = _tokens(_about(model), one.entry)
     own = METHODS.get(spec.method).needs_own_weights
     path = out / f"{model}-seed{recipe.seed}{f'-{one.name}' if own else ''}.safetensors"
@@ -249,16 +250,16 @@ def _seeded(recipe: CompareRecipe, one: Wanted, model: str, out: Path) -> Path:
 
 
 def seeded_checkpoint(model: str, seed: int, path: Path, spec: TokenSpec | None = None) -> None:
-    """Writes a checkpoint of a model whose weights come from a seed, the same file at each call.
+    """Writes a checkpoint of a model with random weights, the same for the same seed.
 
     Args:
         model: timm name.
-        seed: Where its weights come from.
+        seed: Seed of the weights.
         path: The file.
-        spec: Of a method that decides by its own layers: their weights come from the seed too, after the model's.
+        spec: Token reduction of a method with learned layers, to initialize these too, after the model's.
 
     Raises:
-        StageError: It could not be written.
+        StageError: The file could not be written.
     """
     load_backbones()
     with torch.random.fork_rng(devices=[]):
@@ -278,7 +279,7 @@ def _read(path: Path) -> Bundle | None:
 
 
 def _is_ours(path: Path, name: str) -> bool:
-    """Whether a bundle was made for the recipe of this name, so that it may be replaced."""
+    """Whether a bundle was created by the recipe of this name and may therefore be replaced."""
     bundle = _read(path)
     return bundle is not None and (bundle.manifest.recipe or {}).get("name") == name
 

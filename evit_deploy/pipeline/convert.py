@@ -1,4 +1,4 @@
-"""The one-shot: checkpoint in, verified and measured bundle out."""
+"""Converts a checkpoint to a verified, measured bundle."""
 
 import json
 import logging
@@ -60,32 +60,31 @@ _LOG = logging.getLogger(__name__)
 
 GOLDEN_IMAGES = 8
 CALIBRATION_IMAGES, FEW_IMAGES = 512, 32
-# For a first look; `profile` takes its time.
+# For a first look; `profile` measures longer.
 FIRST_BATCHES, PROFILE_ROUNDS = (1, 8), 3
 FIRST_LOOK = ProfileOptions(batch_sizes=FIRST_BATCHES, duration=2.0)
-# Bytes of ONNX files up to which several variants are open at once, to be measured in turn.
+# Total bytes of ONNX files up to which several variants are opened together and measured in turn.
 _TOGETHER = 2**31
 # Methods with their own recipe for fine-tuning.
 _RECIPES = {"dynamicvit": ("recipes/paper/dynamicvit-deit-small-0.7.yaml", "--set", "model.name=null")}
-# Paper, table 1: top-1 of a trained DeiT-S (79.8) whose tokens are dropped without any training. Of no other model.
+# EViT paper, table 1: top-1 of DeiT-S (79.8) with its tokens reduced without training. Valid for this model only.
 _DEIT_S, _DEIT_S_TASK = "deit_small_patch16_224", {"img_size": 224, "num_classes": 1000}
 _DEIT_S_LOCATIONS = (3, 6, 9)
 _UNTRAINED_DEIT_S = {0.9: 79.7, 0.8: 79.2, 0.7: 78.5, 0.6: 76.8, 0.5: 73.8}
 
 
 class Job(msgspec.Struct, frozen=True):
-    """What :func:`convert_checkpoint` does with a checkpoint.
+    """Settings of :func:`convert_checkpoint`.
 
     Args:
-        made: What to make.
-        image_size: Pixels, if not the checkpoint's.
-        images: Calibration images in the deployment's preprocessing, float32 ``[n, C, H, W]``, where they do not come
-            from a folder.
+        made: Targets, precision and options.
+        image_size: Side of the input in pixels, if not the checkpoint's.
+        images: Preprocessed calibration images, float32 ``[n, C, H, W]``, if they do not come from a folder.
         measure: How to measure speed.
-        out: Folder for the bundle; :func:`default_out` by default.
-        force: Whether to replace an older bundle there.
-        model: timm name that decided the architecture, for the record.
-        recipe: The recipe that this is part of, for the record.
+        out: Folder for the bundle. Default: :func:`default_out`.
+        force: Whether to replace an existing bundle.
+        model: timm name that set the architecture, for the manifest.
+        recipe: The recipe of the run, for the manifest.
     """
 
     made: Lowering
@@ -99,16 +98,16 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Reduced(msgspec.Struct, frozen=True):
-    """A reduced model, and all that the manifest records about it.
+    """A reduced model with the facts that the manifest records.
 
     Args:
-        checkpoint: Where it came from; its weights are given up.
-        model: The reduced PyTorch model; ``None`` once it is not needed any more.
-        dense: The same without token reduction; likewise.
-        spec: What was asked for.
+        checkpoint: The checkpoint; its weights have been released.
+        model: The reduced PyTorch model; ``None`` when it is no longer needed.
+        dense: The same model without token reduction; ``None`` likewise.
+        spec: The requested token reduction.
         plan: Token counts.
-        preprocess: From image file to input tensor.
-        notes: What was assumed.
+        preprocess: How an image file becomes an input tensor.
+        notes: Assumptions to report.
     """
 
     checkpoint: Checkpoint
@@ -140,22 +139,22 @@ def convert(
 
     Args:
         source: File, folder, hub id or timm name, see :func:`~evit_deploy.models.checkpoint.read_checkpoint`.
-        model: timm name that decides the architecture.
-        image_size: Pixels, if not the checkpoint's.
-        options: What to make: targets, precision, options of the builder, gates; and preprocessing and labels.
-        measure: How to measure speed; two seconds for each of two batch sizes are enough for a first look.
-        out: Folder for the bundle; ``<stem>-<method>-k<rate>`` beside the checkpoint by default.
-        force: Whether to replace an older bundle there.
-        tokens: Fields of :class:`~evit_deploy.tokens.plan.TokenSpec`: ``keep_rate=0.7``; what is left out comes from
-            the checkpoint, then from the defaults.
+        model: timm name that sets the architecture.
+        image_size: Side of the input in pixels, if not the checkpoint's.
+        options: Targets, precision, options of the builder, gates, preprocessing and labels.
+        measure: How to measure speed. The default, two seconds for each of two batch sizes, is a first look.
+        out: Folder for the bundle. Default: ``<stem>-<method>-k<rate>`` next to the checkpoint.
+        force: Whether to replace an existing bundle.
+        tokens: Fields of :class:`~evit_deploy.tokens.plan.TokenSpec`, such as ``keep_rate=0.7``. Missing fields come
+            from the checkpoint, then from the defaults.
 
     Returns:
         The bundle on disk and the report.
 
     Raises:
         InputError: The input cannot be used; nothing was written.
-        MissingRequirement: A package or a GPU that a target needs is not here; nothing was written.
-        GateFailed: A check did not hold; the bundle lies in ``<out>.rejected``, with the report.
+        MissingRequirement: A package or a GPU that a target needs is missing; nothing was written.
+        GateFailed: A check failed; the bundle and its report are in ``<out>.rejected``.
         StageError: Exporting or writing failed; nothing was written.
     """
     check_method(tokens)
@@ -173,13 +172,13 @@ def convert(
 def convert_checkpoint(
     checkpoint: Checkpoint, spec: TokenSpec, job: Job, notes: Sequence[str] = ()
 ) -> tuple[Bundle, Report]:
-    """Makes a bundle of a checkpoint: reduced model, exported files, targets, proof, speed.
+    """Converts a checkpoint that was already read; see :func:`convert`.
 
     Args:
-        checkpoint: What :func:`read_checkpoint` gave; its weights are given up.
-        spec: How to reduce it.
-        job: What to make, and where.
-        notes: What was assumed so far.
+        checkpoint: Result of :func:`read_checkpoint`; its weights are released.
+        spec: Token reduction.
+        job: What to create, and where.
+        notes: Assumptions so far.
 
     Returns:
         See :func:`convert`.
@@ -196,13 +195,13 @@ def convert_checkpoint(
 
 
 class Variant(msgspec.Struct, frozen=True):
-    """One bundle of several that :func:`convert_all` makes of a checkpoint.
+    """One of the bundles that :func:`convert_all` creates from a checkpoint.
 
     Args:
-        spec: How to reduce the model.
-        job: What to make of it, and where.
-        notes: What was assumed so far.
-        label: What tells it from the others; empty where it is the only one.
+        spec: Token reduction.
+        job: What to create, and where.
+        notes: Assumptions so far.
+        label: Distinguishes it from the other variants; empty for a single one.
     """
 
     spec: TokenSpec
@@ -212,18 +211,18 @@ class Variant(msgspec.Struct, frozen=True):
 
     @property
     def prefix(self) -> str:
-        """What its stages begin with."""
+        """Prefix of the messages about its stages."""
         return f"{self.label}: " if self.label else ""
 
 
 class Converted(msgspec.Struct, frozen=True):
-    """What came of a variant.
+    """Result of a variant.
 
     Args:
-        variant: Which.
-        bundle: The bundle; where a check failed, the one in ``<out>.rejected``.
-        report: What was checked and measured.
-        rejected: Where a check failed, what was done with the evidence, in a sentence.
+        variant: The variant.
+        bundle: The bundle; if a check failed, the one in ``<out>.rejected``.
+        report: Checks and measurements.
+        rejected: If a check failed, a sentence that says where the rejected bundle is.
     """
 
     variant: Variant
@@ -233,7 +232,7 @@ class Converted(msgspec.Struct, frozen=True):
 
 
 class _Work(msgspec.Struct):
-    """A variant in the making."""
+    """A variant that is being converted."""
 
     variant: Variant
     out: Path
@@ -246,14 +245,14 @@ class _Work(msgspec.Struct):
 
 
 def convert_all(checkpoint: Checkpoint, variants: Sequence[Variant]) -> list[Converted]:
-    """Makes several bundles of one checkpoint; reading, dense twin and what PyTorch says of it are shared.
+    """Creates several bundles from one checkpoint; they share the weights, the dense twin and its golden answers.
 
     Args:
-        checkpoint: What :func:`read_checkpoint` gave; its weights are given up.
-        variants: What to make; all at the same image size, of the same images for calibration.
+        checkpoint: Result of :func:`read_checkpoint`; its weights are released.
+        variants: The bundles; all with the same image size and calibration images.
 
     Returns:
-        What came of each, in order; a check that failed does not stop the others.
+        The result of each, in order; a failed check does not stop the others.
 
     Raises:
         InputError: See :func:`convert`; nothing was written.
@@ -264,7 +263,7 @@ def convert_all(checkpoint: Checkpoint, variants: Sequence[Variant]) -> list[Con
         if variant.job.made.options.normalize and checkpoint.output == LOGITS:
             raise has_classes(checkpoint.model_args.get("num_classes", "its"))
         if variant.job.made.options.sign is not None:
-            read_private_key(Path(variant.job.made.options.sign))  # a wrong key is refused before the work
+            read_private_key(Path(variant.job.made.options.sign))  # refuse a wrong key before the long work
     outs = [variant.job.out or default_out(checkpoint, variant.spec) for variant in variants]
     twice = next((out for out in outs if outs.count(out) > 1), None)
     if twice is not None:
@@ -272,14 +271,14 @@ def convert_all(checkpoint: Checkpoint, variants: Sequence[Variant]) -> list[Con
     for out, variant in zip(outs, variants, strict=True):
         bundles.check_out(out, force=variant.job.force)
     base = build_model(checkpoint, variants[0].job.image_size)
-    checkpoint.weights = {}  # the model has its own copy by now
+    checkpoint.weights = {}  # the model holds its own copy
     models = [copy_sharing_weights(base) for _ in variants[1:]] + [base]
     found = [_reduce(checkpoint, one, model) for one, model in zip(variants, models, strict=True)]
     del base, models
     manifests = [manifest_of(one, v.job, out) for one, v, out in zip(found, variants, outs, strict=True)]
     for variant, manifest in zip(variants, manifests, strict=True):
         if variant.job.made.options.data is not None:
-            pictures_of(Path(variant.job.made.options.data), manifest)  # what does not fit is refused before the work
+            pictures_of(Path(variant.job.made.options.data), manifest)  # refuse unsuitable images before the long work
     for note in dict.fromkeys(note for reduced in found for note in reduced.notes):
         _LOG.warning(note)
     _LOG.info(described(found[0].preprocess, checkpoint.labels, checkpoint.origins))
@@ -293,7 +292,7 @@ def convert_all(checkpoint: Checkpoint, variants: Sequence[Variant]) -> list[Con
         shared = _Shared()
         for one in work:
             _make(one, shared)
-        for one in work:  # PyTorch's weights are not needed any more
+        for one in work:  # release the PyTorch models
             one.reduced = msgspec.structs.replace(one.reduced, model=None, dense=None)
         del shared
         for one in work:
@@ -303,7 +302,7 @@ def convert_all(checkpoint: Checkpoint, variants: Sequence[Variant]) -> list[Con
 
 
 class _Shared(msgspec.Struct):
-    """What variants of one checkpoint have in common, as it is found."""
+    """Results that variants of one checkpoint share; filled by the first variant that needs them."""
 
     exports: Exports = msgspec.field(default_factory=Exports)
     answers: KnownAnswers = msgspec.field(default_factory=KnownAnswers)
@@ -311,7 +310,7 @@ class _Shared(msgspec.Struct):
 
 
 def _make(one: _Work, shared: _Shared) -> None:
-    """Exports a variant, asks PyTorch, and makes its targets unless its precision breaks the model."""
+    """Exports a variant, computes its golden answers, and writes its targets unless the precision breaks the model."""
     made, folder = one.variant.job.made, one.staging.path
     folder_of_pictures = made.options.data or made.options.calibration
     if folder_of_pictures is not None:
@@ -331,7 +330,7 @@ def _make(one: _Work, shared: _Shared) -> None:
 
 
 def _finish(one: _Work) -> Converted:
-    """Writes the report and puts the bundle in its place, or the evidence beside it."""
+    """Writes the report and publishes the bundle, or keeps it as ``<out>.rejected`` if a check failed."""
     stage(_LOG, f"{one.variant.prefix}writing the bundle")
     folder, report = one.staging.path, one.report
     (folder / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
@@ -349,7 +348,7 @@ def _finish(one: _Work) -> Converted:
 
 
 def label_by_folders(checkpoint: Checkpoint, data: str | None) -> None:
-    """Without another source, classes are called like the folders of labeled images, one for each class."""
+    """Takes class names from the folders of labeled images if there is no other source and their number fits."""
     known = checkpoint.labels is not None or checkpoint.output != "logits"
     if data is None or known or not is_labeled(Path(data)):
         return
@@ -360,10 +359,10 @@ def label_by_folders(checkpoint: Checkpoint, data: str | None) -> None:
 
 
 def check_own_weights(checkpoint: Checkpoint, spec: TokenSpec) -> None:
-    """Makes sure that a method which decides by its own layers has their weights.
+    """Checks that the checkpoint has the weights of a method with learned layers.
 
     Raises:
-        InputError: The checkpoint has none.
+        InputError: They are missing.
     """
     method = METHODS.get(spec.method)
     present = any(name.startswith(method.own_parameters) for name in checkpoint.method_weights)
@@ -376,7 +375,7 @@ def check_own_weights(checkpoint: Checkpoint, spec: TokenSpec) -> None:
 
 
 def check_method(tokens: TokenOptions) -> None:
-    """What is known of a method before a file is read."""
+    """Refuses a method that cannot be deployed, before any file is read."""
     if "method" not in tokens:
         return
     method = METHODS.get(tokens["method"])
@@ -389,7 +388,7 @@ def check_method(tokens: TokenOptions) -> None:
 
 
 def stages_of(made: Lowering) -> int:
-    """How often :func:`stage` is called."""
+    """Number of calls of :func:`stage` in one conversion."""
     return 6 + len(made.targets) - 1  # the portable target is the export
 
 
@@ -410,7 +409,7 @@ def _reduce(checkpoint: Checkpoint, variant: Variant, dense: torch.nn.Module) ->
 
 
 def _size_notes(checkpoint: Checkpoint, model: torch.nn.Module, image_size: int | None) -> list[str]:
-    """What a configuration says of the image size, where the position embedding is for another."""
+    """A note if the preprocessing configuration has another image size than the position embedding."""
     origin, size = checkpoint.origins.get("preprocess", ""), backbone_of(model).image_size(model)
     if image_size is not None or checkpoint.preprocess is None or not origin.endswith(".json"):
         return []
@@ -424,12 +423,12 @@ def _size_notes(checkpoint: Checkpoint, model: torch.nn.Module, image_size: int 
 
 
 def manifest_of(reduced: Reduced, job: Job, out: Path) -> Manifest:
-    """What a bundle's manifest says before there are files.
+    """Creates the manifest of a bundle, still without files and results.
 
     Args:
         reduced: The model.
-        job: What is made of it.
-        out: Where the bundle will be.
+        job: Settings of the conversion.
+        out: Final folder of the bundle.
     """
     model, checkpoint, preprocess = reduced.model, reduced.checkpoint, reduced.preprocess
     outputs = (TensorSpec(answer_name(model), "float32", (None, answer_size(model))),)
@@ -460,7 +459,7 @@ def manifest_of(reduced: Reduced, job: Job, out: Path) -> Manifest:
 
 
 def _export(one: _Work, shared: _Shared) -> Golden:
-    """Writes the model and its dense twin as ONNX, and what PyTorch answers to the golden inputs."""
+    """Writes the model and its dense twin as ONNX, and PyTorch's answers to the golden inputs."""
     reduced, job, folder = one.reduced, one.variant.job, one.staging.path
     stage(_LOG, f"{one.variant.prefix}exporting")
     made, models = job.made, (reduced.model, reduced.dense)
@@ -482,7 +481,7 @@ def _export(one: _Work, shared: _Shared) -> Golden:
 
 
 def _shown(one: _Work, calibration: np.ndarray | None) -> Shown | None:
-    """The images that quantizing is judged by: those of ``--data``, else those for calibration."""
+    """The images on which the cost of quantizing is measured: those of ``--data``, else the calibration images."""
     job, manifest = one.variant.job, one.manifest
     if calibration is None:
         return None
@@ -503,7 +502,7 @@ def _proof(one: _Work) -> Report:
 
 
 def _measure(work: Sequence[_Work]) -> None:
-    """Measures how fast variants are, those of a precision together where memory allows."""
+    """Measures the speed of variants; those of one precision together if memory allows."""
     groups: dict[Any, list[_Work]] = {}
     for one in work:
         made = one.variant.job.made
@@ -535,10 +534,10 @@ def _speeds(group: Sequence[_Work]) -> list[Report]:
 
 
 def _reject(staging: Staging) -> tuple[Path, str]:
-    """Keeps the evidence where nobody deploys it from; gives the place, and what was done in a sentence."""
+    """Moves a failed bundle to ``<out>.rejected``; returns this path and a sentence about what was done."""
     place = staging.out.with_name(staging.out.name + ".rejected")
     try:
-        bundles.check_out(place, force=True)  # an earlier rejected one is replaced, anything else is not
+        bundles.check_out(place, force=True)  # replaces an earlier rejected bundle, but nothing else
         staging.publish(place)
         return place, f"The evidence is in {place}."
     except InputError:
@@ -546,7 +545,7 @@ def _reject(staging: Staging) -> tuple[Path, str]:
 
 
 def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
-    """``<stem>-<method>-k<rate>`` beside the checkpoint; in the current directory for a timm name or a hub id."""
+    """``<stem>-<method>-k<rate>`` next to the checkpoint; in the current directory for a timm name or a hub id."""
     if checkpoint.source.startswith(hub.PREFIX):
         name, _, part = checkpoint.source.partition("#")
         path, local = Path(name.partition("@")[0].rpartition("/")[2]), False
@@ -561,13 +560,13 @@ def default_out(checkpoint: Checkpoint, spec: TokenSpec) -> Path:
 
 
 def check_folders(options: ConvertOptions) -> list[str]:
-    """Makes sure, before any work, that folders hold what they are given for.
+    """Checks the folders of images before any other work.
 
     Returns:
-        A note where there are few images to learn ranges from.
+        A note if there are few calibration images.
 
     Raises:
-        InputError: A folder of images or of calibration images is none.
+        InputError: A folder does not exist or contains no usable images.
     """
     if options.data is not None:
         check_images(Path(options.data))
@@ -596,7 +595,7 @@ def _training_notes(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | N
 
 def _training_command(checkpoint: Checkpoint, spec: TokenSpec) -> str:
     source = checkpoint.source if checkpoint.sha256 else "CHECKPOINT"
-    if Path(source).is_absolute():  # this goes into the bundle, which is not to name folders of this machine
+    if Path(source).is_absolute():  # the command is stored in the bundle, which must not contain local paths
         source = Path(source).name
     recipe, settings = _RECIPES.get(spec.method, ("recipes/finetune.yaml",)), {}
     if spec.method != "evit":
@@ -612,7 +611,7 @@ def _training_command(checkpoint: Checkpoint, spec: TokenSpec) -> str:
 
 
 def _published_cost(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | None) -> str:
-    """What it cost others; nothing for a model or a way of reducing tokens other than what was measured."""
+    """The published loss of accuracy; empty for models and settings that the paper did not measure."""
     task = _DEIT_S_TASK | checkpoint.model_args | ({} if image_size is None else {"img_size": image_size})
     measured = spec.locations in (None, _DEIT_S_LOCATIONS) and spec.fuse and not spec.options
     if checkpoint.model.partition(".")[0] != _DEIT_S or task != _DEIT_S_TASK or not measured:
@@ -630,7 +629,7 @@ def _published_cost(checkpoint: Checkpoint, spec: TokenSpec, image_size: int | N
 def _parent(checkpoint: Checkpoint, out: Path, model: str | None) -> Parent:
     if checkpoint.sha256 is None or checkpoint.source.startswith(hub.PREFIX):
         return Parent(checkpoint.source, checkpoint.sha256, model)
-    # Relative to the bundle: the two can move together, and the manifest names no folder of this machine above them.
+    # Relative to the bundle: both can be moved together, and the manifest contains no absolute local path.
     return Parent(os.path.relpath(Path(checkpoint.source).absolute(), out.absolute()), checkpoint.sha256, model)
 
 

@@ -1,4 +1,4 @@
-"""Which patches a model keeps of its user's pictures, for the page of its bundle."""
+"""Pictures of the patches that a model keeps of the user's images, for the page of its bundle."""
 
 import io
 from pathlib import Path
@@ -17,23 +17,23 @@ from evit_deploy.visualization.show import blocks_to_draw, legend, see
 from evit_deploy.visualization.subject import subject_of_model
 
 PICTURES = 4
-_QUALITY = 85  # of a JPEG: a page of four photographs stays below half a megabyte
+_QUALITY = 85  # JPEG quality with which a page of four photographs stays below half a megabyte
 
 
 def kept_pictures(model: Any, preprocess: Preprocess, labels: list[str] | None, folder: Path) -> tuple[Picture, ...]:
-    """Draws what a model keeps of up to four pictures, evenly spaced in a folder.
+    """Draws what a model keeps of up to four images, evenly spaced in a folder.
 
     Args:
         model: A PyTorch model.
-        preprocess: From image file to input tensor.
-        labels: Names of its classes, if they are known.
-        folder: Images anywhere below it.
+        preprocess: How an image file becomes an input tensor.
+        labels: Class names, if known.
+        folder: Folder of images, searched recursively.
 
     Returns:
-        One picture; none of a model that keeps every patch, or whose choice cannot be drawn.
+        One picture; empty if the model keeps every patch or its choice cannot be drawn.
 
     Raises:
-        InputError: A picture cannot be read.
+        InputError: An image cannot be read.
     """
     images = calibration_images(folder, preprocess, backbone_of(model).channels(model), PICTURES)
     try:

@@ -1,4 +1,4 @@
-"""From what was asked for to what is made: defaults, refusals before any work, the export, and each target in turn."""
+"""Lowering of a model: defaults, early refusals, the export, and the targets one after another."""
 
 import logging
 import shutil
@@ -32,12 +32,12 @@ _LOG = logging.getLogger(__name__)
 
 
 class Lowering(msgspec.Struct, frozen=True):
-    """What is to be made.
+    """Targets and precision of a conversion, with all defaults filled in.
 
     Args:
-        targets: Names in the registry of targets, the portable file first: all others are made from it.
-        precision: Of the ONNX file, and so of everything that is made from it.
-        options: What was asked for.
+        targets: Names in the registry of targets, starting with the portable one, from which the others are made.
+        precision: Precision of the ONNX file, and so of every target.
+        options: The requested options.
     """
 
     targets: tuple[str, ...]
@@ -46,35 +46,35 @@ class Lowering(msgspec.Struct, frozen=True):
 
     @property
     def engine_target(self) -> str | None:
-        """The target that makes ``engine.plan``, if there is one."""
+        """The target that builds ``engine.plan``, if any."""
         return next((name for name in self.targets if TARGETS.get(name).engine), None)
 
     @property
     def base(self) -> str:
-        """Precision of what is not quantized: no FP32 attention is fused on a GPU, no FP16 is fast on a CPU."""
+        """Precision of unquantized parts: GPUs do not fuse FP32 attention, and FP16 is slow on CPUs."""
         return "fp16" if self.engine_target else "fp32"
 
     @property
     def linear(self) -> Linear:
-        """Form of the linear layers: of one file all targets are made, so an engine, where there is one, decides."""
+        """Form of the linear layers. All targets are made from one file, so an engine target, if any, decides."""
         return self.options.linear or TARGETS.get(self.engine_target or PORTABLE).linear
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """Runtimes whose answers prove what was made; an engine for other GPUs is left to where they are."""
+        """Runtimes that verify the targets here; an engine for other GPUs has none."""
         found = [self.provers(name) for name in self.targets]
         return tuple(dict.fromkeys(runtime for runtimes in found for runtime in runtimes))
 
     def provers(self, target: str) -> tuple[str, ...]:
-        """Runtimes whose answers prove one target here."""
+        """Runtimes that verify one target here."""
         made: type[Target] = TARGETS.get(target)
         return made.provers(self.precision, self.options_of(target))
 
     def options_of(self, target: str) -> Any:
-        """The target's own options.
+        """Returns the options of one target.
 
         Raises:
-            InputError: It has no such option, or a value does not fit.
+            InputError: The target has no such option, or a value is invalid.
         """
         kind = TARGETS.get(target).Options
         if kind is BuildOptions:
@@ -89,20 +89,21 @@ class Lowering(msgspec.Struct, frozen=True):
 
 
 def lowering(options: ConvertOptions | None = None, *, calibrated: bool = False) -> Lowering:
-    """Fills in the defaults and makes sure, before any work, that this machine can make what is asked.
+    """Fills in the defaults and checks, before any work, that this machine can create every target.
 
     Args:
-        options: What is asked for; without targets, an engine for this machine where TensorRT is usable, else ``onnx``.
-        calibrated: Whether calibration images come from elsewhere than ``options.calibration``.
+        options: The requested options. Without targets: an engine for this machine if TensorRT is usable, else
+            ``onnx``.
+        calibrated: Whether calibration images come from another source than ``options.calibration``.
 
     Raises:
         InputError: Targets, precision and options contradict one another.
-        MissingRequirement: A package or a device is not here.
+        MissingRequirement: A package or a device is missing.
     """
     options = options or ConvertOptions()
     known = all_targets()
     if options.plugin == "auto":
-        choose_plugin(options.plugin)  # none in the cache is a missing requirement, whatever else is wrong
+        choose_plugin(options.plugin)  # report a missing plugin before anything else
     for name in options.targets:
         if name not in known:
             TARGETS.get(name)  # raises, with the nearest name
@@ -156,7 +157,7 @@ def _check_precision(precision: str, targets: Sequence[str], calibrated: bool) -
 
 
 def _check_quantized(made: Lowering) -> None:
-    """What is said of quantized layers needs some."""
+    """Refuses options of quantization for a precision that is not quantized."""
     default = ConvertOptions()
     for field in ("keep_precision", "max_drop", "sensitivity"):
         if made.precision not in QUANTIZED and getattr(made.options, field) != getattr(default, field):
@@ -165,7 +166,7 @@ def _check_quantized(made: Lowering) -> None:
 
 
 def _refuse_unused(made: Lowering) -> None:
-    """Nothing that was asked for is passed over in silence."""
+    """Refuses options that would have no effect."""
     strange = next((name for name in made.options.target_options if name not in made.targets), None)
     if strange is not None:
         raise InputError(
@@ -182,7 +183,7 @@ def _refuse_unused(made: Lowering) -> None:
 
 
 def _check_runtimes(made: Lowering) -> None:
-    """What is made is also run: without a runtime for it there would be no proof."""
+    """Checks that the runtimes that verify the targets are installed."""
     for name in made.runtimes:
         missing = RUNTIMES.get(name).missing()
         if missing is not None:
@@ -191,11 +192,11 @@ def _check_runtimes(made: Lowering) -> None:
 
 
 class Written(msgspec.Struct, frozen=True):
-    """What was made of an exported model.
+    """Result of :func:`write_targets`.
 
     Args:
-        engine: What the model's engine was built with, if there is one.
-        report: The targets' own checks.
+        engine: The manifest's record of the model's engine, if one was built.
+        report: Checks of the targets.
     """
 
     engine: Engine | None
@@ -203,12 +204,12 @@ class Written(msgspec.Struct, frozen=True):
 
 
 class Exports(msgspec.Struct):
-    """What exports of the same weights have in common; :func:`export` reads it and adds to it.
+    """Cache for exports of the same weights; :func:`export` reads and extends it.
 
     Args:
-        known: What was exported before, by form of linear layers.
-        dense: Dense twins that were written before, by precision, base, form and layers left unquantized; further
-            exports copy them, so whoever moves or removes such a file says so here.
+        known: Exported blocks, by form of the linear layers.
+        dense: Dense twins on disk, by precision, base precision, form and unquantized layers. Later exports copy these
+            files, so remove the entry when you move or delete one.
     """
 
     known: dict[str, Known] = {}
@@ -216,13 +217,12 @@ class Exports(msgspec.Struct):
 
 
 class Files(msgspec.Struct, frozen=True):
-    """What :func:`export` wrote.
+    """Result of :func:`export`.
 
     Args:
-        quantized: Of ``int8`` and ``fp8`` the two files' content, without index outputs; the twin's only if it was made
-            now.
-        unquantized: Linear layers that stayed in the base precision, by name.
-        report: What is to be said of them.
+        quantized: For ``int8`` and ``fp8``: the model and its twin, without index outputs; no twin if it was copied.
+        unquantized: Names of the linear layers that stayed in the base precision.
+        report: Notes and sensitivity of the layers.
     """
 
     quantized: tuple[onnx.ModelProto, onnx.ModelProto | None] | None = None
@@ -243,16 +243,15 @@ def export(
 
     Args:
         models: The reduced model and its dense twin, FP32.
-        made: What to make.
-        about: timm name, and how an image file becomes an input tensor.
-        calibration: Images for ``int8`` and ``fp8``.
-        folder: Folder of the bundle in the making.
-        exports: What was exported before.
-        shown: Images to judge ``int8`` and ``fp8`` by where ``max_drop`` is asked for; the calibration images if not
-            given.
+        made: Precision and options.
+        about: timm name and preprocessing.
+        calibration: Calibration images for ``int8`` and ``fp8``, float32 ``[n, C, H, W]``.
+        folder: Folder to write to.
+        exports: Cache of earlier exports.
+        shown: Images on which ``max_drop`` is measured. Default: the calibration images.
 
     Raises:
-        GateFailed: Quantizing costs more than ``max_drop``, whatever is left out.
+        GateFailed: Quantizing costs more than ``max_drop``, whichever layers stay in the base precision.
         InputError: A pattern of ``keep_precision`` names no layer, or weights are too large for the precision.
         StageError: The exporter or the quantizer failed.
     """
@@ -282,14 +281,14 @@ def export(
             exported.save(folder / file, indices=indices)
             continue
         doing(_LOG, f"setting {made.precision}")
-        # The twin keeps what the model keeps, so that nothing but the tokens makes one faster than the other.
+        # Leave the same layers of the twin unquantized, so that only the tokens make a difference in speed.
         choose = of_the_model if file == MODEL else lambda quantized: unquantized  # noqa: B023 -- called at once
         proto = lowered(exported.whole(), made.precision, made.base, calibration, choose)
         onnx.save(with_indices(proto) if indices else proto, folder / file)
         protos.append(proto)
         card = read_card(proto)
         unquantized = card.unquantized if file == MODEL and card is not None else unquantized
-    exports.dense.setdefault(kind, folder / DENSE)  # the twin was last
+    exports.dense.setdefault(kind, folder / DENSE)  # `kind` is the twin's after the loop
     if made.precision not in QUANTIZED:
         return Files()
     quantized: Any = protos[0], protos[1] if len(protos) > 1 else None
@@ -299,7 +298,7 @@ def export(
 def _chosen(
     quantized: Quantized, made: Lowering, calibration: np.ndarray, shown: Shown
 ) -> tuple[Collection[str], Report]:
-    """The layers that stay in the base precision: those that were named, and those that ``max_drop`` takes."""
+    """Chooses the layers to leave in the base precision: those named by the user, and those needed for ``max_drop``."""
     options, report = made.options, Report()
     kept: Sequence[str] = layers_like(options.keep_precision, quantized.layers)
     costs: Sequence[SensitivityRow] = ()
@@ -320,7 +319,7 @@ def _chosen(
 
 
 def _kept_note(kept: Sequence[str], quantized: Quantized, made: Lowering) -> Report:
-    """Says how much of the model is not quantized."""
+    """A note about the share of the model that is not quantized."""
     if not kept:
         return Report()
     total, share = len(quantized.layers), quantized.share(kept)
@@ -333,7 +332,7 @@ def _kept_note(kept: Sequence[str], quantized: Quantized, made: Lowering) -> Rep
 
 
 def write_targets(exported: Exported, made: Lowering) -> Written:
-    """Makes every target of an exported model, and checks each."""
+    """Writes every target of an exported model and audits it."""
     engine, report = None, Report()
     for name in made.targets:
         target: type[Target] = TARGETS.get(name)

@@ -1,4 +1,4 @@
-"""How fast a model is, and what that costs: profiling with the answers of model and dense twin to the same images."""
+"""Profiling, optionally with the accuracy of the model and its dense twin on the same images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,31 +33,32 @@ def profile(
     """Profiles a bundle, an engine, an ONNX file or a checkpoint.
 
     Args:
-        target: Bundle, ``engine.plan``, ``model.onnx``, or checkpoint (file or timm name). An engine that the manifest
-            beside it lists, hash included, is profiled as its bundle is.
-        runtimes: Names in the registry of runtimes; all that can run the target when empty.
+        target: Bundle, ``engine.plan``, ``model.onnx``, or checkpoint (file or timm name). An engine is profiled like
+            its bundle if the manifest next to it lists its hash.
+        runtimes: Names in the registry of runtimes. Default: all that can run the target.
         measure: Batch sizes, seconds and threads; at least five rounds are always run.
-        against: Bundle: its checkpoint, if it was moved. Engine or ONNX file: its dense twin.
-        plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
-            has. For an engine that has the operator's body built in: what to compare that with.
-        server: A running Triton server that serves the bundle; what is timed is a call from here and back.
-        data: Bundle: folder of images on which the model is compared with its dense twin, on every runtime that was
-            timed: top-1, top-5 and agreement, of a model without classes cosine and retrieval. Without class folders
-            (class/image) only what needs no labels.
-        tokens: Checkpoint: how to reduce it; fields of :class:`~evit_deploy.tokens.plan.TokenSpec`.
+        against: For a bundle: its checkpoint, if it was moved. For an engine or ONNX file: its dense twin.
+        plugin: Library that a TensorRT engine needs. Default: the one in the user's cache with the hash from the
+            manifest. For an engine built without the plugin: the plugin to compare it with.
+        server: A running Triton server that serves the bundle; the round trip of a call is timed.
+        data: For a bundle: folder of images to compare the model with its dense twin on every timed runtime: top-1,
+            top-5 and agreement; for a model without classes, cosine and retrieval. Without class folders
+            (class/image), only measures that need no labels.
+        tokens: For a checkpoint: fields of :class:`~evit_deploy.tokens.plan.TokenSpec`.
 
     Returns:
-        ``rows``: how fast each candidate is; with ``data`` also ``compared``: what it answers, by the same names.
+        A report with ``rows``, the speed of each candidate, and with ``data`` also ``compared``, its accuracy, under
+        the same names.
 
     Raises:
-        InputError: The target is nothing that can be profiled, a runtime cannot run it, an engine does not cover a
-            batch size that was asked for, or the images do not fit the model; nothing was measured.
-        MissingRequirement: An engine or a runtime was asked for, and what runs it is not here.
+        InputError: The target cannot be profiled, a runtime cannot run it, an engine does not cover a requested batch
+            size, or the images do not fit the model; nothing was measured.
+        MissingRequirement: What a requested engine or runtime needs is missing.
     """
     bundle = None
     if data is not None:
         bundle = _bundle(Path(target))
-        pictures_of(Path(data), bundle.manifest)  # what does not fit is refused before the measurement
+        pictures_of(Path(data), bundle.manifest)  # refuse unsuitable images before the measurement
     report = profiling.profile(
         target, runtimes=runtimes, measure=measure, against=against, plugin=plugin, server=server, **tokens
     )
@@ -69,10 +70,10 @@ def profile(
 
 
 def _bundle(target: Path) -> Bundle:
-    """The bundle that is profiled.
+    """Reads the bundle to profile.
 
     Raises:
-        InputError: The target is something else, whose images and dense twin are not known.
+        InputError: The target is not a bundle, so its preprocessing and dense twin are unknown.
     """
     if not target.is_dir():
         raise InputError("only a bundle's answers are compared with its dense twin's", where="--data", seen=target,
@@ -88,7 +89,7 @@ def _bundle(target: Path) -> Bundle:
 def _answers(
     bundle: Bundle, report: Report, data: Path, threads: int | None, against: Path | None, server: Server | None
 ) -> Report:
-    """What model and dense twin answer to the images, on every runtime whose speed was measured."""
+    """Accuracy of model and dense twin on every timed runtime."""
     manifest = bundle.manifest
     pictures = pictures_of(data, manifest)
     timed = list(dict.fromkeys(row.runtime for row in report.rows if row.variant == "model"))

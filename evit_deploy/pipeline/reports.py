@@ -1,4 +1,4 @@
-"""Bundles side by side from what their reports say, without measuring anew."""
+"""Puts the reports of bundles side by side, without new measurements."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -25,16 +25,16 @@ RESULTS = ("report.html", "report.csv", "report.md", "report.tex", "report.json"
 
 
 def report_bundles(bundles: Sequence[str | Path], *, out: str | Path | None = None, force: bool = False) -> Report:
-    """Puts what the reports of bundles say side by side; nothing is measured and no model is loaded.
+    """Puts the reports of bundles side by side; nothing is measured and no model is loaded.
 
     Args:
-        bundles: Their folders; of one bundle the page is its own.
+        bundles: Their folders. For a single bundle the page is that bundle's own.
         out: Folder for ``report.html``, ``report.csv``, ``report.md``, ``report.tex`` and ``report.json``.
         force: Whether to replace these files.
 
     Returns:
-        ``compared``: a row for each bundle and its dense twin; ``rows``: how fast they were, each in a separate run.
-        Numbers are rounded to five significant digits.
+        A report with ``compared``, a row for each bundle and each dense twin, and ``rows``, their speeds from separate
+        runs. Numbers are rounded to five significant digits.
 
     Raises:
         InputError: No bundles, a folder that is not a bundle, or a report that cannot be read.
@@ -61,10 +61,10 @@ def report_bundles(bundles: Sequence[str | Path], *, out: str | Path | None = No
 
 
 def check_page(place: Path | None) -> None:
-    """Makes sure, before any work, that a page may be written: nothing is there, or an earlier page.
+    """Checks, before any work, that a page can be written: the path is free or holds an earlier page.
 
     Raises:
-        InputError: Something else is there, or nothing can be written there.
+        InputError: The path holds another file or a folder, or cannot be written.
     """
     if place is None:
         return
@@ -76,15 +76,15 @@ def check_page(place: Path | None) -> None:
 
 
 def write_page(report: Report, target: str | Path, place: Path | None) -> None:
-    """Writes what a command found as a page.
+    """Writes the report of a command as a page.
 
     Args:
-        report: It.
-        target: What it is about; of a bundle the page has the token plan too.
-        place: The page; ``None`` where none was asked for.
+        report: The report.
+        target: Subject of the report; for a bundle the page also shows the token plan.
+        place: The page; ``None`` writes nothing.
 
     Raises:
-        StageError: It could not be written.
+        StageError: The page could not be written.
     """
     if place is None:
         return
@@ -94,10 +94,10 @@ def write_page(report: Report, target: str | Path, place: Path | None) -> None:
 
 
 def side_by_side(parts: Sequence[tuple[str, Manifest, Report]]) -> Report:
-    """One report of several bundles' own.
+    """Combines the reports of several bundles into one.
 
     Args:
-        parts: Name, manifest and report of each.
+        parts: (name, manifest, report) of each bundle.
     """
     devices = {_device(report) for _, _, report in parts}
     compared: list[ComparedRow] = []
@@ -107,7 +107,7 @@ def side_by_side(parts: Sequence[tuple[str, Manifest, Report]]) -> Report:
         where = f" ({_device(report)})" if len(devices) > 1 else ""
         found = [rounded(row) for row in _compared(names, manifest, report, where)]
         compared += found
-        known = {row.name for row in found}  # without costs there is nothing to say of a row's model
+        known = {row.name for row in found}  # rows of models without a cost have no entry in `compared`
         rows += [
             rounded(msgspec.structs.replace(row, variant=names[row.variant], runtime=row.runtime + where))
             for row in report.rows
@@ -143,7 +143,7 @@ def _reports(bundles: Sequence[tuple[str, Bundle]]) -> Iterator[tuple[str, Manif
 
 
 def _compared(names: dict[str, str], manifest: Manifest, report: Report, where: str) -> Iterator[ComparedRow]:
-    """The rows that a report has; where it has none, what the plan alone says."""
+    """Yields the rows of a report, or rows from the token plan alone if the report has none."""
     own = {row.name: row for row in report.compared if row.name in names}
     for name, plan, method in (("dense", manifest.plan.dense(), "dense"), ("model", manifest.plan, manifest.kind)):
         row = own.get(name)

@@ -1,8 +1,8 @@
-"""The whole pipeline from a recipe: train dense, fine-tune, export, verify, profile. What is up to date is skipped.
+"""Runs a recipe: trains the dense model, fine-tunes, exports, verifies and profiles. Up-to-date stages are skipped.
 
-A stage is up to date when its record names the same inputs (the recipe's sections that matter to it, the files it
-starts from, the package's version) and the files it wrote are still what they were. A record is written last, so a run
-that broke off is taken up at the stage that it broke.
+A stage is up to date if its record has the same inputs (the relevant sections of the recipe, the files it starts from,
+the package's version) and the files that it wrote are unchanged. The record is written last, so an interrupted run
+continues with the stage that was interrupted.
 """
 
 import hashlib
@@ -39,12 +39,12 @@ _DIGITS_NOTE = (
 
 
 class Record(msgspec.Struct):
-    """What a stage was made from and what it wrote.
+    """Inputs and outputs of a finished stage.
 
     Args:
-        key: Hash of everything that went in.
-        files: Name -> SHA-256 of what came out.
-        report: What it found.
+        key: Hash of all inputs.
+        files: Name -> SHA-256 of the files that it wrote.
+        report: Its report.
     """
 
     key: str
@@ -56,25 +56,25 @@ def run(recipe: Recipe, out: str | Path, *, force: bool = False, resume: bool = 
     """Runs a recipe.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe.
         out: Folder for checkpoints and the bundle.
-        force: Whether to run stages that are up to date too.
-        resume: Whether to go on from where the training of the same recipe was interrupted.
+        force: Whether to run up-to-date stages again.
+        resume: Whether to continue an interrupted training of the same recipe.
 
     Returns:
-        The bundle in ``<out>/bundle`` and the report of all stages, which is also in ``<out>/report.json`` and
+        The bundle in ``<out>/bundle`` and the report of all stages, which is also written to ``<out>/report.json`` and
         ``<out>/report.html``.
 
     Raises:
-        InputError: The recipe cannot be carried out, or ``out`` holds something else.
-        GateFailed: A check did not hold.
-        StageError: A stage failed; what earlier stages made is kept.
+        InputError: The recipe cannot be run, or ``out`` contains files of another origin.
+        GateFailed: A check failed.
+        StageError: A stage failed; the results of earlier stages are kept.
     """
     from evit_deploy.pipeline.convert import check_folders
     from evit_deploy.training.loop import EVIT
 
     out = Path(out)
-    made = _lowering(recipe)  # what cannot be made is refused before hours of training, not after them
+    made = _lowering(recipe)  # refuse an impossible conversion before hours of training
     notes = check_folders(made.options)
     with stages(3):
         stage(_LOG, "training")
@@ -94,7 +94,7 @@ def run(recipe: Recipe, out: str | Path, *, force: bool = False, resume: bool = 
 
 
 def _write_report(report: Report, bundle: Bundle, out: Path) -> None:
-    """The whole run as ``report.json`` and ``report.html``: training, checks and speed."""
+    """Writes the report of the whole run (training, checks and speed) as ``report.json`` and ``report.html``."""
     from evit_deploy.training.log import read_log
 
     logs = {stage: read_log(out / f"{stage}.csv") for stage in ("dense", "finetune")}
@@ -130,7 +130,7 @@ def _convert(recipe: Recipe, made: Any, path: Path, out: Path, notes: list[str])
 
 
 def _calibration(recipe: Recipe, preprocess: Any) -> Any:
-    """Training images as they will be seen later, evenly spaced; ``None`` where no ranges have to be learned."""
+    """Evenly spaced training images without augmentation; ``None`` if they are not needed for calibration."""
     from evit_deploy.data.training_data import open_data
     from evit_deploy.export.precision import QUANTIZED
 
@@ -146,17 +146,17 @@ def train_stage(
     force: bool = False,
     resume: bool = False,
 ) -> Report:
-    """Trains as a recipe says, starting from the dense weights of an earlier run where they are up to date.
+    """Runs the training stages of a recipe; up-to-date dense weights of an earlier run are reused.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe.
         out: Folder for ``dense.safetensors`` and ``evit.safetensors``.
-        force: Whether to train again what is up to date, and to replace checkpoints of unknown origin.
+        force: Whether to repeat up-to-date stages, and to replace checkpoints of unknown origin.
         resume: Whether to continue an interrupted run of the same recipe; if it saved nothing, the run starts from the
             beginning.
 
     Returns:
-        The comparison table, and the checks that the recipe's ``expect`` section asks for.
+        The comparison table, and the checks of the recipe's ``expect`` section.
 
     Raises:
         InputError: See :func:`run`.
@@ -182,7 +182,9 @@ def train_stage(
     if not force and not (resume and interrupted):
         _refuse_strangers(out, records, (DENSE, EVIT))
     todo = recipe
-    begun = resume and state_path(out, "dense").exists()  # the finetune.state beside it is of the whole recipe
+    begun = (
+        resume and state_path(out, "dense").exists()
+    )  # the state in finetune.state then also belongs to the full recipe
     if recipe.dense is not None and not begun and _fresh(records.get("dense"), dense_key, out):
         _LOG.info(f"up to date: {out / DENSE}")
         todo = msgspec.structs.replace(recipe, dense=None, model=ModelSection(checkpoint=str(out / DENSE)))
@@ -190,14 +192,14 @@ def train_stage(
         for stage in ("dense", "finetune"):
             state_path(out, stage).unlink(missing_ok=True)
 
-    def note_dense(path: Path) -> None:  # at once: whatever happens to the fine-tuning, these weights are known
+    def note_dense(path: Path) -> None:  # at once, so that the weights can be reused if fine-tuning is interrupted
         _write_records(out, {"dense": Record(dense_key, {DENSE: sha256(path)})})
 
     result = train(todo, out, resume=resume, dense_saved=note_dense)
     notes = (_DIGITS_NOTE,) if recipe.data.name == "digits" else ()
     notes += _published(recipe)
     report = result.report + Report(notes=notes)
-    PartialState().wait_for_everyone()  # for the files that the first process writes
+    PartialState().wait_for_everyone()  # until the first process has written its files
     records = {"evit": Record(evit_key, {EVIT: sha256(out / EVIT)}, report)}
     if result.dense is not None:
         records["dense"] = Record(dense_key, {DENSE: sha256(out / DENSE)})
@@ -207,7 +209,7 @@ def train_stage(
 
 
 def _published(recipe: Recipe) -> tuple[str, ...]:
-    """What the paper reports for this recipe, beside what came out."""
+    """A note with the paper's results for this recipe."""
     if not recipe.published:
         return ()
     told = ", ".join(f"{key} {value:g}" for key, value in recipe.published.items() if key != "table")
@@ -216,7 +218,7 @@ def _published(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _gained(recipe: Recipe, report: Report) -> list[Check]:
-    """Fine-tuning has to gain accuracy, or at least to lose no more than chance takes: OpenGVLab/DiffRate#5."""
+    """Checks that fine-tuning does not significantly lower accuracy, as happened in OpenGVLab/DiffRate#5."""
     allowed = recipe.expect.finetuned_loss
     gained = next((row.gained for row in report.accuracy if row.gained is not None), None)
     if allowed is None or gained is None or gained.high is None or gained.low is None:
@@ -230,10 +232,10 @@ def _gained(recipe: Recipe, report: Report) -> list[Check]:
 
 
 def _expected(recipe: Recipe, report: Report, out: Path) -> Report:
-    """Adds the recipe's expectations as checks.
+    """Adds the recipe's ``expect`` section as checks.
 
     Raises:
-        GateFailed: One does not hold; the checkpoints are kept.
+        GateFailed: A check failed; the checkpoints are kept.
     """
     from evit_deploy.training.compare import DENSE_NAME, finetuned_name, untrained_name, with_method
 
@@ -269,7 +271,7 @@ def _key(*inputs: Any) -> str:
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as a manifest gives it back: lists where there are tuples."""
+    """The recipe as it is read back from a manifest: with lists instead of tuples."""
     return msgspec.json.decode(msgspec.json.encode(recipe))
 
 
@@ -295,7 +297,7 @@ def _fresh(record: Record | None, key: str, out: Path) -> bool:
 
 
 def _refuse_strangers(out: Path, records: dict[str, Record], names: tuple[str, ...]) -> None:
-    """Checkpoints that no record claims are somebody's: they are not overwritten."""
+    """Refuses to overwrite checkpoints that are in no record."""
     known = {digest for record in records.values() for digest in record.files.values()}
     for name in names:
         if (out / name).exists() and sha256(out / name) not in known:
@@ -306,9 +308,9 @@ def _refuse_strangers(out: Path, records: dict[str, Record], names: tuple[str, .
 
 
 def _refuse_other_recipe(out: Path, records: dict[str, Record], keys: dict[str, str]) -> None:
-    """Where there is nothing to go on from, ``--resume`` begins this recipe, but takes no other one's folder.
+    """Refuses ``--resume`` in a folder of another recipe if there is no saved state to continue from.
 
-    Dense weights of this recipe may be there: its fine-tuning was killed before it saved anything.
+    Dense weights of this recipe are accepted: fine-tuning may have been killed before its first saved state.
     """
     if any(record.key != keys.get(name) for name, record in records.items()):
         raise InputError(
@@ -333,7 +335,7 @@ def _fresh_bundle(recipe: Recipe, path: Path, checkpoint: Path) -> Bundle | None
 
 
 def _exported_accuracy(recipe: Recipe, bundle: Bundle) -> AccuracyRow:
-    """Accuracy of the file that will be served, on the recipe's validation images."""
+    """Accuracy of the exported file on the recipe's validation images."""
     from evit_deploy.data.training_data import open_data
     from evit_deploy.export.card import LOGITS, feeds
     from evit_deploy.runtimes.select import opened

@@ -1,4 +1,4 @@
-"""What merging would keep of weights that were never trained with fewer tokens, measured on pictures of the user's."""
+"""For weights trained without token reduction: compares EViT with merging on the user's images."""
 
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,18 @@ _BATCH = 8
 
 
 def merging_note(model: torch.nn.Module, preprocess: Preprocess, folder: Path) -> str | None:
-    """Compares an EViT with the method ``merge`` at the same multiply-adds, both without training.
+    """Compares EViT with the method ``merge`` at the same multiply-adds, both without training.
 
     Args:
-        model: An EViT that was not trained as one.
-        preprocess: From image file to input tensor.
-        folder: Pictures of its user's; up to 32 of them are asked for.
+        model: A model reduced by EViT, with weights trained without token reduction.
+        preprocess: How an image file becomes an input tensor.
+        folder: Folder of images, of which up to 32 are used.
 
     Returns:
-        A sentence; ``None`` where the model cannot be merged.
+        A sentence; ``None`` if the model does not support merging.
 
     Raises:
-        InputError: There are no pictures, or one cannot be read.
+        InputError: The folder has no images, or one cannot be read.
     """
     other = copy_sharing_weights(model)
     try:
@@ -44,22 +44,22 @@ def merging_note(model: torch.nn.Module, preprocess: Preprocess, folder: Path) -
         found = f"{counts[0]} of {len(images)} of these pictures as the dense model does, and {counts[1]} of them"
         return f"Without training it answers {found} with {_flags(spec)}, at the same multiply-adds."
     if len(images) < 2:
-        return None  # one picture is its own mean
+        return None  # centering needs at least two images
     means = [float(centered_cosines(answers, dense).mean()) for answers in (own, merged)]
     found = f"has a centered cosine of {means[0]:.3f} to the dense model on {len(images)} of these pictures, and"
     return f"Without training it {found} {means[1]:.3f} with {_flags(spec)}, at the same multiply-adds."
 
 
 def merging_spec(model: Any) -> TokenSpec:
-    """Reduces a model by ``merge`` in place: at the keep rate, in hundredths, that comes nearest to its multiply-adds.
+    """Applies ``merge`` to a model in place, at the keep rate (in hundredths) nearest to its present multiply-adds.
 
     Raises:
-        InputError: It does not fit the model.
-        UnsupportedModelError: The model cannot be merged.
+        InputError: The keep rate does not fit the model.
+        UnsupportedModelError: The model does not support merging.
     """
     wanted = token_plan(model).macs()
     low, high = 1, 99
-    while low < high:  # the plan's multiply-adds rise with the rate
+    while low < high:  # bisection: multiply-adds grow with the rate
         middle = (low + high) // 2
         if token_plan(reduce_tokens_(model, _spec(middle))).macs() < wanted:
             low = middle + 1

@@ -1,4 +1,4 @@
-"""Several bundles of one checkpoint: keep rates and precisions that share reading, dense twin and golden answers."""
+"""Converts a checkpoint at several keep rates and precisions; the weights, dense twin and golden answers are shared."""
 
 import logging
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class VariantOptions(TokenOptions, total=False):
-    """What variants differ in, beside the fields of :class:`~evit_deploy.tokens.plan.TokenSpec` that all share."""
+    """Keep rates and precisions of the variants, and the fields of ``TokenSpec`` that all of them share."""
 
     keep_rates: Sequence[float | tuple[float, ...]]
     precisions: Sequence[str]
@@ -51,27 +51,28 @@ def convert_variants(
     force: bool = False,
     **variants: Unpack[VariantOptions],
 ) -> list[tuple[Bundle, Report]]:
-    """Makes a bundle of every keep rate in every precision, as :func:`convert` makes one.
+    """Creates a bundle for every keep rate and precision, like :func:`convert` for one.
 
     Args:
         source: Checkpoint file or timm name.
         model: See :func:`convert`.
         image_size: See :func:`convert`.
-        options: What to make of each; calibration images serve those precisions that need them.
-        measure: How to measure speed; variants of a precision take turns where memory allows.
-        out: Folder for the bundles, ``<stem>-<method>-k<rate>`` each, and ``-<precision>`` where there are several;
-            beside the checkpoint by default.
-        force: Whether to replace older bundles there.
-        variants: ``keep_rates=(0.9, 0.7)``, ``precisions=("fp32", "fp16")``, and what :func:`convert` takes of
-            :class:`~evit_deploy.tokens.plan.TokenSpec`.
+        options: Options of every bundle; calibration images are used by those precisions that need them.
+        measure: How to measure speed; variants of one precision are measured in turn if memory allows.
+        out: Folder for the bundles, each named ``<stem>-<method>-k<rate>``, with ``-<precision>`` if there are several.
+            Default: next to the checkpoint.
+        force: Whether to replace existing bundles.
+        variants: ``keep_rates=(0.9, 0.7)``, ``precisions=("fp32", "fp16")``, and the fields of
+            :class:`~evit_deploy.tokens.plan.TokenSpec` that :func:`convert` accepts.
 
     Returns:
-        Bundle and report of each, rates in the order given and each in all precisions. Where a check failed
-        (``report.passed``), that bundle lies in ``<out>.rejected``, and the others are made all the same.
+        A (bundle, report) pair for each, in the order of the rates, and for each rate in the order of the precisions.
+        If a check failed (``report.passed`` is false), that bundle is in ``<out>.rejected``; the others are not
+        affected.
 
     Raises:
-        InputError: The input cannot be used, or two would be written to the same place; nothing was written.
-        MissingRequirement: A package or a GPU that a target needs is not here; nothing was written.
+        InputError: The input cannot be used, or two bundles would have the same folder; nothing was written.
+        MissingRequirement: A package or a GPU that a target needs is missing; nothing was written.
         StageError: Exporting or writing failed; nothing was written.
     """
     place = Path(out) if out is not None else None
@@ -88,7 +89,10 @@ def make_variants(
     force: bool,
     asked: VariantOptions,
 ) -> list[Converted]:
-    """:func:`convert_variants`, with what was done about those that failed; ``read_as`` is model and image size."""
+    """Does the work of :func:`convert_variants`, and also reports where rejected bundles are.
+
+    ``read_as`` is (model, image size).
+    """
     tokens: dict[str, Any] = {**asked}
     rates, precisions = tokens.pop("keep_rates", ()), tokens.pop("precisions", ())
     if rates and "keep_rate" in tokens:
@@ -121,7 +125,7 @@ def make_variants(
 
 
 def _lowering(options: ConvertOptions, precision: str | None, among: Sequence[str]) -> Lowering:
-    """What to make in one precision; what is about quantizing is for the others where it is not quantized."""
+    """Settings for one of several precisions; options of quantization are dropped if only the others are quantized."""
     if precision is not None:
         options = msgspec.structs.replace(options, precision=precision)
     if precision not in QUANTIZED and any(other in QUANTIZED for other in among):

@@ -1,1 +1,1 @@
-"""Packages of a bundle for Triton Inference Server and for C++."""
+"""Packaging of bundles for Triton Inference Server and C++ programs."""

@@ -1,8 +1,8 @@
-"""How the server of a package is started, with as little as it needs: its command line, its image, Docker and Compose.
+"""Command line, image and Compose file of a package's server.
 
-Docker, Compose and Kubernetes (:mod:`evit_deploy.serving.kubernetes`) get the same image and the same arguments. What
-can be closed is: ports are published on this machine alone, interfaces that change the server are shut, and the
-container has no rights, no writable files but ``/tmp``, and no more memory and processors than it was given.
+Docker, Compose and Kubernetes (:mod:`evit_deploy.serving.kubernetes`) use the same image and arguments. The server gets
+as few privileges as possible: ports are published on the local machine only, interfaces that change the server are
+closed, and the container has no capabilities, no writable files except ``/tmp``, and limited memory and processors.
 """
 
 import json
@@ -17,50 +17,50 @@ from evit_deploy.serving.options import Publish
 from evit_deploy.serving.releases import TritonRelease
 
 MODELS, PLUGINS = "/models", "/plugins"
-"""Where things are in the image."""
+"""Folders in the image."""
 CLOSED_SCRIPT = "closed.sh"
-"""Name of the program that starts the server with interfaces closed, in the package and in the image."""
+"""Script in the package and in the image that starts the server with closed interfaces."""
 IMAGE_ENTRYPOINT = "/opt/nvidia/nvidia_entrypoint.sh"
-"""Of NVIDIA's image, which the package's keeps."""
+"""Entry point of NVIDIA's image, which the package's image still runs."""
 HTTP, GRPC, METRICS = 8000, 8001, 8002
 USER = 1000
-"""Of the user ``triton-server`` and of its group, in NVIDIA's image."""
+"""ID of the user ``triton-server`` and of its group in NVIDIA's image."""
 SHARED_MEMORY_GIB = 1
-"""Of ``/dev/shm``, through which the server and its Python processes pass tensors to each other."""
+"""Size of ``/dev/shm``, through which the server exchanges tensors with its Python processes."""
 EXIT_TIMEOUT = 30
-"""Seconds that the server waits for requests under way, once it is asked to end."""
+"""Seconds that a stopping server waits for its running requests."""
 STOP_TIMEOUT = 45
-"""Seconds until it is ended by force."""
+"""Seconds until a stopping server is killed."""
 CLOSED = ("model-repository", "shared-memory", "trace", "logging")
-"""Interfaces that change the server, read its memory or write its files."""
+"""Interfaces that change the server, read its memory or write files."""
 METRIC_NAMES = {
-    "nv_inference_request_success": "requests answered, for each model",
-    "nv_inference_request_failure": "requests refused or failed; a bad image counts here",
-    "nv_inference_count": "images that went through the model",
-    "nv_inference_exec_count": "calls that this took: images over calls is the batch size that was reached",
-    "nv_inference_pending_request_count": "requests waiting: what to scale on",
-    "nv_inference_queue_duration_us": "time spent waiting, summed up",
-    "nv_inference_compute_infer_duration_us": "time spent computing, summed up",
+    "nv_inference_request_success": "successful requests, for each model",
+    "nv_inference_request_failure": "failed or refused requests, including invalid images",
+    "nv_inference_count": "images processed",
+    "nv_inference_exec_count": "model calls; images divided by calls is the average batch size",
+    "nv_inference_pending_request_count": "waiting requests; use it for scaling",
+    "nv_inference_queue_duration_us": "total waiting time",
+    "nv_inference_compute_infer_duration_us": "total computing time",
     "nv_gpu_utilization": "share of time in which the GPU was busy",
     "nv_gpu_memory_used_bytes": "GPU memory in use",
 }
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """How the server is started.
+    """Settings for starting the server.
 
     Args:
-        name: Of the model that clients call.
+        name: Name of the model that clients call.
         server: The server.
-        on_gpu: Whether it is to have GPUs.
+        on_gpu: Whether it uses GPUs.
         plugin: File name of the plugin library that the plan needs.
-        version_compatible: Whether the plan is of an older TensorRT, which has to be allowed.
-        pillow: Version of Pillow for the preprocessing in Python; ``None`` where there is none.
-        publish: Who reaches the ports: ``local`` or ``network``.
+        version_compatible: Whether to allow plans of an older TensorRT.
+        pillow: Version of Pillow for preprocessing in Python; ``None`` without it.
+        publish: Who can reach the ports: ``local`` or ``network``.
         shared_memory: Whether clients on the same machine may pass tensors through shared memory.
         cpus: Processors that the container may use.
-        memory: Its memory, GiB.
-        http_limit: Most bytes of a request's body over HTTP, where that is more than the server's own limit.
+        memory: Memory of the container in GiB.
+        http_limit: Maximum bytes of an HTTP request's body, if more than the server's default.
     """
 
     name: str
@@ -77,17 +77,17 @@ class Launch(msgspec.Struct, frozen=True):
 
     @property
     def tag(self) -> str:
-        """Name of the image and of what Kubernetes makes of it: less is allowed there than in names of models."""
+        """Name of the image and of the Kubernetes objects, which allow fewer characters than model names."""
         name = "".join(c if c.isascii() and c.isalnum() else "-" for c in f"evit-{self.name.lower()}")
-        return name[:55].rstrip("-")  # of 63, so that names can be made of it
+        return name[:55].rstrip("-")  # Kubernetes allows 63; leaves room for suffixes
 
     @property
     def closed(self) -> tuple[str, ...]:
-        """Interfaces that no client may use."""
+        """Interfaces closed to clients."""
         return tuple(name for name in CLOSED if not (name == "shared-memory" and self.shared_memory))
 
     def arguments(self, models: str = MODELS, plugins: str = PLUGINS) -> list[str]:
-        """The server's command line.
+        """Returns the server's command line.
 
         Args:
             models: Folder of the model repository.
@@ -104,12 +104,12 @@ class Launch(msgspec.Struct, frozen=True):
         return line
 
     def ports(self) -> list[str]:
-        """What Docker publishes: metrics stay on this machine whatever ``publish`` says."""
+        """Returns the ports for Docker to publish; the metrics port is always local."""
         shown = "" if self.publish == "network" else "127.0.0.1:"
         return [f"{shown}{HTTP}:{HTTP}", f"{shown}{GRPC}:{GRPC}", f"127.0.0.1:{METRICS}:{METRICS}"]
 
     def command(self) -> list[str]:
-        """The command that starts it, after ``docker build -t <tag> .``; a line of the page for each entry."""
+        """Returns the lines of the command that starts the server, after ``docker build -t <tag> .``."""
         words = [
             ["docker", "run", "--rm", *(["--gpus", "all"] if self.on_gpu else [])],
             ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"],
@@ -124,12 +124,12 @@ class Launch(msgspec.Struct, frozen=True):
         return [shlex.join(line) for line in words]
 
     def dockerfile(self) -> str:
-        """The server's image with the models in it, and what they need."""
+        """Returns the ``Dockerfile`` of the server's image with its models."""
         lines = [f"FROM {self.server.image}"]
-        if self.pillow is not None:  # pinned: another Pillow may decode and resize differently in the last bit
+        if self.pillow is not None:  # pinned, because another version may differ in the last bit
             install = f"pip3 install --no-cache-dir --only-binary=:all: pillow=={self.pillow}"
             lines += ["ENV PIP_BREAK_SYSTEM_PACKAGES=1", f"RUN {install}"]
-        # Root's, and readable whatever the modes of the files here: the server's user cannot write them.
+        # Owned by root and readable by all, whatever the modes here, so that the server's user cannot write them.
         copied = [("model_repository", MODELS), (CLOSED_SCRIPT, f"/{CLOSED_SCRIPT}")]
         copied += [("plugins", PLUGINS)] if self.plugin is not None else []
         lines += [f"COPY --chown=0:0 --chmod=755 {source} {place}" for source, place in copied]
@@ -139,9 +139,9 @@ class Launch(msgspec.Struct, frozen=True):
         return "\n".join(lines) + "\n"
 
     def compose(self) -> str:
-        """``compose.yaml``."""
+        """Returns the content of ``compose.yaml``."""
         ask = f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{HTTP}/v2/health/ready', timeout=5)"
-        probe = ["CMD", "python3", "-c", ask]  # the image has Python, and need not have curl
+        probe = ["CMD", "python3", "-c", ask]  # the image has Python, but not necessarily curl
         resources: dict[str, Any] = {"limits": {"cpus": str(self.cpus), "memory": f"{self.memory}G"}}
         if self.on_gpu:
             device = {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
@@ -169,10 +169,10 @@ class Launch(msgspec.Struct, frozen=True):
 
 
 def documents(*contents: Mapping[str, Any]) -> str:
-    """YAML documents."""
+    """Returns the contents as YAML documents."""
 
     class Dumper(yaml.SafeDumper):
-        """Writes what occurs twice twice: anchors would be read by fewer tools and people."""
+        """Writes repeated values in full instead of as aliases, which some tools cannot read."""
 
         def ignore_aliases(self, data: Any) -> bool:
             return True

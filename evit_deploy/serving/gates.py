@@ -1,4 +1,4 @@
-"""What has to hold before bundles are packaged: files, proof, one model, the right platform, GPU and server."""
+"""Checks before bundles are packaged: files, verification, one model, a matching platform, GPU and server."""
 
 import re
 import typing
@@ -27,11 +27,11 @@ _DALI_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 DALI_FILTERS = ("bilinear", "bicubic", "lanczos")
 _AMPERE = 80
 CONTAINER = "nvcr.io/nvidia/tensorrt"
-"""Has the TensorRT of Triton's release of the same month."""
+"""Container with the same TensorRT as Triton's release of the same month."""
 
 
 def platforms(purpose: str) -> dict[str, tuple[str, ...]]:
-    """Platforms of a kind of package, the preferred first, each with the files of a bundle that it runs."""
+    """Returns the platforms of a kind of package, preferred first: platform -> files of a bundle that it runs."""
     found: dict[str, tuple[str, ...]] = {}
     for target in all_targets().values():
         if purpose in target.platforms:
@@ -41,15 +41,15 @@ def platforms(purpose: str) -> dict[str, tuple[str, ...]]:
 
 
 def files_of(platform: str) -> tuple[str, ...]:
-    """Files of a bundle that a platform runs."""
+    """Returns the files of a bundle that a platform runs."""
     return next(files for purpose in typing.get_args(Purpose) if (files := platforms(purpose).get(platform)))
 
 
 def platform_of(bundle: Bundle, purpose: str, asked: str | None) -> str:
-    """The platform that was asked for, or the first that the bundle has everything for.
+    """Returns the requested platform, or the first one for which the bundle has all files.
 
     Raises:
-        InputError: There is no such platform, or the bundle nothing for it.
+        InputError: The platform does not exist, or the bundle has no files for it.
     """
     if asked is not None and asked not in platforms(purpose):
         raise InputError(
@@ -69,7 +69,7 @@ def platform_of(bundle: Bundle, purpose: str, asked: str | None) -> str:
 
 
 def _lacks(bundle: Bundle, platform: str) -> str | None:
-    """What a bundle lacks for a platform."""
+    """Returns what a bundle lacks for a platform, or ``None``."""
     missing = [name for name in files_of(platform) if name not in bundle.manifest.files]
     if missing:
         return f"no {' and '.join(missing)} in it"
@@ -83,11 +83,11 @@ def _lacks(bundle: Bundle, platform: str) -> str | None:
 
 
 def check_tensors(bundle: Bundle) -> None:
-    """Makes sure that the manifest describes a model as ``convert`` makes them: ``input`` in, ``logits`` or
-    ``embedding`` out.
+    """Checks that the manifest describes a model with ``input`` and with ``logits`` or ``embedding``, as ``convert``
+    writes it.
 
     Raises:
-        InputError: It does not.
+        InputError: It has other inputs or outputs.
     """
     manifest = bundle.manifest
     inputs = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in manifest.inputs]
@@ -102,10 +102,10 @@ def check_tensors(bundle: Bundle) -> None:
 
 
 def check_same(found: Sequence[Bundle], platform: str) -> None:
-    """Makes sure that several bundles are one model for several GPUs.
+    """Checks that several bundles are one model for different GPUs.
 
     Raises:
-        InputError: They are not, or the platform does not tell GPUs apart.
+        InputError: They are not, or the platform does not depend on the GPU.
     """
     if len(found) > 1 and platform != "tensorrt":
         raise InputError(
@@ -116,7 +116,7 @@ def check_same(found: Sequence[Bundle], platform: str) -> None:
     for bundle in found[1:]:
         other = bundle.manifest
         unlike = [field for field in _ONE_MODEL if getattr(first, field) != getattr(other, field)]
-        # Of weights from the internet, their name is all that is known.
+        # Downloaded weights have no hash, only a name.
         origins = [[(p.sha256 or p.source, p.model) for p in manifest.parents] for manifest in (first, other)]
         unlike += ["checkpoint"] * (origins[0] != origins[1])
         unlike += ["batch profiles"] * (engine_of(found[0]).profiles != engine_of(bundle).profiles)
@@ -130,17 +130,17 @@ def check_same(found: Sequence[Bundle], platform: str) -> None:
 
 
 def engine_of(bundle: Bundle) -> Engine:
-    """What a bundle's plan was built with; there is one."""
+    """Returns the engine record of a bundle that is known to have one."""
     engine = bundle.manifest.engine
     assert engine is not None
     return engine
 
 
 def check_files(bundle: Bundle) -> None:
-    """Makes sure that every file is the one that was written.
+    """Checks that every file is unchanged.
 
     Raises:
-        InputError: One has changed or is gone.
+        InputError: A file has changed or is missing.
     """
     changed = bundles.changed_files(bundle)
     if changed:
@@ -151,7 +151,7 @@ def check_files(bundle: Bundle) -> None:
 
 
 def doubt(bundle: Bundle, platform: str) -> str | None:
-    """Why a bundle does not count as verified on a platform; ``None`` if it does."""
+    """Returns why a bundle does not count as verified on a platform, or ``None`` if it does."""
     if "passed" not in bundle.manifest.results or REPORT not in bundle.manifest.files:
         return "its manifest has no result of a verification"
     if bundle.manifest.results["passed"] is not True:
@@ -168,14 +168,14 @@ def doubt(bundle: Bundle, platform: str) -> str | None:
 
 
 def labels_of(bundle: Bundle, path: Path | None) -> list[str] | None:
-    """Class names, one for each output of the model.
+    """Returns the class names, or ``None`` if they are unknown.
 
     Args:
-        bundle: Whose manifest may have them.
-        path: File of labels in place of the manifest's, see :func:`~evit_deploy.data.labels.read_labels`.
+        bundle: The bundle; its manifest may have class names.
+        path: File of labels that replaces the manifest's, see :func:`~evit_deploy.data.labels.read_labels`.
 
     Raises:
-        InputError: The file cannot be read, there are more or fewer names than classes, or one of them has two lines.
+        InputError: The file cannot be read, there are more or fewer names than classes, or a name spans two lines.
     """
     names, where = bundle.manifest.labels, f"{bundle.path / MANIFEST}: labels"
     if path is not None:
@@ -196,14 +196,14 @@ def labels_of(bundle: Bundle, path: Path | None) -> list[str] | None:
 
 
 def device_for(platform: str, asked: Device | None) -> Device:
-    """What the server runs a model on.
+    """Returns the device that the server runs the model on.
 
     Args:
-        platform: What runs it.
-        asked: As in ``--device``.
+        platform: The platform.
+        asked: The requested device (``--device``), if any.
 
     Raises:
-        InputError: The platform does not run there.
+        InputError: The platform does not support the requested device.
     """
     only: Device | None = {"openvino": "cpu", "tensorrt": "gpu"}.get(platform)  # type: ignore[assignment]
     if asked is not None and only not in (asked, None):
@@ -214,16 +214,16 @@ def device_for(platform: str, asked: Device | None) -> Device:
 
 
 def check_preprocess(manifest: Manifest, name: str, device: Device, choice: str) -> None:
-    """Makes sure that photographs can be made inputs of a model.
+    """Checks that the server can preprocess image files for a model.
 
     Args:
-        manifest: The model's.
-        name: Of the model.
-        device: What it is to run on.
-        choice: What makes them, as in ``--preprocess``.
+        manifest: The model's manifest.
+        name: Name of the model.
+        device: Device that it runs on.
+        choice: ``python``, ``dali`` or ``none`` (``--preprocess``).
 
     Raises:
-        InputError: They cannot, or not with DALI.
+        InputError: It cannot, or not with DALI.
     """
     channels, preprocess = manifest.inputs[0].shape[1], manifest.preprocess
     if choice != "none" and channels != 3:
@@ -263,14 +263,14 @@ def compute_capability(gpu: str) -> str:
 
 
 def check_gpus(found: Sequence[Bundle], gpus: Sequence[str]) -> None:
-    """Makes sure that plans and declared GPUs go together, and that no two plans are for the same.
+    """Checks that the plans match the declared GPUs, and that no two plans are for the same GPU.
 
     Args:
         found: Bundles with a plan.
-        gpus: ``sm80``; nothing is declared when empty.
+        gpus: Declared GPUs, such as ``sm80``; empty to declare none.
 
     Raises:
-        InputError: A GPU has no plan, a plan no GPU, or two plans are for one.
+        InputError: A GPU has no plan, a plan has no GPU, or two plans are for the same GPU.
     """
     built: dict[str, Path] = {}
     for bundle in found:
@@ -300,24 +300,24 @@ def _serves(engine: Engine, gpu: str) -> bool:
 
 
 def version_compatible(found: Sequence[Bundle]) -> bool:
-    """Whether a later TensorRT runs all plans by itself, because each has the lean runtime of its own version inside.
+    """Whether a later TensorRT runs all plans, because each contains the lean runtime of its own version.
 
-    Earlier versions of evit-deploy left it inside, and did not record that.
+    Earlier versions of evit-deploy always included the lean runtime and did not record it.
     """
     options = [engine_of(bundle).options for bundle in found]
     return all(each.get("version_compatible") and each.get("lean_runtime", True) for each in options)
 
 
 def server_for(found: Sequence[Bundle], platform: str, options: TritonOptions) -> TritonRelease:
-    """The server that was declared, which has to have what the plans want.
+    """Returns the declared server, after checking that it can run the bundles.
 
     Args:
         found: The bundles.
-        platform: What runs them.
-        options: Its release, TensorRT and digest.
+        platform: The platform.
+        options: Release, TensorRT version and digest of the server.
 
     Raises:
-        InputError: It has another TensorRT than the plans were built with, or what it has is not known.
+        InputError: Its TensorRT is unknown or differs from the one that built the plans.
     """
     server = _server_for(found, platform, options.server, options.server_tensorrt)
     digest = options.server_digest

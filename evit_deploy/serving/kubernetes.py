@@ -1,6 +1,6 @@
-"""``kubernetes.yaml``: the server of a package in a cluster, reached from its own namespace unless asked.
+"""``kubernetes.yaml``: the server of a package in a cluster, by default reachable only from its namespace.
 
-It keeps Kubernetes' ``restricted`` Pod Security Standard: no root, no rights, no writable files but ``/tmp``.
+It meets Kubernetes' ``restricted`` Pod Security Standard, and has no writable files except ``/tmp``.
 """
 
 from typing import Any
@@ -17,16 +17,16 @@ from evit_deploy.serving.deployment import (
 )
 
 DRAIN = 15
-"""Seconds between leaving the Service and being asked to end: until then new requests may still arrive."""
+"""Seconds between leaving the Service and SIGTERM, in which new requests may still arrive."""
 PROMETHEUS = {"app.kubernetes.io/name": "prometheus"}
-"""Label of the pods that may read the metrics, as Prometheus' own charts set it."""
+"""Label of the pods that may read the metrics, as set by Prometheus' own charts."""
 
 
 def kubernetes(launch: Launch) -> str:
-    """Deployment, Services, NetworkPolicy and PodDisruptionBudget.
+    """Returns the Deployment, Services, NetworkPolicy and PodDisruptionBudget as YAML.
 
     Args:
-        launch: How the server is started.
+        launch: Settings for starting the server.
     """
     tag = launch.tag
     chosen = {"app": tag}
@@ -47,7 +47,7 @@ def kubernetes(launch: Launch) -> str:
     metrics = _object("v1", "Service", f"{tag}-metrics", chosen) | {
         "spec": {"type": "ClusterIP", "selector": chosen, "ports": [_service_port("metrics", METRICS)]}
     }
-    # With one replica a budget of one unavailable keeps nothing up, and "one available" would never let a node drain.
+    # Not `minAvailable: 1`, which with one replica would block draining a node.
     budget = _object("policy/v1", "PodDisruptionBudget", tag, chosen) | {
         "spec": {"maxUnavailable": 1, "selector": {"matchLabels": chosen}}
     }
@@ -79,7 +79,7 @@ def _pod(launch: Launch) -> dict[str, Any]:
         "startupProbe": _probe("ready") | {"periodSeconds": 5, "failureThreshold": 60},
         "readinessProbe": _probe("ready") | {"periodSeconds": 5},
         "livenessProbe": _probe("live") | {"periodSeconds": 10, "failureThreshold": 3},
-        # The server ends its listening with SIGTERM at once; until then it must have left the Service's endpoints.
+        # On SIGTERM the server stops listening at once, so it must have left the Service's endpoints before.
         "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(DRAIN)]}}},
         "resources": {"requests": resources, "limits": resources},
         "securityContext": {
@@ -106,7 +106,7 @@ def _pod(launch: Launch) -> dict[str, Any]:
 
 
 def _network_policy(launch: Launch, chosen: dict[str, str]) -> dict[str, Any]:
-    """In: requests from pods of the same namespace, metrics to Prometheus. Out: nothing."""
+    """Allows requests from pods of the same namespace and Prometheus' scrapes of the metrics, and no egress."""
     requests: dict[str, Any] = {"ports": [_policy_port(HTTP), _policy_port(GRPC)]}
     if launch.publish != "network":
         requests["from"] = [{"podSelector": {}}]

@@ -1,6 +1,6 @@
-"""``package``: from verified bundles to a folder that an operations team can run, for Triton or for a C++ program.
+"""Packages verified bundles into a folder for Triton or for a C++ program.
 
-Gates first (:mod:`evit_deploy.serving.gates`), files second; nothing is written unless all of them hold.
+All checks (:mod:`evit_deploy.serving.gates`) run before anything is written.
 """
 
 import logging
@@ -52,30 +52,30 @@ from evit_deploy.serving.sbom import SBOM, bill_of_materials, cpp_parts, triton_
 _LOG = logging.getLogger(__name__)
 
 _HTTP_LIMIT = 64 << 20
-"""Bytes of a request that Triton takes over HTTP by itself."""
+"""Triton's default limit of an HTTP request, in bytes."""
 _HTTP_HEADER = 1 << 20
-"""More than the description before the tensors takes."""
+"""Upper bound of the JSON description before the tensors, in bytes."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 class Package(msgspec.Struct, frozen=True):
-    """``package.json``.
+    """Content of ``package.json``.
 
     Args:
-        target: What it is for: ``triton`` or ``cpp``.
-        name: Of the model.
-        platform: What runs it.
+        target: Purpose of the package: ``triton`` or ``cpp``.
+        name: Name of the model.
+        platform: Platform that runs it.
         verified: Whether every bundle was verified on that platform.
-        doubts: What spoke against it, and was overruled with ``--unverified``.
+        doubts: Why not, if it was packaged with ``--unverified``.
         parents: The bundles, with the hashes of their manifests.
-        gpus: Compute capabilities that were declared.
-        server: Triton's release and what is in it.
+        gpus: Declared compute capabilities.
+        server: Triton's release and its contents.
         plugin: SHA-256 of the plugin library that the plan needs.
         launch: The server's command line.
-        options: How the server was to serve.
-        files: Name inside the package -> SHA-256; all but this file.
-        versions: Packages that made it.
-        notes: What was assumed.
+        options: The requested settings of the server.
+        files: Name inside the package -> SHA-256 of every file but this one.
+        versions: Packages that created it.
+        notes: Assumptions and warnings.
         format: Version of this structure.
     """
 
@@ -97,7 +97,7 @@ class Package(msgspec.Struct, frozen=True):
 
     @property
     def called(self) -> str:
-        """Name of the model that clients of the server call."""
+        """Name of the model that clients call."""
         alone = self.options is not None and self.options.preprocess == "none"
         return f"{self.name}_model" if alone else self.name
 
@@ -111,23 +111,23 @@ def package(
     out: str | Path | None = None,
     force: bool = False,
 ) -> tuple[Path, Package]:
-    """Packages bundles of one model.
+    """Packages the bundles of one model.
 
     Args:
-        paths: The bundles; several only with a TensorRT plan for another GPU in each.
+        paths: The bundle, or several bundles with TensorRT plans for different GPUs.
         purpose: ``triton`` or ``cpp``.
         options: Platform, name, labels, GPUs, plugin.
-        triton: The server; only with ``triton``.
-        out: Folder to write; by default ``<name>-<purpose>`` beside the first bundle.
-        force: Whether to replace an older package there.
+        triton: Settings of the server; only with ``triton``.
+        out: Folder to write. Default: ``<name>-<purpose>`` next to the first bundle.
+        force: Whether to replace an existing package.
 
     Returns:
-        The folder, and what stands in its ``package.json``.
+        The folder, and the content of its ``package.json``.
 
     Raises:
-        InputError: Something given cannot be packaged; nothing was written.
+        InputError: The bundles or options cannot be packaged; nothing was written.
         GateFailed: A bundle was not verified on the platform; nothing was written.
-        MissingRequirement: The plugin library or ``tritonclient`` is not here; nothing was written.
+        MissingRequirement: The plugin library or ``tritonclient`` is missing; nothing was written.
         StageError: Writing failed.
     """
     options, target = options or PackageOptions(), purpose
@@ -206,7 +206,7 @@ def package(
 def _read(
     paths: Sequence[Path], target: str, name: str | None, out: str | Path | None, triton: TritonOptions | None
 ) -> tuple[list[Bundle], str, Path]:
-    """The bundles, the model's name, and the place of the package."""
+    """Reads the bundles; returns them with the model's name and the folder of the package."""
     if target not in typing.get_args(Purpose):
         wanted = " or ".join(typing.get_args(Purpose))
         raise InputError("unknown purpose", where="--for", seen=repr(target), wanted=wanted)
@@ -243,10 +243,10 @@ def _check_options(options: TritonOptions, target: str) -> None:
 def _serving(
     found: Sequence[Bundle], name: str, platform: str, labels: list[str] | None, options: TritonOptions
 ) -> Serving:
-    """What Triton is to serve.
+    """Returns how Triton serves the model.
 
     Raises:
-        InputError: The model takes no photographs, or not the batches that were asked for.
+        InputError: The server cannot preprocess images for the model, or the plan does not cover the batch sizes.
     """
     manifest = found[0].manifest
     profiles = engine_of(found[0]).profiles if platform == "tensorrt" else ()
@@ -286,7 +286,7 @@ def _serving(
 
 
 def _plan_name(bundle: Bundle) -> str:
-    """Name of one of several plans."""
+    """File name of one of several plans."""
     return f"model_{'_'.join(engine_of(bundle).gpus)}.plan"
 
 
@@ -312,21 +312,21 @@ def _launch(
 
 
 def _memory(models: int, *, decodes: bool) -> int:
-    """GiB that a server needs: 3 for itself and CUDA, 3 for shared memory and four decoders, 3 times its models.
+    """Memory of a server in GiB: 3 for itself and CUDA, 3 for shared memory and four decoders, and 3 times its models.
 
     Args:
-        models: Bytes of the model's files, of all instances.
+        models: Size of the model's files for all instances, in bytes.
         decodes: Whether it decodes images in Python.
     """
     return 3 + (3 if decodes else 0) + math.ceil(3 * models / 2**30)
 
 
 def _write_triton(folder: Path, found: Sequence[Bundle], serving: Serving, launch: Launch, notes: list[str]) -> None:
-    """The model repository, and what starts a server with it."""
+    """Writes the model repository and the files that start a server with it."""
     if serving.plans:
         files = {_plan_name(bundle): bundle.file(ENGINE) for bundle in found}
     else:
-        named = [MODEL_FILES[serving.platform], "model.bin"]  # the second only where there are two
+        named = [MODEL_FILES[serving.platform], "model.bin"]  # the second only for platforms with two files
         files = {name: found[0].file(source) for name, source in zip(named, files_of(serving.platform), strict=False)}
     write_repository(serving, files, folder / "model_repository")
     for name, text in (
@@ -344,14 +344,14 @@ def _closed_script() -> str:
 
 
 def _write_rest(bundle: Bundle, labels: list[str] | None, names: Sequence[str], folder: Path, place: Path) -> None:
-    """What remains of the first bundle: a bundle still, that ``verify`` reads.
+    """Writes a smaller copy of the first bundle, which ``verify`` can still read.
 
     Args:
-        bundle: The whole.
+        bundle: The bundle.
         labels: Class names.
-        names: Files to keep besides the golden answers and the report.
-        folder: Where to write.
-        place: Where that will be.
+        names: Files to copy, besides the golden answers and the report.
+        folder: Folder to write to.
+        place: Final path of that folder.
     """
     manifest = bundle.manifest
     kept = [name for name in (*names, GOLDEN, REPORT) if name in manifest.files]
@@ -368,12 +368,12 @@ def _write_rest(bundle: Bundle, labels: list[str] | None, names: Sequence[str], 
 
 
 def _relative(path: Path, place: Path) -> str:
-    """A path seen from the package, which can move together with what it was made of."""
+    """Path relative to the package, so that the package and its bundles can be moved together."""
     return os.path.relpath(path.resolve(), place.resolve())
 
 
 def _notes(server: TritonRelease | None, platform: str, options: TritonOptions | None) -> list[str]:
-    """What was assumed of the server, and what is not as it was verified."""
+    """Notes about assumptions, and about differences from what was verified."""
     notes = []
     if options is not None and options.preprocess == "dali":
         notes.append(

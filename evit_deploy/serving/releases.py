@@ -1,4 +1,4 @@
-"""Releases of Triton Inference Server: what is in each, and which one a package is for."""
+"""Releases of Triton Inference Server, their contents, and the choice of one for a package."""
 
 import re
 
@@ -11,10 +11,10 @@ IMAGE = "nvcr.io/nvidia/tritonserver"
 
 
 class Release(msgspec.Struct, frozen=True):
-    """What one month's container has in it.
+    """Contents of one month's container.
 
     Args:
-        tensorrt: Version of TensorRT, as far as it is known: only its major version for most.
+        tensorrt: Version of TensorRT as far as known, usually only the major version.
         onnxruntime: Version of ONNX Runtime.
     """
 
@@ -35,30 +35,30 @@ RELEASES = {
     "26.06": Release("11", "1.24.4"),
     "26.07": Release("11", "1.27.0"),
 }
-"""Month -> contents, from the first with ONNX Runtime 1.23 on, which is the first that knows ``model.onnx``'s opset.
+"""Month -> contents, starting with ONNX Runtime 1.23, the first to support the opset of ``model.onnx``.
 
-ONNX Runtime: triton-inference-server/server, docs/introduction/compatibility.md at e1db8a6. TensorRT: that page lists
-it for the TensorRT-LLM images only, which are others; the ``-py3`` images moved from 10 to 11 with 26.06 (server#8828).
-The whole number is in NVIDIA's support matrix, https://docs.nvidia.com/deeplearning/frameworks/support-matrix/, and in
-a container in ``dpkg -l libnvinfer-bin``.
+Sources: for ONNX Runtime, triton-inference-server/server, docs/introduction/compatibility.md at e1db8a6. That page
+lists TensorRT only for the TensorRT-LLM images; the ``-py3`` images moved from 10 to 11 with 26.06 (server#8828). Full
+TensorRT versions are in NVIDIA's support matrix, https://docs.nvidia.com/deeplearning/frameworks/support-matrix/, and
+in a container in the output of ``dpkg -l libnvinfer-bin``.
 """
 
 
 QUANTIZES = "1.24"
-"""First ONNX Runtime that runs the INT8 models of ``convert``: 1.23 has no ``QuantizeLinear`` of opset 23."""
+"""First ONNX Runtime that runs the INT8 models of ``convert``; 1.23 does not support ``QuantizeLinear`` of opset 23."""
 
 FREES_BODIES = "26.05"
-"""First release that frees what a compressed body became when it refuses the request (server#8764)."""
+"""First release that frees the decompressed body of a refused request (server#8764)."""
 
 
 class TritonRelease(msgspec.Struct, frozen=True):
-    """The server a package is for.
+    """The Triton server of a package.
 
     Args:
-        release: Month of the container, ``26.07``.
-        tensorrt: Its TensorRT, as far as it is known.
-        onnxruntime: Its ONNX Runtime, if it is known.
-        digest: Of the container, ``sha256:…``, if it was given.
+        release: Month of the container, such as ``26.07``.
+        tensorrt: Its TensorRT version, as far as known.
+        onnxruntime: Its ONNX Runtime version, if known.
+        digest: Digest of the container, ``sha256:…``, if given.
     """
 
     release: str
@@ -68,20 +68,20 @@ class TritonRelease(msgspec.Struct, frozen=True):
 
     @property
     def image(self) -> str:
-        """The container, pinned by its digest where that is known."""
+        """Name of the container, pinned by its digest if given."""
         return f"{IMAGE}:{self.release}-py3" + (f"@{self.digest}" if self.digest is not None else "")
 
 
 def declared_server(release: str | None, tensorrt: str | None, plan: str | None) -> TritonRelease:
-    """The server that was declared, filled up with what is known about its release.
+    """Returns the declared server, completed with the known contents of its release.
 
     Args:
-        release: Month of the container; by default the newest that fits, as far as is known.
-        tensorrt: Version of TensorRT in it; by default what is known of the release.
-        plan: Version of TensorRT that built the plan, if there is one.
+        release: Month of the container. Default: the newest known one that fits.
+        tensorrt: Version of TensorRT in it. Default: the known version of the release.
+        plan: Version of TensorRT that built the plan, if any.
 
     Raises:
-        InputError: They are no versions, or nothing is known that fits.
+        InputError: A version is invalid, or no known release fits.
     """
     for option, value in (("--server", release), ("--server-tensorrt", tensorrt)):
         if value is not None and not re.fullmatch(r"[0-9]+(\.[0-9]+)*", value):
@@ -110,7 +110,7 @@ def declared_server(release: str | None, tensorrt: str | None, plan: str | None)
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two versions of TensorRT agree in the numbers that both have, of major, minor and patch.
+    """Whether two versions of TensorRT agree in the parts (major, minor, patch) that both have.
 
     >>> same("11", "11.1.0.106"), same("11.1", "11.2.0"), same("10.14.1.48", "10.14.1.50")
     (True, False, True)
@@ -119,7 +119,7 @@ def same(one: str, other: str) -> bool:
 
 
 def older(one: str, other: str) -> bool:
-    """Whether a version of TensorRT is older than another in the numbers that both have, of major, minor and patch.
+    """Whether a version of TensorRT is older than another in the parts (major, minor, patch) that both have.
 
     >>> older("10.13", "10.14.1.48"), older("10.14", "10.14.1.48"), older("11", "10.14.1")
     (True, False, False)

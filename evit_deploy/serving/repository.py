@@ -1,8 +1,8 @@
-"""A Triton model repository: the configuration of each model in it, as Triton's own protocol buffers.
+"""Triton model repositories, with the configurations created as Triton's own protocol buffers.
 
-Up to three models: an ensemble that takes image files, the preprocessing behind it, and the model itself. What Triton
-does with each field: https://github.com/triton-inference-server/server, docs/user_guide/model_configuration.md, and
-the README of each backend.
+A repository has up to three models: an ensemble for image files, its preprocessing, and the model itself. The fields
+are documented in https://github.com/triton-inference-server/server, docs/user_guide/model_configuration.md, and in the
+README of each backend.
 """
 
 import json
@@ -23,33 +23,33 @@ from evit_deploy.serving.options import QUEUE_DELAY
 from evit_deploy.serving.server_files import preprocess as triton_preprocess
 
 MODEL_FILES = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "openvino": "model.xml"}
-"""Platform -> name of the model's file, in the folder of its version."""
+"""Platform -> file name of the model in its version folder."""
 LABELS, CONFIG, VERSION = "labels.txt", "config.pbtxt", "1"
 MAX_BATCH = {"onnxruntime": 32, "openvino": 1}
-"""Where the file sets no limit. Triton's OpenVINO backend fills every batch up to the maximum and computes it whole."""
+"""Default maximum where the file sets no limit. Triton's OpenVINO backend pads every batch to the maximum."""
 PREPROCESS_INSTANCES = 4
 _PREPROCESSED = "preprocessed"
 _TYPES = {"float32": "TYPE_FP32", "int32": "TYPE_INT32"}
 
 
 class Serving(msgspec.Struct, frozen=True):
-    """One model as Triton is to serve it.
+    """How Triton serves a model.
 
     Args:
-        name: Of the ensemble; the others are named after it.
+        name: Name of the ensemble; the other models are named after it.
         platform: ``tensorrt``, ``onnxruntime`` or ``openvino``.
-        inputs: The model's.
-        outputs: The model's.
+        inputs: Inputs of the model.
+        outputs: Outputs of the model.
         max_batch: Maximum images per call.
-        preprocess: From image file to input; ``None`` for the model alone.
-        decoder: What does it: ``python`` (with Pillow, on the CPU) or ``dali`` (on the GPU).
+        preprocess: How an image file becomes an input; ``None`` serves the model alone.
+        decoder: Preprocessing backend: ``python`` (Pillow, on the CPU) or ``dali`` (on the GPU).
         on_gpu: Whether the model runs on GPUs.
-        cpus: Processors that the server has.
+        cpus: Processors of the server.
         labels: Class names, if known.
         profiles: Batch sizes that each optimization profile of a plan covers.
-        plans: Compute capability (``8.0``) -> file, when there is a plan for each of several GPUs.
-        instances: Of the model, on each GPU or on the CPU.
-        queue_delay: Microseconds that a request may wait for others.
+        plans: Compute capability (``8.0``) -> file name, if there are plans for several GPUs.
+        instances: Instances of the model, on each GPU or on the CPU.
+        queue_delay: Microseconds that a request may wait to be batched with others.
     """
 
     name: str
@@ -69,23 +69,23 @@ class Serving(msgspec.Struct, frozen=True):
 
     @property
     def model(self) -> str:
-        """Name of the model itself."""
+        """Name of the model."""
         return f"{self.name}_model"
 
     @property
     def preprocessing(self) -> str:
-        """Name of the model that makes inputs of image files."""
+        """Name of the preprocessing model."""
         return f"{self.name}_preprocess"
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Batch sizes that the server prefers, warms up and captures: what plans are tuned for, and the largest."""
+        """Batch sizes to prefer, warm up and capture as CUDA graphs: those that plans are tuned for and the largest."""
         tuned = {profile.optimum for profile in self.profiles} or {self.max_batch // 4}
         return tuple(sorted({size for size in tuned if 1 < size < self.max_batch} | {self.max_batch}))
 
 
 def covered(profiles: Sequence[BatchProfile]) -> int:
-    """The largest batch such that it and every smaller one is covered by a profile: what a queue may be cut into.
+    """Returns the largest batch size up to which profiles cover every size, since Triton may form any of them.
 
     >>> covered([BatchProfile(1, 1, 1), BatchProfile(2, 8, 16), BatchProfile(20, 32, 32)])
     16
@@ -98,7 +98,7 @@ def covered(profiles: Sequence[BatchProfile]) -> int:
 
 
 def configurations(serving: Serving) -> dict[str, Any]:
-    """Every configuration of a repository.
+    """Returns the configuration of every model in a repository.
 
     Returns:
         Path in the repository -> ``inference.ModelConfig``.
@@ -117,9 +117,9 @@ def write_repository(serving: Serving, files: Mapping[str, Path], folder: Path) 
     """Writes a model repository.
 
     Args:
-        serving: What it is to serve.
-        files: Name in the model's version folder -> the file to copy there.
-        folder: A folder that is not there yet.
+        serving: The model and its settings.
+        files: Name in the model's version folder -> file to copy there.
+        folder: Folder to create.
 
     Raises:
         MissingRequirement: See :func:`configurations`.
@@ -136,8 +136,8 @@ def write_repository(serving: Serving, files: Mapping[str, Path], folder: Path) 
         shutil.copyfile(source, path)
     if serving.preprocess is not None:
         _write_preprocessing(serving.preprocess, serving, folder / serving.preprocessing / VERSION)
-        (folder / serving.name / VERSION).mkdir()  # an ensemble's version is an empty folder; Triton wants it there
-        (folder / serving.name / VERSION / ".keep").touch()  # and Git, object stores and images drop empty ones
+        (folder / serving.name / VERSION).mkdir()  # Triton requires a version folder, though empty
+        (folder / serving.name / VERSION / ".keep").touch()  # Git, object stores and images drop empty folders
     if serving.labels is not None:
         for name in {serving.model, serving.name} if serving.preprocess is not None else {serving.model}:
             (folder / name / LABELS).write_text("".join(f"{label}\n" for label in serving.labels), encoding="utf-8")
@@ -155,10 +155,10 @@ def _write_preprocessing(preprocess: Preprocess, serving: Serving, folder: Path)
 
 
 def model_config(serving: Serving) -> Any:
-    """The model itself: input ``input``, output ``logits`` or ``embedding``."""
+    """Configuration of the model: input ``input``, output ``logits`` or ``embedding``."""
     pb = _protocol()
     config = _config(serving.model, serving.max_batch)
-    if serving.platform == "openvino":  # has a backend, and no name among the platforms
+    if serving.platform == "openvino":  # a backend without a platform name
         config.backend = "openvino"
     else:
         config.platform = {"tensorrt": "tensorrt_plan", "onnxruntime": "onnxruntime_onnx"}[serving.platform]
@@ -167,7 +167,7 @@ def model_config(serving: Serving) -> Any:
         config.input.add(name=tensor.name, data_type=_TYPES[tensor.dtype], dims=_dims(tensor))
     _add_outputs(config, serving)
     kind = pb.ModelInstanceGroup.KIND_GPU if serving.on_gpu else pb.ModelInstanceGroup.KIND_CPU
-    # Of several profiles Triton uses the first, unless they are named.
+    # Triton uses only the first profile, unless several are listed.
     profiles = [str(index) for index in range(len(serving.profiles))] if len(serving.profiles) > 1 else []
     config.instance_group.add(count=serving.instances, kind=kind, profile=profiles)
     if serving.max_batch > 1:
@@ -186,17 +186,17 @@ def model_config(serving: Serving) -> Any:
     elif serving.platform == "openvino" and serving.max_batch > 1:
         config.parameters["ENABLE_BATCH_PADDING"].string_value = "YES"
     elif serving.platform == "onnxruntime" and serving.on_gpu:
-        # FP32 means FP32, as it did when the model was verified; ONNX Runtime takes TF32 if it may.
+        # The model was verified in FP32, but ONNX Runtime uses TF32 by default.
         accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
         accelerator.parameters["use_tf32"] = "0"
     elif serving.platform == "onnxruntime":
-        # By itself it starts a thread for every processor of the machine, not of the container.
+        # The default is a thread for every processor of the machine, whatever the container's limit.
         config.parameters["intra_op_thread_count"].string_value = str(max(serving.cpus // serving.instances, 1))
     return config
 
 
 def _use_cuda_graphs(config: Any, serving: Serving) -> None:
-    """A graph for one image and for every preferred batch: Triton replays one only for exactly its size."""
+    """Captures CUDA graphs for one image and every preferred batch; Triton replays a graph only at its exact size."""
     config.optimization.cuda.graphs = True
     config.optimization.cuda.output_copy_stream = True
     for batch in sorted({1, *serving.batches}):
@@ -206,9 +206,9 @@ def _use_cuda_graphs(config: Any, serving: Serving) -> None:
 
 
 def preprocess_config(serving: Serving) -> Any:
-    """Image files to inputs: in DALI, or in Python, where everything it has to know stands in one parameter.
+    """Configuration of the preprocessing: with DALI, or in Python with all settings in one parameter.
 
-    It has no queue of its own to batch from: requests are shared out among its instances, in Python each a process.
+    It has no batching queue: requests are distributed among its instances, which in Python are separate processes.
     """
     pb, preprocess = _protocol(), serving.preprocess
     assert preprocess is not None
@@ -218,7 +218,7 @@ def preprocess_config(serving: Serving) -> Any:
     (tensor,) = serving.inputs
     config.output.add(name=triton_preprocess.INPUT, data_type=_TYPES[tensor.dtype], dims=_dims(tensor))
     if serving.decoder == "dali":
-        config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU)  # more of them cost memory alone
+        config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU)  # more would only use more memory
         return config
     config.instance_group.add(count=PREPROCESS_INSTANCES, kind=pb.ModelInstanceGroup.KIND_CPU)
     limits = {"max_pixels": triton_preprocess.MAX_PIXELS, "max_bytes": triton_preprocess.MAX_BYTES}
@@ -228,7 +228,7 @@ def preprocess_config(serving: Serving) -> Any:
 
 
 def ensemble_config(serving: Serving) -> Any:
-    """What clients call: input ``IMAGE`` (the bytes of a JPEG or PNG file), outputs the model's."""
+    """Configuration of the ensemble: input ``IMAGE`` (the bytes of a JPEG or PNG file), outputs of the model."""
     config = _config(serving.name, serving.max_batch)
     config.platform = "ensemble"
     _add_image(config, serving)
@@ -261,7 +261,7 @@ def _config(name: str, max_batch: int) -> Any:
 
 
 def _add_image(config: Any, serving: Serving) -> None:
-    """A file for each image; DALI takes no strings, but rows of bytes that are as long as the longest."""
+    """Adds the input for image files: strings, or for DALI rows of bytes padded to the longest file."""
     pb = _protocol()
     if serving.decoder == "dali":
         config.input.add(name=triton_preprocess.IMAGE, data_type=pb.TYPE_UINT8, dims=[-1])
@@ -277,10 +277,10 @@ def _add_outputs(config: Any, serving: Serving) -> None:
 
 
 def _dims(tensor: TensorSpec) -> list[int]:
-    """A tensor's sizes without its batch, as Triton counts.
+    """Returns a tensor's sizes without the batch, as Triton expects them.
 
     Raises:
-        InputError: One of them is dynamic.
+        InputError: Another dimension is dynamic.
     """
     sizes = [size for size in tensor.shape[1:] if size is not None]
     if len(sizes) != len(tensor.shape) - 1:

@@ -1,7 +1,7 @@
-"""``sbom.json``: a package's software bill of materials, CycloneDX 1.6.
+"""``sbom.json``: the software bill of materials of a package, in CycloneDX 1.6.
 
-It has no date and its serial number follows from its contents, so that the same package is the same twice. The format:
-https://cyclonedx.org/docs/1.6/json/
+It has no date, and its serial number is derived from its contents, so packages are reproducible. The format is
+described at https://cyclonedx.org/docs/1.6/json/.
 """
 
 import json
@@ -20,15 +20,15 @@ _EXAMPLE = {
     "libpng": "pkg:generic/libpng",
     "libjpeg-turbo": "pkg:github/libjpeg-turbo/libjpeg-turbo",
 }
-"""What the C++ program is built with besides its runtime; in which versions is up to the machine that builds it."""
+"""Libraries that the C++ program is built with, besides its runtime; versions depend on the build machine."""
 
 
 def triton_parts(server: TritonRelease, pillow: str | None) -> list[dict[str, Any]]:
-    """What a server's image is made of, as far as is known.
+    """Returns the known components of a server's image.
 
     Args:
         server: The server.
-        pillow: Version of Pillow that is installed into it; ``None`` for none.
+        pillow: Version of Pillow that is installed into it, if any.
     """
     name, tag = IMAGE.rpartition("/")[2], f"{server.release}-py3"
     version = f"@{server.digest.replace(':', '%3A')}" if server.digest is not None else ""
@@ -48,11 +48,11 @@ def triton_parts(server: TritonRelease, pillow: str | None) -> list[dict[str, An
 
 
 def cpp_parts(platform: str, manifest: Manifest) -> list[dict[str, Any]]:
-    """What the C++ program is built with.
+    """Returns the components of the C++ program.
 
     Args:
         platform: Its runtime.
-        manifest: Of the bundle, which knows the version of the runtime that built a plan.
+        manifest: Manifest of the bundle, with the version of the runtime that built the plan, if any.
     """
     runtime: dict[str, Any] = {"type": "library", "bom-ref": platform, "name": platform}
     if manifest.engine is not None and platform == manifest.engine.target:
@@ -68,14 +68,14 @@ def bill_of_materials(
     files: Mapping[str, str],
     parts: Sequence[Mapping[str, Any]],
 ) -> bytes:
-    """The whole document.
+    """Returns the document as JSON.
 
     Args:
-        name: Of the model.
-        manifest: Of the first bundle.
-        bundles: The bundles with the hashes of their manifests.
+        name: Name of the model.
+        manifest: Manifest of the first bundle.
+        bundles: The bundles, with the hashes of their manifests.
         files: Name in the package -> SHA-256.
-        parts: What runs it: :func:`triton_parts` or :func:`cpp_parts`.
+        parts: Components that run the model: :func:`triton_parts` or :func:`cpp_parts`.
     """
     ancestors = [
         {"type": "data", "bom-ref": f"ancestor/{number}", "name": PurePosixPath(parent.source).name}

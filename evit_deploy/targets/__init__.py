@@ -1,1 +1,1 @@
-"""What a reduced model can be made into, one target a file, behind one contract."""
+"""Conversion targets, one per file, with a common interface."""

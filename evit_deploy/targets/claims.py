@@ -1,6 +1,6 @@
-"""Whether the files of a bundle say what its manifest says: preprocessing, token counts, precision, versions.
+"""Checks that the files of a bundle agree with its manifest: preprocessing, token counts, precision, versions.
 
-Hashes hold files and manifest together; they do not keep either from contradicting the other.
+Hashes only prove that files belong to a manifest, not that the manifest describes them correctly.
 """
 
 import xml.etree.ElementTree as ElementTree
@@ -20,17 +20,17 @@ from evit_deploy.report.report import Check, Report
 from evit_deploy.tokens.plan import BlockPlan
 
 _TYPES = {1: "float32", 6: "int32"}
-"""By the numbers of ONNX's ``TensorProto``."""
+"""Element types of ONNX's ``TensorProto``."""
 
 
 def check_claims(bundle: Bundle) -> Report:
-    """Holds every file that says something about itself against the manifest.
+    """Compares the metadata in every file of a bundle with the manifest.
 
     Args:
         bundle: The bundle.
 
     Returns:
-        A check for each such file.
+        A check for each file with metadata.
 
     Raises:
         InputError: A file cannot be read.
@@ -82,7 +82,7 @@ def _of_dense_openvino(path: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _of_card(card: ModelCard | None, manifest: Manifest, *, dense: bool) -> Iterator[str]:
-    """What a model says about itself that the manifest says otherwise."""
+    """Yields the contradictions between a model's card and the manifest."""
     if card is None:
         yield "it does not say what it is"
         return

@@ -1,4 +1,4 @@
-"""``onnx``: the portable file itself, which every bundle has."""
+"""``onnx``: the portable file, which every bundle has."""
 
 from typing import Any
 
@@ -8,22 +8,22 @@ from evit_deploy.targets.target import Artifact, Exported, Target
 
 
 class Onnx(Target):
-    """``model.onnx`` and ``dense/model.onnx``; they are there when a target's turn comes."""
+    """``model.onnx`` and ``dense/model.onnx``, which are exported before any target is written."""
 
     runtimes = ("onnxruntime",)
     platforms = {"triton": ("onnxruntime", (MODEL,))}  # noqa: RUF012 -- a ClassVar of the contract
 
     @classmethod
     def refuse(cls, precision: str, options: Any) -> list[EvitDeployError]:
-        """Nothing: every precision can be written as ONNX."""
+        """Returns nothing: ONNX supports every precision."""
         return []
 
     @classmethod
     def write(cls, exported: Exported, options: Any) -> list[Artifact]:
-        """Writes nothing more: the files are there."""
+        """Returns the existing files."""
         return [Artifact(exported.folder / MODEL, False), Artifact(exported.folder / DENSE, True)]
 
     @classmethod
     def provers(cls, precision: str, options: Any) -> tuple[str, ...]:
-        """ONNX Runtime, whose CPU provider has no bf16: OpenVINO reads the same file."""
+        """Returns ONNX Runtime, or for bf16, which its CPU provider lacks, OpenVINO."""
         return ("openvino",) if precision == "bf16" else cls.runtimes

@@ -1,4 +1,4 @@
-"""``openvino``: OpenVINO's own files, for CPUs."""
+"""``openvino``: files in OpenVINO's format, for CPUs."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _FILES = (OPENVINO, OPENVINO.replace(".xml", ".bin"))
 
 
 class OpenVino(Target):
-    """``openvino/model.xml`` and ``.bin``, converted from the ONNX file in its precision."""
+    """``openvino/model.xml`` and ``.bin``, converted from the ONNX file in the same precision."""
 
     precisions = ("fp32", "fp16", "bf16", "int8")
     runtimes = ("openvino",)
@@ -20,7 +20,7 @@ class OpenVino(Target):
 
     @classmethod
     def refuse(cls, precision: str, options: Any) -> list[EvitDeployError]:
-        """Nothing beyond its precisions; a missing OpenVINO is reported with the runtime that has to prove it."""
+        """Returns nothing; a missing OpenVINO is reported for the runtime that verifies the target."""
         return []
 
     @classmethod

@@ -1,7 +1,7 @@
-"""The contract of a target: what ``convert`` makes of an exported model, how it is checked, and what runs it.
+"""The interface of a conversion target: how an exported model is written, audited, run and packaged.
 
-A target is a class in :data:`evit_deploy.registry.TARGETS`; another package adds one by the entry point
-``evit_deploy.targets``. No other module knows a target by its name.
+Targets are registered in :data:`evit_deploy.registry.TARGETS`. Other packages add theirs with the entry point
+``evit_deploy.targets``; no other module refers to a target by name.
 """
 
 from abc import ABC, abstractmethod
@@ -21,23 +21,23 @@ from evit_deploy.report.report import Report
 from evit_deploy.tokens.plan import TokenPlan
 
 PORTABLE = "onnx"
-"""The target that every bundle has: all others are made from its file."""
+"""The target that every bundle has; all others are made from its file."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
 class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Options of a target that has none."""
+    """Options of a target without options."""
 
 
 class Exported(msgspec.Struct, frozen=True):
-    """A reduced model and its dense twin, exported in one precision; what :meth:`Target.write` starts from.
+    """A reduced model and its dense twin, exported in one precision; the input of :meth:`Target.write`.
 
     Args:
         model: The reduced PyTorch model, FP32.
-        dense: The same for the dense twin.
-        plan: Token counts of the reduced one.
+        dense: The PyTorch model of the dense twin, FP32.
+        plan: Token counts of the reduced model.
         precision: Precision of the ONNX files.
-        folder: The bundle in the making: ``model.onnx``, and ``dense/model.onnx``.
+        folder: Folder of the new bundle, with ``model.onnx`` and ``dense/model.onnx``.
     """
 
     model: Any
@@ -52,9 +52,9 @@ class Artifact(msgspec.Struct, frozen=True):
 
     Args:
         path: The file.
-        dense: Whether it is the dense twin's.
-        engine: What it was built with, for an engine.
-        facts: What the builder reported, for :meth:`Target.audit`.
+        dense: Whether it belongs to the dense twin.
+        engine: For an engine, the manifest's record of it.
+        facts: Information from the builder for :meth:`Target.audit`.
     """
 
     path: Path
@@ -64,35 +64,36 @@ class Artifact(msgspec.Struct, frozen=True):
 
 
 class Target(ABC):
-    """One kind of thing that a reduced model is made into."""
+    """A format that a reduced model can be converted to."""
 
     Options: ClassVar[type[msgspec.Struct]] = NoOptions
-    """Its options; the string below a field is its documentation."""
+    """Struct of its options; the string below a field is its documentation."""
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
-    """Precisions that it can be made in."""
+    """Supported precisions."""
     engine: ClassVar[bool] = False
-    """Whether it writes ``engine.plan``, of which a bundle holds one. An engine is made in FP16 by default, everything
-    else in FP32: no GPU fuses FP32 attention, and no CPU is fast in FP16."""
+    """Whether it writes ``engine.plan``; a bundle can have only one. The default precision is FP16 for engines and FP32
+    otherwise, because GPUs do not fuse FP32 attention and CPUs are slow in FP16."""
     linear: ClassVar[Linear] = "gemm"
-    """Form of the linear layers in the file that it is made from. Which is faster in TensorRT is open: on one GPU, with
-    TensorRT 10.3, others measured ``matmul`` 7 to 13 % faster. ``recipes/a100.yaml`` has lines to compare them."""
+    """Form of the linear layers in the ONNX file that it is made from. Which form is faster in TensorRT is not settled:
+    on one GPU, with TensorRT 10.3, others measured ``matmul`` 7 to 13 % faster. ``recipes/a100.yaml`` can compare
+    them."""
     runtimes: ClassVar[tuple[str, ...]] = ()
-    """Runtimes that run what it writes, in the registry's names."""
+    """Names in the registry of the runtimes that can run its files."""
     platforms: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {}
-    """What ``package`` can do with it: kind of package -> platform there, and the files of a bundle that this runs."""
+    """Support in ``package``: kind of package -> (platform, files of the bundle that it runs)."""
 
     needs: ClassVar[Needs] = Needs()
-    """What it needs of a machine beyond PyTorch and ONNX."""
+    """Requirements beyond PyTorch and ONNX."""
 
     @classmethod
     def automatic(cls) -> bool:
-        """Whether ``convert`` makes it here without being asked to."""
+        """Whether ``convert`` uses this target by default on this machine."""
         return False
 
     @classmethod
     @abstractmethod
     def refuse(cls, precision: str, options: Any) -> list[EvitDeployError]:
-        """Why it cannot be made here, asked before any work; the first reason is what the user gets.
+        """Returns why the target cannot be made here; called before any work, and the first error is raised.
 
         Args:
             precision: One of :attr:`precisions`.
@@ -105,22 +106,22 @@ class Target(ABC):
         """Writes the files of the model and of its dense twin into ``exported.folder``.
 
         Raises:
-            StageError: They could not be made.
+            StageError: They could not be created.
         """
 
     @classmethod
     def audit(cls, artifacts: list[Artifact], plan: TokenPlan) -> Report:
-        """Checks of what was written, beyond its answers, which ``verify`` compares."""
+        """Checks the written files, apart from their answers, which ``verify`` compares."""
         return Report()
 
     @classmethod
     def provers(cls, precision: str, options: Any) -> tuple[str, ...]:
-        """Runtimes whose answers prove it here; none where it was made for another machine."""
+        """Returns the runtimes that verify the target here; empty if it was made for another machine."""
         return cls.runtimes
 
 
 def refusals(*checks: Callable[[], object]) -> list[EvitDeployError]:
-    """Collects what several checks raise."""
+    """Calls several checks and returns the errors that they raise."""
     found = []
     for check in checks:
         try:
@@ -131,21 +132,21 @@ def refusals(*checks: Callable[[], object]) -> list[EvitDeployError]:
 
 
 def available(driver: Nvidia | None = None, broken: Mapping[str, str] | None = None) -> tuple[Availability, ...]:
-    """What can be made and run here, target by target.
+    """Returns for each target whether it can be built and run here.
 
     Args:
-        driver: What the NVIDIA driver said, if it was asked already.
-        broken: Package -> why it does not load, if that was tried.
+        driver: Result of :func:`~evit_deploy.environment.nvidia.nvidia`, if already known.
+        broken: Package -> why it does not load, if that was tested.
     """
     driver = driver or nvidia()
     return tuple(availability(name, target.needs, driver, broken) for name, target in all_targets().items())
 
 
 def usable_targets() -> tuple[str, ...]:
-    """Targets that can be both made and run here, by what is installed."""
+    """Returns the targets that can be both built and run here."""
     return tuple(found.name for found in available() if found.builds and found.runs)
 
 
 def all_targets() -> dict[str, type[Target]]:
-    """Every registered target, by name."""
+    """Returns every registered target by name."""
     return {name: TARGETS.get(name) for name in TARGETS.names()}

@@ -1,4 +1,4 @@
-"""``tensorrt``: an engine for the GPU of this machine, with the plugin where one is given."""
+"""``tensorrt``: an engine for this machine's GPU, optionally with the plugin."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,17 +28,17 @@ class TensorRT(Target):
 
     @classmethod
     def automatic(cls) -> bool:
-        """Where TensorRT and a GPU for it are here."""
+        """Whether TensorRT and a GPU for it are available."""
         return usable(cls.name)
 
     @classmethod
     def refuse(cls, precision: str, options: BuildOptions) -> list[EvitDeployError]:
-        """Values out of range, GPUs that cannot compute in a precision, a builder or a GPU that is missing."""
+        """Returns errors for values out of range, precisions that a GPU lacks, and a missing builder or GPU."""
         return refusals(lambda: check_options(cls.name, precision, options))
 
     @classmethod
     def write(cls, exported: Exported, options: BuildOptions) -> list[Artifact]:
-        """Builds both engines, one after the other: a builder that times kernels must have the GPU for itself."""
+        """Builds the engines one after the other, since the builder times kernels and must have the GPU to itself."""
         made = []
         for twin in (TWIN, ""):
             path = exported.folder / twin / ENGINE
@@ -48,7 +48,8 @@ class TensorRT(Target):
 
     @classmethod
     def audit(cls, artifacts: list[Artifact], plan: TokenPlan) -> Report:
-        """Fused attention and types of matrix products, of both: a bad dense twin would flatter the model."""
+        """Checks fused attention and matrix product types of both engines: a slow dense twin would overstate the
+        speed-up."""
         from evit_deploy.export.card import read_card
         from evit_deploy.export.outline import read_outline
 
@@ -62,9 +63,9 @@ class TensorRT(Target):
 
     @classmethod
     def provers(cls, precision: str, options: BuildOptions) -> tuple[str, ...]:
-        """Its runtime, if the engine is for the GPU of this machine."""
+        """Returns its runtime if the engine is for this machine's GPU."""
         here = compute_capability()
         return cls.runtimes if here is not None and here in (options.gpus or (here,)) else ()
 
     listing: Callable[[Path], Sequence[Layer]] | None = None
-    """Reads the layers out of a plan itself, where no inspector could."""
+    """Function that reads the layers from the plan file, for libraries whose inspector needs a GPU."""

@@ -1,4 +1,4 @@
-"""``tensorrt-rtx``: an engine built ahead of time for GPUs that are named, on any machine."""
+"""``tensorrt-rtx``: an engine built ahead of time, on any machine, for the named GPUs."""
 
 from evit_deploy.bundle.manifest import ENGINE
 from evit_deploy.engines.options import BUILDERS
@@ -17,5 +17,5 @@ class TensorRTRTX(TensorRT):
 
     @classmethod
     def automatic(cls) -> bool:
-        """Never: TensorRT goes first on a machine that has both."""
+        """Returns false: TensorRT is preferred on machines with both."""
         return False

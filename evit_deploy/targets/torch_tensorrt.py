@@ -1,4 +1,4 @@
-"""``torch-tensorrt``: a plan, and a PyTorch program around the same engine, without an ONNX file in between."""
+"""``torch-tensorrt``: a plan, and a PyTorch program with the same engine, built without an ONNX file."""
 
 from evit_deploy.bundle.manifest import ENGINE, TWIN
 from evit_deploy.engines.options import check_options, flag
@@ -8,7 +8,7 @@ from evit_deploy.recipe.options import BuildOptions
 from evit_deploy.targets.target import Artifact, Exported, Target, refusals
 
 PROGRAM = "exported_program.pt2"
-"""The engine inside a PyTorch program."""
+"""File name of the PyTorch program that contains the engine."""
 
 
 class TorchTensorRT(Target):
@@ -23,7 +23,8 @@ class TorchTensorRT(Target):
 
     @classmethod
     def refuse(cls, precision: str, options: BuildOptions) -> list[EvitDeployError]:
-        """As for TensorRT; options without a use here; several profiles; Torch-TensorRT or its GPU missing."""
+        """Returns errors as for TensorRT, and for unused options, several profiles, and a missing Torch-TensorRT or
+        GPU."""
         from evit_deploy.engines.torch_tensorrt import check_request, require_torch_tensorrt
 
         def unused() -> None:
@@ -40,7 +41,7 @@ class TorchTensorRT(Target):
 
     @classmethod
     def write(cls, exported: Exported, options: BuildOptions) -> list[Artifact]:
-        """Builds both from the PyTorch models."""
+        """Builds both engines from the PyTorch models."""
         from evit_deploy.engines.torch_tensorrt import build_torch_tensorrt
 
         made = []

@@ -1,1 +1,1 @@
-"""Fine-tuning: the loop, its tasks, schedules, state and log."""
+"""Training and fine-tuning: the loop, its tasks, schedules, state and log."""

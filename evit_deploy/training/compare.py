@@ -1,4 +1,4 @@
-"""Which weights and which way of reducing tokens are right how often: accuracy, and the table that compares them."""
+"""Accuracy of the trained models and baselines, and the table that compares them."""
 
 import logging
 
@@ -26,20 +26,20 @@ DENSE_NAME = "dense"
 
 
 def evaluate(model: nn.Module, data: TrainingData, batch_size: int = 64, name: str = "model") -> AccuracyRow:
-    """Accuracy on the validation images, on the device the model is on; of several processes each takes a share.
+    """Measures accuracy on the validation images, on the model's device; several processes share the images.
 
     Args:
-        model: Its mode is left as it was.
-        data: Where the images come from.
-        batch_size: Images a batch.
-        name: Which model, for the row.
+        model: The model; its train/eval mode is restored afterwards.
+        data: Source of the validation images.
+        batch_size: Images per batch.
+        name: Name of the row.
     """
     return evaluate_each(model, data, batch_size, name)[0]
 
 
 @torch.inference_mode()
 def evaluate_each(model: nn.Module, data: TrainingData, batch_size: int, name: str) -> tuple[AccuracyRow, np.ndarray]:
-    """:func:`evaluate`'s row, and for every validation image whether it was classified correctly, bool ``[images]``."""
+    """Like :func:`evaluate`, and also returns whether each image was classified correctly, bool ``[images]``."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     processes = PartialState()
@@ -47,19 +47,19 @@ def evaluate_each(model: nn.Module, data: TrainingData, batch_size: int, name: s
     for images, labels in data.validation(batch_size, rank=processes.process_index, world=processes.num_processes):
         hits.append(hits_of(model(images.to(device)).float().cpu().numpy(), labels.numpy()))
     model.train(training)
-    if processes.num_processes > 1:  # whole images, none of them twice: nothing is padded
+    if processes.num_processes > 1:  # gather_object because the processes may have unequal numbers of images
         hits = gather_object(hits)
     together = np.concatenate(hits)
     return row_of_hits(name, together), together[:, 0]
 
 
 def untrained_name(spec: TokenSpec) -> str:
-    """Name of the row of the dense weights whose tokens are reduced."""
+    """Name of the row for the dense weights with token reduction."""
     return f"{_settings(spec)}, not fine-tuned"
 
 
 def finetuned_name(spec: TokenSpec) -> str:
-    """Name of the fine-tuned model's row."""
+    """Name of the row for the fine-tuned model."""
     return f"{_settings(spec)}, fine-tuned"
 
 
@@ -74,19 +74,19 @@ def compare(
     section: CompareSection | None = None,
     batch_size: int = 64,
 ) -> list[AccuracyRow]:
-    """The comparison table: dense, the dense weights with tokens reduced in several ways, the fine-tuned model.
+    """Creates the comparison table: the dense model, its weights with several token reductions, the fine-tuned model.
 
-    Every row has its paired difference to another: a baseline to the recipe's own method at the same rate on the same
-    weights, all others to the dense model; the fine-tuned model's has one to what it started from as well. Only what
-    was evaluated on the same images is comparable, and a gain by fine-tuning is the reduction's merit only beside a
-    dense model that was trained as much longer.
+    Each row has a paired difference to another row: a baseline to the recipe's method at the same rate and weights, all
+    others to the dense model, and the fine-tuned model also to its initial weights. All rows use the same images. Note
+    that fine-tuning also trains longer: its gain is due to token reduction only in comparison with a dense model that
+    was trained for as long.
 
     Args:
-        dense: The dense model; left dense. ``None`` where the reduced one started from nothing.
-        evit: The fine-tuned model; its token spec is that of the table.
-        data: Where the images come from.
-        section: Which rows to add; by default all that a recipe has by default.
-        batch_size: Images a batch.
+        dense: The dense model; unchanged on return. ``None`` if the reduced model was trained from scratch.
+        evit: The fine-tuned model; its token spec is used for the table.
+        data: Source of the validation images.
+        section: Rows to add. Default: the defaults of a recipe.
+        batch_size: Images per batch.
     """
     section, spec = section or CompareSection(), token_spec(evit)
     rates = dict.fromkeys([spec.keep_rate, *section.keep_rates])
@@ -120,12 +120,12 @@ def compare(
 
 
 def with_method(spec: TokenSpec, method: str) -> TokenSpec:
-    """The same spec with another method; options stay with the method they belong to.
+    """Returns the spec with another method, and without the options of its own.
 
     Raises:
-        InputError: No such method.
+        InputError: No such method, or the spec has no keep rate for it.
     """
-    other = METHODS.get(method)  # an unknown one is refused with the nearest name
+    other = METHODS.get(method)  # raises for an unknown name
     if spec.keep_rate is None and other.takes_keep_rate and method != spec.method:
         raise InputError(
             f"{method!r} keeps a share of the patches, and {spec.method!r} gives none to compare it at",
@@ -135,5 +135,5 @@ def with_method(spec: TokenSpec, method: str) -> TokenSpec:
 
 
 def rate_text(rate: float | tuple[float, ...]) -> str:
-    """One rate as it is, several joined by ``/``."""
+    """Formats a keep rate; several are joined by ``/``."""
     return "/".join(f"{part:g}" for part in (rate if isinstance(rate, tuple) else (rate,)))

@@ -1,16 +1,16 @@
-"""What DynamicViT's predictors and their model learn from (arXiv 2106.02034, section 3.3, as it was released).
+"""DynamicViT's loss (arXiv 2106.02034, section 3.3, following the released code).
 
 The loss of a batch::
 
-    cross entropy of the class token with the labels
-    + ratio_weight  · mean over the locations and images of (share of the patches that is kept − the rate's)²
+    cross-entropy of the class token with the labels
+    + ratio_weight  · mean over locations and images of (share of patches kept − target share)²
     + logits_weight · KL(teacher ‖ student) of the class token's logits
-    + tokens_weight · of the patches that are kept to the end: the mean squared difference of the normalized tokens from
-                      the teacher's; of a model with a classifier on every token, KL(teacher ‖ student) of its logits
+    + tokens_weight · mean squared difference between the normalized tokens of student and teacher, over the patches
+                      kept to the end; for models with a classifier on every token, KL(teacher ‖ student) of its logits
 
-The teacher is the dense model that the training starts from, or another of the same form; without one, the last two
-parts are left out. Where a keep-rate schedule has no location yet, nothing is masked and there is no share to judge;
-from then on it has no influence on the loss, which asks for the spec's own rates.
+The teacher is the dense model that training starts from, or another one of the same architecture; without a teacher the
+last two terms are omitted. While a keep-rate schedule is at 1, nothing is masked and the ratio term is 0. Afterwards
+the schedule does not affect the loss: its target shares are always those of the token spec.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ from evit_deploy.training.token_labels import has_token_classifier
 
 
 class Said(NamedTuple):
-    """What a model says of its images.
+    """Outputs of a model.
 
     Args:
-        class_logits: ``[B, classes]``; of a model with a classifier on every token, the class token's alone.
-        tokens: ``[B, patches, C]`` after the last norm, or what the classifier says of each ``[B, patches, classes]``.
-        masks: Of each location, who is kept ``[B, patches]``; none of a dense model.
+        class_logits: ``[B, classes]``; for models with a classifier on every token, those of the class token only.
+        tokens: ``[B, patches, C]`` after the last norm, or the logits of each token ``[B, patches, classes]``.
+        masks: For each location, which patches are kept, ``[B, patches]``; empty for a dense model.
     """
 
     class_logits: Tensor
@@ -43,10 +43,10 @@ class Said(NamedTuple):
 
 
 class WithDecisions(nn.Module):
-    """A model in training whose locations mask tokens, with what they decided; a module, for what wraps one.
+    """A model that also returns the masks of its locations; a module, so that it can be wrapped or compiled.
 
     Args:
-        model: Reduced by the method ``dynamicvit``; its own ``state_dict`` is the one to save.
+        model: Reduced by the method ``dynamicvit``; save its ``state_dict``, not the wrapper's.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,27 +54,27 @@ class WithDecisions(nn.Module):
         self.model: Any = model
 
     def forward(self, images: Tensor) -> Said:
-        """Images ``[B, C, H, W]``; the model has to be in training mode."""
+        """Runs the model, which must be in training mode, on images ``[B, C, H, W]``."""
         x, state = run_blocks(self.model, images)
         assert state.mask is not None, "only in training mode are tokens masked"
         return Said(*outputs(self.model, self.model.norm(x)), state.decisions)
 
 
 def outputs(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Class logits and tokens, as :class:`Said` has them, of the last norm's output ``[B, N, C]``."""
+    """Returns class logits and tokens in the form of :class:`Said`, from the last norm's output ``[B, N, C]``."""
     if has_token_classifier(model):
         return model.class_logits(tokens), model.token_logits(tokens)
     return model.forward_head(tokens), tokens[:, model.num_prefix_tokens :]
 
 
 class DynamicViTTask(ClassificationTask):
-    """timm's classification task with the loss above.
+    """A timm classification task with DynamicViT's loss.
 
     Args:
         model: Reduced by the method ``dynamicvit``, on the device to train on.
-        criterion: Of the labels.
-        section: Factors of the loss's parts.
-        teacher: Frozen, dense, of the same form as the model.
+        criterion: Loss of the class logits and labels.
+        section: Weights of the other terms.
+        teacher: Frozen dense teacher of the same architecture.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module, section: DynamicViTSection, teacher: Any = None) -> None:
@@ -88,7 +88,7 @@ class DynamicViTTask(ClassificationTask):
             self._mean, self._std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The loss and the class token's logits.
+        """Returns the loss and the class token's logits.
 
         Args:
             input: Images ``[B, C, H, W]``.
@@ -105,7 +105,7 @@ class DynamicViTTask(ClassificationTask):
             by_class = has_token_classifier(self.teacher.model)
             loss = loss + how.logits_weight * divergence(student.class_logits, teacher.class_logits).mean()
             loss = loss + how.tokens_weight * token_loss(student.tokens, teacher.tokens, kept, by_class)
-        # Nothing, of what has no part in this: several processes wait for a gradient of every parameter.
+        # Add unused parameters with factor 0: DistributedDataParallel waits for a gradient of every parameter.
         idle = [] if student.masks else [value.sum() for value in self._predictors.parameters()]
         idle += [student.tokens.float().mean()] if self.teacher is None else []
         for part in idle:
@@ -114,33 +114,33 @@ class DynamicViTTask(ClassificationTask):
 
 
 def ratio_loss(masks: Sequence[Tensor], wanted: Sequence[float]) -> Tensor | float:
-    """Mean over locations and images of (share of the patches that is kept − the share that is wanted)².
+    """Mean over locations and images of (share of patches kept − target share)²; 0 without locations.
 
     Args:
-        masks: Of each location ``[B, patches]``; 0 where there is none.
-        wanted: Shares.
+        masks: ``[B, patches]`` for each location.
+        wanted: Target share of each location.
     """
     parts = [(mask.mean(dim=1) - share).square().mean() for mask, share in zip(masks, wanted, strict=False)]
     return torch.stack(parts).mean() if parts else 0.0
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of logits ``[..., classes]``, for each row."""
+    """KL(teacher ‖ student) of logits ``[..., classes]``, for each row; float32 ``[...]``."""
     logs, truth = student.float().log_softmax(dim=-1), teacher.float().log_softmax(dim=-1)
     return F.kl_div(logs, truth, reduction="none", log_target=True).sum(dim=-1)
 
 
 def token_loss(student: Tensor, teacher: Tensor, kept: Tensor, by_class: bool) -> Tensor:
-    """How far the tokens that are kept are from the teacher's; 0 where none is.
+    """Distance of the kept tokens from the teacher's: :func:`divergence` or mean squared difference.
 
     Args:
         student: ``[B, patches, C]``.
-        teacher: The same.
+        teacher: ``[B, patches, C]``.
         kept: ``[B, patches]``, 1 or 0.
-        by_class: Whether these are logits: then :func:`divergence` judges them, else the mean squared difference.
+        by_class: Whether the tokens are logits, to be compared by :func:`divergence`.
 
     Returns:
-        The mean over the kept tokens of all images.
+        The mean over the kept tokens of all images; 0 if none is kept.
     """
     each = divergence(student, teacher) if by_class else (student.float() - teacher.float()).square().mean(dim=-1)
     return (each * kept).sum() / kept.sum().clamp(min=1)

@@ -1,8 +1,8 @@
-"""What Evo-ViT learns from (arXiv 2108.01390, as it was released): two heads, half of the loss each.
+"""Evo-ViT's loss (arXiv 2108.01390, following the released code): two heads with half of the loss each.
 
-The model's own head sees the mean of all patches. The class token, whose attention ranks them, gets its own head
-that only serves training. A model whose own head is the class token's has what that head is for, and learns from its
-cross entropy alone. An Evo-LeViT has all of its heads from the start: two see the mean and two the class token.
+The model's head uses the mean of all patches. The class token ranks the patches by its attention, so for training it
+gets an additional head. A model with a class token head needs no second one and is trained with plain cross-entropy. An
+Evo-LeViT has all heads from the start: two on the mean and two on the class token.
 """
 
 from typing import Any, NamedTuple
@@ -20,11 +20,11 @@ from evit_deploy.tokens.state import TokenBlocks
 
 
 class TwoHeads(NamedTuple):
-    """What both heads say, ``[B, classes]`` each.
+    """Outputs of both heads, ``[B, classes]`` each.
 
     Args:
-        logits: The model's own, of the mean over patches.
-        class_logits: The class token's.
+        logits: Output of the model's head, on the mean over patches.
+        class_logits: Output of the class token's head.
     """
 
     logits: Tensor
@@ -32,10 +32,10 @@ class TwoHeads(NamedTuple):
 
 
 class WithClassHead(nn.Module):
-    """A model with both of its heads; a module, for what wraps one.
+    """A model that returns the outputs of both heads; a module, so that it can be wrapped or compiled.
 
     Args:
-        model: Reduced by the method ``evo-vit``; its head pools, and it has a class token's head beside.
+        model: Reduced by the method ``evo-vit``, with a pooling head and an additional class token head.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,24 +43,24 @@ class WithClassHead(nn.Module):
         self.model: Any = model
 
     def forward(self, images: Tensor) -> TwoHeads:
-        """Images ``[B, C, H, W]``."""
+        """Runs the model on images ``[B, C, H, W]``."""
         x, _ = run_blocks(self.model, images)
         class_logits = self.model.head_cls(self.model.norm_cls(x[:, 0]))
         return TwoHeads(self.model.forward_head(self.model.norm(x)), class_logits)
 
 
 def has_two_heads(model: nn.Module) -> bool:
-    """Whether a model is trained with a second head: Evo-ViT's whose own one pools."""
+    """Whether a model is trained with a second head: one with a pooling head, reduced by ``evo-vit``."""
     reduced = isinstance(getattr(model, "blocks", None), TokenBlocks) and token_spec(model).method == "evo-vit"
     return reduced and backbone_of(model).pools(model)
 
 
 class EvoViTTask(ClassificationTask):
-    """timm's classification task with half the cross entropy of each head.
+    """A timm classification task with half of the cross-entropy from each head.
 
     Args:
-        model: See :func:`has_two_heads`; it gets the class token's head if it has none yet.
-        criterion: Of the labels.
+        model: See :func:`has_two_heads`; the class token's head is added if it is missing.
+        criterion: Loss of logits and labels.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module) -> None:
@@ -68,7 +68,7 @@ class EvoViTTask(ClassificationTask):
         super().__init__(WithClassHead(model), criterion, device=next(model.parameters()).device, verbose=False)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The loss and the logits of the model's own head.
+        """Returns the loss and the logits of the model's head.
 
         Args:
             input: Images ``[B, C, H, W]``.
@@ -80,10 +80,10 @@ class EvoViTTask(ClassificationTask):
 
 
 class WithAllHeads(nn.Module):
-    """An Evo-LeViT with what each of its heads says; a module, for what wraps one.
+    """An Evo-LeViT that returns the outputs of all heads; a module, so that it can be wrapped or compiled.
 
     Args:
-        model: Its own ``state_dict`` is the one to save.
+        model: The model; save its ``state_dict``, not the wrapper's.
     """
 
     def __init__(self, model: EvoLeViT) -> None:
@@ -91,23 +91,23 @@ class WithAllHeads(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images ``[B, C, H, W]`` to logits ``[B, classes]`` by the name of the head."""
+        """Returns logits ``[B, classes]`` by the name of the head, for images ``[B, C, H, W]``."""
         return self.model.head_logits(self.model.forward_features(images))
 
 
 class EvoLeViTTask(ClassificationTask):
-    """timm's classification task for an Evo-LeViT: half of the cross entropy is that of the heads on the mean.
+    """A timm classification task for Evo-LeViT, with half of the cross-entropy from the heads on the mean.
 
     Args:
         model: The model, on the device to train on.
-        criterion: Of the labels.
+        criterion: Loss of logits and labels.
     """
 
     def __init__(self, model: EvoLeViT, criterion: nn.Module) -> None:
         super().__init__(WithAllHeads(model), criterion, device=next(model.parameters()).device, verbose=False)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The loss and the model's own logits.
+        """Returns the loss and the model's logits.
 
         Args:
             input: Images ``[B, C, H, W]``.

@@ -1,4 +1,4 @@
-"""Rows of a training run: a CSV file, and TensorBoard where it is installed."""
+"""Log of a training run: a CSV file, and TensorBoard if it is installed."""
 
 import csv
 import importlib.util
@@ -24,15 +24,14 @@ _IN_A_LINE = 20  # bars, so that a curve's line fits 80 columns
 
 
 class TrainingLog:
-    """Writes a row for every ``every`` steps, for every evaluation and for the last step.
+    """Adds a row every ``every`` steps, at every evaluation and at the last step.
 
-    A row has means of the steps since the row before it; ``validation_top1``, a share, is empty where nothing was
-    evaluated.
+    A row has means over the steps since the previous row. ``validation_top1``, a share, is empty without an evaluation.
 
     Args:
-        folder: Where ``<stage>.csv`` and ``tensorboard/<stage>`` go.
-        stage: Name of the run.
-        every: Steps a row.
+        folder: Folder for ``<stage>.csv`` and ``tensorboard/<stage>``.
+        stage: Name of the stage.
+        every: Steps per row.
     """
 
     def __init__(self, folder: Path, stage: str, every: int = 10) -> None:
@@ -40,17 +39,17 @@ class TrainingLog:
         self._board_path, self._stage = folder / "tensorboard" / stage, stage
         self._rows: list[dict[str, str]] = []
         self._steps: list[StepResult] = []
-        self._latest: dict[str, Any] = {}  # what the row of the last step takes from that step alone
+        self._latest: dict[str, Any] = {}  # values that a row takes from its last step
         self._losses: Sequence[float] = ()
         self._per_epoch = 1
         self._board: Any = None
 
     def begin(self, step: int, per_epoch: int = 1) -> None:
-        """Goes on after a number of steps; later rows of an earlier attempt are dropped.
+        """Opens the log at a step; rows after it, from an interrupted attempt, are dropped.
 
         Args:
-            step: The number.
-            per_epoch: Steps of an epoch.
+            step: Number of steps done so far.
+            per_epoch: Steps per epoch.
         """
         self._rows = [row for row in _read(self.path) if int(row["step"]) <= step]
         self._steps, self._per_epoch = [], per_epoch
@@ -60,13 +59,13 @@ class TrainingLog:
             self._board = SummaryWriter(str(self._board_path), purge_step=step)
 
     def add(self, done: StepResult, losses: Sequence[float], rate: float, plan: TokenPlan) -> None:
-        """Takes a step.
+        """Adds a step.
 
         Args:
-            done: What it did.
-            losses: Of all steps so far, this one's last.
+            done: Result of the step.
+            losses: Losses of all steps so far, including this one.
             rate: Its learning rate.
-            plan: Its token counts; the row has those at the end, and the share that the first location keeps.
+            plan: Its token plan; the row has the final token count and the keep rate of the first location.
         """
         self._steps.append(done)
         tokens = plan.blocks[-1].tokens_out
@@ -76,11 +75,13 @@ class TrainingLog:
             self.row()
 
     def row(self) -> None:
-        """Ends a row at the last step, where none has ended there."""
+        """Ends the current row, unless one already ended at the last step."""
         if not self._steps:
             return
         step, seconds = len(self._losses), sum(one.seconds for one in self._steps)
-        self._rows = [row for row in self._rows if int(row["step"]) < step]  # the run may have gone back
+        self._rows = [
+            row for row in self._rows if int(row["step"]) < step
+        ]  # drop later rows if the run returned to an earlier state
         latest = self._losses[int(self._rows[-1]["step"]) if self._rows else 0 :]
         row = {
             "step": step,
@@ -105,7 +106,7 @@ class TrainingLog:
                     self._board.add_scalar(key, value, step)
 
     def evaluated(self, top1: float) -> None:
-        """Notes a share of right answers to the validation images in the row of the last step."""
+        """Adds the validation accuracy, a share, to the row of the last step."""
         self.row()
         if not self._rows:
             return
@@ -114,7 +115,7 @@ class TrainingLog:
             self._board.add_scalar("validation_top1", top1, int(self._rows[-1]["step"]))
 
     def curve(self) -> str | None:
-        """The evaluations so far as one line of text; ``None`` where there are fewer than two."""
+        """Returns the evaluations so far as one line of text, or ``None`` for fewer than two."""
         points = [(float(row["epoch"]), float(row["validation_top1"])) for row in self._rows if row["validation_top1"]]
         if len(points) < 2:
             return None
@@ -126,7 +127,7 @@ class TrainingLog:
         return text if best == end else f"{text}; highest at epoch {at:.3g}: {best:.2%}"
 
     def loss_curve(self) -> str | None:
-        """The loss of all rows as one line of text, each bar a mean; ``None`` where there are fewer than two rows."""
+        """Returns the loss so far as one line of text, each bar a mean over rows, or ``None`` for fewer than two."""
         points = [(float(row["epoch"]), float(row["loss"])) for row in self._rows]
         if len(points) < 2:
             return None
@@ -138,7 +139,7 @@ class TrainingLog:
         return f"{self._stage}: loss {start:.3g} {line} {end:.3g}, epochs {first:.3g} to {last:.3g}"
 
     def write(self) -> None:
-        """Puts what there is on disk.
+        """Writes all rows to disk.
 
         Raises:
             StageError: The disk is full or failed.
@@ -152,23 +153,24 @@ class TrainingLog:
             self._board.flush()
 
     def close(self) -> None:
-        """Ends TensorBoard's file; the CSV file is whole after every :meth:`write`."""
+        """Closes TensorBoard's writer. The CSV file is complete after every :meth:`write`."""
         if self._board is not None:
             self._board.close()
 
 
 def _keep_rate(plan: TokenPlan) -> float:
-    """Share of its candidates that the first location keeps; 1 where none reduces."""
+    """Share of its candidates that the first location keeps; 1 if no location reduces."""
     first = next(iter(plan.locations), None)
     return 1.0 if first is None or first.keep is None else first.keep / (first.tokens_in - plan.prefix)
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """Values as bars of one line, the lowest and the highest one at its bounds.
+    """Draws values as one line of bars, scaled from the lowest to the highest value.
 
     Args:
-        values: At least one; of more than ``width`` as many, evenly spaced, the first and the last among them.
-        width: The most bars.
+        values: At least one value. If there are more than ``width``, evenly spaced ones are drawn, including the first
+            and the last.
+        width: Maximum number of bars.
     """
     if len(values) > width:
         values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
@@ -177,10 +179,10 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a CSV file of this kind, as numbers; without the cells that are empty.
+    """Reads the rows of a log as numbers, without empty cells.
 
     Args:
-        path: The file; a missing one has no rows.
+        path: The CSV file; a missing file has no rows.
     """
     return [{name: float(value) for name, value in row.items() if value} for row in _read(path)]
 

@@ -1,4 +1,4 @@
-"""Training: setup, fit, evaluate; the dense model first if the recipe says so, then the one with its tokens reduced."""
+"""Training of a recipe: the dense model if it has a ``dense`` section, fine-tuning with reduced tokens, comparison."""
 
 import copy
 import logging
@@ -41,22 +41,22 @@ _LOG = logging.getLogger(__name__)
 
 DENSE, EVIT = "dense.safetensors", "evit.safetensors"
 LATE = 1
-"""Steps that are on their way when a result is read: the device is never idle because a number is looked at."""
+"""Steps that stay queued when a result is read, so that the device is never idle meanwhile."""
 PROGRAMS = 256
-"""Programs of a compiled model. Two a run are made, but PyTorch counts those of all models of one class together, and
-refuses a ninth."""
+"""Limit of compiled programs. A run compiles two, but PyTorch counts all models of a class together, and its default
+limit is eight."""
 
 
 class TrainResult(msgspec.Struct, frozen=True):
-    """What training left behind.
+    """Result of :func:`train`.
 
     Args:
         checkpoint: The fine-tuned weights, ``evit.safetensors``.
-        dense: The dense weights that fine-tuning started from, ``dense.safetensors``; ``None`` where it started from
-            nothing.
+        dense: The dense weights that fine-tuning started from, ``dense.safetensors``; ``None`` if the reduced model was
+            trained from scratch.
         plan: Token counts of the fine-tuned model.
-        report: The comparison, one accuracy row a model.
-        cpu_seconds: Processor time by stage: ``dense`` (if trained), ``finetune``, ``compare``.
+        report: The comparison, with one accuracy row per model.
+        cpu_seconds: CPU time by stage: ``dense`` (if trained), ``finetune``, ``compare``.
     """
 
     checkpoint: Path
@@ -67,12 +67,12 @@ class TrainResult(msgspec.Struct, frozen=True):
 
 
 class Stage(msgspec.Struct, frozen=True):
-    """One of a recipe's trainings: its name, and what it writes on the way.
+    """One training stage of a recipe, with the files that it writes.
 
     Args:
-        name: In messages.
-        state: Where an interrupted run goes on from, and what is written for that; ``None`` keeps nothing.
-        log: Takes a row for some of the steps.
+        name: Name in messages.
+        state: File to resume an interrupted run from; ``None`` saves no state.
+        log: Log of the steps.
     """
 
     name: str
@@ -92,26 +92,26 @@ def train(
     device: str = "auto",
     dense_saved: Callable[[Path], None] | None = None,
 ) -> TrainResult:
-    """Trains as a recipe says and writes ``dense.safetensors`` and ``evit.safetensors``, each whole or not at all.
+    """Trains the models of a recipe and writes ``dense.safetensors`` and ``evit.safetensors``, each atomically.
 
-    Files of the same names in ``out`` are replaced. On a CPU the same recipe gives the same weights every time, as long
-    as the number of threads stays the same, also where it was interrupted and went on. Started by ``accelerate launch``
-    or ``torchrun`` it shares the work among processes.
+    Existing files of these names in ``out`` are replaced. On a CPU the same recipe with the same number of threads
+    always gives the same weights, even if the run was interrupted and resumed. When started by ``accelerate launch`` or
+    ``torchrun``, the processes share the work.
 
     Args:
-        recipe: What to do.
-        out: Folder for the checkpoints; made if it is missing. An interrupted run leaves ``<stage>.state`` there.
+        recipe: The recipe.
+        out: Folder for the checkpoints; created if missing. An interrupted run leaves ``<stage>.state`` there.
         resume: Whether to continue an interrupted run of the same recipe; if it saved nothing, the run starts from the
             beginning.
-        device: PyTorch device; ``auto`` takes a GPU if there is one.
-        dense_saved: Called once ``dense.safetensors`` is there, before the fine-tuning begins.
+        device: PyTorch device; ``auto`` uses a GPU if there is one.
+        dense_saved: Called with the path of ``dense.safetensors`` once it is written, before fine-tuning starts.
 
     Raises:
-        InputError: The checkpoint, the images or the token spec cannot be used; nothing has been trained. Or an
-            interrupted run lies in ``out`` and ``resume`` was not given.
+        InputError: The checkpoint, the images or the token spec cannot be used, or ``out`` has an interrupted run and
+            ``resume`` is false; nothing was trained.
         StageError: The loss is no longer finite, a batch does not fit into memory, a process that reads images died, or
             a file cannot be written.
-        Interrupted: Ctrl-C or SIGTERM; what ``resume`` continues from was written.
+        Interrupted: Ctrl-C or SIGTERM; the state was saved for ``resume``.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -126,7 +126,7 @@ def train(
 
 @contextmanager
 def _naming_what_was_saved(files: dict[str, StateFile]) -> Iterator[None]:
-    """Whatever is being done when a run is interrupted: what was saved of it is named."""
+    """Adds the path of the saved state to an interrupt that happens outside the training loop."""
     try:
         yield
     except Interrupted:
@@ -140,7 +140,7 @@ def _naming_what_was_saved(files: dict[str, StateFile]) -> Iterator[None]:
 
 @contextmanager
 def _first_process_logs(processes: PartialState) -> Iterator[None]:
-    """Of several processes that do the same the first one logs; errors come from each."""
+    """Lets only the first of several processes log; errors are logged by all."""
     log = logging.getLogger("evit_deploy")
     level = log.level
     if not processes.is_main_process:
@@ -178,7 +178,7 @@ def _train(
         )  # fmt: skip
         cpu_seconds["dense"] = time.process_time() - start
     if processes.is_main_process:
-        evit.unlink(missing_ok=True)  # an earlier run's must not stand beside this run's dense weights
+        evit.unlink(missing_ok=True)  # the result of an earlier run does not belong to this run's dense weights
     dense_model = None
     if recipe.starts_from_weights:
         dense_model = copy.deepcopy(model)
@@ -214,7 +214,7 @@ def _train(
 
 
 def _note_results(logs: dict[str, TrainingLog], names: dict[str, str], rows: list[AccuracyRow]) -> None:
-    """Writes what the comparison found beside the last step of each stage, and says how each has come there."""
+    """Adds the final accuracy to the log of each stage, and logs the curves of loss and accuracy."""
     top1 = {row.name: row.top1 for row in rows}
     for stage, log in logs.items():
         log.evaluated(top1[names[stage]])
@@ -234,7 +234,7 @@ def _check_interrupted(files: dict[str, StateFile], resume: bool) -> None:
         _LOG.info(f"{out}: nothing was saved yet to continue from; the run starts from the beginning")
     if resume:
         for file in files.values():
-            file.read()  # one of another recipe is told before the work
+            file.read()  # refuse the state of another recipe before the long work
     elif found:
         raise InputError(
             "there is an interrupted run here",
@@ -245,7 +245,7 @@ def _check_interrupted(files: dict[str, StateFile], resume: bool) -> None:
 
 @contextmanager
 def _logged(out: Path, recipe: Recipe) -> Iterator[dict[str, TrainingLog]]:
-    """The logs of the stages, in the first process alone."""
+    """Opens the logs of the stages; only in the first process."""
     stages = [stage for stage in ("dense", "finetune") if getattr(recipe, stage) is not None]
     logs = {stage: TrainingLog(out, stage) for stage in stages if PartialState().is_main_process}
     try:
@@ -266,26 +266,26 @@ def fit(
     evaluation_batch_size: int = 64,
     curriculum: Curriculum | None = None,
 ) -> list[float]:
-    """Trains a model in place, on the device it is on; leaves it in evaluation mode at its full token reduction.
+    """Trains a model in place on its device. On return it is in evaluation mode and at its full token reduction.
 
     Args:
         model: Dense, or reduced by ``reduce_tokens_``.
-        data: Where batches come from.
-        section: How to train.
-        seed: Where the order and the variation of the images start.
-        stage: Name of this run in messages, and what it writes on the way.
-        teacher: Whom the model learns from, beside the labels.
-        evaluation_batch_size: Images a batch of the evaluations on the way.
-        curriculum: How hard images are, for a model that begins from nothing; without one at full difficulty.
+        data: Source of the batches.
+        section: Settings of the training.
+        seed: Seed for the order and augmentation of the images.
+        stage: Name in messages, state file and log.
+        teacher: Teacher to learn from, in addition to the labels.
+        evaluation_batch_size: Images per batch in evaluations during training.
+        curriculum: Difficulty of the images, for a model trained from scratch; ``None`` is full difficulty.
 
     Returns:
         The loss of every step.
 
     Raises:
-        InputError: The state is of another run.
-        StageError: The loss or a gradient is no longer finite, also after going back to the last good state; or a batch
-            does not fit into memory.
-        KeyboardInterrupt: The run was stopped; an :class:`~evit_deploy.errors.Interrupted` where its state was written.
+        InputError: The state belongs to another run.
+        StageError: The loss or a gradient was not finite a second time, after returning to the last good state; or a
+            batch does not fit into memory.
+        KeyboardInterrupt: The run was stopped; :class:`~evit_deploy.errors.Interrupted` if its state was saved.
     """
     name, state, log = stage.name, stage.state, stage.log
     world, rank = PartialState().num_processes, PartialState().process_index
@@ -317,7 +317,7 @@ def fit(
         with _threads(section.threads), _programs(section), _convolutions_tried(), interruptible() as stop:
             while run.step < steps:
                 step = run.step
-                if rank:  # stochastic depth of its own in every process, also after --resume: the state is the first's
+                if rank:  # other stochastic depth in every process, also after --resume, which restores rank 0's state
                     torch.manual_seed(seed + 7919 * rank + 104729 * step)
                 tokens, plan, moving = _set_tokens_(model, section, step, per_epoch, tokens)
                 rate = learning_rate(section, step, steps, world)
@@ -326,10 +326,10 @@ def fit(
                     backbone=backbone_rate_scale(section, step, per_epoch),
                 )  # fmt: skip
                 results.add(_Sent(done, step, rate, plan))
-                stopped = stop.asked and world == 1  # several processes have to stop at the same step
+                stopped = stop.asked and world == 1  # several processes must agree on the step to stop at
                 evaluates = _falls_due(section.evaluate_every, run.step, per_epoch) and run.step < steps
                 saves = run.step % section.save_every == 0
-                # Nothing is evaluated or saved before it is known to be good.
+                # Evaluate and save only weights whose steps are known to be finite.
                 if not results.read(0 if stopped or evaluates or saves or run.step == steps else LATE):
                     continue
                 if results.asked:
@@ -355,14 +355,14 @@ def fit(
         run.finish()
         if curriculum is not None and curriculum.level < 1:
             _LOG.warning(curriculum.unfinished(name))
-    finally:  # also a run that broke off leaves the model at the rate it was asked for
+    finally:  # restore the full token reduction even if training failed
         set_keep_rate_(model, 1.0)
         model.eval()
     return run.losses
 
 
 class _Sent(NamedTuple):
-    """A step that is on its way."""
+    """A queued step."""
 
     done: StepResult
     step: int
@@ -371,16 +371,16 @@ class _Sent(NamedTuple):
 
 
 class _Results:
-    """What the steps of a run did, read in order: counted, logged and told.
+    """Reads the results of queued steps in order, and logs them.
 
-    Where a loss or a gradient is not finite the run goes back to the last good state, once.
+    If a loss or a gradient is not finite, the run returns to the last good state, at most once.
 
     Args:
-        run: It begins in a good state.
-        name: Of the stage, in messages.
+        run: The run, in a good state.
+        name: Name of the stage in messages.
         steps: Length of the run.
-        log: Takes a row for some of the steps.
-        curriculum: Follows the share of right answers. The images to come depend on it, so that with one every step is
+        log: Log of the steps.
+        curriculum: Updated with each batch's accuracy. Later images depend on it, so with a curriculum every step is
             read at once.
     """
 
@@ -389,20 +389,20 @@ class _Results:
     ) -> None:
         self._run, self._name, self._steps, self._log, self._curriculum = run, name, steps, log, curriculum
         self.good, self.asked = run.state(), False
-        """The last good state, and whether a process was asked to stop."""
+        """The last good state, and whether any process was asked to stop."""
         self._sent: deque[_Sent] = deque()
         self._went_back = False
-        self._images, self._seconds = 0, 0.0  # since the last line on how far it is
+        self._images, self._seconds = 0, 0.0  # since the last progress message
 
     def add(self, sent: _Sent) -> None:
-        """Takes a step that was just sent off."""
+        """Adds a step that was just queued."""
         self._sent.append(sent)
 
     def read(self, late: int) -> bool:
-        """Reads all results but those of the latest ``late`` steps.
+        """Reads all results except those of the latest ``late`` steps.
 
         Returns:
-            Whether they were finite; if not, the run has gone back, and what was sent after them is forgotten.
+            Whether they were finite. If not, the run has returned to the last good state and later steps are discarded.
 
         Raises:
             StageError: A result was not finite for the second time.
@@ -427,7 +427,7 @@ class _Results:
         self._went_back, drawn = True, self._run.drawn
         self._sent.clear()
         self._run.load(self.good)
-        self._run.drawn = drawn  # other images than those that led here
+        self._run.drawn = drawn  # continue with new images instead of repeating these
         back = self._run.step + 1
         _LOG.warning(f"{self._name}: step {sent.step + 1} was not finite; went back to step {back}, once")
 
@@ -443,7 +443,7 @@ class _Results:
 
 
 class _Tokens(NamedTuple):
-    """How a model's tokens are reduced in a step.
+    """Token reduction of a step.
 
     Args:
         progress: See :func:`keep_rate_progress`.
@@ -457,20 +457,23 @@ class _Tokens(NamedTuple):
 def _set_tokens_(
     model: nn.Module, section: TrainSection, step: int, per_epoch: int, before: _Tokens | None
 ) -> tuple[_Tokens, TokenPlan, bool]:
-    """Sets what a step wants, if it is not set already; also says whether the next step has another keep rate.
+    """Sets the token reduction of a step, unless it is already set.
 
     Args:
         model: The model.
-        section: How to train.
-        step: From 0.
-        per_epoch: Steps of an epoch.
-        before: What is set; ``None`` where that is not known, as when a run goes on.
+        section: Settings of the training.
+        step: 0-based.
+        per_epoch: Steps per epoch.
+        before: The present token reduction; ``None`` if unknown, as after resuming.
+
+    Returns:
+        The token reduction, the token plan, and whether the keep rate is changing.
     """
     now = _Tokens(keep_rate_progress(section, step, per_epoch), is_layer_wise(section, step, per_epoch))
     then = keep_rate_progress(section, step + 1, per_epoch)
     options = {"layer_wise": True} if now.layer_wise else None
     plan = token_plan(model) if now == before else set_keep_rate_(model, now.progress, options)
-    if isinstance(model, EvoLeViT):  # α is learned from when on stages sort, as in the released training
+    if isinstance(model, EvoLeViT):  # the released training learns α only once whole stages sort
         model.learn_alpha_(not now.layer_wise)
     return now, plan, 0 < now.progress < 1 or now.progress != then
 
@@ -481,11 +484,13 @@ def _write(
     content: dict[str, Any],
     curriculum: Curriculum | None,
 ) -> bool:
-    """Whether it was saved. A full disk does not end a run: the last state that was written is still there."""
+    """Saves the state and returns whether that worked. A full disk does not end a run: the previous state remains."""
     if state is None or not PartialState().is_main_process:
         return False
     try:
-        if log is not None:  # before the state: rows that it does not know of are dropped, missing ones would stay so
+        if (
+            log is not None
+        ):  # before the state: extra rows are dropped on resume, but missing ones could not be restored
             log.write()
         state.write(content | {"curriculum": curriculum.state_dict() if curriculum is not None else None})
     except StageError as error:
@@ -495,7 +500,7 @@ def _write(
 
 
 def _stopped(text: str, state: StateFile | None, saved: bool) -> KeyboardInterrupt:
-    """What ends a run that was asked to stop, in every process."""
+    """Returns the exception that ends a run that was asked to stop."""
     if state is None or not state.path.exists():
         return KeyboardInterrupt()
     return Interrupted(f"{text}, {'saved as' if saved else 'and what was saved last is'} {state.path}")
@@ -548,12 +553,12 @@ def _processes_text(section: TrainSection, world: int) -> str:
 
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
-    random.seed(seed)  # timm's augmentations draw from here
-    np.random.seed(seed % 2**32)  # and from here
+    random.seed(seed)  # used by timm's augmentations
+    np.random.seed(seed % 2**32)  # likewise
 
 
 def _programs(section: TrainSection) -> AbstractContextManager[Any]:
-    """So many programs as :data:`PROGRAMS`; the option is PyTorch's, for the whole process."""
+    """Raises PyTorch's limit of compiled programs, a setting of the whole process, to :data:`PROGRAMS`."""
     if not section.compile:
         return nullcontext()
     import torch._dynamo.config as config
@@ -563,7 +568,7 @@ def _programs(section: TrainSection) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _convolutions_tried() -> Iterator[None]:
-    """Lets cuDNN try out its convolutions, for batches of one size; unasked, it may leave the tensor cores idle."""
+    """Turns cuDNN's autotuning on: batches have one size, and without it cuDNN may not use the tensor cores."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:

@@ -1,4 +1,4 @@
-"""Learning rate and keep rate of every step: functions of the step alone, so that a resumed run needs nothing else."""
+"""Schedules of learning rate and keep rate. They depend on the step only, so a resumed run needs no further state."""
 
 import math
 
@@ -6,13 +6,13 @@ from evit_deploy.recipe.sections import TrainSection
 
 
 def learning_rate(section: TrainSection, step: int, steps: int, world: int = 1) -> float:
-    """The learning rate of a step: a line up to the highest, then a cosine down to the lowest.
+    """Learning rate of a step: linear warm-up to the highest rate, then cosine decay to the lowest.
 
     Args:
-        section: How to train.
+        section: Settings of the training.
         step: 0 to ``steps`` - 1.
         steps: Length of the run.
-        world: Processes that share the work.
+        world: Number of processes.
     """
     highest, lowest = section.effective_learning_rate(world), section.lowest_learning_rate(world)
     warmup = round(section.warmup * steps)
@@ -23,25 +23,26 @@ def learning_rate(section: TrainSection, step: int, steps: int, world: int = 1) 
 
 
 def backbone_rate_scale(section: TrainSection, step: int, steps_per_epoch: int) -> float:
-    """Factor on the learning rate of all but the reduction method's own layers, at a step.
+    """Factor on the backbone's learning rate at a step (the backbone excludes layers of the reduction method).
 
     Args:
-        section: How to train.
-        step: From 0.
-        steps_per_epoch: Steps of an epoch.
+        section: Settings of the training.
+        step: 0-based.
+        steps_per_epoch: Steps per epoch.
     """
     return 0.0 if step < section.backbone_frozen_epochs * steps_per_epoch else section.backbone_lr_scale
 
 
 def keep_rate_progress(section: TrainSection, step: int, steps_per_epoch: int) -> float:
-    """How far the keep rate has moved from 1 to its target, as EViT's official code counts.
+    """Progress of the keep rate from 1 to its target, as defined by EViT's official code.
 
-    Before epoch s it is 1, from epoch s + L on the target; in between base + (1 − base) · ½(1 + cos(π·i / (L·n))),
-    with i the steps since epoch s and n those of an epoch: a new value at every step.
+    The keep rate is 1 before epoch s, and its target from epoch s + L on. In between it is
+    target + (1 − target) · ½(1 + cos(π·i / (L·n))) with i the steps since epoch s and n the steps per epoch, so it
+    changes at every step.
 
     Args:
-        section: Its ``keep_rate_start`` is s and its ``keep_rate_epochs`` L.
-        step: From 0.
+        section: ``keep_rate_start`` is s, ``keep_rate_epochs`` is L.
+        step: 0-based.
         steps_per_epoch: n.
 
     Returns:
@@ -55,11 +56,11 @@ def keep_rate_progress(section: TrainSection, step: int, steps_per_epoch: int) -
 
 
 def is_layer_wise(section: TrainSection, step: int, steps_per_epoch: int) -> bool:
-    """Whether every block sorts anew in a step (Evo-ViT's schedule from layers to stages).
+    """Whether every block sorts the patches again in a step (Evo-ViT's schedule from layers to stages).
 
     Args:
-        section: Its ``layer_wise_epochs`` count from the beginning.
-        step: From 0.
-        steps_per_epoch: Steps of an epoch.
+        section: Provides ``layer_wise_epochs``, counted from the beginning.
+        step: 0-based.
+        steps_per_epoch: Steps per epoch.
     """
     return step < section.layer_wise_epochs * steps_per_epoch

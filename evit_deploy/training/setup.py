@@ -1,4 +1,4 @@
-"""The model and the data that a recipe names, refused here where they could only fail after hours of training."""
+"""Builds the model, data and teacher of a recipe, with early checks for what would fail after hours of training."""
 
 import copy
 import fnmatch
@@ -31,13 +31,13 @@ _LOG = logging.getLogger(__name__)
 
 
 def setup(recipe: Recipe) -> tuple[nn.Module, Checkpoint, TrainingData]:
-    """Builds the dense model and opens the data; refuses what could only fail after hours of training.
+    """Builds the dense model and opens the data; checks early what would otherwise fail after hours of training.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe.
 
     Returns:
-        The dense model with a classifier for the data's classes, what is to be written beside its weights, the data.
+        The dense model with a classifier for the data's classes, a checkpoint with its metadata, and the data.
 
     Raises:
         InputError: See :func:`train`.
@@ -60,7 +60,7 @@ def setup(recipe: Recipe) -> tuple[nn.Module, Checkpoint, TrainingData]:
                 fix=f"Take an LV-ViT (model.name=lvvit_s), or set {stage}.token_labels=null.",
             )  # fmt: skip
     height, width = backbone_of(model).image_size(model)
-    checkpoint.model_args.pop("projection", None)  # a new classifier took its place
+    checkpoint.model_args.pop("projection", None)  # replaced by a new classifier
     checkpoint.model_args |= {
         "num_classes": len(data.classes),
         "img_size": height if height == width else [height, width],
@@ -79,7 +79,7 @@ def setup(recipe: Recipe) -> tuple[nn.Module, Checkpoint, TrainingData]:
 
 
 def _check_parts(recipe: Recipe, model: nn.Module) -> None:
-    """What a run says of parts of the model has to be there."""
+    """Checks the settings that refer to parts of the model."""
     names = {name for name, _ in model.named_parameters()}
     own = METHODS.get(recipe.tokens.method).own_parameters
     for stage in ("dense", "finetune"):
@@ -111,7 +111,7 @@ def _check_parts(recipe: Recipe, model: nn.Module) -> None:
 
 
 def _check_own_teacher(recipe: Recipe) -> None:
-    """A classifier that begins anew teaches nothing."""
+    """Refuses dense weights with an untrained classifier as DynamicViT's teacher."""
     if recipe.tokens.method != "dynamicvit" or recipe.teacher is not None or recipe.dense is not None:
         return
     how = recipe.finetune.dynamicvit or DynamicViTSection()
@@ -130,7 +130,7 @@ def _with_token_labels(recipe: Recipe) -> list[str]:
 
 
 def _check_token_label_sources(recipe: Recipe) -> None:
-    """Not the recipe's own check: a folder may be left to ``--set``."""
+    """Checks that token labels have a source. Not done when a recipe is read, since ``--set`` may add the folder."""
     taught = recipe.teacher is not None and recipe.teacher.kind == "token_labels"
     for stage in _with_token_labels(recipe):
         if recipe.data.token_labels is None and not (taught and stage == "finetune"):
@@ -142,7 +142,6 @@ def _check_token_label_sources(recipe: Recipe) -> None:
 
 
 def _from_scratch(recipe: Recipe) -> tuple[nn.Module, TrainingData]:
-
     section = recipe.model
     assert section.name is not None
     check_model_name(section.name, where="model.name")
@@ -173,7 +172,7 @@ def _from_checkpoint(recipe: Recipe) -> tuple[nn.Module, Checkpoint, TrainingDat
     model: Any = build_model(checkpoint, section.image_size)
     size = backbone_of(model).image_size(model)
     preprocess = checkpoint.preprocess
-    assert preprocess is not None  # of a checkpoint that was read
+    assert preprocess is not None  # set by read_checkpoint
     data = open_data(recipe.data, msgspec.structs.replace(preprocess, size=size))
     known = checkpoint.labels is None or same_classes(checkpoint.labels, data.classes)
     if model.num_classes != len(data.classes) or not known:
@@ -188,10 +187,10 @@ def _from_checkpoint(recipe: Recipe) -> tuple[nn.Module, Checkpoint, TrainingDat
 
 
 def scaled_init_(model: Any) -> None:
-    """First weights that learn several times faster than timm's on small data, in place.
+    """Initializes weights in place so that they learn several times faster than timm's on small data.
 
-    Xavier for the blocks' linear layers, the last of each residual branch divided by √(2·depth), and position
-    embeddings with a standard deviation of 0.1.
+    Xavier initialization for the blocks' linear layers, with the last of each residual branch divided by √(2·depth),
+    and position embeddings with a standard deviation of 0.1.
     """
     blocks = backbone_of(model).blocks(model)
     for name, layer in blocks.named_modules():
@@ -204,16 +203,17 @@ def scaled_init_(model: Any) -> None:
 
 
 def open_teacher(recipe: Recipe, model: nn.Module, preprocess: Preprocess) -> Teacher | None:
-    """The teacher that a recipe names, frozen, on the student's device.
+    """Opens the teacher of a recipe, frozen, on the student's device.
 
     Args:
-        recipe: What to do.
-        model: The student; told how its images are normalized, since a teacher may want them otherwise.
-        preprocess: The student's.
+        recipe: The recipe.
+        model: The student. Its ``pretrained_cfg`` gets the normalization of ``preprocess``, because the teacher may
+            use another.
+        preprocess: Preprocessing of the student.
 
     Raises:
         CheckpointError: The teacher cannot be read.
-        RecipeError: The two do not go together.
+        RecipeError: Teacher and student do not match.
     """
     section, student = recipe.teacher, model
     if section is None:
@@ -246,13 +246,13 @@ def open_teacher(recipe: Recipe, model: nn.Module, preprocess: Preprocess) -> Te
 
 
 def own_teacher(recipe: Recipe, model: nn.Module, dense: nn.Module | None, preprocess: Preprocess) -> Teacher | None:
-    """The dense weights that a method learns from by itself; ``None`` where it does not, or where there are none.
+    """Returns the initial dense model as the teacher, for methods that learn from it; otherwise ``None``.
 
     Args:
-        recipe: What to do.
-        model: The student, its tokens reduced.
+        recipe: The recipe.
+        model: The student, with its tokens reduced.
         dense: The dense model that it starts from.
-        preprocess: Of both.
+        preprocess: Preprocessing of both.
     """
     if not METHODS.get(recipe.tokens.method).learns_from_dense or not token_plan(model).locations:
         return None

@@ -1,8 +1,7 @@
-"""What a training run needs to go on as if nothing had happened: written atomically, read without running any code.
+"""Saved state of a training run, for resuming it: written atomically, read without executing code.
 
-One file a stage holds the model, its average, the optimizer, the loss scaler, every random number generator, how far
-the run has come and what it was asked for. On a CPU a run that goes on from it gives the same bits as one that was
-never stopped.
+One file per stage contains the model, the weight average, the optimizer, the loss scaler, all random number generators,
+the progress, and the settings of the run. On a CPU, a resumed run gives bit-identical weights to an uninterrupted one.
 """
 
 import io
@@ -25,7 +24,7 @@ from evit_deploy.files import write_atomically
 from evit_deploy.recipe.recipe import Recipe
 
 FORMAT = 1
-# What may differ between a run and its continuation: it has no influence on the weights.
+# Settings that may change on resume, because they do not affect the weights.
 _FREE = {
     "data": ("workers", "evaluation_batch_size"),
     "dense": ("save_every", "threads"),
@@ -36,13 +35,13 @@ _STAGES = {"dense": _DENSE, "finetune": (*_DENSE, "tokens", "finetune", "teacher
 
 
 def state_path(out: Path, stage: str) -> Path:
-    """Where the state of an unfinished stage lies."""
+    """Returns the path of the state of an unfinished stage."""
     return out / f"{stage}.state"
 
 
 def asked(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The part of a recipe that decides what a stage's weights become, as plain values."""
-    plain = msgspec.json.decode(msgspec.json.encode(recipe))  # as a file gives it back
+    """Returns the settings that affect a stage's weights, as plain values."""
+    plain = msgspec.json.decode(msgspec.json.encode(recipe))  # in the form that is read back from a file
     wanted = {key: plain[key] for key in _STAGES[stage]}
     for section, keys in _FREE.items():
         if isinstance(wanted.get(section), dict):
@@ -55,7 +54,7 @@ class StateFile:
 
     Args:
         path: The file.
-        recipe: What is being done.
+        recipe: The recipe.
         stage: ``dense`` or ``finetune``.
     """
 
@@ -63,23 +62,23 @@ class StateFile:
         self.path, self.asked = path, asked(recipe, stage)
 
     def write(self, state: dict[str, Any]) -> None:
-        """Writes a state whole or not at all.
+        """Writes a state atomically.
 
         Args:
-            state: Tensors, numbers, texts, and lists and dicts of them.
+            state: Tensors, numbers, text, and lists and dicts of them.
 
         Raises:
-            StageError: The disk is full or failed; what was there before is still there.
+            StageError: The disk is full or failed; the previous state is kept.
         """
         content = io.BytesIO()
         torch.save({"format": FORMAT, "asked": msgspec.json.encode(self.asked).decode(), **state}, content)
         write_atomically(self.path, content.getvalue())
 
     def read(self) -> dict[str, Any] | None:
-        """The state, with its tensors on the CPU; ``None`` where there is none.
+        """Reads the state, with tensors on the CPU; ``None`` if there is no file.
 
         Raises:
-            InputError: It is damaged, or of a run that was asked for something else.
+            InputError: The file is damaged, or belongs to a run with other settings.
         """
         if not self.path.exists():
             return None
@@ -103,21 +102,21 @@ class StateFile:
         return state
 
     def remove(self) -> None:
-        """Forgets the state: the stage is finished."""
+        """Deletes the state of a finished stage."""
         self.path.unlink(missing_ok=True)
 
 
 def _differences(then: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(then, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*then, *now]):
-            if key not in then or key not in now or then[key] != now[key]:  # a null is not the same as no key
+            if key not in then or key not in now or then[key] != now[key]:  # a null differs from a missing key
                 yield from _differences(then.get(key), now.get(key), f"{where}.{key}" if where else key)
     else:
         yield where, then, now
 
 
 def random_state() -> dict[str, Any]:
-    """All generators that training draws from."""
+    """Returns the state of all random number generators that training uses."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -129,7 +128,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts the generators back to where :func:`random_state` found them."""
+    """Restores a result of :func:`random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -140,19 +139,19 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class Interruption:
-    """Whether somebody asked the run to stop; see :func:`interruptible`."""
+    """Whether the run was asked to stop; see :func:`interruptible`."""
 
     asked = False
 
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Lets SIGINT and SIGTERM wait for the end of a step, so that a whole state can be written; a later one does not.
+    """Defers SIGINT and SIGTERM to the end of a step, so that the state can be saved; a second signal stops at once.
 
-    What comes shortly after the first belongs to it (:mod:`evit_deploy.interrupts`): Ctrl-C reaches the processes of
-    ``torchrun`` from the terminal, and as SIGTERM from ``torchrun``.
+    Signals shortly after the first count as the same one (:mod:`evit_deploy.interrupts`): Ctrl-C reaches the processes
+    of ``torchrun`` from the terminal and again as a SIGTERM from ``torchrun``.
 
-    Only the main thread gets signals; elsewhere nothing changes.
+    Has no effect outside the main thread, which alone receives signals.
     """
     found = Interruption()
     if threading.current_thread() is not threading.main_thread():

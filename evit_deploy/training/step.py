@@ -1,7 +1,7 @@
-"""One training run from step to step: task, optimizer, loss scaler and average, on one process or several.
+"""Steps of a training run: task, optimizer, loss scaler and weight average, in one process or several.
 
-Nothing in a step waits for the device. What it did is read from its :class:`StepResult`, at best when the next step is
-on its way.
+A step does not synchronize with the device. Its results are read later from a :class:`StepResult`, preferably when the
+next step has been queued.
 """
 
 import math
@@ -30,20 +30,19 @@ Batches = Iterator[tuple[Tensor, ...]]
 
 
 class StepResult:
-    """What one step did.
+    """Result of one step, copied from the device asynchronously.
 
-    The device may still be at it. What it computes is on its way to the CPU; whoever asks for ``loss``, ``norm``,
-    ``correct``, ``asked``, ``finite`` or ``seconds`` first waits until it is there.
+    The first access to ``loss``, ``norm``, ``correct``, ``asked``, ``finite`` or ``seconds`` waits for the device.
 
     Args:
-        values: Of each of the step's batches its part of the loss; the norm; of each batch the share of its images that
-            were classified correctly. On the device, and of several processes the sum, with how many of them were
-            asked to stop at the end.
-        processes: How many.
-        scaled: Whether a loss scaler left the step out where gradients overflowed.
+        values: Tensor on the device: the loss of each batch (already divided by their number), the gradient norm, and
+            each batch's share of correctly classified images. With several processes, summed over them, and followed
+            by the number of processes that were asked to stop.
+        processes: Number of processes.
+        scaled: Whether a loss scaler skips steps with overflowing gradients.
         images: Images of the step, over all processes.
-        seconds: Wall time until the step was on its way.
-        waited: Of these, for data.
+        seconds: Wall time until the step was queued.
+        waited: The part of ``seconds`` that was spent waiting for data.
     """
 
     def __init__(
@@ -68,43 +67,43 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """Mean over the step's images, over all processes."""
+        """Mean loss over the step's images in all processes."""
         return sum(self._read[: self._batches])
 
     @property
     def norm(self) -> float:
-        """Of the gradient, before it was clipped; infinite or NaN where the loss scaler left the step out."""
+        """Gradient norm before clipping; infinite or NaN if the loss scaler skipped the step."""
         return self._read[self._batches]
 
     @property
     def correct(self) -> tuple[float, ...]:
-        """For each batch of the step, the share of its images that were classified correctly."""
+        """Share of correctly classified images, for each batch of the step."""
         return tuple(self._read[self._batches + 1 : 2 * self._batches + 1])
 
     @property
     def asked(self) -> bool:
-        """Whether one of several processes had been asked to stop when the step began: all of them know."""
+        """Whether any of several processes had been asked to stop when the step began; the same in all of them."""
         return self._processes > 1 and self._read[-1] > 0
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradient were finite; a gradient that a loss scaler watches over may overflow."""
+        """Whether loss and gradient were finite; with a loss scaler the gradient may overflow."""
         return math.isfinite(self.loss) and (self._scaled or math.isfinite(self.norm))
 
     @property
     def seconds(self) -> float:
-        """Wall time that this process spent on the step: on sending it off, and on waiting for its end."""
-        _ = self._read  # which adds to it
+        """Wall time that this process spent on queueing the step and waiting for its result."""
+        _ = self._read  # adds the waiting time
         return self._seconds
 
 
 class TrainingRun:
-    """A model in training. It is trained in place.
+    """Trains a model in place, step by step.
 
     Args:
         model: Dense, or reduced by ``reduce_tokens_``, on the device to train on.
-        section: How to train.
-        teacher: Whom it learns from.
+        section: Settings of the training.
+        teacher: The teacher, if any.
     """
 
     def __init__(self, model: nn.Module, section: TrainSection, teacher: Teacher | None = None) -> None:
@@ -131,31 +130,32 @@ class TrainingRun:
         self._compiled = self._compile() if section.compile else self._eager
 
     def _compile(self) -> Any:
-        """One graph a token plan: a part that fell back to Python would be slow and nobody would know why.
+        """Compiles the model, one graph for each token plan.
 
-        Several processes have breaks, where gradients are exchanged while others are computed. Shapes are static:
-        PyTorch would make one program for all plans at the second one, slower than each one's own.
+        A graph break would silently make it slow, so it is an error, except with several processes, where
+        ``DistributedDataParallel`` breaks the graph to overlap communication. Shapes are static: with dynamic shapes
+        PyTorch would use one slower program for all plans from the second on.
         """
         return torch.compile(self._eager, fullgraph=self.processes.num_processes == 1, dynamic=False)
 
     def advance(
         self, batches: Batches, rate: float, *, moving: bool, asked: bool = False, backbone: float = 1.0
     ) -> StepResult:
-        """Sends off one optimizer step; on a GPU it is not waited for.
+        """Queues one optimizer step; on a GPU this returns before the step is finished.
 
-        Where the loss or a gradient is not finite, weights stay as they are; ``step`` counts on, and it is for whoever
-        reads the result to go back to a good state.
+        If the loss or a gradient is not finite, the weights are left unchanged but ``step`` still advances; the caller
+        should check the result and return to a good state.
 
         Args:
-            batches: Where images come from; as many as the step accumulates are drawn.
-            rate: The learning rate.
-            moving: Whether token counts change from step to step: then the model runs as it is, since compiling it for
-                each of them would take longer than training.
-            asked: Whether this process was asked to stop, which the others are to know.
-            backbone: Factor on the rate of all but the reduction method's own layers.
+            batches: Iterator over batches, from which ``accumulate`` are drawn.
+            rate: Learning rate.
+            moving: Whether token counts change from step to step. The model then runs uncompiled, because compiling it
+                for every count would take longer than training.
+            asked: Whether this process was asked to stop; shared with the other processes.
+            backbone: Factor on the learning rate of the backbone (all layers but the reduction method's).
 
         Raises:
-            StageError: The batch does not fit into memory; the message says which would.
+            StageError: The batch does not fit into memory; the message suggests a size that does.
         """
         section, started, waited = self.section, time.perf_counter(), 0.0
         losses: list[Tensor] = []
@@ -171,17 +171,17 @@ class TrainingRun:
             if section.channels_last:
                 batch[0] = batch[0].contiguous(memory_format=torch.channels_last)
             if section.token_labels is None:
-                del batch[2:]  # another stage's
+                del batch[2:]  # token labels, which only the other stage uses
             try:
                 losses.append(self._backward(*batch, last=part == section.accumulate - 1))
-            except RuntimeError as error:  # torch.OutOfMemoryError is one; CPU allocators have none of their own
+            except RuntimeError as error:  # also torch.OutOfMemoryError, a subclass that CPU allocators do not raise
                 if not _is_memory(error):
                     raise
                 raise self._too_large(batch) from None
         self.drawn += section.accumulate
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), section.clip or math.inf)
-        if not self.scaler.is_enabled():  # which tells the optimizer itself
+        if not self.scaler.is_enabled():  # an enabled scaler sets found_inf itself
             self.optimizer.found_inf = (~torch.stack([*losses, norm]).isfinite().all()).float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -231,7 +231,7 @@ class TrainingRun:
         return StageError("out of memory, even with 2 images", where=f"batch of {images} images", fix=fix)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on, on the CPU."""
+        """Returns everything that the next step depends on, copied to the CPU."""
         return {
             "step": self.step,
             "drawn": self.drawn,
@@ -244,7 +244,7 @@ class TrainingRun:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes back, or on, to a state; ``drawn`` is left to the caller's data where it was already drawn from."""
+        """Restores a state. If batches were drawn since then, the caller must set ``drawn`` to their number again."""
         self.step, self.drawn = int(state["step"]), int(state["drawn"])
         self.losses = state["losses"].tolist()
         self.model.load_state_dict(state["model"])
@@ -255,7 +255,7 @@ class TrainingRun:
         set_random_state(state["random"])
 
     def finish(self) -> None:
-        """Leaves the weights that are to be kept in the model: the average, where there is one."""
+        """Copies the weight average, if any, into the model, and undoes freezing and activation checkpointing."""
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
         for parameter in self._frozen:
@@ -265,11 +265,11 @@ class TrainingRun:
 
 
 def parameter_groups(model: nn.Module, section: TrainSection) -> list[dict[str, Any]]:
-    """The optimizer's groups: with and without weight decay, those of the method's own layers apart (``own``).
+    """Returns the optimizer's parameter groups: with and without weight decay, split into backbone and ``own`` layers.
 
     Args:
-        model: What is trained; parameters without a gradient are left out.
-        section: Its weight decay.
+        model: The model; parameters that require no gradient are omitted.
+        section: Provides the weight decay.
     """
     never = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, section.weight_decay, no_weight_decay_list=never)
@@ -285,8 +285,8 @@ def parameter_groups(model: nn.Module, section: TrainSection) -> list[dict[str, 
 
 
 def set_checkpointing_(model: Any, on: bool) -> None:
-    """Whether the blocks' activations are computed again on the way back, in place."""
-    if isinstance(getattr(model, "blocks", None), TokenBlocks):  # timm would run its blocks one by one
+    """Turns activation checkpointing of the blocks on or off, in place."""
+    if isinstance(getattr(model, "blocks", None), TokenBlocks):  # timm's version would bypass TokenBlocks.forward
         model.blocks.checkpointing = on
     else:
         model.set_grad_checkpointing(on)

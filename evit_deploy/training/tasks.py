@@ -1,6 +1,6 @@
-"""The task of a training run, model and loss in one: timm's own, or :class:`TokenLabelTask`, in timm's form.
+"""Tasks of training runs, each with a model and a loss: timm's, or our own with timm's interface.
 
-What a model learns from is the labels of the images, a teacher's answers, or a label for every patch token.
+A model learns from image labels, from a teacher, or from a label for every patch token.
 """
 
 import logging
@@ -26,11 +26,11 @@ _LOG = logging.getLogger(__name__)
 
 
 class Teacher(msgspec.Struct, frozen=True):
-    """Whom a model learns from, beside the labels.
+    """A teacher for distillation, in addition to the labels.
 
     Args:
-        model: In evaluation mode.
-        section: How; ``None`` for the dense weights that a method takes by itself.
+        model: The model, in evaluation mode.
+        section: Its settings; ``None`` for initial dense weights that the method itself uses as the teacher.
     """
 
     model: nn.Module
@@ -38,12 +38,12 @@ class Teacher(msgspec.Struct, frozen=True):
 
 
 def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) -> Any:
-    """The training task for what a recipe asks for, timm's or one of ours: model and loss in one.
+    """Creates the training task for a model: one of timm's or ours.
 
     Args:
         model: The student.
-        section: Its label smoothing is the loss's, and its ``token_labels`` decide the kind.
-        teacher: Whom it learns from; ``None`` for the labels alone.
+        section: Settings of the training; label smoothing, ``token_labels`` and ``dynamicvit`` are used.
+        teacher: The teacher; ``None`` to learn from labels only.
     """
     if section.token_labels is not None:
         return TokenLabelTask(model, section, None if teacher is None else teacher.model)
@@ -70,13 +70,13 @@ def make_task(model: nn.Module, section: TrainSection, teacher: Teacher | None) 
 
 
 class FrozenTeacher(DistillationTeacher):
-    """timm's teacher, which compares its normalization to the student's once and not at every batch.
+    """timm's teacher, but the normalizations of teacher and student are compared once instead of at every batch.
 
-    To compare what lies on a GPU is to wait for it.
+    Comparing tensors on a GPU waits for it.
 
     Args:
         model: The teacher, on the device to train on.
-        student: Whose images it is shown.
+        student: The student; the teacher gets the same images.
     """
 
     mean_kd: Tensor
@@ -91,23 +91,23 @@ class FrozenTeacher(DistillationTeacher):
     def normalize_input(
         self, input: Tensor, student_mean: Tensor | None = None, student_std: Tensor | None = None
     ) -> Tensor:
-        """Images ``[B, C, H, W]`` as the student takes them, as the teacher does."""
+        """Converts images ``[B, C, H, W]`` from the student's normalization to the teacher's."""
         if self._alike or student_mean is None or student_std is None:
             return input
         return (input * student_std + student_mean - self.mean_kd) / self.std_kd
 
 
 class TokenLabelTask(ClassificationTask):
-    """timm's classification task for a model with a classifier on every token.
+    """A timm classification task for a model with a classifier on every token.
 
-    Random numbers, of MixToken's boxes, come from PyTorch's generator, as those of stochastic depth do: a state holds
-    them. The images of one process are mixed.
+    MixToken's boxes are drawn with PyTorch's generator, which is part of the saved state. Images are mixed within each
+    process.
 
     Args:
         model: The model, on the device to train on.
-        section: Its ``token_labels`` says how; its label smoothing is that of all labels but a teacher's.
-        teacher: A dense model with a classifier on every token, for as many patches; without one, labels come with the
-            images.
+        section: Settings of the training. Its label smoothing applies to all labels except a teacher's.
+        teacher: A dense model with a classifier on every token and the same number of patches; without it, labels come
+            with the images.
 
     Raises:
         UnsupportedModelError: The model has no classifier on every token.
@@ -129,13 +129,12 @@ class TokenLabelTask(ClassificationTask):
             self._mean, self._std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def forward(self, input: Tensor, target: Tensor, *labels: Tensor) -> dict[str, Tensor]:
-        """The loss, the class token's logits, and its targets, mixed where tokens are.
+        """Returns the loss, the class token's logits, and its targets (mixed if tokens are mixed).
 
         Args:
             input: Images ``[B, C, H, W]``.
             target: int64 ``[B]``, or probabilities ``[B, classes]``.
-            *labels: Maps, boxes, mirrorings and warps of the images, as :func:`crop_token_labels` takes them; none
-                where a teacher says what a patch shows.
+            *labels: Maps, boxes, flips and warps of the images for :func:`crop_token_labels`; none with a teacher.
 
         Raises:
             InputError: There are neither labels nor a teacher.

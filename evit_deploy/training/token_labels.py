@@ -1,14 +1,14 @@
-"""Token labeling ("All Tokens Matter", arXiv 2104.10858): every patch token learns a label of its own.
+"""Token labeling ("All Tokens Matter", arXiv 2104.10858): every patch token is trained with its own label.
 
-Here is what the model says of its tokens, and the loss; the labels come from the maps of
+This module has the model's outputs for each token, and the loss. The labels come from the maps of
 :mod:`evit_deploy.data.token_labels`, or from a teacher. In order::
 
     labels = crop_token_labels(maps, boxes, flipped, grid, classes)    # [B, patches, classes]
     out = token_logits(model, images)                                  # class_logits, token_logits, kept
     loss = token_label_loss(*out, targets, labels, weight=1.0)
 
-With token reduction a patch token is not where it was, and some are gone: labels are gathered by the *original patch
-numbers* of the tokens that are left. The fused token stands for many patches; it has no label and no part in the loss.
+Token reduction moves and removes patch tokens, so labels are gathered by the *original patch numbers* of the remaining
+tokens. The fused token represents many patches; it has no label and does not contribute to the loss.
 """
 
 from typing import Any, NamedTuple
@@ -26,12 +26,12 @@ from evit_deploy.tokens.plan import FUSED
 
 
 class TokenLogits(NamedTuple):
-    """What a model says while it learns from token labels; :func:`token_label_loss` takes it as it is.
+    """Outputs of a model for training with token labels; the first arguments of :func:`token_label_loss`.
 
     Args:
-        class_logits: ``[B, classes]``, of the class token alone.
-        token_logits: ``[B, T, classes]``, of the T tokens that are left.
-        kept: int64 ``[B, T]``: the patch that each of them is, :data:`FUSED` for a fused one.
+        class_logits: ``[B, classes]``, of the class token only.
+        token_logits: ``[B, T, classes]``, of the T remaining tokens.
+        kept: int64 ``[B, T]``: original patch number of each token, :data:`FUSED` for a fused one.
     """
 
     class_logits: Tensor
@@ -40,13 +40,13 @@ class TokenLogits(NamedTuple):
 
 
 class WithTokenLogits(nn.Module):
-    """:func:`token_logits` as a module, for what wraps one: ``DistributedDataParallel``, ``torch.compile``.
+    """:func:`token_logits` as a module, for ``DistributedDataParallel`` and ``torch.compile``.
 
     Args:
-        model: The model; its own ``state_dict`` is the one to save.
+        model: The model; save its ``state_dict``, not the wrapper's.
 
     Raises:
-        UnsupportedModelError: It has no classifier on every token.
+        UnsupportedModelError: The model has no classifier on every token.
     """
 
     model: Any
@@ -61,8 +61,8 @@ class WithTokenLogits(nn.Module):
         """See :func:`token_logits`.
 
         Args:
-            images: See there.
-            mask: :meth:`MixToken.mask`; a tensor, so that a compiled model serves every box.
+            images: ``[B, C, H, W]``.
+            mask: :meth:`MixToken.mask`; a tensor, so that a compiled model works for every box.
         """
         model = self.model
         tokens = model.patch_embed(images)
@@ -71,7 +71,7 @@ class WithTokenLogits(nn.Module):
         x = model.norm_pre(model.patch_drop(model._pos_embed(tokens)))
         again = model.grad_checkpointing and torch.is_grad_enabled()
         reduced: list[tuple[Tensor, bool]] = []
-        for block in model.blocks:  # model.forward_features, but for what was kept
+        for block in model.blocks:  # as model.forward_features, but also collects what was kept
             run = block.with_kept if isinstance(block, ReducedBlock) else block
             found = checkpoint(run, x, use_reentrant=False) if again else run(x)
             x, kept = found if isinstance(found, tuple) else (found, None)
@@ -83,11 +83,11 @@ class WithTokenLogits(nn.Module):
 
 
 class MixToken(msgspec.Struct, frozen=True):
-    """MixToken: a box of patch tokens of each image comes from the image at the other end of the batch.
+    """MixToken: replaces a box of each image's patch tokens with those of the image at the mirrored batch position.
 
-    Tokens are mixed after the stem, so that no patch holds parts of two images. The released code puts the token
-    *logits* back in their places before the loss; tokens that were removed have none, so the *labels* move instead,
-    which is the same sum.
+    Tokens are mixed after the stem, so that no patch contains parts of two images. The released code moves the token
+    *logits* back before the loss. Removed tokens have no logits, so here the *labels* are moved instead, which gives
+    the same sum.
 
     Args:
         grid: Rows and columns of patches.
@@ -99,7 +99,7 @@ class MixToken(msgspec.Struct, frozen=True):
 
     @classmethod
     def draw(cls, grid: tuple[int, int], rng: np.random.Generator, beta: float = 1.0) -> "MixToken":
-        """A box anywhere, cut off at the borders, that covers 1 − λ of the grid, λ from Beta(beta, beta)."""
+        """Draws a box at a random place, clipped at the borders, covering 1 − λ of the grid, λ ~ Beta(beta, beta)."""
         side = (1 - rng.beta(beta, beta)) ** 0.5
         ends = []
         for size in grid:
@@ -111,12 +111,12 @@ class MixToken(msgspec.Struct, frozen=True):
 
     @property
     def share(self) -> float:
-        """λ as it came out: how much of the grid an image keeps for itself."""
+        """The actual λ: share of the grid that an image keeps of its own patches."""
         top, left, bottom, right = self.box
         return 1 - (bottom - top) * (right - left) / (self.grid[0] * self.grid[1])
 
     def mask(self, device: torch.device | None = None) -> Tensor:
-        """bool ``[patches]``: whether a patch lies in the box."""
+        """Returns whether each patch is in the box, bool ``[patches]``."""
         top, left, bottom, right = self.box
         inside = torch.zeros(self.grid, dtype=torch.bool, device=device)
         inside[top:bottom, left:right] = True
@@ -127,26 +127,26 @@ class MixToken(msgspec.Struct, frozen=True):
         return _mixed(x, self.mask(x.device))
 
     def labels(self, y: Tensor, classes: int) -> Tensor:
-        """Mixes an image's own labels: int64 ``[B]`` or soft ``[B, classes]`` to soft ``[B, classes]``."""
+        """Mixes image labels: int64 ``[B]`` or soft ``[B, classes]`` to soft ``[B, classes]``."""
         soft = y.float() if y.dim() == 2 else F.one_hot(y, classes).float()
         return self.share * soft + (1 - self.share) * soft.flip(0)
 
 
 def has_token_classifier(model: Any) -> bool:
-    """Whether a model says something about each of its tokens, as LV-ViT does."""
+    """Whether a model has a classifier on every token, as LV-ViT has."""
     return isinstance(getattr(model, "aux_head", None), nn.Linear)
 
 
 def token_logits(model: Any, images: Tensor, mix: MixToken | None = None) -> TokenLogits:
-    """Runs a model, reduced or dense, in the mode it is in, and keeps its two classifiers apart.
+    """Runs a reduced or dense model in its present mode, and returns the outputs of its two classifiers separately.
 
     Args:
-        model: One with a classifier on every token: an LV-ViT.
+        model: A model with a classifier on every token, such as LV-ViT.
         images: ``[B, C, H, W]``.
-        mix: Mixes the patch tokens after the stem; the labels are the caller's to mix.
+        mix: Mixes the patch tokens after the stem; the caller must mix the labels.
 
     Raises:
-        UnsupportedModelError: It has no such classifier.
+        UnsupportedModelError: The model has no classifier on every token.
     """
     return WithTokenLogits(model)(images, None if mix is None else mix.mask(images.device))
 
@@ -162,16 +162,16 @@ def token_label_loss(
 ) -> Tensor:
     """Cross-entropy of the class token, plus ``weight`` times the soft cross-entropy of the tokens with a label.
 
-    The latter is the mean over an image's tokens, then over the images.
+    The latter is averaged over an image's tokens, then over the images.
 
     Args:
         class_logits: See :class:`TokenLogits`.
         token_logits: See :class:`TokenLogits`.
         kept: See :class:`TokenLogits`.
         labels: int64 ``[B]``, or probabilities ``[B, classes]``.
-        token_labels: Probabilities ``[B, patches, classes]``, one row a patch of the image (all of them).
-        weight: Of the tokens' part; 1 in the released training.
-        label_smoothing: Of the class token's part.
+        token_labels: Probabilities ``[B, patches, classes]``, one row for each of the image's patches.
+        weight: Weight of the tokens' term; 1 in the released training.
+        label_smoothing: Label smoothing of the class token's term.
 
     Raises:
         InputError: The shapes do not fit each other.
@@ -187,8 +187,8 @@ def token_label_loss(
     known = kept != FUSED
     wanted = token_labels.gather(1, kept.clamp(min=0).unsqueeze(-1).expand(-1, -1, classes))
     each = -(wanted * token_logits.float().log_softmax(dim=-1)).sum(dim=-1)
-    # A mean for every image, so that images count alike and batches can be shared out or added up: where a fused token
-    # is kept later on, one image has fewer labeled tokens than another.
+    # Average for each image first: images may have different numbers of labeled tokens (a fused token can be kept at
+    # later locations), and splitting a batch must not change the loss.
     return loss + weight * ((each * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)).mean()
 
 
@@ -197,7 +197,7 @@ def _mixed(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _patch_numbers(reduced: list[tuple[Tensor, bool]], batch: int, patches: int, device: torch.device) -> Tensor:
-    """As ``tokens.plan.original_patches``, on the device and after the last location."""
+    """Like ``tokens.plan.original_patches``, but on the device and only after the last location."""
     numbers = torch.arange(patches, device=device).expand(batch, -1)
     for kept, fused in reduced:
         numbers = numbers.gather(1, kept.long())

@@ -1,1 +1,1 @@
-"""Talking to a Triton server: connection, failures, finding a model, a client."""
+"""Client side of Triton Inference Server: connection, failures, finding a model, a command-line client."""

@@ -1,11 +1,11 @@
-"""A client that sends image files to a packaged ensemble, and says of every file what became of it.
+"""A client that sends image files to a packaged ensemble and reports the outcome for every file.
 
 ::
 
     python -m evit_deploy.triton.client --url http://host:8000 --model-name deit_s photos/*.jpg
 
-When the server goes away, what was in its hands is lost and named; nothing else is: the client waits for the server to
-come back and goes on. Lost files are not sent again by themselves, since whether they were computed nobody knows.
+If the server goes away, the client reports the requests in flight as lost, waits for the server to come back, and
+continues with the other files. Lost files are not sent again, since they may have been computed.
 """
 
 import queue
@@ -30,19 +30,19 @@ from evit_deploy.triton.failures import RequestLost, ServerUnreachable
 
 LOGITS, EMBEDDING = "logits", "embedding"
 PAUSE = 0.2
-"""Seconds between two looks whether the server is back."""
+"""Seconds between checks whether the server is back."""
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What became of one request.
+    """Outcome of one request.
 
     Args:
-        name: What was sent.
-        state: ``answered``; ``refused`` by the server, with a reason; ``lost`` in its hands; ``unsent``, because no
-            server came back in time.
-        output: Logits ``[classes]`` or an embedding ``[width]``; ``None`` unless it was answered.
-        reason: Why it was not.
-        seconds: From sending it to the answer.
+        name: Name of the request, such as the file name.
+        state: ``answered``; ``refused`` by the server, with a reason; ``lost``, sent but without an answer;
+            ``unsent``, because no server was available in time.
+        output: Logits ``[classes]`` or an embedding ``[width]``; ``None`` unless answered.
+        reason: Why it was not answered.
+        seconds: Time from sending to the answer.
     """
 
     name: str
@@ -60,17 +60,18 @@ def ask(
     in_flight: int = 4,
     timeout: float = TIMEOUT,
 ) -> list[Answer]:
-    """Sends requests from several connections at a time, and goes on when the server was restarted.
+    """Sends requests over several connections at a time, and continues after a restart of the server.
 
     Args:
-        requests: For each its name and what makes its content, an InputError of which counts as refused.
+        requests: (name, callable returning the payload) pairs; an InputError raised by the callable marks the request
+            as refused.
         url: The server's address.
-        send: Sends one content and gives the answer.
-        in_flight: Connections, each with one request at a time.
+        send: Sends one payload and returns the answer.
+        in_flight: Number of connections, each with one request at a time.
         timeout: Seconds to wait for an answer, and for a server to come back.
 
     Returns:
-        One answer for each request, in their order.
+        One answer for each request, in order.
     """
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(requests)):
@@ -83,7 +84,7 @@ def ask(
             while True:
                 number = waiting.get_nowait()
                 answers[number] = _ask_once(connection, *requests[number], send, given_up)
-                if answers[number].state == "lost":  # the next one would go to a server that is still dying
+                if answers[number].state == "lost":  # the server may still be shutting down
                     _wait_back(connection, given_up)
 
     with ThreadPoolExecutor(in_flight) as pool:
@@ -92,7 +93,7 @@ def ask(
             for worker in workers:
                 worker.result()
         finally:
-            given_up.set()  # after an interruption nobody waits for a server any more
+            given_up.set()  # after an interrupt, stop the workers that wait for a server
     return [answers[number] for number in range(len(requests))]
 
 
@@ -103,7 +104,7 @@ def _ask_once(
     send: Callable[[Connection, Any], np.ndarray],
     given_up: threading.Event,
 ) -> Answer:
-    """Sends one request, once; a server that is not there is waited for, since it was given nothing."""
+    """Sends one request at most once; waits while the server is unreachable, because nothing was sent then."""
     end, made = time.monotonic() + connection.timeout, None
     while True:
         started = time.perf_counter()
@@ -113,7 +114,7 @@ def _ask_once(
             return Answer(name, "answered", output, seconds=time.perf_counter() - started)
         except ServerUnreachable as error:
             if given_up.is_set() or time.monotonic() > end:
-                given_up.set()  # for all: each waiting its own time would take many times the limit
+                given_up.set()  # for all workers: waiting in turn would take many times the limit
                 return Answer(name, "unsent", reason=str(error))
             time.sleep(PAUSE)
         except RequestLost as error:
@@ -143,15 +144,15 @@ def classify_files(
         paths: JPEG or PNG files.
         url: The server's address.
         model: The ensemble's name.
-        in_flight: Files in the server's hands at a time.
+        in_flight: Number of files to send at a time.
         timeout: Seconds to wait for the server to be ready, for each answer, and for it to come back.
 
     Returns:
-        One answer for each file, in their order.
+        One answer for each file, in order.
 
     Raises:
-        InputError: No such model, or one that takes no files.
-        MissingRequirement: The server is not there.
+        InputError: No such model, or one that does not accept files.
+        MissingRequirement: The server is unreachable.
     """
     served = _ensemble(url, model, timeout)
     requests = [(str(path), _reader(path)) for path in paths]
@@ -168,7 +169,7 @@ def _ensemble(url: str, model: str, timeout: float) -> ServedModel:
 
 
 def file_sender(served: ServedModel) -> Callable[[Connection, Any], np.ndarray]:
-    """What sends the bytes of one file to an ensemble and gives its answer, a vector."""
+    """Returns a function that sends the bytes of one file to an ensemble and returns its answer, a vector."""
     image, name = served.inputs[0], answer_of(served)
 
     def send(connection: Connection, content: bytes) -> np.ndarray:
@@ -180,7 +181,7 @@ def file_sender(served: ServedModel) -> Callable[[Connection, Any], np.ndarray]:
 
 
 def answer_of(served: ServedModel) -> str:
-    """Name of the output that answers: ``embedding`` of a model without classes, else ``logits``."""
+    """Name of the output: ``embedding`` for a model without classes, else ``logits``."""
     return EMBEDDING if any(spec.name == EMBEDDING for spec in served.outputs) else LOGITS
 
 
@@ -195,8 +196,8 @@ def _reader(path: Path) -> Callable[[], bytes]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Errors of ours in one sentence, with their exit code."""
+def _reported() -> Iterator[None]:
+    """Prints errors of evit-deploy in one sentence and exits with their code."""
     try:
         yield
     except EvitDeployError as error:
@@ -228,13 +229,13 @@ def main(
     in_flight: int,
     timeout: float,
 ) -> None:
-    """Send image files to an ensemble; one line each on stdout: file, class, probability.
+    """Send image files to an ensemble, and print a line for each: file, class, probability.
 
-    Of a model without classes: file, width of its embedding, its length; --out keeps the embeddings, a row a line.
+    For a model without classes: file, width of its embedding, norm. --out saves the embeddings, one row per line.
 
     Exit code 0: all answered. 2: some were refused. 3: no server. 4: some were lost.
     """
-    with _told():
+    with _reported():
         names = read_labels(labels) if labels else None
         embeds = answer_of(_ensemble(url, model_name, timeout)) == EMBEDDING
         _check_use(model_name, embeds, labels, out)
@@ -251,7 +252,7 @@ def main(
             print(f"{printable(answer.name)}\t{printable(label)}\t{shares[best] / shares.sum():.3f}")
     if out is not None:
         rows = [answer.output for answer in answers if answer.output is not None]
-        with out.open("wb") as file:  # by its name alone, numpy would add .npy to it
+        with out.open("wb") as file:  # given a name, numpy would append .npy to it
             np.save(file, np.stack(rows) if rows else np.empty((0, 0), np.float32))
     left = {state: sum(answer.state == state for answer in answers) for state in ("lost", "unsent", "refused")}
     if any(left.values()):

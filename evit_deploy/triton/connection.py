@@ -1,7 +1,7 @@
 """A connection to a running Triton Inference Server, over HTTP or gRPC.
 
-Its failures are those of :mod:`evit_deploy.triton.failures`. ``tritonclient`` is imported when a connection is opened,
-so that this module can be imported without it.
+Errors are those of :mod:`evit_deploy.triton.failures`. ``tritonclient`` is imported only when a connection is opened,
+so this module can be imported without it.
 """
 
 import importlib.util
@@ -34,16 +34,16 @@ IN_FLIGHT = 16
 
 
 class ServedModel(msgspec.Struct, frozen=True):
-    """What a server says of one of its models.
+    """A server's description of one of its models.
 
     Args:
-        name: Its name there.
-        versions: Versions that are served, as the server writes them.
-        inputs: What it takes; ``object`` for bytes. The batch is the first dimension where ``max_batch`` is not 0.
-        outputs: What it gives.
-        max_batch: Largest batch; 0 for a model without batches.
-        preferred: Batch sizes that the server tries to collect.
-        steps: Names of the models that an ensemble consists of.
+        name: Name on the server.
+        versions: Served versions, as the server writes them.
+        inputs: Inputs; dtype ``object`` for bytes. The batch is the first dimension unless ``max_batch`` is 0.
+        outputs: Outputs.
+        max_batch: Largest batch; 0 for a model without batching.
+        preferred: Batch sizes that the server tries to form.
+        steps: Names of the models in an ensemble.
     """
 
     name: str
@@ -56,14 +56,14 @@ class ServedModel(msgspec.Struct, frozen=True):
 
 
 class Server(msgspec.Struct, frozen=True):
-    """A model on a running server: what :class:`TritonRunner` runs.
+    """A model on a running server, the artifact of :class:`TritonRunner`.
 
     Args:
         url: ``http://HOST:PORT`` or ``grpc://HOST:PORT``.
-        model: Its name there; :func:`evit_deploy.triton.find.find_model` can find it.
+        model: Name of the model; :func:`evit_deploy.triton.find.find_model` can find it.
         version: Its version; empty for the server's choice.
-        shared_memory: Whether tensors go through the system's shared memory instead of the connection: for a server on
-            this machine. If it is not available, that is an error; no other transport is used.
+        shared_memory: Whether to pass tensors through system shared memory, for a server on this machine. If that is
+            not possible it is an error; there is no fallback.
         timeout: Seconds to wait for the server to be ready, and for each answer.
     """
 
@@ -75,22 +75,22 @@ class Server(msgspec.Struct, frozen=True):
 
 
 def client_missing() -> MissingRequirement | None:
-    """The error to raise where ``tritonclient`` is not installed, else ``None``."""
+    """Returns the error to raise if ``tritonclient`` is not installed, else ``None``."""
     if importlib.util.find_spec("tritonclient") is None:
         return MissingRequirement("tritonclient is needed", seen="not installed", fix=f"Run: {install_line('triton')}")
     return None
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """``grpc://host`` as ``("grpc", "host:8001")``.
+    """Splits ``grpc://host`` into ``("grpc", "host:8001")``.
 
     Raises:
-        InputError: No address of a Triton server.
+        InputError: Not the address of a Triton server.
     """
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname
-    except ValueError as error:  # a port that is no number
+    except ValueError as error:  # such as a port that is not a number
         raise InputError(f"not an address ({error})", where="--url", seen=repr(url)) from None
     if parts.scheme not in PORTS or not host:
         raise InputError(
@@ -103,17 +103,17 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 class Connection:
-    """An open connection; a context manager.
+    """An open connection; use it as a context manager.
 
-    An HTTP connection belongs to the thread that opened it; a gRPC one may be shared.
+    An HTTP connection can be used only in the thread that opened it; a gRPC connection can be shared.
 
     Args:
         url: ``http://HOST:PORT``, ``https://``, ``grpc://`` or ``grpcs://``.
         timeout: Seconds to wait for any answer.
-        in_flight: Requests that :meth:`start` may have under way at a time.
+        in_flight: Maximum number of concurrent requests of :meth:`start`.
 
     Raises:
-        InputError: The address is none.
+        InputError: Not the address of a Triton server.
         MissingRequirement: ``tritonclient`` is not installed.
     """
 
@@ -140,16 +140,16 @@ class Connection:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with suppress(Exception):  # what is closed need not be closed properly
+        with suppress(Exception):  # the server may have closed the connection already
             self._client.close()
 
-    # ---- what is there
+    # ---- server and models
 
     def wait_ready(self) -> None:
-        """Waits until the server is ready, for as long as the time limit.
+        """Waits until the server is ready, at most ``timeout`` seconds.
 
         Raises:
-            ServerUnreachable: Nobody listens there, or it does not get ready.
+            ServerUnreachable: No server listens there, or it does not become ready.
         """
         end = time.monotonic() + self.timeout
         while not self._ask(self._client.is_server_ready):
@@ -161,10 +161,10 @@ class Connection:
             time.sleep(POLL)
 
     def models(self) -> dict[str, str]:
-        """Names of the models in the server's repository, and why a model is not ready; empty where it is.
+        """Returns the models in the server's repository: name -> why it is not ready, empty if it is.
 
         Raises:
-            InterfaceClosed: The server does not list them, as packaged ones do not.
+            InterfaceClosed: The server does not list its models; packaged servers do not.
         """
         index = self._json(self._client.get_model_repository_index)
         rows = index if isinstance(index, list) else index.get("models", [])
@@ -176,15 +176,15 @@ class Connection:
         return states
 
     def describe(self, name: str, version: str = "") -> ServedModel:
-        """What a model takes and gives.
+        """Returns the server's description of a model.
 
         Args:
-            name: Its name.
-            version: Its version; empty for the one that the server chooses.
+            name: Name of the model.
+            version: Its version; empty for the server's choice.
 
         Raises:
             InputError: The server has no such model or version; the message has the nearest name.
-            MissingRequirement: It has it, and it is not loaded.
+            MissingRequirement: The model is not loaded.
         """
         try:
             metadata = self._json(self._client.get_model_metadata, name, version)
@@ -210,7 +210,7 @@ class Connection:
         )
 
     def _explain(self, name: str) -> None:
-        """Says why a model cannot be described, where the server's list of models tells."""
+        """Raises a more precise error for a model that cannot be described, if the server lists its models."""
         try:
             states = self.models()
         except InterfaceClosed:
@@ -227,7 +227,7 @@ class Connection:
             ) from None
 
     def statistics(self, name: str) -> dict[str, Any]:
-        """What a model has done since it was loaded, as the server counts it; every number is an ``int``."""
+        """Returns the server's statistics of a model since it was loaded; every number is an ``int``."""
         found = self._json(self._client.get_inference_statistics, name)
         return _whole(found["model_stats"][0])
 
@@ -240,23 +240,23 @@ class Connection:
 
         Args:
             name: The model.
-            feeds: One array for each input, the batch included; bytes as arrays of dtype ``object``.
-            outputs: What is wanted; everything when empty.
+            feeds: One array for each input, including the batch dimension; bytes as arrays of dtype ``object``.
+            outputs: Names of the outputs to return; all if empty.
             version: The model's version; empty for the server's choice.
 
         Returns:
-            The caller's own arrays.
+            One array for each output, owned by the caller.
 
         Raises:
-            ServerUnreachable: Nothing was sent.
-            RequestLost: No answer came.
-            RequestRefused: The server declined.
+            ServerUnreachable: The request could not be sent.
+            RequestLost: The request was sent, but there was no answer.
+            RequestRefused: The server refused the request.
             StageError: The model failed.
         """
         return _arrays(self.request(name, self.inputs_of(feeds), [self.output(output) for output in outputs], version))
 
     def request(self, name: str, inputs: list[Any], outputs: Sequence[Any] = (), version: str = "") -> Any:
-        """:meth:`infer` in ``tritonclient``'s own inputs, outputs and result, which lie wherever they were told to."""
+        """:meth:`infer` with ``tritonclient``'s inputs, outputs and result, which may be in shared memory."""
         limit = {} if self._http else {"client_timeout": self.timeout}
         return self._ask(self._client.infer, name, inputs, version, list(outputs) or None, sent=True, **limit)
 
@@ -267,12 +267,12 @@ class Connection:
 
         Args:
             name: See :meth:`infer`.
-            feeds: See :meth:`infer`; not to be changed until the answer is there.
+            feeds: See :meth:`infer`; do not change the arrays before the answer has arrived.
             outputs: See :meth:`infer`.
             version: See :meth:`infer`.
 
         Returns:
-            What waits for the answer and gives it, or raises as :meth:`infer` does.
+            A function that waits for the answer and returns it, or raises like :meth:`infer`.
         """
         inputs, wanted = self.inputs_of(feeds), [self.output(output) for output in outputs] or None
         if self._http:
@@ -294,7 +294,7 @@ class Connection:
         return lambda: _arrays(self._ask(wait, sent=True))
 
     def inputs_of(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
-        """Arrays as ``tritonclient``'s inputs."""
+        """Converts arrays to ``tritonclient``'s inputs."""
         inputs = []
         for name, array in feeds.items():
             tensor = self.input(name, array.shape, array.dtype)
@@ -303,27 +303,27 @@ class Connection:
         return inputs
 
     def input(self, name: str, shape: Sequence[int], dtype: Any) -> Any:
-        """One of ``tritonclient``'s inputs, still without data."""
+        """Returns a ``tritonclient`` input without data."""
         from tritonclient.utils import np_to_triton_dtype
 
         return self._module.InferInput(name, list(shape), np_to_triton_dtype(np.dtype(dtype)))
 
     def output(self, name: str) -> Any:
-        """One of ``tritonclient``'s requests for an output."""
+        """Returns a ``tritonclient`` request for an output."""
         return self._module.InferRequestedOutput(name)
 
     def share(self, region: str, key: str, size: int) -> None:
-        """Tells the server of a region of system shared memory.
+        """Registers a region of system shared memory with the server.
 
         Args:
-            region: What requests call it.
-            key: What the system calls it.
-            size: In bytes.
+            region: Its name in requests.
+            key: Its name in the system.
+            size: Size in bytes.
         """
         self._ask(self._client.register_system_shared_memory, region, key, size)
 
     def unshare(self, region: str) -> None:
-        """Makes the server forget a region; a server that has gone has forgotten it."""
+        """Unregisters a region; ignores errors, since a server that has stopped needs no unregistering."""
         with suppress(EvitDeployError):
             self._ask(self._client.unregister_system_shared_memory, region)
 
@@ -336,7 +336,7 @@ class Connection:
         return found
 
     def _ask(self, function: Callable[..., Any], *arguments: Any, sent: bool = False, **options: Any) -> Any:
-        """Calls the client; ``sent`` says whether a failure may cost a request that is to be computed."""
+        """Calls the client and translates errors; ``sent`` is whether the call sends a request to be computed."""
         if not self._http and not sent:
             options.setdefault("client_timeout", self.timeout)
         try:
@@ -354,14 +354,13 @@ def _spec(tensor: Mapping[str, Any]) -> TensorSpec:
 
 
 def _arrays(result: Any) -> dict[str, np.ndarray]:
-    response = result.get_response()
-    outputs = response["outputs"] if isinstance(response, dict) else response.outputs
-    names = [output["name"] if isinstance(output, dict) else output.name for output in outputs]
-    return {name: np.array(result.as_numpy(name)) for name in names}  # copies: the answer's own are read-only
+    response = result.get_response() outputs = response["outputs"] if isinstance(response, dict) else response.outputs
+    names = [output["name"] if isinstance(output, dict) else output.name for output in outputs] return {name:
+    np.array(result.as_numpy(name)) for name in names}  # copies, because tritonclient's arrays are read-only
 
 
 def _whole(value: Any) -> Any:
-    """JSON made from protobufs writes 64-bit numbers as text."""
+    """Converts numbers in JSON to ``int``: JSON created from protobufs has 64-bit integers as text."""
     if isinstance(value, dict):
         return {key: _whole(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -1,11 +1,11 @@
-"""What can become of a request to a Triton server besides an answer.
+"""Failures of requests to a Triton server.
 
-Three things, and they ask for different deeds: the server was not there, so that nothing was computed
-(:class:`ServerUnreachable`); it went away, or stayed silent, with the request in its hands (:class:`RequestLost`); or
-it read the request and declined (:class:`RequestRefused`). That a model failed is a plain
+There are three kinds, which callers handle differently: the server was unreachable, so nothing was computed
+(:class:`ServerUnreachable`); the connection broke or timed out after the request was sent (:class:`RequestLost`); or
+the server read the request and refused it (:class:`RequestRefused`). A failure of the model itself is a plain
 :class:`~evit_deploy.errors.StageError`.
 
-HTTP, gRPC, sockets and ``tritonclient`` each say these in their own words; here they are told apart.
+HTTP, gRPC, sockets and ``tritonclient`` each raise different errors for these; :func:`translated` classifies them.
 """
 
 import re
@@ -16,7 +16,7 @@ from typing import Any
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement, StageError
 
 ADDRESSES = "http://HOST:8000 or grpc://HOST:8001"
-_MESSAGE = 300  # characters of what the server says
+_MESSAGE = 300  # maximum characters of a server's message
 _NEVER_SENT = ("failed to connect", "connection refused", "errors resolving", "name resol", "dns resolution")
 _STOPPING = ("is stopping", "stopped accepting", "not at ready state", "no available versions")
 _REFUSALS = ("400", "404", "413", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED")
@@ -24,29 +24,29 @@ _FAILURES = ("500", "INTERNAL", "UNKNOWN")
 
 
 class ServerUnreachable(MissingRequirement):
-    """No server took the request: it is not there, not ready, or stopping. Nothing was computed."""
+    """The server is unreachable, not ready, or stopping. Nothing was computed."""
 
 
-class RequestLost(StageError):  # noqa: N818 -- says what became of it, as its neighbors do
-    """The request was in the server's hands when the connection broke or the time was up."""
+class RequestLost(StageError):  # noqa: N818 -- named after the outcome
+    """The connection broke or timed out after the request was sent; it may have been computed."""
 
 
 class RequestRefused(InputError):  # noqa: N818 -- likewise
-    """The server read the request and declined it."""
+    """The server read the request and refused it."""
 
 
 class InterfaceClosed(RequestRefused):
-    """The server keeps this interface to those who have its key."""
+    """The interface is open only to clients with the server's key."""
 
 
 def translated(error: Exception, url: str, timeout: float, *, sent: bool) -> EvitDeployError:
-    """An error of ``tritonclient``, or of what lies below it, as one of ours.
+    """Translates an error of ``tritonclient``, or of a library that it uses, to one of evit-deploy.
 
     Args:
         error: The error.
         url: Address of the server.
-        timeout: Seconds that were waited at most.
-        sent: Whether the request was one to be computed, rather than a question about the server.
+        timeout: The timeout in seconds.
+        sent: Whether the call sent a request to be computed, rather than a query about the server.
     """
     if isinstance(error, EvitDeployError):
         return error
@@ -56,13 +56,13 @@ def translated(error: Exception, url: str, timeout: float, *, sent: bool) -> Evi
         return _unreachable(str(error), url)
     if isinstance(error, OSError) or "ConnectionClosed" in type(error).__name__:
         return _broken(str(error), url, sent)
-    if not hasattr(error, "status"):  # not tritonclient's: what was answered could not even be read
+    if not hasattr(error, "status"):  # not from tritonclient: the response could not be parsed
         return stranger(f"{type(error).__name__}: {error}", url)
     return _answered(error, url, timeout, sent)
 
 
 def _answered(error: Any, url: str, timeout: float, sent: bool) -> EvitDeployError:
-    """``tritonclient``'s own error: a status of HTTP or gRPC, and words."""
+    """Translates an error of ``tritonclient`` by its HTTP or gRPC status and its message."""
     status, said = str(error.status() or "").removeprefix("StatusCode."), _short(error.message())
     lower = said.lower()
     if "is restricted, expecting header" in lower:
@@ -111,7 +111,7 @@ def _silent(url: str, timeout: float, sent: bool) -> EvitDeployError:
 
 
 def stranger(said: object, url: str) -> ServerUnreachable:
-    """The error for something that answers, and not as a Triton server does."""
+    """Returns the error for a response that is not from a Triton server, or not in this protocol."""
     return ServerUnreachable(
         "what answers there is no Triton server, or speaks the other protocol", where=url, seen=_short(str(said)),
         wanted=ADDRESSES,
@@ -119,6 +119,6 @@ def stranger(said: object, url: str) -> ServerUnreachable:
 
 
 def _short(said: str | None) -> str:
-    """The server's words on one line, without the number of the request and without its advice to administrators."""
+    """Shortens a server's message to one line, without the request's number and the advice to administrators."""
     text = re.sub(r"^\[request id: [^\]]*\] ", "", " ".join(str(said or "").split())).split(" NOTE: ")[0]
     return text if len(text) <= _MESSAGE else text[: _MESSAGE - 1] + "…"

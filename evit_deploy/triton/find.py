@@ -1,4 +1,4 @@
-"""A bundle's model on a running server: which one it is, and whether it fits."""
+"""Finds a bundle's model on a running server, and checks that it matches."""
 
 import msgspec
 
@@ -9,11 +9,11 @@ from evit_deploy.triton.failures import InterfaceClosed
 
 
 class Found(msgspec.Struct, frozen=True):
-    """Where a bundle's model is served.
+    """A bundle's model on a server.
 
     Args:
-        served: What takes its tensors.
-        ensemble: Name of the ensemble around it that takes image files; ``None`` if none was named.
+        served: The model with the bundle's tensors.
+        ensemble: Name of the ensemble around it for image files; ``None`` if the model itself was named.
     """
 
     served: Server
@@ -24,14 +24,14 @@ def find_model(served: Server, manifest: Manifest) -> Found:
     """Finds a bundle's model on a server.
 
     Args:
-        served: The server; without a model's name, the only model there that takes the bundle's tensors is meant. The
-            name of an ensemble stands for the step of it that takes them.
-        manifest: The bundle's.
+        served: The server. Without a model name, its only model with the bundle's tensors is used. For the name of an
+            ensemble, the step with these tensors is used.
+        manifest: The bundle's manifest.
 
     Raises:
-        InputError: No model of that name or version, none or several that take the bundle's tensors, or the named one
-            takes others.
-        MissingRequirement: The server is not there or not ready, or the model is not.
+        InputError: There is no model of that name or version, the named model has other tensors, or without a name
+            none or several have the bundle's tensors.
+        MissingRequirement: The server is unreachable or not ready, or the model is not ready.
     """
     with Connection(served.url, served.timeout) as connection:
         connection.wait_ready()
@@ -41,7 +41,7 @@ def find_model(served: Server, manifest: Manifest) -> Found:
         if not model.steps:
             _refuse_misfit(model, served, manifest)
             return Found(served)
-        # The version that was asked for is the ensemble's; its steps have their own.
+        # The requested version is that of the ensemble, not of its steps.
         steps = [connection.describe(name) for name in model.steps]
     fitting = next((step for step in steps if not misfits(step, manifest)), None)
     if fitting is None:
@@ -85,7 +85,7 @@ def _refuse_misfit(model: ServedModel, served: Server, manifest: Manifest) -> No
 
 
 def misfits(model: ServedModel, manifest: Manifest) -> list[str]:
-    """Why a served model cannot be a bundle's; empty if its tensors are the same."""
+    """Returns why a served model cannot be the bundle's; empty if its tensors are the same."""
     reasons = []
     for kind, there, wanted in (
         ("input", model.inputs, manifest.inputs),

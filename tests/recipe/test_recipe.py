@@ -83,7 +83,7 @@ def test_later_override_wins_and_begins_an_absent_section():
         ("finetune.learning_rate=.nan", ["finetune.learning_rate"]),
         ("finetune.learning_rate=.inf", ["finetune.learning_rate"]),
         ("finetune.learning_rate=fast", ["finetune.learning_rate", "got 'fast'", "float", "after the warm-up"]),
-        ("finetune.betas=[0.9, 1]", ["finetune.betas[1]", "got 1", "AdamW's averaging factors"]),
+        ("finetune.betas=[0.9, 1]", ["finetune.betas[1]", "got 1", "AdamW's decay rates"]),
         (
             "convert.batches=[[1, 2]]",
             ["convert.batches[0]", "got [1, 2]", "length 3", "Smallest, best and largest batch"],
@@ -94,7 +94,7 @@ def test_later_override_wins_and_begins_an_absent_section():
         ("tokens=3", ["tokens", "got 3", "How tokens are reduced"]),
         ("finetune.steps=null", ["length of the run", "neither"]),
         ("finetune.min_learning_rate=1", ["min_learning_rate", "0.0003"]),
-        ("data.name=mnist", ["mnist", "data.name", "'folder': images of your own"]),
+        ("data.name=mnist", ["mnist", "data.name", "'folder': your own images"]),
         ("data.train=/images", ["digits have no folders"]),
         ("model.args.num_classes=3", ["num_classes", "the data decides"]),
         ("data.crop=[0.5, 0.1]", ["crop is not a range"]),
@@ -230,7 +230,7 @@ def test_schema_documents_every_field():
         for field, entry in schema["$defs"][name]["properties"].items():
             assert entry.get("description"), f"{name}.{field}"
     assert schema["$defs"]["TrainSection"]["additionalProperties"] is False
-    assert field_docs(Recipe)["seed"] == "Where all random numbers start."
+    assert field_docs(Recipe)["seed"] == "Seed of all random numbers."
 
 
 def test_reading_a_recipe_does_not_import_torch():

@@ -362,7 +362,7 @@ def test_the_variant_for_the_cpu_asks_for_no_gpu(own):
     options = TritonOptions(device="cpu", cpus=6, memory=5)
     place, _ = make_package([own.path], "triton", name="tiny", triton=options)
     for name in ("README.md", "compose.yaml", "kubernetes.yaml"):
-        text = (place / name).read_text().split("## Watch it")[0]
+        text = (place / name).read_text().split("## Monitor it")[0]
         assert "gpu" not in text.lower().replace("and a gpu where it is used", "")
     model = config(place, "tiny_model")
     assert model.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU

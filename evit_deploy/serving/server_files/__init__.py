@@ -1,1 +1,1 @@
-"""Files that a package copies to the server; they import nothing from here."""
+"""Files that a package copies to the server; they do not import evit_deploy."""

@@ -1,8 +1,8 @@
-"""Image files to inputs with DALI, inside Triton: ``package`` copies this file as ``1/dali.py`` of the ensemble's first
-model, and its settings as ``1/preprocess.json``; Triton's DALI backend serializes the pipeline when it loads.
+"""Preprocessing of image files with DALI inside Triton.
 
-Sizes and crops are those of :mod:`evit_deploy.data.images`; the arithmetic of decoding and resizing is DALI's own,
-which is near Pillow's and not the same.
+``package`` copies this file as ``1/dali.py`` of the ensemble's first model, and its settings as ``1/preprocess.json``;
+Triton's DALI backend serializes the pipeline when it loads it. Sizes and crops are those of
+:mod:`evit_deploy.data.images`. DALI decodes and resizes with results close to, but not the same as, Pillow's.
 """
 
 import json
@@ -17,11 +17,11 @@ _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC, "lan
 
 
 def images(settings: Mapping[str, Any], device: str) -> Any:
-    """The graph, inside a pipeline.
+    """Builds the graph; call it inside a pipeline definition.
 
     Args:
         settings: Fields of :class:`evit_deploy.data.preprocess.Preprocess`.
-        device: Where to decode: ``mixed`` for a GPU, ``cpu``.
+        device: Device to decode on: ``mixed`` for a GPU, or ``cpu``.
 
     Returns:
         float32 ``[3, H, W]`` for each file.
@@ -38,7 +38,7 @@ def images(settings: Mapping[str, Any], device: str) -> Any:
     decoded = fn.decoders.image(
         files, device=device, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True
     )
-    # Without this the picture is moved by what rounding takes from its sides, as much as a pixel.
+    # subpixel_scale=True would shift the image by the rounding of its sides, up to a pixel.
     resized = fn.resize(
         decoded,
         size=fn.cast(size, dtype=types.FLOAT),
@@ -47,7 +47,7 @@ def images(settings: Mapping[str, Any], device: str) -> Any:
         subpixel_scale=False,
     )
     margins = [size[0] - height, size[1] - width]
-    # Half of it, a half rounded to the even number, as Python does.
+    # Half of the margin, rounded half to even as in Python.
     start = fn.stack(*(margin // 2 + (margin & 1) * ((margin // 2) & 1) for margin in margins))
     cropped = fn.slice(resized, start=fn.cast(start, dtype=types.INT32), shape=[height, width], axes=[0, 1])
     return fn.crop_mirror_normalize(
@@ -66,5 +66,5 @@ if _settings_file.is_file():
     @autoserialize
     @pipeline_def(batch_size=_settings["max_batch"], num_threads=4, device_id=0)
     def pipeline() -> Any:
-        """What the backend serializes."""
+        """The pipeline that the backend serializes."""
         return images(_settings, "mixed")

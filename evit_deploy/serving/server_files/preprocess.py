@@ -1,8 +1,9 @@
-"""Image files to inputs, inside Triton: ``package`` copies this file as ``1/model.py`` of the ensemble's first model.
+"""Preprocessing of image files inside Triton.
 
-It stands on its own (numpy, Pillow, the server's ``triton_python_backend_utils``), so that a server needs neither
-evit-deploy nor PyTorch. What it does is what :mod:`evit_deploy.data.images` does, bit for bit; the numbers come from
-the parameter ``preprocess`` of its ``config.pbtxt``. An image that cannot be used is an error of its own request.
+``package`` copies this file as ``1/model.py`` of the ensemble's first model. It needs only numpy, Pillow and the
+server's ``triton_python_backend_utils``, not evit-deploy or PyTorch. The results are bit-identical to
+:mod:`evit_deploy.data.images`; settings come from the parameter ``preprocess`` of its ``config.pbtxt``. An invalid
+image fails only its own request.
 """
 
 import io
@@ -17,21 +18,21 @@ from PIL import Image
 IMAGE, INPUT, PARAMETER = "IMAGE", "input", "preprocess"
 FORMATS = ("JPEG", "PNG")
 MAX_PIXELS = 50_000_000
-"""Of an image, and of what it is resized to, unless the parameter says otherwise; 150 MB as RGB."""
+"""Default limit for an image, before and after resizing; 150 MB as RGB."""
 MAX_BYTES = 32 << 20
-"""Of an image's file, unless the parameter says otherwise."""
+"""Default limit for an image file."""
 
 
 class ImageError(ValueError):
-    """An image that is not taken; the text is the answer to the client."""
+    """An image was refused; the text is sent to the client."""
 
 
 class ImagePreprocess:
-    """From the bytes of an image file to an input.
+    """Converts the bytes of an image file to an input.
 
     Args:
-        settings: Fields of :class:`evit_deploy.data.preprocess.Preprocess`, and ``max_pixels`` and ``max_bytes`` where
-            the limits are others than :data:`MAX_PIXELS` and :data:`MAX_BYTES`.
+        settings: Fields of :class:`evit_deploy.data.preprocess.Preprocess`, and optionally ``max_pixels`` and
+            ``max_bytes`` to replace :data:`MAX_PIXELS` and :data:`MAX_BYTES`.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -44,17 +45,17 @@ class ImagePreprocess:
         border = self.crop_mode == "border"
         self.fill = tuple(round(255 * value) for value in settings["mean"]) if border else (0, 0, 0)
         mean, std = (np.array(settings[name], np.float32)[:, None] for name in ("mean", "std"))
-        # A pixel has 256 values: what becomes of each is computed once, in the order in which PyTorch would.
+        # A lookup table for the 256 values of a pixel, computed with the same order of operations as in PyTorch.
         self.shades = (np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std
 
     def __call__(self, content: bytes) -> np.ndarray:
-        """Reads one image and makes an input of it.
+        """Decodes, resizes, crops and normalizes one image.
 
         Returns:
             float32 ``[3, H, W]``.
 
         Raises:
-            ImageError: It is no JPEG or PNG image that can be read to its end, or it is too large.
+            ImageError: The file is not a complete JPEG or PNG image, or it is too large.
         """
         image = self._crop(self._resize(self._read(content)))
         pixels = np.asarray(image)
@@ -67,12 +68,12 @@ class ImagePreprocess:
             raise ImageError(f"the image is too large ({len(content)} bytes, at most {self.max_bytes} are taken)")
         try:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
-        except Image.DecompressionBombError as error:  # so large that Pillow itself refuses its header
+        except Image.DecompressionBombError as error:  # above Pillow's own limit
             raise ImageError(f"the image is too large ({_brief(error)})") from None
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
             raise ImageError(f"not a JPEG or PNG image ({_brief(error)})") from None
         with image:
-            self._check_pixels("the image", image.size)  # by its header, before anything is decoded
+            self._check_pixels("the image", image.size)  # known from the header, before decoding
             try:
                 return image.convert("RGB")
             except Exception as error:
@@ -95,10 +96,10 @@ class ImagePreprocess:
         return image.resize((width, height), self.filter)
 
     def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after resizing, with timm's and torchvision's own rounding."""
+        """Height and width after resizing, with the rounding of timm and torchvision."""
         if self.crop_mode == "squash":
             return self.scaled[0], self.scaled[1]
-        if min(self.scaled) < 1:  # one pixel, and a crop of more than the image
+        if min(self.scaled) < 1:  # an input of one pixel with a crop larger than the image
             return 0, 0
         if self.crop_mode != "border" and self.scaled[0] == self.scaled[1]:
             side = self.scaled[0]
@@ -123,20 +124,20 @@ class ImagePreprocess:
 
 def _brief(error: Exception) -> str:
     text = str(error).splitlines()[0] if str(error) else ""
-    # Pillow names the object in memory that it could not read; a client has no use for that.
+    # Pillow's message contains the repr of the BytesIO object, which is useless to a client.
     return type(error).__name__ if not text or "BytesIO" in text else text[:200]
 
 
 class TritonPythonModel:
-    """What the server's Python backend calls."""
+    """The interface that the server's Python backend calls."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Once for each instance, with the model's configuration."""
+        """Reads the settings from the model's configuration; called once for each instance."""
         config = json.loads(args["model_config"])
         self.preprocess = ImagePreprocess(json.loads(config["parameters"][PARAMETER]["string_value"]))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One answer for each request, in their order; a request with an image that is refused gets an error."""
+        """Returns one response for each request, in order; a request with a refused image gets an error."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:

@@ -354,9 +354,10 @@ def _spec(tensor: Mapping[str, Any]) -> TensorSpec:
 
 
 def _arrays(result: Any) -> dict[str, np.ndarray]:
-    response = result.get_response() outputs = response["outputs"] if isinstance(response, dict) else response.outputs
-    names = [output["name"] if isinstance(output, dict) else output.name for output in outputs] return {name:
-    np.array(result.as_numpy(name)) for name in names}  # copies, because tritonclient's arrays are read-only
+    response = result.get_response()
+    outputs = response["outputs"] if isinstance(response, dict) else response.outputs
+    names = [output["name"] if isinstance(output, dict) else output.name for output in outputs]
+    return {name: np.array(result.as_numpy(name)) for name in names}  # copies: tritonclient's arrays are read-only
 
 
 def _whole(value: Any) -> Any:

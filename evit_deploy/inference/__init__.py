@@ -1,1 +1,1 @@
-"""Answers to images: a bundle that is opened once and asked as often as one likes."""
+"""Inference on images with a bundle that is opened once."""

@@ -1,15 +1,15 @@
-"""How any number of images is cut into calls that a runner takes."""
+"""Splits any number of images into calls that a runner supports."""
 
 from collections.abc import Iterator, Sequence
 
 from evit_deploy.recipe.options import BatchProfile
 
 MOST = 32
-"""Images a call, unless the user or an engine says otherwise: more gain nothing on a CPU, and cost memory."""
+"""Default maximum images per call; more would not be faster on a CPU, and need more memory."""
 
 
 def calls_for(count: int, profiles: Sequence[BatchProfile], most: int | None = None) -> Iterator[tuple[int, int, int]]:
-    """Cuts ``count`` images into calls.
+    """Splits ``count`` images into calls.
 
     >>> list(calls_for(50, [BatchProfile(8, 16, 32)], 32))
     [(0, 32, 32), (32, 18, 18)]
@@ -17,13 +17,13 @@ def calls_for(count: int, profiles: Sequence[BatchProfile], most: int | None = N
     [(0, 3, 8)]
 
     Args:
-        count: Images.
-        profiles: Batch sizes that the runner covers; none where it takes any.
-        most: Images a call at most, where the profiles allow it; by default :data:`MOST`, or what an engine was tuned
-            for.
+        count: Number of images.
+        profiles: Batch sizes that the runner supports; empty if it supports any.
+        most: Maximum images per call, as far as the profiles allow it. Default: :data:`MOST`, or the size that an
+            engine was tuned for.
 
     Yields:
-        First image of a call, images in it, and the size that the call has to be filled up to.
+        First image of a call, number of images in it, and the batch size that it must be padded to.
     """
     largest = most or max((profile.optimum for profile in profiles), default=MOST)
     if profiles:

@@ -1,4 +1,4 @@
-"""Which runtime answers for a bundle, and what it runs."""
+"""Choice of the runtime for a bundle, and of its artifact."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +17,14 @@ from evit_deploy.runtimes.runner import Runner
 from evit_deploy.runtimes.select import artifact_of
 
 _BUILDS_FIRST = ("onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx")
-"""Build an engine when they are opened, which takes minutes: only for those who ask."""
+"""Runtimes that build an engine when they are opened, which takes minutes; only used on request."""
 
 
 def in_order(bundle: Bundle) -> Iterator[tuple[str, Path, list[str]]]:
-    """Runtimes that may answer unasked, the best first, with their files and why they cannot run them.
+    """Yields the runtimes to try by default, best first: name, file, and reasons why it cannot run the file.
 
-    Engines come first, then a GPU that runs the ONNX file as it is, then files that were made for this machine's
-    processor, then ONNX Runtime and OpenVINO on the ONNX file.
+    Engines come first, then runtimes that run the ONNX file on a GPU, then files in a CPU runtime's own format, then
+    ONNX Runtime and OpenVINO on the ONNX file.
     """
     found = []
     for place, name in enumerate(RUNTIMES.names()):
@@ -39,18 +39,18 @@ def in_order(bundle: Bundle) -> Iterator[tuple[str, Path, list[str]]]:
 
 
 def asked_for(bundle: Bundle, name: str, against: Path | None) -> Any:
-    """What the runtime that was asked for runs.
+    """Returns the artifact for a requested runtime.
 
     Args:
         bundle: The bundle.
-        name: Of the runtime.
-        against: Checkpoint of the bundle, for PyTorch's own runtimes, if it was moved.
+        name: Name of the runtime.
+        against: For PyTorch's runtimes: checkpoint of the bundle, if it was moved.
 
     Returns:
         A file of the bundle, or the PyTorch model, on the GPU if there is one.
 
     Raises:
-        InputError: There is no such runtime, or it has nothing to run here.
+        InputError: There is no such runtime, or the bundle has nothing for it.
     """
     runtime: type[Runner] = RUNTIMES.get(name)
     if runtime.served:
@@ -80,12 +80,12 @@ def check_plugin(bundle: Bundle, name: str, plugin: str | Path | None) -> None:
 
     Args:
         bundle: The bundle.
-        name: Of the runtime that is to be opened.
+        name: Name of the runtime.
         plugin: The library; ``None`` for the one in the user's cache that the engine was built with.
 
     Raises:
-        InputError: It is another library, or no plugin.
-        MissingRequirement: It is not there.
+        InputError: It is a different library, or not a plugin.
+        MissingRequirement: The library is missing.
     """
     if name == TENSORRT:
         lacking = provide_plugin(bundle.manifest.engine, plugin)

@@ -1,4 +1,4 @@
-"""A bundle's answers to files on disk; those that cannot be read are named, and the others answered."""
+"""Inference on image files; unreadable files are listed, and the others are answered."""
 
 import io
 import logging
@@ -20,12 +20,12 @@ _LOG = logging.getLogger(__name__)
 
 
 class Embedded(msgspec.Struct, frozen=True):
-    """What is said about one image's embedding.
+    """Summary of one image's embedding.
 
     Args:
-        image: Its file.
-        numbers: How many there are.
-        norm: Its Euclidean length.
+        image: File of the image.
+        numbers: Its dimension.
+        norm: Its Euclidean norm.
     """
 
     image: str
@@ -37,8 +37,8 @@ class Unreadable(msgspec.Struct, frozen=True):
     """An image that could not be read.
 
     Args:
-        image: Its file.
-        message: Why.
+        image: File of the image.
+        message: The reason.
     """
 
     image: str
@@ -46,12 +46,12 @@ class Unreadable(msgspec.Struct, frozen=True):
 
 
 class FileAnswers(msgspec.Struct, frozen=True):
-    """Answers to files.
+    """Answers for image files.
 
     Args:
-        predictions: Of a model with classes, one for each image that could be read.
-        embeddings: Of a model without.
-        unreadable: The images that could not be read.
+        predictions: For a model with classes, one for each readable image.
+        embeddings: For a model without classes, one for each readable image.
+        unreadable: Images that could not be read.
         labeled: Whether the classes have names.
     """
 
@@ -61,7 +61,7 @@ class FileAnswers(msgspec.Struct, frozen=True):
     labeled: bool
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Titles and cells; an image is named in the first of its rows."""
+        """Returns the header and rows of a table; only the first row of an image has its name."""
         if self.embeddings:
             rows = [(one.image, str(one.numbers), f"{one.norm:.4g}") for one in self.embeddings]
             return ("image", "numbers", "norm"), rows
@@ -73,10 +73,10 @@ class FileAnswers(msgspec.Struct, frozen=True):
         return ("image", *(("label",) if self.labeled else ()), "probability %", "class"), found
 
     def raise_if_unreadable(self) -> None:
-        """Says at the end that not every image was answered.
+        """Raises if any image was unreadable.
 
         Raises:
-            GateFailed: One could not be read.
+            GateFailed: An image could not be read.
         """
         if self.unreadable:
             count = len(self.predictions) + len(self.embeddings) + len(self.unreadable)
@@ -90,18 +90,18 @@ class FileAnswers(msgspec.Struct, frozen=True):
 def ask_about_files(
     model: Model, paths: Iterable[str | Path], *, top: int = 5, out: Path | None = None, force: bool = False
 ) -> FileAnswers:
-    """Asks a model about files.
+    """Runs a model on image files.
 
     Args:
-        model: The model, opened.
-        paths: Files, and folders that stand for all images anywhere below them.
-        top: Classes to name for each image.
-        out: Where to write embeddings, float32 ``[n, d]`` of the images that could be read, as NumPy's ``.npy``.
-        force: Whether to replace that file.
+        model: The opened model.
+        paths: Files, and folders to search recursively.
+        top: Number of classes to list for each image.
+        out: File for the embeddings of the readable images, float32 ``[n, d]``, in NumPy's ``.npy`` format.
+        force: Whether to replace an existing file.
 
     Raises:
-        InputError: A folder without images, or ``out`` cannot be written or is of no use to this model.
-        StageError: The runtime failed, or the disk.
+        InputError: A folder has no images, ``out`` cannot be written, or the model has no embeddings.
+        StageError: The runtime failed, or the file could not be written.
     """
     embeds = model.bundle.manifest.answer == EMBEDDING
     if out is not None:

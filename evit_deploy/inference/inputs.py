@@ -1,4 +1,4 @@
-"""What may be given as an image, and how it becomes a model's input."""
+"""Conversion of images in various forms to a model's input."""
 
 import itertools
 import os
@@ -15,23 +15,23 @@ from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import InputError
 
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
-"""One image: a file, the content of a file, a picture, or an array."""
+"""One image: a path, the bytes of a file, a PIL image, or an array."""
 _KINDS = "a path, the bytes of a file, a PIL image, uint8 [H, W, 3] or prepared float32"
 _FAR_OFF = 10
-"""A prepared value that lies so many times as far out as any pixel can come to was never normalized."""
+"""Prepared values this many times larger than preprocessing can produce are taken as not normalized."""
 
 
 class Given:
-    """What a user gave, one or several images, not yet prepared.
+    """One or several images from the user, prepared on demand.
 
     Args:
         images: One image or several, see :class:`~evit_deploy.inference.model.Model`.
-        preprocess: What is done with pictures.
-        shape: Of the model's input for one image, ``(C, H, W)``.
-        threads: CPU threads that read and prepare pictures; by default one for each core.
+        preprocess: Preprocessing of images.
+        shape: Shape of the model's input for one image, ``(C, H, W)``.
+        threads: CPU threads to decode and preprocess images. Default: one for each core.
 
     Raises:
-        InputError: It is no image, or an array of which it is not clear what is meant.
+        InputError: The value is not an image, or an array of an ambiguous type or shape.
     """
 
     def __init__(self, images: Any, preprocess: Preprocess, shape: tuple[int, ...], threads: int | None = None) -> None:
@@ -55,19 +55,19 @@ class Given:
         return len(self._images)
 
     def name(self, number: int) -> str | None:
-        """The file of an image; ``None`` for an image in memory."""
+        """Returns the file of an image, or ``None`` for an image in memory."""
         image = self._images[number]
         return str(image) if isinstance(image, str | Path) else None
 
     def prepared(self, start: int, stop: int) -> tuple[np.ndarray, dict[int, InputError]]:
-        """Some of the images as the model takes them; several are decoded at a time.
+        """Prepares a range of the images in parallel.
 
         Args:
-            start: Number of the first.
+            start: Number of the first image.
             stop: Number after the last.
 
         Returns:
-            Float32 ``[n, C, H, W]``, and by number why the images that are not in it cannot be used.
+            Float32 ``[n, C, H, W]``, and the errors of unusable images by number; these are not in the array.
         """
         part = self._images[start:stop]
         if isinstance(part, np.ndarray) and part.dtype == np.float32:
@@ -75,7 +75,7 @@ class Given:
         numbers = range(start, stop)
         workers = min(len(part), self._workers)
         if workers > 1 and any(not isinstance(image, np.ndarray) or image.dtype == np.uint8 for image in part):
-            with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without Python's lock
+            with ThreadPoolExecutor(workers) as pool:  # Pillow releases the GIL while it decodes and resizes
                 found = list(pool.map(self._one, part, numbers))
         else:
             found = [self._one(image, number) for image, number in zip(part, numbers, strict=True)]
@@ -84,13 +84,13 @@ class Given:
         return np.stack(arrays) if arrays else np.empty((0, *self._shape), np.float32), unusable
 
     def _one(self, image: Any, number: int) -> np.ndarray | InputError:
-        """One image as float32 ``[C, H, W]``, or why it cannot be used."""
+        """Prepares one image as float32 ``[C, H, W]``, or returns its error."""
         where = f"images[{number}]"
         try:
             if isinstance(image, bytes | bytearray):
                 image = decode_image(bytes(image), where, COPY_AGAIN)
             elif isinstance(image, Image.Image):
-                image = image.convert("RGB")  # reads the file that it may still have to read
+                image = image.convert("RGB")  # may read the file, since PIL opens lazily
             elif not isinstance(image, str | Path):
                 if not hasattr(image, "__array__"):
                     raise InputError("not an image", where=where, seen=type(image).__name__, wanted=_KINDS)
@@ -103,7 +103,7 @@ class Given:
             return with_channels(preprocess_image(image, self._preprocess)[None], channels)[0]
         except InputError as error:
             return error
-        except (OSError, SyntaxError, ValueError) as error:  # of a picture that was opened and not yet read; of a name
+        except (OSError, SyntaxError, ValueError) as error:  # from an image that PIL opened lazily, or an invalid path
             return InputError(f"the image cannot be read: {error}", where=self.name(number) or where, fix=COPY_AGAIN)
 
     def _check_prepared(self, array: np.ndarray, shape: tuple[int, ...], where: str) -> None:
@@ -118,7 +118,7 @@ class Given:
         settings = self._preprocess
         ends = [abs(end - mean) / std for mean, std in zip(settings.mean, settings.std, strict=True) for end in (0, 1)]
         furthest = float(max(array.max(), -array.min()))
-        if not furthest <= _FAR_OFF * max(ends):  # NaN as well
+        if not furthest <= _FAR_OFF * max(ends):  # also true for NaN
             raise InputError(
                 "an array of floats counts as prepared, but this model's preprocessing cannot produce such values",
                 where=where, seen=f"{furthest:.4g}", wanted=f"about -{max(ends):.2g} to {max(ends):.2g}",
@@ -127,14 +127,14 @@ class Given:
 
 
 def _cores() -> int:
-    """Processor cores that this process may use."""
+    """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _array(image: Any, where: str) -> np.ndarray:
     try:
         array = np.asarray(image)
-    except Exception as error:  # a tensor on a GPU, one that needs gradients: each library has its own
+    except Exception as error:  # such as for tensors on a GPU or with gradients; depends on the library
         raise InputError(f"this cannot be read as an array: {error}", where=where, wanted=_KINDS) from None
     if array.dtype not in (np.uint8, np.float32):
         raise InputError(
@@ -157,9 +157,9 @@ def _picture(array: np.ndarray, where: str) -> Image.Image:
 
 
 def image_paths(paths: Iterable[str | Path]) -> list[Path]:
-    """Files that are meant by files and folders: a folder stands for all images anywhere below it.
+    """Replaces folders with all images below them, recursively.
 
     Raises:
-        InputError: A folder without images.
+        InputError: A folder has no images.
     """
     return list(itertools.chain.from_iterable(image_files(p) if os.path.isdir(p) else [p] for p in map(Path, paths)))

@@ -1,4 +1,4 @@
-"""A bundle that answers: labels with probabilities, embeddings, and which patches were kept."""
+"""An opened bundle for inference: predictions, embeddings, and the patches that were kept."""
 
 import logging
 import threading
@@ -33,26 +33,26 @@ def load(
     plugin: str | Path | None = None,
     against: str | Path | None = None,
 ) -> "Model":
-    """Opens a bundle, to ask it about images.
+    """Opens a bundle for inference.
 
-    Without a wish, the first of these answers that runs here: the bundle's engine, ONNX Runtime on a GPU, the bundle's
-    OpenVINO model, ONNX Runtime on the CPU, OpenVINO on the ONNX file. :attr:`Model.runtime` says which, and a warning
-    says so where a file that was made for more speed does not run here.
+    By default the first of these that runs here is used: the bundle's engine, ONNX Runtime on a GPU, the bundle's
+    OpenVINO model, ONNX Runtime on the CPU, OpenVINO on the ONNX file. :attr:`Model.runtime` is the one chosen; a
+    warning is logged if a faster file of the bundle does not run here.
 
     Args:
         path: The bundle.
-        runtime: Name in the registry of runtimes, to have that one and no other; ``eager`` is PyTorch itself.
-        threads: CPU threads, of the runtime and to read pictures; ``None`` for the runtime's own choice, and as many as
-            there are cores.
-        batch_size: Images a call at most; by default 32, or what the engine was tuned for.
-        plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
-            has.
-        against: For PyTorch's own runtimes: the checkpoint of the bundle, if it was moved.
+        runtime: Name in the registry of runtimes to use; ``eager`` is PyTorch.
+        threads: CPU threads of the runtime and for decoding images. Default: the runtime's default, and one for each
+            core.
+        batch_size: Maximum images per call. Default: 32, or the size that the engine was tuned for.
+        plugin: Library that a TensorRT engine needs. Default: the one in the user's cache with the hash from the
+            manifest.
+        against: For PyTorch's runtimes: checkpoint of the bundle, if it was moved.
 
     Raises:
-        InputError: No bundle, one whose files have changed, an unknown runtime, or one that cannot run it.
-        MissingRequirement: The runtime that was asked for is not installed here, or nothing here runs any file of it.
-        StageError: The runtime refuses the file.
+        InputError: Not a bundle, its files have changed, or the runtime is unknown or cannot run it.
+        MissingRequirement: The requested runtime is not installed, or no runtime here can run any of its files.
+        StageError: The runtime refused the file.
     """
     for name, number in (("threads", threads), ("batch_size", batch_size)):
         if number is not None and number < 1:
@@ -69,12 +69,12 @@ def load(
     for name, file, refusals in in_order(bundle):
         if refusals:
             reasons[name] = "; ".join(refusals)
-            passed_over.setdefault(file, reasons[name])  # another runtime of this file may have a better reason
+            passed_over.setdefault(file, reasons[name])  # overwritten if another runtime fails on the same file
             continue
         try:
             check_plugin(bundle, name, plugin)
             model = Model(bundle, name, file, threads=threads, batch_size=batch_size)
-        except (InputError, MissingRequirement) as error:  # an engine for another GPU, a package that is not there
+        except (InputError, MissingRequirement) as error:  # such as an engine for another GPU, or a missing package
             reasons[name] = passed_over[file] = error.what
             continue
         for other, reason in passed_over.items():
@@ -90,10 +90,10 @@ def load(
 
 
 def checked_bundle(path: str | Path) -> Bundle:
-    """A bundle whose files are those that were verified, with one label a class if it has labels.
+    """Reads a bundle, and checks that its files are unchanged and that it has one label per class, if any.
 
     Raises:
-        InputError: It is no such bundle.
+        InputError: A check failed.
     """
     bundle = read_bundle(path)
     changed = changed_files(bundle)
@@ -113,18 +113,18 @@ def checked_bundle(path: str | Path) -> Bundle:
 
 
 class Model:
-    """An opened bundle; made by :func:`load`, a context manager. Threads may share it.
+    """An opened bundle, created by :func:`load`; a context manager. Threads can share it.
 
-    An *image* is a path, the bytes of an image file, a PIL image, or an array: uint8 ``[H, W, 3]`` is an RGB picture,
-    and float32 ``[C, H, W]`` of the size of the model's input counts as prepared already (resized, cropped and
-    normalized). Several images are any iterable of these, mixed as you like, or one array with a dimension more.
-    Pictures go through the bundle's own preprocessing; gray and transparent ones become RGB first.
+    An *image* is a path, the bytes of an image file, a PIL image, or an array: uint8 ``[H, W, 3]`` is an RGB image,
+    float32 ``[C, H, W]`` with the shape of the model's input is already prepared (resized, cropped and normalized).
+    Several images are any iterable of these, also mixed, or one array with an additional first dimension. Images that
+    are not prepared go through the bundle's preprocessing; gray and transparent ones are converted to RGB first.
 
     Args:
         bundle: The bundle.
-        runtime: Name of the runtime that answers.
-        artifact: What it runs.
-        threads: CPU threads, ``None`` for the runtime's own choice.
+        runtime: Name of the runtime.
+        artifact: The artifact that it runs.
+        threads: CPU threads; ``None`` for the runtime's default.
         batch_size: See :func:`load`.
     """
 
@@ -135,11 +135,11 @@ class Model:
         self._threads, self._batch_size = threads, batch_size
         self._opening, self._turn = threading.Lock(), threading.Lock()
         self._session = self._opened(with_indices=False)
-        self._telling: Session | None = None  # of what locations choose; opened when it is first asked for
+        self._telling: Session | None = None  # with outputs for the choices; opened on first use
 
     @property
     def labels(self) -> list[str] | None:
-        """Names of the classes; ``None`` where the bundle does not know them."""
+        """Class names, or ``None`` if the bundle has none."""
         return self.bundle.manifest.labels
 
     @overload
@@ -164,16 +164,16 @@ class Model:
         top: int = 5,
         on_error: Callable[[int, InputError], None] | None = None,
     ) -> Prediction | list[Prediction]:
-        """The most probable classes of each image.
+        """Returns the most probable classes of each image.
 
         Args:
             images: One image or several, see :class:`Model`.
-            top: Classes to name for each image; all where there are fewer.
-            on_error: Is given the number of an image that cannot be used, and why; the image is left out. Without it
-                the first such image is an error.
+            top: Number of classes to list for each image, if there are as many.
+            on_error: Called with the number of an unusable image and its error; the image is then skipped. Without it,
+                the first unusable image raises.
 
         Returns:
-            One prediction for one image, a list for several.
+            A prediction for a single image, a list for several.
 
         Raises:
             InputError: The model has no classes, an image cannot be used, or the model is closed.
@@ -186,7 +186,7 @@ class Model:
         return found[0] if given.single and found else found
 
     def logits(self, images: ImageLike | Iterable[ImageLike]) -> np.ndarray:
-        """The logits of one image or several, float32 ``[n, classes]``.
+        """Returns the logits of one image or several, float32 ``[n, classes]``.
 
         Args:
             images: See :class:`Model`.
@@ -204,7 +204,7 @@ class Model:
         *,
         on_error: Callable[[int, InputError], None] | None = None,
     ) -> np.ndarray:
-        """The embeddings of one image or several, of a model without classes.
+        """Returns the embeddings of one image or several, for a model without classes.
 
         Args:
             images: See :class:`Model`.
@@ -225,21 +225,21 @@ class Model:
         return self._answers(self._given(images), on_error)[0]
 
     def kept(self, images: ImageLike | Iterable[ImageLike]) -> dict[int, np.ndarray]:
-        """Which patches of each image the model kept, location by location.
+        """Returns which patches of each image the model kept at each location.
 
-        Patches are numbered row by row from the top left, from 0.
+        Patches are numbered row by row from the top left, starting at 0.
 
         Args:
             images: See :class:`Model`.
 
         Returns:
-            By block int32 ``[n, K]``: the numbers of the patches that were kept, in the order of their tokens; −1 is a
-            token fused of others, also one of an earlier location. Of a location that merges, ``[n, patches]``: for
-            every patch the lowest number among the patches in its token, so that merged ones have the same; −1 where
-            it was dropped before.
+            Block -> int32 ``[n, K]``: numbers of the kept patches, in the order of their tokens; −1 is a fused token,
+            also one from an earlier location. For a location that merges, ``[n, patches]``: for every patch the lowest
+            number of all patches in its token, so that merged patches have the same number; −1 if it was dropped
+            earlier.
 
         Raises:
-            InputError: The runtime cannot tell, as with an engine that was built without these outputs; or see
+            InputError: The artifact has no such outputs, for example an engine built without them; or see
                 :meth:`predict`.
             StageError: The runtime failed.
         """
@@ -251,14 +251,14 @@ class Model:
         return {row.block: groups[i] if row.choice == "merge" else numbers[i] for i, row in enumerate(plan.locations)}
 
     def choices(self, images: ImageLike | Iterable[ImageLike]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The answers to images, and the choices that led to them: what :meth:`kept` puts into patch numbers.
+        """Returns the answers and the choices of each location, which :meth:`kept` converts to patch numbers.
 
         Args:
             images: See :class:`Model`.
 
         Returns:
-            float32 ``[n, classes or d]``, and for each location int32 ``[n, length]``: of kind ``kept`` the candidates
-            in their new order, of kind ``merge`` who stays, who moves and where to.
+            float32 ``[n, classes or d]``, and for each location int32 ``[n, length]``: for kind ``kept``, the
+            candidates in their new order; for kind ``merge``, the tokens that stay, those that move, and where to.
 
         Raises:
             InputError: See :meth:`kept`.
@@ -270,9 +270,9 @@ class Model:
         return found[answer].astype(np.float32, copy=False), [found[name] for name in names]
 
     def close(self) -> None:
-        """Gives up the runtime's memory, once the calls under way are done; afterwards the model refuses to answer."""
+        """Waits for running calls and frees the runtime's memory; later calls raise."""
         with self._opening:
-            for session in (self._telling, self._session):  # the last one opened first
+            for session in (self._telling, self._session):  # in reverse order of opening
                 if session is not None:
                     session.close()
 
@@ -297,7 +297,7 @@ class Model:
     def _answers(
         self, given: Given, on_error: Callable[[int, InputError], None] | None = None
     ) -> tuple[np.ndarray, list[int]]:
-        """Float32 ``[n, classes or d]``, and the numbers of the images they are of."""
+        """Returns the answers, float32 ``[n, classes or d]``, and the numbers of their images."""
         name = self.bundle.manifest.answer
         found, numbers = self._run(self._session, given, [name], on_error)
         return found[name].astype(np.float32, copy=False), numbers
@@ -309,7 +309,7 @@ class Model:
         outputs: Sequence[str],
         on_error: Callable[[int, InputError], None] | None = None,
     ) -> tuple[dict[str, np.ndarray], list[int]]:
-        """Some outputs for all images that can be used, and the numbers of these."""
+        """Returns the named outputs for all usable images, and the numbers of these images."""
         parts: list[dict[str, np.ndarray]] = []
         numbers: list[int] = []
         with session.used():
@@ -322,7 +322,7 @@ class Model:
                 usable = [number for number in range(start, start + count) if number not in unusable]
                 if not usable:
                     continue
-                if len(images) < size and session.runner.profiles:  # filled up with the same images
+                if len(images) < size and session.runner.profiles:  # pad by repeating images
                     images = np.resize(images, (size, *images.shape[1:]))
                 answers = session.infer(images)
                 parts.append({name: answers[name][: len(usable)] for name in outputs})
@@ -349,7 +349,7 @@ class Model:
         )
 
     def _session_with(self, names: Sequence[str]) -> Session:
-        """A session that gives these outputs out."""
+        """Returns a session with these outputs, opening it if necessary."""
         with self._opening, self._session.used():
             for known in (self._session, self._telling):
                 if known is not None and set(names) <= {spec.name for spec in known.runner.outputs}:

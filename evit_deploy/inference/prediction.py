@@ -1,4 +1,4 @@
-"""What a classifier says to one image: the most probable classes, with their labels."""
+"""Predictions of a classifier: the most probable classes of an image, with their labels."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from evit_deploy.report.html import html_table
 
 
 class Prediction(msgspec.Struct, frozen=True):
-    """The most probable classes of one image, the best first; prints as a line, in a notebook as a table.
+    """The most probable classes of one image, best first; printed as a line, or as a table in a notebook.
 
     Args:
-        labels: Names of the classes; their numbers as text where the bundle has no labels.
+        labels: Class names; class numbers as text if the bundle has no labels.
         probabilities: Softmax over all classes, in FP32.
-        classes: Numbers of the classes, counted from 0.
-        image: The file that it is about; ``None`` for an image in memory.
+        classes: Class numbers, 0-based.
+        image: File of the image; ``None`` for an image in memory.
     """
 
     labels: tuple[str, ...]
@@ -41,11 +41,11 @@ class Prediction(msgspec.Struct, frozen=True):
 
     @property
     def top(self) -> tuple[tuple[str, float], ...]:
-        """Pairs of label and probability."""
+        """(label, probability) pairs."""
         return tuple(zip(self.labels, self.probabilities, strict=True))
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Label, probability in percent and class number of each class, as text."""
+        """Returns label, probability in percent and class number of each class, as text."""
         return [
             (label, f"{100 * probability:.2f}", str(index))
             for label, probability, index in zip(self.labels, self.probabilities, self.classes, strict=True)
@@ -62,13 +62,13 @@ class Prediction(msgspec.Struct, frozen=True):
 def predictions_of(
     logits: np.ndarray, labels: list[str] | None, top: int, images: Sequence[str | None]
 ) -> list[Prediction]:
-    """Turns logits into predictions.
+    """Converts logits to predictions.
 
     Args:
         logits: Float32 ``[n, classes]``.
-        labels: One a class; ``None`` where they are not known.
-        top: Classes to name for each image; all where there are fewer.
-        images: File of each image, ``None`` for an image in memory.
+        labels: One label per class, or ``None`` if unknown.
+        top: Number of classes to list for each image, if there are as many.
+        images: File of each image; ``None`` for an image in memory.
 
     Raises:
         InputError: ``top`` is below 1.
@@ -76,7 +76,7 @@ def predictions_of(
     if top < 1:
         raise InputError("no classes to name", where="top", seen=top, wanted="a whole number from 1 up")
     shares = softmax(logits)
-    # Classes with the same probability stay in their order: the same answer everywhere.
+    # Stable, so that ties are in the same order on every machine.
     best = np.argsort(-shares, axis=1, kind="stable")[:, :top]
     chosen = np.take_along_axis(shares, best, axis=1)
     return [
@@ -91,7 +91,7 @@ def predictions_of(
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis, in FP32 whatever the logits are in.
+    """Softmax over the last axis, always computed in FP32.
 
     Args:
         logits: ``[n, classes]``.

@@ -1,4 +1,4 @@
-"""One opened runner that several threads may ask, and that is not closed under their feet."""
+"""An opened runner that several threads can share, and that is not closed while one of them uses it."""
 
 import contextlib
 import threading
@@ -14,16 +14,15 @@ from evit_deploy.runtimes.select import opened
 
 
 class Session:
-    """A runner, opened.
+    """An opened runner.
 
     Args:
-        name: Its runtime.
-        artifact: What it runs.
-        threads: CPU threads, ``None`` for the runtime's own choice.
-        with_indices: Whether it is to give out what its locations choose.
-        where: What is run, for messages.
-        turn: Is held while the runner works, unless it takes several calls at a time; shared by sessions that run the
-            same thing.
+        name: Name of the runtime.
+        artifact: The artifact to run.
+        threads: CPU threads; ``None`` for the runtime's default.
+        with_indices: Whether to also return the choices of its locations.
+        where: Path of the bundle, for messages.
+        turn: Lock to hold during calls, unless the runner is ``concurrent``; shared by sessions of the same artifact.
 
     Raises:
         InputError: See :func:`~evit_deploy.runtimes.select.opened`.
@@ -45,7 +44,7 @@ class Session:
         """Keeps the runner open until the work inside is done.
 
         Raises:
-            InputError: It is closed.
+            InputError: The session is closed.
         """
         with self._changed:
             if self._closed:
@@ -61,10 +60,10 @@ class Session:
                 self._changed.notify_all()
 
     def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one batch, inside :meth:`used`; threads take turns where the runner cannot take several at a time.
+        """Runs one batch, inside :meth:`used`; threads take turns unless the runner is ``concurrent``.
 
         Args:
-            images: Float32 ``[B, C, H, W]``, prepared, of a size that the runner covers.
+            images: Prepared float32 ``[B, C, H, W]``, with a batch size that the runner supports.
 
         Returns:
             One array for each output.
@@ -76,7 +75,7 @@ class Session:
             return self.runner.infer(feeds(images))
 
     def close(self) -> None:
-        """Closes the runner, after the work that is under way; does nothing the second time."""
+        """Waits for running calls and closes the runner; further calls have no effect."""
         with self._changed:
             if self._closed:
                 return

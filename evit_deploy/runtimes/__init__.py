@@ -1,1 +1,1 @@
-"""Everything that can run a model, one runtime a file, behind one contract."""
+"""Runtimes that can run a model, one per file, with a common interface."""

@@ -1,4 +1,4 @@
-"""PyTorch through ``torch.compile``: what is to be gained without leaving Python."""
+"""PyTorch with ``torch.compile``."""
 
 import os
 import shutil
@@ -17,31 +17,31 @@ from evit_deploy.errors import MissingRequirement, StageError
 from evit_deploy.runtimes.eager import EagerRunner
 from evit_deploy.tokens.reducer import TokenReducer
 
-# Every pair of a model and a batch size is compiled on its own, and PyTorch counts them all together: at its own limit
-# of eight, a model and its dense twin could be run at four batch sizes and not at a fifth.
+# Each model is compiled for each batch size, and PyTorch counts all of them together: its default limit of eight would
+# be reached by a model and its dense twin at four batch sizes.
 _PROGRAMS = 256
 
 
 class CompiledRunner(EagerRunner):
-    """Runs an ``nn.Module`` compiled, in the dtype of its parameters, on the device they are on.
+    """Runs a compiled ``nn.Module`` in the dtype and on the device of its parameters.
 
-    The first call at each batch size compiles, for seconds to minutes; profiling warms up and never times it. Shapes
-    are static, as they are for an engine's kernels. The model is one graph (``fullgraph``): a part that fell back to
-    Python would be a slow number that nobody can explain, and is an error instead. On a GPU the mode is
-    ``reduce-overhead``, which replays CUDA graphs: launching a ViT's kernels one by one takes longer than small batches
-    run: the calls after the one that compiles warm up, then record, then replay. Autotuned matrix multiplications
-    (``max-autotune``) are left out: they take minutes a batch size.
+    The first call at each batch size compiles for seconds to minutes; profiling warms up first and never times it.
+    Shapes are static, as for an engine's kernels. The model must be one graph (``fullgraph``): a graph break is an
+    error, because it would make the model slow without an explanation. On a GPU the mode is ``reduce-overhead``, which
+    replays CUDA graphs, because launching a ViT's kernels one by one takes longer than running them at small batches;
+    after compilation, the next calls warm up, then record, then replay. ``max-autotune`` is not used, because
+    autotuning takes minutes for each batch size.
 
-    With indices, the kept candidates are outputs of the same compiled graph.
+    With ``with_indices``, the kept candidates are outputs of the same compiled graph.
     """
 
     name = "torch.compile"
     default: ClassVar[bool] = False
-    """Whoever wants it asks for it: compiling takes longer than everything else that is measured."""
+    """Not used by default, because compiling takes longer than all other measurements."""
 
     @classmethod
     def missing(cls) -> MissingRequirement | None:
-        """What compiling takes: a C++ compiler and Python's headers, for the launchers of GPU kernels too."""
+        """Checks for a C++ compiler and Python's headers, which launchers of GPU kernels need too."""
         compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
         if shutil.which(compiler) is None:
             fix = f"Install {compiler} (apt install g++), or set CXX to a C++ compiler."
@@ -55,8 +55,8 @@ class CompiledRunner(EagerRunner):
     def __enter__(self) -> Self:
         super().__enter__()
         self._stack = ExitStack()
-        self._stack.enter_context(_limit(_PROGRAMS))  # not around each call: that alone takes half a second
-        # dynamic=False: at the second batch size PyTorch would make one program for all, slower than each one's own.
+        self._stack.enter_context(_limit(_PROGRAMS))  # not around each call, where it would cost half a second
+        # dynamic=False, because otherwise PyTorch would use one slower program for all batch sizes from the second on.
         mode = "reduce-overhead" if self._on_gpu else None
         forward = self._with_kept() if self.with_indices else _plain(self._model)
         self._compiled = torch.compile(forward, fullgraph=True, dynamic=False, mode=mode)
@@ -70,10 +70,10 @@ class CompiledRunner(EagerRunner):
         super().__exit__(kind, error, trace)
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """See :class:`EagerRunner`; compiles first when the batch size is new.
+        """See :class:`EagerRunner`; compiles first if the batch size is new.
 
         Raises:
-            StageError: It cannot be compiled.
+            StageError: The model cannot be compiled.
         """
         try:
             if self._on_gpu:
@@ -81,7 +81,7 @@ class CompiledRunner(EagerRunner):
             return self._compiled(images)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # PyTorch's compiler raises whatever its many parts raise
+        except Exception as error:  # PyTorch's compiler raises many kinds of exceptions
             raise StageError(f"torch.compile fails: {_line(error)}", where=f"batch {len(images)}") from error
 
     @property
@@ -89,7 +89,7 @@ class CompiledRunner(EagerRunner):
         return self._parameter.is_cuda
 
     def _with_kept(self) -> Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]:
-        """The model and what its reducers keep; their hooks are compiled along with them."""
+        """Returns a function for the model and what its reducers keep; the hooks are compiled with the model."""
         model, kept = self._model, []
 
         def remember(reducer: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -122,5 +122,5 @@ def _limit(programs: int) -> Any:
 def _line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # "backend='inductor' raised:" is followed by what it raised.
-    told = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
-    return told.rstrip(".")
+    reason = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
+    return reason.rstrip(".")

@@ -1,4 +1,4 @@
-"""PyTorch as it is: the runtime every other one is compared with."""
+"""PyTorch eager, the runtime that all others are compared with."""
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -21,15 +21,15 @@ from evit_deploy.tokens.reduce import capture, token_plan
 
 
 class EagerRunner(Runner):
-    """Runs an ``nn.Module`` in the dtype of its parameters, on the device they are on.
+    """Runs an ``nn.Module`` in the dtype and on the device of its parameters.
 
-    FP32 is FP32, convolutions included, whatever the process's switches say.
+    FP32 models never use TF32, including in convolutions, unless ``tf32`` is set, whatever PyTorch's global settings.
 
     Args:
         artifact: The model.
-        threads: CPU threads, ``None`` for PyTorch's own choice.
-        with_indices: Whether to return the kept candidates as ``kept_<block>`` too.
-        tf32: Whether FP32 tensors are multiplied in TF32, on a GPU that has it.
+        threads: CPU threads; ``None`` for PyTorch's default.
+        with_indices: Whether to also return the kept candidates as ``kept_<block>``.
+        tf32: Whether to multiply FP32 tensors in TF32, on a GPU that supports it.
     """
 
     name = "eager"
@@ -43,7 +43,7 @@ class EagerRunner(Runner):
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:
-        """Models of a registered backbone."""
+        """Accepts models of a registered backbone."""
         if not isinstance(artifact, torch.nn.Module):
             return [f"it runs PyTorch models, not {type(artifact).__name__}"]
         try:
@@ -59,8 +59,8 @@ class EagerRunner(Runner):
         self._threads_before = torch.get_num_threads()
         if self.threads:
             torch.set_num_threads(self.threads)
-        # Batches have a size for long: cuDNN may try out its convolutions. Unasked, it runs a patch embedding in FP16
-        # without tensor cores, which was a sixth of DeiT-S on an H100.
+        # Batch sizes rarely change, so autotuning pays. Without it cuDNN runs a patch embedding in FP16 without tensor
+        # cores, which took a sixth of DeiT-S's time on an H100.
         self._benchmark_before = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = True
         self._model = for_inference(self.artifact)
@@ -74,14 +74,14 @@ class EagerRunner(Runner):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The images."""
+        """The input images."""
         backbone = backbone_of(self.artifact)
         shape = (None, backbone.channels(self.artifact), *backbone.image_size(self.artifact))
         return (TensorSpec(INPUT, "float32", shape),)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The answer, then the kept candidates if they were asked for."""
+        """The answer, then with ``with_indices`` the kept candidates."""
         specs = [TensorSpec(answer_name(self.artifact), "float32", (None, answer_size(self.artifact)))]
         if self.with_indices:
             plan = token_plan(self.artifact)
@@ -93,22 +93,22 @@ class EagerRunner(Runner):
         parameter, images = self._parameter, torch.from_numpy(np.ascontiguousarray(feeds[INPUT]))
         if parameter.is_cuda:
             images = images.pin_memory()
-        # One after the other: to(device, dtype) in one would convert on the host.
+        # Two steps, because a single to(device, dtype) would convert on the host.
         images = images.to(parameter.device, non_blocking=True).to(parameter.dtype)
         answers = self._call({INPUT: images})
         return {name: as_told(tensor).cpu().numpy() for name, tensor in answers.items()}
 
     def synchronize(self) -> None:
-        """Waits for a GPU, if that is where the model is."""
+        """Waits for the GPU if the model is on one."""
         if self._parameter.is_cuda:
             torch.cuda.synchronize()
 
     def resident(self, feeds: Mapping[str, np.ndarray]) -> Resident:
-        """The images on the model's device, in its dtype, on PyTorch's current stream."""
+        """Places the images on the model's device in its dtype, on PyTorch's current stream."""
         return TensorResident(self._call, feeds, self._parameter.device, self._parameter.dtype)
 
     def _call(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Answers on the device to images on the device."""
+        """Runs the model on images on the device; the answers stay there."""
         with fp32_products(tf32=self.tf32), torch.inference_mode():
             answer, kept = self._forward(inputs[INPUT])
         blocks = [row.block for row in token_plan(self.artifact).locations] if self.with_indices else []
@@ -116,7 +116,7 @@ class EagerRunner(Runner):
         return {answer_name(self.artifact): answer} | named
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """The answer, and with indices what each location keeps."""
+        """Returns the answer, and with ``with_indices`` what each location keeps."""
         if not self.with_indices:
             return self._model(images), ()
         with capture(self._model) as seen:

@@ -1,8 +1,8 @@
-"""FP32 in full, or in TF32: how PyTorch multiplies matrices of FP32 tensors on NVIDIA's GPUs.
+"""Full FP32 or TF32: how PyTorch multiplies matrices of FP32 tensors on NVIDIA GPUs.
 
-TF32 has FP32's range and 10 bits of mantissa. PyTorch decides by two switches of the whole process: one for matrix
-multiplications, off by default since 1.12, and one for convolutions, on by default, which makes a patch embedding TF32
-in an otherwise exact model. Here both are set around each call, and put back after it.
+TF32 has FP32's range and 10 bits of mantissa. PyTorch has two global settings: for matrix multiplications, where TF32
+is off by default since 1.12, and for convolutions, where it is on by default and makes the patch embedding of an FP32
+model use TF32. :func:`fp32_products` sets both around each call and restores them afterwards.
 """
 
 import functools
@@ -20,7 +20,7 @@ _AMPERE = (8, 0)
 
 
 def missing_tf32(device: torch.device) -> MissingRequirement | None:
-    """What a device lacks for TF32, as the error to raise; ``None`` when nothing."""
+    """Returns the error to raise if a device does not support TF32, else ``None``."""
     if device.type != "cuda":
         seen = f"a model on the {device.type.upper()}"
     elif torch.cuda.get_device_capability(device) < _AMPERE:
@@ -33,19 +33,19 @@ def missing_tf32(device: torch.device) -> MissingRequirement | None:
 
 @contextmanager
 def fp32_products(*, tf32: bool) -> Iterator[None]:
-    """FP32 tensors are multiplied and convolved in FP32, or in TF32, while it is open; it costs a microsecond or two.
+    """Multiplies and convolves FP32 tensors in FP32 or in TF32 inside the context; costs a microsecond or two.
 
     Args:
-        tf32: Which.
+        tf32: Whether to use TF32.
     """
     _hush()
-    # PyTorch has an old and a new set of names for the switches. Inductor up to 2.11 reads the old ones and fails where
-    # only the new ones were set; setting the old ones sets both.
+    # PyTorch has an old and a new API for these settings. Inductor up to 2.11 reads the old one and fails if only the
+    # new one was used; the old one sets both.
     places = _places()
     new = [place.fp32_precision for place in places]
     try:
         old = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # the caller has set the new names alone: what the old ones say is not to be had, nor used
+    except RuntimeError:  # the caller used only the new API, so the old values are undefined
         old = None
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
@@ -61,14 +61,14 @@ def fp32_products(*, tf32: bool) -> Iterator[None]:
 
 
 def _places() -> tuple[Any, ...]:
-    """Where the new names are that setting the old ones changes."""
+    """Settings of the new API that the old one changes."""
     backends: Any = torch.backends
     return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul
 
 
 @functools.cache
 def _hush() -> None:
-    """Lets PyTorch warn of its old names now, once a process, where nobody reads it."""
+    """Triggers PyTorch's one-time deprecation warning of the old API while warnings are ignored."""
     with warnings.catch_warnings(), suppress(RuntimeError):
         warnings.simplefilter("ignore")
         torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())

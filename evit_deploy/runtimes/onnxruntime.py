@@ -1,7 +1,7 @@
-"""ONNX Runtime: the portable file on any CPU, and on NVIDIA's GPUs with the providers for them.
+"""ONNX Runtime: runs the portable file on CPUs, and on NVIDIA GPUs with the execution providers for them.
 
-ONNX Runtime goes on without a provider that does not load, and puts what a provider cannot do on the CPU; neither is
-an error to it. Here both are.
+ONNX Runtime silently continues without a provider that does not load, and runs what a provider does not support on the
+CPU. Here both are errors.
 """
 
 import contextlib
@@ -37,16 +37,16 @@ class OnnxRuntimeRunner(Runner):
     name = "onnxruntime"
     files = ("model.onnx",)
     providers: ClassVar[tuple[str | tuple[str, dict[str, str]], ...]] = ("CPUExecutionProvider",)
-    """What computes, in the order of preference, with options."""
+    """Execution providers in order of preference, with options."""
     has_bf16: ClassVar[bool] = False
     """Whether the provider has kernels for bfloat16."""
     takes_outlines: ClassVar[bool] = True
-    """Whether it opens a file by its outline: then the weights are mapped, not read and copied three times."""
-    concurrent = True  # ONNX Runtime promises it of a session's run
+    """Whether it opens files by their outline: weights are then memory-mapped, not read and copied three times."""
+    concurrent = True  # InferenceSession.run is documented to be thread-safe
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:
-        """ONNX models, by path or in memory."""
+        """Accepts ONNX models, by path or in memory."""
         model = artifact
         if isinstance(artifact, str | Path) and Path(artifact).suffix == ".onnx":
             model = read_outline(Path(artifact)).proto
@@ -63,21 +63,21 @@ class OnnxRuntimeRunner(Runner):
     def __enter__(self) -> Self:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # Sessions take turns in one process here, and a pool that spins while it waits takes a core from whoever's turn
-        # it is: interleaved on two cores, everything takes twice as long with ONNX Runtime's default.
+        # Interleaved measurements run several sessions in one process. By default idle threads spin and take cores from
+        # the session that is running: on two cores everything takes twice as long.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self.threads:
             options.intra_op_num_threads = self.threads
         try:
             self._session = self._open(self._source(options), options)
-        except Exception as error:  # ONNX Runtime raises its own undocumented classes
+        except Exception as error:  # ONNX Runtime raises undocumented classes
             raise StageError(
                 f"ONNX Runtime refuses the model: {_first_line(error)}", where=_name(self.artifact)
             ) from error
         return self
 
     def _source(self, options: onnxruntime.SessionOptions) -> str | bytes:
-        """The model as a session takes it; where weights stay in their file, the options say in which folder."""
+        """Returns the model for the session; for an outline, sets the folder of its weights in the options."""
         model = self.artifact
         if isinstance(model, str | Path):
             if not self.takes_outlines and not self.with_indices:
@@ -98,12 +98,12 @@ class OnnxRuntimeRunner(Runner):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """As the file declares them."""
+        """Inputs declared by the file."""
         return tuple(_spec(node) for node in self._session.get_inputs())
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """As the file declares them, then the kept candidates if they were asked for."""
+        """Outputs declared by the file, then with ``with_indices`` the kept candidates."""
         return tuple(_spec(node) for node in self._session.get_outputs())
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -116,7 +116,7 @@ class OnnxRuntimeRunner(Runner):
             raise StageError(f"ONNX Runtime failed: {_first_line(error)}", where=_name(self.artifact)) from error
 
     def _bound(self, feeds: Mapping[str, np.ndarray], device: torch.device, stream: Any = None) -> Resident:
-        """A batch in PyTorch's tensors on a device, which the session reads and writes where they lie."""
+        """Places a batch in PyTorch tensors on a device, which the session reads and writes directly."""
         batch = len(next(iter(feeds.values())))
         with torch.cuda.stream(stream):
             outputs = {
@@ -131,11 +131,11 @@ class OnnxRuntimeRunner(Runner):
 
 
 class _Bound:
-    """Runs a session on tensors, and gives the tensors of its outputs, the same ones each time.
+    """Runs a session on PyTorch tensors; always returns the same output tensors.
 
     Args:
         session: The session.
-        outputs: Where its answers go.
+        outputs: Tensors to write the outputs to.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, outputs: dict[str, torch.Tensor]) -> None:
@@ -143,7 +143,7 @@ class _Bound:
         self._binding = session.io_binding()
         self._taken: Mapping[str, torch.Tensor] | None = None
         self._options = onnxruntime.RunOptions()
-        # Calls follow one another on the stream; whoever wants the answers waits for it.
+        # Calls are ordered on the stream; the caller synchronizes before reading the answers.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -159,18 +159,18 @@ class _Bound:
 
 
 class _GpuRunner(OnnxRuntimeRunner):
-    """What the GPU's providers have in common: a GPU, and that the work is done there or not at all."""
+    """Base of the GPU providers; refuses sessions that would run part of the work on the CPU."""
 
     provider: ClassVar[str]
     has_bf16 = True
     takes_outlines = False
     on_gpu = True
-    concurrent = False  # all its work is on one stream
+    concurrent = False  # all work is queued on one stream
     _stream: torch.cuda.Stream | None = None
 
     @classmethod
     def missing(cls) -> MissingRequirement | None:
-        """The provider, or a GPU for it."""
+        """Checks for the provider and a GPU."""
         available = onnxruntime.get_available_providers()
         if cls.provider not in available:
             return MissingRequirement(
@@ -184,7 +184,7 @@ class _GpuRunner(OnnxRuntimeRunner):
         missing = self.missing()
         if missing is not None:
             raise missing
-        # Work that PyTorch is to time has to be on a stream that PyTorch knows.
+        # PyTorch can only time work on its own streams.
         self._stream = torch.cuda.Stream() if self.takes_stream and torch.cuda.is_available() else None
         super().__enter__()
         try:
@@ -195,16 +195,16 @@ class _GpuRunner(OnnxRuntimeRunner):
         return self
 
     takes_stream: ClassVar[bool] = True
-    """Whether its providers put their work on a stream that they are given."""
+    """Whether its providers can use a given CUDA stream."""
 
     def resident(self, feeds: Mapping[str, np.ndarray]) -> Resident | None:
-        """The batch on the GPU; ``None`` where the PyTorch here is for CPUs, or the provider takes no stream."""
+        """Places the batch on the GPU; ``None`` with a CPU build of PyTorch or a provider that takes no stream."""
         if self._stream is None:
             return None
         return self._bound(feeds, self._stream.device, self._stream)
 
     def synchronize(self) -> None:
-        """Waits for the stream that the work is put on."""
+        """Waits for the stream."""
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -218,11 +218,11 @@ class _GpuRunner(OnnxRuntimeRunner):
 
 
 def with_stream(providers: tuple[Any, ...], stream: int) -> list[tuple[str, dict[str, str]]]:
-    """Providers that all put their work on one CUDA stream.
+    """Adds a CUDA stream to the options of providers.
 
     Args:
-        providers: Names, with options or without.
-        stream: CUDA's handle of it.
+        providers: Names, with or without options.
+        stream: CUDA's handle of the stream.
     """
     named = ((entry, {}) if isinstance(entry, str) else entry for entry in providers)
     return [(name, options | {"user_compute_stream": str(stream)}) for name, options in named]
@@ -233,12 +233,12 @@ class OnnxRuntimeCudaRunner(_GpuRunner):
 
     name = "onnxruntime-cuda"
     provider = "CUDAExecutionProvider"
-    # Its default multiplies FP32 matrices in TF32, of 10 bits.
+    # The provider's default is TF32.
     providers = (("CUDAExecutionProvider", {"use_tf32": "0"}),)
 
 
 class OnnxRuntimeTensorRTRunner(_GpuRunner):
-    """Runs an ONNX file, or a model in memory, on the TensorRT provider; what that cannot do, on the CUDA provider."""
+    """Runs an ONNX file, or a model in memory, on the TensorRT provider, with the CUDA provider as fallback."""
 
     name = "onnxruntime-tensorrt"
     provider = "TensorrtExecutionProvider"
@@ -246,7 +246,7 @@ class OnnxRuntimeTensorRTRunner(_GpuRunner):
 
 
 class OnnxRuntimeTensorRTRTXRunner(_GpuRunner):
-    """Runs an ONNX file, or a model in memory, on NVIDIA's TensorRT-RTX provider, a package of its own."""
+    """Runs an ONNX file, or a model in memory, on NVIDIA's TensorRT-RTX provider, which is a separate package."""
 
     name = "onnxruntime-tensorrt-rtx"
     provider = "NvTensorRTRTXExecutionProvider"
@@ -254,7 +254,7 @@ class OnnxRuntimeTensorRTRTXRunner(_GpuRunner):
 
     @classmethod
     def missing(cls) -> MissingRequirement | None:
-        """The provider's package, or a GPU for it."""
+        """Checks for the provider's package and a supported GPU."""
         if importlib.util.find_spec(_RTX) is None:
             return MissingRequirement(
                 "ONNX Runtime's provider for TensorRT-RTX is needed",
@@ -265,7 +265,7 @@ class OnnxRuntimeTensorRTRTXRunner(_GpuRunner):
             return _no_gpu()
         try:
             devices = _rtx_devices()
-        except Exception as error:  # a library that does not load, another ONNX Runtime than it was made for
+        except Exception as error:  # such as a library that does not load, or an incompatible ONNX Runtime
             return MissingRequirement(
                 f"the provider for TensorRT-RTX does not load: {_first_line(error)}",
                 fix="Run: pip install --force-reinstall onnxruntime onnxruntime-ep-nv-tensorrt-rtx",
@@ -283,20 +283,20 @@ class OnnxRuntimeTensorRTRTXRunner(_GpuRunner):
 
 _RTX = "onnxruntime_ep_nv_tensorrt_rtx"
 _RECORD = "session.record_ep_graph_assignment_info"
-# Names of operators, fused ones included, that nobody would want on the CPU; shapes are computed there by right.
+# Parts of the names of operators that must not run on the CPU; shape computations are expected there.
 _HEAVY = ("MatMul", "Gemm", "Conv", "Attention", "Softmax", "Normalization", "Gelu", "TopK")
 
 
 def refuse_cpu(session: Any, provider: str, where: str) -> None:
-    """Makes sure that a session computes where it was told to.
+    """Checks that a session runs all its work on the given provider.
 
     Args:
-        session: The session, opened with its record of who computes what.
-        provider: Who was to compute.
-        where: What it runs, for the message.
+        session: The session, opened with the option that records the assignment of nodes.
+        provider: Name of the provider.
+        where: Name of the model for the message.
 
     Raises:
-        StageError: The provider is not there, or left some of the work to the CPU.
+        StageError: The provider was not loaded, or heavy operators were assigned to the CPU.
     """
     found = session.get_providers()
     if found[:1] != [provider]:
@@ -323,7 +323,7 @@ def _no_gpu(wanted: str | None = None) -> MissingRequirement:
 
 
 def _cuda_devices() -> int:
-    """GPUs that the driver offers; asked of the driver, since a PyTorch for CPUs knows of none."""
+    """Number of GPUs, from the driver, because a CPU build of PyTorch always reports none."""
     count = ctypes.c_int(0)
     with contextlib.suppress(OSError):  # no driver, no GPU
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
@@ -334,7 +334,7 @@ def _cuda_devices() -> int:
 
 @functools.cache
 def _register_rtx() -> str:
-    """Tells ONNX Runtime where the provider's library is, once a process; returns the provider's name."""
+    """Registers the provider's library with ONNX Runtime, once per process; returns the provider's name."""
     package = importlib.import_module(_RTX)
     onnxruntime.register_execution_provider_library(package.get_ep_name(), package.get_library_path())
     return package.get_ep_name()

@@ -1,4 +1,4 @@
-"""OpenVINO: the portable file, or its own format, on Intel and other CPUs."""
+"""OpenVINO: runs the portable file, or OpenVINO's own format, on Intel and other CPUs."""
 
 import contextlib
 import importlib.util
@@ -25,23 +25,23 @@ from evit_deploy.export.openvino import (
 )
 from evit_deploy.runtimes.runner import Runner
 
-# Precision of a file -> what OpenVINO is told to compute in. INT8 lies in the file's own quantized operators; the rest
-# of such a file is FP32.
+# Precision of a file -> OpenVINO's inference precision. INT8 files have quantized operators; their other operators are
+# FP32.
 _COMPUTES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 
 
 class OpenVINORunner(Runner):
-    """Runs ``model.xml``, an ONNX file or an ONNX model in memory, on the CPU, in the precision that the file is in.
+    """Runs ``model.xml``, an ONNX file or an ONNX model in memory, on the CPU, in the file's precision.
 
-    OpenVINO left to itself computes in BF16 wherever the processor can, whatever the file says; so it is always told.
-    A file that evit-deploy did not make runs in FP32.
+    The precision is always set, because by default OpenVINO computes in BF16 on processors that support it. A file that
+    evit-deploy did not write runs in FP32.
 
     Args:
-        artifact: What to run.
-        threads: CPU threads, ``None`` for OpenVINO's own choice.
-        with_indices: Whether to return the kept candidates as ``kept_<block>`` too.
-        mode: ``latency`` for one request at a time on all threads; ``throughput`` for several at a time, a few
-            threads each: see :meth:`infer_many`.
+        artifact: The model to run.
+        threads: CPU threads; ``None`` for OpenVINO's default.
+        with_indices: Whether to also return the kept candidates as ``kept_<block>``.
+        mode: ``latency`` for one request at a time on all threads; ``throughput`` for several concurrent requests with
+            a few threads each, see :meth:`infer_many`.
     """
 
     name = "openvino"
@@ -60,7 +60,7 @@ class OpenVINORunner(Runner):
 
     @classmethod
     def missing(cls) -> MissingRequirement | None:
-        """The package."""
+        """Checks for the package."""
         if importlib.util.find_spec("openvino") is None:
             return MissingRequirement(
                 "openvino is needed", seen="not installed", fix=f"Run: {install_line('openvino')}"
@@ -69,7 +69,7 @@ class OpenVINORunner(Runner):
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:
-        """OpenVINO models by path; ONNX models by path or in memory, in a precision that it has."""
+        """Accepts OpenVINO models by path, and ONNX models by path or in memory in a supported precision."""
         if not isinstance(artifact, ModelProto | str | Path):
             return [f"it runs OpenVINO and ONNX models, not {type(artifact).__name__}"]
         if not isinstance(artifact, ModelProto) and Path(artifact).suffix != ".onnx":
@@ -94,8 +94,8 @@ class OpenVINORunner(Runner):
         options = {
             "INFERENCE_PRECISION_HINT": self._computes(self._card),
             "PERFORMANCE_HINT": self.mode.upper(),
-            # Runtimes take turns in one process here. OpenVINO's threads sleep between turns, but pinned to a core they
-            # wait for whoever is on it: with two threads on two busy cores, calls took half as long again.
+            # Interleaved measurements run several runtimes in one process. Pinned threads would have to wait for their
+            # core: with two threads on two busy cores, calls took half as long again.
             "ENABLE_CPU_PINNING": False,
         }
         if self.threads:
@@ -115,27 +115,27 @@ class OpenVINORunner(Runner):
 
     @property
     def card(self) -> ModelCard | None:
-        """What the file says about itself; ``None`` if evit-deploy did not make it."""
+        """The file's model card; ``None`` if evit-deploy did not write it."""
         return self._card
 
     @property
     def computes_in(self) -> str:
-        """What OpenVINO says that it computes in: ``f32``, ``bf16`` or ``f16``."""
+        """The inference precision that OpenVINO reports: ``f32``, ``bf16`` or ``f16``."""
         return self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
 
     @property
     def requests(self) -> int:
-        """How many batches :meth:`infer_many` runs at a time."""
+        """Number of batches that :meth:`infer_many` runs concurrently."""
         return self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """As the file declares them."""
+        """Inputs declared by the file."""
         return tuple(_spec(port) for port in self._compiled.inputs)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """As the file declares them, then the kept candidates if they were asked for."""
+        """Outputs declared by the file, then with ``with_indices`` the kept candidates."""
         return tuple(_spec(port) for port in self._compiled.outputs)
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -148,18 +148,18 @@ class OpenVINORunner(Runner):
             raise StageError(f"OpenVINO failed: {one_line(error)}", where=self._where()) from error
 
     def infer_many(self, batches: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-        """Runs several batches, as many at a time as the mode allows.
+        """Runs several batches, as many concurrently as the mode allows.
 
         Args:
             batches: For each batch, one array for each input.
 
         Returns:
-            For each batch, in the same order, one array for each output.
+            For each batch, in order, one array for each output.
         """
         for feeds in batches:
             self._check_names(feeds)
         answers: list[dict[str, np.ndarray]] = []
-        running: deque[Any] = deque()  # oldest first; all batches cost the same, so the oldest is the next to be done
+        running: deque[Any] = deque()  # oldest first, which finishes next, since all batches cost the same
         try:
             idle = [self._compiled.create_infer_request() for _ in range(min(self.requests, len(batches)))]
             for feeds in batches:
@@ -171,9 +171,9 @@ class OpenVINORunner(Runner):
             while running:
                 self._finish(running, answers)
         except Exception as error:
-            for request in running:  # it reads from the caller's arrays
+            for request in running:  # they read from the caller's arrays
                 request.cancel()
-                with contextlib.suppress(Exception):  # that it was canceled
+                with contextlib.suppress(Exception):  # wait raises for a canceled request
                     request.wait()
             raise StageError(f"OpenVINO failed: {one_line(error)}", where=self._where()) from error
         return answers
@@ -190,7 +190,7 @@ class OpenVINORunner(Runner):
 
     def _check_names(self, feeds: Mapping[str, np.ndarray]) -> None:
         wanted = {port.any_name for port in self._compiled.inputs}
-        if feeds.keys() != wanted:  # OpenVINO runs on what an input happens to hold when it is not given
+        if feeds.keys() != wanted:  # OpenVINO would run with the old content of a missing input
             what = "OpenVINO failed: these are not the model's inputs"
             raise StageError(what, where=self._where(), seen=sorted(feeds), wanted=sorted(wanted))
 
@@ -225,5 +225,5 @@ def _spec(port: Any) -> TensorSpec:
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:
-    """Indices as int32, as every other runtime gives them; inside OpenVINO they are int64."""
+    """Converts indices, which are int64 in OpenVINO, to int32 as in the other runtimes."""
     return array.astype(np.int32) if array.dtype == np.int64 else array

@@ -1,4 +1,4 @@
-"""A batch on a device in PyTorch's tensors, for every runtime that computes on them; a CPU is a device too."""
+"""A batch on a device (GPU or CPU) in PyTorch tensors, for runtimes that can compute on them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,18 +12,18 @@ from torch import Tensor
 from evit_deploy.runtimes.runner import Mark, Resident
 
 Call = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Inputs to outputs by name, all on the device; it only puts work on the current stream."""
+"""Function from inputs to outputs by name, all on the device; it only queues work on the current stream."""
 
 
 class TensorResident(Resident):
-    """A batch in tensors.
+    """A batch in PyTorch tensors.
 
     Args:
-        call: What computes it; it is given the same tensors each time.
+        call: Runs the model; called with the same tensors each time.
         feeds: One float32 array for each input.
-        device: Where it computes.
-        dtype: What it computes in: the type that its inputs are to have.
-        stream: A GPU's stream for all of it; by default PyTorch's current one.
+        device: Device to compute on.
+        dtype: Type of the model's inputs.
+        stream: CUDA stream to use. Default: PyTorch's current one.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TensorResident(Resident):
         self._back: dict[str, Tensor] = {}
         with torch.cuda.stream(stream):
             self._arrived = {name: torch.empty_like(tensor, device=device) for name, tensor in self._host.items()}
-            # A copy that converts on its way does so on the host; one type after the other keeps that on the device.
+            # copy_ between device and dtype at once would convert on the host; a second tensor keeps it on the device.
             self._inputs = {
                 name: tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
                 for name, tensor in self._arrived.items()
@@ -80,7 +80,7 @@ class TensorResident(Resident):
 
 
 def as_told(tensor: Tensor) -> Tensor:
-    """An output in the type it is given out in: float32 whatever half precision it was computed in; others stay."""
+    """Converts an output in half precision to float32; other types are unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -88,7 +88,7 @@ class CudaMark:
     """A CUDA event.
 
     Args:
-        stream: Where to put it; by default PyTorch's current one.
+        stream: Stream to record it on. Default: PyTorch's current one.
     """
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
@@ -101,7 +101,7 @@ class CudaMark:
 
 
 class HostMark(msgspec.Struct, frozen=True):
-    """Now: on a CPU what was called is done when the call returns."""
+    """The present time: on a CPU the work is done when a call returns."""
 
     moment: float = msgspec.field(default_factory=time.perf_counter)
 

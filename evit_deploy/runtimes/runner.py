@@ -1,4 +1,4 @@
-"""The contract of a runtime: what runs a model is a :class:`Runner`; one for engines also tells where the time goes."""
+"""The interface of a runtime: :class:`Runner`, and :class:`EngineRunner` for those that also time parts of a call."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,37 +18,37 @@ class Runner(ABC):
     """Runs one artifact; a context manager, usable only inside its ``with``.
 
     Args:
-        artifact: What to run; :meth:`accepts` says whether this runner can.
-        threads: CPU threads, ``None`` for the runtime's own choice.
-        with_indices: Whether to return the kept candidates as ``kept_<block>`` too.
+        artifact: The artifact to run; see :meth:`accepts`.
+        threads: CPU threads; ``None`` for the runtime's default.
+        with_indices: Whether to also return the kept candidates as ``kept_<block>``.
     """
 
     name: ClassVar[str]
     files: ClassVar[tuple[str, ...]] = ()
-    """Files of a bundle that it can run, the best first; the dense twin's have the same names in ``dense/``."""
+    """Files of a bundle that it can run, preferred first; those of the dense twin have the same names in ``dense/``."""
     default: ClassVar[bool] = True
-    """Whether it is used, where it can be, without being asked for."""
+    """Whether it is used by default where it can run."""
     on_gpu: ClassVar[bool] = False
-    """Whether it computes on a GPU, whatever it is given; PyTorch does so where its model's parameters are."""
+    """Whether it always computes on a GPU. PyTorch's runtimes compute where the model's parameters are."""
     has_tf32: ClassVar[bool] = False
-    """Whether it takes ``tf32=True``, with which FP32 tensors are multiplied in TF32."""
+    """Whether it accepts ``tf32=True`` to multiply FP32 tensors in TF32."""
     concurrent: ClassVar[bool] = False
-    """Whether several threads may call :meth:`infer` at a time."""
+    """Whether several threads may call :meth:`infer` at the same time."""
     served: ClassVar[bool] = False
-    """Whether a server computes: it is given a :class:`~evit_deploy.triton.connection.Server` instead of a file."""
+    """Whether it runs on a server; its artifact is then a :class:`~evit_deploy.triton.connection.Server`."""
 
     def __init__(self, artifact: Any, *, threads: int | None = None, with_indices: bool = False) -> None:
         self.artifact, self.threads, self.with_indices = artifact, threads, with_indices
 
     @classmethod
     def missing(cls) -> MissingRequirement | None:
-        """What this machine lacks to run it, as the error to raise; ``None`` when nothing."""
+        """Returns the error to raise if this machine lacks something it needs, else ``None``."""
         return None
 
     @classmethod
     @abstractmethod
     def accepts(cls, artifact: Any) -> list[str]:
-        """Why this runner cannot run an artifact; empty when it can."""
+        """Returns the reasons why this runner cannot run an artifact; empty if it can."""
 
     @abstractmethod
     def __enter__(self) -> Self: ...
@@ -61,16 +61,16 @@ class Runner(ABC):
     @property
     @abstractmethod
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What :meth:`infer` wants."""
+        """Inputs of :meth:`infer`."""
 
     @property
     @abstractmethod
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What :meth:`infer` gives."""
+        """Outputs of :meth:`infer`."""
 
     @property
     def profiles(self) -> tuple[BatchProfile, ...]:
-        """Batch sizes that it takes; empty where it takes any."""
+        """Supported batch sizes; empty if any is supported."""
         return ()
 
     @abstractmethod
@@ -85,66 +85,66 @@ class Runner(ABC):
         """
 
     def synchronize(self) -> None:
-        """Waits until the device is idle; nothing to do on a CPU."""
+        """Waits until the device is idle; does nothing on a CPU."""
         return
 
     def resident(self, feeds: Mapping[str, np.ndarray]) -> "Resident | None":
-        """One batch placed on the device, to time the device's work apart from the copies.
+        """Places one batch on the device, to time the device's work without the copies.
 
-        It holds until the runner is closed; :meth:`infer` at the same batch size may put other images in its place.
+        It is valid until the runner is closed; :meth:`infer` at the same batch size may overwrite its images.
 
         Args:
             feeds: One float32 array for each input.
 
         Returns:
-            ``None`` where the runner cannot tell them apart: only whole calls can be timed then.
+            The batch, or ``None`` if the runner can only run whole calls.
         """
         return None
 
 
 class Mark(Protocol):
-    """A moment between two calls on a device; known only after the device has reached it."""
+    """A point in time between two calls on a device, known once the device has reached it."""
 
     def seconds_since(self, earlier: Any) -> float:
-        """Seconds from an earlier mark of the same resident to this one."""
+        """Returns the seconds from an earlier mark of the same resident to this one."""
         ...
 
 
 class Resident(ABC):
-    """One batch that lies on a device, in the type that the model computes in; made by :meth:`Runner.resident`.
+    """One batch on a device, in the type that the model computes in; created by :meth:`Runner.resident`.
 
-    All methods but :meth:`answers` only put work on the device's stream: the runner's ``synchronize`` waits for it.
+    All methods but :meth:`answers` only queue work on the device's stream; the runner's ``synchronize`` waits for it.
     """
 
     @abstractmethod
     def run(self) -> None:
-        """Computes the batch that lies there: nothing is copied or converted, and the answers stay on the device."""
+        """Runs the model on the batch, without copies or conversions; the answers stay on the device."""
 
     @abstractmethod
     def round_trip(self) -> None:
-        """The same, end to end.
+        """Runs the model end to end.
 
-        Float32 images in pinned memory of the host, the copy to the device, the conversion there to the type that the
-        model computes in, the work itself, and the copy of the answers into pinned memory.
+        From float32 images in pinned host memory: copy to the device, conversion there to the type that the model
+        computes in, the model, and copy of the answers to pinned memory.
         """
 
     @abstractmethod
     def answers(self) -> dict[str, np.ndarray]:
-        """What the last :meth:`round_trip` brought back, once the runner was waited for; one array for each output."""
+        """Returns the answers of the last :meth:`round_trip`, one array for each output; call ``synchronize`` first."""
 
     @abstractmethod
     def mark(self) -> Mark:
-        """Marks the end of what was put on the stream so far."""
+        """Marks the end of the work queued so far."""
 
 
 class Timings(msgspec.Struct, frozen=True):
-    """Milliseconds of many calls, one array element a call.
+    """Times of many calls in milliseconds, one array element per call.
 
     Args:
-        enqueue: Host time that putting the work on the stream took.
+        enqueue: Host time for queueing the work.
         h2d: Copies to the device.
-        compute: The engine itself, between two CUDA events.
-        d2h: Copies back.
+        compute: The engine, between two CUDA events.
+        d2h: Copies to the host.
     """
 
     enqueue: np.ndarray
@@ -160,23 +160,23 @@ class Timings(msgspec.Struct, frozen=True):
 
 @runtime_checkable
 class EngineRunner(Protocol):
-    """A runner that tells more of an engine than how long a call takes."""
+    """A runner that can also time the parts and layers of an engine."""
 
     notes: list[str]
 
     @property
     def profiles(self) -> tuple[BatchProfile, ...]:
-        """Batch sizes that it takes."""
+        """Supported batch sizes."""
         ...
 
     def timings(self, batch: int, *, calls: int, duration: float, warm_up: float) -> Timings:
-        """Parts of calls that follow one another."""
+        """Times the parts of consecutive calls."""
         ...
 
     def layers(self) -> tuple[Layer, ...]:
-        """What the engine is made of."""
+        """Returns the engine's layers."""
         ...
 
     def layer_times(self, batch: int) -> list[tuple[str, float]]:
-        """Milliseconds of each layer."""
+        """Returns name and milliseconds of each layer."""
         ...

@@ -1,4 +1,4 @@
-"""Which runtime runs what: runners by name, and the part of a bundle that suits each."""
+"""Opens runners by name, and selects the artifact of a bundle for each runtime."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,30 +21,30 @@ TRITON = "triton"
 def opened(
     name: str, artifact: Any, threads: int | None = None, *, with_indices: bool = False, tf32: bool = False
 ) -> Iterator[Runner]:
-    """A runner by its runtime's name, opened.
+    """Opens the runner of a runtime.
 
     Raises:
-        InputError: No such runtime, or it cannot run this, or not in TF32.
-        MissingRequirement: The runtime is not installed, or its device is not there, or has no TF32.
+        InputError: No such runtime, or it cannot run this artifact, or has no TF32.
+        MissingRequirement: The runtime is not installed, or its device is missing or has no TF32.
     """
     runtime: type[Runner] = RUNTIMES.get(name)
     check_tf32(name, tf32=tf32)
-    reasons = runtime.accepts(artifact)  # asked first: what can be run nowhere is not this machine's fault
+    reasons = runtime.accepts(artifact)  # before `missing`, because another machine would not help
     if reasons:
         raise InputError(f"the runtime {name!r} cannot run this: {'; '.join(reasons)}", where="--runtime")
     missing = runtime.missing()
     if missing is not None:
         raise missing
-    more: dict[str, Any] = {"tf32": True} if tf32 else {}  # the others need not know of it
+    more: dict[str, Any] = {"tf32": True} if tf32 else {}  # other runners have no such parameter
     with runtime(artifact, threads=threads, with_indices=with_indices, **more) as runner:
         yield runner
 
 
 def check_tf32(name: str, *, tf32: bool = True) -> None:
-    """Refuses TF32 where a runtime has no such precision.
+    """Refuses TF32 for a runtime without it.
 
     Raises:
-        InputError: It has not.
+        InputError: The runtime has no TF32.
     """
     if tf32 and not RUNTIMES.get(name).has_tf32:
         those = " or ".join(other for other in RUNTIMES.names() if RUNTIMES.get(other).has_tf32)
@@ -52,17 +52,17 @@ def check_tf32(name: str, *, tf32: bool = True) -> None:
 
 
 def usable(runtime: type[Runner], artifact: Any) -> bool:
-    """Whether a runtime runs an artifact here without being asked for."""
+    """Whether a runtime can run an artifact here and is used by default."""
     return runtime.default and runtime.missing() is None and not runtime.accepts(artifact)
 
 
 def artifact_of(bundle: bundles.Bundle, runtime: type[Runner], *, dense: bool = False) -> Path | None:
-    """The file of a bundle that a runtime runs best; ``None`` if it can run none of them.
+    """Returns the file of a bundle that a runtime prefers, or ``None`` if it can run none of them.
 
     Args:
         bundle: The bundle.
         runtime: A class from the registry of runtimes.
-        dense: The dense twin's file instead of the model's.
+        dense: Whether to return the dense twin's file.
     """
     names = (TWIN * dense + name for name in runtime.files)
     found = next((name for name in names if name in bundle.manifest.files), None)
@@ -72,16 +72,16 @@ def artifact_of(bundle: bundles.Bundle, runtime: type[Runner], *, dense: bool = 
 def subject_of(
     bundle: bundles.Bundle, runtime: type[Runner], model: torch.nn.Module | None, server: Server | None
 ) -> Any:
-    """What a runtime runs of a bundle: a file of it, the PyTorch model it came from, or the model that a server serves.
+    """Returns a runtime's artifact for a bundle: one of its files, its PyTorch model, or the model on a server.
 
     Args:
         bundle: The bundle.
         runtime: A class from the registry of runtimes.
-        model: The PyTorch model, where it can be had.
-        server: The server, where there is one.
+        model: The PyTorch model, if available.
+        server: The server, if any.
 
     Returns:
-        ``None`` if there is nothing for this runtime.
+        The artifact, or ``None`` if there is none for this runtime.
     """
     if runtime.served:
         return server
@@ -89,14 +89,14 @@ def subject_of(
 
 
 def check_server(runtimes: Sequence[str], server: Server | None) -> tuple[str, ...]:
-    """The runtimes to use: with a server and no wish, the server alone.
+    """Returns the runtimes to use; with a server and no requested runtimes, only the server's.
 
     Args:
-        runtimes: Names that were asked for.
-        server: The server that was named.
+        runtimes: Names of the requested runtimes.
+        server: The server, if one was given.
 
     Raises:
-        InputError: A server was named and no runtime uses it, or the other way round.
+        InputError: A server was given and no requested runtime uses it, or the reverse.
     """
     asked = any(RUNTIMES.get(name).served for name in runtimes)
     if asked and server is None:

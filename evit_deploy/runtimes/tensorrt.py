@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT-RTX: a plan on an NVIDIA GPU, with PyTorch's tensors as its buffers.
+"""TensorRT and TensorRT-RTX: runs a plan on an NVIDIA GPU, with PyTorch tensors as buffers.
 
-The two libraries have one API in two packages. Every batch size gets an execution context of its own, with its shapes,
-buffers and CUDA graph fixed (:class:`~evit_deploy.runtimes.tensorrt_lane.Lane`).
+The two libraries have the same API in two packages. Each batch size has a separate execution context with fixed shapes,
+buffers and CUDA graph (:class:`~evit_deploy.runtimes.tensorrt_lane.Lane`).
 """
 
 import importlib.util
@@ -28,22 +28,22 @@ from evit_deploy.runtimes.runner import Mark, Resident, Runner, Timings
 from evit_deploy.runtimes.tensorrt_lane import Lane, torch_dtype
 
 LANES = 16
-"""Batch sizes kept ready at a time; the one that was prepared first goes first."""
+"""Maximum number of prepared batch sizes; the oldest is dropped first."""
 WARM_UP = 3
 
 
 class TensorRTRunner(Runner):
     """Runs a plan.
 
-    Kept candidates (``kept_<block>``) are given out when the plan was built with them as outputs; ``with_indices``
-    cannot add outputs to a finished plan, so without them :attr:`outputs` has the logits alone.
+    Kept candidates (``kept_<block>``) are returned if the plan was built with these outputs; ``with_indices`` cannot
+    add them later, and otherwise :attr:`outputs` has only the answer.
 
     Args:
         artifact: The plan.
         threads: Not used.
         with_indices: See above.
-        plugin: Library with the plan's plugins, to be loaded into this process: run only what you trust. ``None``
-            loads nothing, whatever lies beside the plan.
+        plugin: Library with the plan's plugins. It is loaded into this process, so use only libraries that you trust.
+            ``None`` loads none.
         graphs: Whether to replay the work as a CUDA graph.
     """
 
@@ -68,7 +68,7 @@ class TensorRTRunner(Runner):
 
     @classmethod
     def missing(cls) -> MissingRequirement | None:
-        """The package, then PyTorch with CUDA, then a GPU with its driver."""
+        """Checks for the package, PyTorch with CUDA, and a GPU with its driver."""
         if importlib.util.find_spec(cls.module) is None:
             return MissingRequirement(
                 f"{MODULES[cls.name]} is not installed", wanted=f"{cls.module} in Python", fix=install_line(cls.name)
@@ -77,7 +77,7 @@ class TensorRTRunner(Runner):
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:
-        """Plans of this library, by path; the header tells them from the other's and from what is no plan."""
+        """Accepts plans of this library by path, recognized by their header."""
         if not isinstance(artifact, str | Path):
             return [f"it runs plans, not {type(artifact).__name__}"]
         try:
@@ -101,11 +101,11 @@ class TensorRTRunner(Runner):
             raise MissingRequirement(
                 f"{MODULES[self.name]} is installed and broken: {error}", where=self.module, fix=fix
             ) from error
-        if self.plugin is not None:  # after TensorRT's own library, in whose registry it enters itself
+        if self.plugin is not None:  # after TensorRT's library, because it registers itself there
             load_plugin(Path(self.plugin))
         self._device = torch.cuda.current_device()
         self._logger = _logger(self._trt)
-        # Host code in a plan is code that the plan's author runs here: engine_host_code_allowed stays False.
+        # engine_host_code_allowed stays False: host code in a plan would run with this process's rights.
         self._runtime = self._trt.Runtime(self._logger)
         content = path.read_bytes()
         self._before_loading(content)
@@ -121,14 +121,14 @@ class TensorRTRunner(Runner):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.synchronize()
-        self._lanes.clear()  # graphs and contexts first, then what they refer to
+        self._lanes.clear()  # graphs and contexts before the engine that they refer to
         del self._engine, self._runtime
 
     def _before_loading(self, content: bytes) -> None:
-        """What a library can say of a plan before it loads it; only TensorRT-RTX says something."""
+        """Checks a plan before loading; only TensorRT-RTX has such a check."""
 
     def _refusal(self) -> EvitDeployError:
-        """The error for a plan that the library did not load."""
+        """Returns the error for a plan that the library did not load."""
         path, capability = Path(self.artifact), compute_capability(self._device)
         error = misfit(path, self._header, version=self._trt.__version__, gpu=capability)
         if error is not None:
@@ -145,17 +145,17 @@ class TensorRTRunner(Runner):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """As the plan declares them."""
+        """Inputs declared by the plan."""
         return self._specs("INPUT")
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """As the plan declares them."""
+        """Outputs declared by the plan."""
         return self._specs("OUTPUT")
 
     @property
     def profiles(self) -> tuple[BatchProfile, ...]:
-        """Batch sizes that its optimization profiles cover."""
+        """Batch sizes of its optimization profiles."""
         return self._profiles
 
     def _specs(self, mode: str) -> tuple[TensorSpec, ...]:
@@ -172,7 +172,7 @@ class TensorRTRunner(Runner):
         )
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs one batch; answers in bfloat16 come back in float32."""
+        """Runs one batch; bfloat16 answers are returned as float32."""
         lane = self._lane(_batch_of(feeds))
         lane.fill(feeds)
         with torch.cuda.stream(self._stream):
@@ -183,21 +183,21 @@ class TensorRTRunner(Runner):
         return lane.answers()
 
     def synchronize(self) -> None:
-        """Waits for the stream that everything runs on."""
+        """Waits for the stream."""
         self._stream.synchronize()
 
     def resident(self, feeds: Mapping[str, np.ndarray]) -> Resident:
-        """The batch in the buffers that :meth:`infer` uses too; what runs is the engine, or the graph of it."""
+        """Places the batch in the buffers that :meth:`infer` also uses; runs the engine or its CUDA graph."""
         return _LaneResident(self._lane(_batch_of(feeds)), self._stream, feeds)
 
     def timings(self, batch: int, *, calls: int = 100, duration: float = 0.0, warm_up: float = 0.2) -> Timings:
-        """Times calls one after the other, on random images: the host's enqueue by its clock, the rest by CUDA events.
+        """Times consecutive calls on random images: enqueue time by the host's clock, the rest by CUDA events.
 
         Args:
             batch: Images per call.
-            calls: Calls to make at least.
-            duration: Seconds to go on for.
-            warm_up: Seconds before, so that the clocks are up.
+            calls: Minimum number of calls.
+            duration: Minimum seconds to measure.
+            warm_up: Seconds to run first, so that the GPU's clocks are up.
 
         Raises:
             InputError: No profile covers the batch.
@@ -231,7 +231,7 @@ class TensorRTRunner(Runner):
         return enqueue, h2d, compute, d2h
 
     def layer_times(self, batch: int, *, calls: int = 20) -> list[tuple[str, float]]:
-        """Mean milliseconds of each layer, by the library's own profiler, which slows the whole down a little.
+        """Returns the mean milliseconds of each layer, by the library's profiler, which slows the engine slightly.
 
         Args:
             batch: Images per call.
@@ -240,7 +240,7 @@ class TensorRTRunner(Runner):
         Raises:
             InputError: No profile covers the batch.
         """
-        # A context of its own: with a profiler on it, a context cannot be captured into a graph.
+        # A separate context, because a context with a profiler cannot be captured into a graph.
         lane = self._new_lane(batch, graph=False)
         lane.fill(self._random_feeds(batch))
         profiler = _profiler(self._trt)
@@ -254,7 +254,7 @@ class TensorRTRunner(Runner):
         return [(name, total / calls) for name, total in profiler.totals.items()]
 
     def layers(self) -> tuple[Layer, ...]:
-        """The engine's layers, as its inspector lists them; with types if it was built with detailed verbosity."""
+        """Returns the layers that the engine inspector lists; with types if built with detailed verbosity."""
         inspector = self._engine.create_engine_inspector()
         return parse_layers(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
@@ -293,11 +293,11 @@ class TensorRTRunner(Runner):
         return self._engine.create_execution_context()
 
     _captures: ClassVar[bool] = True
-    """Whether the runner captures CUDA graphs itself; TensorRT-RTX does it inside."""
+    """Whether the runner captures CUDA graphs; TensorRT-RTX captures them itself."""
 
 
 class _LaneResident(Resident):
-    """A batch in the buffers of a lane; an engine's first and last layers convert, and they are part of it."""
+    """A batch in the buffers of a lane; the engine itself converts types in its first and last layers."""
 
     def __init__(self, lane: Lane, stream: torch.cuda.Stream, feeds: Mapping[str, np.ndarray]) -> None:
         self._lane, self._stream = lane, stream
@@ -359,7 +359,7 @@ class TensorRTRTXRunner(TensorRTRunner):
 
 
 def engine_validity(trt: Any, runtime: Any, content: bytes) -> tuple[str, list[str]]:
-    """What TensorRT-RTX says of a plan before loading it.
+    """Checks a plan with TensorRT-RTX before loading it.
 
     Args:
         trt: The library.
@@ -367,7 +367,7 @@ def engine_validity(trt: Any, runtime: Any, content: bytes) -> tuple[str, list[s
         content: The plan.
 
     Returns:
-        ``VALID``, ``SUBOPTIMAL`` or ``INVALID``, and why it is not valid; without a GPU it is never valid.
+        ``VALID``, ``SUBOPTIMAL`` or ``INVALID``, and the reasons; without a GPU no plan is valid.
     """
     validity, bits = runtime.get_engine_validity(content)
     known = trt.EngineInvalidityDiagnostics.__members__
@@ -375,11 +375,11 @@ def engine_validity(trt: Any, runtime: Any, content: bytes) -> tuple[str, list[s
 
 
 def batch_profiles(engine: Any, name: str) -> tuple[BatchProfile, ...]:
-    """Batch sizes that an engine's optimization profiles cover.
+    """Returns the batch sizes of an engine's optimization profiles.
 
     Args:
         engine: The library's engine.
-        name: One of its inputs; they all share the batch.
+        name: One of its inputs; all have the same batch size.
     """
     shapes = [engine.get_tensor_profile_shape(name, index) for index in range(engine.num_optimization_profiles)]
     return tuple(BatchProfile(*(int(shape[0]) for shape in row)) for row in shapes)
@@ -390,7 +390,7 @@ def _batch_of(feeds: Mapping[str, np.ndarray]) -> int:
 
 
 def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # the base class exists only where the package does
+    class Logger(trt.ILogger):  # defined here because the base class needs the package
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

@@ -1,8 +1,8 @@
-"""One batch size of one engine: an execution context with its shapes, buffers and CUDA graph fixed.
+"""One batch size of one engine: an execution context with fixed shapes, buffers and CUDA graph.
 
-A captured graph holds the context's addresses and shapes, so a context serves one batch size only; and plugins compiled
-ahead of time leak memory at every change of shape (NVIDIA/TensorRT#4849). Since TensorRT 10 several contexts may share
-an optimization profile.
+A captured graph contains the context's addresses and shapes, so each batch size needs its own context. Also, plugins
+compiled ahead of time leak memory at every change of shape (NVIDIA/TensorRT#4849). Since TensorRT 10 several contexts
+can share an optimization profile.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,12 @@ _DTYPES = {
 
 
 class Lane:
-    """Takes batches of one size through an engine, on one stream.
+    """Runs batches of one size through an engine, on one stream.
 
     Args:
         engine: The library's engine.
-        context: An execution context of it, its optimization profile set.
-        stream: What everything is put on.
+        context: An execution context with its optimization profile set.
+        stream: CUDA stream to use.
         inputs: The engine's inputs.
         outputs: Its outputs.
         batch: Images per call.
@@ -56,43 +56,43 @@ class Lane:
             context.set_input_shape(spec.name, (batch, *[int(n or 1) for n in spec.shape[1:]]))
         for name in (*self._inputs, *self._outputs):
             shape, dtype = tuple(context.get_tensor_shape(name)), torch_dtype(engine.get_tensor_dtype(name))
-            with torch.cuda.stream(stream):  # whose the memory is: the allocator hands it on in that stream's order
+            with torch.cuda.stream(stream):  # so that the caching allocator reuses the memory in this stream's order
                 self._device[name] = torch.empty(shape, dtype=dtype, device=stream.device)
             self._host[name] = torch.empty(shape, dtype=dtype, pin_memory=True)
             context.set_tensor_address(name, self._device[name].data_ptr())
 
     def capture(self) -> str | None:
-        """Captures the work into a CUDA graph that :meth:`launch` replays from then on.
+        """Captures the work into a CUDA graph, which :meth:`launch` replays from then on.
 
         Returns:
-            ``None``, or why it could not be captured; the work is then put on the stream call by call.
+            ``None``, or why it could not be captured; :meth:`launch` then enqueues the engine at every call.
         """
-        self.launch()  # the first call sets up what may not be captured
+        self.launch()  # the first call makes allocations that cannot be captured
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream):
                 self.launch()
-        except (RuntimeError, StageError) as error:  # a plugin that allocates or waits, for one
+        except (RuntimeError, StageError) as error:  # such as a plugin that allocates or synchronizes
             return (str(error).strip() or type(error).__name__).splitlines()[0]
         self._graph = graph
         return None
 
     def fill(self, feeds: Mapping[str, np.ndarray]) -> None:
-        """Puts a batch into the pinned buffers."""
+        """Copies a batch into the pinned buffers."""
         for name in self._inputs:
             self._host[name].copy_(torch.from_numpy(np.ascontiguousarray(feeds[name])))
 
     def copy_in(self) -> None:
-        """Puts the copies to the device on the current stream."""
+        """Queues the copies to the device on the current stream."""
         for name in self._inputs:
             self._device[name].copy_(self._host[name], non_blocking=True)
 
     def launch(self) -> None:
-        """Puts the engine's work on the stream.
+        """Queues the engine's work on the stream.
 
         Raises:
-            StageError: The library refuses.
+            StageError: The library refused.
         """
         if self._graph is not None:
             self._graph.replay()
@@ -100,21 +100,21 @@ class Lane:
             raise StageError("the engine could not be run")
 
     def copy_out(self) -> None:
-        """Puts the copies back on the current stream."""
+        """Queues the copies to the host on the current stream."""
         for name in self._outputs:
             self._host[name].copy_(self._device[name], non_blocking=True)
 
     def answers(self) -> dict[str, np.ndarray]:
-        """Copies of the outputs, which the next call overwrites; NumPy has no bfloat16, so that becomes float32."""
+        """Returns copies of the outputs, since the next call overwrites them; bfloat16 becomes float32 for NumPy."""
         hosts = ((name, self._host[name]) for name in self._outputs)
         return {name: (t.float() if t.dtype == torch.bfloat16 else t.clone()).numpy() for name, t in hosts}
 
 
 def torch_dtype(dtype: Any) -> torch.dtype:
-    """PyTorch's name of a library's data type.
+    """Converts a TensorRT data type to PyTorch's.
 
     Raises:
-        InputError: It has none.
+        InputError: PyTorch has no such type.
     """
     try:
         return _DTYPES[dtype.name]

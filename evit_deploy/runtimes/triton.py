@@ -1,4 +1,4 @@
-"""A model on a running Triton Inference Server: what operations serve, held to the same contract as everything else."""
+"""A model on a running Triton Inference Server, with the interface of the other runtimes."""
 
 import os
 from collections import deque
@@ -23,12 +23,12 @@ _KEPT = kept_name(0).rstrip("0")
 class TritonRunner(Runner):
     """Sends batches to a server.
 
-    Kept candidates (``kept_<block>``) are given out when the served model was exported with them; without them
-    :attr:`outputs` has the logits alone.
+    Kept candidates (``kept_<block>``) are returned with ``with_indices`` if the served model was exported with them;
+    otherwise :attr:`outputs` has only the answer.
 
     Args:
         artifact: A :class:`Server`.
-        threads: Not used: the server's configuration says how many it has.
+        threads: Not used; set by the server's configuration.
         with_indices: See above.
     """
 
@@ -38,12 +38,12 @@ class TritonRunner(Runner):
 
     @classmethod
     def missing(cls) -> MissingRequirement | None:
-        """``tritonclient``."""
+        """Checks for ``tritonclient``."""
         return client_missing()
 
     @classmethod
     def accepts(cls, artifact: Any) -> list[str]:
-        """A :class:`Server` with a model's name."""
+        """Accepts a :class:`Server` with a model name."""
         if not isinstance(artifact, Server):
             what = artifact if isinstance(artifact, str) else type(artifact).__name__
             return [f"it runs what a server serves (--url), not {what}"]
@@ -60,7 +60,7 @@ class TritonRunner(Runner):
         try:
             self._connection.wait_ready()
             self._model = self._connection.describe(served.model, served.version)
-            # One region for each direction; they grow when a larger batch comes.
+            # One region for each direction; they grow with the batch size.
             if served.shared_memory:
                 self._regions = [_Region(self._connection, kind) for kind in ("input", "output")]
         except BaseException:
@@ -77,17 +77,17 @@ class TritonRunner(Runner):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """As the server declares them, the batch included."""
+        """Inputs declared by the server, including the batch dimension."""
         return self._model.inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """As the server declares them; the kept candidates only if they were asked for."""
+        """Outputs declared by the server; the kept candidates only with ``with_indices``."""
         return tuple(spec for spec in self._model.outputs if self.with_indices or not spec.name.startswith(_KEPT))
 
     @property
     def profiles(self) -> tuple[BatchProfile, ...]:
-        """From 1 to the server's ``max_batch_size``; what it collects by preference counts as the optimum."""
+        """From 1 to the server's ``max_batch_size``, with its largest preferred batch size as the optimum."""
         largest = max(self._model.max_batch, 1)
         return (BatchProfile(1, min(max(self._model.preferred, default=largest), largest), largest),)
 
@@ -95,8 +95,8 @@ class TritonRunner(Runner):
         """Runs one batch.
 
         Raises:
-            InputError: The server refuses it.
-            MissingRequirement: The server is not there.
+            InputError: The server refused the request.
+            MissingRequirement: The server is unreachable.
             StageError: The server failed, or went away before it answered.
         """
         served: Server = self.artifact
@@ -105,16 +105,16 @@ class TritonRunner(Runner):
         return self._connection.infer(served.model, feeds, [spec.name for spec in self.outputs], served.version)
 
     def infer_many(self, batches: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-        """Sends several batches without waiting for each, so that the server can put them together.
+        """Sends several batches without waiting for each, so that the server can batch them together.
 
         Args:
             batches: For each batch, one array for each input.
 
         Returns:
-            For each batch, in the same order, one array for each output.
+            For each batch, in order, one array for each output.
 
         Raises:
-            InputError: See :meth:`infer`; answers that were still under way are not waited for.
+            InputError: See :meth:`infer`; pending answers are not waited for.
         """
         served: Server = self.artifact
         names = [spec.name for spec in self.outputs]
@@ -152,23 +152,23 @@ class TritonRunner(Runner):
 
 
 class _Region:
-    """A piece of the system's shared memory that the server knows too."""
+    """A region of system shared memory that is registered with the server."""
 
     def __init__(self, connection: Connection, kind: str) -> None:
         self._connection, self._memory, self._count = connection, None, 0
         self._base = f"evit-deploy-{os.getpid()}-{os.urandom(4).hex()}-{kind}"
-        self.reserve(1 << 20)  # finds out at once whether the server can open it
+        self.reserve(1 << 20)  # checks at once whether the server can open it
 
     @property
     def name(self) -> str:
-        """What the server calls it."""
+        """Its name on the server."""
         return f"{self._base}-{self._count}"
 
     def reserve(self, size: int) -> None:
-        """Makes it at least ``size`` bytes large.
+        """Grows the region to at least ``size`` bytes.
 
         Raises:
-            StageError: The machine has no room for it.
+            StageError: There is not enough shared memory.
             MissingRequirement: The server cannot open it.
         """
         if self._memory is not None and self._memory.size >= size:
@@ -189,19 +189,19 @@ class _Region:
             ) from error  # fmt: skip
 
     def view(self, shape: tuple[int, ...], dtype: Any, start: int) -> np.ndarray:
-        """A part of it as an array."""
+        """Returns a part of the region as an array."""
         assert self._memory is not None
         return np.ndarray(shape, dtype, self._memory.buf, start)
 
     def close(self) -> None:
-        """Gives it back."""
+        """Unregisters and frees the region."""
         if self._memory is not None:
             self._connection.unshare(self.name)
             self._free()
 
     def _free(self) -> None:
         assert self._memory is not None
-        with suppress(BufferError):  # an array of the caller's still looks at it; the name goes all the same
+        with suppress(BufferError):  # an array of the caller still refers to it; unlink frees the name
             self._memory.close()
         self._memory.unlink()
         self._memory = None

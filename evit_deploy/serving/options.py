@@ -56,7 +56,7 @@ class TritonOptions(Section, frozen=True, kw_only=True):
     server_tensorrt: str | None = None
     """Version of TensorRT in the server. [default: that of the release, if known]"""
     preprocess: Literal["python", "dali", "none"] = "python"
-    """How the server preprocesses image files: python, with Pillow on the CPU as in training; dali, on the GPU with
+    """How the server prepares image files: python, with Pillow on the CPU as in training; dali, on the GPU with
     nearly the same result; none, clients send preprocessed inputs. [default: python]"""
     max_batch: BatchSize | None = None
     """Maximum images per call. [default: the largest that the plan covers; 32 for ONNX Runtime, 1 for OpenVINO]"""

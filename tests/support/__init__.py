@@ -1,1 +1,1 @@
-"""What tests share: models, cases, servers, builds. No test imports another test; both import from here."""
+"""Shared test helpers: models, cases, servers, builds. Tests import from here and never from each other."""

@@ -1,13 +1,13 @@
 """Pages in a real Chromium, without a screen and without a network.
 
-It says what the console complains of, what is cut off, what is hard to read, and what a keyboard does not reach.
+Reports console errors, clipped elements, low contrast, and elements that cannot be reached by keyboard.
 
     def test_page(browser, tmp_path):
         with browser.open(tmp_path / "report.html", width=400, dark=True) as page:
             assert page.faults() == []
             page.screenshot(tmp_path / "report.png")
 
-Tests that use the fixture carry the marker ``browser``. They are skipped where there is no Chromium or no Playwright.
+Tests that use the fixture carry the marker ``browser``. They are skipped without Chromium or Playwright.
 """
 
 import os
@@ -23,22 +23,22 @@ import pytest
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDTHS = (400, 1600)
-CONTRAST = 4.5  # WCAG 2.2, 1.4.3 (AA), which we ask of large text too
+CONTRAST = 4.5  # WCAG 2.2, 1.4.3 (AA); required for large text too
 SCRIPT = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Keyboard:
-    """What pressing Tab from the top of a page to its end came by."""
+    """Result of pressing Tab from the top of a page to its end."""
 
     reached: list[str]
-    """What had the focus, in order."""
+    """Elements that had the focus, in order."""
 
     missed: list[str]
-    """What can have the focus, and did not get it."""
+    """Focusable elements that were not reached."""
 
     unmarked: list[str]
-    """What looks the same with the focus as without it."""
+    """Elements without a visible focus style."""
 
 
 @dataclass
@@ -46,16 +46,16 @@ class Page:
     """An open page. ``console_errors`` and ``requests`` grow while it is open."""
 
     playwright: Any
-    """Playwright's own page: clicks, locators, keys."""
+    """Playwright's page object, for clicks, locators and keys."""
 
     console_errors: list[str] = field(default_factory=list)
-    """Errors and warnings in the console, exceptions, and what could not be loaded."""
+    """Console errors and warnings, exceptions, and failed requests."""
 
     requests: list[str] = field(default_factory=list)
-    """What it asked the network for: every address that is not a file's or ``data:``."""
+    """Requested addresses other than ``file:`` and ``data:``."""
 
     def evaluate(self, expression: str, argument: Any = None) -> Any:
-        """The value of JavaScript in the page."""
+        """Evaluates JavaScript in the page."""
         return self.playwright.evaluate(expression, argument)
 
     def _ask(self, question: str, argument: Any = None) -> Any:
@@ -65,20 +65,20 @@ class Page:
 
     @property
     def scroll_width(self) -> int:
-        """Width in CSS pixels of all there is; more than the window's means that the page scrolls sideways."""
+        """Width of the content in CSS pixels; if larger than the window's, the page scrolls sideways."""
         return self.evaluate("document.documentElement.scrollWidth")
 
     @property
     def width(self) -> int:
-        """Width of the window in CSS pixels, without a scroll bar."""
+        """Width of the window in CSS pixels, without the scroll bar."""
         return self.evaluate("document.documentElement.clientWidth")
 
     def too_wide(self) -> list[str]:
-        """The elements that reach beyond the window's right edge, outside of anything that scrolls by itself."""
+        """Elements that extend beyond the window's right edge, except inside scrollable elements."""
         return self._ask("tooWide")
 
     def low_contrast(self, minimum: float = CONTRAST) -> list[str]:
-        """Visible texts with less contrast to what is behind them, with their contrast; not text on pictures."""
+        """Visible texts with a lower contrast to their background, with the contrast; text on pictures is ignored."""
         return self._ask("lowContrast", minimum)
 
     def tab_through(self, most: int = 2000) -> Keyboard:
@@ -91,7 +91,8 @@ class Page:
         return Keyboard(**self._ask("end"))
 
     def faults(self, keyboard: bool = True) -> list[str]:
-        """Everything that is wrong with the page as it stands, a line each; with ``keyboard``, also what Tab finds."""
+        """All faults of the page in its current state, one line each; with ``keyboard``, also those of the Tab
+        order."""
         found = [f"console: {line}" for line in self.console_errors]
         found += [f"network: {address}" for address in self.requests]
         if self.scroll_width > self.width:
@@ -105,18 +106,18 @@ class Page:
         return found
 
     def screenshot(self, path: Path, whole: bool = True) -> Path:
-        """Writes a PNG of the whole page, or of what the window shows."""
+        """Writes a PNG of the whole page, or of the visible part."""
         self.playwright.screenshot(path=path, full_page=whole)
         return path
 
     def pdf(self, path: Path) -> Path:
-        """Prints it on A4, as ``@media print`` has it, with backgrounds."""
+        """Prints it on A4 with the ``@media print`` styles and backgrounds."""
         self.playwright.pdf(path=path, format="A4", print_background=True)
         return path
 
 
 class Browser:
-    """Chromium. Every page has a profile of its own, and no network unless it is asked for."""
+    """Chromium. Every page has a separate profile, and no network unless requested."""
 
     def __init__(self, chromium: Any) -> None:
         self.chromium = chromium
@@ -126,7 +127,7 @@ class Browser:
     def open(
         self, place: Path | str, width: int = 1600, dark: bool = False, *, height: int = 900, network: bool = False
     ) -> Iterator[Page]:
-        """A file or an address in a window of that many CSS pixels, once everything has loaded and nothing moves."""
+        """Opens a file or an address in a window of this width in CSS pixels, and waits until it is loaded and idle."""
         address = place if isinstance(place, str) else place.resolve().as_uri()
         context = self.chromium.new_context(
             viewport={"width": width, "height": height},
@@ -158,18 +159,18 @@ def _remember(page: Page, address: str) -> None:
 
 
 def executable() -> str | None:
-    """The system's Chromium, or what ``EVIT_CHROMIUM`` names."""
+    """Path of the system's Chromium, or of ``EVIT_CHROMIUM``."""
     return os.environ.get("EVIT_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUMS)), None)
 
 
 @contextmanager
 def started() -> Iterator[Browser]:
-    """A Chromium that runs until the end of the ``with``."""
+    """Runs Chromium until the end of the ``with`` block."""
     from playwright.sync_api import sync_playwright
 
     arguments = ["--hide-scrollbars", "--force-color-profile=srgb"]
     if os.geteuid() == 0:
-        arguments.append("--no-sandbox")  # it refuses to start for root otherwise, as in a container
+        arguments.append("--no-sandbox")  # required when running as root, as in containers
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=executable(), args=arguments)
         try:
@@ -180,7 +181,7 @@ def started() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """A Chromium for all tests of a process."""
+    """One Chromium for all tests of a process."""
     pytest.importorskip("playwright", reason="Playwright is not installed (the dev extra has it)")
     if executable() is None:
         pytest.skip("no Chromium on this system (apt-get install chromium)")

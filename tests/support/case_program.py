@@ -1,6 +1,6 @@
 """Calls of ``evit::TokenReorg`` for the programs ``token_reorg_cases`` and ``token_reorg_cases_gpu``, as bytes.
 
-``plugins/token_reorg/test/cases.cpp`` reads and answers them; which calls it gets is all that selects its cases.
+``plugins/token_reorg/test/cases.cpp`` reads the calls and writes the results; it has no other selection of cases.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ CUTS = (
     Cut(lanes=1, tiles=7, slices=64, early=2),
     Cut(slices=5, early=2),
 )
-"""Ways to share out the work; none changes a bit of the result."""
+"""Ways to divide the work; none may change the result by a bit."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class ProgramCall:
     """One call.
 
     Attributes:
-        case: What is called.
+        case: The case to run.
         dtype: Type of x.
-        offset: Elements by which x and y are off an address that is aligned to 16 bytes.
-        cut: How the work is shared out.
+        offset: Offset of x and y from a 16-byte boundary, in elements.
+        cut: How the work is divided.
     """
 
     case: Case
@@ -43,7 +43,7 @@ class ProgramCall:
 
 
 def sent(calls: Iterable[ProgramCall]) -> bytes:
-    """What the program reads."""
+    """Encodes calls as the program's input."""
     parts = []
     for one in calls:
         case = one.case
@@ -57,10 +57,10 @@ def sent(calls: Iterable[ProgramCall]) -> bytes:
 
 
 def answered(calls: Iterable[ProgramCall], said: bytes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """y and idx of each call, from what the program wrote.
+    """Decodes y and idx of each call from the program's output.
 
     Raises:
-        ValueError: It refused a call, or wrote more or less than it should.
+        ValueError: The program refused a call, or its output has the wrong length.
     """
     at = 0
     for one in calls:

@@ -1,6 +1,6 @@
-"""The one table of cases for ``evit::TokenReorg``; every body of the op is run against all of it.
+"""The table of cases for ``evit::TokenReorg``; every implementation of the op is tested with all of them.
 
-Framework-free: a case gives NumPy arrays. BF16 comes as ``ml_dtypes.bfloat16``, which onnx depends on.
+Independent of frameworks: a case returns NumPy arrays; BF16 is ``ml_dtypes.bfloat16``, a dependency of onnx.
 """
 
 import zlib
@@ -21,11 +21,11 @@ class Case:
 
     Attributes:
         batch: Images.
-        prefix: Tokens in front that always stay.
+        prefix: Number of prefix tokens, which are always kept.
         candidates: N.
         width: C.
         keep: K.
-        fuse: Whether there is a fused row.
+        fuse: Whether there is a fused token.
         scores: One of ``SCORES``: ``random`` like a softmax row; ``ties`` four levels only; ``equal``; ``zeros``;
             ``nan`` some are NaN; ``one_hot`` a single 1 among zeros.
         values: ``normal``, or ``canceling``: rows of ±40000 under scores of 1, whose sum is small but whose partial
@@ -59,7 +59,7 @@ class Case:
         if self.values == "canceling":
             half = self.candidates // 2
             signs = np.ones(shape[1])
-            signs[self.prefix + half :] = -1  # the same sign for a long stretch: partial sums grow far past FP16
+            signs[self.prefix + half :] = -1  # long runs of one sign: partial sums exceed FP16
             x = 40000.0 * signs[None, :, None] + random.standard_normal(shape)
         else:
             x = random.standard_normal(shape)
@@ -70,7 +70,8 @@ class Case:
         if self.values == "canceling":
             return np.ones(shape, np.float32)
         exponentials = np.exp(2 * random.standard_normal(shape))
-        softmax = exponentials / (exponentials.sum(1, keepdims=True) * 1.1)  # the prefix took a tenth
+        # a tenth of the attention went to the prefix
+        softmax = exponentials / (exponentials.sum(1, keepdims=True) * 1.1)
         match self.scores:
             case "random":
                 scores = softmax
@@ -82,7 +83,7 @@ class Case:
                 scores = np.zeros(shape)
             case "nan":
                 scores = np.where(random.random(shape) < 0.3, np.nan, softmax)
-                scores[:, -1] = np.nan  # at least one, wherever the random ones fell
+                scores[:, -1] = np.nan  # at least one NaN
             case "one_hot":
                 scores = np.zeros(shape)
                 scores[np.arange(self.batch), random.integers(0, self.candidates, self.batch)] = 1
@@ -118,7 +119,7 @@ def _table() -> Iterator[Case]:
     yield Case(1, 1, 576, 33, 575, True)
     yield Case(1, 1, 576, 33, 576, True)
     yield Case(8, 1, 45, 1, 9, True)
-    # Where the kernel changes from counting to merging, and the number of row groups; and the most it takes.
+    # Where the kernel switches from counting to merging and changes the number of row groups; and its maximum size.
     for candidates in (255, 256, 257, 319, 320, 511, 512, 513):
         yield Case(1, 1, candidates, 8, 40, True, "ties")
     yield Case(2, 1, 1025, 16, 64, True, "ties")

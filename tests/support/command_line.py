@@ -1,4 +1,4 @@
-"""The command line under test, in this process and in one of its own; also pytest's fixtures for it."""
+"""Runs the command line in this process or a new one; also its pytest fixtures."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ QUICK = ("--threads", "1")
 
 @dataclass
 class Result:
-    """What one call of the command line did."""
+    """Result of one call of the command line."""
 
     code: int
     out: str
@@ -40,7 +40,7 @@ class Result:
         return json.loads(self.out)
 
     def refused(self, code: int, *hints: str) -> None:
-        """One sentence on stderr with these hints in it, this exit code, nothing on stdout, no traceback."""
+        """Asserts one sentence on stderr that contains the hints, the exit code, an empty stdout and no traceback."""
         assert (self.code, self.out) == (code, ""), self.err
         assert "Traceback" not in self.err
         lines = self.err.splitlines()
@@ -55,7 +55,7 @@ class Result:
 
 @pytest.fixture
 def cli(capfd, monkeypatch) -> Callable[..., Result]:
-    """Runs the command line inside this process; what libraries print below Python is seen too."""
+    """Runs the command line in this process; output of native libraries is captured too."""
     look = ProfileOptions(batch_sizes=(1, 8), duration=0.01)
     monkeypatch.setattr("evit_deploy.pipeline.convert.FIRST_LOOK", look)  # it takes 2 seconds a batch size
 
@@ -68,13 +68,13 @@ def cli(capfd, monkeypatch) -> Callable[..., Result]:
 
 
 def command(*arguments: object) -> Result:
-    """Runs the command line as a user does."""
+    """Runs the command line in a new process, as a user does."""
     done = subprocess.run([*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=240)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
 def listen() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is started with interruptions ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs start with SIGINT ignored
 
 
 def interrupted(checkpoint: Path, stage: str, number: signal.Signals, more: Sequence[str]) -> Result:
@@ -103,7 +103,7 @@ def smallest(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def checkpoint(tmp_path, smallest) -> Path:
-    """A folder of the user's, with a checkpoint in it."""
+    """A user's folder with a checkpoint."""
     folder = tmp_path / "user"
     folder.mkdir()
     return Path(shutil.copy(smallest, folder / smallest.name))
@@ -111,7 +111,7 @@ def checkpoint(tmp_path, smallest) -> Path:
 
 @pytest.fixture(scope="session")
 def made(smallest) -> tuple[Path, Result]:
-    """A bundle that ``convert`` made, as a user runs it. Read only."""
+    """A bundle made by the command ``convert``. Read only."""
 
     def make(path: Path) -> None:
         folder.mkdir()
@@ -125,7 +125,7 @@ def made(smallest) -> tuple[Path, Result]:
 
 @pytest.fixture
 def bundle(made, tmp_path) -> Path:
-    """A bundle and its checkpoint that a test may break."""
+    """A bundle and its checkpoint, which a test may modify."""
     shutil.copytree(made[0].parent, tmp_path / "user")
     return tmp_path / "user" / made[0].name
 

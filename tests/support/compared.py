@@ -1,4 +1,4 @@
-"""Bundles to compare, and images of noise to show them; pytest's fixtures for them."""
+"""Pytest fixtures: bundles to compare, and noise images for them."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ GLANCE = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
 def bundle_of(checkpoint: Path, name: str, spec: TokenSpec, precision: Precision = "fp32") -> Bundle:
     """A bundle made once in a test run. Read only.
 
-    It does not lie beside its checkpoint: other tests copy that folder while this one is being written.
+    It is not next to its checkpoint, because other tests copy that folder while this one is being written.
     """
 
     def make(path: Path) -> None:
@@ -56,20 +56,20 @@ def embedding_fewer() -> Bundle:
 
 @pytest.fixture(scope="session")
 def half(checkpoint_file: Path) -> Bundle:
-    """What ``converted`` is, in FP16. Read only."""
+    """Like ``converted``, in FP16. Read only."""
     return bundle_of(checkpoint_file, "half", TokenSpec(keep_rate=0.6), "fp16")
 
 
 @pytest.fixture(scope="session")
 def other_weights() -> Bundle:
-    """What ``converted`` is, of a checkpoint with other weights. Read only."""
+    """Like ``converted``, from a checkpoint with other weights. Read only."""
     checkpoint = made_once("other/other.safetensors", lambda path: write_checkpoint(path, seed=1))
     return bundle_of(checkpoint, "other-weights", TokenSpec(keep_rate=0.6))
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty colored pictures of noise, as many as ten classes have folders for. Read only."""
+    """Forty colored noise images in folders for ten classes. Read only."""
     root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for number in range(40):
         path = root / f"class {number % 10}" / f"{number}.png"

@@ -1,4 +1,4 @@
-"""The C++ example: building it, calling it, and bundles for it to be refused."""
+"""The C++ example: building and running it, and bundles that it must refuse."""
 
 import functools
 import importlib.util
@@ -63,7 +63,7 @@ def run_cmake(*arguments: object) -> str:
 
 
 def build(folder: Path, *options: str) -> str:
-    """Configures and builds; what CMake said while configuring."""
+    """Configures and builds; returns CMake's output of configuring."""
     said = run_cmake("-S", SOURCE, "-B", folder, "-DEVIT_WERROR=ON", *options)
     run_cmake("--build", folder, "-j2")
     return said
@@ -71,14 +71,14 @@ def build(folder: Path, *options: str) -> str:
 
 @dataclass
 class Result:
-    """What one call of the program did."""
+    """Result of one call of the program."""
 
     code: int
     out: str
     err: str
 
     def refused(self, code: int, *hints: str) -> None:
-        """One line on stderr with these hints in it, and this exit code."""
+        """Asserts one line on stderr that contains the hints, and the exit code."""
         assert self.code == code, self.err
         (line,) = self.err.splitlines()
         assert line.startswith("evit_example: ")
@@ -93,7 +93,7 @@ def call(program: Path, *arguments: object) -> Result:
 
 
 def change_manifest(bundle: Path, **fields: Any) -> None:
-    """Puts fields into the manifest; ``files`` adds to those there."""
+    """Replaces fields of the manifest; ``files`` is merged with the existing ones."""
     path = bundle / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["files"].update(fields.pop("files", {}))
@@ -101,14 +101,14 @@ def change_manifest(bundle: Path, **fields: Any) -> None:
 
 
 def replace_file(bundle: Path, name: str, content: bytes) -> None:
-    """Puts another content into a bundle, hash and all."""
+    """Replaces a file's content in a bundle, and its hash."""
     (bundle / name).write_bytes(content)
     change_manifest(bundle, files={name: sha256(bundle / name)})
 
 
 @pytest.fixture(scope="session")
 def built() -> Path:
-    """The folder with the program and what tests need besides."""
+    """The folder with the program and other files for tests."""
     need_toolchain()
     found = importlib.util.find_spec("openvino")
     if found is None or found.origin is None:
@@ -155,7 +155,7 @@ KINDS = ("plain", "distilled", "registers, no classes", "qk-norm, one channel", 
 
 @pytest.fixture(scope="session")
 def bundles(built, tmp_path_factory) -> Callable[[str], Bundle]:
-    """Small bundles, each made once, after it is known that there is a program to try them with. Read only."""
+    """Small bundles, made once, and only if the program was built. Read only."""
     made: dict[str, Bundle] = {}
 
     def get(kind: str) -> Bundle:
@@ -175,7 +175,7 @@ def bundles(built, tmp_path_factory) -> Callable[[str], Bundle]:
 
 @pytest.fixture
 def broken(bundles, tmp_path) -> Path:
-    """A copy of the plain bundle, to be broken."""
+    """A copy of the plain bundle that a test may modify."""
     return Path(shutil.copytree(bundles("plain").path, tmp_path / "bundle"))
 
 
@@ -216,5 +216,5 @@ def image_files(tmp_path_factory) -> dict[str, Path]:
 
 
 def may_differ(name: str) -> bool:
-    """Pillow brings a JPEG decoder of its own, and took a tall image's sides in another order before version 13."""
+    """Pillow bundles its own JPEG decoder, and before version 13 swapped the sides of tall images."""
     return name.endswith(".jpg") or (name == "tall.png" and PILLOW < 13)

@@ -1,4 +1,4 @@
-"""Ways to break an exported file, each of them in any precision; what verification has to catch."""
+"""Ways to damage an exported file in any precision, which verification must detect."""
 
 import numpy as np
 import onnx
@@ -8,18 +8,18 @@ from evit_deploy.export.card import LOGITS
 
 
 def function_node(proto: ModelProto, output: str) -> onnx.NodeProto:
-    """The node of the op's body that makes a value."""
+    """The node of the op's function that computes a value."""
     return next(node for node in proto.functions[0].node if output in node.output)
 
 
 def head_weight(proto: ModelProto) -> TensorProto:
-    """The weight of the last linear layer, as it is stored."""
+    """The stored weight of the last linear layer."""
     names = {"head.weight", "head.weight_quantized"}
     return next(tensor for tensor in proto.graph.initializer if tensor.name in names)
 
 
 def negate_a_weight(proto: ModelProto) -> None:
-    """The largest weight of the head gets the other sign."""
+    """Flips the sign of the head's largest weight."""
     tensor = head_weight(proto)
     array = numpy_helper.to_array(tensor).copy()
     largest = np.unravel_index(np.abs(array.astype(np.float32)).argmax(), array.shape)
@@ -28,7 +28,7 @@ def negate_a_weight(proto: ModelProto) -> None:
 
 
 def shift_a_weight(proto: ModelProto) -> None:
-    """A hundredth more: for FP32, whose limit is far below it."""
+    """Changes it by one percent; for FP32, whose limit is far smaller."""
     tensor = head_weight(proto)
     array = numpy_helper.to_array(tensor).copy()
     array[3, 3] += 0.01
@@ -36,7 +36,7 @@ def shift_a_weight(proto: ModelProto) -> None:
 
 
 def poison_a_weight(proto: ModelProto, value: float) -> None:
-    """One weight of the head is not finite."""
+    """Makes one weight of the head infinite or NaN."""
     tensor = head_weight(proto)
     array = numpy_helper.to_array(tensor).copy()
     array[0, 0] = value
@@ -44,13 +44,13 @@ def poison_a_weight(proto: ModelProto, value: float) -> None:
 
 
 def keep_the_lowest(proto: ModelProto) -> None:
-    """The lowest scores are kept in place of the highest."""
+    """Keeps the lowest scores instead of the highest."""
     node = function_node(proto, "order")
     next(a for a in node.attribute if a.name == "largest").i = 0
 
 
 def keep_the_second_best(proto: ModelProto) -> None:
-    """The best is dropped, and the best of the dropped is kept: off by one."""
+    """Drops the best candidate and keeps the best dropped one: an off-by-one error."""
     node = function_node(proto, "order")
     index = list(proto.functions[0].node).index(node)
     node.input[1], node.output[1] = "one_more", "order_and_more"
@@ -60,7 +60,7 @@ def keep_the_second_best(proto: ModelProto) -> None:
 
 
 def lose_the_fused_row(proto: ModelProto) -> None:
-    """The fused row is zero."""
+    """Sets the fused token to zero."""
     node = function_node(proto, "sum_float")
     index = list(proto.functions[0].node).index(node)
     node.output[0] = "sum_before"
@@ -68,7 +68,7 @@ def lose_the_fused_row(proto: ModelProto) -> None:
 
 
 def reverse_the_order(proto: ModelProto) -> None:
-    """The same patches are kept, the other way round: no damage."""
+    """Keeps the same patches in reverse order, which is not damage."""
     node = function_node(proto, "order")
     index = list(proto.functions[0].node).index(node)
     node.output[1] = "order_before"
@@ -80,7 +80,7 @@ def reverse_the_order(proto: ModelProto) -> None:
 
 
 def depend_on_the_place(proto: ModelProto, shift: float = 0.01) -> None:
-    """Adds a part of the place in the batch to the logits; the first image is right."""
+    """Adds a multiple of the batch position to the logits; the first image stays correct."""
     graph = proto.graph
     node = next(node for node in graph.node if LOGITS in node.output)
     node.output[list(node.output).index(LOGITS)] = "right"
@@ -97,7 +97,7 @@ def depend_on_the_place(proto: ModelProto, shift: float = 0.01) -> None:
 
 
 def depend_on_the_neighbors(proto: ModelProto) -> None:
-    """Takes the mean of the batch's logits in place of each image's own mean."""
+    """Uses the mean of the batch's logits instead of each image's own mean."""
     graph = proto.graph
     node = next(node for node in graph.node if LOGITS in node.output)
     node.output[list(node.output).index(LOGITS)] = "right"

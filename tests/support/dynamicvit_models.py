@@ -1,4 +1,4 @@
-"""Models with predictors that matter, as the tests of the method and of its training take them."""
+"""Models with effective predictors, for tests of DynamicViT and its training."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ HEADS = {"deit": (3, 1e-6, 1.0), "lvvit": (3, 1e-5, 2.0), "lvvit_lambda_3": (4, 
 
 
 def reduced(name: str, spec: TokenSpec = SPEC) -> Any:
-    """A model whose predictors matter: as they begin, they say next to nothing."""
+    """A model whose predictors have an effect; initial ones hardly distinguish patches."""
     model: Any = reduce_tokens_(create(name), spec)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def as_oracle(model: nn.Module, name: str) -> Model:
 
 
 def released(file: Official, weights: dict[str, np.ndarray], name: str) -> Any:
-    """A timm model with the weights of a released layout, reduced as they say."""
+    """A timm model with weights in a released layout, with their reduction."""
     tensors = {key: torch.from_numpy(value) for key, value in weights.items()}
     model: Any = timm.create_model(name, num_classes=100).eval()
     own = {key: value for key, value in tensors.items() if key.startswith("score_predictor.")}
@@ -54,6 +54,6 @@ OFFICIAL = {"dynamicvit_deit_tiny": "deit_tiny_patch16_224", "dynamicvit_lvvit_s
 
 
 def with_noise(monkeypatch: pytest.MonkeyPatch, noise: np.ndarray) -> None:
-    """Gives the draws their noise: ``[stages, B, patches, 2]``, a location after the other."""
+    """Replaces the noise of the draws: ``[stages, B, patches, 2]``, location by location."""
     rows = iter(torch.from_numpy(noise[..., 0] - noise[..., 1]).float())
     monkeypatch.setattr(dynamicvit, "logistic_noise", lambda like: next(rows).to(like))

@@ -1,4 +1,4 @@
-"""Packages that cannot lie beside ours: environments of their own in the user's cache, made when first needed."""
+"""Virtual environments in the user's cache for packages that conflict with ours, created on first use."""
 
 import os
 import shutil
@@ -14,12 +14,12 @@ TIME_LIMIT = 240
 
 
 def cached_environment(name: str, variable: str, commands: Callable[[Path], Sequence[Sequence[str]]]) -> Path:
-    """The folder of an environment, which is made if it is not there; skips, with the reason, where it cannot be made.
+    """The folder of an environment, created if necessary; skips with the reason if that fails.
 
     Args:
-        name: Of the folder, without the version of Python.
-        variable: Environment variable with another folder.
-        commands: What makes it in a folder.
+        name: Name of the folder, without the Python version.
+        variable: Environment variable that overrides the folder.
+        commands: Commands that create it in a folder.
     """
     chosen, home = os.environ.get(variable), os.environ.get("XDG_CACHE_HOME")
     base = Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache"
@@ -36,7 +36,7 @@ def hashed(lock: Path) -> tuple[str, ...]:
 
 
 def _make(folder: Path, commands: Callable[[Path], Sequence[Sequence[str]]]) -> None:
-    """Makes it beside its place and moves it there whole: test runs may be side by side, and be interrupted."""
+    """Creates it in a temporary folder and moves it into place, because test runs may be concurrent or interrupted."""
     making = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
         making.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def _make(folder: Path, commands: Callable[[Path], Sequence[Sequence[str]]]) -> 
             if done.returncode:
                 lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
                 pytest.skip(f"no environment {folder.name}: " + " ".join(lines[-2:]))
-        with suppress(OSError):  # somebody else was faster
+        with suppress(OSError):  # another process was faster
             making.rename(folder)
     except (OSError, subprocess.TimeoutExpired) as error:
         pytest.skip(f"no environment {folder.name}: {error}")

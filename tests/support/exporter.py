@@ -1,7 +1,7 @@
-"""PyTorch's ONNX exporter, which takes seconds for the smallest model, once for each model of a test run.
+"""Caches PyTorch's ONNX exporter, which takes seconds even for the smallest model, within a test run.
 
-The tests export a handful of models many hundred times. A second export of what is the same, down to each weight and
-attribute, is read from the run's shared folder; see the fixture in ``conftest.py``.
+The tests export a few models hundreds of times. The second export of an identical model (including weights and
+attributes) is read from the run's shared folder; see the fixture in ``conftest.py``.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ export = torch.onnx.export
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as what they hold: the bytes that PyTorch writes of one hold its address too."""
+    """Pickles tensors by content, because PyTorch's own bytes include their address."""
 
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, torch.Tensor):
@@ -29,7 +29,7 @@ class _Pickler(pickle.Pickler):
 
 
 def key_of(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]) -> str | None:
-    """What decides what is exported; ``None`` where that cannot be written down, as with a hook."""
+    """Everything that determines the export; ``None`` if that cannot be pickled, as with hooks."""
     content = io.BytesIO()
     try:
         _Pickler(content).dump((model, inputs, repr(sorted(options.items()))))
@@ -39,7 +39,7 @@ def key_of(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], options: di
 
 
 def export_once(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **options: Any) -> Any:
-    """``torch.onnx.export``; the program it gives has a ``model_proto`` and no more."""
+    """Replaces ``torch.onnx.export``; the returned program only has a ``model_proto``."""
     key = key_of(model, inputs, options)
     if key is None:
         return export(model, inputs, **options)

@@ -1,4 +1,4 @@
-"""What was exported, once for each kind of model, and how to look into it; exporting takes seconds."""
+"""Exported files, one per kind of model because exporting takes seconds, and functions to inspect them."""
 
 import copy
 from typing import Any
@@ -22,7 +22,7 @@ from tests.support.models import KEEP, KINDS, images, of_kind, preprocess_for
 
 DROP = TokenSpec(keep_rate=(0.8, 0.5), locations=(0, 2), fuse=False)
 
-# What was exported, once each: exporting takes seconds.
+# Cache of exports, which take seconds each.
 EXPORTED = [(kind, KEEP) for kind in KINDS] + [("distilled", DROP)]
 each = pytest.mark.parametrize(
     ("kind", "spec"), EXPORTED, ids=[f"{kind}{'' if spec is KEEP else ', no fusion'}" for kind, spec in EXPORTED]
@@ -51,7 +51,7 @@ def lowered(kind: str, precision: str, base: str = "fp32", spec: TokenSpec | Non
 
 
 def calibration_of(kind: str) -> np.ndarray:
-    """Distributed like the inputs that tests take, but others; three batches of the quantizer's."""
+    """Calibration inputs: distributed like test inputs, but different; three batches of the quantizer."""
     return images(of_kind(kind), 24, seed=1)
 
 
@@ -66,7 +66,7 @@ def copied(proto: ModelProto) -> ModelProto:
 
 
 def widened(proto: ModelProto) -> ModelProto:
-    """A BF16 file that is computed in FP32, for ONNX Runtime, whose CPU provider has no BF16: only weights round."""
+    """Converts a BF16 file to FP32 arithmetic with rounded weights, because ONNX Runtime's CPU provider has no BF16."""
     wide = copied(proto)
     low, high = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
     for tensor in wide.graph.initializer:
@@ -109,7 +109,7 @@ def answers(proto: ModelProto, inputs: np.ndarray, *, indices: bool = False) -> 
 
 
 def assert_close(answer: np.ndarray, model: Any, inputs: np.ndarray) -> None:
-    """Within twice the error that PyTorch itself makes in FP32; the model in FP64 is the reference."""
+    """Asserts an error of at most twice PyTorch's own in FP32, relative to the model in FP64."""
     with torch.inference_mode():
         eager = model(torch.from_numpy(inputs)).numpy()
         exact = copy.deepcopy(model).double()(torch.from_numpy(inputs).double()).numpy()

@@ -1,4 +1,4 @@
-"""Models of several families for tests of the reduction, their weights such that every part matters."""
+"""Models of several families for tests of the reduction, with weights that make every part matter."""
 
 import math
 import zlib
@@ -13,9 +13,9 @@ from evit_deploy.registry import METHODS
 from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenSpec
 
-load_backbones()  # for the names that are not timm's own
+load_backbones()  # registers our models with timm
 
-# Small instances of the families: 16 patches, few blocks, their own widths, prefixes, norms and heads.
+# Small instances of the families: 16 patches, few blocks, different widths, prefixes, norms and heads.
 MODELS = {
     "deit": ("deit_tiny_patch16_224", {"img_size": 64, "depth": 4}),
     "deit_distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 4}),
@@ -32,7 +32,7 @@ SPEC = TokenSpec(keep_rate=0.6)
 
 
 def spec_of(method: str, **fields: Any) -> TokenSpec:
-    """What any method is asked for in the same tests: to keep three fifths of the patches or so."""
+    """Options for any method that keep about three fifths of the patches."""
     if METHODS.get(method).takes_keep_rate:
         return TokenSpec(**({"keep_rate": 0.6, "method": method} | fields))
     options: dict[str, Any] = {"merge": 3} | fields.pop("options", {})
@@ -44,9 +44,9 @@ each_model = pytest.mark.parametrize("name", MODELS)
 
 
 def create(name: str) -> nn.Module:
-    """A model whose weights are random, the same every time, and large enough that every part matters.
+    """A model with deterministic random weights, large enough that every part matters.
 
-    As created, a timm model's LayerScale, class token and biases are next to nothing: wrong code would pass.
+    timm initializes LayerScale, class token and biases close to zero, so that wrong code would pass.
     """
     model_name, options = MODELS[name]
     model = timm.create_model(model_name, pretrained=False, **options).eval()

@@ -1,7 +1,7 @@
-"""Hostile requests to a Triton server, one function a kind; each says how the server ended it.
+"""Malicious requests to a Triton server, one function per kind; each returns how the server reacted.
 
-``200`` would be an answer to what must not be answered. Connections are dropped without a goodbye, bodies do not end,
-and what is announced is not what is sent. Every kind is bounded: it ends by itself within some seconds.
+``200`` would mean that an invalid request was accepted. Connections are dropped abruptly, bodies never end, and
+announced sizes are wrong. Every kind ends by itself within a few seconds.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ import numpy as np
 from tests.support.triton_models import bomb, encoded, photographs
 
 PATIENCE = 20.0
-"""Seconds to wait for the server."""
+"""Timeout for the server in seconds."""
 CHUNKED, INFLATED = 16 << 20, 64 << 20
-"""Bytes of a body that does not end, and of what a compressed one becomes."""
+"""Size in bytes of an endless body, and of a decompressed one."""
 THREADS = 8
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Who is attacked.
+    """The attacked server.
 
     Args:
         http: Port on this machine.
@@ -48,7 +48,7 @@ class Target(msgspec.Struct, frozen=True):
 
     @property
     def infer(self) -> str:
-        """Where tensors go."""
+        """Path of the inference endpoint."""
         return f"/v2/models/{self.model}/infer"
 
 
@@ -63,13 +63,13 @@ def _open(port: int) -> socket.socket:
 
 
 def _drop(one: socket.socket) -> None:
-    """Ends a connection by a reset."""
+    """Resets a connection."""
     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     one.close()
 
 
 def _ended(one: socket.socket) -> str:
-    """The status that comes back, or how the connection ended."""
+    """The status code, or how the connection ended."""
     try:
         line = one.recv(4096).split(b"\r\n")[0].split()
     except TimeoutError:
@@ -80,7 +80,7 @@ def _ended(one: socket.socket) -> str:
 
 
 def _send(target: Target, *parts: bytes) -> str:
-    """Sends the parts to the HTTP port, whatever becomes of the earlier ones."""
+    """Sends the parts to the HTTP port, even if earlier ones failed."""
     with contextlib.closing(_open(target.http)) as one:
         with contextlib.suppress(OSError):
             for part in parts:
@@ -128,7 +128,7 @@ def wrong_json(target: Target, chance: random.Random) -> str:
 
 
 def wrong_sizes(target: Target, chance: random.Random) -> str:
-    """Shapes, types and sizes in JSON that do not go together."""
+    """JSON with inconsistent shapes, types and sizes."""
     tensor = {"name": "input", "datatype": "FP32", "shape": [1, *target.shape], "data": [0.0] * 12}
     tensor |= chance.choice([
         {}, {"shape": [-1, *target.shape]}, {"shape": [2**62, 4]}, {"shape": [2**63, 1]}, {"shape": []},
@@ -141,7 +141,7 @@ def wrong_sizes(target: Target, chance: random.Random) -> str:
 
 
 def wrong_binary(target: Target, chance: random.Random) -> str:
-    """A binary tensor whose announced sizes are not those that come."""
+    """A binary tensor with wrong announced sizes."""
     size = 4 * int(np.prod(target.shape))
     announced = chance.choice([size - 1, size + 1, 0, 4 * size, 2**31])
     tensor = {"name": "input", "datatype": "FP32", "shape": [1, *target.shape]}
@@ -151,7 +151,7 @@ def wrong_binary(target: Target, chance: random.Random) -> str:
 
 
 def endless_body(target: Target, chance: random.Random) -> str:
-    """Chunks without an end, then a reset."""
+    """Endless chunks, then a reset."""
     one = _open(target.http)
     chunk = b"10000\r\n" + bytes(1 << 16) + b"\r\n"
     with contextlib.suppress(OSError):
@@ -163,7 +163,7 @@ def endless_body(target: Target, chance: random.Random) -> str:
 
 
 def slow_sender(target: Target, chance: random.Random) -> str:
-    """A body that is said to be long and comes byte by byte, then a reset."""
+    """A long announced body, sent byte by byte, then a reset."""
     one = _open(target.http)
     with contextlib.suppress(OSError):
         one.sendall(f"POST {target.infer} HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\n".encode())
@@ -175,7 +175,7 @@ def slow_sender(target: Target, chance: random.Random) -> str:
 
 
 def many_connections(target: Target, chance: random.Random) -> str:
-    """A hundred connections that stay open without a whole request, to both ports."""
+    """A hundred connections to both ports that stay open without a complete request."""
     opened = []
     with contextlib.suppress(OSError):
         for number in range(100):
@@ -212,7 +212,7 @@ def closed_interface(target: Target, chance: random.Random) -> str:
 
 
 def bad_image(target: Target, chance: random.Random) -> str:
-    """Files that are no image, are cut off or damaged, or would become very large."""
+    """Files that are not images, are truncated or damaged, or decode to a very large image."""
     kind = chance.choice(["JPEG", "PNG"])
     good = encoded(photographs(2)[chance.randrange(2)], kind)
     content = chance.choice([
@@ -239,7 +239,7 @@ def _bomb() -> bytes:
 
 
 def grpc_junk(target: Target, chance: random.Random) -> str:
-    """Bytes that are no HTTP/2, or that begin as it does and go astray."""
+    """Bytes that are not HTTP/2, or become invalid after its preface."""
     frame = struct.pack(">I", chance.randrange(1 << 24))[1:] + bytes([chance.randrange(256) for _ in range(6)])
     begins = [b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9)]
     one = _open(target.grpc)
@@ -251,7 +251,7 @@ def grpc_junk(target: Target, chance: random.Random) -> str:
 
 
 def grpc_message(target: Target, chance: random.Random) -> str:
-    """Calls with content that is no such message, and calls that there are none of."""
+    """Calls with invalid messages, and calls of unknown methods."""
     from tritonclient.grpc import service_pb2
 
     request = service_pb2.ModelInferRequest(model_name=target.model)
@@ -270,7 +270,7 @@ def grpc_message(target: Target, chance: random.Random) -> str:
     return "200"
 
 
-#: All but :func:`inflating_body`, of which Triton before 26.05 keeps the memory (server#8764).
+#: All except :func:`inflating_body`, whose memory Triton before 26.05 leaks (server#8764).
 KINDS: tuple[Kind, ...] = (
     huge_header, many_headers, long_path, odd_path, junk, wrong_json, wrong_sizes, wrong_binary, endless_body,
     slow_sender, many_connections, closed_interface, bad_image, grpc_junk, grpc_message,
@@ -278,10 +278,10 @@ KINDS: tuple[Kind, ...] = (
 
 
 def attack(target: Target, count: int, seed: int = 0, kinds: Sequence[Kind] = KINDS) -> dict[str, Counter[str]]:
-    """Sends hostile requests, the kinds in turn, from several threads.
+    """Sends malicious requests of all kinds in turn, from several threads.
 
     Returns:
-        Kind -> how its requests ended -> how many.
+        Kind -> outcome -> number of requests.
     """
     found: dict[str, Counter[str]] = {kind.__name__: Counter() for kind in kinds}
 
@@ -289,7 +289,7 @@ def attack(target: Target, count: int, seed: int = 0, kinds: Sequence[Kind] = KI
         kind = kinds[number % len(kinds)]
         try:
             return kind.__name__, kind(target, random.Random(seed * 1_000_003 + number))
-        except OSError as error:  # no connection to be had
+        except OSError as error:  # no connection
             return kind.__name__, type(error).__name__
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -300,7 +300,7 @@ def attack(target: Target, count: int, seed: int = 0, kinds: Sequence[Kind] = KI
 
 @contextlib.contextmanager
 def under_attack(target: Target, count: int) -> Iterator[dict[str, Counter[str]]]:
-    """Sends hostile requests beside what is done meanwhile; what comes out is filled in at the end."""
+    """Sends malicious requests in the background; the yielded result is filled in at the end."""
     found: dict[str, Counter[str]] = {}
     attacker = threading.Thread(target=lambda: found.update(attack(target, count)))
     attacker.start()

@@ -1,17 +1,17 @@
-"""Kills processes at every system call of the code that publishes, and looks at what they leave.
+"""Kills processes at every system call of the publishing code, and inspects what they leave.
 
     python -m tests.support.kill_points FOLDER MANIFEST WHAT HOW
 
-``WHAT`` is published by a child again and again, which ends itself by SIGKILL before its first call of the system,
-before its second, and so on, and after each, until one comes through alive:
+``WHAT`` is published repeatedly by a child process, which ends itself by SIGKILL before and after its first system
+call, its second, and so on, until a child completes:
 
-- ``fresh``: a bundle where there is none
-- ``forced``: a bundle where there is one
+- ``fresh``: a new bundle
+- ``forced``: a bundle that replaces another
 - ``file``: one file, by :func:`evit_deploy.files.write_atomically`
 
 ``HOW`` is ``exchange``, or ``aside`` for a kernel or file system that cannot exchange. Prints JSON: what each child
-left in view (``old``, ``new`` or ``nothing``), what :func:`evit_deploy.bundle.bundle.read_bundle` then found, and
-whatever is wrong: a bundle that is not whole, or anything hidden that is there after the next run.
+left visible (``old``, ``new`` or ``nothing``), what :func:`evit_deploy.bundle.bundle.read_bundle` then found, and all
+faults: an incomplete bundle, or hidden files that remain after the next run.
 """
 
 import ctypes
@@ -32,13 +32,13 @@ from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.errors import InputError
 from evit_deploy.files import drafts, write_atomically
 
-# C functions of these modules are the system's; `_renameat2` reaches it through ctypes, which no profiler sees.
+# C functions of these modules are system calls; `_renameat2` uses ctypes, which profilers do not see.
 _SYSTEM, _THROUGH_CTYPES = ("posix", "fcntl", "_io"), "_renameat2"
 _PURE = ("fspath", "fsencode", "fsdecode", "getpid")
 
 
 class Killer:
-    """Ends the process at the n-th call of the system, counted before and after each; a profiler.
+    """A profiler that kills the process at the n-th system call, counting before and after each.
 
     Args:
         point: n, from 0.
@@ -60,13 +60,13 @@ class Killer:
 
 
 def cannot(*_: object) -> int:
-    """A ``renameat2`` of a file system that knows no flags."""
+    """A ``renameat2`` that does not support flags, as on some file systems."""
     ctypes.set_errno(errno.EINVAL)
     return -1
 
 
 def publish(out: Path, manifest: Manifest, what: str, content: str) -> None:
-    """What is killed: a bundle or a file with this content is published."""
+    """The work to kill: publishes a bundle or a file with this content."""
     if what == "file":
         write_atomically(out, content.encode() * 1000)
         return
@@ -79,7 +79,7 @@ def publish(out: Path, manifest: Manifest, what: str, content: str) -> None:
 
 
 def seen(out: Path, what: str) -> str:
-    """What is in view: ``old``, ``new``, ``nothing``; or, which is wrong, something that is not whole."""
+    """The visible state: ``old``, ``new``, ``nothing``, or a description of something incomplete, which is a fault."""
     if what == "file":
         found = out.read_text() if out.exists() else "nothing"
         return found[: len(found) // 1000] if found in ("old" * 1000, "new" * 1000, "nothing" * 1000) else found
@@ -92,7 +92,7 @@ def seen(out: Path, what: str) -> str:
 
 
 def child(point: int, *arguments: Any) -> bool:
-    """Publishes in a child process that is killed at a point; whether it came through alive."""
+    """Publishes in a child process that is killed at a point; returns whether it completed."""
     number = os.fork()
     if number == 0:
         try:

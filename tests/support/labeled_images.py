@@ -1,4 +1,4 @@
-"""Images of noise with token labels, and an LV-ViT small enough to be trained on them; also their fixture."""
+"""Noise images with token labels, and an LV-ViT small enough to train on them; also their fixture."""
 
 import itertools
 from pathlib import Path
@@ -29,7 +29,7 @@ def write_map(path: Path, classes: int, generator: torch.Generator, size: int = 
 
 @pytest.fixture(scope="session")
 def labeled(tmp_path_factory) -> Path:
-    """Images of noise in three classes, and maps of noise. Read only."""
+    """Noise images in three classes, with noise as label maps. Read only."""
     root, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
     rng = np.random.default_rng(0)
     for split, name, number in itertools.product(("train", "val"), CLASSES, range(8)):

@@ -1,4 +1,4 @@
-"""Small models of other projects, their weights from a seed: what their own code writes, and what it answers."""
+"""Small seeded models of other projects: the files that their own code writes, and its outputs."""
 
 import json
 from collections.abc import Callable
@@ -43,11 +43,11 @@ class Owner(msgspec.Struct, frozen=True):
     """A model of another project.
 
     Args:
-        make: Builds it, with any weights.
-        answer: What it answers to images.
-        model: timm name it is to be found as.
-        output: What it answers by our names.
-        left_out: The tensors that have no place in timm's model, as names begin.
+        make: Builds it with arbitrary weights.
+        answer: Computes its output for images.
+        model: Expected timm name.
+        output: Expected kind of output.
+        left_out: Name prefixes of the tensors without a counterpart in timm.
     """
 
     make: Callable[[], nn.Module]
@@ -132,11 +132,11 @@ OWNERS = {
 }  # fmt: skip
 FAMILIES = ("ViT", "DeiT", "DeiT with its teacher", "ViT-MAE", "DINOv2", "DINOv2, SwiGLU", "DINOv2 with registers",
             "torchvision")  # fmt: skip
-"""One model a layout: what the whole of convert is tried on."""
+"""One model per layout, for tests of the whole conversion."""
 
 
 def draw_(model: nn.Module, seed: int = 0) -> Any:
-    """Draws all parameters anew, so that each of them matters; in evaluation mode."""
+    """Redraws all parameters, so that each of them matters; sets evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -161,7 +161,7 @@ def pictures(count: int = 3, size: int = SIZE) -> Tensor:
 
 
 def written(model: Any, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """What a project's own code writes of a model: the tensors of the file, and the config beside it."""
+    """Saves a model with its project's own code; returns the file's tensors and the config."""
     if not hasattr(model, "save_pretrained"):
         return dict(model.state_dict()), None
     model.save_pretrained(folder)
@@ -170,7 +170,7 @@ def written(model: Any, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def found_in(weights: dict[str, Tensor], config: dict[str, Any] | None = None) -> tuple[Found, str]:
-    """What the layout of some tensors makes of them, and the prefix of the model among them."""
+    """The result of identifying tensors, and the prefix of the model among them."""
     held = inside(Path("weights"), weights, SIGNS)
     asked = Held("weights", held.weights, config)
     found = next(found for found in (layout.find(asked) for layout in LAYOUTS) if found is not None)
@@ -183,7 +183,7 @@ def identified(weights: dict[str, Tensor], config: dict[str, Any] | None = None,
 
 
 def checkpoint_of(identity: Identity, source: str = "weights") -> Checkpoint:
-    """A checkpoint of what was identified."""
+    """A checkpoint from an identified model."""
     return Checkpoint(source, None, identity.weights, identity.model, identity.model_args)
 
 
@@ -196,6 +196,6 @@ def name_in_file(name: str, prefix: str) -> str:
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, in parts of the owner's largest number."""
+    """The largest difference, relative to the owner's largest number."""
     assert ours.shape == theirs.shape
     return float((ours - theirs).abs().max() / theirs.abs().max())

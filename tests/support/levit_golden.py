@@ -1,8 +1,8 @@
-"""Writes ``golden/evo_levit.npz``: what the official code answers, in float64, to weights from a seed.
+"""Writes ``golden/evo_levit.npz``: outputs of the official code in float64, for seeded weights.
 
 Run by hand, never by a test: ``python -m tests.support.levit_golden EVO_VIT LEVIT``. The arguments are working copies
-of https://github.com/YifanXu74/Evo-ViT (MIT) and https://github.com/facebookresearch/LeViT (Apache-2.0); nothing of
-them is kept but the logits. Weights and images are those of ``levit_oracle``.
+of https://github.com/YifanXu74/Evo-ViT (MIT) and https://github.com/facebookresearch/LeViT (Apache-2.0); only the
+logits are kept. Weights and images are those of ``levit_oracle``.
 """
 
 import sys
@@ -16,7 +16,7 @@ from tests.support.levit_oracle import TINY_ARGS, pictures, weights
 
 GOLDEN = Path(__file__).parent / "golden" / "evo_levit.npz"
 CLASSES_KEPT = 100
-TINY_SEED = 5  # of the images: with these, sorting in every block chooses otherwise than once a stage
+TINY_SEED = 5  # for images on which sorting in every block and once per stage choose differently
 SIZES = ("128S", "128", "192", "256", "384")
 
 
@@ -27,7 +27,7 @@ def answer(model: Any, size: int, count: int, seed: int = 1) -> np.ndarray:
         if not name.startswith("stage_blocks") and "idxs" not in name
     }
     model.load_state_dict({name: torch.from_numpy(value) for name, value in weights(shapes).items()}, strict=False)
-    model.double().train().eval()  # the official LeViT looks its attention biases up as it is put into evaluation
+    model.double().train().eval()  # the official LeViT looks up its attention biases when it enters evaluation mode
     with torch.inference_mode():
         return model(torch.from_numpy(pictures(count, size, seed)).double()).numpy()[:, :CLASSES_KEPT]
 

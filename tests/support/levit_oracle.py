@@ -1,7 +1,7 @@
 """Evo-LeViT in NumPy float64, written from the papers: one image at a time, and no token ever moves.
 
-Tokens lie in their places on the grid. Which of them take part is a list of patch numbers, so that there is nothing to
-sort and nothing to put back: what the package does with permutations must come to the same.
+Tokens stay at their grid positions, and those that take part are given by a list of patch indices. Nothing is sorted or
+moved back, so the package's permutations are tested independently.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ import numpy as np
 
 NORM_EPSILON = 1e-5
 GAIN, GAIN_STEM = 0.8, 1.5
-"""Of batch norms: such that logits are a few units and depend on the image and on every choice."""
+"""Parameters of batch norms, chosen so that logits are a few units and depend on the image and on every choice."""
 
 
 class Sizes(NamedTuple):
-    """What tensors do not show: heads of each stage, width of a key, blocks of each stage."""
+    """Values that cannot be read from tensors: heads per stage, key width, blocks per stage."""
 
     heads: tuple[int, ...]
     key_dim: int
@@ -51,12 +51,13 @@ def weights(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, np.
 
 
 def pictures(count: int, size: int, seed: int = 1) -> np.ndarray:
-    """float32 ``[count, 3, size, size]``, normally distributed, the same for ever."""
+    """float32 ``[count, 3, size, size]``, normally distributed and reproducible."""
     return np.random.RandomState(seed).standard_normal((count, 3, size, size)).astype(np.float32)
 
 
 class Answer(NamedTuple):
-    """Logits ``[B, classes]`` of each classifier, their answer, and a list a choice: patch numbers ``[B, P]``."""
+    """Logits ``[B, classes]`` of each classifier, the model's output, and for each choice the patch indices ``[B,
+    P]``."""
 
     heads: dict[str, np.ndarray]
     logits: np.ndarray
@@ -73,11 +74,11 @@ def evo_levit(
     """The model.
 
     Args:
-        given: Its tensors by the released names.
+        given: Its tensors under the released names.
         images: ``[B, C, H, W]``.
-        sizes: What tensors do not show.
+        sizes: Values that cannot be read from tensors.
         keep: Block -> candidates that stay informative from there to the end of the stage, or to the next such block.
-        alpha: Share of a block's attention in the moving average; ``None`` for the learned one.
+        alpha: Weight of a block's attention in the moving average; ``None`` for the learned one.
     """
     w = {name: np.asarray(value, np.float64) for name, value in given.items()}
     answers = [_one(w, np.asarray(image, np.float64), sizes, keep, alpha) for image in images]
@@ -159,7 +160,7 @@ def _downsampled(w, number, key_dim, token, tokens, g, grid, fixed):  # type: ig
 
 
 def _attended(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Output ``[n, H · width of a value]``, and what query 0 pays to each key, mean over heads."""
+    """Output ``[n, H · value width]``, and the attention of query 0 to each key, mean over heads."""
     outputs, rows = [], []
     for head in range(q.shape[1]):
         logits = q[:, head] @ k[:, head].T / np.sqrt(q.shape[2])
@@ -196,7 +197,7 @@ def _hardswish(x: np.ndarray) -> np.ndarray:
 
 
 def _convolved(kernel: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """3 × 3, stride 2, one pixel of zeros around."""
+    """3 × 3 convolution with stride 2 and one pixel of zero padding."""
     padded = np.pad(image, ((0, 0), (1, 1), (1, 1)))
     height, width = image.shape[1] // 2, image.shape[2] // 2
     parts = [

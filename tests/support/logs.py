@@ -1,4 +1,4 @@
-"""What the library logs, as lists of lines; also pytest's fixture that ends the listening."""
+"""Collects log lines of the library; also the pytest fixture that stops collecting."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ def listen(hear: Callable[[str], object], *, progress: bool) -> logging.Handler:
 
 @contextmanager
 def listening(hear: Callable[[str], object]) -> Iterator[None]:
-    """Calls a function with every line on progress; what it raises ends the work."""
+    """Calls a function with every line on progress; its exceptions stop the work."""
     listener = listen(hear, progress=True)
     try:
         yield

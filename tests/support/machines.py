@@ -1,4 +1,4 @@
-"""Made-up machines with real files: distributions and a driver library, found the way the real ones are found."""
+"""Simulated machines with real files: distributions and a driver library, found in the same way as real ones."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ import pytest
 import evit_deploy
 from evit_deploy.environment.requirements import version_of
 
-# NVML as a driver 580 with one GPU would answer; the numbers come from the environment.
+# NVML of a driver 580 with one GPU; the numbers come from the environment.
 NVML = r"""
 #include <stdio.h>
 #include <stdlib.h>
@@ -53,7 +53,7 @@ def pretend(
     module: str | None = None,
     requires: Sequence[str] = (),
 ) -> None:
-    """A distribution in a folder: metadata, and a module when there is source for one."""
+    """Writes a distribution to a folder: metadata, and a module if source is given."""
     info = folder / f"{name.replace('-', '_')}-{version or 'damaged'}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(
@@ -68,7 +68,7 @@ def pretend(
 
 
 def environment_without(folder: Path, *distributions: str) -> dict[str, str]:
-    """Environment variables of a Python (with ``-S``) that has everything installed here but these distributions."""
+    """Environment variables for a Python (with ``-S``) without these distributions."""
     installed = Path(sysconfig.get_path("purelib"))
     for entry in installed.iterdir():
         if not entry.name.lower().replace("-", "_").startswith(distributions):
@@ -80,7 +80,7 @@ def environment_without(folder: Path, *distributions: str) -> dict[str, str]:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A folder whose distributions come before the installed ones."""
+    """A folder whose distributions take precedence over the installed ones."""
     folder = tmp_path / "first"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
@@ -100,7 +100,7 @@ def driver(tmp_path_factory) -> Path:
 
 
 def python(code: str, **environment: str) -> str:
-    """What a new Python with this environment prints."""
+    """Output of a new Python process in this environment."""
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -114,6 +114,6 @@ def python(code: str, **environment: str) -> str:
 
 
 def on_gpu(driver: Path, code: str, sm: int, **environment: str) -> str:
-    """What Python prints on a machine that has a GPU, as far as NVML knows."""
+    """Output of a Python process on a machine with a GPU according to NVML."""
     answers = {"FAKE_RETURN": "0", "FAKE_DRIVER": "580.65.06", "FAKE_CUDA": "13000", "FAKE_SM": str(sm)}
     return python(code, LD_LIBRARY_PATH=str(driver), **(answers | environment))

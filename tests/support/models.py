@@ -1,7 +1,7 @@
 """Small seeded models, checkpoints and one bundle that several test files share; also pytest's fixtures for them.
 
-``seeded`` draws every parameter anew, wide enough that each one matters: timm's own initialization leaves biases at 0,
-layer scales at 1e-5 and attention nearly uniform, and a test on such a model would miss a lost parameter.
+``seeded`` redraws every parameter with enough spread that each one matters. timm's initialization leaves biases at 0,
+layer scales at 1e-5 and attention nearly uniform, so that a test would miss a lost parameter.
 """
 
 import functools
@@ -27,16 +27,16 @@ from evit_deploy.tokens.backbone import backbone_of, load_backbones
 from evit_deploy.tokens.plan import TokenSpec
 from tests.support.shared import made_once
 
-load_backbones()  # for the names that are not timm's own
+load_backbones()  # registers our models with timm
 
-# 36 patches, 4 blocks: the smallest model whose kept sets are worth comparing.
+# 36 patches, 4 blocks: the smallest model with meaningful kept sets.
 TINY: dict[str, Any] = {"img_size": 96, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
 KEEP = TokenSpec(keep_rate=0.6)
 
-# For the command line, where only the way through it counts.
+# For tests of the command line, where the model does not matter.
 SMALLEST = ("vit_tiny_patch16_224", TINY | {"img_size": 64, "depth": 2})
 
-# timm name and arguments of one model of each kind that the export treats differently.
+# timm name and arguments of one model for each kind that the export treats differently.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("vit_tiny_patch16_224", TINY),
     "distilled": ("deit_tiny_distilled_patch16_224", TINY),
@@ -61,7 +61,7 @@ def seeded(name: str = "vit_tiny_patch16_224", seed: int = 0, **model_args: Any)
             else:
                 parameter.copy_(0.3 * noise)
         for name, buffer in model.named_buffers():
-            if name.endswith(("running_mean", "running_var")):  # of batch norms
+            if name.endswith(("running_mean", "running_var")):  # batch norms
                 noise = torch.randn(buffer.shape, generator=generator)
                 buffer.copy_(0.3 * noise if name.endswith("mean") else (0.3 * noise).exp())
     return model.eval()
@@ -74,7 +74,7 @@ def of_kind(kind: str, seed: int = 0) -> Any:
 
 
 def preprocess_for(model: Any) -> Preprocess:
-    """timm's preprocessing for a model at its own image size."""
+    """timm's preprocessing for a model at its image size."""
     return Preprocess.from_model(model)
 
 
@@ -86,7 +86,7 @@ def images(model: Any, count: int, seed: int = 0) -> np.ndarray:
 
 
 def write_checkpoint(path: Path, kind: str = "plain", tokens: TokenSpec | None = None, seed: int = 0) -> Path:
-    """Saves a small model together with what it is."""
+    """Saves a small model with its metadata."""
     name, model_args = KINDS.get(kind, SMALLEST)
     model = of_kind(kind, seed)
     about = Checkpoint(
@@ -104,7 +104,7 @@ def _shapes(name: str, model_args: tuple[tuple[str, Any], ...]) -> dict[str, tor
 
 
 def hollow(name: str, **model_args: Any) -> dict[str, Tensor]:
-    """A real architecture's tensors, all of them zero."""
+    """The tensors of a real architecture, all zero."""
     shapes = _shapes(name, tuple(sorted(model_args.items())))
     return {key: torch.zeros(shape) for key, shape in shapes.items()}
 
@@ -125,7 +125,7 @@ def checkpoint_file() -> Path:
 
 @pytest.fixture(scope="session")
 def converted(checkpoint_file: Path) -> Bundle:
-    """The tiny plain model as a bundle, beside its checkpoint. Read only; copy it to break it."""
+    """The tiny plain model as a bundle, next to its checkpoint. Read only; copy it to modify it."""
 
     def make(path: Path) -> None:
         measure = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
@@ -136,7 +136,7 @@ def converted(checkpoint_file: Path) -> Bundle:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of half a megabyte; skips where none may be mounted."""
+    """A file system of half a megabyte; skips if mounting is not permitted."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(place)]
@@ -149,7 +149,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def quantized_bundle(checkpoint: Path, images: np.ndarray, out: Path | None = None, **options: Any) -> Bundle:
-    """A bundle in INT8 or FP8 whose ranges come from an array instead of a folder, as ``run`` gives them."""
+    """A bundle in INT8 or FP8, calibrated from an array instead of a folder, as in ``run``."""
     made = lowering(ConvertOptions(**options), calibrated=True)
     measure = ProfileOptions(batch_sizes=(1,), duration=0.01, threads=1)
     job = Job(made, images=images, measure=measure, out=out)

@@ -1,4 +1,4 @@
-"""What the official code of other methods answers on drawn weights: ``tests/support/golden/official``."""
+"""Outputs of the official code of other methods for random weights: ``tests/support/golden/official``."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,13 @@ FOLDER = Path(__file__).parent / "golden" / "official"
 
 
 class Official(NamedTuple):
-    """One golden file with everything it was made from.
+    """One golden file with its inputs.
 
     Attributes:
         recipe: The JSON file: source, commit, model, seeds, shapes.
         weights: The checkpoint's tensors under their released names.
         images: float32 ``[2, 3, 224, 224]``.
-        arrays: What the official code answered, in float64; the README says what each is.
+        arrays: Outputs of the official code in float64; the README describes them.
     """
 
     recipe: dict[str, Any]
@@ -33,11 +33,11 @@ class Official(NamedTuple):
         return synthetic.draw(shapes, about["seed"])
 
     def decisions(self) -> np.ndarray:
-        """What was drawn in training, 1 for keep ``[3, 2, 196]`` (DynamicViT)."""
+        """Choices drawn in training, 1 for kept, ``[3, 2, 196]`` (DynamicViT)."""
         return np.unpackbits(self.arrays["train:decisions"]).reshape(3, 2, 196).astype(np.float64)
 
     def noise(self) -> np.ndarray:
-        """The Gumbel noise of that ``[3, 2, 196, 2]``."""
+        """Gumbel noise of these draws, ``[3, 2, 196, 2]``."""
         return np.random.default_rng(self.recipe["noise"]["seed"]).gumbel(size=(3, 2, 196, 2))
 
 

@@ -1,4 +1,4 @@
-"""How an answer of ``evit::TokenReorg`` is judged, whichever body of the op gave it."""
+"""Checks of results of ``evit::TokenReorg``, for every implementation of the op."""
 
 import functools
 
@@ -16,7 +16,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
-    """NumPy to PyTorch; BF16 travels as its bits, because PyTorch does not know ml_dtypes."""
+    """NumPy to PyTorch; BF16 is transferred as bits, because PyTorch does not support ml_dtypes."""
     if array.dtype == DTYPES["bf16"]:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
@@ -35,7 +35,7 @@ def chosen(case: Case) -> np.ndarray:
 
 
 def check_choice(case: Case, idx: np.ndarray) -> np.ndarray:
-    """Judges idx and gives the choice that y is to be judged by."""
+    """Checks idx, and returns the choice to check y with."""
     assert idx.dtype == np.int32
     assert idx.shape == (case.batch, case.keep)
     assert oracle.is_valid_choice(idx, case.candidates)
@@ -45,7 +45,7 @@ def check_choice(case: Case, idx: np.ndarray) -> np.ndarray:
 
 
 def check_copies(case: Case, x: np.ndarray, y: np.ndarray, kept: np.ndarray) -> None:
-    """The prefix and the kept rows are copies, so no tolerance is granted."""
+    """Checks the prefix and the kept rows exactly, because they are copies."""
     assert y.dtype == x.dtype
     assert y.shape == (case.batch, case.prefix + case.keep + case.fuse, case.width)
     np.testing.assert_array_equal(y[:, : case.prefix], x[:, : case.prefix])
@@ -54,7 +54,7 @@ def check_copies(case: Case, x: np.ndarray, y: np.ndarray, kept: np.ndarray) -> 
 
 
 def largest(error: np.ndarray) -> float:
-    """The largest finite error; where the reference is NaN, so must be the result (checked by :func:`error_of`)."""
+    """The largest finite error; NaN must match the reference (checked by :func:`error_of`)."""
     return float(np.max(error, initial=0.0, where=~np.isnan(error)))
 
 
@@ -65,11 +65,11 @@ def error_of(y: np.ndarray, reference: np.ndarray) -> float:
 
 
 def check_answer(case: Case, dtype: str, x: np.ndarray, scores: np.ndarray, y: np.ndarray, idx: np.ndarray) -> None:
-    """The whole judgment, against the oracle."""
+    """All checks against the oracle."""
     kept = check_choice(case, idx)
     check_copies(case, x, y, kept)
     reference = oracle.reorganize(x, scores, kept, case.fuse, case.prefix)
-    # 4 eps for the rounding to x's dtype, plus what summing n products in FP32 may cost by the usual bound.
+    # 4 eps for the rounding to x's dtype, plus the usual error bound for a sum of n products in FP32.
     finite = np.nan_to_num(scores)
     limit = 4 * EPS[dtype] * largest(np.abs(reference)) + oracle.fused_row_error(x, finite, kept, case.prefix)
     assert error_of(y, reference) <= limit

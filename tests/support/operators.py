@@ -22,7 +22,7 @@ SHAPES = [  # batch, tokens, heads, width, prefix, spread of q and k
 
 
 def queries_and_keys(batch, tokens, heads, width, spread, dtype):
-    """As a projection leaves them: side by side with the values."""
+    """As in the output of one projection: next to the values."""
     random = np.random.default_rng(tokens)
     qkv = (spread * random.standard_normal((batch, tokens, 3, heads, width))).astype(np.float32)
     return to_torch(qkv.astype(DTYPES[dtype])).unbind(2)[:2]

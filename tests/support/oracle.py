@@ -1,6 +1,6 @@
 """EViT's op and class scores in NumPy float64, written from the paper's equations 2 and 3 and its algorithm 1.
 
-The judge of every other body of the op: plain loops, nothing clever, and no import from the package it judges.
+The reference for all implementations of the op: plain loops, without imports from the package under test.
 """
 
 import math
@@ -11,13 +11,13 @@ import numpy as np
 def class_scores(q: np.ndarray, k: np.ndarray, scale: float, prefix: int) -> np.ndarray:
     """Equation 2, averaged over heads: how much the class token (token 0) attends to each candidate.
 
-    The softmax runs over all tokens, prefix included; what the prefix got is dropped afterwards, not redistributed.
+    The softmax runs over all tokens including the prefix, whose share is dropped afterwards and not redistributed.
 
     Args:
         q: Queries ``[B, N, H, d]``.
         k: Keys ``[B, N, H, d]``.
         scale: Factor on the logits.
-        prefix: Tokens in front that are no candidates.
+        prefix: Number of prefix tokens, which are not candidates.
 
     Returns:
         float64 ``[B, N - prefix]``.
@@ -37,7 +37,7 @@ def class_scores(q: np.ndarray, k: np.ndarray, scale: float, prefix: int) -> np.
 def select(scores: np.ndarray, keep: int) -> np.ndarray:
     """The ``keep`` candidates with the highest scores, descending, the lowest index first on ties.
 
-    Found by asking for the largest again and again, so that no sort's treatment of ties is relied on. Not defined for
+    Found by repeatedly selecting the largest, so that it does not depend on a sort's treatment of ties. Undefined for
     NaN: see :func:`is_valid_choice`.
 
     Args:
@@ -52,7 +52,8 @@ def select(scores: np.ndarray, keep: int) -> np.ndarray:
         left = list(range(len(row)))
         for place in range(keep):
             best = left[0]
-            for candidate in left:  # rising, and only a strictly higher score replaces: the lowest index wins a tie
+            # in ascending order, replaced only by a strictly higher score: the lowest index wins ties
+            for candidate in left:
                 if row[candidate] > row[best]:
                     best = candidate
             chosen[b, place] = best
@@ -61,7 +62,7 @@ def select(scores: np.ndarray, keep: int) -> np.ndarray:
 
 
 def is_valid_choice(kept: np.ndarray, candidates: int) -> bool:
-    """What must hold whatever the scores were, NaN included: every index exists and comes once."""
+    """Required for all scores, including NaN: every index is valid and occurs once."""
     return all(len(set(row)) == len(row) and all(0 <= i < candidates for i in row) for row in np.asarray(kept).tolist())
 
 
@@ -85,7 +86,7 @@ def fused_row(patches: np.ndarray, scores: np.ndarray, kept: np.ndarray) -> np.n
 
 
 def reorganize(x: np.ndarray, scores: np.ndarray, kept: np.ndarray, fuse: bool, prefix: int) -> np.ndarray:
-    """Algorithm 1 once the choice is made: ``[prefix, kept rows in the order of kept, fused row]``, float64."""
+    """Algorithm 1 after the choice: ``[prefix, kept rows in the order of kept, fused row]``, float64."""
     x = np.asarray(x, np.float64)
     front, patches = x[:, :prefix], x[:, prefix:]
     rows = np.stack([patches[b][kept[b]] for b in range(len(x))])
@@ -99,10 +100,10 @@ def token_reorg(x: np.ndarray, scores: np.ndarray, keep: int, fuse: bool, prefix
 
 
 def fused_row_error(x: np.ndarray, scores: np.ndarray, kept: np.ndarray, prefix: int) -> float:
-    """The most that an FP32 sum of n = N − K products can be off, in whatever order it adds: γ_n · Σ |score · row|.
+    """Error bound of an FP32 sum of n = N − K products, in any order: γ_n · Σ |score · row|.
 
     γ_n = n·u / (1 − n·u) with u = 2⁻²⁴, the unit roundoff (Higham, "Accuracy and Stability of Numerical Algorithms",
-    section 3.1). The rounding to x's dtype that follows is not in it.
+    section 3.1). It excludes the subsequent rounding to x's dtype.
     """
     terms = x.shape[1] - prefix - kept.shape[1]
     magnitude = fused_row(np.abs(np.asarray(x[:, prefix:], np.float64)), np.abs(scores), kept)
@@ -116,7 +117,7 @@ def gamma(terms: int) -> float:
 
 
 def class_scores_error(q: np.ndarray, k: np.ndarray, scale: float) -> float:
-    """The most by which FP32 class scores can be off, relative to the score itself.
+    """Relative error bound of FP32 class scores.
 
     A logit is a dot product (γ_{d+1} · Σ |q·k| · scale) from which the row's largest is subtracted (one rounding of
     something at most twice the largest logit); ``exp`` turns that absolute error into a relative one, of numerator and

@@ -1,7 +1,7 @@
-"""Bundles to be packaged, among them some that say they have a plan of TensorRT's; also pytest's fixtures for them.
+"""Bundles for packaging, some with a simulated TensorRT plan; also their pytest fixtures.
 
-TensorRT is installed where there is a GPU only. Of a plan ``package`` reads the header and nothing else, so a header is
-what these plans have.
+TensorRT is only installed on machines with a GPU. ``package`` reads only the header of a plan, so these plans consist
+of a header.
 """
 
 import shutil
@@ -23,19 +23,19 @@ RECORD = Engine("tensorrt", VERSION, ("sm80",), "595.1", "fp32", (BatchProfile(1
 
 
 def plan(version: str = VERSION, tag: bytes = b"ftrt", content: bytes = b"") -> bytes:
-    """The beginning of a plan, as TensorRT writes it."""
+    """The header of a TensorRT plan."""
     return tag + bytes(20) + bytes(int(number) for number in version.split(".")) + content.ljust(100, b"\0")
 
 
 @pytest.fixture
 def own(converted, tmp_path) -> Bundle:
-    """A bundle that a test may break, beside its checkpoint."""
+    """A bundle next to its checkpoint, which a test may modify."""
     shutil.copytree(converted.path.parent, tmp_path / "work")
     return read_bundle(tmp_path / "work" / converted.path.name)
 
 
 def change(bundle: Bundle, **fields: Any) -> Bundle:
-    """The same bundle with other fields in its manifest, and the hashes of what lies there now."""
+    """The same bundle with changed manifest fields and updated hashes."""
     write_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, **fields))
     return read_bundle(bundle.path)
 
@@ -48,7 +48,7 @@ def change_report(bundle: Bundle, alter: Callable[[Report], Report]) -> Bundle:
 
 
 def verified_on(platform: str) -> Callable[[Report], Report]:
-    """Makes the checks of ONNX Runtime in a report those of another platform."""
+    """Renames the checks of ONNX Runtime in a report to those of another platform."""
 
     def alter(report: Report) -> Report:
         checks = [
@@ -64,7 +64,7 @@ PlanMaker = Callable[..., Bundle]
 
 @pytest.fixture
 def planned(converted, tmp_path) -> PlanMaker:
-    """Makes a bundle of the tiny model that says it has a verified plan."""
+    """Creates a bundle of the tiny model that claims a verified plan."""
 
     def make(gpu: str = "sm80", version: str = VERSION, tag: bytes = b"ftrt", **record: Any) -> Bundle:
         place = tmp_path / f"{gpu}-{len(list(tmp_path.iterdir()))}" / "bundle"
@@ -84,6 +84,6 @@ def without_onnx(bundle: Bundle) -> Bundle:
 
 
 def make_package(paths: Any, purpose: str, **given: Any) -> Any:
-    """``package`` with the fields of its options as they come."""
+    """Calls ``package`` with the options as keyword arguments."""
     fields = {name: given.pop(name) for name in PackageOptions.__struct_fields__ if name in given}
     return package(paths, purpose, options=PackageOptions(**fields), **given)

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-WIDTH, TOKENS = 64, 16  # one head of 64: the smallest that a fused kernel takes
+WIDTH, TOKENS = 64, 16  # one head of 64: the smallest supported by a fused kernel
 
 
 def tiny_blocks(depth: int, dtype: Any = np.float16) -> ModelProto:
@@ -50,9 +50,9 @@ def rtx_plan(model: ModelProto, gpus: Sequence[str] = ("SM80",), *, decomposable
     """Builds a plan for one or more GPUs; batches of 1 to 8.
 
     Args:
-        model: What to build.
+        model: The model to build.
         gpus: Members of ``ComputeCapability``.
-        decomposable: Whether attention may be taken apart.
+        decomposable: Whether attention may be decomposed.
     """
     trt: Any = pytest.importorskip("tensorrt_rtx")
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))

@@ -16,18 +16,18 @@ from tests.support.paths import PLUGINS
 from tests.support.shared import made_once
 
 HEADERS = {10: "10.15", 11: "11.1"}
-"""Releases of TensorRT whose headers are compiled against, by major version."""
+"""Releases of TensorRT whose headers are used, by major version."""
 
 
 def need(*tools: str) -> None:
-    """Skips the test, with the reason, where a tool is missing."""
+    """Skips the test, with the reason, if a tool is missing."""
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"needs {' and '.join(missing)}")
 
 
 def tensorrt_headers() -> Path:
-    """The folder with TensorRT's headers: of ``TENSORRT_ROOT``, of the system, else :func:`headers`."""
+    """The folder with TensorRT's headers: from ``TENSORRT_ROOT``, the system, or :func:`headers`."""
     for root in (os.environ.get("TENSORRT_ROOT"), "/usr", "/usr/local/tensorrt", "/usr/local"):
         if root and (Path(root) / "include" / "NvInferRuntime.h").is_file():
             return Path(root)
@@ -36,9 +36,9 @@ def tensorrt_headers() -> Path:
 
 
 def headers(major: int) -> Path:
-    """The folder with the ``include/`` of a release of this major version; skips where it cannot be had.
+    """The folder with the ``include/`` of a release of this major version; skips if it is not available.
 
-    The folders of both lie in the user's cache, or in ``EVIT_TENSORRT_HEADERS``; they are fetched from NVIDIA/TensorRT.
+    Both are fetched from NVIDIA/TensorRT into the user's cache, or into ``EVIT_TENSORRT_HEADERS``.
     """
     folder = cached_environment("tensorrt-headers", "EVIT_TENSORRT_HEADERS", _fetch_headers) / HEADERS[major]
     if not (folder / "include" / "NvInferRuntime.h").is_file():
@@ -47,7 +47,7 @@ def headers(major: int) -> Path:
 
 
 def _fetch_headers(making: Path) -> list[list[str]]:
-    """What fetches them: commits, as ``plugin build`` fetches."""
+    """Commands that fetch them by commit, as ``plugin build`` does."""
     commands = []
     for major, release in HEADERS.items():
         git = ["git", "-C", str(making / release)]
@@ -60,7 +60,7 @@ def _fetch_headers(making: Path) -> list[list[str]]:
 
 
 def run(*command: str) -> str:
-    """Runs a tool; gives what it said, and ends the test with that if it fails."""
+    """Runs a tool and returns its output; fails the test with the output on error."""
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -68,7 +68,7 @@ def run(*command: str) -> str:
 
 @cache
 def build(*arguments: str, targets: tuple[str, ...] = ()) -> Path:
-    """Configures and compiles; gives the folder with what was built."""
+    """Configures and compiles; returns the build folder."""
 
     def make(place: Path) -> None:
         run("cmake", "-S", str(PLUGINS), "-B", str(place), *arguments)
@@ -79,14 +79,14 @@ def build(*arguments: str, targets: tuple[str, ...] = ()) -> Path:
 
 
 def prebuilt(name: str) -> Path | None:
-    """A file beside the library that ``EVIT_DEPLOY_KERNEL`` names, for machines that take minutes to compile."""
+    """A file next to the library in ``EVIT_DEPLOY_KERNEL``, for machines on which compiling takes minutes."""
     told = os.environ.get("EVIT_DEPLOY_KERNEL", "none")
     path = Path(told).with_name(name)
     return path if told != "none" and path.is_file() else None
 
 
 def host_library() -> Path:
-    """The kernel for the CPU: the one beside ``EVIT_DEPLOY_KERNEL``, or built here."""
+    """The kernel for the CPU: the one next to ``EVIT_DEPLOY_KERNEL``, or built here."""
     if (found := prebuilt("libevit_token_reorg_host.so")) is not None:
         return found
     need("cmake", "g++")
@@ -102,7 +102,7 @@ def gpu_library() -> Path:
 
 
 def gpu_program() -> Path:
-    """The program of cases for the GPU of this machine: the one beside ``EVIT_DEPLOY_KERNEL``, or built here."""
+    """The program of cases for the GPU of this machine: the one next to ``EVIT_DEPLOY_KERNEL``, or built here."""
     if (found := prebuilt("token_reorg_cases_gpu")) is not None:
         return found
     need("cmake", "g++", "nvcc")

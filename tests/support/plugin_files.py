@@ -1,4 +1,4 @@
-"""Files that look like plugin libraries to whoever reads their identity."""
+"""Files with the identity of a plugin library."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def library(
     path: Path, kind: str = "registers", *, abi: int = ABI, tensorrt: str = "11.1.0", more: bytes = b"",
     architectures: str = "80-real,120",
 ) -> Path:  # fmt: skip
-    """A file that says of itself what a library says; it cannot be loaded."""
+    """A file with a library's identity string; it cannot be loaded."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(LINE % (kind.encode(), abi, architectures.encode(), tensorrt.encode()) + more)
     return path

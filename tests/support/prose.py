@@ -1,4 +1,4 @@
-"""The project's English: pages, help, the messages of errors and notices. What tests of words and of spelling read."""
+"""The project's prose (pages, help, errors and notices), for the tests of words and spelling."""
 
 import ast
 import re
@@ -14,25 +14,25 @@ PAGES = [
 HELP = ROOT / "docs" / "cli.md"
 """Every help page, as the commands print it (`docs/generate_cli.py`)."""
 _SPEAKING = {"warning", "info", "note", "notice", "refusal", "Check"}
-"""Names of calls, besides those of errors, that are given words for a person."""
+"""Names of functions, in addition to errors, whose arguments are prose."""
 
 
 def of_page(page: Path) -> list[str]:
-    """A page's lines, where they are prose: without blocks of code, and with `…` for code in lines.
+    """The prose of a page, without code blocks and with `…` in place of inline code.
 
-    Of the commands' page the blocks are help, which is prose; so they are kept, but for the examples in them.
+    The blocks of the command reference are help, which is prose, so they are kept except for their examples.
     """
     text = page.read_text(encoding="utf-8")
     if page == HELP:
         text = re.sub(r"^  evit-deploy .*$|^  accelerate .*$|^Usage: .*$|^```.*$", "", text, flags=re.MULTILINE)
     else:
         text = re.sub(r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE)
-        text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)  # blocks by indentation
+        text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)  # indented blocks
     return re.sub(r"`[^`\n]*`", "`…`", text).splitlines()
 
 
 def _words_of(node: ast.AST) -> str:
-    """What a string says, with … for values that are put into it; of anything else nothing."""
+    """The text of a string, with … in place of inserted values; empty for other nodes."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -41,7 +41,7 @@ def _words_of(node: ast.AST) -> str:
 
 
 def messages(source: str) -> Iterator[tuple[int, str]]:
-    """Line and words of each text in a module that errors, checks, warnings and notices are given."""
+    """Line and text of each message of errors, checks, warnings and notices in a module."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue

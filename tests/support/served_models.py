@@ -1,4 +1,4 @@
-"""Three models as Triton is to serve them, one a platform; their golden configurations lie in ``golden/triton``.
+"""Three models to be served by Triton, one per platform; their golden configurations are in ``golden/triton``.
 
 python -m tests.support.served_models    writes those anew; look at what has changed
 """
@@ -43,7 +43,7 @@ MODELS = {
         cpus=6,
         instances=2,
     ),
-    # Two GPUs, a profile for single images beside one for batches.
+    # Two GPUs, one profile for single images and one for batches.
     "deit_s-evit-k0.7": Serving(
         name="deit_s-evit-k0.7",
         platform="tensorrt",
@@ -56,7 +56,7 @@ MODELS = {
         instances=2,
         queue_delay=500,
     ),
-    # Inputs instead of photographs, and which patches were kept.
+    # Inputs instead of photographs, with kept patches.
     "lvvit_s": Serving(
         name="lvvit_s",
         platform="openvino",

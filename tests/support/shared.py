@@ -1,4 +1,4 @@
-"""What takes long to make: made once for all the processes of a test run, and read by the others."""
+"""Expensive files, created once and shared by all processes of a test run."""
 
 import atexit
 import fcntl
@@ -9,12 +9,12 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-FOLDER = "EVIT_TESTS_SHARED"  # the processes of pytest-xdist inherit it from the one that starts them
+FOLDER = "EVIT_TESTS_SHARED"  # inherited by the worker processes of pytest-xdist
 
 
 @cache
 def folder() -> Path:
-    """The folder of this test run; its path has no spaces, for compilers. Whoever makes it removes it at the end."""
+    """The folder of this test run, without spaces in its path for compilers. The process that created it removes it."""
     if FOLDER not in os.environ:
         os.environ[FOLDER] = tempfile.mkdtemp(prefix="evit-tests-")
         atexit.register(_remove, os.environ[FOLDER], os.getpid())
@@ -22,15 +22,15 @@ def folder() -> Path:
 
 
 def _remove(path: str, owner: int) -> None:
-    if os.getpid() == owner:  # not a child that was forked
+    if os.getpid() == owner:  # not a forked child
         shutil.rmtree(path, ignore_errors=True)
 
 
 def made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """A file or folder that ``make`` writes at the path it is given, if no process of this run has done so before.
+    """A file or folder that ``make`` writes to the given path, unless a process of this run has already done so.
 
-    The path never changes, because some of what is written (CMake's builds) knows its own. Processes wait for others;
-    what ``make`` raises (a skip, too) leaves nothing, and the next one tries again.
+    The path never changes, because some content (CMake builds) contains it. Processes wait for each other; if ``make``
+    raises (or skips), nothing is left and the next process tries again.
     """
     path, state = folder() / name, folder() / "state" / name.replace("/", " ")
     state.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""A runner that runs nothing, for tests of who is called when, and of what is made of it."""
+"""A runner that computes nothing, for tests of the order of calls and the handling of results."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -12,7 +12,7 @@ from evit_deploy.runtimes.runner import Runner
 
 
 class IdleRunner(Runner):
-    """Takes anything, and answers nothing."""
+    """Accepts anything, and returns nothing."""
 
     name = "idle"
 

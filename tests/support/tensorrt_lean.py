@@ -1,11 +1,11 @@
-"""The real TensorRT, as far as it can be had without a GPU: NVIDIA's lean runtime and Python package, of two versions.
+"""The parts of TensorRT available without a GPU: NVIDIA's lean runtime and Python package, in two versions.
 
-The lean runtime has TensorRT's plugin registry and runtime, but no builder. Under the name ``libnvinfer.so.N`` it is
-what the Python package and our plugin libraries find in a process. The two other libraries that the package is linked
-to can only be had with the builder, so they are made here, empty: what would build or parse is not there.
+The lean runtime has TensorRT's plugin registry and runtime, but no builder. It is installed under the name
+``libnvinfer.so.N``, where the Python package and our plugin libraries find it. The two other libraries that the package
+links to only come with the builder, so empty ones are created here: building and parsing are not available.
 
-Packages of two versions exclude each other, so they lie in folders of the user's cache; the first use fetches them,
-which takes some seconds and 90 MB.
+The two versions conflict, so they are kept in folders of the user's cache; the first use downloads 90 MB in a few
+seconds.
 """
 
 import importlib.util
@@ -27,19 +27,19 @@ from tests.support.paths import PLUGINS, ROOT
 from tests.support.shared import made_once
 
 RELEASES = {10: "10.15.1.29", 11: "11.4.0.106"}
-"""What is fetched, by major version: the oldest TensorRT that is supported, and the newest."""
+"""Downloaded packages by major version: the oldest supported TensorRT, and the newest."""
 LOCKS = ROOT / "tests" / "environments"
 MISSING = (
     *("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createNvOnnxParser_INTERNAL"),
     *("createNvOnnxParserRefitter_INTERNAL", "getBuilderPluginRegistry", "getNvOnnxParserVersion"),
     "initLibNvInferPlugins",
 )
-"""Functions that the Python package needs to be loaded and that only a full TensorRT has."""
+"""Functions that the Python package needs to load and that only a full TensorRT has."""
 KERNEL = """
 #include "token_reorg.h"
 extern "C" int32_t evit_token_reorg(const EvitTokenReorgCall*, void*, char*, size_t) { return EVIT_INVALID_CALL; }
 """
-"""In place of the kernel, where there is no CUDA compiler; nothing here is run on a GPU."""
+"""Replaces the kernel if there is no CUDA compiler; nothing here runs on a GPU."""
 
 
 def root(runtime: str) -> Path:
@@ -56,7 +56,7 @@ def root(runtime: str) -> Path:
         (folder / "lib").mkdir(parents=True)
         (folder / "include").symlink_to(plugin_builds.headers(11) / "include")
         name = "libnvinfer.so" if runtime == "tensorrt" else "libtensorrt_rtx.so"
-        for link in (name, library.name):  # to link to, and to be found when the program starts
+        for link in (name, library.name):  # for linking, and for loading at start
             (folder / "lib" / link).symlink_to(library)
 
     return made_once(f"{runtime}-root", make)
@@ -64,7 +64,7 @@ def root(runtime: str) -> Path:
 
 @cache
 def packages(major: int) -> Path:
-    """The folder with one version's packages; skips where they cannot be fetched."""
+    """The folder with one version's packages; skips if they cannot be downloaded."""
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--retries", "1", "--no-deps")
     folder = cached_environment(
         "tensorrt",
@@ -81,7 +81,8 @@ def packages(major: int) -> Path:
 
 
 def libraries(major: int) -> Path:
-    """A folder with the lean runtime as ``libnvinfer.so.N``, and what else the Python package is linked to."""
+    """A folder with the lean runtime as ``libnvinfer.so.N``, and the other libraries that the Python package links
+    to."""
 
     def make(folder: Path) -> None:
         plugin_builds.need("g++")
@@ -127,7 +128,7 @@ def _build_without_kernel(folder: Path, major: int) -> None:
 
 
 def _cuda_headers() -> Path:
-    """CUDA's headers, as PyTorch's compiler brings them."""
+    """CUDA's headers, from PyTorch's dependencies."""
     for file in files("triton") or ():
         if file.name == "cuda_runtime_api.h":
             return Path(str(file.locate())).parent
@@ -135,11 +136,11 @@ def _cuda_headers() -> Path:
 
 
 def ask(major: int, program: str, *arguments: object) -> Any:
-    """Runs a program in a process with this TensorRT and ours; gives the JSON that its last line of output is.
+    """Runs a program in a process with this TensorRT and our package; returns its last line of output, parsed as JSON.
 
     Args:
-        major: Of the TensorRT.
-        program: Python; it ends by printing JSON.
+        major: Major version of TensorRT.
+        program: Python source that ends by printing JSON.
         arguments: Its ``sys.argv[1:]``.
     """
     paths = os.pathsep.join([str(ROOT), str(packages(major))])

@@ -1,4 +1,4 @@
-"""A terminal of a given width, and what a program leaves on its screen."""
+"""Runs programs on a terminal of a given width, and records the screen."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pyte
 
 ROWS = 120
-"""More than anything prints, so that nothing scrolls away."""
+"""Number of lines; more than any program prints, so that nothing scrolls off."""
 
 
 def screens_of(
@@ -23,11 +23,11 @@ def screens_of(
     Args:
         arguments: The program and its arguments.
         columns: Width of the terminal.
-        environment: More variables.
-        cwd: Where it runs.
+        environment: Additional environment variables.
+        cwd: Working directory.
 
     Returns:
-        The lines of its screen that are not empty, at many moments and at the end.
+        The nonempty lines of the screen, at many moments and at the end.
     """
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
@@ -42,7 +42,7 @@ def screens_of(
     while True:
         try:
             content = os.read(master, 4096)
-        except OSError:  # the last one has closed it
+        except OSError:  # the program has closed the terminal
             break
         if not content:
             break

@@ -1,4 +1,4 @@
-"""Tiny trainings: a model and data that take milliseconds a step, and a recipe of a dozen steps."""
+"""Tiny training runs: a model and data with steps of milliseconds, and a recipe of a dozen steps."""
 
 import csv
 import itertools
@@ -23,7 +23,7 @@ def tiny(**changes):
 
 
 class FixedBatch:
-    """The same eight images at every step; ``poison`` replaces them with NaN from that step on."""
+    """The same eight images in every step; replaced with NaN from step ``poison`` on."""
 
     classes = tuple("abcd")
     preprocess = Preprocess(size=(16, 16))
@@ -57,7 +57,7 @@ QUIET = {"compare": CompareSection(untrained=False, baselines=())}
 
 
 def recipe(**changes) -> Recipe:
-    # Stochastic depth draws from PyTorch's generator, the digits from their own.
+    # Stochastic depth uses PyTorch's generator, the digits a separate one.
     model = ModelSection(
         name="deit_tiny_patch16_224", image_size=16, args=TINY | {"drop_path_rate": 0.3}, init="scaled"
     )
@@ -66,7 +66,7 @@ def recipe(**changes) -> Recipe:
 
 
 class Killed(BaseException):
-    """Ends a run where no handler looks."""
+    """Ends a run with an exception that no handler catches."""
 
 
 def losses_of(folder: Path) -> list[float]:

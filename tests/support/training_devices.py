@@ -1,4 +1,4 @@
-"""The devices that training is tested on; a GPU only where there is one."""
+"""The devices on which training is tested; includes a GPU if available."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""A backend of Triton written in Python: ONNX Runtime on the CPU, under whatever name it is installed.
+"""A Triton backend in Python: ONNX Runtime on the CPU, under any backend name.
 
-The server of ``triton_server.py`` comes with the Python backend alone. With this file as ``<backend>/model.py`` it
-serves models whose configuration asks for ``onnxruntime``, ``tensorrt`` or ``openvino``; the configuration itself is
-read and checked by the server. What is no ONNX file is stood in for by the one that ``SERVED_ONNX`` names.
+The server of ``triton_server.py`` includes only the Python backend. With this file as ``<backend>/model.py`` it serves
+models that are configured for ``onnxruntime``, ``tensorrt`` or ``openvino``; the server itself reads and checks the
+configuration. Files other than ONNX are replaced by the one in ``SERVED_ONNX``.
 """
 
 import json
@@ -26,7 +26,7 @@ class TritonPythonModel:
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.outputs = [output["name"] for output in self.config["output"]]
-        # For tests that need requests to be under way: the parameter slow_ms.
+        # The parameter slow_ms is for tests that need pending requests.
         slow = self.config.get("parameters", {}).get("slow_ms", {}).get("string_value", "0")
         self.delay = float(slow) / 1e3
 

@@ -1,4 +1,4 @@
-"""Repositories of the tiny model for ``tests/support/triton_server.py``; also pytest's fixtures for them."""
+"""Model repositories of the tiny model for ``tests/support/triton_server.py``; also their pytest fixtures."""
 
 import io
 import shutil
@@ -33,13 +33,13 @@ def packaged(converted: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def triton(packaged: Path) -> Iterator[TritonServer]:
-    """A server with that package, for tests that change nothing in it."""
+    """A server with that package, for tests that do not change it."""
     with TritonServer(packaged / "model_repository") as server:
         yield server
 
 
 def copied(packaged: Path, place: Path, slow_ms: int = 0) -> Path:
-    """The package's model repository for a server of one's own; every call of the model can be made to take longer."""
+    """A copy of the package's model repository for a separate server, optionally with slower calls."""
     repository = Path(shutil.copytree(packaged / "model_repository", place))
     if slow_ms:
         for config in (repository / MODEL).rglob("*.pbtxt"):
@@ -49,7 +49,7 @@ def copied(packaged: Path, place: Path, slow_ms: int = 0) -> Path:
 
 
 def perturbed(model: Path, out: Path) -> Path:
-    """The same model with its classifier's weights a tenth larger: other answers to everything."""
+    """The same model with a classifier scaled by 1.1, so that all answers differ."""
     proto = onnx.load(model)
     classifier = next(tensor for tensor in proto.graph.initializer if tensor.name.startswith("head."))
     classifier.CopyFrom(numpy_helper.from_array(1.1 * numpy_helper.to_array(classifier) + 0.1, classifier.name))
@@ -77,5 +77,5 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 
 
 def bomb(side: int = 10_000) -> bytes:
-    """A PNG file of 100 megapixels in some ten kilobytes."""
+    """A PNG file of 100 megapixels in about ten kilobytes."""
     return encoded(Image.new("1", (side, side)))

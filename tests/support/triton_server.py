@@ -1,7 +1,7 @@
 """A real Triton server for the tests: NVIDIA's own binary, without a GPU, on loopback.
 
-``nvidia-pytriton`` ships the server with the Python backend alone and needs NumPy 1, so it lives in a virtual
-environment of its own, in the user's cache; the first use makes it, which takes about a minute and 460 MB.
+``nvidia-pytriton`` ships the server with only the Python backend and needs NumPy 1, so it is installed in a separate
+virtual environment in the user's cache; the first use takes about a minute and 460 MB.
 """
 
 import os
@@ -33,7 +33,7 @@ BACKENDS = ("onnxruntime", "tensorrt", "openvino")
 
 @cache
 def site_packages() -> Path:
-    """The packages of the server's environment, which is made if it is not there; skips where it cannot be made."""
+    """The packages of the server's environment, created if necessary; skips if that fails."""
     folder = cached_environment(
         "triton",
         "EVIT_TRITON_ENVIRONMENT",
@@ -49,7 +49,7 @@ def site_packages() -> Path:
 
 
 def backends() -> Path:
-    """A folder with the server's Python backend and ours under the names that configurations ask for."""
+    """A folder with the server's Python backend, and ours under the backend names used in configurations."""
     return made_once("triton-backends", _make_backends)
 
 
@@ -64,7 +64,7 @@ def _make_backends(folder: Path) -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What the server's process sees: its own packages and nobody else's."""
+    """Environment variables of the server's process, with only its own packages."""
     packages = site_packages()
     programs = packages.parents[2] / "bin"
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "VIRTUAL_ENV")}
@@ -83,7 +83,7 @@ def binary() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on, all different."""
+    """Different unused ports on loopback."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:
@@ -95,16 +95,16 @@ def free_ports(count: int) -> list[int]:
 
 
 class TritonServer:
-    """A server on loopback; a context manager that gives it out ready.
+    """A server on loopback; a context manager that yields it when ready.
 
     Args:
         repository: Folder with the models.
-        options: More options of the server.
-        ready: Seconds that it may take to get ready.
+        options: Additional options of the server.
+        ready: Timeout in seconds until it is ready.
         ports: HTTP, gRPC and metrics; free ones by default.
-        onnx: What stands in for plans; see ``triton_backend.py``.
+        onnx: ONNX file that replaces plans; see ``triton_backend.py``.
         control: The server's model control mode.
-        before: A command that the server is started by.
+        before: A command that starts the server.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class TritonServer:
 
     @property
     def log(self) -> str:
-        """What it has said since it was first started."""
+        """Its log since the first start."""
         return self._log.read_text(errors="replace") if self._log.is_file() else ""
 
     def __enter__(self) -> Self:
@@ -146,11 +146,11 @@ class TritonServer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.kill()  # at once: ending in good order takes it seconds
+        self.kill()  # not gracefully, which takes seconds
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def command(self) -> list[str]:
-        """The line that starts it."""
+        """The command that starts it."""
         http, grpc, metrics = map(str, self.ports)
         explicit = ["--load-model=*"] if self.control == "explicit" else []
         return [
@@ -162,7 +162,7 @@ class TritonServer:
         ]  # fmt: skip
 
     def start(self) -> None:
-        """Starts it and waits until it is ready; if that fails, the log's last lines say why."""
+        """Starts it and waits until it is ready; on failure, raises with the end of its log."""
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command(), env=self._environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -192,7 +192,7 @@ class TritonServer:
         return "\n".join([line for line in self.log.splitlines() if line and line[0] not in "|+"][-lines:])
 
     def stop(self) -> None:
-        """Ends it as an orchestrator does: a request to end, then force."""
+        """Stops it like an orchestrator: SIGTERM, then SIGKILL."""
         if self.process is None:
             return
         if self.process.poll() is None:
@@ -202,7 +202,7 @@ class TritonServer:
         self.kill()
 
     def kill(self) -> None:
-        """Ends it at once, with everything that it started."""
+        """Kills it and its child processes."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -212,7 +212,7 @@ class TritonServer:
                 left.unlink(missing_ok=True)
 
     def memory(self) -> int:
-        """Bytes of memory that it and the processes it started have to themselves."""
+        """Private memory of it and its child processes in bytes."""
         assert self.process is not None
         total = 0
         for status in Path("/proc").glob("[0-9]*/smaps_rollup"):
@@ -221,5 +221,5 @@ class TritonServer:
                     private = [line.split()[1] for line in status.read_text().splitlines() if "Private_" in line]
                     total += 1024 * sum(map(int, private))
             except (OSError, ProcessLookupError):
-                continue  # it ended meanwhile
+                continue  # it has ended
         return total

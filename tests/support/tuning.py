@@ -1,4 +1,4 @@
-"""Devices that are written down instead of measured, the planner of a small model for them, and what a search found."""
+"""Devices with given instead of measured times, the planner of a small model for them, and search results."""
 
 import msgspec
 import numpy as np
@@ -16,7 +16,7 @@ from evit_deploy.tuning.staircase import Staircase
 from tests.support.models import seeded
 
 WIDE = {"img_size": 224, "embed_dim": 48, "depth": 12, "num_heads": 3, "num_classes": 10}
-"""A model as deep and with as many tokens as DeiT-S, and small."""
+"""A small model with the depth and token count of DeiT-S."""
 
 
 def planner(method: str = "evit", model=None, **spec) -> Planner:
@@ -27,13 +27,13 @@ def planner(method: str = "evit", model=None, **spec) -> Planner:
 
 
 def device(steps: int = 16, counts: tuple[int, ...] = (197, *range(192, 23, -8))) -> Staircase:
-    """A device that computes tokens in tiles of so many, at a second a tile."""
+    """A device that computes tokens in tiles of this size, at one second per tile."""
     block = tuple(float(-(-count // steps)) for count in counts)
     return Staircase("onnxruntime", 1, "cpu", counts, block, block, block, outside=2.0, location=0.25)
 
 
 def like_tokens(schedule) -> Nearness:
-    """A model that answers the better the more tokens its blocks see, and best if none is dropped before block 4."""
+    """A model whose answers improve with the number of tokens, and are best if none is dropped before block 4."""
     ends = [*schedule.locations[1:], 12]
     spans = zip(schedule.locations, ends, schedule.counts, strict=True)
     seen = sum((end - begin) * count for begin, end, count in spans) / (197 * 12)

@@ -200,12 +200,6 @@ def gpu_reader(device: int = 0) -> Iterator[Callable[[], GpuState]]:
         yield functools.partial(_state, nvml, handle, properties)
 
 
-def snapshot(device: int = 0) -> GpuState:
-    """Reads the state of a GPU once; see :func:`gpu_reader`."""
-    with gpu_reader(device) as read:
-        return read()
-
-
 def _state(nvml: Any, handle: Any, properties: Any) -> GpuState:
     def ask(function: str, *arguments: Any) -> Any:
         try:

@@ -1,7 +1,6 @@
 """Shows the patches that a model keeps, fuses and merges, from PyTorch or from a bundle's runtimes."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -21,7 +20,6 @@ from evit_deploy.tokens.plan import TokenOptions, TokenPlan
 from evit_deploy.visualization.stages import stages_of
 from evit_deploy.visualization.subject import Subject, is_bundle, opened_bundle, opened_checkpoint, subject_of_model
 
-_LOG = logging.getLogger(__name__)
 PAGE = 16
 """Images per sheet."""
 _COLUMNS = 4

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a seeded DeiT-S in the released layout, and results that say where they come from."""
+"""Shared by the benchmarks: a seeded DeiT-S in the released layout, and saving results with their origin."""
 
 import json
 import shlex
@@ -13,15 +13,15 @@ from evit_deploy.environment.machine import device, versions
 
 
 def deit_small() -> Any:
-    """DeiT-S with weights from a seed that are as general as trained ones."""
+    """DeiT-S with seeded weights that are as general as trained ones."""
     return general_weights("deit_small_patch16_224")
 
 
 def general_weights(name: str) -> Any:
-    """A timm VisionTransformer with weights from a seed that are as general as trained ones.
+    """A timm VisionTransformer with seeded weights that are as general as trained ones.
 
-    timm's first weights are not: their biases are 0 and their norms 1, which an exporter folds away; and their queries
-    and keys are so small that all scores are alike.
+    timm's initial weights are not: biases are 0 and norms 1, which an exporter folds away, and queries and keys are so
+    small that all scores are nearly equal.
     """
     torch.manual_seed(0)
     model = timm.create_model(name)

@@ -1,12 +1,12 @@
-"""What `convert` costs for each size of model, in a process each: wall and CPU seconds and peak memory.
+"""Cost of `convert` for each model size, in separate processes: wall and CPU seconds and peak memory.
 
     python tests/benchmarks/convert_cost.py --out docs/results/convert_cost.json
     python tests/benchmarks/convert_cost.py deit_small --source ../before --label before --no-variants \\
         --out docs/results/convert_cost.json
 
-The stages are those that `convert -v` names, timed from outside by the lines that it writes. The same script measures
-another state of the project, `--source`, and adds its figures to those of the file under its own label. The last
-column is a second keep rate in the same process: what it adds to the first.
+The stages are those of `convert -v`, timed from outside by its output lines. With `--source` the script measures
+another state of the project, and adds its figures to the file under another label. The last column is the additional
+cost of a second keep rate in the same process.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def measure(arguments: list[str], source: Path | None) -> dict[str, Any]:
     """Runs one command to its end.
 
     Args:
-        arguments: Of `evit-deploy`.
-        source: Folder of the project's other state, if it is not the one that is installed.
+        arguments: Arguments of `evit-deploy`.
+        source: Folder of another state of the project; by default the installed one.
 
     Returns:
         Wall seconds, CPU seconds, peak megabytes, and of each step the seconds and the largest megabytes seen.
@@ -85,7 +85,7 @@ def measure(arguments: list[str], source: Path | None) -> dict[str, Any]:
 
 
 def _sample(child: int, steps: list[dict[str, Any]], ended: threading.Event) -> None:
-    """Notes the child's resident memory at the step that it is in, fifty times a second."""
+    """Records the child's resident memory for its current step, fifty times a second."""
     page = os.sysconf("SC_PAGE_SIZE")
     while not ended.wait(0.02):
         try:
@@ -96,10 +96,10 @@ def _sample(child: int, steps: list[dict[str, Any]], ended: threading.Event) -> 
 
 
 def measure_model(model: str, runs: int, source: Path | None, *, variants: bool) -> dict[str, Any]:
-    """Converts a seeded model of one size; the medians of the runs, and the steps of the quickest."""
+    """Converts a seeded model of one size; returns the medians of the runs, and the steps of the fastest."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / f"{model}.pth"
-        # Not here: a child's peak counts from what its parent held when it was started.
+        # Not in this process: a child's peak memory includes that of its parent at the start.
         maker = [sys.executable, "-c", MAKE_CHECKPOINT, MODELS[model], str(checkpoint)]
         subprocess.run(maker, check=True, cwd=Path(__file__).parent)
         target = ["--target", "onnx", "--force"]
@@ -136,7 +136,7 @@ def main() -> None:
         print(model, {key: round(value, 2) for key, value in found.items() if isinstance(value, float)})
         for step in found["steps"]:
             print(f"    {step['s']:7.2f} s {step['peak MB']:7.0f} MB  {step['step']}")
-    from common import save  # loads PyTorch, so after all children
+    from common import save  # imported after all children, because it loads PyTorch
 
     save(options.out, figures)
 

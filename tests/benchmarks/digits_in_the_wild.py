@@ -1,9 +1,9 @@
 """The paper's comparison on digits in the wild: reduced tokens untrained, from the oracle and from scratch.
 
 For every seed: a dense model; its weights with tokens reduced by EViT, at random and inversely at equal counts, with
-and without fusion; EViT fine-tuned from it (the oracle); the dense model trained as much longer, which is what a
-fine-tuned one has to be held against; EViT from scratch. All see the same test images, so differences are paired. What
-a folder already holds is not trained again: a run that broke off goes on where it was.
+and without fusion; EViT fine-tuned from it (the oracle); the dense model trained for as many more steps, the fair
+baseline of a fine-tuned one; EViT from scratch. All use the same test images, so differences are paired. Models that
+exist in the folder are not trained again, so an interrupted run continues.
 
 python tests/benchmarks/digits_in_the_wild.py --seeds 0 1 2 --out docs/results/digits_in_the_wild.json
 """
@@ -36,7 +36,7 @@ Model = dict[str, Any]
 
 
 class Table:
-    """Rows of one seed, each with which images it got right; kept in a folder."""
+    """Rows of one seed, each with the correctly classified images; stored in a folder."""
 
     def __init__(self, folder: Path, seed: int, rows: list[Model], written: Callable[[], None], only: bool) -> None:
         self.folder, self.seed, self.rows, self.written, self.only = folder / str(seed), seed, rows, written, only
@@ -63,7 +63,7 @@ class Table:
         self.written()
 
     def weights(self, name: str, model: Any, train: Callable[[], None]) -> None:
-        """Trains in place, unless it has been done before."""
+        """Trains in place, unless a result exists."""
         file = self.folder / f"{name}.safetensors"
         if file.exists():
             model.load_state_dict(load_file(file))
@@ -76,7 +76,7 @@ class Table:
 
 
 class Seen:
-    """The validation images made once: every row looks at them."""
+    """The validation images, created once for all rows."""
 
     def __init__(self, data: Any) -> None:
         self._data, self._made = data, list(data.validation(64))

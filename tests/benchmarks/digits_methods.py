@@ -1,9 +1,9 @@
 """The methods on digits in the wild, at equal multiply-adds: off the shelf, fine-tuned, and from scratch.
 
-For every seed one dense model; its weights under each method as they are and after the recipe's fine-tuning; Evo-ViT
-and EViT from the dense model's own first weights too. The two levels are the multiply-adds of EViT at keep rates 0.7
-and 0.5; every method's setting is the one of a fine grid that comes closest. All see the same test images, so
-differences are paired. Trainings run beside each other; what the folder already holds is not trained again.
+For every seed: one dense model; its weights with each method, without training and after the recipe's fine-tuning;
+Evo-ViT and EViT also trained from the dense model's initial weights. The two levels are the multiply-adds of EViT at
+keep rates 0.7 and 0.5; every method uses the setting closest to them on a fine grid. All use the same test images, so
+differences are paired. Training runs are parallel; models that exist in the folder are not trained again.
 
 python tests/benchmarks/digits_methods.py --seeds 0 1 2 --jobs 2 --out docs/results/digits_methods.json
 """
@@ -38,7 +38,7 @@ from evit_deploy.training.loop import Stage, fit
 from evit_deploy.training.setup import own_teacher, setup
 
 LEVELS = (0.7, 0.5)
-"""EViT's keep rates whose multiply-adds the others are brought to."""
+"""EViT's keep rates, whose multiply-adds the others match."""
 LOCATIONS = (3, 6, 9)
 FROM_SCRATCH = ("evit", "evo-vit")
 PREDICTORS_RATE = 1e-3
@@ -47,13 +47,13 @@ Settings = dict[str, Any]
 
 
 def _grid(method: str) -> Iterable[Settings]:
-    """Settings of a method, among which the one with the nearest multiply-adds is taken."""
+    """Candidate settings of a method, from which the one with the closest multiply-adds is chosen."""
     rates = [i / 100 for i in range(99, 4, -1)]
-    if method == "tome":  # one more in some of the blocks is the finest step there is
+    if method == "tome":  # the finest step is one more in some of the blocks
         for r in range(1, 12):
             for more in range(12):
                 yield {"method": "tome", "options": {"merge": [r + 1] * more + [r] * (12 - more)}}
-            for blocks in range(6, 12):  # more than all blocks could, none in the last
+            for blocks in range(6, 12):  # the last block merges none
                 yield {"method": "tome", "options": {"merge": [r] * blocks}}
         return
     for rate in rates:
@@ -73,18 +73,18 @@ def settings(method: str, level: float, model: Any) -> TokenSpec:
     def macs(spec: TokenSpec) -> float:
         try:
             return token_plan(reduce_tokens_(copy.deepcopy(plain), spec)).macs()
-        except InputError:  # a setting that these few patches do not have
+        except InputError:  # a setting that is impossible with so few patches
             return math.inf
 
     wanted = TokenSpec(keep_rate=level, locations=LOCATIONS)
     plain = copy.deepcopy(model)
-    plain.global_pool = "token"  # a head that pools costs the same, and EViT leaves it no patches to pool
+    plain.global_pool = "token"  # a pooling head costs the same, and EViT does not support it
     if method in ("evit", "tps"):
         return (
             wanted if method == "evit" else TokenSpec(keep_rate=level, locations=LOCATIONS, options={"squeeze": True})
         )
     aim = macs(wanted)
-    logging.disable(logging.WARNING)  # a schedule that is clamped, forty times
+    logging.disable(logging.WARNING)  # forty warnings about clamped schedules
     found = min((TokenSpec(**given) for given in _grid(method)), key=lambda spec: abs(macs(spec) - aim))
     logging.disable(logging.NOTSET)
     assert abs(macs(found) / aim - 1) < 0.02, f"nothing of {method} costs what EViT at {level} does"
@@ -95,8 +95,8 @@ class Bench:
     """One seed: its folder, its recipe, its data.
 
     Args:
-        options: Of the command line.
-        seed: Of everything.
+        options: Options of the command line.
+        seed: The random seed.
         pooled: Whether the model's head pools, as Evo-ViT's own does.
     """
 
@@ -126,7 +126,7 @@ class Bench:
         fit(self.model, self.data, section, seed=seed, **others)
 
     def note(self, name: str, what: Settings, spec: TokenSpec | None, began: float) -> None:
-        """Evaluates and writes what it got right."""
+        """Evaluates, and writes the correctly classified images."""
         _, right = evaluate_each(self.model, self.data, 64, name)
         np.save(self.folder / f"{name}.npy", right)
         asked = msgspec.to_builtins(spec) if spec is not None else None
@@ -139,7 +139,7 @@ class Bench:
 
 
 def run_job(options: argparse.Namespace, job: str) -> None:
-    """One training or evaluation, in its own process: ``seed/start[/method/level]``."""
+    """One training or evaluation in a separate process: ``seed/start[/method/level]``."""
     seed_text, start, *rest = job.split("/")
     seed, began = int(seed_text), time.monotonic()
     method, level = (rest[0], float(rest[1])) if rest else (None, None)
@@ -154,7 +154,7 @@ def run_job(options: argparse.Namespace, job: str) -> None:
         return
     if start != "scratch":
         bench.load_dense()
-    if method is None:  # the dense model trained as much longer
+    if method is None:  # the dense model, trained for as many more steps
         bench.fit(None, bench.recipe.finetune, seed + 1)
         bench.note(name, what, None, began)
         return
@@ -171,7 +171,8 @@ def run_job(options: argparse.Namespace, job: str) -> None:
 
 
 def _finetune(bench: Bench, spec: TokenSpec) -> None:
-    """The recipe's fine-tuning; of DynamicViT the predictors at its paper's rate, its backbone at the others'."""
+    """The recipe's fine-tuning; for DynamicViT, predictors at its paper's learning rate and the backbone at the
+    others'."""
     section, seed = bench.recipe.finetune, bench.seed + 1
     if spec.method != "dynamicvit":
         bench.fit(spec, section, seed)
@@ -198,7 +199,7 @@ def _from_scratch(bench: Bench, method: str) -> Any:
 
 
 def jobs_of(options: argparse.Namespace) -> list[tuple[str, str | None]]:
-    """Every job and what it waits for, the longest first."""
+    """Every job and its dependency, longest first."""
     found: list[tuple[str, str | None]] = [(f"{seed}/dense", None) for seed in options.seeds]
     for seed in options.seeds:
         for level in LEVELS:
@@ -209,7 +210,7 @@ def jobs_of(options: argparse.Namespace) -> list[tuple[str, str | None]]:
         for level in LEVELS:
             for method in options.methods:
                 found.append((f"{seed}/finetuned/{method}/{level}", dense))
-                if method != "dynamicvit":  # its predictors know nothing before they are trained
+                if method != "dynamicvit":  # untrained predictors choose at random
                     found.append((f"{seed}/untrained/{method}/{level}", dense))
     wanted = [job for job in found if any(f"/{start}" in job[0] for start in options.starts)]
     return [job for job in wanted if not _done(options, job[0])]
@@ -221,7 +222,7 @@ def _done(options: argparse.Namespace, job: str) -> bool:
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Runs the jobs, as many at a time as asked; says which failed."""
+    """Runs the jobs in parallel; returns those that failed."""
     waiting, running = jobs_of(options), dict[str, subprocess.Popen[bytes]]()
     options.work.mkdir(parents=True, exist_ok=True)
     began, failed = time.monotonic(), list[str]()
@@ -250,7 +251,7 @@ def run_all(options: argparse.Namespace) -> None:
 
 
 def write_table(options: argparse.Namespace) -> None:
-    """The rows of what the folder holds, with paired differences to the dense model and to EViT."""
+    """Rows for all results in the folder, with paired differences to the dense model and to EViT."""
     rows = []
     for file in sorted(options.work.glob("*/*.json")):
         row = json.loads(file.read_text())

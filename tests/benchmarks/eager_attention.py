@@ -1,7 +1,7 @@
 """The reduced PyTorch model against one that materializes the attention map, DeiT-S at keep rate 0.7, one thread.
 
-The other model is what the paper's algorithm suggests when written down directly: softmax(QKᵀ) as a tensor, its class
-row averaged over heads, then A·V. Everything else is the same code.
+The other model implements the paper's algorithm literally: softmax(QKᵀ) as a tensor, its class row averaged over heads,
+then A·V. Everything else is the same code.
 
 python tests/benchmarks/eager_attention.py --out docs/results/eager_attention.json
 """
@@ -23,7 +23,7 @@ from evit_deploy.tokens.operators.token_reorg import token_reorg
 
 
 def attention_map_forward(block, x):
-    """A reduced block whose score is read out of the attention map."""
+    """A reduced block that takes the scores from the attention map."""
     attn = block.attn
     q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     weights = (q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)

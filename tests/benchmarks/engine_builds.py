@@ -1,4 +1,4 @@
-"""DeiT-S as TensorRT-RTX engines, ahead of time: seconds, megabytes, and what is in them. No GPU needed.
+"""TensorRT-RTX engines of DeiT-S built ahead of time: seconds, megabytes and layers. No GPU needed.
 
 python tests/benchmarks/engine_builds.py --out docs/results/engine_builds.json
 """

@@ -1,9 +1,10 @@
 r"""A real pretrained ViT, fine-tuned with fewer tokens on a few hundred pictures, by recipes/small.yaml.
 
 Weights and pictures are those of ``real_vit.py``. The backbone first learns the 26 classes of two folds with all its
-tokens; then, from these dense weights and for as many steps, EViT, ``merge`` at its multiply-adds, and the dense model
-itself. The third fold, whose objects and backgrounds are in neither, is answered. Intervals are 95 %: a bootstrap over
-objects and over backgrounds. Finished trainings in ``--work`` are kept, interrupted ones are gone on with.
+tokens. EViT, ``merge`` at EViT's multiply-adds, and the dense model are then trained from these weights for as many
+steps. The test set is the third fold, which shares no objects or backgrounds with the others. Intervals are 95 %: a
+bootstrap over objects and over backgrounds. Finished training runs in ``--work`` are kept, and interrupted ones
+continue.
 
 python tests/benchmarks/finetuned_real.py BACKBONE.safetensors STAMPS --work runs/real \
   --out docs/results/finetuned_real.json
@@ -33,13 +34,13 @@ SPECS = {
     "merge 0.81": TokenSpec(0.81, method="merge", fuse=False),
     "dense": TokenSpec(1.0),
 }
-"""What is trained from the dense weights; the dense model too, so that more steps are not taken for the tokens'."""
+"""Models trained from the dense weights. The dense model is included, to separate the effect of more steps."""
 FIRST = "evit 0.7"
 BATCH = 26
 
 
 def linked(stamps: Path, rows: list[Any], root: Path) -> None:
-    """Pictures as class folders of links; those of several folds stand beside each other."""
+    """Class folders with links to pictures; folds are combined."""
     for row in rows:
         link = root / row["label"] / f"{row['fold']}-{Path(row['file']).name}"
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,7 @@ def linked(stamps: Path, rows: list[Any], root: Path) -> None:
 
 
 def recipe_of(arguments: argparse.Namespace, name: str, checkpoint: Path, spec: TokenSpec) -> Recipe:
-    """The recipe of one fine-tune; the first one trains the dense model too."""
+    """The recipe of one fine-tune; the first one also trains the dense model."""
     overrides = [
         f"name={name}", f"model.checkpoint={checkpoint}", f"data.train={arguments.work / 'train'}",
         f"data.validation={arguments.work / 'validation'}", "data.workers=0", f"tokens.method={spec.method}",
@@ -62,7 +63,7 @@ def recipe_of(arguments: argparse.Namespace, name: str, checkpoint: Path, spec: 
 
 
 def answered(path: Path, spec: TokenSpec, arguments: argparse.Namespace, rows: list[Any]) -> tuple[np.ndarray, float]:
-    """Names of the classes that a checkpoint gives to pictures, ``[n]``, and the model's GMACs; both are kept."""
+    """Classes predicted by a checkpoint, ``[n]``, and the model's GMACs; both are cached."""
     kept = arguments.work / f"{path.parent.name}-{path.stem}-{spec.method}-{spec.keep_rate}-{len(rows)}.json"
     if kept.exists():
         found, gmacs = json.loads(kept.read_text())
@@ -97,11 +98,11 @@ def main() -> None:
     torch.set_num_threads(1)
     listed = json.loads((arguments.stamps / "index.json").read_text())
     folds = {fold: [row for row in listed if row["fold"] == fold] for fold in (*FITTED, HELD_OUT)}
-    # Round by round through the classes, so that each first part is balanced.
+    # Alternates between classes, so that every prefix is balanced.
     test = folds[HELD_OUT][: arguments.test]
     fitted = [row for fold in FITTED for row in folds[fold][: arguments.train]]
     linked(arguments.stamps, fitted, arguments.work / "train")
-    linked(arguments.stamps, test[: 3 * BATCH], arguments.work / "validation")  # for what `train` itself prints
+    linked(arguments.stamps, test[: 3 * BATCH], arguments.work / "validation")  # for the output of `train` itself
     dense = arguments.work / FIRST / DENSE
     hits: dict[str, np.ndarray] = {}
     answers: dict[str, np.ndarray] = {}

@@ -1,11 +1,11 @@
-"""Writes what gpu_suite.py measured as the last section of docs/results-gpu.md, and its raw JSON into docs/results/.
+"""Writes the results of gpu_suite.py to the last section of docs/results-gpu.md, and the raw JSON to docs/results/.
 
 python tests/benchmarks/gpu_results.py DIR [DIR...]
 mdformat docs/results-gpu.md
 
-Of several runs, given in the order in which they ran, a later one's rows replace the same rows of earlier ones; rows
-that only an earlier run has stay, and the text says which run each table is from. A run that was killed is read from
-its rows.jsonl, which has every row that was measured.
+With several runs, given in chronological order, rows of later runs replace the same rows of earlier ones; other rows
+are kept, and the text states the run of each table. A killed run is read from its rows.jsonl, which contains every
+measured row.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BEGIN, END = "<!-- gpu_results.py: begin -->", "<!-- gpu_results.py: end -->"
 
 
 def document_of(folder: Path) -> dict[str, Any]:
-    """A run, as far as it came."""
+    """A run, possibly incomplete."""
     rows, whole = read(folder / "rows.jsonl"), folder / "gpu_suite.json"
     if whole.is_file():
         document = json.loads(whole.read_text(encoding="utf-8"))
@@ -47,11 +47,11 @@ def document_of(folder: Path) -> dict[str, Any]:
 
 
 WHOLE = ("tests",)
-"""Parts that a later run replaces as they are: a test that failed once, and is not mentioned any more, passes."""
+"""Parts that a later run replaces completely: tests that it does not list as failed have passed."""
 
 
 def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last run, with the parts and rows of earlier ones that it did not measure."""
+    """The last run, completed with parts and rows of earlier ones."""
     parts: dict[str, dict[str, Any]] = {}
     for document in documents:
         for part in document["parts"]:
@@ -70,7 +70,7 @@ def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _only_in(earlier: list[dict[str, Any]], part: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measured rows of earlier runs that a later one has not measured again."""
+    """Rows of earlier runs that were not measured again."""
     if part["name"] in WHOLE:
         return []
     measured = [row for row in part["rows"] if not LOST & set(row)]
@@ -81,7 +81,7 @@ def _only_in(earlier: list[dict[str, Any]], part: dict[str, Any]) -> list[dict[s
             continue
         if identity(row) not in again:
             left.append(row)
-        elif part["name"] == "training":  # a row is about several models, and a later run may have split them
+        elif part["name"] == "training":  # rows cover several models, which a later run may have split
             now = {name for other in measured if other.get("how") == row.get("how") for name in other.get("ms", {})}
             if names := set(row.get("ms", {})) - now:
                 left.append({key: _of(names, value) for key, value in row.items()})
@@ -93,12 +93,12 @@ def _of(names: set[str], value: Any) -> Any:
 
 
 def _time(begun: str) -> str:
-    """A run's time, as the page has it: ``2026-11-26 15:45 UTC``."""
+    """A run's time as shown on the page: ``2026-11-26 15:45 UTC``."""
     return begun[:16].replace("T", " ") + " UTC" if begun[:1].isdigit() else begun
 
 
 def _runs(part: dict[str, Any]) -> list[str]:
-    """When the runs began that a part's rows are from, the latest first."""
+    """Start times of the runs that a part's rows are from, latest first."""
     return list(dict.fromkeys(row["run"] for row in part["rows"]))
 
 
@@ -128,7 +128,7 @@ def section(document: dict[str, Any]) -> str:
 
 
 def placeless(value: Any) -> Any:
-    """Without the folders of the machine that measured: ``--out DIR``, scratch folders as ``.``, files by name."""
+    """Removes local folders from a command: ``--out DIR``, ``.`` for scratch folders, and bare file names."""
     if isinstance(value, dict):
         return {key: placeless(item) for key, item in value.items()}
     if isinstance(value, list):

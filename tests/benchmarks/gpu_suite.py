@@ -1,15 +1,14 @@
-"""Everything that one run on a GPU has to settle, most important first, each part a process with a deadline.
+"""Runs all measurements that need a GPU, most important first, each part in a process with a deadline.
 
 python tests/benchmarks/gpu_suite.py --budget 520 --out DIR
 
-The kernel library is the one that EVIT_DEPLOY_KERNEL names, or several are compared: --library new=PATH --library
-old=PATH; the first is what PyTorch's models use. Beside it lie libevit_token_reorg_host.so and token_reorg_cases_gpu;
-gpu_bundle.sh prepares all of that. DIR gets rows.jsonl (every row as soon as it is known, so that a run that is killed
-keeps them), gpu_suite.json (all of them with their parts), log.txt and table.txt. gpu_results.py writes them into
-docs/results-gpu.md. --dry-run runs every part at toy size on the CPU.
+EVIT_DEPLOY_KERNEL names the kernel library; several can be compared with --library new=PATH --library old=PATH, and
+PyTorch's models use the first. libevit_token_reorg_host.so and token_reorg_cases_gpu must be next to it; gpu_bundle.sh
+prepares all of this. The suite writes to DIR: rows.jsonl (every row immediately, so that a killed run keeps them),
+gpu_suite.json (all rows by part), log.txt and table.txt. gpu_results.py writes them to docs/results-gpu.md. --dry-run
+runs every part at toy size on the CPU.
 
-Exit codes: 0 when all that was asked for ran, 1 when a part was cut short or not run, 2 usage, 3 no GPU, 130
-interrupted.
+Exit codes: 0 if all requested parts ran, 1 if a part was cut short or not run, 2 usage, 3 no GPU, 130 interrupted.
 """
 
 import argparse
@@ -34,27 +33,27 @@ from gpu.tables import table
 
 ROOT = Path(__file__).parents[2]
 CLOSING = 4.0
-"""Seconds kept for the table."""
+"""Seconds reserved for the table."""
 MOST_PROGRAMS = 8
-"""Programs that are compiled ahead at the same time."""
+"""Number of programs compiled ahead in parallel."""
 COMPILE_THREADS = "4"
 """Of each of them: Inductor would start as many as there are cores. What it caches does not depend on that."""
 
 
 class Interrupted(BaseException):
-    """A signal asks the suite to end."""
+    """A signal requests the suite to end."""
 
 
 class Process:
-    """A process in a group of its own, which waits for a word before it begins.
+    """A process in a separate process group, which waits for a message before it starts.
 
-    It ends itself when its standard input is closed, so that nothing outlives the suite, however that ends.
+    It exits when its standard input is closed, so that it never outlives the suite.
 
     Args:
-        suite: Whose it is.
-        name: What it runs.
+        suite: The suite that owns it.
+        name: Name of the part.
         target: ``module:function`` in ``gpu``.
-        argument: Given to the function; "" for none.
+        argument: Argument of the function; "" for none.
     """
 
     def __init__(self, suite: "Suite", name: str, target: str, argument: str = "") -> None:
@@ -76,36 +75,36 @@ class Process:
             )
 
     def begin(self, seconds: float) -> None:
-        """Says the word, with what it may take."""
+        """Sends the start message, with the time limit."""
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended; its exit code says how
+        with suppress(BrokenPipeError):  # it has ended; see its exit code
             self.process.stdin.write(f"{seconds}\n".encode())
             self.process.stdin.flush()
 
     def wait(self, seconds: float) -> int | None:
-        """Its exit code; ``None`` if it is still running after so long."""
+        """Its exit code; ``None`` if it is still running after the timeout."""
         try:
             return self.process.wait(max(seconds, 0.1))
         except subprocess.TimeoutExpired:
             return None
 
     def end(self) -> None:
-        """Ends what is left of its group, and removes its folder."""
+        """Kills the rest of its process group, and removes its folder."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         if self.process.stdin is not None:
-            with suppress(BrokenPipeError):  # a word that it never read
+            with suppress(BrokenPipeError):  # it never read the message
                 self.process.stdin.close()
         self.process.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 class Suite:
-    """A run: its parts, its files, and what is running.
+    """A run: its parts, files and running processes.
 
     Args:
-        options: Of the command line.
-        parts: What to run, in order.
+        options: Options of the command line.
+        parts: Parts to run, in order.
         libraries: Kernel libraries by name.
     """
 
@@ -122,24 +121,24 @@ class Suite:
 
     @property
     def left(self) -> float:
-        """Seconds of the budget that are left for parts."""
+        """Seconds of the budget left for parts."""
         return self.options.budget - CLOSING - (time.monotonic() - self.started)
 
     def start(self, part: Part) -> Process:
-        """Starts a part's process, which imports what it needs and waits."""
+        """Starts a part's process, which imports its modules and waits."""
         process = Process(self, part.name, part.target)
         self.running.append(process)
         return process
 
     def finish(self, process: Process) -> None:
-        """Ends a process that was started."""
+        """Ends a started process."""
         process.end()
         self.ahead.pop(process, None)
         if process in self.running:
             self.running.remove(process)
 
     def probe(self) -> int:
-        """Asks whether there is a GPU and which libraries run on it; an exit code, 0 to go on."""
+        """Checks for a GPU and for libraries that run on it; returns an exit code, 0 to continue."""
         process = self.start(PROBE)
         process.begin(PROBE.seconds)
         code = process.wait(PROBE.seconds)
@@ -158,7 +157,7 @@ class Suite:
         return 0
 
     def run(self) -> None:
-        """All parts, as far as the budget goes; what one leaves over is shared out among those that follow."""
+        """Runs all parts within the budget; time left by one is divided among those that follow."""
         waiting: list[Process] = []
         rest = groups(self.parts)
         while rest:
@@ -181,7 +180,7 @@ class Suite:
         self._stop_background()
 
     def _run_group(self, group: dict[Part, Process], scale: float) -> None:
-        """Runs parts at the same time, each until its deadline."""
+        """Runs parts in parallel, each until its deadline."""
         begun, ends = time.monotonic(), {}
         for part, process in group.items():
             append(self.log_path, f"==== {part.name}")
@@ -208,13 +207,13 @@ class Suite:
             state["state"] = "done"
 
     def _background(self, group: list[Part], rest: list[list[Part]]) -> None:
-        """Compiles ahead beside parts whose times are not measured; nothing runs beside the others."""
+        """Compiles ahead while parts without timing run; timed parts run alone."""
         if all(part.name in BESIDE for part in group):
             following = {part.name for parts in rest for part in parts} if self.options.warm_up else set()
             known = self.compiled | set(self.ahead.values())
             self.programs = [name for name in programs(following, toy=self.options.dry_run) if name not in known]
             return
-        # Those that are nearly ready are waited for: in the part itself they would be compiled one by one.
+        # Wait for those that are nearly done: the part itself would compile them one by one.
         end = time.monotonic() + min(self.options.warm_up_wait, self.left / 10)
         while (self.ahead or self.programs) and time.monotonic() < end:
             self._refill()
@@ -241,13 +240,13 @@ class Suite:
         self.programs = []
 
     def end_all(self) -> None:
-        """Ends everything that runs."""
+        """Ends all running processes."""
         self._stop_background()
         for process in list(self.running):
             self.finish(process)
 
     def write(self) -> dict[str, Any]:
-        """All that is known, as one document in a file that is always whole."""
+        """Writes all results as one document, atomically."""
         rows = read(self.rows_path)
         document = {
             "command": " ".join(["python", *sys.argv]), "begun": self.begun, "budget": self.options.budget,
@@ -265,7 +264,7 @@ class Suite:
         return document
 
     def close(self) -> int:
-        """Writes everything, prints the table; gives the exit code."""
+        """Writes everything and prints the table; returns the exit code."""
         document = self.write()
         text = table(document)
         (self.options.out / "table.txt").write_text(text, encoding="utf-8")
@@ -286,7 +285,7 @@ def _words(state: dict[str, Any]) -> str:
 
 
 def child(options: argparse.Namespace, libraries: dict[str, Path]) -> None:
-    """Imports the part, waits for the word, runs it; ends when the suite does."""
+    """Imports the part, waits for the start message and runs it; ends when the suite does."""
     import gc
     import importlib
     import threading
@@ -305,11 +304,11 @@ def child(options: argparse.Namespace, libraries: dict[str, Path]) -> None:
         return
     threading.Thread(target=_end_with_the_suite, daemon=True).start()
     gc.collect()
-    gc.freeze()  # what was imported stays: a collection before each CUDA graph would go through it again
+    gc.freeze()  # imported objects stay: each collection before a CUDA graph would traverse them again
     rows = Rows(options.out / "rows.jsonl", options.child, float(word))
     if options.dry_run:
         torch.set_num_threads(1)
-    torch.backends.cudnn.benchmark = True  # as in the product's runtimes and training, and in the official code
+    torch.backends.cudnn.benchmark = True  # as in our runtimes and training, and in the official code
     device = DEVICES["cpu" if options.dry_run else "cuda"]()
     job = Job(rows, device, options.dry_run, libraries, options.scratch)
     with _on_the_cpu(libraries) if options.dry_run and options.child != PROBE.name else nullcontext():
@@ -317,7 +316,7 @@ def child(options: argparse.Namespace, libraries: dict[str, Path]) -> None:
 
 
 def _on_the_cpu(libraries: dict[str, Path]) -> AbstractContextManager[None]:
-    """In a dry run the kernels run too, of the host library if there is one, as they would on a GPU."""
+    """Lets a dry run use the kernels of the host library, if there is one, as on a GPU."""
     from evit_deploy.tokens.operators import torch_ops
     from evit_deploy.tokens.operators.kernel import TokenReorgKernel
 
@@ -326,7 +325,7 @@ def _on_the_cpu(libraries: dict[str, Path]) -> AbstractContextManager[None]:
 
 
 def _end_with_the_suite() -> None:
-    os.read(0, 1)  # not through sys.stdin, whose lock a thread may not hold when the process ends
+    os.read(0, 1)  # not sys.stdin, whose lock must not be held by a thread at exit
     os.killpg(0, signal.SIGKILL)
 
 

@@ -1,8 +1,8 @@
-"""A packaged model on a real Triton server that is attacked while it answers: right answers, and memory that stays.
+"""A packaged model on a real Triton server under attack: correct answers, and stable memory.
 
 python tests/benchmarks/hostile_load.py --digits runs/digits/bundle --out docs/results/hostile_load.json
 
-The server is started as the package starts it, with its interfaces closed; see ``serving_load.py`` for what it is, and
+The server is started as by the package, with its interfaces closed; see ``serving_load.py`` for the server, and
 ``tests/support/hostile.py`` for the kinds of requests.
 """
 
@@ -41,7 +41,7 @@ CLOSED = "model-repository,shared-memory,trace,logging"
 def attacked(
     server: TritonServer, target: Target, bundle: Bundle, inputs: np.ndarray, requests: int, hostile: int
 ) -> dict[str, Any]:
-    """Requests of concurrent clients, half over HTTP and half over gRPC, and hostile ones beside them."""
+    """Requests of concurrent clients, half over HTTP and half over gRPC, with malicious ones at the same time."""
     numbers, right = batches_of(requests, len(inputs)), expected(bundle, inputs)
     half = requests // 2
     found, walls = [], []
@@ -72,7 +72,7 @@ def _files(server: TritonServer) -> int:
 
 
 def inflated(server: TritonServer, target: Target, count: int) -> dict[str, Any]:
-    """Compressed bodies that become large, by themselves: what they leave behind is the server's own fault."""
+    """Compressed bodies that expand to a large size, tested alone because the server itself leaks their memory."""
     before = server.memory() / 1e6
     ended: Counter[str] = attack(target, count, kinds=[inflating_body])["inflating_body"]
     after = server.memory() / 1e6
@@ -97,7 +97,7 @@ def main() -> None:
         before = ("sh", str(repository.with_name("closed.sh")), CLOSED)
         with TritonServer(repository, control="none", before=before) as server:
             target = Target(server.ports[0], server.ports[1], "digits", "digits_model", inputs.shape[1:])
-            # What a server allocates once, it allocates in the first requests of a kind.
+            # One-time allocations happen in the first requests of each kind.
             attacked(server, target, bundle, inputs, options.requests // 5, options.hostile // 5)
             figures = {"digits, attacked": attacked(server, target, bundle, inputs, options.requests, options.hostile)}
             figures["compressed bodies"] = inflated(server, target, len(KINDS))

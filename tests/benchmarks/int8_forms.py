@@ -1,7 +1,7 @@
-"""The two forms of INT8 on CPUs: signed and symmetric with float biases, as engines want it, and unsigned with INT32.
+"""The two forms of INT8 on CPUs: signed and symmetric with float biases, for engines, and unsigned with INT32 biases.
 
-DeiT-S at keep rate 0.7, one thread, interleaved; FP32 runs beside them. The form for engines comes twice: as it lies in
-an engine's bundle, with the rest in FP16, and with the rest in FP32, which leaves the form as the only difference.
+DeiT-S at keep rate 0.7, one thread, interleaved; FP32 is included. The form for engines is measured twice: as in an
+engine's bundle, with the rest in FP16, and with the rest in FP32, so that the form is the only difference.
 
 python tests/benchmarks/int8_forms.py --out docs/results/int8_forms.json
 """
@@ -30,7 +30,7 @@ PAIRS = ((ENGINE, CPU), (FORM, CPU), (FP32, CPU), (FORM, FP32))
 
 
 def files(keep_rate: float) -> tuple[dict[str, Any], np.ndarray]:
-    """The same weights in every form, and images that were not calibrated with."""
+    """The same weights in every form, and images that were not used for calibration."""
     model = deit_small()
     preprocess = Preprocess.from_model(model)
     proto = export_onnx(
@@ -42,7 +42,7 @@ def files(keep_rate: float) -> tuple[dict[str, Any], np.ndarray]:
         FP32: proto,
         CPU: set_precision(proto, "int8", base="fp32", calibration=calibration),
         ENGINE: set_precision(proto, "int8", base="fp16", calibration=calibration),
-        FORM: quantize(proto, "int8", "fp16", calibration).proto,  # what the one before is made of
+        FORM: quantize(proto, "int8", "fp16", calibration).proto,  # the source of the previous one
     }
     return forms, others
 

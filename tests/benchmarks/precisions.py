@@ -45,7 +45,7 @@ RUNS = (
 
 
 def accuracy(checkpoint_path: Path, out: Path | None) -> None:
-    """Every precision on the digits' 360 test images, beside PyTorch in FP32."""
+    """Every precision on the digits' 360 test images, compared with PyTorch in FP32."""
     checkpoint = read_checkpoint(checkpoint_path)
     assert checkpoint.tokens is not None
     model = reduce_tokens_(build_model(checkpoint), checkpoint.tokens).eval()

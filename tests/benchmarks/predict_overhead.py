@@ -1,6 +1,6 @@
-"""DeiT-S at keep rate 0.7, one thread: what `predict` costs over a bare ONNX Runtime session on the same inputs.
+"""DeiT-S at keep rate 0.7, one thread: overhead of `predict` over a plain ONNX Runtime session on the same inputs.
 
-Inputs are prepared, so that reading and resizing pictures, which a bare session leaves to its user, is not part of it.
+Inputs are prepared, so that reading and resizing pictures, which a plain session does not do, is excluded.
 
 python tests/benchmarks/predict_overhead.py --out docs/results/predict_overhead.json
 """
@@ -23,7 +23,7 @@ from evit_deploy.report.statistics import median_interval
 
 
 def bare_session(path: Path) -> onnxruntime.InferenceSession:
-    """What one would open by hand, on one thread."""
+    """A plain session on one thread."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1

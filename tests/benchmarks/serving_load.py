@@ -1,10 +1,10 @@
-"""A packaged model on a real Triton server under load: right answers, refusals, a restart, and what serving costs.
+"""A packaged model on a real Triton server under load: correct answers, refusals, a restart, and the cost of serving.
 
 python tests/benchmarks/serving_load.py --digits runs/digits/bundle --out docs/results/serving_load.json
 
-The server is NVIDIA's own, on the CPU of this machine; behind its ``onnxruntime`` stands
-``tests/support/triton_backend.py``, which is written in Python, and clients and server share the cores:
-what is measured is what serving adds here, not what a GPU would serve.
+The server is NVIDIA's, on the CPU of this machine. Its ``onnxruntime`` backend is replaced by
+``tests/support/triton_backend.py``, written in Python, and clients and server share the cores: the figures show the
+overhead of serving here, not the throughput of a GPU.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from evit_deploy.triton.client import Answer, ask, file_sender
 from evit_deploy.triton.connection import Connection
 from evit_deploy.verification.golden import load_golden
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, for what the tests share
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, for tests.support
 from tests.support.triton_server import TritonServer
 
 BATCHES = (1, 1, 1, 2, 3, 5, 8, 16)
@@ -54,29 +54,29 @@ def packaged(bundle: Bundle, folder: Path, name: str) -> Path:
 
 
 def expected(bundle: Bundle, inputs: np.ndarray) -> np.ndarray:
-    """What ONNX Runtime says in this process."""
+    """Answers of ONNX Runtime in this process."""
     with OnnxRuntimeRunner(bundle.file("model.onnx"), threads=1) as runner:
         return np.concatenate([runner.infer(feeds(part))[LOGITS] for part in np.array_split(inputs, len(inputs))])
 
 
 def tolerance(bundle: Bundle) -> float:
-    """How far a right answer may lie from another one: twice what lies between each and FP64."""
+    """Tolerance between correct answers: twice the error of each relative to FP64."""
     return 2 * load_golden(bundle.file(GOLDEN), bundle.manifest).limit()
 
 
 def tensor_sender(model: str) -> Callable[[Connection, Any], np.ndarray]:
-    """What sends a batch of inputs to a model and gives its logits."""
+    """A function that sends a batch of inputs to a model and returns its logits."""
     return lambda connection, batch: connection.infer(model, feeds(batch), [LOGITS])[LOGITS]
 
 
 def batches_of(count: int, images: int) -> list[np.ndarray]:
-    """Numbers of the images in each request, in sizes drawn from :data:`BATCHES`."""
+    """Image indices of each request, with batch sizes drawn from :data:`BATCHES`."""
     generator = np.random.default_rng(0)
     return [generator.integers(0, images, generator.choice(BATCHES)) for _ in range(count)]
 
 
 def judge(answers: Sequence[Answer], wanted: Sequence[np.ndarray], limit: float) -> dict[str, Any]:
-    """Counts of answers by what became of them, and of those that are wrong."""
+    """Number of requests by outcome, and of wrong answers."""
     errors = [
         float(np.abs(answer.output - right).max()) if answer.output.shape == right.shape else float("inf")
         for answer, right in zip(answers, wanted, strict=True)
@@ -94,7 +94,7 @@ def latencies(seconds: Sequence[float]) -> dict[str, float]:
 
 @contextmanager
 def memory_of(server: TritonServer) -> Iterator[dict[str, float]]:
-    """Looks at the server's memory, megabytes, twice a second; what comes out is filled in at the end."""
+    """Samples the server's memory in megabytes, twice a second; the yielded result is filled in at the end."""
     sizes, found, over = [server.memory() / 1e6], {}, threading.Event()
 
     def look() -> None:
@@ -139,7 +139,7 @@ def _runs(connection: Connection, model: str) -> dict[int, int]:
 
 
 def overhead(server: TritonServer, bundle: Bundle, model: str, rounds: int) -> list[dict[str, Any]]:
-    """One request at a time, by turns with ONNX Runtime in this process on one thread, as the server's backend has."""
+    """Single requests, alternating with ONNX Runtime in this process on one thread, as in the server's backend."""
     golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
     rows = []
     with (
@@ -180,7 +180,7 @@ def photographs(count: int) -> list[bytes]:
 
 
 def files_load(server: TritonServer, bundle: Bundle, name: str, files: Sequence[bytes]) -> dict[str, Any]:
-    """Photographs as files through the ensemble, against evit-deploy's own preprocessing and ONNX Runtime."""
+    """Photographs as files through the ensemble, compared with evit-deploy's preprocessing and ONNX Runtime."""
     opened = [Image.open(io.BytesIO(file)) for file in files]
     right = expected(bundle, np.stack([preprocess_image(image, bundle.manifest.preprocess) for image in opened]))
     with Connection(server.http) as connection:
@@ -199,14 +199,14 @@ def files_load(server: TritonServer, bundle: Bundle, name: str, files: Sequence[
 
 
 def bomb() -> bytes:
-    """A PNG file of 100 megapixels in some ten kilobytes."""
+    """A PNG file of 100 megapixels in about ten kilobytes."""
     content = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(content, "PNG")
     return content.getvalue()
 
 
 def malformed(channels: tuple[int, ...], largest: int) -> dict[str, tuple[bool, Any]]:
-    """Requests that a server has to refuse: kind -> whether it is a file, and its content."""
+    """Requests that a server must refuse: kind -> whether it is a file, and its content."""
     good = photographs(1)[0]
     inputs = np.zeros((1, *channels), np.float32)
     return {
@@ -221,7 +221,7 @@ def malformed(channels: tuple[int, ...], largest: int) -> dict[str, tuple[bool, 
 
 
 def refusals(server: TritonServer, bundle: Bundle, name: str, model: str, count: int) -> dict[str, Any]:
-    """Malformed requests of every kind in turn, each followed by a good one."""
+    """Malformed requests of every kind in turn, each followed by a valid one."""
     golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
     right, good = expected(bundle, golden.inputs[:1]), golden.inputs[:1]
     said: dict[str, dict[str, int]] = {}
@@ -248,7 +248,7 @@ def refusals(server: TritonServer, bundle: Bundle, name: str, model: str, count:
 
 
 def restart(server: TritonServer, bundle: Bundle, model: str, inputs: np.ndarray, count: int) -> dict[str, Any]:
-    """The server is killed in mid-load and started again; who lost what."""
+    """Kills the server under load and restarts it; returns the lost requests."""
     numbers, right = batches_of(count, len(inputs)), expected(bundle, inputs)
     halfway, sent = threading.Event(), iter(range(count))
 
@@ -300,7 +300,7 @@ def main() -> None:
         inputs = np.stack(pictures)
         with TritonServer(packaged(digits, folder, "digits")) as server:
             figures["digits, one at a time"] = overhead(server, digits, "digits_model", options.rounds)
-            # What a server allocates once, it allocates in the first requests of a kind.
+            # One-time allocations happen in the first requests of each kind.
             load(server, digits, "digits_model", inputs, options.requests // 10, server.http)
             half = options.requests // 2
             for way, url in (("HTTP", server.http), ("gRPC", server.grpc)):

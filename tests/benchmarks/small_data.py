@@ -1,8 +1,7 @@
-"""A few hundred images: what fine-tuning on them gains over tokens reduced without any, with recipes/small.yaml.
+"""A few hundred images: gain of fine-tuning on them over no training, with recipes/small.yaml.
 
-For every seed a dense model of recipes/digits-in-the-wild.yaml and class folders of images of its kind: few to train
-on, many to validate on, whose glyphs and photographs none of the trained ones shows. All rows of a seed see the same
-validation images.
+For every seed: a dense model from recipes/digits-in-the-wild.yaml and class folders of such images, few for training
+and many for validation, with other glyphs and photographs. All rows of a seed use the same validation images.
 
 evit-deploy train recipes/digits-in-the-wild.yaml --set seed=0 --out runs/wild-0        # and 1, 2
 python tests/benchmarks/small_data.py runs/wild-{0,1,2}/dense.safetensors --out docs/results/small_data.json
@@ -38,11 +37,11 @@ def class_folders(root: Path, split: Split, count: int, seed: int, name: str, si
 
 
 def measure(checkpoint: Path, seed: int, rate: float, arguments: Any, work: Path) -> dict[str, Any]:
-    """One fine-tune and what it is held against."""
+    """One fine-tune and its baseline."""
     overrides = [
         f"seed={seed}", f"model.checkpoint={checkpoint}", f"data.train={work / 'train'}",
         f"data.validation={work / 'validation'}", "data.workers=0", f"tokens.keep_rate={rate}",
-        "data.flip=0", "data.crop=[1,1]", "data.color_jitter=0",  # these digits lie on the grid of the patches
+        "data.flip=0", "data.crop=[1,1]", "data.color_jitter=0",  # these digits are aligned with the patch grid
         "finetune.evaluate_every=null", "finetune.threads=1", *arguments.overrides,
     ]  # fmt: skip
     new = ["dense.evaluate_every=null", "dense.threads=1"]

@@ -1,11 +1,11 @@
-"""A training step of DeiT-S at 0.7 against the dense one and against the official code's structure.
+"""A training step of DeiT-S at 0.7, compared with the dense model and with the official code's structure.
 
-The official structure is what the paper's algorithm 1 suggests when written down directly: the attention map is
-materialized and its class row averaged over heads, and the dropped tokens are the rest of a full sort. Same counts,
-same weights. Images come as bytes and are sent and normalized as in training; the three take turns, ratios are medians
-over rounds. On a CPU times are CPU time of one thread. On a GPU they are wall time, and there is more to tell: images a
-second, peak memory (three models with their optimizers among it), and of the time the share in which the CPU waits for
-a batch, which a GPU may wait for too, and the share in which it waits for the GPU, which is then busy.
+The official structure implements the paper's algorithm 1 literally: the attention map is materialized and its class row
+averaged over heads, and the dropped tokens are the rest of a full sort. Counts and weights are the same. Images are
+bytes, transferred and normalized as in training; the three take turns, and ratios are medians over rounds. On a CPU
+times are CPU time of one thread. On a GPU they are wall time, and there is more to tell: images a second, peak memory
+(three models with their optimizers among it), and of the time the share in which the CPU waits for a batch, which a GPU
+may wait for too, and the share in which it waits for the GPU, which is then busy.
 
 python tests/benchmarks/training_step.py --out docs/results/training_step.json
 python tests/benchmarks/training_step.py --device cuda --batch 256 --autocast bf16 --steps 10 --rounds 5 [--compile]

@@ -33,11 +33,13 @@ class cuda:
     )
 """
 LOOK = """
-from evit_deploy.environment.nvidia import snapshot
+from evit_deploy.environment.nvidia import gpu_reader
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import MissingRequirement
 try:
-    print(snapshot())
+    with gpu_reader() as read:
+        found = read()
+    print(found)
 except MissingRequirement as error:
     print(error)
 """

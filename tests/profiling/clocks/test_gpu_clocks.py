@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evit_deploy.environment.nvidia import REASONS, GpuState, compute_capability, reasons_in_words, snapshot
+from evit_deploy.environment.nvidia import REASONS, GpuState, compute_capability, gpu_reader, reasons_in_words
 from evit_deploy.errors import MissingRequirement
 from evit_deploy.profiling.clocks.gpu_clocks import Watch, notes_on
 
@@ -62,7 +62,7 @@ def test_throttling_is_told_with_its_share_and_all_its_reasons():
 @without_gpu
 def test_without_a_gpu_it_is_said_what_is_missing():
     assert compute_capability() is None
-    for look in (snapshot, lambda: Watch().__enter__()):
+    for look in (lambda: gpu_reader().__enter__(), lambda: Watch().__enter__()):
         with pytest.raises(MissingRequirement, match=r"no CUDA device|built without CUDA") as error:
             look()
         assert error.value.exit_code == 3
@@ -72,7 +72,8 @@ def test_without_a_gpu_it_is_said_what_is_missing():
 @pytest.mark.gpu
 @needs_gpu
 def test_a_gpu_says_what_it_is_and_how_fast_it_runs():
-    found = snapshot()
+    with gpu_reader() as read:
+        found = read()
     assert found.name == torch.cuda.get_device_name()
     assert found.compute_capability == compute_capability()
     assert found.driver.split(".")[0].isdigit()

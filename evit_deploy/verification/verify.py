@@ -341,19 +341,20 @@ def verify_runtime(
     Raises:
         InputError: The runtime cannot run the artifact, or not at one of these batch sizes.
     """
-    checks, answers, told = [], Answers(golden.logits[:0], {}), True
+    checks: list[Check] = []
+    found: list[Answers] = []
     with opened(name, artifact, threads, with_indices=True) as runner:
         for batch in batch_sizes or default_batches(runner):
             which = np.arange(max(batch, len(golden.inputs))) % len(golden.inputs)
             outputs = infer_all(runner, golden.inputs[which], batch)
             kept = named_patches(outputs, plan)
-            told = bool(kept) or not plan.locations
             checks += _answer_checks(f"{name}, batch {batch}", golden, which, outputs, plan)
             checks.append(_place_check(f"{name}, batch {batch}", runner, golden, batch, plan))
             first = slice(len(golden.inputs))
-            answers = Answers(
-                outputs[answer_in(outputs)][first], {block: numbers[first] for block, numbers in kept.items()}
-            )
+            own = {block: numbers[first] for block, numbers in kept.items()}
+            found.append(Answers(outputs[answer_in(outputs)][first], own))
+    *_, answers = found
+    told = bool(answers.kept) or not plan.locations
     what = "only its answers were compared"
     note = f"{name} does not say which patches it keeps, so that {what}; convert --with-indices tells."
     return Report(checks=tuple(checks), notes=() if told else (note,)), answers
@@ -402,9 +403,10 @@ def _place_check(label: str, runner: Runner, golden: Golden, batch: int, plan: T
         with np.errstate(invalid="ignore"):
             moves = np.abs(outputs[answer] - outputs[answer][0])
         worst = max(worst, float(np.nan_to_num(moves, nan=np.inf).max()))
-    reason = f"{answer}: moved by {worst:.2e} with its place" if worst > limit else ""
+    held = worst <= limit
+    reason = "" if held else f"{answer}: moved by {worst:.2e} with its place"
     reason = f"at {moved} places other patches are kept" if moved else reason
-    return Check(f"{label}: same answer at every place", worst, limit, worst <= limit and not moved, reason)
+    return Check(f"{label}: same answer at every place", worst, limit, held and not moved, reason)
 
 
 def verify_dense(name: str, artifact: Any, golden: Golden, threads: int | None = None) -> Report:

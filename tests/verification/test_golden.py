@@ -77,6 +77,7 @@ def test_equal_answers_agree():
     assert (found.top1, found.error, found.overlap) == (1, 0, 1)
     assert found.limit == FLOOR * EPS * 3
     assert np.isnan(found.tie_error)
+    assert found.tie_limit == 0
 
 
 def test_a_clear_difference_is_wrong_and_a_tie_is_not():
@@ -84,6 +85,13 @@ def test_a_clear_difference_is_wrong_and_a_tie_is_not():
     assert shares(compared(synthetic((0, 1, [2, 3])), kept_0=SECOND)) == (2 / 3, 1 / 3, 0)
     assert shares(compared(synthetic((0, 0, [2, 3])), kept_0=SECOND)) == (2 / 3, 0, 1 / 3)  # near in another image
     assert shares(compared(synthetic((1, 1, [2, 3])), kept_0=SECOND)) == (2 / 3, 0, 1 / 3)  # or at another location
+
+
+@pytest.mark.parametrize(("margin", "wrong"), [(0.999, 0), (1, 1 / 3), (1.5, 1 / 3)])
+def test_at_a_margin_of_1_the_choice_is_clear(margin, wrong):
+    golden = synthetic()
+    golden.margin[0][1, [2, 3]] = margin
+    assert compared(golden, kept_0=SECOND).wrong == wrong
 
 
 @pytest.mark.parametrize("near", [[2], [3], [2, 4], [0, 1, 3, 4, 5]])
@@ -133,6 +141,8 @@ def test_kept_sets_are_compared_in_original_patch_numbers():
 def test_overlap_is_common_over_either():
     assert overlap(np.array([[0, 1, 2, -1]]), np.array([[0, 1, 3, -1]])) == 2 / 4
     assert overlap(np.array([[0, 1], [2, 3]]), np.array([[1, 0], [0, 1]])) == 1 / 2
+    assert overlap(np.array([[3]]), np.array([[3]])) == 1
+    assert overlap(np.array([[0, 0, 2]]), np.array([[0, 1, 2]]), merging=True) == 2 / 3
     assert compared(synthetic(), kept_0=SECOND).overlap == pytest.approx((1 + (1 + 0.5 + 1) / 3) / 2)
 
 

@@ -203,6 +203,23 @@ def test_two_images_are_tried_at_every_place(verified, image):
     assert check.reason == "logits: moved by 1.00e+00 with its place"
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_at_another_place_the_room_of_a_tie_is_for_those_that_may_have_made_one(verified, told):
+    """The answer moves by half of what another choice does to it, where the choice is known to be the same, or not."""
+    golden = golden_of("fp32")
+    shift = np.abs(golden.swapped - golden.reference).max(axis=1)
+
+    def answer(inputs: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = truth(inputs)
+        for image in range(2):
+            if all(np.array_equal(given, golden.inputs[image]) for given in inputs):
+                outputs[LOGITS][1] += np.float32(shift[image] / 2)
+        return outputs if told else {LOGITS: outputs[LOGITS]}
+
+    report, _ = verified(near(golden)[0], answer)
+    assert [check.name for check in report.failed] == ["x, batch 2: same answer at every place"] * told
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_the_dense_twin_is_held_to_the_dense_model(precision):
     golden = golden_of(precision)
@@ -234,6 +251,7 @@ def test_runtimes_agree_by_top_1_by_patches_and_by_logits(converted):
     assert (row.first, row.second, row.images, row.top1, row.logits) == ("a", "b", 2, 0.5, 1.0)
     assert row.kept == {"1": (1 + 1 / 3) / 2}  # the other does not tell the second location
     assert row.cosine is None
+    assert agreement_row("a", one, "a again", one, converted.manifest).top1 == 1
     assert agreement_row("a", one, "c", Answers(other.logits, {}), converted.manifest).kept == {}
 
 

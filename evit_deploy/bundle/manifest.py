@@ -188,7 +188,7 @@ def choose_profile(profiles: Sequence[BatchProfile], batch: int) -> int:
             "the engine has no profile for this batch size",
             seen=batch,
             wanted=" or ".join(f"{p.minimum} to {p.maximum}" for p in profiles),
-            fix=f"Give --batch-sizes within, or convert again with --batch {batch}:{batch}:{batch} beside the others.",
+            fix=f"Choose --batch-sizes within these, or convert again with --batch {batch}:{batch}:{batch} added.",
         )
     # Distance as a ratio: 8 is as far from 4 as from 16. Ties go to the narrower profile, which is tuned more closely.
     return min(

@@ -172,7 +172,7 @@ class DenseOnly(TokenReducer):
     """A method that a family does not support: only the dense model is available."""
 
     family: ClassVar[str] = "an Evo-LeViT"
-    reason: ClassVar[str] = "its downsampling needs every patch in its place, and this method gives some up"
+    reason: ClassVar[str] = "its downsampling needs every patch at its position, and this method drops some"
     fix: ClassVar[str] = f"Use --method {METHOD}."
     needs_class_token = False
 

@@ -89,7 +89,7 @@ class TimmLeViT:
         if model.use_conv:
             reasons.append("it is LeViT's convolutional form, of the same arithmetic as levit_128s … levit_384")
         if model.global_pool != "avg":
-            reasons.append("it gives out every token (global_pool='')")
+            reasons.append("it returns every token (global_pool='')")
         return reasons
 
     @staticmethod

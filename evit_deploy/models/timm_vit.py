@@ -24,12 +24,12 @@ TensorRT-RTX 1.7 has no fused attention for one query and 197 or 73 keys, but ha
 
 # Classes that are known not to fit, with the reason for the error message.
 _KNOWN_REASONS = (
-    ("Swin", "it computes attention in windows, which need every patch in its place"),
-    ("MaxxVit", "it computes attention in windows, which need every patch in its place"),
+    ("Swin", "it computes attention in windows, which need every patch at its position"),
+    ("MaxxVit", "it computes attention in windows, which need every patch at its position"),
     ("Rope", "its position embedding is rotary: each attention needs every patch's place"),
     ("Eva", "its position embedding is rotary: each attention needs every patch's place"),
-    ("RelPos", "its relative position bias needs every patch in its place"),
-    ("Beit", "its relative position bias needs every patch in its place"),
+    ("RelPos", "its relative position bias needs every patch at its position"),
+    ("Beit", "its relative position bias needs every patch at its position"),
     ("Naflex", "its patch count changes from image to image"),
 )
 
@@ -356,7 +356,7 @@ class TimmViT:
         if model.attn_pool is not None:
             reasons.append("its head pools all patch tokens by attention")
         elif not model.global_pool:
-            reasons.append("it gives out every token (global_pool=''), and most of them would be gone")
+            reasons.append("it returns every token (global_pool=''), and most of them would be dropped")
         if isinstance(model.patch_drop, PatchDropout):
             reasons.append("it drops patches at random while training (patch_drop_rate > 0), so counts are not fixed")
         return reasons + unusual_blocks(model)

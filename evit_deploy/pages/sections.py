@@ -65,7 +65,7 @@ def verdict_section(page: WebPage, report: Report) -> None:
     )
 
 
-_NO_IMAGES = "With --data IMAGES, convert, profile and compare hold the answers against the dense model's."
+_NO_IMAGES = "With --data IMAGES, convert, profile and compare compare the answers with the dense model's."
 
 
 def _trained(report: Report) -> str | None:

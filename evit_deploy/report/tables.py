@@ -85,7 +85,7 @@ def render(report: Report, console: Any) -> None:
                     str(row.images),
                     _percent(row.top1),
                     _shown(row.cosine, ".6f"),
-                    " / ".join(f"{100 * share:.1f}" for share in row.kept.values()) or "not told",
+                    " / ".join(f"{100 * share:.1f}" for share in row.kept.values()) or "not known",
                     f"{row.logits:.2e}",
                 )
                 for row in report.agreement
@@ -175,7 +175,7 @@ def _sensitivity(console: Any, rows: Sequence[SensitivityRow]) -> None:
     if rest:
         share, weights = sum(row.share for row in rest), sum(row.weights for row in rest)
         cells.append((f"{len(rest)} more", "", f"{share:.1%}", f"{weights:.1%}", ""))
-    _print(console, "What quantizing one linear layer alone costs: error of the answers over their spread.")
+    _print(console, "What quantizing one linear layer alone costs: error of the answers divided by their spread.")
     _table(console, ("layer", "noise", "share of it", "weights", ""), cells)
 
 

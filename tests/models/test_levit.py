@@ -341,7 +341,7 @@ def test_choices_are_told_in_patches_of_the_image():
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (TokenSpec(keep_rate=0.7), "this method gives some up. Use --method evo-vit"),
+        (TokenSpec(keep_rate=0.7), "this method drops some. Use --method evo-vit"),
         (TokenSpec(keep_rate=0.7, method="slice"), "an Evo-LeViT with the method 'slice'"),
         (TokenSpec(keep_rate=(0.5, 0.5), method="evo-vit"), "got 2 rates for 3 locations (2,5,9)"),
         (TokenSpec(keep_rate=0.5, locations=(3,), method="evo-vit"), "a downsampling is no location"),

@@ -106,5 +106,5 @@ def test_every_method_is_refused(method):
 def test_forms_that_are_not_handled_are_refused():
     with pytest.raises(UnsupportedModelError, match="convolutional form"):
         token_plan(timm.create_model("levit_conv_128s", **TINY))
-    with pytest.raises(UnsupportedModelError, match="gives out every token"):
+    with pytest.raises(UnsupportedModelError, match="returns every token"):
         token_plan(timm.create_model("levit_128s", **TINY, global_pool=""))

@@ -67,7 +67,7 @@ def test_failures_and_agreement_are_printed():
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "FAILED kept patches: half of them differ" in text
     assert "100.0 / 25.0" in text
-    assert "not told" in text
+    assert "not known" in text
     assert text.rstrip().endswith("a note")
 
 

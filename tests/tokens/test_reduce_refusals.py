@@ -40,7 +40,7 @@ def with_option(name: str, **options):
         (
             with_option("vit_tiny_patch16_224", depth=2, global_pool=""),
             "VisionTransformer",
-            "it gives out every token",
+            "it returns every token",
         ),
         (
             with_option("vit_tiny_patch16_224", depth=2, global_pool="map"),

@@ -178,7 +178,7 @@ def _sharded(index: Path, folder: Path) -> Source:
     strange = next((name for name in names if Path(name).name != name or not name.endswith(FILE_SUFFIXES)), None)
     if strange is not None:
         raise CheckpointError(
-            "a shard is not a weight file beside its index", where=index, seen=repr(strange[:100]),
+            "a shard is not a weight file next to its index", where=index, seen=repr(strange[:100]),
             wanted="a file name such as model-00001-of-00002.safetensors",
         )  # fmt: skip
     missing = [name for name in names if not (folder / name).is_file()]

@@ -151,7 +151,7 @@ def arguments(held: Held, name: str, wanted: Mapping[str, Any], heads: int | Non
         raise CheckpointError(
             "the width is no multiple of the number of heads", where=held.where,
             seen=f"width {width}, {args.get('num_heads', own['num_heads'])} heads",
-            fix="Put the config.json that says the number of heads beside the weights.",
+            fix="Put a config.json with the number of heads next to the weights.",
         )  # fmt: skip
     return args, notes
 

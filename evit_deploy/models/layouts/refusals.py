@@ -32,7 +32,7 @@ _SIGLIP = Refusal(
     "SigLIP", "it has no class token: attention pools all patches at the end, so that no patch is known to matter less",
     "A CLIP tower of the same size has a class token and can be converted.",
 )  # fmt: skip
-_BEIT = Refusal("BEiT", "its relative position bias needs every patch in its place", _CLASSIFIER)
+_BEIT = Refusal("BEiT", "its relative position bias needs every patch at its position", _CLASSIFIER)
 _SWIN = Refusal("Swin", "it computes attention in windows, which need every patch in their place", _CLASSIFIER)
 _DINOV3 = Refusal(
     "DINOv3", "its position embedding is rotary: each attention needs every patch's place",
@@ -40,11 +40,11 @@ _DINOV3 = Refusal(
 )  # fmt: skip
 _EVA = Refusal("EVA-02", "its position embedding is rotary: each attention needs every patch's place", _CLASSIFIER)
 _SAM = Refusal(
-    "SAM", "it gives out a map of all patches, and has windows, relative positions and no class token",
-    "An encoder that gives one vector an image, such as DINOv2, can be converted.",
+    "SAM", "it returns a map of all patches, and has windows, relative positions and no class token",
+    "An encoder that returns one vector per image, such as DINOv2, can be converted.",
 )  # fmt: skip
 _DENSE = Refusal(
-    "a dense prediction model", "it gives out a map: its decoder reads every patch of several blocks",
+    "a dense prediction model", "it returns a map: its decoder reads every patch of several blocks",
     "The backbone alone, saved without the decoder, can be converted as an embedding.",
 )  # fmt: skip
 _DETECTOR = Refusal(

@@ -219,7 +219,7 @@ def _of_any_size(held: Held, weights: dict[str, Tensor]) -> Found | None:
             continue
         found = _fit(name, weights, args)
         if found is not None:
-            what = f"no architecture of timm has this size: {name} with {_words(args)} is taken"
+            what = f"no architecture of timm has this size: {name} with {_words(args)} is used"
             return msgspec.structs.replace(found, notes=(what, *notes), prepared=False)
     return None
 

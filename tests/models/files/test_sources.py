@@ -178,8 +178,8 @@ def test_indexes_that_cannot_be_followed(tmp_path):
     first, second, *_ = sorted(set(content["weight_map"].values()))
     tensor = next(name for name, file in content["weight_map"].items() if file == second)
     for weight_map, what in (
-        (content["weight_map"] | {tensor: "../" + second}, "not a weight file beside its index"),
-        (content["weight_map"] | {tensor: "config.json"}, "not a weight file beside its index"),
+        (content["weight_map"] | {tensor: "../" + second}, "not a weight file next to its index"),
+        (content["weight_map"] | {tensor: "config.json"}, "not a weight file next to its index"),
         (content["weight_map"] | {tensor: first}, "does not hold the tensors that its index names"),
         (content["weight_map"] | {"absent": second}, "does not hold the tensors that its index names"),
         ({}, "without a weight_map"),

@@ -25,9 +25,9 @@ from evit_deploy.report.comparison import as_csv, as_latex, as_markdown, rounded
 from evit_deploy.report.report import ComparedRow, Report
 from evit_deploy.runtimes.runner import Runner
 from evit_deploy.runtimes.select import opened
-from evit_deploy.verification.accuracy import DATA_BATCH, outputs_of
-from evit_deploy.verification.cost import Answered, row_of_plan, settings_of, with_answers
-from evit_deploy.verification.pictures import Pictures, embeds, pictures_of
+from evit_deploy.verification.answers.answers import DATA_BATCH, outputs_of
+from evit_deploy.verification.answers.cost import Answered, row_of_plan, settings_of, with_answers
+from evit_deploy.verification.answers.pictures import Pictures, embeds, pictures_of
 
 _LOG = logging.getLogger(__name__)
 

@@ -48,12 +48,12 @@ from evit_deploy.targets.target import Exported
 from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
 from evit_deploy.tokens.plan import TokenOptions, TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_label, token_plan
-from evit_deploy.verification.accuracy import DATA_BATCH
-from evit_deploy.verification.block_errors import block_errors
-from evit_deploy.verification.cost import MODEL_NAME
+from evit_deploy.verification.answers.answers import DATA_BATCH
+from evit_deploy.verification.answers.block_errors import block_errors
+from evit_deploy.verification.answers.cost import MODEL_NAME
+from evit_deploy.verification.answers.pictures import check_images, embeds, pictures_of
+from evit_deploy.verification.answers.sensitivity import Shown, of_array
 from evit_deploy.verification.golden import Golden, KnownAnswers, make_golden
-from evit_deploy.verification.pictures import check_images, embeds, pictures_of
-from evit_deploy.verification.sensitivity import Shown, of_array
 from evit_deploy.verification.verify import Trial, prove, verify_precision
 
 _LOG = logging.getLogger(__name__)

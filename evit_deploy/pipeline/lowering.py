@@ -26,7 +26,7 @@ from evit_deploy.recipe.options import BuildOptions, ConvertOptions, Linear
 from evit_deploy.registry import RUNTIMES, TARGETS
 from evit_deploy.report.report import Report, SensitivityRow
 from evit_deploy.targets.target import PORTABLE, Exported, Target, all_targets
-from evit_deploy.verification.sensitivity import Shown, kept_within, layer_costs, of_array
+from evit_deploy.verification.answers.sensitivity import Shown, kept_within, layer_costs, of_array
 
 _LOG = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from evit_deploy.report.report import Report
 from evit_deploy.tokens.plan import TokenOptions
 from evit_deploy.triton.connection import Server
 from evit_deploy.triton.find import find_model
-from evit_deploy.verification.cost import Pair, side_by_side
-from evit_deploy.verification.pictures import pictures_of
+from evit_deploy.verification.answers.cost import Pair, side_by_side
+from evit_deploy.verification.answers.pictures import pictures_of
 
 
 def profile(

@@ -17,7 +17,7 @@ from evit_deploy.pipeline.compare import check_place, short_names
 from evit_deploy.progress import step
 from evit_deploy.report.comparison import as_csv, as_latex, as_markdown, rounded
 from evit_deploy.report.report import ComparedRow, ProfileRow, Report
-from evit_deploy.verification.cost import row_of_plan, settings_of
+from evit_deploy.verification.answers.cost import row_of_plan, settings_of
 
 _LOG = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from evit_deploy.errors import InputError, UnsupportedModelError
 from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan, token_spec
-from evit_deploy.verification.retrieval import centered_cosines
+from evit_deploy.verification.answers.retrieval import centered_cosines
 
 PICTURES = 32
 _BATCH = 8

@@ -17,7 +17,7 @@ from evit_deploy.tokens.ending import for_inference
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_
 from evit_deploy.tokens.state import TokenBlocks
-from evit_deploy.verification.retrieval import centered_cosines
+from evit_deploy.verification.answers.retrieval import centered_cosines
 
 _BATCH = 16
 _KEPT = 2**29

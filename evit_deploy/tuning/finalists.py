@@ -25,9 +25,9 @@ from evit_deploy.tuning.front import TunedRow
 from evit_deploy.tuning.schedules import Schedule
 from evit_deploy.tuning.search import Fitter
 from evit_deploy.tuning.subject import Subject
-from evit_deploy.verification.accuracy import DATA_BATCH, outputs_of
-from evit_deploy.verification.cost import Answered, row_of_plan, settings_of, with_answers
-from evit_deploy.verification.pictures import embeds
+from evit_deploy.verification.answers.answers import DATA_BATCH, outputs_of
+from evit_deploy.verification.answers.cost import Answered, row_of_plan, settings_of, with_answers
+from evit_deploy.verification.answers.pictures import embeds
 
 _LOG = logging.getLogger(__name__)
 

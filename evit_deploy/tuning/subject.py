@@ -24,7 +24,7 @@ from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
 from evit_deploy.tokens.plan import TokenOptions, TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
 from evit_deploy.tuning.schedules import Planner, check_method_has_schedules
-from evit_deploy.verification.pictures import Pictures, pictures_of
+from evit_deploy.verification.answers.pictures import Pictures, pictures_of
 
 LEAST_IMAGES = 16
 DEFAULT_RATE = 0.7

@@ -39,7 +39,7 @@ from evit_deploy.tuning.schedules import Schedule
 from evit_deploy.tuning.search import Fitter, Goal, search
 from evit_deploy.tuning.staircase import Staircase, corrected, counts_for, measure_staircase
 from evit_deploy.tuning.subject import DEFAULT_RATE, Subject, check_request, read_subject
-from evit_deploy.verification.pictures import embeds
+from evit_deploy.verification.answers.pictures import embeds
 
 _LOG = logging.getLogger(__name__)
 

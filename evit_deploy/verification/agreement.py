@@ -1,20 +1,14 @@
-"""How far answers agree: a runtime's with the golden ones, and two runtimes' with one another."""
+"""How far a runtime's answers agree with the golden ones."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import msgspec
 import numpy as np
 
-from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.export.answer import answer_in
-from evit_deploy.export.card import kept_name
-from evit_deploy.report.report import AgreementRow
-from evit_deploy.tokens.choices import original_patches
 from evit_deploy.tokens.plan import TokenPlan
+from evit_deploy.verification.answers.answers import members, named_patches, overlap
 from evit_deploy.verification.golden import Golden
-from evit_deploy.verification.pictures import embeds
-from evit_deploy.verification.retrieval import cosines
 from evit_deploy.verification.tolerances import distance
 
 
@@ -44,27 +38,6 @@ class Agreement(msgspec.Struct, frozen=True):
     wrong: float
     overlap: float
     top1: float
-
-
-class Answers(msgspec.Struct, frozen=True):
-    """What one runtime said to some images.
-
-    Args:
-        logits: ``[n, classes]``, or embeddings ``[n, width]``.
-        kept: By block, original patch numbers ``[n, K(+1)]``; empty where the runtime gives none out.
-    """
-
-    logits: np.ndarray
-    kept: Mapping[int, np.ndarray]
-
-
-def named_patches(outputs: Mapping[str, np.ndarray], plan: TokenPlan) -> dict[int, np.ndarray]:
-    """A runner's kept outputs in original patch numbers, by block; empty if it gives none out."""
-    blocks = [row.block for row in plan.locations]
-    if any(kept_name(block) not in outputs for block in blocks):
-        return {}
-    kept: list[Any] = [outputs[kept_name(block)] for block in blocks]
-    return dict(zip(blocks, original_patches(kept, plan), strict=True))
 
 
 def agreement(golden: Golden, which: np.ndarray, outputs: Mapping[str, np.ndarray], plan: TokenPlan) -> Agreement:
@@ -132,35 +105,12 @@ def same_choice(
         if block in merging:
             exchanged, margin = numbers != others[block], golden.margin[block][which, :-1]
         else:
-            exchanged = _members(numbers, patches) != _members(others[block], patches)
+            exchanged = members(numbers, patches) != members(others[block], patches)
             margin = golden.margin[block][which]
         clear = (exchanged & (margin >= 1)).any(axis=1)
         tie |= same & exchanged.any(axis=1) & ~clear
         same &= ~exchanged.any(axis=1)
     return same, tie
-
-
-def _members(numbers: np.ndarray, patches: int) -> np.ndarray:
-    """How often each number is among ``[rows, K]``, as ``[rows, patches + 1]``.
-
-    Fused tokens come last: there may be several, the one just made and those of earlier locations that were kept.
-    """
-    members = np.zeros((len(numbers), patches + 1), int)
-    np.add.at(members, (np.arange(len(numbers))[:, None], numbers.astype(np.int64) % (patches + 1)), 1)
-    return members
-
-
-def overlap(kept: np.ndarray, others: np.ndarray, merging: bool = False) -> float:
-    """Mean over images of patches in common over patches of either (Jaccard); the fused token is none.
-
-    Where tokens are merged: the share of patches that joined the same token.
-    """
-    if merging:
-        return float((kept == others).mean())
-    patches = int(max(kept.max(), others.max())) + 1
-    one, other = (_members(numbers, patches)[:, :-1] for numbers in (kept, others))
-    either = np.maximum(one, other).sum(axis=1)
-    return float((np.minimum(one, other).sum(axis=1) / np.maximum(either, 1)).mean())
 
 
 def answer_error(golden: Golden, which: np.ndarray, answers: np.ndarray) -> float:
@@ -172,27 +122,3 @@ def answer_error(golden: Golden, which: np.ndarray, answers: np.ndarray) -> floa
         answers: What to judge.
     """
     return distance(answers, golden.reference[which]) if len(which) else float("nan")
-
-
-def agreement_row(first: str, one: Answers, second: str, other: Answers, manifest: Manifest) -> AgreementRow:
-    """Compares what two runtimes said to the same images.
-
-    Args:
-        first: Name of the one.
-        one: What it said.
-        second: Name of the other.
-        other: What that said.
-        manifest: Of the bundle that both run.
-    """
-    merging, embedding = manifest.plan.merging, embeds(manifest)
-    kept = {str(b): overlap(one.kept[b], other.kept[b], b in merging) for b in one.kept if b in other.kept}
-    same = one.logits.argmax(axis=1) == other.logits.argmax(axis=1)
-    return AgreementRow(
-        first=first,
-        second=second,
-        images=len(one.logits),
-        top1=None if embedding else float(same.mean()),
-        kept=kept,
-        logits=float(np.abs(one.logits - other.logits).max()),
-        cosine=float(cosines(one.logits, other.logits).min()) if embedding else None,
-    )

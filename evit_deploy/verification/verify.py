@@ -32,13 +32,13 @@ from evit_deploy.tokens.plan import TokenPlan
 from evit_deploy.tokens.reduce import dense_twin
 from evit_deploy.triton.connection import Server
 from evit_deploy.triton.find import find_model
-from evit_deploy.verification.accuracy import infer_all
-from evit_deploy.verification.agreement import Answers, agreement, agreement_row, named_patches, same_choice
-from evit_deploy.verification.cost import Pair, dense_of, side_by_side
+from evit_deploy.verification.agreement import agreement, same_choice
+from evit_deploy.verification.answers.answers import Answers, agreement_row, infer_all, named_patches
+from evit_deploy.verification.answers.cost import Pair, dense_of, side_by_side
+from evit_deploy.verification.answers.pictures import pictures_of
 from evit_deploy.verification.ensemble import verify_ensemble
 from evit_deploy.verification.golden import Golden, load_golden, make_golden
 from evit_deploy.verification.limits import own_limits
-from evit_deploy.verification.pictures import pictures_of
 from evit_deploy.verification.tolerances import NOISE_LIMIT, distance
 
 _LOG = logging.getLogger(__name__)

@@ -35,8 +35,8 @@ from evit_deploy.tokens.backbone import backbone_of, copy_sharing_weights
 from evit_deploy.tokens.ending import for_inference
 from evit_deploy.tokens.plan import TokenOptions, TokenSpec
 from evit_deploy.tokens.reduce import dense_twin, reduce_tokens_, token_plan
-from evit_deploy.verification.pictures import pictures_for
-from evit_deploy.verification.retrieval import centered_cosines
+from evit_deploy.verification.answers.pictures import pictures_for
+from evit_deploy.verification.answers.retrieval import centered_cosines
 from evit_deploy.visualization.subject import is_bundle
 
 _LOG = logging.getLogger(__name__)

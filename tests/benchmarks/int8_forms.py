@@ -22,7 +22,7 @@ from evit_deploy.export.quantization import quantize
 from evit_deploy.profiling.timing import measure
 from evit_deploy.report.statistics import median_interval
 from evit_deploy.runtimes.select import opened
-from evit_deploy.verification.accuracy import infer_all
+from evit_deploy.verification.answers.answers import infer_all
 
 RUNTIMES = ("onnxruntime", "openvino")
 FP32, CPU, ENGINE, FORM = "fp32", "int8 for CPUs", "int8 for engines", "int8 for engines, rest FP32"

@@ -35,9 +35,9 @@ from evit_deploy.profiling.timing import measure
 from evit_deploy.report.statistics import median_interval
 from evit_deploy.runtimes.select import opened
 from evit_deploy.tokens.backbone import copy_sharing_weights
-from evit_deploy.verification.accuracy import infer_all
-from evit_deploy.verification.retrieval import centered_cosines
-from evit_deploy.verification.sensitivity import layer_costs
+from evit_deploy.verification.answers.answers import infer_all
+from evit_deploy.verification.answers.retrieval import centered_cosines
+from evit_deploy.verification.answers.sensitivity import layer_costs
 
 METHODS = {
     "dense": TokenSpec(1.0),

@@ -26,8 +26,7 @@ from evit_deploy.recipe.recipe import load_recipe
 from evit_deploy.report.statistics import median_interval, wilson
 from evit_deploy.runtimes.select import opened
 from evit_deploy.tokens.reduce import dense_twin
-from evit_deploy.verification.accuracy import infer_all
-from evit_deploy.verification.agreement import Answers, agreement_row, named_patches
+from evit_deploy.verification.answers.answers import Answers, agreement_row, infer_all, named_patches
 
 RUNS = (
     ("eager", "fp32"),

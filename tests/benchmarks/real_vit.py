@@ -30,7 +30,7 @@ from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.models.checkpoint import build_model, read_checkpoint
 from evit_deploy.tokens.choices import original_patches
 from evit_deploy.tokens.reduce import capture
-from evit_deploy.verification.retrieval import centered_cosines
+from evit_deploy.verification.answers.retrieval import centered_cosines
 
 FOLDS = 3
 BATCH = 26

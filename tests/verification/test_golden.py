@@ -16,7 +16,8 @@ from evit_deploy.report.report import Report
 from evit_deploy.tokens.choices import FLOOR, original_patches
 from evit_deploy.tokens.plan import TokenSpec, make_plan
 from evit_deploy.tokens.reduce import capture, reduce_tokens_, token_plan
-from evit_deploy.verification.agreement import agreement, answer_error, overlap, same_choice
+from evit_deploy.verification.agreement import agreement, answer_error, same_choice
+from evit_deploy.verification.answers.answers import overlap
 from evit_deploy.verification.golden import Golden, KnownAnswers, make_golden
 from evit_deploy.verification.tolerances import NOISE_LIMIT
 from evit_deploy.verification.verify import verify_precision

@@ -15,8 +15,7 @@ from evit_deploy.errors import InputError
 from evit_deploy.export.card import EMBEDDING, INPUT, LOGITS, kept_name
 from evit_deploy.report.report import Report
 from evit_deploy.tokens.reduce import token_plan
-from evit_deploy.verification.accuracy import infer_all
-from evit_deploy.verification.agreement import Answers, agreement_row
+from evit_deploy.verification.answers.answers import Answers, agreement_row, infer_all
 from evit_deploy.verification.golden import Golden, make_golden
 from evit_deploy.verification.verify import verify_dense, verify_precision, verify_runtime
 from tests.support.damage import (

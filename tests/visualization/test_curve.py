@@ -16,7 +16,7 @@ from evit_deploy.models.checkpoint import build_model, read_checkpoint
 from evit_deploy.report.statistics import wilson
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
-from evit_deploy.verification.retrieval import centered_cosines
+from evit_deploy.verification.answers.retrieval import centered_cosines
 from evit_deploy.visualization.curve import RemovalCurve, removal_curve
 from tests.support.models import write_checkpoint
 

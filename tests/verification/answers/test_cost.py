@@ -13,8 +13,8 @@ from evit_deploy.report.report import ComparedRow
 from evit_deploy.report.statistics import paired_interval, wilson
 from evit_deploy.runtimes.select import opened
 from evit_deploy.tokens.reduce import reduce_tokens_
-from evit_deploy.verification.cost import Answered, Pair, dense_of, side_by_side, with_answers
-from evit_deploy.verification.pictures import pictures_of
+from evit_deploy.verification.answers.cost import Answered, Pair, dense_of, side_by_side, with_answers
+from evit_deploy.verification.answers.pictures import pictures_of
 from evit_deploy.verification.verify import verify
 from tests.support.models import of_kind
 

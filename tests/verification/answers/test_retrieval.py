@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from evit_deploy.verification import retrieval
-from evit_deploy.verification.retrieval import centered_cosines, cosines, nearest, recalled
+from evit_deploy.verification.answers import retrieval
+from evit_deploy.verification.answers.retrieval import centered_cosines, cosines, nearest, recalled
 
 
 def embeddings(count: int, width: int = 16, seed: int = 0) -> np.ndarray:

@@ -10,7 +10,7 @@ from PIL import Image
 from evit_deploy.bundle.bundle import Bundle
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.errors import InputError
-from evit_deploy.verification.pictures import check_images, embeds, pictures_of
+from evit_deploy.verification.answers.pictures import check_images, embeds, pictures_of
 
 LABELS = ["ant", "bee", "cat", "crane", "dog", "eel", "fox", "crane", "gnu", "hen"]
 

@@ -24,8 +24,8 @@ from evit_deploy.progress import doing, step
 from evit_deploy.report.report import Check, SensitivityRow
 from evit_deploy.report.statistics import hits_of
 from evit_deploy.runtimes.select import opened
-from evit_deploy.verification.accuracy import DATA_BATCH, infer_all
-from evit_deploy.verification.retrieval import nearest, recalled
+from evit_deploy.verification.answers.answers import DATA_BATCH, infer_all
+from evit_deploy.verification.answers.retrieval import nearest, recalled
 from evit_deploy.verification.tolerances import noise
 
 _LOG = logging.getLogger(__name__)

@@ -16,10 +16,9 @@ from evit_deploy.report.statistics import difference, hits_of, row_of_hits, wils
 from evit_deploy.runtimes.select import opened
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tokens.reduce import dense_twin
-from evit_deploy.verification.accuracy import data_batch, outputs_of
-from evit_deploy.verification.agreement import Answers, named_patches
-from evit_deploy.verification.pictures import Pictures, embeds
-from evit_deploy.verification.retrieval import centered_cosines, cosines, nearest, recalled
+from evit_deploy.verification.answers.answers import Answers, data_batch, named_patches, outputs_of
+from evit_deploy.verification.answers.pictures import Pictures, embeds
+from evit_deploy.verification.answers.retrieval import centered_cosines, cosines, nearest, recalled
 
 _LOG = logging.getLogger(__name__)
 

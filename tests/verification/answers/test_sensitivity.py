@@ -10,8 +10,8 @@ from onnx import numpy_helper
 
 from evit_deploy.errors import GateFailed
 from evit_deploy.export.quantization import Quantized, layer_of, quantize
-from evit_deploy.verification import sensitivity
-from evit_deploy.verification.sensitivity import Shown, kept_within, layer_costs, of_array
+from evit_deploy.verification.answers import sensitivity
+from evit_deploy.verification.answers.sensitivity import Shown, kept_within, layer_costs, of_array
 from evit_deploy.verification.tolerances import noise
 from tests.support.exports import answers, calibration_of, copied, exported
 from tests.support.models import images, of_kind

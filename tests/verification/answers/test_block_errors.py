@@ -13,7 +13,7 @@ from evit_deploy.export.portable import export_onnx
 from evit_deploy.registry import METHODS
 from evit_deploy.report.report import Report
 from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.verification.block_errors import block_errors
+from evit_deploy.verification.answers.block_errors import block_errors
 from tests.support.exports import copied, exported, lowered, reduced
 from tests.support.models import KINDS, images, of_kind, preprocess_for
 

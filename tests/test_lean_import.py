@@ -46,7 +46,7 @@ def test_importing_loads_nothing_heavy(modules):
 
 @pytest.mark.parametrize(
     "module",
-    ["report.statistics", "data.images", "data.sources", "runtimes.runner", "triton.connection"],
+    ["report.statistics", "data.images", "data.sources.sources", "runtimes.runner", "triton.connection"],
 )  # fmt: skip
 def test_what_computes_with_arrays_needs_numpy_alone(module):
     found = loaded(f"import evit_deploy.{module}")

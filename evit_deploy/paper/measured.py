@@ -13,7 +13,8 @@ import timm
 import torch
 
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import Folder, labeled_batches
+from evit_deploy.data.sources.class_folders import Folder
+from evit_deploy.data.sources.sources import labeled_batches
 from evit_deploy.engines.options import BUILDERS
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.environment.nvidia import compute_capability

@@ -11,7 +11,7 @@ import numpy as np
 from evit_deploy.bundle.bundle import Bundle, changed_files, read_bundle
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.data.images import image_files
-from evit_deploy.data.sources import is_labeled
+from evit_deploy.data.sources.class_folders import is_labeled
 from evit_deploy.environment.command import commands
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError, MissingRequirement, did_you_mean

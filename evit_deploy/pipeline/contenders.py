@@ -16,7 +16,7 @@ import evit_deploy
 from evit_deploy.bundle.bundle import Bundle, changed_files, check_out, read_bundle
 from evit_deploy.data.images import image_files
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import Folder
+from evit_deploy.data.sources.class_folders import Folder
 from evit_deploy.errors import InputError, RecipeError
 from evit_deploy.files import sha256
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, resolve_tokens, save_checkpoint

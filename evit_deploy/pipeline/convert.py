@@ -19,7 +19,7 @@ from evit_deploy.bundle.manifest import GOLDEN, MODEL, PAGE, REPORT, Manifest, P
 from evit_deploy.bundle.signature import read_private_key, sign
 from evit_deploy.data.images import calibration_images, image_files, sample_inputs
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import Folder, is_labeled
+from evit_deploy.data.sources.class_folders import Folder, is_labeled
 from evit_deploy.environment.command import commands
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError

@@ -131,7 +131,7 @@ def _convert(recipe: Recipe, made: Any, path: Path, out: Path, notes: list[str])
 
 def _calibration(recipe: Recipe, preprocess: Any) -> Any:
     """Evenly spaced training images without augmentation; ``None`` if they are not needed for calibration."""
-    from evit_deploy.data.training_data import open_data
+    from evit_deploy.data.training.training_data import open_data
     from evit_deploy.export.precision import QUANTIZED
 
     if recipe.convert.precision not in QUANTIZED or recipe.convert.calibration is not None:
@@ -336,7 +336,7 @@ def _fresh_bundle(recipe: Recipe, path: Path, checkpoint: Path) -> Bundle | None
 
 def _exported_accuracy(recipe: Recipe, bundle: Bundle) -> AccuracyRow:
     """Accuracy of the exported file on the recipe's validation images."""
-    from evit_deploy.data.training_data import open_data
+    from evit_deploy.data.training.training_data import open_data
     from evit_deploy.export.card import LOGITS, feeds
     from evit_deploy.runtimes.select import opened
     from evit_deploy.targets.target import PORTABLE

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 
-from evit_deploy.data.training_data import TrainingData
+from evit_deploy.data.training.training_data import TrainingData
 from evit_deploy.errors import InputError
 from evit_deploy.progress import doing
 from evit_deploy.recipe.recipe import CompareSection

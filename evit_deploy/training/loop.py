@@ -18,9 +18,9 @@ from accelerate import PartialState
 from torch import nn
 
 from evit_deploy import progress
-from evit_deploy.data.digits.curriculum import Curriculum
-from evit_deploy.data.sampling import worker_deaths_told
-from evit_deploy.data.training_data import TrainingData, curriculum_of
+from evit_deploy.data.training.curriculum import Curriculum
+from evit_deploy.data.training.sampling import worker_deaths_told
+from evit_deploy.data.training.training_data import TrainingData, curriculum_of
 from evit_deploy.errors import InputError, Interrupted, StageError
 from evit_deploy.models.checkpoint import save_checkpoint
 from evit_deploy.models.levit import EvoLeViT

@@ -10,7 +10,7 @@ from torch import nn
 
 from evit_deploy.data.labels import same_classes
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.training_data import TrainingData, open_data
+from evit_deploy.data.training.training_data import TrainingData, open_data
 from evit_deploy.errors import RecipeError, did_you_mean
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint
 from evit_deploy.models.create import create_model

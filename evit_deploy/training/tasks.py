@@ -13,7 +13,7 @@ from timm.task import ClassificationTask, LogitDistillationTask, TokenDistillati
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
-from evit_deploy.data.token_labels import crop_token_labels
+from evit_deploy.data.training.token_labels import crop_token_labels
 from evit_deploy.errors import InputError
 from evit_deploy.models.levit import EvoLeViT
 from evit_deploy.recipe.sections import DynamicViTSection, TeacherSection, TrainSection

@@ -1,7 +1,7 @@
 """Token labeling ("All Tokens Matter", arXiv 2104.10858): every patch token is trained with its own label.
 
 This module has the model's outputs for each token, and the loss. The labels come from the maps of
-:mod:`evit_deploy.data.token_labels`, or from a teacher. In order::
+:mod:`evit_deploy.data.training.token_labels`, or from a teacher. In order::
 
     labels = crop_token_labels(maps, boxes, flipped, grid, classes)    # [B, patches, classes]
     out = token_logits(model, images)                                  # class_logits, token_logits, kept

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from evit_deploy.data.images import image_files
-from evit_deploy.data.sources import is_labeled
+from evit_deploy.data.sources.class_folders import is_labeled
 from evit_deploy.environment.machine import device, versions
 from evit_deploy.errors import InputError, Interrupted
 from evit_deploy.export.precision import QUANTIZED

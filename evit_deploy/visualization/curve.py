@@ -21,7 +21,7 @@ from evit_deploy.charts.kinds import Axes, Point, lines
 from evit_deploy.charts.svg import standalone
 from evit_deploy.data.images import EXTENSIONS
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import class_folders, is_labeled
+from evit_deploy.data.sources.class_folders import class_folders, is_labeled
 from evit_deploy.errors import InputError
 from evit_deploy.inference.choice import asked_for
 from evit_deploy.inference.inputs import Given, image_paths

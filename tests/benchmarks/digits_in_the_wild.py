@@ -23,7 +23,7 @@ from common import save
 from safetensors.torch import load_file, save_file
 
 from evit_deploy import load_recipe, reduce_tokens_, token_plan
-from evit_deploy.data.training_data import curriculum_of
+from evit_deploy.data.training.training_data import curriculum_of
 from evit_deploy.recipe.recipe import Recipe
 from evit_deploy.report.statistics import difference
 from evit_deploy.tokens.plan import TokenSpec

@@ -29,8 +29,8 @@ from serving_load import (
 )
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle
-from evit_deploy.data.digits.digits import digits_images
 from evit_deploy.data.images import preprocess_image
+from evit_deploy.data.training.digits.digits import digits_images
 from evit_deploy.triton.client import ask
 from tests.support.hostile import INFLATED, KINDS, Target, attack, inflating_body, under_attack
 from tests.support.triton_server import TritonServer

@@ -161,7 +161,7 @@ def make_pictures(work: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from evit_deploy.data.digits.wild_digits import WildDigits
+    from evit_deploy.data.training.digits.wild_digits import WildDigits
 
     def normalized(pictures: "np.ndarray") -> "np.ndarray":
         return pictures.astype(np.float32) / 127.5 - 1  # mean and deviation 0.5, as in the weights' folder

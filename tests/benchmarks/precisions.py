@@ -18,7 +18,7 @@ from common import deit_small, save
 from evit_deploy import TokenSpec, export_onnx, reduce_tokens_, set_precision, slice_twin, token_plan
 from evit_deploy.data.images import sample_inputs
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.training_data import open_data
+from evit_deploy.data.training.training_data import open_data
 from evit_deploy.export.precision import DTYPES
 from evit_deploy.models.checkpoint import build_model, read_checkpoint
 from evit_deploy.profiling.timing import measure

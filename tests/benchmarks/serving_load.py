@@ -25,8 +25,8 @@ from PIL import Image
 
 from evit_deploy.bundle.bundle import Bundle, read_bundle
 from evit_deploy.bundle.manifest import GOLDEN
-from evit_deploy.data.digits.digits import digits_images
 from evit_deploy.data.images import preprocess_image, sample_photographs
+from evit_deploy.data.training.digits.digits import digits_images
 from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.pipeline.convert import convert
 from evit_deploy.recipe.options import ConvertOptions, ProfileOptions

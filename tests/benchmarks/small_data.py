@@ -21,7 +21,7 @@ from common import save
 from PIL import Image
 
 from evit_deploy import load_recipe
-from evit_deploy.data.digits.wild_digits import Split, WildDigits
+from evit_deploy.data.training.digits.wild_digits import Split, WildDigits
 from evit_deploy.training.compare import DENSE_NAME, finetuned_name, untrained_name
 from evit_deploy.training.loop import train
 

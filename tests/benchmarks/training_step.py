@@ -26,7 +26,7 @@ import torch
 from common import deit_small, save
 
 from evit_deploy import Preprocess, TokenSpec, reduce_tokens_, token_plan
-from evit_deploy.data.transfer import Transfer
+from evit_deploy.data.training.transfer import Transfer
 from evit_deploy.recipe.sections import TrainSection
 from evit_deploy.report.statistics import median_interval
 from evit_deploy.training.step import TrainingRun

@@ -8,7 +8,7 @@ from PIL import Image
 
 from evit_deploy.bundle.bundle import read_bundle
 from evit_deploy.bundle.manifest import MODEL
-from evit_deploy.data.sources import Folder
+from evit_deploy.data.sources.class_folders import Folder
 from tests.support.models import tree
 
 VERIFY = ["--runtime", "onnxruntime", "--threads", "1", "--batch-sizes", "1"]

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from evit_deploy.data.digits.digits import DigitsData, augment, load_digits_data
 from evit_deploy.data.images import preprocess_image, sample_inputs, sample_photographs
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import Folder, labeled_batches
-from evit_deploy.data.training_data import open_data
+from evit_deploy.data.sources.class_folders import Folder
+from evit_deploy.data.sources.sources import labeled_batches
+from evit_deploy.data.training.digits.digits import DigitsData, augment, load_digits_data
+from evit_deploy.data.training.training_data import open_data
 from evit_deploy.errors import InputError, RecipeError
 from evit_deploy.recipe.sections import DataSection
 

@@ -210,7 +210,7 @@ def test_scikit_learn_is_needed_for_its_digits_alone(tmp_path):
     code = """
 import importlib, pkgutil
 import evit_deploy
-from evit_deploy.data.digits.digits import digits_images
+from evit_deploy.data.training.digits.digits import digits_images
 from evit_deploy.data.images import sample_photographs
 from evit_deploy.errors import MissingRequirement
 

@@ -5,7 +5,8 @@ import os
 
 from PIL import Image
 
-from evit_deploy.data.sources import Place, open_source
+from evit_deploy.data.sources.source import Place
+from evit_deploy.data.sources.sources import open_source
 from tests.support.paths import ROOT
 
 WALL_CLOCKS = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}

@@ -116,7 +116,8 @@ def test_accuracy_is_counted_right(small, weights, images):
     checkpoint = read_checkpoint(weights)
     model = build_model(checkpoint, 64)
     prepare: Preprocess = preprocess_of(checkpoint, model)
-    from evit_deploy.data.sources import Folder, labeled_batches
+    from evit_deploy.data.sources.class_folders import Folder
+    from evit_deploy.data.sources.sources import labeled_batches
 
     right = 0
     for x, labels in labeled_batches(Folder(images), prepare, 1):

@@ -16,7 +16,8 @@ from PIL import Image
 from evit_deploy import RUNTIMES, CompareOptions, InputError, MissingRequirement, compare, read_bundle
 from evit_deploy.bundle.bundle import Bundle
 from evit_deploy.bundle.manifest import DENSE, MANIFEST, MODEL
-from evit_deploy.data.sources import Folder, labeled_batches
+from evit_deploy.data.sources.class_folders import Folder
+from evit_deploy.data.sources.sources import labeled_batches
 from evit_deploy.export.card import LOGITS, feeds
 from evit_deploy.pipeline.compare import CSV, JSON, MARKDOWN, RESULTS, reference_of, settings_of
 from evit_deploy.report.report import Report

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from evit_deploy import load_recipe, run
-from evit_deploy.data.digits.digits import digits_images, digits_split
+from evit_deploy.data.training.digits.digits import digits_images, digits_split
 from evit_deploy.pipeline.run import train_stage
 from evit_deploy.training.setup import setup
 from tests.support.logs import notices

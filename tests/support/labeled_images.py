@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.training_data import open_data
+from evit_deploy.data.training.training_data import open_data
 from evit_deploy.recipe.sections import DataSection, TokenLabelSection, TrainSection
 from evit_deploy.tokens.plan import TokenSpec
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.training_data import open_data
+from evit_deploy.data.training.training_data import open_data
 from evit_deploy.errors import InputError, RecipeError, StageError
 from evit_deploy.models.checkpoint import Checkpoint, build_model, read_checkpoint, save_checkpoint
 from evit_deploy.models.create import create_model

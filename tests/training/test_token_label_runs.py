@@ -12,7 +12,7 @@ import timm
 import torch
 
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.training_data import open_data
+from evit_deploy.data.training.training_data import open_data
 from evit_deploy.errors import InputError, RecipeError, UnsupportedModelError
 from evit_deploy.models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from evit_deploy.recipe.recipe import Recipe, dump_recipe, load_recipe

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, ToTensor
 
-from evit_deploy.data.augmentation import GEOMETRIC, CropAndFlip, FollowedTransform, Warp
-from evit_deploy.data.sampling import own_randomness
-from evit_deploy.data.token_labels import crop_token_labels
+from evit_deploy.data.training.augmentation import GEOMETRIC, CropAndFlip, FollowedTransform, Warp
+from evit_deploy.data.training.sampling import own_randomness
+from evit_deploy.data.training.token_labels import crop_token_labels
 from evit_deploy.recipe.sections import TokenLabelSection
 from evit_deploy.tokens.plan import FUSED, TokenSpec
 from evit_deploy.tokens.reduce import reduce_tokens_, set_keep_rate_

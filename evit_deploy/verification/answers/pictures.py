@@ -9,7 +9,8 @@ import numpy as np
 
 from evit_deploy.bundle.manifest import Manifest
 from evit_deploy.data.images import image_batches, image_files, with_channels
-from evit_deploy.data.sources import Folder, class_folders, is_labeled, labeled_batches
+from evit_deploy.data.sources.class_folders import Folder, class_folders, is_labeled
+from evit_deploy.data.sources.sources import labeled_batches
 from evit_deploy.errors import InputError, first_few
 from evit_deploy.export.card import LOGITS
 

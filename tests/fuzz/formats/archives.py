@@ -7,7 +7,8 @@ from pathlib import Path
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from evit_deploy.data.sources import Place, open_source
+from evit_deploy.data.sources.source import Place
+from evit_deploy.data.sources.sources import open_source
 from tests.fuzz.formats.images import written
 from tests.fuzz.harness import Format
 from tests.fuzz.mutations import NUMBERS, TEXTS, as_json, damaged, either, nested

@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from evit_deploy.data.token_labels import read_token_labels
+from evit_deploy.data.training.token_labels import read_token_labels
 from evit_deploy.models.checkpoint import METADATA_KEY, build_model, read_checkpoint
 from evit_deploy.recipe.recipe import load_recipe
 from evit_deploy.training.state import StateFile, asked

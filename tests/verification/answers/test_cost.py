@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from evit_deploy.bundle.manifest import DENSE, MODEL
-from evit_deploy.data.sources import Folder, labeled_batches
+from evit_deploy.data.sources.class_folders import Folder
+from evit_deploy.data.sources.sources import labeled_batches
 from evit_deploy.export.card import feeds
 from evit_deploy.report.report import ComparedRow
 from evit_deploy.report.statistics import paired_interval, wilson

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from evit_deploy.data.sampling import Batches, loader, own_randomness, validation_rows, worker_deaths_told
+from evit_deploy.data.training.sampling import Batches, loader, own_randomness, validation_rows, worker_deaths_told
 from evit_deploy.errors import InputError, StageError
 
 

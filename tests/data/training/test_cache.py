@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit_deploy.data import cache as image_cache
-from evit_deploy.data.cache import INDEX, PIXELS, cached
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import Place, open_source
-from evit_deploy.data.training_data import open_data
+from evit_deploy.data.sources.source import Place
+from evit_deploy.data.sources.sources import open_source
+from evit_deploy.data.training import cache as image_cache
+from evit_deploy.data.training.cache import INDEX, PIXELS, cached
+from evit_deploy.data.training.training_data import open_data
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.recipe.sections import DataSection
 

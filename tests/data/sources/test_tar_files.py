@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from evit_deploy.data.tar_files import check_tar
+from evit_deploy.data.sources.tar_files import check_tar
 from evit_deploy.errors import InputError
 
 

@@ -8,10 +8,10 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
-from evit_deploy.data.augmentation import ErasedTransform, erase_
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sampling import own_randomness
-from evit_deploy.data.training_data import open_data
+from evit_deploy.data.training.augmentation import ErasedTransform, erase_
+from evit_deploy.data.training.sampling import own_randomness
+from evit_deploy.data.training.training_data import open_data
 from tests.support.labeled_images import data_section
 from tests.support.training_devices import DEVICES, available
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from evit_deploy.data.digits.digits import DigitsData
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sampling import loader, stacked
-from evit_deploy.data.training_data import open_data
-from evit_deploy.data.transfer import Transfer
+from evit_deploy.data.training.digits.digits import DigitsData
+from evit_deploy.data.training.sampling import loader, stacked
+from evit_deploy.data.training.training_data import open_data
+from evit_deploy.data.training.transfer import Transfer
 from evit_deploy.recipe.sections import DataSection
 from tests.support.labeled_images import SIZE, data_section
 from tests.support.training_devices import DEVICES, available

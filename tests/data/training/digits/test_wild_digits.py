@@ -8,11 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from evit_deploy.data.digits import wild_digits
-from evit_deploy.data.digits.wild_digits import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, Difficulty, WildDigits, photographs
 from evit_deploy.data.images import preprocess_image
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.training_data import curriculum_of, open_data
+from evit_deploy.data.training.digits import wild_digits
+from evit_deploy.data.training.digits.wild_digits import (
+    TEST_PHOTOGRAPHS,
+    TRAIN_PHOTOGRAPHS,
+    Difficulty,
+    WildDigits,
+    photographs,
+)
+from evit_deploy.data.training.training_data import curriculum_of, open_data
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.recipe.sections import DataSection

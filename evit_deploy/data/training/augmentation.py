@@ -113,7 +113,8 @@ class FollowedTransform:
                 operation.aug_fn = _Noted(operation.aug_fn, self)
 
     def __call__(self, image: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A PIL image to a tensor, and what :func:`evit_deploy.data.token_labels.crop_token_labels` takes of one image.
+        """A PIL image to a tensor, and what
+        :func:`evit_deploy.data.training.token_labels.crop_token_labels` takes of one image.
 
         Returns:
             The image ``[C, H, W]``, its crop's box ``[4]``, whether it was mirrored, and its warp ``[2, 3]``.

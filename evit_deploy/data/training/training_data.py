@@ -1,7 +1,7 @@
 """What ``fit`` and ``evaluate`` draw their batches from: digits in memory, digits in the wild, or images on disk.
 
-Every kind keeps the same two promises (:mod:`evit_deploy.data.sampling`): step k draws the same images, varied in the
-same way, for one process or several, and for a run that begins at step k.
+Every kind keeps the same two promises (:mod:`evit_deploy.data.training.sampling`): step k draws the same images, varied
+in the same way, for one process or several, and for a run that begins at step k.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evit_deploy.data.digits.curriculum import Curriculum
-from evit_deploy.data.digits.digits import DigitsData
-from evit_deploy.data.digits.wild_digits import WildDigitsData
-from evit_deploy.data.folder import FolderData
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sampling import Batch
+from evit_deploy.data.training.curriculum import Curriculum
+from evit_deploy.data.training.digits.digits import DigitsData
+from evit_deploy.data.training.digits.wild_digits import WildDigitsData
+from evit_deploy.data.training.folder import FolderData
+from evit_deploy.data.training.sampling import Batch
 from evit_deploy.recipe.sections import DataSection
 
 
@@ -46,7 +46,7 @@ class TrainingData(Protocol):
         """Endless: images float32 ``[B, 3, H, W]`` and targets, int64 ``[B]`` or probabilities ``[B, classes]``.
 
         Where there are token labels, four more: maps, boxes, flipped and warps of
-        :func:`evit_deploy.data.token_labels.crop_token_labels`.
+        :func:`evit_deploy.data.training.token_labels.crop_token_labels`.
 
         Args:
             batch_size: Images a step, over all processes; ``B`` is this by ``world``.
@@ -55,7 +55,7 @@ class TrainingData(Protocol):
             world: How many processes train.
             start_step: Step to begin at: exactly the batches come that would have followed in an unbroken run.
             curriculum: What :func:`curriculum_of` gave; without one, images are at full difficulty.
-            device: Where the batches are to be; see :class:`evit_deploy.data.transfer.Transfer`.
+            device: Where the batches are to be; see :class:`evit_deploy.data.training.transfer.Transfer`.
         """
         ...
 

@@ -11,11 +11,20 @@ import torch
 from timm.data import Mixup, create_transform
 from torch import Tensor
 
-from evit_deploy.data.augmentation import CropAndFlip, ErasedTransform, FollowedTransform, erase_, operations_of
-from evit_deploy.data.cache import cached
-from evit_deploy.data.digits.curriculum import Curriculum
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sampling import (
+from evit_deploy.data.sources.class_folders import Folder
+from evit_deploy.data.sources.source import Place, Source
+from evit_deploy.data.sources.sources import open_source
+from evit_deploy.data.training.augmentation import (
+    CropAndFlip,
+    ErasedTransform,
+    FollowedTransform,
+    erase_,
+    operations_of,
+)
+from evit_deploy.data.training.cache import cached
+from evit_deploy.data.training.curriculum import Curriculum
+from evit_deploy.data.training.sampling import (
     AHEAD,
     Batch,
     Batches,
@@ -27,9 +36,8 @@ from evit_deploy.data.sampling import (
     validation_rows,
     whole_batches,
 )
-from evit_deploy.data.sources import Folder, Place, Source, open_source
-from evit_deploy.data.token_labels import TokenLabelMaps
-from evit_deploy.data.transfer import Transfer
+from evit_deploy.data.training.token_labels import TokenLabelMaps
+from evit_deploy.data.training.transfer import Transfer
 from evit_deploy.errors import InputError, RecipeError, first_few
 from evit_deploy.recipe.sections import DataSection
 
@@ -40,7 +48,7 @@ class FolderData:
     """Images on disk, varied as in the official DeiT and EViT training.
 
     RandAugment, color jitter, flips, random erasing, mixup, CutMix and repeated augmentation. See
-    :mod:`evit_deploy.data.sources` for where the images may lie.
+    :mod:`evit_deploy.data.sources.sources` for where the images may lie.
     """
 
     def __init__(self, section: DataSection, preprocess: Preprocess) -> None:
@@ -128,7 +136,7 @@ class FolderData:
         return Place(path, split, section.input_key, section.target_key, section.num_classes)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """See :class:`evit_deploy.data.training_data.TrainingData`."""
+        """See :class:`evit_deploy.data.training.training_data.TrainingData`."""
         return whole_batches(len(self._train), batch_size)
 
     def training(
@@ -142,9 +150,10 @@ class FolderData:
         curriculum: Curriculum | None = None,
         device: torch.device | str = "cpu",
     ) -> Iterator[tuple[Tensor, ...]]:
-        """See :class:`evit_deploy.data.training_data.TrainingData`. Mixup and CutMix mix the images of one process.
+        """See :class:`evit_deploy.data.training.training_data.TrainingData`.
 
         Images are cropped, mirrored and varied where they are read, and normalized, erased and mixed on the device.
+        Mixup and CutMix mix the images of one process.
         """
         section = self._section
         batches = Batches(
@@ -178,12 +187,12 @@ class FolderData:
         )
 
     def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """See :class:`evit_deploy.data.training_data.TrainingData`. An image that cannot be read is left out."""
+        """See :class:`evit_deploy.data.training.training_data.TrainingData`; leaves out images that cannot be read."""
         rows = validation_rows(len(self._validation), batch_size, rank, world)
         yield from self._plain(self._validation, rows, "validation")
 
     def calibration(self, count: int) -> np.ndarray:
-        """See :class:`evit_deploy.data.training_data.TrainingData`."""
+        """See :class:`evit_deploy.data.training.training_data.TrainingData`."""
         chosen = spaced(len(self._train), count).tolist()
         rows = [chosen[start : start + 64] for start in range(0, len(chosen), 64)]
         return np.concatenate([images.numpy() for images, *_ in self._plain(self._train, rows, "train")])

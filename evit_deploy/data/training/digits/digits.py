@@ -8,11 +8,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from evit_deploy.data.digits.curriculum import Curriculum
 from evit_deploy.data.images import preprocess_image
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sampling import Batch, share, spaced, validation_rows, whole_batches
-from evit_deploy.data.transfer import Transfer
+from evit_deploy.data.training.curriculum import Curriculum
+from evit_deploy.data.training.sampling import Batch, share, spaced, validation_rows, whole_batches
+from evit_deploy.data.training.transfer import Transfer
 from evit_deploy.environment.requirements import require_extra
 from evit_deploy.recipe.sections import DataSection
 

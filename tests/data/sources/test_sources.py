@@ -13,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from evit_deploy.data import folder as folder_data
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sources import Folder, Place, _expanded, open_source
-from evit_deploy.data.training_data import open_data
+from evit_deploy.data.sources.class_folders import Folder
+from evit_deploy.data.sources.shards import _expanded
+from evit_deploy.data.sources.source import Place
+from evit_deploy.data.sources.sources import open_source
+from evit_deploy.data.training import folder as folder_data
+from evit_deploy.data.training.training_data import open_data
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement, RecipeError
 from evit_deploy.recipe.sections import DataSection

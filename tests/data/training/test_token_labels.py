@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evit_deploy.data.augmentation import CropAndFlip
-from evit_deploy.data.token_labels import crop_token_labels, read_token_labels, token_label_file
+from evit_deploy.data.training.augmentation import CropAndFlip
+from evit_deploy.data.training.token_labels import crop_token_labels, read_token_labels, token_label_file
 from evit_deploy.errors import InputError, UnsupportedModelError
 from evit_deploy.tokens.choices import original_patches
 from evit_deploy.tokens.plan import FUSED, TokenSpec

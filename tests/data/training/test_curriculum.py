@@ -2,7 +2,7 @@
 
 import pytest
 
-from evit_deploy.data.digits.curriculum import Curriculum
+from evit_deploy.data.training.curriculum import Curriculum
 from evit_deploy.errors import InputError
 from evit_deploy.training.loop import Stage, fit
 from tests.support.logs import notices

@@ -18,11 +18,11 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from evit_deploy.data.digits.curriculum import Curriculum
-from evit_deploy.data.digits.digits import digits_images, digits_preprocess
 from evit_deploy.data.images import read_image
 from evit_deploy.data.preprocess import Preprocess
-from evit_deploy.data.sampling import (
+from evit_deploy.data.training.curriculum import Curriculum
+from evit_deploy.data.training.digits.digits import digits_images, digits_preprocess
+from evit_deploy.data.training.sampling import (
     AHEAD,
     Batch,
     Batches,
@@ -33,7 +33,7 @@ from evit_deploy.data.sampling import (
     validation_rows,
     whole_batches,
 )
-from evit_deploy.data.transfer import Transfer
+from evit_deploy.data.training.transfer import Transfer
 from evit_deploy.environment.requirements import install_line
 from evit_deploy.errors import InputError, MissingRequirement
 from evit_deploy.recipe.sections import DataSection
@@ -193,7 +193,7 @@ def _photographs(names: tuple[str, ...]) -> list[Image.Image]:
 
 @functools.lru_cache(maxsize=2)
 def _glyphs(split: Split) -> tuple[list[Image.Image], np.ndarray]:
-    from evit_deploy.data.digits.digits import digits_split
+    from evit_deploy.data.training.digits.digits import digits_split
 
     images, labels = digits_images()
     chosen = digits_split(labels)[split == "test"]
@@ -228,7 +228,7 @@ def _color(behind: float, contrast: float, level: float, draw: float, tint: np.n
 
 
 class WildDigitsData:
-    """Digits on photographs, see :mod:`evit_deploy.data.digits.wild_digits`; made as they are drawn."""
+    """Digits on photographs, see :mod:`evit_deploy.data.training.digits.wild_digits`; made as they are drawn."""
 
     def __init__(self, section: DataSection, preprocess: Preprocess) -> None:
         size = preprocess.size[0]

@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from evit_deploy.data.sampling import loader
-from evit_deploy.data.sources import Source
+from evit_deploy.data.sources.source import Source
+from evit_deploy.data.training.sampling import loader
 from evit_deploy.errors import InputError, StageError
 from evit_deploy.files.drafts import draft
 
@@ -22,7 +22,7 @@ _FORMAT = 1
 
 
 class CachedSource:
-    """A :class:`evit_deploy.data.sources.Source` that reads from a cache; made by :func:`cached`."""
+    """A :class:`evit_deploy.data.sources.source.Source` that reads from a cache; made by :func:`cached`."""
 
     def __init__(self, source: Source, path: Path) -> None:
         self.classes, self._source, self._path = source.classes, source, path
@@ -38,7 +38,7 @@ class CachedSource:
         return self.__dict__ | {"_pixels": None}  # another process maps the file itself
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """See :class:`evit_deploy.data.sources.Source`."""
+        """See :class:`evit_deploy.data.sources.source.Source`."""
         start, height, width, label = map(int, self._index[index])
         if not height:
             return self._source.load(index)  # which says why, or has become readable
@@ -48,15 +48,15 @@ class CachedSource:
         return Image.fromarray(np.ascontiguousarray(pixels)), label
 
     def name(self, index: int) -> str:
-        """See :class:`evit_deploy.data.sources.Source`."""
+        """See :class:`evit_deploy.data.sources.source.Source`."""
         return self._source.name(index)
 
     def present(self) -> set[int]:
-        """See :class:`evit_deploy.data.sources.Source`."""
+        """See :class:`evit_deploy.data.sources.source.Source`."""
         return self._source.present()
 
     def stamp(self) -> list[Any]:
-        """See :class:`evit_deploy.data.sources.Source`."""
+        """See :class:`evit_deploy.data.sources.source.Source`."""
         return self._source.stamp()
 
 

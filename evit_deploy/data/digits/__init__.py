@@ -1,1 +1,0 @@
-"""Digits to train on without a download: as they are, on photographs, and the curriculum of the latter."""

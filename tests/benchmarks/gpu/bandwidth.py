@@ -1,8 +1,9 @@
 """The kernel against a device copy of the same bytes, PyTorch's reorganization (eager and compiled) and an empty node.
 
-Every candidate is one CUDA graph over as many sets of buffers as exceed the cache, and they take turns; a time is the
-median of the rounds over the calls in a graph. Bytes are what the operator has to move: every row of x and the scores
-once, y and idx once; a copy of half of that moves as much. An empty node is a graph of kernels that do nothing.
+Every candidate is one CUDA graph over enough sets of buffers to exceed the cache, and candidates take turns; a time is
+the median over rounds, divided by the calls in a graph. Bytes are the minimum that the operator must move: every row of
+x and the scores once, y and idx once; a copy of half as many bytes moves the same amount. An empty node is a graph of
+kernels that do nothing.
 """
 
 import itertools
@@ -26,7 +27,7 @@ Shape = tuple[str, int, int, int]
 
 
 def shapes(toy: bool) -> list[Shape]:
-    """DeiT-S's first, then larger ones, then BF16, then three again for the spread."""
+    """DeiT-S first, then larger shapes, then BF16, then three again for the spread."""
     if toy:
         return [("fp16", 16, 24, 1), ("bf16", 16, 24, 2)]
     first = list(itertools.product(("fp16",), (196,), (384, 768), BATCHES))
@@ -35,13 +36,13 @@ def shapes(toy: bool) -> list[Shape]:
 
 
 def eager(x: torch.Tensor, scores: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operator's body in PyTorch, whatever kernel there is."""
+    """The operator's reference implementation in PyTorch, never the kernel."""
     kept = select(scores, keep)
     return reorganize(x, scores, kept, True, 1), kept.to(torch.int32)
 
 
 def buffers(job: Job, shape: Shape) -> tuple[list[torch.Tensor], list[torch.Tensor], int, int]:
-    """Sets of x and of scores, K, and the bytes that one call moves."""
+    """Sets of x and scores, K, and the bytes moved by one call."""
     dtype, candidates, channels, batch = shape
     keep = -(-candidates * 7 // 10)
     moved = batch * ((candidates + 1 + keep + 2) * channels * 2 + 4 * (candidates + keep))
@@ -93,7 +94,7 @@ def _row(job: Job, kernels: dict[str, TokenReorgKernel], shape: Shape, with_comp
     calls["eager"] = [bound(eager, x, s, keep) for x, s, _ in pairs]
     calls["empty node"] = [job.device.empty_node() for _ in pairs]
     if with_compile:
-        function = compiled(eager, toy=job.toy)  # launched by our own graph
+        function = compiled(eager, toy=job.toy)  # captured in our own graph
         calls["torch.compile"] = [bound(function, x, s, keep) for x, s, _ in pairs]
     runs = {name: job.device.capture(each) for name, each in calls.items()}
     times = in_turns(job.device, runs, 3 if job.toy else 15)

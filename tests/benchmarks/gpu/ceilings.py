@@ -1,4 +1,4 @@
-"""What everything else is divided by: versions and clocks, the bandwidth of a copy, a GEMM, an empty node, the bus."""
+"""References for all ratios: versions and clocks, the bandwidth of a copy, a GEMM, an empty node, the bus."""
 
 import os
 import platform
@@ -70,7 +70,8 @@ def _gemm(job: Job, cuda: bool) -> dict[str, Any]:
 
 def _empty(job: Job, cuda: bool) -> dict[str, Any]:
     replay = job.device.capture([job.device.empty_node()] * 1000)
-    return {"microseconds": round(_median_of(job, replay, 15), 3)}  # a thousand of them: milliseconds a thousand
+    # a thousand nodes, so milliseconds are microseconds per node
+    return {"microseconds": round(_median_of(job, replay, 15), 3)}
 
 
 def _bus(job: Job, cuda: bool) -> dict[str, Any]:

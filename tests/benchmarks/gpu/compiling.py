@@ -1,4 +1,4 @@
-"""``torch.compile`` as the parts use it, the same where a program is compiled ahead and where it is timed."""
+"""``torch.compile`` as used by the parts, with the same settings for compiling ahead and for timing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def compiled(function: Callable[..., Any], *, toy: bool, graphs: bool = False) -> Callable[..., Any]:
-    """A function or model, compiled whole for static shapes.
+    """Compiles a function or model as one full graph with static shapes.
 
     Args:
         function: What to compile.

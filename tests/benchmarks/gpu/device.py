@@ -1,4 +1,4 @@
-"""Where the parts run: a CUDA device with its events and graphs, or the CPU in a dry run, which has neither."""
+"""Devices of the parts: a CUDA device with events and graphs, or the CPU in a dry run."""
 
 import gc
 import math
@@ -12,7 +12,7 @@ import torch
 
 WARM_UP_CALLS = 3
 FEWEST = 11
-"""Rounds of which a median and its interval are made."""
+"""Number of rounds for a median and its interval."""
 Run = Callable[[], Any]
 
 
@@ -22,7 +22,7 @@ class Cuda:
     name = "cuda"
 
     def capture(self, calls: list[Run]) -> Run:
-        """One CUDA graph of all calls; gives what replays it. What the calls return is kept alive with it."""
+        """Captures all calls in one CUDA graph; returns a function that replays it and keeps the outputs alive."""
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -37,7 +37,7 @@ class Cuda:
         return replay
 
     def milliseconds(self, run: Run, calls: int = 1) -> float:
-        """Time of one call: all are started, then the last is waited for."""
+        """Time of one call: starts all calls, then waits for the last."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(calls):
@@ -51,18 +51,18 @@ class Cuda:
         torch.cuda.synchronize()
 
     def release(self) -> None:
-        """Gives memory that nothing uses back to the device."""
+        """Releases unused memory to the device."""
         gc.collect()
         torch.cuda.empty_cache()
 
     def start_peak(self) -> int:
-        """Begins to watch memory; gives the bytes in use now."""
+        """Starts tracking memory; returns the bytes in use."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
 
     def peak(self) -> int:
-        """Most bytes in use since then."""
+        """Peak bytes in use since then."""
         return torch.cuda.max_memory_allocated()
 
     @property
@@ -75,12 +75,12 @@ class Cuda:
         return lambda: torch.cuda._sleep(0)
 
     def stream(self) -> AbstractContextManager[Any]:
-        """A stream of its own for what is inside, which has to be waited for."""
+        """Runs the block on a separate stream, which must be synchronized."""
         return torch.cuda.stream(torch.cuda.Stream())
 
 
 class Cpu:
-    """The stand-in of a dry run: the same calls in the same order, timed by the clock on the wall."""
+    """Replaces the GPU in a dry run: the same calls in the same order, by wall time."""
 
     name = "cpu"
 
@@ -130,7 +130,7 @@ DEVICES: dict[str, Callable[[], Device]] = {"cuda": Cuda, "cpu": Cpu}
 
 
 class Replay:
-    """Runs a graph again, and keeps what the graph writes to."""
+    """Replays a graph, and keeps its outputs alive."""
 
     def __init__(self, run: Run, kept: list[Any]) -> None:
         self.run, self.kept = run, kept
@@ -142,9 +142,9 @@ class Replay:
 def in_turns(
     device: Device, runs: Mapping[str, Run], rounds: int, calls: int = 1, until: float = math.inf
 ) -> dict[str, list[float]]:
-    """Milliseconds of each run in every round, in an order drawn anew each round, so that a drift slows all alike.
+    """Milliseconds of each run in every round, in a new random order per round, so that drift affects all equally.
 
-    At the time ``until`` (of ``time.monotonic``) no further round begins, but there are at least :data:`FEWEST`.
+    No round starts after ``until`` (of ``time.monotonic``), except for the first :data:`FEWEST`.
 
     The first rounds warm up until 0.3 seconds have passed and the times of two rounds in a row differ by less than
     2 % (at most twice as long), because clocks rise under load.

@@ -1,4 +1,4 @@
-"""What may go wrong in a part, done on purpose for the suite's own tests."""
+"""Deliberate faults in parts, for the suite's own tests."""
 
 import os
 import signal
@@ -12,14 +12,14 @@ from .job import Job
 
 
 def hang(job: Job) -> None:
-    """Never ends, and neither does the process that it starts."""
+    """Never ends; starts a process that never ends either."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     job.rows.add(child=child.pid)
     time.sleep(600)
 
 
 def fail(job: Job) -> None:
-    """Two rows that fail between two that do not."""
+    """Two rows that fail, between two that succeed."""
     for batch in job.rows.in_time((1, 8, 64, 128)):
         with job.rows.attempt(batch=batch):
             if batch == 8:
@@ -30,6 +30,6 @@ def fail(job: Job) -> None:
 
 
 def crash(job: Job) -> None:
-    """Is ended by a signal after its first row."""
+    """Killed by a signal after its first row."""
     job.rows.add(batch=1)
     os.kill(os.getpid(), signal.SIGSEGV)

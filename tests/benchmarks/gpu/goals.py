@@ -1,11 +1,11 @@
-"""What the figures were to reach, set before anything ran."""
+"""The goals, set before any measurement."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 LARGE = 64.0
-"""Megabytes from which bandwidth, not latency, is what is measured."""
+"""Size in megabytes above which bandwidth is measured, not latency."""
 
 
 @dataclass(frozen=True)
@@ -13,10 +13,10 @@ class Goal:
     """One goal.
 
     Attributes:
-        name: Of what.
-        wanted: In words.
-        measured: In words; empty when it was not.
-        met: ``None`` when it was not measured.
+        name: Subject of the goal.
+        wanted: The target, as text.
+        measured: The result, as text; empty if not measured.
+        met: Whether it was met; ``None`` if not measured.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Goal:
 
 
 def goals(document: dict[str, Any]) -> Iterator[Goal]:
-    """All goals, with what a run found."""
+    """All goals, with the results of a run."""
     rows = {part["name"]: part["rows"] for part in document["parts"]}
     for part, name in (("truth", "cases and batches"), ("capture", "graphs and streams")):
         checks = [row for row in rows.get(part, []) if "wrong" in row]

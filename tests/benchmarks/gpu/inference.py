@@ -1,4 +1,4 @@
-"""Whole models: reduced against dense, slice, PyTorch's own reorganization and the official structure."""
+"""Whole models: reduced, compared with dense, slice, PyTorch's own reorganization and the official structure."""
 
 import functools
 import random
@@ -22,7 +22,7 @@ COMPILED = (DENSE, Variant(0.7), Variant(0.5))
 PAPER = tuple(Variant(rate, how) for how in ("evit", "official") for rate in (1, 0.7, 0.5))
 CALLS = 100
 SECONDS, FEW = 4.0, 1.5
-"""What a row may take from batch 128 on, and below; it has :data:`gpu.device.FEWEST` rounds in any case."""
+"""Time limits of a row from batch 128 on, and below; :data:`gpu.device.FEWEST` rounds run in any case."""
 
 
 def images_for(model: Any, batch: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -48,7 +48,7 @@ def compiled_call(job: Job, model: Any, images: torch.Tensor) -> Run:
     run = call(compiled(model, toy=job.toy, graphs=True), images)
 
     def step() -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # nothing of the last call is used any more
+        torch.compiler.cudagraph_mark_step_begin()  # outputs of the last call are no longer used
         return run()
 
     return step
@@ -58,7 +58,7 @@ def compiled_call(job: Job, model: Any, images: torch.Tensor) -> Run:
 
 
 def measure_graphs(job: Job) -> None:
-    """DeiT-S in FP16, through ``torch.compile`` and in BF16; what is most wanted first."""
+    """DeiT-S in FP16, with ``torch.compile`` and in BF16; most important first."""
     models = {"fp16": variants_of(SMALL, ALL, "fp16", job)}
     keys: list[tuple[str, int]] = [("fp16", 2), ("compiled", 1), ("bf16", 1)]
     if not job.toy:
@@ -94,7 +94,8 @@ def graph_row(job: Job, models: dict[str, Any], batch: int) -> dict[str, Any]:
 
 
 def times_row(job: Job, runs: dict[str, Run], batch: int, started: float) -> dict[str, Any]:
-    """Times in turns, and what follows from them: speed-up over dense, overhead over slice and over PyTorch's body."""
+    """Times in turns, and derived figures: speed-up over dense, overhead over slice and over PyTorch's
+    implementation."""
     until = started + (SECONDS if batch >= 128 else FEW)
     times = in_turns(job.device, runs, 3 if job.toy else 101, until=until)
     dense = times["dense"]
@@ -133,7 +134,7 @@ def _compiled_row(job: Job, models: dict[str, Any], batch: int) -> None:
 
 
 def measure_paper(job: Job) -> None:
-    """TF32, eager, images on the device, a hundred calls and then one synchronization; by the clock on the wall."""
+    """TF32, eager, images on the device, a hundred calls and then one synchronization; by wall time."""
     torch.set_float32_matmul_precision("high")
     batch, calls, rounds = (2, 2, 2) if job.toy else (128, CALLS, 3)
     models = variants_of(SMALL, PAPER, "fp32", job)

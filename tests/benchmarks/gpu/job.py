@@ -1,4 +1,4 @@
-"""What a part is given."""
+"""The environment of a part."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,14 @@ from .rows import Rows
 
 @dataclass(frozen=True)
 class Job:
-    """A part's surroundings.
+    """Everything passed to a part.
 
     Attributes:
-        rows: Where results go.
-        device: Where it runs.
-        toy: Whether sizes are those of a dry run.
-        libraries: Kernel libraries that run here, by name; the first is the one that the product uses.
-        scratch: A folder that is removed afterwards.
+        rows: Writer of results.
+        device: Device to run on.
+        toy: Whether to use the small sizes of a dry run.
+        libraries: Usable kernel libraries by name; the first is used by evit_deploy.
+        scratch: A temporary folder.
     """
 
     rows: Rows
@@ -37,5 +37,5 @@ def ratio(one: list[float], other: list[float]) -> list[float]:
 
 
 def median(values: list[float]) -> float:
-    """The median, as a number that JSON takes."""
+    """The median, as a JSON number."""
     return float(np.median(values))

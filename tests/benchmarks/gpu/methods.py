@@ -1,4 +1,4 @@
-"""Every method on DeiT-S against the dense model and against slices of the same token counts, in CUDA graphs."""
+"""Every method on DeiT-S, compared with the dense model and with slices of the same token counts, in CUDA graphs."""
 
 import time
 from typing import Any
@@ -24,7 +24,7 @@ TOY_SPECS = SPECS | {"tome r13": TokenSpec(method="tome", options={"merge": 2})}
 
 
 class SlicedBlock(nn.Module):
-    """A block that sees the first of the tokens, as many as a plan says, in attention and MLP.
+    """A block that uses only the first tokens, as many as in a plan, in attention and MLP.
 
     Args:
         block: A timm block.
@@ -44,7 +44,7 @@ class SlicedBlock(nn.Module):
 
 
 def sliced(dense: Any, plan: TokenPlan) -> Any:
-    """A dense model with the token counts of a plan, nothing scored, ordered, merged or brought back."""
+    """A dense model with the token counts of a plan, without scoring, sorting, merging or restoring."""
     model = copy_sharing_weights(dense)
     model.blocks = nn.Sequential(*(SlicedBlock(b, row) for b, row in zip(model.blocks, plan.blocks, strict=True)))
     return model.eval()

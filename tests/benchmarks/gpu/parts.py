@@ -1,4 +1,4 @@
-"""What the suite consists of, most important first; a part's module is imported in its own process only."""
+"""The parts of the suite, most important first; a part's module is only imported in its own process."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ class Part:
     """One part.
 
     Attributes:
-        number: Its place in the table; the background part has none.
-        name: What ``--only`` calls it.
-        seconds: What it may take; it leaves out rows that would take longer.
-        settles: What is known afterwards.
+        number: Its position in the table; the background part has none.
+        name: Its name for ``--only``.
+        seconds: Time limit; rows that would exceed it are left out.
+        settles: The question that it answers.
         target: ``module:function`` in this package.
-        hidden: Whether only tests ask for it.
+        hidden: Whether it is only for tests.
     """
 
     number: str
@@ -46,16 +46,16 @@ PARTS = (
 NAMES = {part.name: part for part in PARTS}
 
 PROBE = Part("-", "probe", 90, "whether there is a GPU, and which libraries run on it", "probe:look", hidden=True)
-"""Comes before all others."""
+"""Runs before all others."""
 WARM_UP = "warm_up:compile_ahead"
-"""Runs in the background beside these parts, whose times are not measured:"""
+"""Runs in the background during these parts, which are not timed:"""
 BESIDE = ("truth", "capture", "sanitizers")
 TOGETHER = ("tests", "commands")
-"""Run at the same time where one comes right after the other."""
+"""Run in parallel if one directly follows the other."""
 
 
 def groups(parts: list[Part]) -> list[list[Part]]:
-    """The parts in their order, those that run at the same time together."""
+    """The parts in order, with parallel ones grouped."""
     found: list[list[Part]] = []
     for part in parts:
         if found and part.name in TOGETHER and found[-1][-1].name in TOGETHER:

@@ -1,4 +1,4 @@
-"""Whether there is a GPU at all, and which of the kernel libraries run on it: asked in a process of its own."""
+"""Checks, in a separate process, for a GPU and for kernel libraries that run on it."""
 
 import sys
 from datetime import UTC, datetime
@@ -12,11 +12,11 @@ from evit_deploy.tokens.operators.kernel import TokenReorgKernel
 from .job import Job
 
 NO_GPU = 3
-"""Exit code, as the command line's for a machine that lacks something."""
+"""Exit code, the same as the command line's for a missing requirement."""
 
 
 def look(job: Job) -> None:
-    """Writes down the GPU and, for each library, why it cannot run; ends the process where there is no GPU."""
+    """Records the GPU and, for each library, why it cannot run; exits if there is no GPU."""
     lacking = missing_gpu() if job.device.name == "cuda" else None
     if lacking is not None:
         print(f"gpu_suite: {lacking}", file=sys.stderr)

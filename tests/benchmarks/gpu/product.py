@@ -1,4 +1,4 @@
-"""The product itself: its tests that are marked ``gpu``, and its command line as a user meets it."""
+"""evit_deploy itself: its tests marked ``gpu``, and its command line as used by a user."""
 
 import os
 import shlex
@@ -19,12 +19,12 @@ from .variants import seeded
 
 ROOT = Path(__file__).parents[3]
 ELSEWHERE = ("tests/tokens/operators/test_kernel.py::test_compute_sanitizer_finds_nothing",)
-"""Tests that other parts of the suite do more quickly."""
+"""Tests covered faster by other parts of the suite."""
 TAIL = 1200
 
 
 def marked() -> list[str]:
-    """Files that have a test for GPUs: to collect all takes longer than to run those."""
+    """Files with tests for GPUs, because collecting all tests takes longer than running these."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(path.relative_to(ROOT)) for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
 
@@ -32,11 +32,11 @@ def marked() -> list[str]:
 def run_tests(job: Job) -> None:
     """``pytest -m gpu`` in one process; a row for each test that did not pass, and one for all."""
     told = job.scratch / "tests.xml"
-    # In a dry run there is no test to run on a CPU that the others do not run anyway: those of one small file.
+    # In a dry run, all CPU tests run elsewhere anyway, so one small file is enough.
     chosen = ["tests/report/test_report.py"] if job.toy else ["-m", "gpu", *marked()]
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:xdist", "-p", "no:cacheprovider", "-q"]
     command += ["--import-mode=importlib", "--show-capture=no", "--tb=short", "--durations=8", f"--junit-xml={told}"]
-    # A file that needs a package which is not there says so, and the others run.
+    # A file that needs a missing package is reported, and the others run.
     command += ["--continue-on-collection-errors", *(f"--deselect={name}" for name in ELSEWHERE)]
     exit_, said, seconds = _run(job, [*command, *chosen], reserve=3)
     print(said[-12_000:], flush=True)
@@ -58,7 +58,8 @@ def _run(job: Job, command: list[str], reserve: float) -> tuple[int | None, str,
     """Exit code (``None``: it did not end in time), both outputs together, seconds."""
     started = time.monotonic()
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with tempfile.TemporaryFile(dir=job.scratch) as said:  # not a pipe, which children of an ended command keep open
+    # not a pipe, which children of a killed command would keep open
+    with tempfile.TemporaryFile(dir=job.scratch) as said:
         try:
             code = subprocess.run(
                 command, cwd=ROOT, env=environment, timeout=max(job.rows.left - reserve, 1),
@@ -71,7 +72,7 @@ def _run(job: Job, command: list[str], reserve: float) -> tuple[int | None, str,
 
 
 def commands(job: Job) -> list[dict[str, list[str]]]:
-    """Arguments of each by name, in rounds: those of a round run at the same time, and use what earlier ones made."""
+    """Arguments of each command by name, in rounds: commands of a round run in parallel and use earlier results."""
     checkpoint, bundle, run = (job.scratch / name for name in ("deit_s.pth", "bundle", "run"))
     model = ["--model", "deit_tiny_patch16_224", "--image-size", "64"] if job.toy else []
     threads = ["--threads", "1"] if job.toy else []
@@ -91,7 +92,7 @@ def commands(job: Job) -> list[dict[str, list[str]]]:
 
 
 def run_commands(job: Job) -> None:
-    """A row each: exit code, seconds, and the end of what it said."""
+    """One row per command: exit code, seconds, and the end of its output."""
     model = "deit_tiny_patch16_224" if job.toy else SMALL
     torch.save({"model": seeded(model, "cpu").state_dict()}, job.scratch / "deit_s.pth")
 

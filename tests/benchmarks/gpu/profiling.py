@@ -1,8 +1,8 @@
-"""Where the time of a forward pass goes: DeiT-S's kernels by what they compute, and what is left of the graph's time.
+"""Breakdown of a forward pass: DeiT-S's kernels by purpose, and the rest of the graph's time.
 
-Eager calls under PyTorch's profiler tell what a kernel computes: its launch lies within ranges that are opened around
-the modules, the scores and the reorganization; where no range tells, its name does. Durations are of a replayed CUDA
-graph if that runs the same kernels in the same order, because it is the graph that the other parts time.
+Eager calls under PyTorch's profiler show the purpose of a kernel: its launch is inside ranges around the modules, the
+scores and the reorganization, or else its name is used. Durations are those of a replayed CUDA graph if it runs the
+same kernels in the same order, because the other parts time the graph.
 """
 
 import json
@@ -35,7 +35,7 @@ GEMM, ATTENTION, NORM, OTHER = "GEMM", "attention", "layer norm", "other"
 EMBEDDING, GELU, SCORES, REORG = "patch embedding", "GELU", "score row", "reorganization"
 KINDS = (GEMM, ATTENTION, NORM, GELU, EMBEDDING, SCORES, REORG, OTHER)
 BLOCK = "block"
-"""A range too, but it says where a kernel is, not what it computes."""
+"""A range that marks the position of a kernel, not its purpose."""
 BY_NAME = (
     (ATTENTION, re.compile(r"flash|fmha|sdpa|attention|softmax", re.IGNORECASE)),
     (GEMM, re.compile(r"gemm|gemv|nvjet|cutlass|cublas|splitk|addmm|aten::(b?mm|linear|matmul)", re.IGNORECASE)),
@@ -52,9 +52,9 @@ class Kernel:
     """One kernel, copy or fill on the device; in a dry run one operator on the CPU.
 
     Attributes:
-        name: As the profiler has it.
-        start: Microseconds.
-        duration: Microseconds.
+        name: Name in the profile.
+        start: Start in microseconds.
+        duration: Duration in microseconds.
         kind: One of :data:`KINDS`.
         label: The linear layer's name, tokens and operations; "" elsewhere.
         place: The block's number and tokens; "" outside of the blocks.
@@ -69,7 +69,7 @@ class Kernel:
 
 
 def measure(job: Job) -> None:
-    """A row for every batch size and variant; the graphs are timed before the profiler starts for the first time."""
+    """One row per batch size and variant; the graphs are timed before the profiler is first started."""
     models = variants_of(SMALL, VARIANTS, "fp16", job)
     replays: dict[tuple[int, str], Run] = {}
     graphs: dict[tuple[int, str], float] = {}
@@ -150,7 +150,7 @@ def sums(kernels: list[Kernel]) -> dict[str, Any]:
 
 
 def _calls_of(label: str, kernels: list[Kernel]) -> int:
-    """Calls of a layer in all forward passes: the blocks that have it, since one call may take several kernels."""
+    """Number of calls of a layer, by its blocks, because one call may launch several kernels."""
     return FORWARDS * len({kernel.place for kernel in kernels if kernel.label == label})
 
 
@@ -159,7 +159,7 @@ def _calls_of(label: str, kernels: list[Kernel]) -> int:
 
 @contextmanager
 def ranges(model: Any) -> Iterator[None]:
-    """Opens a range around every module and function whose kernels are to be told apart; inside it is eager only."""
+    """Opens a range around every module and function to distinguish; eager mode only."""
     with ExitStack() as stack:
         _wrap(stack, evit, "class_scores", SCORES)
         _wrap(stack, functional, "scaled_dot_product_attention", ATTENTION)
@@ -225,7 +225,7 @@ def profiled(job: Job, run: Run) -> list[Kernel]:
 
 
 def kernels_of(path: Path, *, on_cpu: bool) -> list[Kernel]:
-    """Reads a trace: what ran on the device, each within the ranges that were open when it was launched."""
+    """Reads a trace: the device's work, with the ranges that were open at its launch."""
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
     marks = [
         (event["ts"], event["ts"] + event["dur"], *event["name"].removeprefix(MARK).split("|", 1))
@@ -258,7 +258,7 @@ def _placed(kernel: Kernel, launched: float | None, marks: list[tuple[float, flo
 
 
 def _own_times(events: list[dict[str, Any]]) -> list[Kernel]:
-    """Operators on the CPU, each less what it calls; those that only call others are left out."""
+    """CPU operators with their own time; those that only call others are left out."""
     found: list[dict[str, Any]] = []
     within: list[dict[str, Any]] = []
     for event in sorted((e for e in events if e.get("cat") == "cpu_op"), key=lambda e: (e["ts"], -e["dur"])):

@@ -1,4 +1,4 @@
-"""Programs that are compiled ahead, by name; those that take longest stand first."""
+"""Programs to compile ahead, by name, longest first."""
 
 RATES, BATCHES = 3, (128, 1)
 """Models that the parts compile (dense, 0.7, 0.5; in training the official structure last), and batch sizes."""

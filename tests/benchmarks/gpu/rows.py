@@ -1,6 +1,6 @@
-"""What was measured, a line of JSON each, on disk as soon as it is known.
+"""Results as lines of JSON, written immediately.
 
-All processes of a run append to the same file, each line in one write, so that a run that is killed keeps what it had.
+All processes of a run append to the same file, each line in one write, so that a killed run keeps its results.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 LONGEST = 400
-"""Characters of a reason that are kept."""
+"""Maximum length of a reason."""
 
 
 class Rows:
@@ -21,26 +21,26 @@ class Rows:
 
     Args:
         path: The run's file.
-        part: Whose rows they are.
-        seconds: What the part may take, from now on.
+        part: The part that they belong to.
+        seconds: Time limit of the part, from now on.
     """
 
     def __init__(self, path: Path, part: str, seconds: float) -> None:
         self._path, self._part, self._begun, self._end = path, part, time.monotonic(), time.monotonic() + seconds
 
     def add(self, **row: Any) -> None:
-        """Writes a row down, and shows it in the log with the seconds since the part began."""
+        """Writes a row, and logs it with the seconds since the start of the part."""
         line = json.dumps({"part": self._part, **row}, default=str)
         append(self._path, line)
         print(f"{time.monotonic() - self._begun:.1f} s: {line}", flush=True)
 
     @property
     def left(self) -> float:
-        """Seconds that the part still has."""
+        """Remaining seconds of the part."""
         return self._end - time.monotonic()
 
     def in_time(self, keys: Iterable[T], reserve: float = 0.0) -> Iterator[T]:
-        """The keys, until the part's time (less a reserve for what follows) is over; then says how many are left."""
+        """Yields keys until the part's time (minus a reserve) is over; then logs how many are left."""
         keys = list(keys)
         for index, key in enumerate(keys):
             if self.left < reserve:
@@ -51,7 +51,7 @@ class Rows:
 
     @contextmanager
     def attempt(self, **key: Any) -> Iterator[None]:
-        """A row may fail: that is written down with the key, and the others go on."""
+        """Records a failure with its key, so that the other rows continue."""
         try:
             yield
         except Exception as error:
@@ -70,7 +70,7 @@ def append(path: Path, line: str) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All rows of a run; a last line that was cut off is left out."""
+    """All rows of a run; a truncated last line is ignored."""
     if not path.is_file():
         return []
     rows = []

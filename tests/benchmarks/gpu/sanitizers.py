@@ -1,7 +1,7 @@
 """The program of cases under compute-sanitizer: all cases under memcheck, some under the tools that take longer.
 
-Every buffer of ``token_reorg_cases_gpu`` has its exact size; the Python process is kept out, because PyTorch's pools
-would hide a step outside. The tools run at the same time.
+Every buffer of ``token_reorg_cases_gpu`` has its exact size. The Python process is not used, because PyTorch's memory
+pools would hide accesses out of bounds. The tools run in parallel.
 """
 
 import os
@@ -28,7 +28,7 @@ TOOLS = {"memcheck": ALL, "racecheck": SOME, "synccheck": SOME, "initcheck": SOM
 
 
 def program(job: Job) -> Path | None:
-    """``EVIT_DEPLOY_CASES_GPU``, or what lies beside the library; in a dry run the host's program."""
+    """``EVIT_DEPLOY_CASES_GPU``, or the program next to the library; in a dry run the host's program."""
     if told := os.environ.get("EVIT_DEPLOY_CASES_GPU"):
         return Path(told)
     name = "token_reorg_cases" if job.toy else "token_reorg_cases_gpu"
@@ -36,7 +36,7 @@ def program(job: Job) -> Path | None:
 
 
 def check(job: Job) -> None:
-    """First without a tool, so that wrong answers and findings are told apart."""
+    """First without a tool, to distinguish wrong answers from findings."""
     path = program(job)
     if path is None:
         job.rows.add(failed="no token_reorg_cases_gpu: set EVIT_DEPLOY_CASES_GPU, or put it beside the library")

@@ -1,4 +1,4 @@
-"""What a run found, as tables: each part's rows, what was predicted beforehand, and the goals with pass or miss."""
+"""Results of a run as tables: each part's rows, the predictions, and the goals with pass or miss."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from .goals import goals
 
 Rows = list[dict[str, Any]]
 LONGEST = 11_500
-"""Characters of the table that is printed."""
+"""Maximum length of the printed tables."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Table:
     """One table.
 
     Attributes:
-        title: What it shows.
+        title: Title of the table.
         header: Names of the columns.
         lines: Cells.
         notes: Sentences below it.
@@ -33,7 +33,7 @@ def table(document: dict[str, Any]) -> str:
     last = "\n".join(as_text(states(document)) + as_text(goal_table(document)))
     room = LONGEST - len(last)
     lines = [line for part in document["parts"] for one in tables_of(part) for line in as_text(one)]
-    if len("\n".join(lines)) > room:  # the kernel's table is the longest: every second batch size tells as much
+    if len("\n".join(lines)) > room:  # the kernel's table is the longest: show every second batch size
         lines = [line for part in document["parts"] for one in tables_of(_shorter(part)) for line in as_text(one)]
     text = "\n".join(lines)
     if len(text) > room:
@@ -85,7 +85,7 @@ def states(document: dict[str, Any]) -> Table:
 
 
 def goal_table(document: dict[str, Any]) -> Table:
-    """Wanted, measured, pass or miss."""
+    """Target, result, pass or miss."""
     lines = [(goal.name, goal.wanted, goal.measured, goal.verdict) for goal in goals(document)]
     return Table("goals", ("goal", "wanted", "measured", ""), lines)
 
@@ -102,16 +102,16 @@ def tables_of(part: dict[str, Any]) -> list[Table]:
 
 
 LOST = {"failed", "skipped", "left_out"}
-"""What a row has that was not measured."""
+"""Fields of a row that were not measured."""
 NAMES = (
     "library", "check", "name", "model", "how", "tool", "what", "dtype", "candidates", "channels", "batch", "again",
     "shape", "offset", "compiled", "variant",
 )  # fmt: skip
-"""What tells a row from others of its part; the rest is what was measured."""
+"""Fields that identify a row within its part; the others are measurements."""
 
 
 def identity(row: dict[str, Any]) -> tuple[str, ...]:
-    """Which row it is, whatever was measured."""
+    """Identifies a row, regardless of its measurements."""
     return tuple(str(row.get(name)) for name in NAMES)
 
 
@@ -136,7 +136,7 @@ def interval(value: Sequence[float] | None, digits: int = 2) -> str:
 
 
 def percent(value: Sequence[float] | None) -> str:
-    """How much longer, of a ratio of times: ``+1.2 % [0.9, 1.5]``."""
+    """Formats a ratio of times as an increase: ``+1.2 % [0.9, 1.5]``."""
     if value is None:
         return "–"
     middle, low, high = (100 * (each - 1) for each in value)
@@ -182,7 +182,7 @@ def _truth(rows: Rows, title: str = "truth: the kernel against the oracle and th
         elif "equal" in row:
             notes.append(f"{row['library']}: token_reorg() has the kernel's bits in {row['equal']} of {row['cases']}")
     good = [line for line in lines if line[-1] == "0"]
-    if len(good) > 8:  # one line for all that is right
+    if len(good) > 8:  # one line for all passing rows
         lines = [line for line in lines if line[-1] != "0"]
         notes.insert(0, f"right: {len(good)} of {len(good) + len(lines)} checks")
     return [Table(title, ("library", "check", "dtype", "where", "of", "wrong"), lines, notes)]
@@ -279,7 +279,7 @@ def _graph_notes(rows: Rows) -> list[str]:
 
 
 def _tried(rows: Rows) -> list[str]:
-    """Whether cuDNN tried out its convolutions; earlier runs did not let it."""
+    """Whether cuDNN benchmarked its convolutions, which earlier runs disabled."""
     known = {row.get("convolutions tried out", False) for row in rows if not LOST & set(row)}
     return [_CONVOLUTIONS[known.pop()]] if len(known) == 1 else []
 
@@ -291,7 +291,7 @@ _CONVOLUTIONS = {
 
 
 def _calls(rows: Rows) -> list[str]:
-    """Calls of our operators: each answer once, with where it was seen first."""
+    """Calls of our operators: each result once, with its first occurrence."""
     notes: dict[str, str] = {}
     for row in rows:
         if "kernel calls" in row:

@@ -23,10 +23,10 @@ class Step:
     """Forward, cross-entropy, backward and optimizer.
 
     Args:
-        model: In training; its own weights.
+        model: In training mode, with separate weights.
         images: Bytes ``[B, 3, H, W]`` on the device.
         labels: ``[B]``.
-        forward: What runs in the model's place, as the model compiled.
+        forward: Called instead of the model, such as the compiled model.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, forward: Any = None) -> None:
@@ -48,7 +48,7 @@ class Step:
 
 
 def compiled_step(job: Job, dense: Any, variant: Variant, images: Tensor, labels: Tensor) -> Step:
-    """A step of a variant with weights of its own, through ``torch.compile``."""
+    """A step of a variant with separate weights, with ``torch.compile``."""
     model = made(dense, variant, share=False)
     return Step(model, images, labels, compiled(model, toy=job.toy))
 
@@ -114,7 +114,7 @@ def _row(job: Job, steps: dict[str, Any]) -> dict[str, Any]:
         job.device.synchronize()
         memory[name] = round((job.device.peak() - before) / 2**20)
         started = time.perf_counter()
-        step()  # only starts the work; what the host takes for that is hidden if the device takes longer
+        step()  # only enqueues the work; host time is hidden if the device takes longer
         host[name] = round(1e3 * (time.perf_counter() - started), 2)
         job.device.synchronize()
     times = in_turns(job.device, steps, 3 if job.toy else 7, calls=2)

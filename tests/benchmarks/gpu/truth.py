@@ -1,7 +1,7 @@
-"""Whether the kernel is right: against the oracle, the host library's bits, and itself under graphs and streams.
+"""Checks the kernel against the oracle, bit by bit against the host library, and under graphs and streams.
 
-Outputs lie in one buffer that is filled with a pattern before each run, with room between them: what is not written, or
-written where it should not be, shows.
+Outputs are in one buffer with gaps, filled with a pattern before each run, so that missing writes and writes out of
+bounds are detected.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ from tests.support.op_checks import TORCH, check_answer, to_numpy, to_torch
 from .job import Job
 
 POISON, GUARD = 0xA5, 256
-"""A byte, and bytes in front of and behind each output."""
+"""The pattern byte, and the number of bytes before and after each output."""
 REPLAYS = 20
 REAL = ((196, 384, 138), (196, 768, 98), (576, 384, 404))
 """N, C and K of real models, for the batches."""
@@ -29,7 +29,7 @@ SHOWN = 5
 
 
 class Outputs:
-    """y and idx of many calls in one poisoned buffer.
+    """y and idx of many calls in one buffer filled with a pattern.
 
     Args:
         shapes: Of each call: y's shape, its dtype, idx's shape.
@@ -50,11 +50,11 @@ class Outputs:
         self._places = places
 
     def poison(self) -> None:
-        """Forgets everything."""
+        """Fills the buffer with the pattern."""
         self.memory.fill_(POISON)
 
     def guards_hold(self) -> bool:
-        """Whether nothing was written outside of the outputs."""
+        """Whether nothing was written outside the outputs."""
         outside = torch.ones_like(self.memory, dtype=torch.bool)
         for start, size, *_ in self._places:
             outside[start : start + size] = False
@@ -62,7 +62,7 @@ class Outputs:
 
 
 def shifted(tensor: Tensor, offset: int) -> Tensor:
-    """A copy whose address is off 16 bytes by so many elements."""
+    """A copy at an address that is offset from 16-byte alignment by a number of elements."""
     room = tensor.new_empty(tensor.numel() + 16)
     return room[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
 
@@ -79,7 +79,7 @@ def inputs_of(case: Case, dtype: str, device: str) -> tuple[Tensor, Tensor]:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal to the last bit, on whatever devices."""
+    """Whether two tensors on any devices are bitwise equal."""
     one, other = one.detach().cpu(), other.detach().cpu()
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
@@ -88,7 +88,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def host_beside(library: Path) -> TokenReorgKernel | None:
-    """The host's library that lies beside another; ``None`` if there is none."""
+    """The host library next to another library; ``None`` if there is none."""
     path = library.with_name("libevit_token_reorg_host.so")
     return TokenReorgKernel(path) if path.is_file() else None
 
@@ -118,7 +118,7 @@ def check_bits(job: Job) -> None:
 
 
 def _wrong_cases(job: Job, kernel: TokenReorgKernel, host: TokenReorgKernel | None, dtype: str, offset: int) -> list:
-    """What is wrong, in words; the first few."""
+    """Descriptions of the first few faults."""
     outputs = Outputs([shapes_of(case, dtype) for case in CASES], job.device.name, offset)
     for case, out in zip(CASES, outputs.pairs, strict=True):
         x, scores = inputs_of(case, dtype, job.device.name)
@@ -162,7 +162,7 @@ def _wrong_batches(job: Job, kernel: TokenReorgKernel, host: TokenReorgKernel | 
         if not outputs.guards_hold():
             wrong.append(f"batch {batch}: something was written outside of the outputs")
     if host is not None:
-        some = slice(0, None, max(most // 16, 1))  # one image in 16: the host takes its time
+        some = slice(0, None, max(most // 16, 1))  # one image in 16, because the host is slow
         wanted = host(x[some].cpu(), scores[some].cpu(), shape[2])
         if not (same_bits(y[some], wanted[0]) and same_bits(idx[some], wanted[1])):
             wrong.append(f"batch {most}: other bits than the host's")
@@ -181,7 +181,7 @@ def _null_idx(job: Job, kernel: TokenReorgKernel) -> str:
 
 
 def _operator(job: Job, kernel: TokenReorgKernel) -> dict:
-    """Whether ``token_reorg`` on this device is the kernel: its fused rows have the kernel's bits."""
+    """Whether ``token_reorg`` on this device uses the kernel: its fused rows are bitwise equal to the kernel's."""
     equal = 0
     ordered = [case for case in CASES if case.has_order]
     for case in ordered:

@@ -1,4 +1,4 @@
-"""The models that are compared: one set of seeded weights, and who reorganizes the tokens and how."""
+"""The compared models: one set of seeded weights, with different token reorganizations."""
 
 import copy
 from collections import Counter
@@ -19,7 +19,7 @@ from evit_deploy.tokens.operators import torch_ops
 from evit_deploy.tokens.reducer import TokenReducer
 
 TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
-"""What a dry run makes of any architecture."""
+"""Replaces any architecture in a dry run."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Variant:
 
     Attributes:
         rate: Keep rate; 1 is dense.
-        how: ``evit`` (as the product does it), ``body`` (the same by PyTorch's own operators), ``slice``
-            (the first tokens stay, nothing is scored) or ``official`` (the structure of the released EViT code).
+        how: ``evit`` (as in evit_deploy), ``body`` (the same with PyTorch's own operators), ``slice`` (keeps the first
+            tokens without scores) or ``official`` (the structure of the released EViT code).
     """
 
     rate: float
@@ -43,7 +43,7 @@ class Variant:
 
 
 class BodyReducer(EViT):
-    """EViT that scores and reorganizes tokens by PyTorch's operators, whatever kernel there is; for eager calls."""
+    """EViT that scores and reorganizes tokens with PyTorch's operators, never the kernel; for eager calls."""
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`TokenReducer.forward`."""
@@ -54,12 +54,12 @@ class BodyReducer(EViT):
 class OfficialBlock(nn.Module):
     """A block in the structure of the released code: the attention map is a tensor, and its class row is read from it.
 
-    The kept tokens are gathered by ``topk``; the others are found as the complement, by a sort of the numbers that were
-    not chosen, gathered too, and summed up by their scores.
+    The kept tokens are gathered by ``topk``; the others are found as the complement by sorting the indices that were
+    not chosen, gathered, and summed with their scores.
 
     Args:
         block: A timm block.
-        keep: Tokens that stay besides the class token; ``None`` for all.
+        keep: Number of kept tokens besides the class token; ``None`` for all.
     """
 
     def __init__(self, block: Any, keep: int | None) -> None:
@@ -82,7 +82,7 @@ def _reorganized(x: Tensor, scores: Tensor, keep: int) -> Tensor:
     patches, candidates = x[:, 1:], x.shape[1] - 1
     kept = scores.topk(keep, dim=1, largest=True, sorted=True).indices
     numbers = torch.arange(candidates, device=x.device).expand(len(x), -1)
-    rest = numbers.scatter(1, kept, 0).sort(dim=1).values[:, keep:]  # the chosen ones sort to the front
+    rest = numbers.scatter(1, kept, 0).sort(dim=1).values[:, keep:]  # the chosen ones are sorted to the front
 
     def rows(index: Tensor) -> Tensor:
         return patches.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
@@ -108,7 +108,7 @@ def seeded(architecture: str, device: str, *, toy: bool = False, classes: int | 
 
 
 def made(dense: Any, variant: Variant, *, share: bool = True) -> Any:
-    """A variant of a dense model, with the same weights; its own copy of them unless they are shared."""
+    """A variant of a dense model with the same weights, copied unless shared."""
     model: Any = copy_sharing_weights(dense) if share else copy.deepcopy(dense)
     if variant.rate == 1 and variant.how == "evit":
         return model
@@ -146,7 +146,7 @@ def kernel_calls(model: Any, images: Tensor) -> dict[str, int]:
 
 
 def compiled_calls(run: Callable[[], Any]) -> dict[str, int]:
-    """The same of a compiled function, which no dispatch mode may enter: those that the profiler sees in a call.
+    """The same for a compiled function, which dispatch modes cannot enter: counts the profiler's events of a call.
 
     A call that only replays a CUDA graph shows none.
     """

@@ -1,6 +1,6 @@
-"""Fills Inductor's cache for the parts that compile, in processes beside parts whose times are not measured.
+"""Fills Inductor's cache for the parts that compile, in processes that run during parts without timing.
 
-Each process compiles one program by calling it once. One that is ended early has lost nothing but its own program.
+Each process compiles one program by calling it once. Ending one early loses only its own program.
 """
 
 import torch

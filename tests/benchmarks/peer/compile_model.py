@@ -1,4 +1,4 @@
-"""torch.compile of the dense model, and a first call at each batch size that is measured.
+"""torch.compile of the dense model, and a first call at each measured batch size.
 
 python compile_model.py CHECKPOINT default|frozen
 """
@@ -14,7 +14,7 @@ BATCHES = (1, 8)
 
 
 def compiled(checkpoint, *, frozen):
-    """The compiled model, on one thread, a program for every batch size; frozen: weights are packed as constants."""
+    """The compiled model on one thread, with a program per batch size; ``frozen`` packs weights as constants."""
     torch.set_num_threads(1)
     torch._inductor.config.freezing = frozen
     return torch.compile(build_model(read_checkpoint(checkpoint)).eval(), dynamic=False)

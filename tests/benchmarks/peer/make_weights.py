@@ -1,4 +1,4 @@
-"""The one model that all peers convert: DeiT-S as a folder of transformers, weights from a seed. Optimum's environment.
+"""The model that all peers convert: DeiT-S as a folder of transformers, with seeded weights. Optimum's environment.
 
 python make_weights.py FOLDER
 """
@@ -19,8 +19,8 @@ config = ViTConfig(
     label2id={name: index for index, name in labels.items()},
 )
 model = ViTForImageClassification(config).eval()
-# As general as trained weights: first biases are 0 and norms 1, which exporters fold away; and queries and keys are so
-# small that all scores are alike.
+# As general as trained weights: initial biases are 0 and norms 1, which exporters fold away, and queries and keys are
+# so small that all scores are nearly equal.
 with torch.no_grad():
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:

@@ -1,4 +1,4 @@
-"""NNCF's INT8 of an ONNX file, as its documentation has it for transformers. NNCF's environment.
+"""NNCF's INT8 quantization of an ONNX file, as documented for transformers. NNCF's environment.
 
 python nncf_int8.py IN.onnx CALIBRATION.npy OUT.onnx
 """

@@ -1,4 +1,4 @@
-"""Our export alone, without the checks and measurements of `convert`.
+"""Only our export, without the checks and measurements of `convert`.
 
 python own_export.py CHECKPOINT OUT.onnx [KEEP_RATE]
 """

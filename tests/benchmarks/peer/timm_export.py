@@ -1,4 +1,4 @@
-"""What a user of timm gets without us: torch.onnx.export of the dense model, same opset, dynamic batch.
+"""The export of timm without evit-deploy: torch.onnx.export of the dense model, same opset, dynamic batch.
 
 python timm_export.py CHECKPOINT OUT.onnx
 """

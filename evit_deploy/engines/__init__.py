@@ -1,1 +1,1 @@
-"""Engines: options, build, plan files, and the audit of what was built."""
+"""TensorRT engines: options, build, plan files, and audit."""

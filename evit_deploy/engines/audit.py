@@ -1,4 +1,4 @@
-"""Whether an engine is what was asked for: fused attention, and matrix products in the asked type."""
+"""Audit of an engine: fused attention, and matrix products in the requested precision."""
 
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -13,8 +13,7 @@ from evit_deploy.report.report import Check, Report
 from evit_deploy.tokens.plan import TokenPlan
 
 _REORGANISATION = re.compile(r"blocks\.\d+\.(?:token_reorg|token_merge|reducer)\b")
-# What is quantized is the matmuls with weights inside the blocks; attention, stem and head may stay in 16 bits, as the
-# quantizer chose, but not in 32.
+# Only the matmuls with weights inside the blocks are quantized; attention, stem and head may be in 16 bits, but not 32.
 _BESIDE = {"int8": {"fp16", "bf16"}, "fp8": {"fp16", "bf16"}}
 _ADVICE = "Look at the layers with trtexec --loadEngine=engine.plan --dumpLayerInfo, and convert again."
 
@@ -27,17 +26,17 @@ def engine_checks(
     listing: Callable[[Path], Sequence[Layer]] | None = None,
     unquantized: Collection[str] = (),
 ) -> Report:
-    """Whether an engine is what was asked for: attention in fused kernels, matrix products in the asked type.
+    """Checks that an engine has fused attention and matrix products in the requested precision.
 
-    A GPU's inspector lists the layers of any engine; TensorRT-RTX also writes them into the plan. The dense twin's
-    has to pass as well: a speed-up over one whose attention was taken apart would be too good.
+    The layers come from the inspector, which needs a GPU, or for TensorRT-RTX from the plan file. The dense twin's
+    engine must pass too: without fused attention it would be slow and overstate the speed-up.
 
     Args:
-        built: The build.
-        path: Its plan.
-        plan: The model's plan.
-        name: What the checks call the engine.
-        listing: Reads the layers out of the plan itself, where no inspector could.
+        built: Result of the build.
+        path: Its plan file.
+        plan: The model's token plan.
+        name: Name of the engine in the checks.
+        listing: Reads the layers from the plan file, for when the inspector could not run.
         unquantized: Linear layers of the model that stayed in the base precision.
     """
     engine, depth = built.engine, plan.attentions
@@ -46,7 +45,7 @@ def engine_checks(
         layers = listing(path)
     checks = [dtype_check(layers, engine.precision, unquantized)] if layers else []
     if engine.precision != "fp32" and depth:  # no kernel fuses FP32 attention
-        # Without a listing the build is the proof: it fails on an attention that has no fused kernel.
+        # Without a listing rely on the build, which fails if an attention has no fused kernel.
         whole = built.attentions == depth
         reason = "" if whole else "attention was taken apart on the way to the builder"
         count = Check("engine: fusable attentions", built.attentions, depth, whole, reason)
@@ -59,14 +58,14 @@ def engine_checks(
 
 
 def fusion_check(layers: Sequence[Layer], depth: int) -> Check:
-    """Checks that every attention of the model became one kernel.
+    """Checks that every attention of the model became a single kernel.
 
-    A region that the listing does not look into counts for the ``Attention`` nodes in it: TensorRT refuses to build
-    what it would have to take apart, unless the attention was marked as decomposable.
+    An opaque region counts for the ``Attention`` nodes in it: TensorRT refuses to build an attention that it cannot
+    fuse, unless it was marked as decomposable.
 
     Args:
-        layers: Of the engine.
-        depth: ``Attention`` nodes of the model, one a block.
+        layers: Layers of the engine.
+        depth: Number of ``Attention`` nodes of the model, one per block.
     """
     fused: dict[object, Layer] = {}
     for layer in layers:
@@ -88,12 +87,12 @@ def fusion_check(layers: Sequence[Layer], depth: int) -> Check:
 
 
 def dtype_check(layers: Sequence[Layer], precision: str, unquantized: Collection[str] = ()) -> Check:
-    """Checks that an engine multiplies in the type that was asked for, and did not silently fall back to FP32.
+    """Checks that an engine's matrix products are in the requested precision, without a silent fallback to FP32.
 
-    What scores and gathers tokens is left out: it runs in FP32 on purpose.
+    Scoring and gathering of tokens are excluded, because they run in FP32 by design.
 
     Args:
-        layers: Of the engine.
+        layers: Layers of the engine.
         precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``.
         unquantized: Linear layers of the model that stayed in 16 bits when the others were quantized.
     """
@@ -112,10 +111,10 @@ def dtype_check(layers: Sequence[Layer], precision: str, unquantized: Collection
 
 
 def _runs_in(layer: Layer, precision: str, unquantized: Collection[str]) -> bool:
-    from evit_deploy.export.quantization import layer_of  # with ONNX, which what lists the targets does without
+    from evit_deploy.export.quantization import layer_of  # imports ONNX, which listing the targets must not do
 
     dtypes = compute_dtypes(layer)
-    if precision in dtypes:  # what is fused behind the matmul, a residual for one, may be read in another type
+    if precision in dtypes:  # inputs of fused operations, such as a residual, may have another type
         return True
     kept = any(layer_of(node) in unquantized for node in layer.nodes)
     in_a_block = layer.blocks is not None and not is_fused_attention(layer)

@@ -1,10 +1,10 @@
-"""From an ONNX file to an engine, by TensorRT or TensorRT-RTX, through polygraphy's loaders.
+"""Builds engines from ONNX files with TensorRT or TensorRT-RTX, using polygraphy's loaders.
 
-Networks are always strongly typed: the precision is the file's. The builder runs in a process of its own, because it is
-a native library that can end its process, and because polygraphy takes either TensorRT or TensorRT-RTX for the whole
-process. This module is that process's program too, and imports nothing heavy.
+Networks are strongly typed, so the precision is that of the file. The builder runs in a separate process, because the
+native library can crash, and because polygraphy chooses TensorRT or TensorRT-RTX for a whole process. This module is
+also the program of that process, so it imports nothing heavy.
 
-TensorRT builds on the GPU that will run the engine. TensorRT-RTX builds ahead of time for GPUs that are named, on any
+TensorRT builds on the GPU that will run the engine. TensorRT-RTX builds ahead of time for the named GPUs, on any
 machine.
 """
 
@@ -27,6 +27,7 @@ from evit_deploy.engines.plugin.library import CREATORS, PLUGIN, choose_plugin, 
 from evit_deploy.environment import nvidia as gpu
 from evit_deploy.environment.nvidia import nvidia
 from evit_deploy.errors import EvitDeployError, InputError, StageError
+from evit_deploy.files import sha256
 from evit_deploy.files.drafts import draft
 from evit_deploy.recipe.options import BuildOptions
 
@@ -40,16 +41,16 @@ _ADVICE = (
     (r"within workspace limit", "Give a larger --workspace, or none."),
     (r"exceed_int32_dim", "Give a --batch with a smaller maximum."),
 )
-"""What to do about some complaints of the builder."""
+"""Advice for some of the builder's errors."""
 
 
 class Built(msgspec.Struct, frozen=True):
-    """A finished build.
+    """Result of a build.
 
     Args:
-        engine: For the manifest.
-        attentions: Fusable attention layers in the network.
-        layers: The engine inspector's JSON; ``None`` where no GPU could load the engine.
+        engine: The manifest's record of the engine.
+        attentions: Number of fusable attention layers in the network.
+        layers: The engine inspector's JSON; ``None`` if no GPU could load the engine.
     """
 
     engine: Engine
@@ -63,14 +64,14 @@ def build_engine(
     """Builds an engine.
 
     Args:
-        model: A file that ``export_onnx`` and ``set_precision`` made.
-        plan: Where the engine goes; it appears there whole or not at all.
+        model: A file created by ``export_onnx`` and ``set_precision``.
+        plan: Path of the engine; written atomically.
         target: ``tensorrt`` or ``tensorrt-rtx``.
-        precision: Of the file.
-        options: What to tell the builder.
+        precision: Precision of the file.
+        options: Options for the builder.
 
     Raises:
-        InputError: See :func:`check_options`; or the file is not what it should be.
+        InputError: See :func:`check_options`; or the file is not an exported model in this precision.
         MissingRequirement: See :func:`check_options`.
         StageError: The builder failed.
     """
@@ -100,7 +101,7 @@ def build_engine(
         driver=driver,
         precision=precision,
         profiles=options.profiles,
-        plugin=_sha256(plugin) if plugin and answer["plugins"] else None,
+        plugin=sha256(plugin) if plugin and answer["plugins"] else None,
         options={
             "workspace": options.workspace,
             "optimization_level": options.optimization_level,
@@ -114,7 +115,7 @@ def build_engine(
 
 
 def _check_model(model: Path, precision: str) -> int:
-    """Makes sure that a file is ours and in a precision; gives the number of its reorganizations."""
+    """Checks that evit-deploy wrote a file in this precision; returns its number of reorganizations."""
     from evit_deploy.export.card import load_onnx, read_card
     from evit_deploy.export.variants import reorganizations
 
@@ -130,7 +131,7 @@ def _check_model(model: Path, precision: str) -> int:
 
 
 def _ask_builder(model: Path, plan: Path, target: str, precision: str, options: BuildOptions) -> dict[str, Any]:
-    """Runs the builder's process; an interruption ends it too."""
+    """Runs the builder's process; an interrupt ends it too."""
     request = {
         "model": model.absolute(),
         "plan": plan.absolute(),
@@ -144,7 +145,7 @@ def _ask_builder(model: Path, plan: Path, target: str, precision: str, options: 
     }
     try:
         process = subprocess.run(
-            # -P: what happens to lie in the current folder is no module. The paths are this process's own.
+            # -P: do not import modules from the current folder.
             [sys.executable, "-P", "-m", "evit_deploy.engines.build"],
             input=msgspec.json.encode(request, enc_hook=str), capture_output=True, env=environment, timeout=TIME_LIMIT,
         )  # fmt: skip
@@ -158,25 +159,19 @@ def _ask_builder(model: Path, plan: Path, target: str, precision: str, options: 
 
 
 def _reason(code: int, said: str) -> str:
-    """Why the builder's process failed: its first complaint, which it marks [E], or the exception that ended it."""
+    """Returns why the builder's process failed: its first error, marked [E], or the exception that ended it."""
     if code < 0:
         name = signal.Signals(-code).name
         return f"its process was ended by {name}" + (", as for want of memory" if name == "SIGKILL" else "")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    # The parser first quotes the node, line by line, and then says what is wrong with it.
+    # The parser prints the node, line by line, before the actual error.
     complaints = [line for line in lines if line.startswith("[E] ") and "ModelImporter.cpp" not in line]
     reason = (complaints or lines[-1:] or [f"exit code {code}"])[0].removeprefix("[E] ").rstrip(".")
     return reason if len(reason) <= 500 else reason[:500] + " ..."
 
 
-def _sha256(path: Path) -> str:
-    from evit_deploy.files import sha256
-
-    return sha256(path)
-
-
 def _main() -> None:
-    """The builder's process: request on stdin, answer on stdout, everything libraries print on stderr."""
+    """Program of the builder's process: request on stdin, answer on stdout, output of libraries on stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     request = json.loads(sys.stdin.buffer.read())
@@ -208,7 +203,7 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     if options["plugin"]:
         load_plugin(Path(options["plugin"]))
     builder, network, parser = NetworkFromOnnxPath(path, strongly_typed=True)()
-    if request["precision"] == "fp32":  # no kernel fuses FP32 attention: it may be taken apart
+    if request["precision"] == "fp32":  # no kernel fuses FP32 attention
         builder, network, parser = SetDecomposableAttentions((builder, network, parser))()
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
     settings = _settings(trt, options)
@@ -229,13 +224,13 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(trt: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """What polygraphy's configuration of either builder is told."""
+    """Returns the settings of polygraphy's configuration that both builders share."""
     settings: dict[str, Any] = {
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
         "builder_optimization_level": options["optimization_level"],
     }
     if options["version_compatible"]:
-        # The lean runtime would be host code in the plan, which whoever loads the plan would have to allow.
+        # The lean runtime would be host code in the plan, which users would have to allow when loading it.
         settings |= {"version_compatible": True, "exclude_lean_runtime": True}
     if options["workspace"]:
         settings["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options["workspace"] << 20}
@@ -245,7 +240,7 @@ def _settings(trt: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_registered_plugin(trt: Any) -> None:
-    """TensorRT-RTX has plugins, but no layers for them: its parser would take ours and then end the process."""
+    """Refuses a registered plugin: TensorRT-RTX's parser would use it and then crash, as it has no plugin layers."""
     known = trt.get_plugin_registry().all_creators
     if any((creator.plugin_namespace, creator.name) == PLUGIN for creator in known):
         raise InputError(
@@ -263,11 +258,11 @@ def _profile(network: Any, profile: Any, batches: dict[str, int]) -> Any:
 
 
 def _layers(trt: Any, plan: Any) -> str | None:
-    """What the engine inspector says; only a machine with a GPU that the engine is for can load it."""
+    """Returns the engine inspector's JSON, or ``None`` without a GPU that can load the engine."""
     try:
         engine = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR)).deserialize_cuda_engine(plan)
         return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    except Exception:  # each way of having no GPU for it ends in another error
+    except Exception:  # the kind of error depends on what is missing
         return None
 
 

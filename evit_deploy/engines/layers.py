@@ -1,8 +1,8 @@
-"""What an engine is made of: its layers, as the engine inspector lists them.
+"""Layers of an engine, as listed by the engine inspector.
 
-TensorRT 10 and 11 write different JSON, and TensorRT-RTX writes 11's. The forms were taken from NVIDIA's migration page
-("Migrating IEngineInspector Usage from TensorRT 10.x to 11.x"), from listings in NVIDIA/TensorRT#3665, #4020 and #4397,
-and from the names of formats in NVIDIA/TensorRT, tools/experimental/trt-engine-explorer/trex/activations.py.
+TensorRT 10 and 11 write different JSON; TensorRT-RTX writes that of 11. Sources: NVIDIA's page "Migrating
+IEngineInspector Usage from TensorRT 10.x to 11.x", listings in NVIDIA/TensorRT#3665, #4020 and #4397, and the names of
+formats in NVIDIA/TensorRT, tools/experimental/trt-engine-explorer/trex/activations.py.
 """
 
 import json
@@ -14,7 +14,7 @@ import msgspec
 
 from evit_deploy.errors import InputError
 
-# The order decides: BFloat16 has Float in it, and Row major linear FP16 has neither.
+# The first match counts: "BFloat16" contains "Float16".
 _DTYPES = (
     ("bf16", r"bfloat16|\bbf16\b"),
     ("fp8", r"\bfp8|\be4m3"),
@@ -30,7 +30,7 @@ _DTYPES = (
     ("bool", r"\bbool"),
 )
 _FUSED_ATTENTION = re.compile(r"_gem[mv]_mha|fmha|flash_?attention|multi_?head_?attention", re.I)
-# The patch embedding is a convolution, and no less a product of matrices (corrltn is Myelin's word for it).
+# Includes convolutions, for the patch embedding (Myelin calls them corrltn).
 _MATMUL_KIND = re.compile(r"gemm|matrix_?multiply|fully_?connected|matmul|runtime_fusion|convolution|corrltn", re.I)
 _MATMUL_NAME = re.compile(r"__myl_Fc|xmma_gemm|cublas", re.I)
 _ATTENTION_NODE = re.compile(r"(?:^|/)Attention(?:_\d+)?$|^node_attention")
@@ -42,8 +42,8 @@ class Tensor(msgspec.Struct, frozen=True):
 
     Args:
         name: Its name inside the engine.
-        dtype: ``fp32``, ``fp16``, ``bf16``, ``fp8``, ``int8``, ...; as the inspector wrote it when it is none of these;
-            empty when it did not say.
+        dtype: ``fp32``, ``fp16``, ``bf16``, ``fp8``, ``int8``, ...; an unknown type as the inspector wrote it; empty if
+            not listed.
         dimensions: Sizes; -1 where dynamic.
     """
 
@@ -53,16 +53,16 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 class Layer(msgspec.Struct, frozen=True):
-    """A layer of an engine, which may stand for many nodes of the model.
+    """A layer of an engine, which may contain many nodes of the model.
 
     Args:
-        name: Its name; the profiler uses it too.
+        name: Its name, also used by the profiler.
         kind: The inspector's ``LayerType``: ``gemm``, ``kgen``, ``CaskConvolution``, ...
-        inputs: What it reads.
-        outputs: What it writes.
-        tactic: The kernel, where one is named.
-        metadata: Where it comes from: the model's nodes.
-        weights: dtype of weights that are part of the layer rather than an input; empty when there are none.
+        inputs: Tensors that it reads.
+        outputs: Tensors that it writes.
+        tactic: The kernel, if named.
+        metadata: The model's nodes that it comes from.
+        weights: dtype of weights that are part of the layer rather than an input; empty without.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Layer(msgspec.Struct, frozen=True):
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Names of the model's nodes in it; a node inside a function is preceded by the function's caller."""
+        """Names of the model's nodes in it; a node inside a function is prefixed with the function's caller."""
         found = []
         for text in re.findall(r"\[ONNX Layer: ([^\]]*)\]", self.metadata):
             # TensorRT's parser writes "inner | caller (Function)", innermost first.
@@ -85,7 +85,7 @@ class Layer(msgspec.Struct, frozen=True):
 
     @property
     def blocks(self) -> tuple[int, int] | None:
-        """First and last transformer block it has a part of; ``None`` for the stem, the head and what names none."""
+        """First and last transformer block that it contributes to; ``None`` for the stem, the head, or if unknown."""
         for text in (self.metadata, self.name, " ".join(tensor.name for tensor in (*self.inputs, *self.outputs))):
             numbers = [int(number) for number in _BLOCK.findall(text)]
             if numbers:
@@ -99,7 +99,7 @@ class Layer(msgspec.Struct, frozen=True):
 
 
 def dtype_of(text: str) -> str:
-    """Reads a dtype out of what an inspector writes.
+    """Parses a dtype from the inspector's text.
 
     >>> dtype_of("Half"), dtype_of("Channel major FP16 format where channel % 8 == 0"), dtype_of("BFloat16")
     ('fp16', 'fp16', 'bf16')
@@ -108,16 +108,16 @@ def dtype_of(text: str) -> str:
 
 
 def parse_layers(text: str) -> tuple[Layer, ...]:
-    """Reads what ``IEngineInspector.get_engine_information`` or ``trtexec --exportLayerInfo`` writes, of 10 or 11.
+    """Parses the output of ``IEngineInspector.get_engine_information`` or ``trtexec --exportLayerInfo``, of 10 or 11.
 
     Args:
-        text: The JSON; an engine without detailed profiling verbosity gives names only, and so do its layers here.
+        text: The JSON; for an engine without detailed profiling verbosity it has only the layers' names.
 
     Raises:
-        InputError: It is no such JSON.
+        InputError: The text is not such JSON.
     """
     try:
-        document = json.loads(text, strict=False)  # metadata are separated by control characters, which JSON forbids
+        document = json.loads(text, strict=False)  # metadata contain control characters, which strict JSON forbids
         rows = document["Layers"]
         return tuple(Layer(row) if isinstance(row, str) else _layer(row) for row in rows)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -143,8 +143,8 @@ def _tensor(row: Mapping[str, Any]) -> Tensor:
 
 
 def is_fused_attention(layer: Layer) -> bool:
-    """Whether a layer is one kernel for a whole attention: Q·Kᵀ, softmax and A·V."""
-    if _MATMUL_KIND.search(layer.kind):  # one of an attention's own matmuls, whatever its module is called
+    """Whether a layer is a single kernel for a whole attention: Q·Kᵀ, softmax and A·V."""
+    if _MATMUL_KIND.search(layer.kind):  # a single matmul of an attention, whatever the layer's name
         return False
     if _FUSED_ATTENTION.search(f"{layer.name} {layer.tactic} {layer.kind}"):
         return True
@@ -152,7 +152,7 @@ def is_fused_attention(layer: Layer) -> bool:
 
 
 def is_opaque(layer: Layer) -> bool:
-    """Whether a layer stands for a whole region of the graph that the listing does not look into."""
+    """Whether a layer is a whole region of the graph without details in the listing."""
     return layer.name.startswith("{ForeignNode[") or layer.kind.lower() in ("myelin", "foreignnode")
 
 
@@ -162,6 +162,6 @@ def is_matmul(layer: Layer) -> bool:
 
 
 def compute_dtypes(layer: Layer) -> set[str]:
-    """Floating and quantized dtypes that a matmul or an attention reads: not indices, not the scalars α and β."""
+    """Returns the floating-point and quantized dtypes that a layer reads, without indices and the scalars α and β."""
     read = {tensor.dtype for tensor in layer.inputs if tensor.dimensions != (1,)}
     return (read | {layer.weights}) & {"fp32", "fp16", "bf16", "fp8", "fp4", "int8", "int4", "fp64"}

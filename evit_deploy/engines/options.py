@@ -1,4 +1,4 @@
-"""Checks of what the builder of an engine is asked for, before any work."""
+"""Checks of the options for building an engine, before any work."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class Builder(msgspec.Struct, frozen=True):
 
     Args:
         module: Its Python module.
-        needs: What it needs of a machine.
+        needs: Its requirements.
     """
 
     module: str
@@ -32,24 +32,24 @@ BUILDERS = {
         Needs(extra=TENSORRT_RTX, wheel=TENSORRT_RTX, gpu=True, ahead=True, gpus=RTX_GPUS, label="TensorRT-RTX"),
     ),
 }
-"""Name of a builder, which is the name of its target and of the family of its plans, and the builder."""
+"""Builders by name, which is also the name of their target and of the family of their plans."""
 _DATA_CENTRE = ("sm90", "sm100", "sm103")
 _LEAST = {"fp8": 89, "bf16": 80}
-"""The first compute capability with matrix units for a type."""
+"""Lowest compute capability with matrix units for a type."""
 _WHICH_GPU = "An A100 is sm80, an A10 or RTX 30 sm86, an L4, L40 or RTX 40 sm89, an RTX 50 sm120."
 
 
 def check_options(target: str, precision: str, options: BuildOptions) -> None:
-    """Makes sure, before any work, that this machine can build what is asked.
+    """Checks, before any work, that this machine can build an engine with these options.
 
     Args:
-        target: ``tensorrt``, ``tensorrt-rtx`` or ``torch-tensorrt``, which looks for its own packages.
-        precision: Of the engine.
-        options: For its builder.
+        target: ``tensorrt``, ``tensorrt-rtx`` or ``torch-tensorrt``, which checks for its packages itself.
+        precision: Precision of the engine.
+        options: Options for its builder.
 
     Raises:
         InputError: The options contradict the target or one another.
-        MissingRequirement: The builder or its GPU is not here.
+        MissingRequirement: The builder or its GPU is missing.
     """
     _check_values(options)
     if target in BUILDERS and BUILDERS[target].needs.ahead:
@@ -116,17 +116,17 @@ def _check_rtx(options: BuildOptions) -> None:
 
 
 def flag(field: str) -> str:
-    """The command line's name of a field of :class:`BuildOptions`."""
+    """Returns the command-line flag of a field of :class:`BuildOptions`."""
     return {"batches": "--batch", "gpus": "--gpu"}.get(field, "--" + field.replace("_", "-"))
 
 
 def gpus_of(options: BuildOptions) -> tuple[str, ...]:
-    """GPUs that the engine is for, each once: those that are named, else the one of this machine, if it has one."""
+    """Returns the GPUs to build for, without duplicates: those in the options, else this machine's, if any."""
     current = gpu.compute_capability()
     return tuple(dict.fromkeys(options.gpus)) or ((current,) if current else ())
 
 
 def usable(target: str) -> bool:
-    """Whether this machine can build and run a builder's engine without being given more."""
+    """Whether this machine can build and run a builder's engines with default options."""
     found = availability(target, BUILDERS[target].needs)
     return found.builds and found.runs and gpu.missing_gpu() is None

@@ -1,4 +1,4 @@
-"""What the file of an engine says about itself, read without any TensorRT, and whether it fits this machine."""
+"""Reads the header of a plan file without TensorRT, and checks whether the plan matches this machine."""
 
 import shlex
 import struct
@@ -10,9 +10,9 @@ from evit_deploy.environment.availability import RTX_GPUS
 from evit_deploy.errors import EvitDeployError, InputError, MissingRequirement
 
 FAMILIES = {b"ftrt": "tensorrt", b"vtrt": "tensorrt-rtx"}
-"""First four bytes of a plan -> name of the target that makes it. TensorRT's are those that ``trtexec
---getPlanVersionOnly`` asks for (NVIDIA/TensorRT, samples/common/sampleEngines.cpp, printPlanVersion: tag 0x74727466,
-serialization version 0, then the version in bytes 24 to 27); TensorRT-RTX 1.7.1 writes the same form under its own tag.
+"""First four bytes of a plan -> name of its target. TensorRT's format is the one that ``trtexec --getPlanVersionOnly``
+checks (NVIDIA/TensorRT, samples/common/sampleEngines.cpp, printPlanVersion: tag 0x74727466, serialization version 0,
+then the version in bytes 24 to 27); TensorRT-RTX 1.7.1 writes the same format with its own tag.
 """
 
 MODULES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -21,12 +21,12 @@ _ONNX_SECOND_FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # tags of Mode
 
 
 class PlanHeader(msgspec.Struct, frozen=True):
-    """What the first bytes of a plan say.
+    """Header of a plan.
 
     Args:
         family: ``tensorrt`` or ``tensorrt-rtx``.
-        version: Of the library that built it, four numbers.
-        gpus: Compute capabilities it was built for; empty where the header does not say (TensorRT's does not).
+        version: Version of the library that built it, four numbers.
+        gpus: Compute capabilities it was built for; empty if not in the header, as in TensorRT's.
     """
 
     family: str
@@ -35,10 +35,10 @@ class PlanHeader(msgspec.Struct, frozen=True):
 
 
 def read_header(path: Path) -> PlanHeader:
-    """Reads what a plan says about itself, without any TensorRT.
+    """Reads the header of a plan, without TensorRT.
 
     Raises:
-        InputError: The file is missing, or no plain plan: empty, cut short, text, ONNX, or with something in front.
+        InputError: The file is missing or not a plain plan: empty, truncated, text, ONNX, or with other data in front.
     """
     try:
         with path.open("rb") as file:
@@ -72,11 +72,11 @@ def read_header(path: Path) -> PlanHeader:
 
 
 def _rtx_gpus(path: Path, start: bytes, size: int) -> tuple[str, ...]:
-    """Reads the rest of a TensorRT-RTX header, as 1.7.1 writes it.
+    """Reads the GPUs from a TensorRT-RTX header, as written by 1.7.1.
 
-    Measured on plans for every single target and for several: bytes 16 to 23 are the length of the file, and behind a
-    second tag stand the compute capabilities as bits. It is documented nowhere, so what does not look like this is not
-    taken for an error, but for a header that does not say.
+    Found by comparing plans for every single target and for several: bytes 16 to 23 are the length of the file, and a
+    second tag is followed by the compute capabilities as bits. The format is undocumented, so a header that does not
+    look like this is not an error; its GPUs are then unknown.
     """
     if len(start) < 64 or start[28:32] != b"vtrt":
         return ()
@@ -96,7 +96,7 @@ def _rtx_gpus(path: Path, start: bytes, size: int) -> tuple[str, ...]:
 
 
 def _stranger(path: Path, start: bytes) -> InputError:
-    """The error for a file that does not start like a plan, with what it probably is."""
+    """Returns the error for a file that does not start like a plan, with a guess of what it is."""
     length = int.from_bytes(start[:4], "little")
     if start[4:5] == b"{" and 2 <= length < 1 << 20:  # Ultralytics: the length of a JSON text, the text, the plan
         fix = f"Cut it off: tail -c +{length + 5} {shlex.quote(path.name)} > engine.plan"
@@ -120,21 +120,23 @@ def _is_text(start: bytes) -> bool:
     try:
         start.decode()
     except UnicodeDecodeError as error:
-        return len(start) == 4096 and error.start > 4092  # a character cut through by the end of what was read
+        return (
+            len(start) == 4096 and error.start > 4092
+        )  # only the last character is incomplete, because reading stopped there
     return True
 
 
 def misfit(path: Path, header: PlanHeader, *, version: str, gpu: str | None) -> EvitDeployError | None:
-    """Why a plan does not fit this machine, as far as its header tells; ``None`` when it does.
+    """Returns why a plan does not match this machine, as far as its header shows; ``None`` if it does.
 
-    A version-compatible plan with its lean runtime inside runs on a newer TensorRT all the same, and its header does
-    not say that it is one: ask this only after the library has refused the plan.
+    Call this only after the library has refused the plan: a version-compatible plan with a lean runtime also runs on
+    a newer TensorRT, and its header does not show that.
 
     Args:
         path: The plan, for the message.
-        header: What it says.
-        version: Of the library here.
-        gpu: Compute capability of the GPU here, ``sm80``.
+        header: Its header.
+        version: Version of the library on this machine.
+        gpu: Compute capability of this machine's GPU, such as ``sm80``.
     """
     name = MODULES[header.family]
     if version.split(".")[:3] != header.version.split(".")[:3]:

@@ -1,4 +1,4 @@
-"""Engines to compare a bundle's engine with, built as that was built: its slice twin, and its other body."""
+"""Builds engines to compare a bundle's engine with, using the same options: its slice twin, with or without plugin."""
 
 import logging
 from pathlib import Path
@@ -22,14 +22,14 @@ _LOG = logging.getLogger(__name__)
 
 
 def slice_engine(bundle: bundles.Bundle, scratch: Path) -> tuple[Path | None, str]:
-    """Builds the slice twin of a bundle's engine, as the engine itself was built.
+    """Builds the slice twin of a bundle's engine, with the options of that engine.
 
     Args:
         bundle: The bundle.
         scratch: Folder for the twin.
 
     Returns:
-        The twin's plan and an empty text, or ``None`` and why there is none (nothing to say where nothing is reduced).
+        (plan, ""), or (``None``, reason); the reason is empty if the model reduces no tokens.
     """
     proto = load_onnx(bundle.file(MODEL))
     if not reorganizations(proto):
@@ -44,20 +44,20 @@ def other_body(
     scratch: Path,
     plugin: Path | str | None,
 ) -> tuple[Path | None, str]:
-    """Builds a bundle's engine once more: without its plugin, or, where it has none, with the one that is given.
+    """Builds a bundle's engine again without its plugin, or, if it has none, with the given plugin.
 
     Args:
         bundle: The bundle.
         scratch: Folder for the engine.
-        plugin: Library to build with, or ``auto``; not for an engine that has a plugin.
+        plugin: Library to build with, or ``auto``; only for an engine without a plugin.
 
     Returns:
-        Its plan, ``body.plan`` or ``plugin.plan``, and an empty text; or ``None`` and why there is none (nothing to
-        say where nobody asked for one).
+        (``body.plan`` or ``plugin.plan``, ""), or (``None``, reason); the reason is empty if no comparison was
+        requested.
 
     Raises:
-        InputError: The library is no plugin.
-        MissingRequirement: There is none, or it is for another TensorRT.
+        InputError: The library is not a plugin.
+        MissingRequirement: The library is missing, or is for another TensorRT.
     """
     engine, library = bundle.manifest.engine, choose_plugin(plugin)
     if engine is None or (engine.plugin is None and library is None):
@@ -75,7 +75,7 @@ def _built_likewise(
     scratch: Path,
     plugin: Path | None,
 ) -> tuple[Path | None, str]:
-    """Another model's engine, built as the bundle's own was."""
+    """Builds another model's engine with the options of the bundle's engine."""
     engine = bundle.manifest.engine
     if engine is None or engine.target not in BUILDERS:
         builder = "nobody says how the engine was built" if engine is None else f"{engine.target} built the engine"
@@ -93,9 +93,9 @@ def _built_likewise(
 
 
 def options_of(engine: Engine) -> BuildOptions:
-    """What a builder has to be told to build as an engine of a bundle was built, but for its plugin."""
+    """Returns the options that an engine of a bundle was built with, except the plugin."""
     ahead = BUILDERS[engine.target].needs.ahead and (engine.driver is None or engine.gpus != (compute_capability(),))
     known = set(BuildOptions.__struct_fields__) - {"batches", "gpus", "plugin", "timing_cache"}
-    told = {name: value for name, value in engine.options.items() if name in known}
+    recorded = {name: value for name, value in engine.options.items() if name in known}
     batches = tuple(msgspec.structs.astuple(profile) for profile in engine.profiles)
-    return BuildOptions(batches=batches, gpus=engine.gpus if ahead else (), **told)
+    return BuildOptions(batches=batches, gpus=engine.gpus if ahead else (), **recorded)

@@ -1,9 +1,9 @@
-"""The layers of a TensorRT-RTX plan, read from the plan itself: no GPU, no driver, no TensorRT.
+"""Layers of a TensorRT-RTX plan, read from the file without a GPU, a driver or TensorRT.
 
-A plan can only be opened where a GPU is, so an engine built ahead of time for another machine would leave this one
-unexamined. But TensorRT-RTX writes its compiled graph into the plan as text (seen in 1.7.1): one line a tensor with its
-type, one line an operation with its name, its tensors and the model's nodes in it. That is documented nowhere, so a
-plan without it is not an error: it has no layers to look at before it is on its GPU.
+TensorRT can only open a plan on its GPU, so an engine built ahead of time for another machine could not be audited. But
+TensorRT-RTX writes its compiled graph into the plan as text (seen in 1.7.1): a line for each tensor with its type, and
+a line for each operation with its name, its tensors and the model's nodes in it. This is undocumented, so a plan
+without the text is not an error; it then has no layers to audit here.
 """
 
 import re
@@ -22,10 +22,10 @@ def plan_layers(path: Path) -> tuple[Layer, ...]:
     """Reads the layers of a TensorRT-RTX plan.
 
     Args:
-        path: The plan; :func:`evit_deploy.engines.plan_file.read_header` says whether it is one.
+        path: The plan; :func:`evit_deploy.engines.plan_file.read_header` checks that it is one.
 
     Returns:
-        The operations that come from the model's nodes; none when the plan does not hold its graph as text.
+        The operations that come from the model's nodes; empty if the plan does not contain its graph as text.
     """
     content = path.read_bytes()
     tensors = {
@@ -35,7 +35,7 @@ def plan_layers(path: Path) -> tuple[Layer, ...]:
     layers = []
     for kind, quoted, bare, rest in _OPERATION.findall(content):
         nodes = _NODES.search(rest)
-        if nodes is None or not nodes[1]:  # shape arithmetic, copies and checks of the runtime's own
+        if nodes is None or not nodes[1]:  # the runtime's own shape arithmetic, copies and checks
             continue
         named = {_text(key).removesuffix("_args"): _names(value) for key, value in _LIST.findall(rest)}
         kernel = _KERNEL.search(rest)

@@ -1,8 +1,8 @@
-"""The ``torch-tensorrt`` target: a reduced PyTorch model through Torch-TensorRT, without an ONNX file in between.
+"""The ``torch-tensorrt`` target: builds engines from PyTorch models with Torch-TensorRT, without an ONNX file.
 
-It makes a plain plan (for TensorRT, trtexec, Triton) and an exported program (for PyTorch) from one exported graph.
-Torch-TensorRT 2.14 pins torch 2.14, so it lives in an environment of its own; ``docs/torch-tensorrt.md`` has the lines.
-Nothing here imports it before :func:`require_torch_tensorrt` has looked for it.
+Creates a plain plan (for TensorRT, trtexec, Triton) and an exported program (for PyTorch) from one exported graph.
+Torch-TensorRT 2.14 pins torch 2.14, so it needs a separate environment, see ``docs/torch-tensorrt.md``. Nothing here
+imports it before :func:`require_torch_tensorrt` has checked for it.
 """
 
 import copy
@@ -32,21 +32,21 @@ from evit_deploy.tokens.backbone import backbone_of
 
 TARGET = "torch-tensorrt"
 RELEASE = "2.14"
-"""Of torch and Torch-TensorRT alike: each Torch-TensorRT is compiled against one torch."""
+"""Required release of both torch and Torch-TensorRT, which is compiled against one torch."""
 DISTRIBUTIONS = ("torch-tensorrt", "torch-tensorrt-rtx")
 """Both install the Python package ``torch_tensorrt``; the second lowers to TensorRT-RTX."""
 ENVIRONMENT = 'python -m venv tt-env && tt-env/bin/pip install -e ".[torch-tensorrt]"'
-"""In a checkout."""
+"""Commands that create the environment in a checkout."""
 
 
 def require_torch_tensorrt() -> Any:
-    """Makes sure that Torch-TensorRT can be used here.
+    """Checks that Torch-TensorRT can be used here.
 
     Returns:
         The package ``torch_tensorrt``.
 
     Raises:
-        MissingRequirement: A package or the GPU is missing; the message names all that is, and the line that helps.
+        MissingRequirement: Packages or the GPU are missing; the message lists them and how to install them.
     """
     found = {name: version_of(name) for name in ("torch", *DISTRIBUTIONS)}
     missing = []
@@ -55,7 +55,7 @@ def require_torch_tensorrt() -> Any:
     versions = [version for name in DISTRIBUTIONS if (version := found[name])]
     if not any(_of_release(version) for version in versions):
         missing.append(f"{DISTRIBUTIONS[0]} {RELEASE} (here: {', '.join(versions) or 'not installed'})")
-    # Asked before the import: 2.14 calls the CUDA driver while it is imported (pytorch/TensorRT#4504).
+    # Checked before the import, because importing 2.14 calls the CUDA driver (pytorch/TensorRT#4504).
     gpu = torch.cuda.is_available()
     if missing:
         what = " and ".join(missing) + (" are" if len(missing) > 1 else " is") + " needed"
@@ -92,29 +92,29 @@ def build_torch_tensorrt(
     precision: str,
     options: BuildOptions,
 ) -> Engine:
-    """Lowers a model into a plan and an exported program around an engine of the same graph.
+    """Lowers a model to a plan, and to an exported program with an engine of the same graph.
 
-    Both take float32 images and give float32 answers; in the plan they are called ``input`` and ``logits`` or
+    Both accept float32 images and return float32 answers; in the plan these are named ``input`` and ``logits`` or
     ``embedding``.
 
     Args:
-        model: Reduced or dense, FP32; it stays as it is.
-        plan_path: Where the plan goes.
-        program_path: Where the exported program goes, ``*.pt2``.
-        precision: ``fp32``, ``fp16`` or ``bf16``; scores are FP32 in each.
-        options: For the builder; one optimization profile, see :func:`_only`.
+        model: Reduced or dense, FP32; not changed.
+        plan_path: Path of the plan.
+        program_path: Path of the exported program, ``*.pt2``.
+        precision: ``fp32``, ``fp16`` or ``bf16``; scores are always FP32.
+        options: Options for the builder, with one optimization profile, see :func:`_only`.
 
     Returns:
-        What the plan was built with.
+        The manifest's record of the engine.
 
     Raises:
-        InputError: The precision or the profiles cannot be had.
+        InputError: The precision or the profiles are not supported.
         MissingRequirement: See :func:`require_torch_tensorrt`.
         StageError: Building or writing failed; neither file was written.
     """
     profile = check_request(precision, options.profiles)
     package = require_torch_tensorrt()
-    tensorrt = importlib.import_module("tensorrt")  # with the -rtx wheel, an alias of tensorrt_rtx that it installs
+    tensorrt = importlib.import_module("tensorrt")  # with the -rtx wheel this is an alias of tensorrt_rtx
     runtime = getattr(tensorrt, "_package_name", "tensorrt")
     if options.hardware_compatible and runtime == "tensorrt_rtx":
         raise InputError(
@@ -128,13 +128,13 @@ def build_torch_tensorrt(
         "hardware_compatible": options.hardware_compatible,
         "version_compatible": options.version_compatible,
         "workspace_size": workspace or 0,
-        "disable_tf32": True,  # what is FP32 in the graph (all of fp32, the fused row in the others) is FP32
-        # At a fixed batch the converter of scatter makes its zero a float64, which TensorRT lacks; nothing else is one.
+        "disable_tf32": True,  # FP32 operations (in 16 bits: the sum for the fused row) must not use TF32
+        # At a fixed batch the converter of scatter creates a float64 zero, which TensorRT lacks.
         "truncate_double": True,
     }
     start = time.monotonic()
     with _failures(), _quiet(), draft(program_path.parent) as making:
-        # The cache belongs to this build: by default it lies in a folder that all users of the machine share.
+        # A separate timing cache: the default is in a folder that all users of the machine share.
         settings["timing_cache_path"] = str(making.folder / "timing" / "cache.bin")
         exported = export_program(model, precision, profile, device="cuda")
         plan = lower_to_plan(package, exported, profile, settings, answer_name(model))
@@ -162,7 +162,7 @@ def build_torch_tensorrt(
             "optimization_level": options.optimization_level,
             "hardware_compatible": options.hardware_compatible,
             "version_compatible": options.version_compatible,
-            "lean_runtime": False,  # Torch-TensorRT leaves it out
+            "lean_runtime": False,  # Torch-TensorRT excludes it
             "workspace": workspace,
         },
         seconds=round(time.monotonic() - start, 3),
@@ -170,13 +170,13 @@ def build_torch_tensorrt(
 
 
 def check_request(precision: str, profiles: Sequence[BatchProfile]) -> BatchProfile:
-    """Looks at what is asked before any work.
+    """Checks precision and profiles before any work.
 
     Returns:
-        The one profile there may be.
+        The single profile.
 
     Raises:
-        InputError: The precision or the profiles cannot be had.
+        InputError: The precision or the profiles are not supported.
     """
     if precision in ("int8", "fp8"):
         raise InputError(
@@ -192,14 +192,13 @@ def check_request(precision: str, profiles: Sequence[BatchProfile]) -> BatchProf
 
 
 def _only(profiles: Sequence[BatchProfile]) -> BatchProfile:
-    """The one profile there may be.
+    """Returns the single optimization profile.
 
-    A plan could hold several, and a compiled module could choose among them; a saved program cannot: its engine is no
-    module any more, which is what ``torch_tensorrt.runtime.optimization_profile`` looks for, so the first would serve
-    every batch or fail.
+    A plan could have several, but a saved program cannot choose among them: its engine is no longer a module, which
+    ``torch_tensorrt.runtime.optimization_profile`` needs, so the first profile would be used for every batch or fail.
 
     Raises:
-        InputError: There are several or none, or the numbers do not rise.
+        InputError: There are several or none, or the numbers are not in increasing order.
     """
     if len(profiles) != 1:
         raise InputError(
@@ -227,7 +226,7 @@ class _Images(nn.Module):
         super().__init__()
         self.model, self.dtype = model, dtype
 
-    # Not `input`: exported under that name it becomes `input_1`, so as not to hide Python's own function.
+    # Not named `input`, which torch.export would rename to `input_1` because it is a Python builtin.
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images.to(self.dtype)).float()
 
@@ -235,22 +234,22 @@ class _Images(nn.Module):
 def export_program(
     model: nn.Module, precision: str, profile: BatchProfile, *, device: str
 ) -> torch.export.ExportedProgram:
-    """Exports a model in the form in which Torch-TensorRT has a converter for every operation.
+    """Exports a model in a form for which Torch-TensorRT has converters.
 
     Args:
-        model: Reduced or dense, FP32; it is copied, not changed.
+        model: Reduced or dense, FP32; copied, not changed.
         precision: ``fp32``, ``fp16`` or ``bf16``.
-        profile: Batch sizes that the program must take.
-        device: Where the constants lie.
+        profile: Batch sizes that the program must support.
+        device: Device of the constants.
 
     Returns:
         A program from float32 images to float32 answers.
     """
     size = (backbone_of(model).channels(model), *backbone_of(model).image_size(model))
     dtype = DTYPES[precision]
-    # A full copy: casting and moving a module changes the tensors that a copy would share.
+    # A deep copy, because casting and moving would change shared tensors.
     cast = _Images(copy.deepcopy(model).eval().to(device=device, dtype=dtype), dtype).eval()
-    least = profile.minimum if _fixed(profile) else max(2, profile.minimum)  # a 1 would be taken for a constant
+    least = profile.minimum if _fixed(profile) else max(2, profile.minimum)  # torch.export specializes a size of 1
     example = torch.zeros(least, *size, device=device)
     with torch.no_grad():
         exported = torch.export.export(cast, (example,), dynamic_shapes=_dynamic_shapes(profile))
@@ -258,9 +257,9 @@ def export_program(
 
 
 def _sort(scores: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """A stable sort as a plain one: only that has a converter, onto TensorRT's TopK (pytorch/TensorRT#2514).
+    """Replaces a stable sort by a plain one, which has a converter to TensorRT's TopK (pytorch/TensorRT#2514).
 
-    TopK gives the same order but for exact ties, which TensorRT leaves open with or without this.
+    TopK gives the same order except for exact ties, which TensorRT leaves unspecified anyway.
     """
     return torch.ops.aten.sort.default(scores, dim, descending)
 
@@ -278,8 +277,8 @@ def _input(package: Any, exported: torch.export.ExportedProgram, profile: BatchP
     size = exported.example_inputs[0][0].shape[1:]  # type: ignore[index]
     if _fixed(profile):
         return package.Input(shape=(profile.maximum, *size), dtype=torch.float32, name="images")
-    # A list of one profile: from min_shape, opt_shape and max_shape, `compile` would take the range only, and tune the
-    # engine for the batch that the export happened to be traced with.
+    # A list with one profile: given min_shape, opt_shape and max_shape, `compile` uses only the range, and tunes the
+    # engine for the batch size of the export's example.
     ends = (("min_shape", profile.minimum), ("opt_shape", profile.optimum), ("max_shape", profile.maximum))
     shapes = {name: (batch, *size) for name, batch in ends}
     return package.Input(profiles=[shapes], dtype=torch.float32, name="images")
@@ -296,8 +295,8 @@ def lower_to_plan(
 
     Args:
         package: ``torch_tensorrt``.
-        exported: From :func:`export_program`.
-        profile: The same as there.
+        exported: Result of :func:`export_program`.
+        profile: The profile given there.
         options: Compilation settings.
         answer: Name of the output.
 
@@ -321,19 +320,19 @@ def lower_to_program(
     options: dict[str, Any],
     path: Path,
 ) -> None:
-    """Saves an exported program that holds one engine and nothing else.
+    """Saves an exported program that contains a single engine.
 
     Args:
         package: ``torch_tensorrt``.
-        exported: From :func:`export_program`.
-        profile: The same as there.
+        exported: Result of :func:`export_program`.
+        profile: The profile given there.
         options: Compilation settings.
-        path: Where it goes.
+        path: Path of the program.
     """
     compiled = package.dynamo.compile(
         exported, arg_inputs=(_input(package, exported, profile),), require_full_compilation=True, **options
     )
-    # An example and the dimension, not the Input: its example has OPT images, and a 1 would be taken for a constant.
+    # An example and its dynamic dimension instead of the Input, whose example has OPT images: a 1 would be specialized.
     package.save(
         compiled,
         str(path),
@@ -345,7 +344,7 @@ def lower_to_program(
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Turns what torch, Torch-TensorRT and TensorRT raise into one kind of error."""
+    """Converts exceptions of torch, Torch-TensorRT and TensorRT to a StageError."""
     try:
         yield
     except (InputError, MissingRequirement, StageError):
@@ -359,7 +358,7 @@ def _failures() -> Iterator[None]:
 
 
 def _root(error: BaseException) -> str:
-    """First line of what went wrong in the first place; Torch-TensorRT wraps it two or three times."""
+    """First line of the root cause; Torch-TensorRT wraps it two or three times."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -368,7 +367,7 @@ def _root(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps narration off stderr: what fails is raised as well."""
+    """Silences warnings and log messages; failures are also raised."""
     loggers = [logging.getLogger(name) for name in ("torch_tensorrt", "torch.export")]
     levels = [logger.level for logger in loggers]
     try:

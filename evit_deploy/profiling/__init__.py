@@ -1,1 +1,1 @@
-"""How fast a model is, measured beside its twins."""
+"""Speed of a model and its twins."""

@@ -1,4 +1,4 @@
-"""Which batch sizes to measure."""
+"""Choice of the batch sizes to measure."""
 
 from collections.abc import Sequence
 
@@ -8,32 +8,32 @@ from evit_deploy.recipe.options import BatchProfile
 
 CPU_BATCH_SIZES = (1, 8, 32)
 GPU_BATCH_SIZES = (1, 8, 32, 128)
-"""128 is the batch size of the EViT paper's own throughputs."""
+"""128 is the batch size of the throughputs in the EViT paper."""
 
 
 def sizes_within(profiles: Sequence[BatchProfile], sizes: Sequence[int]) -> tuple[int, ...]:
-    """The batch sizes that profiles cover; if none is, the ones they were tuned for."""
+    """Returns the batch sizes that profiles cover; if none is covered, those that the profiles were tuned for."""
     covered = tuple(n for n in sizes if covers(profiles, n))
     return covered or tuple(sorted({p.optimum for p in profiles}))
 
 
 def covers(profiles: Sequence[BatchProfile], batch: int) -> bool:
-    """Whether an engine with these profiles, or a runtime without any, takes a batch size."""
+    """Whether profiles cover a batch size; no profiles cover every size."""
     return not profiles or any(p.minimum <= batch <= p.maximum for p in profiles)
 
 
 def sizes_for(
     profiles: Sequence[Sequence[BatchProfile]], asked: Sequence[int] | None, *, on_gpu: bool
 ) -> tuple[int, ...]:
-    """The batch sizes to measure.
+    """Returns the batch sizes to measure.
 
     Args:
-        profiles: For each candidate what it covers; empty where it takes any size.
-        asked: Those that were asked for; all of them or an error.
-        on_gpu: Whether 128 is among the usual ones.
+        profiles: Profiles of each candidate; empty if it supports any size.
+        asked: Requested batch sizes, all of which must be supported; ``None`` for the defaults.
+        on_gpu: Whether the defaults include 128.
 
     Raises:
-        InputError: A candidate does not cover one that was asked for, or they have none in common.
+        InputError: A candidate does not cover a requested size, or the candidates have no size in common.
     """
     own = [covered for covered in profiles if covered]
     if asked is not None:

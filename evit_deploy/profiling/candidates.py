@@ -1,6 +1,6 @@
-"""What is timed against what: a target, its twins, and the runtimes that can run them.
+"""Candidates for timing: a target and its twins, on the runtimes that can run them.
 
-A target is a bundle, an engine (bare or with its manifest), an ONNX file or a checkpoint.
+A target is a bundle, an engine (with or without its manifest), an ONNX file or a checkpoint.
 """
 
 import copy
@@ -37,13 +37,13 @@ PLAN_SUFFIXES = (".plan", ".engine", ".trt")
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One thing to time.
+    """One model on one runtime, to time.
 
     Args:
         runtime: Name in the registry of runtimes.
-        variant: ``model``, ``dense`` or ``slice``; ``body`` is a model's engine built without its plugin, ``plugin``
-            one built with it.
-        artifact: What the runtime runs.
+        variant: ``model``, ``dense`` or ``slice``; also ``body``, the model's engine without its plugin, and
+            ``plugin``, the model's engine with a plugin.
+        artifact: The artifact that the runtime runs.
     """
 
     runtime: str
@@ -59,13 +59,13 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """A target and its twins, on the runtimes that take part.
+    """A target and its twins, on the runtimes to measure.
 
     Args:
-        candidates: What is timed.
-        plan: Token plan of the reduced ones; ``None`` where it is unknown.
-        notes: What is missing, and why.
-        required: Runtimes without which there is no answer; others are left out when they turn out not to run here.
+        candidates: What to time.
+        plan: Token plan of the reduced models; ``None`` if unknown.
+        notes: Notes on what is missing and why.
+        required: Runtimes that must run; others are skipped if they fail when opened.
     """
 
     candidates: list[Candidate]
@@ -85,24 +85,24 @@ def candidates_of(
     plugin: Path | str | None = None,
     server: Server | None = None,
 ) -> Comparison:
-    """What is timed: the target and its twins, on each runtime.
+    """Returns the target and its twins on each runtime.
 
     Args:
         target: A bundle, an engine, an ONNX file or a checkpoint.
         against: See :func:`evit_deploy.profiling.profile.profile`.
-        tokens: Checkpoint: how to reduce it.
-        runtimes: Names in the registry of runtimes; all that can run the target when empty.
-        batch_sizes: Images a call, where they were asked for.
-        scratch: Empty folder, in which engines to compare with may be built; without it, none is.
+        tokens: For a checkpoint: how to reduce it.
+        runtimes: Names in the registry of runtimes. Default: all that can run the target.
+        batch_sizes: The requested batch sizes, if any.
+        scratch: Empty folder for engines to compare with; without it none are built.
         plugin: See :func:`evit_deploy.profiling.profile.profile`.
         server: See :func:`evit_deploy.profiling.profile.profile`.
 
     Raises:
-        InputError: The target is nothing that can be profiled, or a runtime cannot run it.
-        MissingRequirement: The target is an engine, and what would run it is not here.
+        InputError: The target cannot be profiled, or a runtime cannot run it.
+        MissingRequirement: The target is an engine, and its runtime is not installed.
     """
     for name in runtimes:
-        RUNTIMES.get(name)  # an unknown one is told, not passed over
+        RUNTIMES.get(name)  # raises for an unknown name
     path = Path(target)
     if path.is_dir():
         bundle = bundles.read_bundle(path)
@@ -125,7 +125,7 @@ def candidates_of(
 
 
 def is_plan(path: Path) -> bool:
-    """Whether a target is to be read as an engine: it starts like one, or its name says so."""
+    """Whether a target is an engine, by its first bytes or its suffix."""
     try:
         with path.open("rb") as file:
             return file.read(4) in FAMILIES or path.suffix in PLAN_SUFFIXES
@@ -138,7 +138,7 @@ def _of_onnx(path: Path, against: Path | None, runtimes: Sequence[str]) -> Compa
     if card is None:
         raise InputError("evit-deploy did not write this file, so its token plan is unknown", where=path)
     if against is not None:
-        read_outline(against)  # refuses what is no model
+        read_outline(against)  # raises if it is not a model
     notes = [] if against else ["Speed-up not available: --against DENSE.onnx gives the dense twin."]
     names = [name for name in RUNTIMES.names() if MODEL in RUNTIMES.get(name).files]
     chosen = [name for name in names if takes_part(name, path, runtimes)]
@@ -164,7 +164,9 @@ def _of_plan(
         )  # fmt: skip
     if bundle is not None and family in required:
         _check_sizes(bundle, batch_sizes)
-    missing = RUNTIMES.get(family).missing()  # asked last: what runs nowhere is not this machine's fault
+    missing = RUNTIMES.get(
+        family
+    ).missing()  # checked last, because another machine would not help with the errors above
     if missing is not None and family in required:
         raise missing
     if bundle is not None:
@@ -185,10 +187,10 @@ def _of_plan(
 
 
 def manifest_beside(path: Path) -> tuple[bundles.Bundle | None, str]:
-    """The bundle that an engine belongs to: the manifest beside it has to list this very file.
+    """Returns the bundle that an engine belongs to, if the manifest next to it lists this file by its hash.
 
     Returns:
-        The bundle and an empty text; or ``None`` and why the engine is on its own.
+        (bundle, ""), or (``None``, reason).
     """
     manifest = path.with_name(MANIFEST)
     if not manifest.is_file():
@@ -213,7 +215,7 @@ def _of_bundle(
     plugin: Path | str | None,
     server: Server | None = None,
 ) -> Comparison:
-    """What a bundle itself holds, on the runtimes that take part."""
+    """Returns the candidates in a bundle."""
     changed = bundles.changed_files(bundle)
     if changed:
         raise InputError(
@@ -242,7 +244,7 @@ def _with_built(
     scratch: Path | None,
     plugin: Path | str | None,
 ) -> Comparison:
-    """Adds the engines that are built here to compare a bundle's engine with: its slice twin and its other body."""
+    """Builds and adds engines to compare a bundle's engine with: its slice twin, and it with or without the plugin."""
     running = next((row for row in found.candidates if row.variant == "model" and _is_engine(row)), None)
     if running is not None:
         _check_sizes(bundle, batch_sizes)
@@ -260,13 +262,13 @@ def _with_built(
 
 
 def _other_plugin(bundle: bundles.Bundle, plugin: Path | str | None) -> Path | str | None:
-    """The plugin that was given, if it is to be compared with the operator's body that the engine has built in."""
+    """Returns the given plugin if the bundle's engine was built without one, to compare the two."""
     engine = bundle.manifest.engine
     return plugin if engine is not None and engine.target == TENSORRT and engine.plugin is None else None
 
 
 def _check_sizes(bundle: bundles.Bundle, batch_sizes: Sequence[int] | None) -> None:
-    """Refuses what the manifest already says that the engine does not cover, before a twin is built for nothing."""
+    """Refuses batch sizes that the engine does not cover, by the manifest, before twins are built."""
     engine = bundle.manifest.engine
     for batch in batch_sizes or ():
         if engine is not None:
@@ -282,7 +284,7 @@ def _is_engine(row: Candidate) -> bool:
 
 
 def _left_out(bundle: bundles.Bundle, model: torch.nn.Module | None) -> list[str]:
-    """Says why a bundle's engine, or on a GPU PyTorch, cannot take part."""
+    """Returns notes on why a bundle's engine, or PyTorch on a GPU, was not timed."""
     notes = []
     for name in RUNTIMES.names():
         runtime: type[Runner] = RUNTIMES.get(name)
@@ -295,13 +297,13 @@ def _left_out(bundle: bundles.Bundle, model: torch.nn.Module | None) -> list[str
 
 
 def takes_part(name: str, artifact: Any, runtimes: Sequence[str]) -> bool:
-    """Whether a runtime is among those asked for; without a wish, whether it can run an artifact here."""
+    """Whether to time a runtime: it was requested, or by default it can run the artifact here."""
     if runtimes:
         return name in runtimes
     runtime: type[Runner] = RUNTIMES.get(name)
     if usable(runtime, artifact):
         return True
-    # On a GPU an engine's rival is compiled PyTorch, however long compiling takes.
+    # On a GPU also compiled PyTorch, the alternative to an engine, although compiling takes long.
     return (
         not runtime.files and torch.cuda.is_available() and runtime.missing() is None and not runtime.accepts(artifact)
     )
@@ -313,7 +315,7 @@ def bundle_candidates(
     model: torch.nn.Module | None = None,
     server: Server | None = None,
 ) -> list[Candidate]:
-    """A bundle's model and its twins on every runtime that was asked for, or that can run them here.
+    """Returns a bundle's model and its twins on every requested runtime, or on all that can run them here.
 
     Args:
         bundle: The bundle.
@@ -339,7 +341,7 @@ def bundle_candidates(
 
 
 def onnx_candidates(model: Path, dense: Path | None, runtime: str = "onnxruntime") -> list[Candidate]:
-    """The portable file and its twins on one runtime."""
+    """Returns the portable file and its twins on one runtime."""
     rows = [Candidate(runtime, "model", model), *_slice(model, runtime)]
     return rows + ([Candidate(runtime, "dense", dense)] if dense is not None else [])
 
@@ -354,13 +356,13 @@ def _slice(model: Path, runtime: str) -> list[Candidate]:
 
 
 def torch_candidates(model: torch.nn.Module, runtime: str, precision: str = "fp32") -> list[Candidate]:
-    """The PyTorch model and the same weights without reduction, on the GPU if there is one.
+    """Returns the PyTorch model and its dense twin, on the GPU if there is one.
 
     Args:
         model: The reduced model, FP32.
         runtime: Name of a runtime that runs PyTorch models.
-        precision: ``fp16`` and ``bf16`` are what PyTorch computes in too; beside a quantized file it is FP16 on a GPU
-            and FP32 on a CPU.
+        precision: Precision of the bundle. PyTorch also computes in it, except that for quantized files it uses FP16
+            on a GPU and FP32 on a CPU.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision in QUANTIZED:

@@ -1,6 +1,7 @@
-"""What the host's clock cannot see of an engine: where the time of a call goes, and which block takes how much of it.
+"""Times inside an engine: the parts of a call, and the time of each block.
 
-Engines take turns here too: a round is some calls of each, in an order drawn anew, and ratios are medians over rounds.
+Measurements are interleaved: a round is a few calls of each engine, in a new random order, and ratios are medians over
+rounds.
 """
 
 import itertools
@@ -24,17 +25,17 @@ from evit_deploy.tokens.plan import TokenPlan
 
 ROUNDS, CALLS = 10, 10
 SHARE = 0.1
-"""Share of the time given for a batch size that goes on after the least number of calls."""
+"""Share of a batch size's duration for calls after the minimum number of calls."""
 WARM_UP, REMIND = 0.2, 0.01
-"""Seconds that an engine runs before its first round (as long as trtexec's), and before each later one."""
+"""Seconds of warm-up before an engine's first round (as in trtexec), and before each later one."""
 
 
 class Timed(msgspec.Struct, frozen=True):
-    """An engine that takes part.
+    """An engine to time.
 
     Args:
-        candidate: Which.
-        runner: Its runner, opened.
+        candidate: The candidate.
+        runner: Its opened runner.
     """
 
     candidate: Candidate
@@ -42,7 +43,7 @@ class Timed(msgspec.Struct, frozen=True):
 
     @property
     def label(self) -> str:
-        """For the start of a sentence."""
+        """Runtime and variant, for the start of a sentence."""
         return f"{self.candidate.runtime} {self.candidate.variant}"
 
 
@@ -50,12 +51,12 @@ def time_parts(engines: Sequence[Timed], batch: int, duration: float) -> list[li
     """Times the parts of calls, the engines in turn.
 
     Args:
-        engines: Who takes turns.
+        engines: The engines.
         batch: Images per call.
-        duration: Seconds that the interleaved measurement was given.
+        duration: Duration of the interleaved measurement, of which :data:`SHARE` is used.
 
     Returns:
-        For each engine its rounds.
+        For each engine, its rounds.
     """
     order = np.random.default_rng(0)
     parts: list[list[Timings]] = [[] for _ in engines]
@@ -69,11 +70,11 @@ def time_parts(engines: Sequence[Timed], batch: int, duration: float) -> list[li
 
 
 def latency_report(engines: Sequence[Timed], parts: Sequence[Sequence[Timings]], batch: int) -> Report:
-    """One row for each engine, and what else than the engine was measured.
+    """Returns a row for each engine, with notes on what affected the measurement.
 
     Args:
-        engines: Who was timed.
-        parts: For each of them its rounds, as many for all.
+        engines: The engines.
+        parts: For each engine its rounds; the same number for all.
         batch: Images per call.
     """
     compute = np.array([[np.median(part.compute) for part in rounds] for rounds in parts])
@@ -100,7 +101,7 @@ def latency_report(engines: Sequence[Timed], parts: Sequence[Sequence[Timings]],
 
 
 def launch_notes(rows: Sequence[LatencyRow]) -> list[str]:
-    """Says for each engine whether its small batches wait for launches rather than for arithmetic."""
+    """Returns notes on engines with small batches that are limited by kernel launches rather than arithmetic."""
     notes = []
     for runtime in dict.fromkeys(row.runtime for row in rows):
         compute = {row.batch: row.compute.median for row in rows if (row.runtime, row.variant) == (runtime, "model")}
@@ -109,16 +110,16 @@ def launch_notes(rows: Sequence[LatencyRow]) -> list[str]:
 
 
 def optimum(profiles: Sequence[BatchProfile]) -> int:
-    """The largest batch size that an engine was tuned for."""
+    """Returns the largest batch size that an engine was tuned for."""
     return max((profile.optimum for profile in profiles), default=1)
 
 
 def block_report(engine: Timed, plan: TokenPlan | None) -> Report:
-    """Time by block at the batch size that an engine was tuned for.
+    """Measures time by block at the batch size that an engine was tuned for.
 
     Args:
         engine: The engine.
-        plan: Token counts of this very engine, if known.
+        plan: Token plan of this engine, if known.
     """
     batch = optimum(engine.runner.profiles)
     times = engine.runner.layer_times(batch)
@@ -129,16 +130,16 @@ def block_report(engine: Timed, plan: TokenPlan | None) -> Report:
 def block_rows(
     engine: Timed, layers: Sequence[Layer], times: Sequence[tuple[str, float]], batch: int, plan: TokenPlan | None
 ) -> Report:
-    """Sums layer times by transformer block, beside the token counts.
+    """Sums layer times by transformer block, with the token counts.
 
-    A kernel that fuses the end of one block with the start of the next cannot be divided, so it gets a row of its own.
+    A kernel that fuses the end of one block with the start of the next cannot be divided, so it gets a separate row.
 
     Args:
         engine: The engine.
-        layers: What it is made of.
-        times: Layer names and milliseconds, as the profiler reports them.
+        layers: Its layers.
+        times: (layer name, milliseconds) pairs from the profiler.
         batch: Images per call.
-        plan: Token counts of this very engine, if known.
+        plan: Token plan of this engine, if known.
     """
     who, counts = engine.candidate, plan.blocks if plan is not None else ()
     spans = {layer.name: layer.blocks for layer in layers}
@@ -172,7 +173,7 @@ def block_rows(
 
 
 def named_layers(listed: Sequence[Layer], written: Sequence[Layer]) -> tuple[Layer, ...]:
-    """The inspector's layers; where one does not say which block it belongs to, the plan's own text may."""
+    """Returns the inspector's layers, with block numbers filled in from the plan's text where missing."""
     found = {layer.name: layer for layer in written}
     found |= {layer.name: layer for layer in listed if layer.blocks is not None or layer.name not in found}
     return tuple(found.values())
@@ -181,5 +182,5 @@ def named_layers(listed: Sequence[Layer], written: Sequence[Layer]) -> tuple[Lay
 def _written_layers(artifact: object) -> tuple[Layer, ...]:
     try:
         return plan_layers(Path(str(artifact)))
-    except (OSError, InputError):  # gone since it was loaded; the inspector's listing is what remains
+    except (OSError, InputError):  # the file is gone; use only the inspector's listing
         return ()

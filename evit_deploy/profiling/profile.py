@@ -1,8 +1,8 @@
-"""How fast a model is, beside the two twins that give the number a meaning, in the same run and interleaved.
+"""Measures the speed of a model and its two twins, interleaved in the same run.
 
-The *dense twin* (no token reduction) gives the speed-up; the *slice twin* (same token counts, nothing scored or
-gathered) gives what the reorganization itself costs. :mod:`evit_deploy.profiling.candidates` says what is timed,
-:mod:`evit_deploy.profiling.timing` times it, and :mod:`evit_deploy.profiling.engine_times` looks into engines.
+The *dense twin* (no token reduction) gives the speed-up; the *slice twin* (same token counts, without scoring and
+gathering) gives the cost of the reorganization. :mod:`evit_deploy.profiling.candidates` chooses what is timed,
+:mod:`evit_deploy.profiling.timing` times it, and :mod:`evit_deploy.profiling.engine_times` times parts of engines.
 """
 
 import logging
@@ -41,20 +41,20 @@ def profile(
     """Profiles a bundle, an engine, an ONNX file or a checkpoint.
 
     Args:
-        target: Bundle, ``engine.plan``, ``model.onnx``, or checkpoint (file or timm name). An engine that the manifest
-            beside it lists, hash included, is profiled as its bundle is.
-        runtimes: Names in the registry of runtimes; all that can run the target when empty.
+        target: Bundle, ``engine.plan``, ``model.onnx``, or checkpoint (file or timm name). An engine is profiled like
+            its bundle if the manifest next to it lists its hash.
+        runtimes: Names in the registry of runtimes. Default: all that can run the target.
         measure: Batch sizes, seconds and threads; at least five rounds are always run.
-        against: Bundle: its checkpoint, if it was moved. Engine or ONNX file: its dense twin.
-        plugin: Library that a TensorRT engine needs; by default the one in the user's cache whose hash the manifest
-            has. For an engine that has the operator's body built in: what to compare that with.
-        server: A running Triton server that serves the bundle; what is timed is a call from here and back.
-        tokens: Checkpoint: how to reduce it; fields of :class:`~evit_deploy.tokens.plan.TokenSpec`.
+        against: For a bundle: its checkpoint, if it was moved. For an engine or ONNX file: its dense twin.
+        plugin: Library that a TensorRT engine needs. Default: the one in the user's cache with the hash from the
+            manifest. For an engine built without the plugin: the plugin to compare it with.
+        server: A running Triton server that serves the bundle; the round trip of a call is timed.
+        tokens: For a checkpoint: fields of :class:`~evit_deploy.tokens.plan.TokenSpec`.
 
     Raises:
-        InputError: The target is nothing that can be profiled, a runtime cannot run it, or an engine does not cover a
-            batch size that was asked for; nothing was measured.
-        MissingRequirement: An engine or a runtime was asked for, and what runs it is not here.
+        InputError: The target cannot be profiled, a runtime cannot run it, or an engine does not cover a requested
+            batch size; nothing was measured.
+        MissingRequirement: What a requested engine or runtime needs is missing.
     """
     measure = measure or ProfileOptions()
     against = Path(against) if against is not None else None
@@ -75,12 +75,12 @@ def profile(
 
 
 def speed_gate(report: Report, min_speedup: float | None) -> Report:
-    """One check for every batch size of what is deployed: at least ``min_speedup`` times as fast as its dense twin.
+    """Checks for every batch size that the deployed model is at least ``min_speedup`` times as fast as its dense twin.
 
-    Engines are what is deployed where there are any, the portable file where not; PyTorch counts where it is alone.
+    The deployed models are the engines if there are any, else the files; PyTorch counts only if nothing else was timed.
 
     Raises:
-        InputError: A gate was asked for where no dense twin was measured.
+        InputError: ``min_speedup`` was given, but no dense twin was measured.
     """
     if min_speedup is None:
         return Report()

@@ -1,4 +1,4 @@
-"""A server under load: what it does with many clients at a time, which one client alone does not show."""
+"""Load test of a server with several concurrent clients."""
 
 import time
 from collections.abc import Mapping
@@ -12,23 +12,22 @@ from evit_deploy.triton.connection import Connection, Server
 
 CLIENTS = 16
 LARGEST = 5000
-"""Requests sent at most."""
+"""Maximum number of requests."""
 
 
 def measure_load(served: Server, feeds: Mapping[str, np.ndarray], duration: float, clients: int = CLIENTS) -> LoadRow:
-    """Sends requests from several clients at a time, each with one under way; tensors go over the connection.
+    """Sends requests from concurrent clients, each with one request at a time; never uses shared memory.
 
     Args:
         served: The model.
-        feeds: What every request holds: one array for each input.
-        duration: Seconds, roughly; each client sends at least two requests.
-        clients: How many.
+        feeds: Content of every request: one array for each input.
+        duration: Approximate seconds; each client sends at least two requests.
+        clients: Number of clients.
 
     Raises:
         StageError: A request was not answered.
-        MissingRequirement: The server is not there.
+        MissingRequirement: The server is unreachable.
     """
-
     with Connection(served.url, served.timeout) as connection:
         answer = answer_of(connection.describe(served.model, served.version))
 
@@ -45,7 +44,7 @@ def measure_load(served: Server, feeds: Mapping[str, np.ndarray], duration: floa
             raise StageError(f"a request was {failed.state} under load: {failed.reason}", where=served.url)
         return answers, wall
 
-    _, first = run(2 * clients)  # says how many fill the time
+    _, first = run(2 * clients)  # to estimate how many requests fill the duration
     count = min(max(2 * clients, int(2 * clients * duration / first)), LARGEST)
     with Connection(served.url, served.timeout) as connection:
         before = connection.statistics(served.model)

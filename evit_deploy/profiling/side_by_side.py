@@ -1,6 +1,6 @@
-"""The speed of several bundles side by side: on each runtime all of them and their baselines take turns in one loop.
+"""Speed of several bundles: on each runtime, all bundles and their baselines are measured interleaved.
 
-Every bundle is held against two baselines: its dense twin, which bundles of the same dense model share, and the slice
+Every bundle is compared with two baselines: its dense twin, which bundles of the same dense model share, and the slice
 twin of the same token counts. The clocks are those of :mod:`evit_deploy.profiling.timing`.
 """
 
@@ -42,9 +42,9 @@ class Contender(msgspec.Struct, frozen=True):
     """A bundle in a comparison.
 
     Args:
-        name: What its rows are called.
+        name: Name of its rows.
         bundle: The bundle.
-        dense: What the rows of its dense baseline are called; bundles that share one have the same name here.
+        dense: Name of the rows of its dense baseline; the same for bundles that share one.
     """
 
     name: str
@@ -53,14 +53,14 @@ class Contender(msgspec.Struct, frozen=True):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One thing to time.
+    """One model to time on a runtime.
 
     Args:
-        name: What its rows are called; ``None`` of a slice twin, which has none.
-        candidate: What runs.
-        plan: Its token plan; ``None`` of a baseline and of a slice twin.
-        dense: Number of the entry of its dense baseline; ``None`` of a baseline.
-        sliced: Number of the entry of its slice twin, where there is one.
+        name: Name of its rows; ``None`` for a slice twin, which has no rows.
+        candidate: The candidate.
+        plan: Its token plan; ``None`` for baselines and slice twins.
+        dense: Index of the entry of its dense baseline; ``None`` for a baseline.
+        sliced: Index of the entry of its slice twin, if any.
     """
 
     name: str | None
@@ -71,12 +71,12 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Lane(msgspec.Struct, frozen=True):
-    """All that takes turns on one runtime.
+    """All models to time on one runtime.
 
     Args:
         runtime: Name in the registry of runtimes.
-        entries: Who takes turns.
-        notes: What is missing, and why.
+        entries: The models.
+        notes: Notes on what is missing and why.
     """
 
     runtime: str
@@ -85,7 +85,7 @@ class Lane(msgspec.Struct, frozen=True):
 
 
 class Parents(msgspec.Struct):
-    """The PyTorch models that bundles were made from, each built when first asked for."""
+    """Cache of the PyTorch models that bundles were made from, each built on first use."""
 
     known: dict[Path, tuple[torch.nn.Module | None, str]] = {}
 
@@ -98,13 +98,13 @@ class Parents(msgspec.Struct):
 
 
 def named(bundles: Sequence[tuple[str, Bundle]]) -> list[Contender]:
-    """Finds out which bundles share their dense baseline, and gives each baseline a name.
+    """Finds bundles that share a dense baseline, and names the baselines.
 
-    They do where ``dense/model.onnx`` is the same file (so the weights, the precision and the form are the same),
-    images are prepared alike, and the engines, where there are any, were built alike.
+    Bundles share one if ``dense/model.onnx`` is identical (so weights, precision and form are the same), the
+    preprocessing is equal, and the engines, if any, were built with the same options.
 
     Args:
-        bundles: Name and bundle.
+        bundles: (name, bundle) pairs.
     """
     groups: dict[Any, str] = {}
     keys = [_dense_key(bundle) for _, bundle in bundles]
@@ -127,25 +127,25 @@ def _dense_key(bundle: Bundle) -> tuple[Any, ...]:
 def choose_runtimes(
     contenders: Sequence[Contender], asked: Sequence[str], batch_sizes: Sequence[int] | None, parents: Parents
 ) -> tuple[list[str], list[str]]:
-    """The runtimes to compare on: those that were asked for, or all that run every bundle here.
+    """Returns the runtimes to compare on: the requested ones, or all that run every bundle here.
 
     Args:
         contenders: The bundles.
-        asked: Names in the registry of runtimes.
-        batch_sizes: Images a call, where they were asked for.
+        asked: Names of the requested runtimes.
+        batch_sizes: The requested batch sizes, if any.
         parents: PyTorch models.
 
     Returns:
-        Their names, and a note on each that was left out because it runs some of the bundles and not all, or because
-        the PyTorch models cannot be had.
+        The names, and a note on each runtime that was skipped because it cannot run all bundles, or because the PyTorch
+        models are not available.
 
     Raises:
-        InputError: A runtime that was asked for, or every one, cannot run one of the bundles, or its engine does not
-            cover a batch size.
-        MissingRequirement: A runtime that was asked for is not here.
+        InputError: A requested runtime, or every runtime, cannot run one of the bundles, or its engine does not cover
+            a batch size.
+        MissingRequirement: A requested runtime is not installed.
     """
     for name in asked:
-        check_runtime(name)  # whatever the bundles are
+        check_runtime(name)
     chosen, notes, refusals = [], [], []
     files_first = sorted(RUNTIMES.names(), key=lambda name: not RUNTIMES.get(name).files)
     for name in dict.fromkeys(asked or files_first):
@@ -169,10 +169,10 @@ def choose_runtimes(
 
 
 def check_runtime(name: str) -> None:
-    """Makes sure, before there are bundles, that they could be compared on a runtime.
+    """Checks that bundles can be compared on a runtime; needs no bundle.
 
     Raises:
-        InputError: There is none of this name, or it is a server.
+        InputError: There is no such runtime, or it is a server.
     """
     if RUNTIMES.get(name).served:
         raise InputError(
@@ -188,7 +188,7 @@ def _artifact(contender: Contender, runtime: str, parents: Parents) -> Any:
 
 
 def _why_not(contender: Contender, runtime: str, batch_sizes: Sequence[int] | None, parents: Parents) -> str:
-    """Why a runtime cannot run a bundle, whatever this machine has; empty when it can."""
+    """Returns why a runtime cannot run a bundle on any machine; empty if it can."""
     kind: type[Runner] = RUNTIMES.get(runtime)
     if kind.served:
         return "it runs on a server"
@@ -217,13 +217,13 @@ def _is_engine(artifact: Any) -> bool:
 
 
 def lane_of(runtime: str, contenders: Sequence[Contender], parents: Parents, scratch: Path) -> Lane:
-    """Who takes turns on a runtime: each dense baseline once, and every bundle with its slice twin.
+    """Returns the models to time on a runtime: each dense baseline once, and every bundle with its slice twin.
 
     Args:
         runtime: Name in the registry of runtimes.
         contenders: The bundles.
         parents: PyTorch models.
-        scratch: Folder for engines that are built to compare with.
+        scratch: Folder for engines of slice twins.
     """
     entries: list[Entry] = []
     notes: list[str] = []
@@ -249,15 +249,15 @@ def lane_of(runtime: str, contenders: Sequence[Contender], parents: Parents, scr
 
 
 def measure_lane(lane: Lane, runners: Sequence[Runner], measure: ProfileOptions) -> Report:
-    """Times all that takes turns on a runtime, one batch size after the other.
+    """Times all models of a lane, one batch size after another.
 
     Args:
-        lane: Who takes turns.
-        runners: For each entry its runner, opened.
+        lane: The models.
+        runners: The opened runner of each entry.
         measure: Batch sizes, seconds for each, and threads.
 
     Returns:
-        A row for every bundle, dense baseline and batch size, with its name as ``variant``; slower ones too.
+        A row for every bundle, dense baseline and batch size, with its name as ``variant``.
 
     Raises:
         InputError: The engines have no batch size in common.
@@ -288,12 +288,12 @@ def measure_lane(lane: Lane, runners: Sequence[Runner], measure: ProfileOptions)
 
 
 def rows_of_lane(lane: Lane, batch: int, times: Sequence[Times]) -> list[ProfileRow]:
-    """One row for each bundle and dense baseline.
+    """Returns a row for each bundle and dense baseline.
 
     Args:
-        lane: Who took turns.
+        lane: The models.
         batch: Images per call.
-        times: What they took, in the same rounds.
+        times: Times of each entry, from the same rounds.
     """
     rows = []
     for entry, own in zip(lane.entries, times, strict=True):
@@ -310,10 +310,10 @@ def rows_of_lane(lane: Lane, batch: int, times: Sequence[Times]) -> list[Profile
 
 
 def _verdicts(rows: Sequence[ProfileRow]) -> list[str]:
-    """In words, for each bundle, where token reduction does not pay, and where copies hide what it gains."""
+    """Returns notes on bundles that are not faster, and on gains hidden by copies."""
     notes = []
     for name in dict.fromkeys(row.variant for row in rows):
-        own = [row for row in rows if row.variant == name and row.mac_ratio != 1]  # at 1 nothing was reduced
+        own = [row for row in rows if row.variant == name and row.mac_ratio != 1]  # 1: no tokens are reduced
         own = [msgspec.structs.replace(row, variant="model") for row in own]
         notes += [f"{name}: {note}" for note in (*verdict(own), *hidden_gains(own))]
     return notes

@@ -1,4 +1,4 @@
-"""What times say: latencies, the speed-up over the dense twin with its interval, and a verdict in words."""
+"""Evaluation of measured times: latencies, the speed-up over the dense twin with its interval, and notes in words."""
 
 import statistics
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from evit_deploy.tokens.plan import TokenPlan
 def rows_of(
     candidates: Sequence[Candidate], plan: TokenPlan | None, batch: int, times: Sequence[Times]
 ) -> list[ProfileRow]:
-    """One row for each candidate.
+    """Returns a row for each candidate.
 
     Args:
-        candidates: Who was timed.
-        plan: Token plan of the reduced ones, if known.
+        candidates: The timed candidates.
+        plan: Token plan of the reduced models, if known.
         batch: Images per call.
-        times: What they took, in the same rounds.
+        times: Times of each candidate, from the same rounds.
     """
     rows = []
     for index, candidate in enumerate(candidates):
@@ -33,14 +33,14 @@ def rows_of(
 
 
 def row_of(runtime: str, variant: str, batch: int, times: Times, *, on_gpu: bool) -> ProfileRow:
-    """What one candidate's own times say; no ratios yet.
+    """Returns the row of one candidate, without ratios to others.
 
     Args:
-        runtime: What the row calls its runtime.
-        variant: What the row calls it.
+        runtime: Name of the runtime in the row.
+        variant: Name of the variant in the row.
         batch: Images per call.
-        times: What it took.
-        on_gpu: Where it ran.
+        times: Times of the candidate.
+        on_gpu: Whether it ran on a GPU.
     """
     calls = times.seconds.reshape(-1)
     p50, p95, p99 = (1e3 * float(v) for v in np.percentile(calls, (50, 95, 99)))
@@ -63,15 +63,15 @@ def row_of(runtime: str, variant: str, batch: int, times: Times, *, on_gpu: bool
 
 
 def ratios_to_dense(dense: Times | None, own: Times, plan: TokenPlan | None) -> dict[str, float]:
-    """How much faster one candidate is than its dense twin, and how much of the saved arithmetic that is.
+    """Computes the speed-up over the dense twin, and its share of the saved arithmetic.
 
     Args:
-        dense: What the twin took; ``None`` without one.
-        own: What it took itself, in the same rounds and by the same clock.
+        dense: Times of the dense twin, if any.
+        own: Times of the candidate, from the same rounds and clock.
         plan: Its token plan, if known.
 
     Returns:
-        Fields of a :class:`ProfileRow`; those that cannot be told are left out.
+        Fields of a :class:`ProfileRow`; unknown ones are omitted.
     """
     ratios = {}
     if plan is not None:
@@ -100,12 +100,12 @@ def _ratios(
 
 
 def overhead_of(own: Times, sliced: Times) -> float:
-    """What reorganizing tokens costs: a model's time over its slice twin's in the same rounds, less 1."""
+    """Cost of reorganizing tokens: a model's time divided by its slice twin's in the same rounds, minus 1."""
     return float(statistics.median((own.rounds / sliced.rounds).tolist())) - 1
 
 
 def hidden_gains(rows: Sequence[ProfileRow]) -> list[str]:
-    """Says where copies and the host hide what a model on a GPU gains: more in compute than end to end."""
+    """Returns notes where a model on a GPU gains more in compute than end to end, because of copies and the host."""
     notes = []
     for row in rows:
         whole = row.end_to_end_speedup
@@ -120,7 +120,7 @@ def hidden_gains(rows: Sequence[ProfileRow]) -> list[str]:
 
 
 def verdict(rows: Sequence[ProfileRow]) -> list[str]:
-    """Says in words where token reduction does not pay, or cannot be told to, for each runtime."""
+    """Returns notes for each runtime on batch sizes where the model is not faster, or not significantly."""
     notes = []
     for runtime in dict.fromkeys(row.runtime for row in rows):
         own = [row for row in rows if row.runtime == runtime and row.variant == "model"]

@@ -1,7 +1,7 @@
-"""The speed of many keep rates side by side, as in the tables of the paper; weights from a seed, nothing is trained.
+"""Speed of many keep rates side by side, as in the tables of the paper, with random weights.
 
-All variants of a model run interleaved on all runtimes of one kind of device, so that their ratios hold on a machine
-whose speed drifts.
+All variants of a model are interleaved on all runtimes of one kind of device, so that a drift of the machine's speed
+does not change their ratios.
 """
 
 import copy
@@ -46,7 +46,7 @@ from evit_deploy.tokens.reduce import reduce_tokens_, token_plan
 _LOG = logging.getLogger(__name__)
 
 DENSE = "dense"
-_DTYPES = DTYPES | {TF32: torch.float32}  # what PyTorch keeps the numbers in
+_DTYPES = DTYPES | {TF32: torch.float32}  # PyTorch's dtype of the weights
 
 
 class Variant(msgspec.Struct, frozen=True):
@@ -67,9 +67,9 @@ class Entry(msgspec.Struct, frozen=True):
     """One variant on one runtime.
 
     Args:
-        runtime: With its precision, ``eager fp32``.
-        variant: Which keep rate.
-        runner: Its runner, opened.
+        runtime: Runtime and precision, such as ``eager fp32``.
+        variant: The variant.
+        runner: Its opened runner.
         on_gpu: Whether it computes on a GPU.
     """
 
@@ -83,15 +83,15 @@ def sweep(recipe: Sweep) -> Report:
     """Runs a sweep.
 
     Args:
-        recipe: What to run.
+        recipe: The sweep.
 
     Returns:
-        A row for every model, variant and runtime, with its speed-up over the dense model; the paper's figures, where
-        the recipe has them, as notes.
+        A row for every model, variant and runtime, with its speed-up over the dense model; published figures from the
+        recipe as notes.
 
     Raises:
         InputError: An unknown runtime or precision, or a model that cannot be reduced.
-        MissingRequirement: A runtime is not here, or no GPU that has TF32.
+        MissingRequirement: A runtime is not installed, or the GPU has no TF32.
         StageError: An engine could not be built.
     """
     pairs = [_pair(text, recipe.batch_size) for text in recipe.runtimes]
@@ -116,7 +116,7 @@ def sweep(recipe: Sweep) -> Report:
 
 
 def _pair(text: str, batch: int) -> tuple[str, str]:
-    """A runtime and a precision, both looked at before any work."""
+    """Splits and checks a runtime with its precision, before any work."""
     runtime, _, precision = text.partition(":")
     if precision not in _DTYPES:
         raise InputError(
@@ -134,7 +134,7 @@ def _pair(text: str, batch: int) -> tuple[str, str]:
 
 
 def _torch_device() -> torch.device:
-    """Where PyTorch's runtimes run: on the GPU if there is one."""
+    """The device of PyTorch's runtimes: the GPU if there is one."""
     return torch.device("cuda" if compute_capability() else "cpu")
 
 
@@ -156,7 +156,7 @@ def _variants(name: str, recipe: Sweep) -> Iterator[Variant]:
 
 
 def _artifact(variant: Variant, name: str, runtime: str, precision: str, batch: int, place: Path) -> Any:
-    """What a runtime runs: the module itself, an ONNX file, or an engine for the one batch size."""
+    """Creates the artifact for a runtime: the module, an ONNX file, or an engine for the batch size."""
     files = RUNTIMES.get(runtime).files
     if not files:
         return copy.deepcopy(variant.model).to(_torch_device(), _DTYPES[precision])
@@ -171,7 +171,7 @@ def _artifact(variant: Variant, name: str, runtime: str, precision: str, batch: 
 
 
 def _measured(name: str, entries: Sequence[Entry], recipe: Sweep) -> Report:
-    """One model's variants, in turn with those on the same device."""
+    """Times a model's variants, interleaved with those on the same kind of device."""
     report = Report()
     for on_gpu in (False, True):
         own = [entry for entry in entries if entry.on_gpu == on_gpu]

@@ -1,12 +1,11 @@
-"""All that is measured of candidates: who takes turns with whom, by which clock, at which batch sizes.
+"""Timing of candidates: interleaving, clocks and batch sizes.
 
-Ratios are made of what was measured in the same round, and are medians over rounds. A row's figures are all of one
-clock: on a GPU compute (:mod:`evit_deploy.profiling.clocks.gpu_times`); on a CPU with one thread that thread's CPU
-time, which neighbors on the machine do not touch; with more threads wall time. Whole calls by the wall clock stand
-beside it.
+Ratios are computed from the same round and are medians over rounds. All figures of a row use one clock: on a GPU,
+compute time (:mod:`evit_deploy.profiling.clocks.gpu_times`); on a CPU with one thread, that thread's CPU time, which
+other load on the machine hardly affects; with more threads, wall time. The wall time of whole calls is also recorded.
 
-What runs on the CPU and what runs on a GPU take turns among themselves: beside calls that take a hundred times as long
-there would be few rounds, and a GPU that is left idle in between lowers its clocks.
+Candidates on the CPU and on a GPU are interleaved separately: together there would be few rounds, since calls on the
+CPU take up to a hundred times as long, and an idle GPU lowers its clocks.
 """
 
 import logging
@@ -37,16 +36,17 @@ from evit_deploy.tokens.plan import TokenPlan
 _LOG = logging.getLogger(__name__)
 
 SETTLE = 0.02
-"""Seconds between calls with several threads: PyTorch's threads spin on for milliseconds after their turn. Measured on
-two cores at batch 1, the model after eager took 10 % longer than its slice twin in rotation, 1 % with this pause."""
+"""Seconds to wait between calls with several threads, because PyTorch's threads keep spinning for milliseconds after a
+call. On two cores at batch 1, the model measured after eager took 10 % longer than its slice twin, and 1 % with this
+pause."""
 
 
 class Group(msgspec.Struct, frozen=True):
-    """Candidates that take turns.
+    """Candidates that are timed interleaved.
 
     Args:
-        candidates: Who they are.
-        runners: Their runners, opened.
+        candidates: The candidates.
+        runners: Their opened runners.
         on_gpu: Whether they compute on a GPU.
     """
 
@@ -56,12 +56,12 @@ class Group(msgspec.Struct, frozen=True):
 
     @property
     def threads_tell(self) -> bool:
-        """Whether a call's CPU time is this process's: a server's is not."""
+        """Whether CPU time is meaningful: a server's work is not in this process."""
         return not any(RUNTIMES.get(candidate.runtime).served for candidate in self.candidates)
 
     @property
     def engines(self) -> list[Timed]:
-        """Those that tell more than how long a call takes."""
+        """The candidates with timing of parts and layers."""
         pairs = zip(self.candidates, self.runners, strict=True)
         return [Timed(candidate, runner) for candidate, runner in pairs if isinstance(runner, EngineRunner)]
 
@@ -76,22 +76,21 @@ def measure_all(
     minimum_rounds: int = MINIMUM_ROUNDS,
     required: frozenset[str] | None = None,
 ) -> Report:
-    """Runs all candidates, interleaved with those on the same device, at every batch size.
+    """Times all candidates, interleaved with those on the same kind of device, at every batch size.
 
     Args:
-        candidates: Who runs.
-        plan: Token plan of the reduced ones; ``None`` where nobody knows it.
-        batch_sizes: Images a call; ``None`` for 1, 8 and 32, on a GPU 128 too, as far as all engines cover them.
+        candidates: The candidates.
+        plan: Token plan of the reduced models; ``None`` if unknown.
+        batch_sizes: Images per call; ``None`` for 1, 8 and 32, and on a GPU 128, as far as all engines cover them.
         threads: CPU threads.
-        duration: Seconds for each batch size, on each kind of device.
+        duration: Seconds for each batch size on each kind of device.
         minimum_rounds: Rounds to run even if that takes longer.
-        required: Runtimes that have to run; one that is not among them and turns out not to run here is left out, and
-            a note says so. ``None``: all.
+        required: Runtimes that must run; others that fail when opened are skipped with a note. ``None``: all.
 
     Raises:
-        InputError: An engine does not cover a batch size that was asked for, or takes other images than its twin;
-            nothing was measured.
-        MissingRequirement: A runtime is not here.
+        InputError: An engine does not cover a requested batch size, or has another input shape than its twin; nothing
+            was measured.
+        MissingRequirement: A runtime is not installed.
     """
     with ExitStack() as stack:
         groups, notes = open_all(stack, candidates, threads, required)
@@ -112,10 +111,10 @@ def measure_variants(
     duration: float,
     minimum_rounds: int,
 ) -> list[Report]:
-    """Runs variants of one model in turn on the CPU; they have one dense twin, which runs once.
+    """Times variants of one model interleaved on the CPU; their common dense twin is timed once.
 
     Args:
-        variants: Of each, the candidates and the token plan. Dense twins on the same runtime have to be equal.
+        variants: (candidates, token plan) of each variant. Dense twins on the same runtime must be equal.
         batch_sizes: Images per call.
         threads: CPU threads.
         duration: Seconds for each batch size.
@@ -125,7 +124,7 @@ def measure_variants(
         A report for each variant.
 
     Raises:
-        MissingRequirement: A runtime is not here.
+        MissingRequirement: A runtime is not installed.
     """
     everyone: list[Candidate] = []
     places: list[list[int]] = []
@@ -159,17 +158,17 @@ def open_all(
     """Opens the runner of every candidate.
 
     Args:
-        stack: Closes them.
-        candidates: Who they are.
+        stack: Exit stack that closes them.
+        candidates: The candidates.
         threads: CPU threads.
         required: See :func:`measure_all`.
 
     Returns:
-        Who takes turns with whom, and notes on runtimes that were left out.
+        The groups to interleave, and notes on skipped runtimes.
 
     Raises:
-        InputError: A runtime that is required, or the only one, cannot run what it was given.
-        MissingRequirement: It is not here.
+        InputError: A required runtime, or the only one, cannot run its artifact.
+        MissingRequirement: A required runtime, or the only one, is not installed.
     """
     runners: dict[int, Runner] = {}
     failed: dict[str, InputError | MissingRequirement] = {}
@@ -194,7 +193,7 @@ def open_all(
 
 
 def _check_images(group: Group) -> None:
-    """Twins that take other images cannot be compared."""
+    """Refuses twins with different input shapes, which cannot be compared."""
     first: dict[str, tuple[Candidate, list[tuple[int | None, ...]]]] = {}
     for candidate, runner in zip(group.candidates, group.runners, strict=True):
         taken = [spec.shape[1:] for spec in runner.inputs]
@@ -253,7 +252,7 @@ def _measure_group(
 
 
 def watched(stack: ExitStack) -> tuple[Watch | None, list[str]]:
-    """Watches the GPU until the stack is closed; without the package for it, a note says that nobody did."""
+    """Watches the GPU's clocks until the stack is closed; returns a note if that is not possible."""
     try:
         return stack.enter_context(Watch(current_device())), []
     except MissingRequirement as error:
@@ -263,14 +262,14 @@ def watched(stack: ExitStack) -> tuple[Watch | None, list[str]]:
 def measure_on_cpu(
     runners: Sequence[Runner], batch: int, duration: float, minimum_rounds: int, threads: int | None
 ) -> list[Times]:
-    """Times runners in turn: with one thread by its CPU time, with wall time beside it; with more by wall time alone.
+    """Times runners interleaved: with one thread by CPU time and wall time, with more threads by wall time only.
 
     Args:
         runners: Opened runners.
         batch: Images per call.
         duration: Seconds.
         minimum_rounds: Rounds to run even if that takes longer.
-        threads: CPU threads; ``None`` also where it is others' threads that compute, a server's.
+        threads: CPU threads; must be ``None`` for a server, which computes in another process.
     """
     alone = threads == 1
     wall, cpu = measure(runners, batch, duration, minimum_rounds, 0.0 if alone else SETTLE)
@@ -282,7 +281,7 @@ def measure_on_cpu(
 def measure(
     runners: Sequence[Runner], batch: int, duration: float, minimum_rounds: int, settle: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Times runners on a CPU in turn, a whole call each, from arrays to arrays.
+    """Times runners on a CPU interleaved, one whole call per turn, from arrays to arrays.
 
     Args:
         runners: Opened runners.

@@ -1,4 +1,4 @@
-"""``evit-deploy plugin``: compiles ``plugins/`` with CMake into the user's cache, and looks at what came out."""
+"""``evit-deploy plugin``: compiles ``plugins/`` with CMake into the user's cache, and checks the libraries."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ HEADERS = {
     10: "9973b2f4ab5c0d0055e9d36cd94a5692f8f8da1f",  # 10.15
     11: "82d1dca801c8318a5605399d5240780d0679e4e1",  # 11.1
 }
-"""Commits of NVIDIA/TensorRT whose headers are fetched where there are none, by TensorRT's major version."""
+"""TensorRT's major version -> commit of NVIDIA/TensorRT to download headers from if none are installed."""
 TIME_LIMIT = 1800.0
 _TOOLS = {
     "cmake": "pip install cmake",
@@ -47,7 +47,7 @@ _TOOLS = {
 
 
 def sources() -> Path:
-    """The folder ``plugins/``: of the checkout, or as the package brought it."""
+    """Returns the folder ``plugins/``, in the installed package or in the checkout."""
     package = Path(__file__).parents[2]
     return next((f for f in (package / "plugins", package.parent / "plugins") if f.is_dir()), package / "plugins")
 
@@ -59,22 +59,22 @@ def build_plugin(
     architectures: Sequence[str] = (),
     kernel_only: bool = False,
 ) -> Path:
-    """Compiles the plugin, runs its C++ tests, and puts the libraries in their place.
+    """Compiles the plugin, runs its C++ tests, and installs the libraries.
 
     Args:
-        out: Folder for the libraries; one in the cache, where ``--plugin auto`` finds them, by default.
-        tensorrt_root: Folder with TensorRT's ``include/``; by default ``$TENSORRT_ROOT``, the system's, or the headers
-            that NVIDIA publishes, which are fetched.
-        architectures: CUDA architectures, as ``90`` or ``sm90``; all that the plugin supports by default.
-        kernel_only: Whether to leave TensorRT out: the kernel's library is all that PyTorch needs.
+        out: Folder for the libraries. Default: a folder in the cache, where ``--plugin auto`` finds them.
+        tensorrt_root: Folder with TensorRT's ``include/``. Default: ``$TENSORRT_ROOT``, the system's, or a download of
+            the headers that NVIDIA publishes.
+        architectures: CUDA architectures, such as ``90`` or ``sm90``. Default: all that the plugin supports.
+        kernel_only: Whether to build only the kernel's library for PyTorch, without TensorRT.
 
     Returns:
         The folder with the libraries.
 
     Raises:
-        InputError: An architecture or a folder is none.
+        InputError: An architecture or a folder is invalid.
         MissingRequirement: A compiler or TensorRT's headers are missing.
-        StageError: It does not compile, or its tests fail.
+        StageError: The code does not compile, or its tests fail.
     """
     if out is not None and out.exists() and not out.is_dir():
         raise InputError("this is a file", where=f"--out {out}", wanted="a folder for the libraries")
@@ -130,7 +130,7 @@ def _label(identity: Identity) -> str:
 
 
 def _install(built: Sequence[Path], out: Path) -> Path:
-    """Puts libraries in their place, each whole or not at all; a process that has an older one loaded keeps that."""
+    """Installs libraries atomically; a process that has loaded an older one is not affected."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with draft(out) as making:
@@ -144,13 +144,13 @@ def _install(built: Sequence[Path], out: Path) -> Path:
 
 
 def _run(command: list[str], failed: str) -> str:
-    """Runs a tool; gives what it said. The reason of a failure is the first complaint.
+    """Runs a tool and returns its output; a failure is reported with its first error message.
 
-    What the tool has started (make, compilers) ends with it when it takes too long or the user interrupts.
+    On a timeout or an interrupt, the processes that the tool has started (make, compilers) are killed too.
     """
     with contextlib.ExitStack() as stack:
         try:
-            with interrupts.held():  # or the process runs on that is interrupted before it has a name here
+            with interrupts.held():  # an interrupt before the assignment would leave the process running
                 process = stack.enter_context(_Ended(command))
         except OSError as error:
             raise MissingRequirement(f"{command[0]} cannot be run ({error.strerror})", where="plugin build") from None
@@ -165,7 +165,7 @@ def _run(command: list[str], failed: str) -> str:
 
 
 class _Ended(subprocess.Popen[str]):
-    """A tool that is ended, with all it has started, when what is done with it fails."""
+    """A process that is killed, with all its children, if the ``with`` block fails."""
 
     def __init__(self, command: list[str]) -> None:
         super().__init__(
@@ -189,14 +189,14 @@ def _complaint(said: str) -> str:
 
 
 def check_plugin(library: Path | None = None) -> Report:
-    """Looks at a library: what it is, whether it goes with this machine, and whether it answers as PyTorch does.
+    """Checks a library: its identity, whether it matches this machine, and whether it returns PyTorch's results.
 
     Args:
-        library: Which; the one that ``--plugin auto`` would take when ``None``.
+        library: The library. Default: the one that ``--plugin auto`` uses.
 
     Raises:
-        InputError: It is no library of ours.
-        MissingRequirement: There is none in the cache.
+        InputError: It is not a library of evit-deploy.
+        MissingRequirement: The cache has no library.
     """
     path = library or plugin.choose_plugin("auto")
     assert path is not None
@@ -204,20 +204,20 @@ def check_plugin(library: Path | None = None) -> Report:
     notes = [f"{path}: {identity.kind}, evit-deploy {identity.version}"]
     notes[0] += f", for TensorRT {identity.tensorrt}" if identity.tensorrt else ""
     checks = [Check("interface", identity.abi, ABI, identity.abi == ABI, "built with another version of evit-deploy")]
-    found, told = _fits(identity)
-    checks, notes = checks + found, notes + told
+    found, more = _fits(identity)
+    checks, notes = checks + found, notes + more
     doing(_LOG, "loading the library")
     loaded, reason = _loads(path)
     checks.append(Check("loads in a separate process", str(loaded).lower(), "true", loaded, reason))
     if loaded and identity.abi == ABI:
         doing(_LOG, "comparing with PyTorch")
-        found, told = _answers(path, identity)
-        checks, notes = checks + found, notes + told
+        found, more = _answers(path, identity)
+        checks, notes = checks + found, notes + more
     return Report(checks=tuple(checks), notes=tuple(notes), versions=versions(), device=device())
 
 
 def _fits(identity: Identity) -> tuple[list[Check], list[str]]:
-    """Whether a library goes with the TensorRT and the GPU of this machine."""
+    """Checks that a library matches this machine's TensorRT and GPU."""
     checks, notes = [], []
     if identity.tensorrt is not None:
         installed = version_of(TENSORRT)
@@ -238,7 +238,7 @@ def _fits(identity: Identity) -> tuple[list[Check], list[str]]:
 
 
 def _loads(path: Path) -> tuple[bool, str]:
-    """Loads a library in a process of its own, which a broken one may take down."""
+    """Loads a library in a separate process, which a broken one may crash."""
     command = [sys.executable, "-P", "-m", "evit_deploy.engines.plugin.build", str(path.resolve())]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, timeout=120)
@@ -252,7 +252,7 @@ def _loads(path: Path) -> tuple[bool, str]:
 
 
 def _answers(path: Path, identity: Identity) -> tuple[list[Check], list[str]]:
-    """Runs the kernel beside PyTorch, where it can run: rows kept must be equal, the sum within rounding."""
+    """Compares the kernel with PyTorch, if it can run here: kept rows must be equal, the sum within rounding."""
     where = "cpu" if identity.kind == "host" else "cuda"
     if where == "cuda" and not torch.cuda.is_available():
         return [], []
@@ -264,10 +264,10 @@ def _answers(path: Path, identity: Identity) -> tuple[list[Check], list[str]]:
             x = torch.from_numpy(random.standard_normal((batch, candidates + 1, channels))).to(where, dtype)
             scores = torch.from_numpy(random.dirichlet(np.ones(candidates), batch)).to(where, torch.float32)
             y, idx = kernel(x, scores, keep)
-            with using(None, x.device):  # or a GPU would compare the kernel with itself
+            with using(None, x.device):  # turn the kernel off, so that it is not compared with itself
                 wanted, wanted_idx = token_reorg(x, scores, keep, True, 1)
             same = same and torch.equal(idx, wanted_idx) and torch.equal(y[:, :-1], wanted[:, :-1])
-            scale = (scores.unsqueeze(-1) * x[:, 1:].float().abs()).sum(1)  # what is added up, without its signs
+            scale = (scores.unsqueeze(-1) * x[:, 1:].float().abs()).sum(1)  # sum of absolute values
             worst = max(worst, float(((y[:, -1].float() - wanted[:, -1].float()).abs() / scale).max()))
         limit = float(torch.finfo(dtype).eps) + 2.0**-20
         name = str(dtype).removeprefix("torch.")
@@ -277,7 +277,7 @@ def _answers(path: Path, identity: Identity) -> tuple[list[Check], list[str]]:
 
 
 def _main(path: Path) -> None:
-    """The process that a library is loaded into."""
+    """Program of the process that loads a library."""
     import ctypes
     import importlib.util
 

@@ -1,9 +1,9 @@
-"""The TensorRT plugin for ``evit::TokenReorg``: where it is found, what it has to be, and how it gets into a process.
+"""The TensorRT plugin for ``evit::TokenReorg``: finding, checking and loading its library.
 
-Without it TensorRT builds the operator's body into the engine, a dozen small kernels; with it the reorganization is
-one. A plan that was built with it runs only where it is loaded. Its code runs in the process that loads it, so a
-library is never taken for lying beside a plan: it is named, or it is the one that ``evit-deploy plugin build`` put into
-the user's cache and whose SHA-256 the manifest has.
+Without the plugin TensorRT builds the operator's ONNX function into the engine, a dozen small kernels; with it the
+reorganization is a single kernel. A plan built with the plugin needs it to run. Since the library's code runs in this
+process, a library that merely sits next to a plan is never loaded: it must be named, or be in the user's cache (from
+``evit-deploy plugin build``) with the SHA-256 from the manifest.
 """
 
 import ctypes
@@ -20,26 +20,26 @@ from evit_deploy.registry import RUNTIMES
 from evit_deploy.tokens.operators.library import ABI, Identity, cache, read_identity
 
 LIBRARY = "libevit_plugin.so"
-"""Registers itself when it is loaded."""
+"""Library that registers itself when it is loaded."""
 CREATORS = "libevit_plugin_creators.so"
-"""Is registered by TensorRT, which loads it."""
+"""Library that TensorRT loads and registers."""
 PLUGIN = ("evit", "TokenReorg")
 """Namespace and name in TensorRT's registry: the operator's domain and name in
 :mod:`evit_deploy.tokens.operators.token_reorg`, which imports PyTorch, as the builder's process does not."""
 BUILD = "evit-deploy plugin build"
-_LOADED: dict[Path, ctypes.CDLL] = {}  # a plugin library stays: its creator is in TensorRT's registry for good
+_LOADED: dict[Path, ctypes.CDLL] = {}  # never unloaded, since TensorRT's registry refers to their creators
 
 
 def choose_plugin(choice: str | Path | None, wanted: str | None = None) -> Path | None:
-    """The library that is meant, looked at but not loaded.
+    """Returns the chosen library, checked but not loaded.
 
     Args:
-        choice: A path; ``auto`` for what is in the cache; ``none`` or ``None`` for no plugin.
-        wanted: SHA-256 that it must have, as a manifest says; ``None``: any that fits the TensorRT installed here.
+        choice: A path; ``auto`` for a library in the cache; ``none`` or ``None`` for no plugin.
+        wanted: Required SHA-256, from a manifest; ``None`` accepts any library for the installed TensorRT.
 
     Raises:
-        InputError: The library is no plugin, has another interface, or is not the one that is wanted.
-        MissingRequirement: There is none in the cache, or it is for another TensorRT than the one installed.
+        InputError: The library is not a plugin, has another interface, or another SHA-256.
+        MissingRequirement: The cache has no such library, or it is for another TensorRT than the installed one.
     """
     if choice is None or str(choice) == "none":
         return None
@@ -47,24 +47,19 @@ def choose_plugin(choice: str | Path | None, wanted: str | None = None) -> Path 
         return _in_cache(wanted)
     path = Path(choice)
     _check(path, read_identity(path))
-    if wanted is not None and _sha256(path) != wanted:
+    if wanted is not None and sha256(path) != wanted:
         raise InputError(
-            "the plan was built with a different library", where=path, seen=f"SHA-256 {_sha256(path)[:12]}",
+            "the plan was built with a different library", where=path, seen=f"SHA-256 {sha256(path)[:12]}",
             wanted=wanted[:12], fix="Give that one, or convert again with this one.",
         )  # fmt: skip
     return path
-
-
-def _sha256(path: Path) -> str:
-
-    return sha256(path)
 
 
 def _in_cache(wanted: str | None) -> Path:
     found = sorted(cache().glob(f"*/{LIBRARY}"), key=lambda path: path.stat().st_mtime, reverse=True)
     if wanted is not None:
         for path in found:
-            if _sha256(path) == wanted:
+            if sha256(path) == wanted:
                 _check(path, read_identity(path))
                 return path
         raise MissingRequirement(
@@ -85,7 +80,7 @@ def _tensorrt() -> str:
 
 
 def misfit(identity: Identity) -> str | None:
-    """Why a library does not go with the TensorRT that is installed here; ``None`` if it does, or none is."""
+    """Returns why a library does not match the installed TensorRT; ``None`` if it does, or if none is installed."""
     installed = version_of(TENSORRT)
     if installed is None or identity.tensorrt is None:
         return None
@@ -116,17 +111,17 @@ def _check(path: Path, identity: Identity) -> None:
 
 
 def load_plugin(path: Path) -> None:
-    """Loads a library into this process, where it registers itself with TensorRT, which has to be installed.
+    """Loads a library into this process, where it registers itself with TensorRT, which must be installed.
 
     Raises:
-        InputError: It is no plugin of ours, or not for this machine.
+        InputError: It is not a plugin of evit-deploy, or not for this machine.
         MissingRequirement: It is for another TensorRT.
     """
     path = path.resolve()
     if path in _LOADED:
         return
     _check(path, read_identity(path))
-    importlib.import_module(TENSORRT)  # the library looks for TensorRT in the process
+    importlib.import_module(TENSORRT)  # the library registers itself with the TensorRT in the process
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -140,25 +135,25 @@ def load_plugin(path: Path) -> None:
 
 
 def refusal_of(library: Any) -> str | None:
-    """Why a loaded library did not register its plugin; ``None`` if it did."""
+    """Returns why a loaded library did not register its plugin, or ``None`` if it did."""
     library.evit_plugin_refusal.restype = ctypes.c_char_p
     refusal = library.evit_plugin_refusal()
     return None if refusal is None else refusal.decode(errors="replace")
 
 
 def plugin_for(engine: Engine | None, choice: str | Path | None) -> Path | None:
-    """The library that an engine needs to be run.
+    """Returns the library that an engine needs to run.
 
     Args:
-        engine: As the manifest describes it; ``None`` for a plan that nobody describes.
-        choice: See :func:`choose_plugin`; ``None`` is ``auto`` where the engine needs a plugin.
+        engine: The manifest's record; ``None`` for a plan without a manifest.
+        choice: See :func:`choose_plugin`; ``None`` means ``auto`` if the engine needs a plugin.
 
     Raises:
-        InputError: See :func:`choose_plugin`; or the engine needs a plugin and none was to be loaded.
+        InputError: See :func:`choose_plugin`; or the engine needs a plugin and the choice is ``none``.
         MissingRequirement: See :func:`choose_plugin`.
     """
     if engine is None:
-        return None if str(choice) == "auto" else choose_plugin(choice)  # nobody says which one it would need
+        return None if str(choice) == "auto" else choose_plugin(choice)  # unknown which library it needs
     if engine.plugin is None:
         if str(choice) in ("None", "none", "auto"):
             return None
@@ -172,14 +167,14 @@ def plugin_for(engine: Engine | None, choice: str | Path | None) -> Path | None:
 
 
 def provide_plugin(engine: Engine | None, choice: str | Path | None) -> MissingRequirement | None:
-    """Loads the library that an engine needs, if TensorRT can run here at all.
+    """Loads the library that an engine needs, if TensorRT can run here.
 
     Args:
         engine: See :func:`plugin_for`.
         choice: See :func:`plugin_for`.
 
     Returns:
-        What is missing; ``None`` when nothing is.
+        The error if the library is missing, else ``None``.
 
     Raises:
         InputError: See :func:`plugin_for` and :func:`load_plugin`.

@@ -1,1 +1,1 @@
-"""What time is: calls in turns on each kind of device, a GPU's own time and clock rates, and latencies condensed."""
+"""Clocks: interleaved timing on CPUs and GPUs, a GPU's clock rates, and summaries of latencies."""

@@ -1,4 +1,4 @@
-"""What a GPU's clocks did while something was measured: whether they moved, and what slowed it down."""
+"""Watches a GPU's clock rates during a measurement: whether they changed, and what slowed the GPU down."""
 
 import contextlib
 import threading
@@ -10,21 +10,21 @@ from evit_deploy.environment.nvidia import GpuState, gpu_reader, reasons_in_word
 from evit_deploy.report.report import GpuSummary
 
 _IDLE = 0x1
-_HARMLESS = _IDLE | 0x2 | 0x100  # nobody's clock suffers from being idle between calls, or from what its owner has set
+_HARMLESS = _IDLE | 0x2 | 0x100  # idle between calls, or limits set by the user
 MOVED = 0.03
-"""Clocks that differ by more than this share during a measurement are said to have moved."""
+"""A change of clock rates by more than this share is reported."""
 INTERVAL = 0.05
-"""Seconds between samples: seldom enough not to take the interpreter from who is being timed."""
+"""Seconds between samples; long enough not to disturb the measurement by holding the GIL."""
 
 
 class Watch:
-    """Watches a GPU's clocks while something is measured; a context manager.
+    """Watches a GPU's clocks in a background thread; a context manager.
 
     Args:
-        device: PyTorch's number of it.
+        device: PyTorch's number of the GPU.
 
     Raises:
-        MissingRequirement: No GPU, or no nvidia-ml-py.
+        MissingRequirement: There is no GPU, or nvidia-ml-py is not installed.
     """
 
     def __init__(self, device: int = 0) -> None:
@@ -51,7 +51,7 @@ class Watch:
             self._reader.close()
 
     def look(self) -> None:
-        """Takes a sample now, beside those that are taken all the time."""
+        """Takes an additional sample now."""
         self.states.append(self._read())
 
     def _sample(self) -> None:
@@ -60,12 +60,12 @@ class Watch:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on clocks that moved and on what slowed the GPU down; none when all was steady."""
+        """Notes on clock rates that changed and on what slowed the GPU down; empty if steady."""
         return notes_on(self.states)
 
 
 def summarize_states(states: Sequence[GpuState], batch: int) -> GpuSummary:
-    """Condenses what a GPU did while one batch size was measured; idle samples are left out.
+    """Summarizes the samples of a GPU during the measurement of one batch size, without idle samples.
 
     Args:
         states: Samples of one GPU, at least one.
@@ -100,9 +100,9 @@ def _span(clocks: Sequence[int | None]) -> tuple[int, int] | None:
 
 
 def notes_on(states: Sequence[GpuState]) -> list[str]:
-    """Says in sentences whether clocks moved between samples, and what slowed the GPU down.
+    """Returns notes on clock rates that changed between samples, and on what slowed the GPU down.
 
-    Idle samples are left out: before and between the calls a GPU lowers its clocks, and nobody is timed then.
+    Idle samples are ignored: before and between calls a GPU lowers its clocks, when nothing is timed.
 
     Args:
         states: Samples of one GPU.

@@ -1,14 +1,13 @@
-"""What takes how long on a GPU: the work itself, and beside it a whole call.
+"""Timing on a GPU: the model alone, and whole calls.
 
-*Compute* is the model alone: images lie on the GPU in the type that it computes in, and CUDA events stand around each
-call. *End to end* is a whole call by the host's clock: float32 images in pinned memory, the copy to the GPU, the
-conversion there, the work, and the copy of the answers into pinned memory. Both mean the same for every runtime. One
-that cannot tell them apart is timed by whole calls from its caller's arrays to its caller's arrays, and its times say
-that they are wall time.
+*Compute* is the model alone: images are on the GPU in the type that it computes in, and CUDA events are recorded around
+each call. *End to end* is a whole call by the host's clock: float32 images in pinned memory, the copy to the GPU, the
+conversion there, the model, and the copy of the answers to pinned memory. Both are defined alike for every runtime. A
+runtime that cannot separate them is timed by whole calls between NumPy arrays, labeled as wall time.
 
-A turn is a few calls one behind the other, whose events are read after one wait: so the GPU has the next call already
-when it ends one, if the host is fast enough. Where it is not, as with PyTorch eager at small batches, the GPU waits
-for launches, and that is part of the time: it is what eager costs.
+A turn is a few consecutive calls; their events are read after a single synchronization, so the GPU already has the next
+call queued if the host is fast enough. If it is not, as for PyTorch eager at small batches, the time that the GPU waits
+for launches is included, as part of that runtime's cost.
 """
 
 import itertools
@@ -21,11 +20,11 @@ from evit_deploy.profiling.clocks.turns import Times, in_turns
 from evit_deploy.runtimes.runner import Resident, Runner
 
 CALLS = 4
-"""Timed calls a turn, behind one that is not: it alone finds the GPU idle."""
+"""Timed calls per turn, after one untimed call, which finds the GPU idle."""
 WINDOW, STILL = 3, 0.98
-"""Warm-up: calls that are compared with as many before them, and how still their medians have to be."""
+"""Warm-up ends when the median of the last WINDOW calls is at least STILL times that of the WINDOW calls before."""
 LEAST, CEILING = 0.1, 5.0
-"""Seconds of warm-up after the first call: at least, so that the clocks are up, and at most."""
+"""Minimum (so that the GPU's clocks are up) and maximum seconds of warm-up after the first call."""
 
 
 def measure_on_gpu(
@@ -35,12 +34,12 @@ def measure_on_gpu(
 
     Args:
         runners: Opened runners.
-        feeds: For each of them its images, float32.
+        feeds: Float32 images for each runner.
         duration: Seconds.
         minimum_rounds: Rounds to run even if that takes longer.
 
     Returns:
-        For each runner its times: ``compute`` with end to end beside it, or ``wall``.
+        Times of each runner: ``compute`` with ``end_to_end``, or ``wall``.
     """
     residents = [runner.resident(images) for runner, images in zip(runners, feeds, strict=True)]
 
@@ -57,7 +56,7 @@ def measure_on_gpu(
         if resident is not None:
             warm_up(runner, resident.run)
         warm_up(runner, whole(index))
-    in_turns(turn, len(runners), 0.0, minimum_rounds=1)  # each has followed another once
+    in_turns(turn, len(runners), 0.0, minimum_rounds=1)  # a discarded round, so that each runner has run after another
     rounds = in_turns(turn, len(runners), duration, minimum_rounds)
     times = []
     for index, resident in enumerate(residents):
@@ -70,7 +69,7 @@ def measure_on_gpu(
 
 
 def compute_times(runner: Runner, resident: Resident, calls: int = CALLS) -> list[float]:
-    """Seconds of each of some calls that follow one another on the device, read after one wait."""
+    """Returns the seconds of each of several consecutive calls, read after a single synchronization."""
     resident.run()
     marks = [resident.mark()]
     for _ in range(calls):
@@ -81,7 +80,7 @@ def compute_times(runner: Runner, resident: Resident, calls: int = CALLS) -> lis
 
 
 def whole_call(runner: Runner, call: Callable[[], object]) -> float:
-    """Seconds of wall time from a call to the end of all its work."""
+    """Returns the wall time in seconds from a call to the end of all its work."""
     started = time.perf_counter()
     call()
     runner.synchronize()
@@ -89,17 +88,17 @@ def whole_call(runner: Runner, call: Callable[[], object]) -> float:
 
 
 def warm_up(runner: Runner, call: Callable[[], object]) -> int:
-    """Calls until the times stand still: nothing is compiled, recorded or allocated any more, and the clocks are up.
+    """Calls a function until its times are stable: nothing is compiled or allocated any more, and the clocks are up.
 
-    The first calls of a compiled model are the slowest, and not only the very first: CUDA graphs warm up at one call,
-    record at the next and replay from then on.
+    Not only the first call of a compiled model is slow: CUDA graphs warm up in one call, are recorded in the next and
+    replayed from then on.
 
     Args:
-        runner: Whom to wait for.
-        call: What to call; two windows of calls and the first are made even if they take longer than the ceiling.
+        runner: The runner to synchronize.
+        call: The function; called at least 2 · WINDOW + 1 times, even if that takes longer than the maximum.
 
     Returns:
-        How many calls it took.
+        The number of calls.
     """
     whole_call(runner, call)
     seconds: list[float] = []

@@ -1,7 +1,7 @@
-"""What a row of latencies says: percentiles, and whether the clock measured the engine or something else.
+"""Summaries of latencies, and warnings when the measurement was limited by something other than the engine.
 
-The same figures and warnings as NVIDIA's trtexec prints (its reporting of enqueue, H2D, compute and D2H time), so that
-the two can be laid side by side, and one more: the regime in which time goes into launches rather than arithmetic.
+The figures and warnings are those of NVIDIA's trtexec (for enqueue, H2D, compute and D2H time), so that results can be
+compared, with an additional warning when kernel launches dominate arithmetic.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,27 +13,27 @@ from evit_deploy.report.report import Summary
 from evit_deploy.runtimes.runner import Timings
 
 ENQUEUE_BOUND = 0.8
-"""trtexec warns when the host's enqueue takes more than this share of the compute time (medians)."""
+"""Warn if the median enqueue time exceeds this share of the median compute time, as trtexec does."""
 UNSTABLE = 0.025
-"""trtexec warns when the compute time's coefficient of variance is above this."""
+"""Warn if the coefficient of variation of the compute time exceeds this, as trtexec does."""
 LAUNCH_BOUND = 0.25
-"""Twice the images in less than this much more time, and launches set the time rather than arithmetic."""
+"""Warn if doubling the batch increases the time by less than this share: launches dominate."""
 
 
 def joined(parts: Sequence[Timings]) -> Timings:
-    """Timings of one engine that were taken in several goes."""
+    """Joins timings of one engine from several rounds."""
     names = Timings.__struct_fields__
     return Timings(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 def summarize(values: np.ndarray) -> Summary:
-    """Condenses latencies.
+    """Summarizes latencies.
 
     >>> summarize(np.array([1.0, 2.0, 3.0])).median
     2.0
 
     Raises:
-        InputError: There are none, or they are not numbers a clock can give.
+        InputError: There are none, or some are negative or not finite.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all() or (values < 0).any():
@@ -45,7 +45,7 @@ def summarize(values: np.ndarray) -> Summary:
 
 
 def summaries(timings: Timings) -> dict[str, Summary]:
-    """One summary for each part of a call, and for the whole: ``enqueue``, ``h2d``, ``compute``, ``d2h``, ``latency``.
+    """Returns summaries of ``enqueue``, ``h2d``, ``compute``, ``d2h`` and ``latency``.
 
     Raises:
         InputError: See :func:`summarize`.
@@ -54,11 +54,11 @@ def summaries(timings: Timings) -> dict[str, Summary]:
 
 
 def warnings_of(timings: Timings, label: str) -> list[str]:
-    """Says in sentences what else than the engine the clock measured.
+    """Returns warnings if the measurement was limited by the host or by copies, or is unstable.
 
     Args:
-        timings: Of one engine at one batch size.
-        label: Which, for the start of each sentence: ``batch 8``.
+        timings: Timings of one engine at one batch size.
+        label: Start of each sentence, such as ``batch 8``.
 
     Raises:
         InputError: See :func:`summarize`.
@@ -86,9 +86,9 @@ def warnings_of(timings: Timings, label: str) -> list[str]:
 
 
 def launch_bound(compute: Mapping[int, float]) -> list[str]:
-    """Says whether the smallest batch and the next one take nearly the same time.
+    """Returns a note if the smallest batch takes nearly as long as the next one.
 
-    Then the time goes into launches rather than arithmetic, and fewer tokens save little.
+    Then launches dominate arithmetic, and fewer tokens save little.
 
     Args:
         compute: Batch size -> median compute time, milliseconds.

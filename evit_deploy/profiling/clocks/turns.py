@@ -1,7 +1,7 @@
-"""Who is timed when, and what comes of it: candidates take turns, and each turn's times stay together.
+"""Interleaved timing: candidates take turns, and times are grouped by round.
 
-In every round each candidate has one turn, in an order drawn anew, so that a machine whose speed drifts slows all of
-them alike and nobody always follows the same one.
+In every round each candidate has one turn, in a new random order, so that a drift of the machine's speed affects all
+candidates equally and none always follows the same other one.
 """
 
 import time
@@ -20,12 +20,12 @@ Turn = TypeVar("Turn")
 
 
 class Times(msgspec.Struct, frozen=True):
-    """What one candidate's turns took.
+    """Times of one candidate.
 
     Args:
-        clock: What the seconds are of.
-        seconds: One row a round, one column a call of its turn.
-        end_to_end: Wall time of one whole call of each round; ``None`` where ``seconds`` are just that.
+        clock: Clock that measured ``seconds``.
+        seconds: ``[rounds, calls in a turn]``.
+        end_to_end: Wall time of one whole call in each round, ``[rounds]``; ``None`` if ``seconds`` is already that.
     """
 
     clock: Clock
@@ -34,21 +34,21 @@ class Times(msgspec.Struct, frozen=True):
 
     @property
     def rounds(self) -> np.ndarray:
-        """One number for each round, to be held against other candidates' in the same round."""
+        """Median of each round, to compare with other candidates in the same round."""
         return np.median(self.seconds, axis=1)
 
 
 def in_turns(turn: Callable[[int], Turn], count: int, duration: float, minimum_rounds: int) -> list[list[Turn]]:
-    """Gives turns.
+    """Runs rounds in which every candidate has one turn.
 
     Args:
-        turn: Times one candidate, by its number.
-        count: Candidates.
-        duration: Seconds to go on for.
+        turn: Times one candidate, given its index.
+        count: Number of candidates.
+        duration: Seconds to measure.
         minimum_rounds: Rounds to run even if that takes longer.
 
     Returns:
-        For each round what the candidates' turns gave, in the candidates' order.
+        For each round, the results of the turns in the order of the candidates.
     """
     rounds: list[list[Turn]] = []
     order = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def in_turns(turn: Callable[[int], Turn], count: int, duration: float, minimum_r
 
 
 def random_feeds(runners: Sequence[Runner], batch: int) -> list[Mapping[str, np.ndarray]]:
-    """Random images for each runner, the same ones where they take the same; not every engine calls them ``input``."""
+    """Returns random images for each runner, by the names of its inputs; runners with equal shapes share them."""
     drawn: dict[tuple[int, ...], np.ndarray] = {}
     feeds: list[Mapping[str, np.ndarray]] = []
     for runner in runners:

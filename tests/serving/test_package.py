@@ -363,7 +363,7 @@ def test_the_variant_for_the_cpu_asks_for_no_gpu(own):
     place, _ = make_package([own.path], "triton", name="tiny", triton=options)
     for name in ("README.md", "compose.yaml", "kubernetes.yaml"):
         text = (place / name).read_text().split("## Monitor it")[0]
-        assert "gpu" not in text.lower().replace("and a gpu where it is used", "")
+        assert "gpu" not in text.lower().replace("and, if used, a gpu", "")
     model = config(place, "tiny_model")
     assert model.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
     assert model.parameters["intra_op_thread_count"].string_value == "6"

@@ -17,7 +17,7 @@ using nlohmann::json;
 constexpr int kFormat = 1;
 constexpr int kLargestSide = 8192;
 
-// Links may lead where their names do not say, so both are asked.
+// Check both the name and the path after resolving symbolic links.
 bool IsInside(const std::filesystem::path& root, const std::string& name) {
   const std::filesystem::path path(name);
   if (path.empty() || path.is_absolute() || name.find('\0') != std::string::npos) return false;
@@ -84,7 +84,7 @@ Bundle ReadBundle(const std::filesystem::path& path) {
     if (!fields.at("engine").is_null()) bundle.engine = ReadEngine(fields.at("engine"));
   } catch (const Error&) {
     throw;
-  } catch (const std::exception& error) {  // nlohmann's, and those from above
+  } catch (const std::exception& error) {  // from nlohmann::json or thrown above
     throw Error(Exit::kInput, manifest.string(), std::string("the manifest cannot be read: ") + error.what(),
                 "Convert again, or copy the bundle again.");
   }
@@ -115,7 +115,7 @@ Bytes ReadListed(const Bundle& bundle, const std::string& name) {
 
 Bytes ReadFile(const std::filesystem::path& path) {
   std::error_code error;
-  if (!std::filesystem::is_regular_file(path, error)) {  // opening a pipe would wait for its other end
+  if (!std::filesystem::is_regular_file(path, error)) {  // opening a pipe would block
     const bool exists = std::filesystem::exists(path, error);
     throw Error(Exit::kInput, path.string(), exists ? "this is not a file" : "no such file");
   }

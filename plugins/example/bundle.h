@@ -1,4 +1,4 @@
-// A bundle: the manifest that says what everything is, and its files, each held against its hash before it is used.
+// A bundle: its manifest, and its files, each checked against its hash before it is used.
 #pragma once
 
 #include <array>
@@ -20,7 +20,7 @@ struct Preprocess {  // in timm's terms
   std::array<double, 3> mean{}, std{};
 };
 
-struct EngineRecord {  // what engine.plan was built with
+struct EngineRecord {  // how engine.plan was built
   std::string target, version;
   std::vector<std::string> gpus;      // sm80 and the like
   std::optional<std::string> plugin;  // SHA-256 of the plugin library that the plan needs
@@ -30,16 +30,16 @@ struct Bundle {
   std::filesystem::path path;
   Preprocess preprocess;
   std::string precision;
-  std::vector<std::string> labels;           // empty where the classes have no names
-  bool has_classes = true;                   // without, the model gives an embedding
-  std::string answer;                        // name of the output that answers: "logits" or "embedding"
+  std::vector<std::string> labels;           // empty if the classes have no names
+  bool has_classes = true;                   // if false, the model returns an embedding
+  std::string answer;                        // name of the output: "logits" or "embedding"
   std::optional<EngineRecord> engine;        // none in a bundle without engine.plan
   std::map<std::string, std::string> files;  // name inside the bundle -> SHA-256
 };
 
 Bundle ReadBundle(const std::filesystem::path& path);
 
-// Reads a file of the bundle and refuses it unless it is the one that the manifest lists.
+// Reads a file of the bundle; throws unless its hash is the one in the manifest.
 Bytes ReadListed(const Bundle& bundle, const std::string& name);
 
 Bytes ReadFile(const std::filesystem::path& path);

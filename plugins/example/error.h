@@ -1,4 +1,4 @@
-// Every error a user can meet, with the exit code that evit-deploy's own commands give for it.
+// Errors, with the exit codes of evit-deploy's commands.
 #pragma once
 
 #include <stdexcept>

@@ -19,7 +19,7 @@ static_assert(std::endian::native == std::endian::little, "zip and npy files are
 
 constexpr std::uint32_t kEntry = 0x02014b50, kLocal = 0x04034b50, kEnd = 0x06054b50;  // zip's "PK" records
 constexpr std::size_t kEndSize = 22, kLongestComment = 65535;
-constexpr double kFloor = 4;  // times eps · max|reference|: evit-deploy allows no tighter limit than this
+constexpr double kFloor = 4;  // times eps · max|reference|: the lowest limit that evit-deploy uses
 
 using View = std::span<const std::uint8_t>;
 
@@ -37,7 +37,7 @@ T Load(View bytes, std::size_t offset) {
 
 std::string Text(View bytes) { return {bytes.begin(), bytes.end()}; }
 
-// Content of every stored entry, by name. numpy writes sizes below 4 GiB where zip always had them, at the end.
+// Content of every stored entry, by name. For sizes below 4 GiB numpy uses the usual 32-bit fields at the end.
 std::map<std::string, View> ReadZip(View zip) {
   if (zip.size() < kEndSize) throw std::out_of_range("it is cut short");
   std::size_t end = zip.size() - kEndSize;
@@ -91,7 +91,7 @@ bool ReadNpy(View npy, Array* array) {
   for (const char* at = shape.data(); at < shape.data() + shape.size(); ++at) {
     std::size_t side = 0;
     const auto [stop, error] = std::from_chars(at, shape.data() + shape.size(), side);
-    if (error == std::errc::invalid_argument) continue;  // a comma or a blank
+    if (error == std::errc::invalid_argument) continue;  // a comma or a space
     if (error != std::errc() || (side != 0 && bytes > npy.size() / side)) throw std::out_of_range("it is cut short");
     bytes *= side;
     array->shape.push_back(side);
@@ -113,7 +113,7 @@ double Distance(const auto& answers, const std::vector<double>& reference, std::
   return largest;
 }
 
-// Whether two patches of a picture lie within rounding of the boundary: only then may they change places.
+// Whether two patches of an image are so close to the boundary that rounding can swap them.
 bool MayTie(const std::map<std::string, Array>& arrays, std::size_t picture, std::size_t count) {
   return std::any_of(arrays.begin(), arrays.end(), [&](const auto& named) {
     const auto& [name, margin] = named;
@@ -151,8 +151,8 @@ Golden MakeGolden(const std::map<std::string, Array>& arrays) {
   golden.classes = static_cast<int>(classes);
   golden.inputs.assign(inputs.values.begin(), inputs.values.end());
   golden.reference = reference.values;
-  // As Golden.limit() and Golden.tie_limits() of evit-deploy: an engine may be twice as far from FP64 as PyTorch is in
-  // the same precision, and farther where another choice of patches is as right.
+  // Like Golden.limit() and Golden.tie_limits() of evit-deploy: an engine's error from FP64 may be twice PyTorch's in
+  // the same precision, and larger where another choice of patches is equally valid.
   const double scale = *std::max_element(terms.values.begin(), terms.values.end());
   const double floor = kFloor * static_cast<double>(std::numeric_limits<float>::epsilon()) * scale;
   const double limit = std::max(2 * Distance(expected.values, reference.values, 0, size), floor);
@@ -199,7 +199,7 @@ Verdict Compare(const Golden& golden, const std::vector<float>& logits) {
   for (std::size_t i = 0; i < golden.limits.size(); ++i) {
     const double error = Distance(logits, golden.reference, i * classes, (i + 1) * classes);
     const double limit = golden.limits[i];
-    const bool passed = error <= limit;  // false where either is NaN
+    const bool passed = error <= limit;  // false if either is NaN
     if ((worst.passed && !passed) || (worst.passed == passed && error * worst.limit > worst.error * limit)) {
       worst = {error, limit, passed};
     }

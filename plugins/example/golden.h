@@ -1,4 +1,4 @@
-// golden.npz: pictures, and PyTorch's answers that an engine is held against before it is trusted.
+// golden.npz: images with PyTorch's answers, to verify an engine before it is used.
 #pragma once
 
 #include <cstdint>
@@ -15,20 +15,20 @@ struct Array {
   std::vector<double> values;
 };
 
-// Reads the float32 and float64 arrays of a file that numpy.savez wrote, and passes over those of other types.
+// Reads the float32 and float64 arrays of a file written by numpy.savez, and skips arrays of other types.
 std::map<std::string, Array> ReadNpz(const Bytes& content, const std::string& where);
 
 struct Golden {
   int count = 0, channels = 0, height = 0, width = 0, classes = 0;
   std::vector<float> inputs;      // count × channels × height × width
   std::vector<double> reference;  // count × classes, in FP64
-  std::vector<double> limits;     // for each picture, the largest error that its logits may have
+  std::vector<double> limits;     // maximum error of the logits, for each image
 };
 
 Golden ReadGolden(const Bytes& content, const std::string& where);
 
 struct Verdict {
-  double error, limit;  // of the picture that comes closest to its limit, or exceeds it most
+  double error, limit;  // of the image with the largest error relative to its limit
   bool passed;
 };
 

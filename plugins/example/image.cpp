@@ -12,7 +12,7 @@
 namespace evit {
 namespace {
 
-constexpr double kMostPixels = 178'956'970;  // where Pillow too takes a file for an attack
+constexpr double kMostPixels = 178'956'970;  // Pillow's limit for decompression bombs
 
 void CheckSize(double width, double height, const std::string& where) {
   if (width * height > kMostPixels) throw Error(Exit::kInput, where, "the image has more than 178 million pixels");
@@ -34,7 +34,7 @@ Image DecodeJpeg(const Bytes& content, const std::string& where) {
     throw Error(Exit::kInput, where, "the JPEG is in CMYK, which has no one way to RGB", "Save it in RGB.");
   }
   image.rgb.resize(std::size_t{3} * static_cast<std::size_t>(image.width) * static_cast<std::size_t>(image.height));
-  // A file that ends early is a warning to the library, and gray from there on.
+  // For a truncated file the library only warns and fills the rest with gray.
   if (tjDecompress2(decoder.get(), content.data(), content.size(), image.rgb.data(), image.width, 0, image.height,
                     TJPF_RGB, TJFLAG_ACCURATEDCT | TJFLAG_STOPONWARNING | TJFLAG_LIMITSCANS) != 0) {
     refuse();
@@ -54,7 +54,7 @@ Image DecodePng(const Bytes& content, const std::string& where) {
   if ((png.format & PNG_FORMAT_FLAG_LINEAR) != 0) {
     throw Error(Exit::kInput, where, "the PNG has 16 bits a channel", "Save it with 8.");
   }
-  png.format = PNG_FORMAT_RGBA;  // not RGB: libpng would blend with a background, Pillow drops transparency
+  png.format = PNG_FORMAT_RGBA;  // not RGB, for which libpng would blend with a background; Pillow drops transparency
   std::vector<std::uint8_t> rgba(PNG_IMAGE_SIZE(png));
   if (png_image_finish_read(&png, nullptr, rgba.data(), 0, nullptr) == 0) refuse();
   Image image{static_cast<int>(png.width), static_cast<int>(png.height), {}};
@@ -63,12 +63,12 @@ Image DecodePng(const Bytes& content, const std::string& where) {
   return image;
 }
 
-struct Axis {               // how one side of an image becomes one side of the input
+struct Axis {               // mapping of one side of an image to one side of the input
   double resized = 0;       // pixels after resizing
-  std::int64_t offset = 0;  // first of them that the input shows; negative where the input has a border
+  std::int64_t offset = 0;  // first of them in the input; negative if the input has a border
 };
 
-// Half goes to the even neighbor, as in Python.
+// Rounds half to even, as in Python.
 std::int64_t Round(double value) { return static_cast<std::int64_t>(std::nearbyint(value)); }
 
 Axis Center(double resized, int size, bool floor) {
@@ -77,7 +77,7 @@ Axis Center(double resized, int size, bool floor) {
   return {resized, floor ? static_cast<std::int64_t>(border / 2) : Round(border / 2)};
 }
 
-// timm's evaluation transform: how large the image becomes, and which part of it the input shows.
+// timm's evaluation transform: size after resizing, and the part that is cropped.
 std::pair<Axis, Axis> Geometry(const Image& image, const Preprocess& to, const std::string& where) {
   const double high = image.height, wide = image.width;
   const double scaled_high = std::floor(to.height / to.crop_pct), scaled_wide = std::floor(to.width / to.crop_pct);
@@ -108,15 +108,15 @@ double Bicubic(double x) {  // Keys' cubic convolution with a = -1/2
   return x < 2 ? kA * (((x - 5) * x + 8) * x - 4) : 0.0;
 }
 
-// Weights are whole numbers, as Pillow's are: the same rounding in every last pixel, which INT8 engines amplify.
+// Integer weights, as in Pillow, so that every pixel is rounded alike: INT8 engines amplify differences.
 constexpr int kFraction = 22;
 
 struct Taps {  // the pixels that one pixel of the input is made from
   std::int64_t first = 0;
-  std::vector<std::int32_t> weights;  // over 2^kFraction; none in the border
+  std::vector<std::int32_t> weights;  // in units of 2^-kFraction; empty in the border
 };
 
-// Pixels have their centers at halves; where an image gets smaller, the filter gets wider by as much.
+// Pixel centers are at half-integers; when an image is reduced, the filter is widened by the same factor.
 std::vector<Taps> Weigh(int pixels, const Axis& axis, int size, const std::string& interpolation) {
   const bool cubic = interpolation == "bicubic";
   if (!cubic && interpolation != "bilinear") {
@@ -147,7 +147,7 @@ std::vector<Taps> Weigh(int pixels, const Axis& axis, int size, const std::strin
   return taps;
 }
 
-// One side of the image: where its pixels lie, and how they become those of the input.
+// One side of the image: the layout of its pixels, and how they map to the input.
 struct Side {
   std::size_t pixels, stride;
   std::vector<Taps> taps;
@@ -165,7 +165,8 @@ Side MakeSide(int pixels, std::size_t stride, const Axis& axis, int size, const 
   return side;
 }
 
-// Resizes along one side, rounding to 8 bits as Pillow does after each. Of the other side, `lines` lie `line` apart.
+// Resizes along one side and rounds to 8 bits, as Pillow does after each side. The `lines` of the other side are `line`
+// apart.
 std::vector<std::uint8_t> Resize(const std::uint8_t* image, const Side& side, std::size_t lines, std::size_t line) {
   std::vector<std::uint8_t> resized(lines * side.taps.size() * 3);
   std::uint8_t* to = resized.data();
@@ -199,8 +200,8 @@ std::vector<float> PreprocessImage(const Image& image, const Preprocess& to, con
   const std::size_t line = 3 * static_cast<std::size_t>(image.width);
   Side one = MakeSide(image.width, 3, across, to.width, to.interpolation);
   Side two = MakeSide(image.height, line, down, to.height, to.interpolation);
-  // Which side comes first shows in the rounding. Pillow takes the width, and since version 13 the height where that
-  // loses more than twice as many pixels.
+  // The order of the sides affects rounding. Pillow resizes the width first, but since version 13 the height if that
+  // removes more than twice as many pixels.
   const double height_loss = image.height - down.resized, width_loss = image.width - across.resized;
   const bool height_first = height_loss > 0 && height_loss > 2 * width_loss;
   if (height_first) std::swap(one, two);
@@ -208,7 +209,7 @@ std::vector<float> PreprocessImage(const Image& image, const Preprocess& to, con
   const auto half = Resize(start, one, static_cast<std::size_t>(two.last - two.first), two.stride);
   two.stride = 3 * one.taps.size();
   for (Taps& taps : two.taps) taps.first -= std::min(two.first, taps.first);
-  const auto resized = Resize(half.data(), two, one.taps.size(), 3);  // pixels of side two lie together now
+  const auto resized = Resize(half.data(), two, one.taps.size(), 3);  // pixels of side two are adjacent now
   const auto width = static_cast<std::size_t>(to.width), area = width * static_cast<std::size_t>(to.height);
   std::vector<float> input(3 * area);
   for (std::size_t i = 0; i < one.taps.size(); ++i) {

@@ -1,4 +1,5 @@
-// From a JPEG or PNG file to a model's input, as the bundle's manifest says; the numbers are those of timm on Pillow.
+// Converts a JPEG or PNG file to a model's input by the preprocessing in the manifest, with the results of timm and
+// Pillow.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Runs a bundle's engine: first against its golden answers, then on images. See README.md.
+// Verifies a bundle's engine with its golden answers, then runs it on images. See README.md.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -20,14 +20,14 @@ using evit::Exit;
 constexpr char kUsage[] =
     "Usage: evit_example BUNDLE [--plugin LIBRARY] [--json] [IMAGE...]\n"
     "\n"
-    "Checks the bundle's engine against its golden answers, then says what is in each image (JPEG or PNG),\n"
-    "or what its embedding is.\n"
+    "Checks the bundle's engine against its golden answers, then classifies each image (JPEG or PNG),\n"
+    "or prints its embedding.\n"
     "\n"
     "  --plugin LIBRARY  a TensorRT plugin library, loaded into this program: give only what you trust\n"
     "  --json            print one JSON document, with all logits or embeddings\n"
     "  --help            print this text\n"
     "\n"
-    "Exit code: 0 all is well, 1 the golden check failed, 2 usage or input, 3 the machine lacks something,\n"
+    "Exit code: 0 success, 1 the golden check failed, 2 usage or input, 3 a requirement is missing,\n"
     "4 a stage failed.\n";
 constexpr std::size_t kTop = 5, kNumbers = 5;
 constexpr std::size_t kImagesAtATime = 32;
@@ -52,7 +52,7 @@ Arguments Parse(const std::vector<std::string>& words) {
         throw Error(Exit::kInput, "--plugin", "a library is missing behind it", hint);
       }
       arguments.plugin = words[i];
-    } else if (words[i].starts_with("-")) {  // a file of such a name can be given as ./-name
+    } else if (words[i].starts_with("-")) {  // a file with such a name can be given as ./-name
       throw Error(Exit::kInput, words[i], "no such option", hint);
     } else {
       names.push_back(words[i]);
@@ -75,7 +75,7 @@ evit::Verdict CheckGolden(const evit::Bundle& bundle, evit::Runner& runner) {
   return evit::Compare(golden, runner.Infer(golden.inputs.data(), golden.count));
 }
 
-// The likeliest classes with their share of the softmax.
+// The most probable classes with their softmax probabilities.
 nlohmann::json Top(std::span<const float> logits, const std::vector<std::string>& labels) {
   std::vector<std::size_t> order(logits.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
@@ -120,7 +120,7 @@ void Print(const nlohmann::json& description) {
   }
 }
 
-// Reads, runs and describes images, as many at a time as the engine takes well.
+// Reads, runs and describes images, in batches of the size that the engine is tuned for.
 nlohmann::json Ask(const std::vector<std::string>& files, const evit::Bundle& bundle, evit::Runner& runner) {
   nlohmann::json descriptions = nlohmann::json::array();
   for (std::size_t start = 0; start < files.size(); start += kImagesAtATime) {
@@ -168,7 +168,7 @@ Exit Main(const Arguments& arguments) {
                 verdict.limit);
     std::fflush(stdout);
   }
-  // An engine that fails is not asked about images: whatever it says would be wrong.
+  // Do not run an engine on images if its golden check failed.
   document["images"] = nlohmann::json::array();
   if (verdict.passed) document["images"] = Ask(arguments.images, bundle, *runner);
   if (arguments.json) {
@@ -197,7 +197,7 @@ int main(int argc, char** argv) {
   } catch (const Error& error) {
     std::cerr << "evit_example: " << error.what() << "\n";
     return static_cast<int>(error.code());
-  } catch (const std::exception& error) {  // memory that is full, a name that no file system takes
+  } catch (const std::exception& error) {  // such as out of memory, or an invalid file name
     std::cerr << "evit_example: " << error.what() << "\n";
     return static_cast<int>(Exit::kStage);
   }

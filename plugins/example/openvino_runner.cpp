@@ -10,10 +10,10 @@ namespace evit {
 namespace {
 
 constexpr char kXml[] = "openvino/model.xml", kBin[] = "openvino/model.bin";
-constexpr BatchProfile kAnyBatch{1, 1, 32};  // the model takes any; more at a time takes memory and gains nothing
+constexpr BatchProfile kAnyBatch{1, 1, 32};  // any is supported; larger ones are not faster
 
-// OpenVINO left to itself computes in BF16 wherever the processor can, whatever the file says; so it is told. INT8 lies
-// in the file's own operators, and the rest of such a file is FP32.
+// OpenVINO's inference precision. It must be set, because by default OpenVINO uses BF16 on processors that support it.
+// INT8 files have quantized operators; their other operators are FP32.
 ov::element::Type ComputeType(const std::string& precision, const std::string& where) {
   if (precision == "fp32" || precision == "int8") return ov::element::f32;
   if (precision == "fp16") return ov::element::f16;
@@ -21,7 +21,7 @@ ov::element::Type ComputeType(const std::string& precision, const std::string& w
   throw Error(Exit::kInput, where, "OpenVINO has no such precision (got '" + precision + "')");
 }
 
-// What OpenVINO has to say, without the places in its source that it begins with.
+// OpenVINO's message without the source locations at its beginning.
 std::string OneLine(const std::exception& error) {
   std::istringstream lines(error.what());
   std::string text;
@@ -59,7 +59,7 @@ class OpenVinoRunner : public Runner {
     const auto size = [](int side) { return static_cast<std::size_t>(side); };
     const ov::Shape sizes{size(batch), size(shape().channels), size(shape().height), size(shape().width)};
     try {
-      ov::Tensor images(ov::element::f32, sizes);  // a copy: OpenVINO wants memory that it may write to
+      ov::Tensor images(ov::element::f32, sizes);  // a copy, because OpenVINO requires writable memory
       std::copy_n(nchw, images.get_size(), images.data<float>());
       request_.set_tensor("input", images);
       request_.infer();

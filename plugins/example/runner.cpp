@@ -14,7 +14,7 @@ std::vector<float> Runner::Infer(const float* nchw, int count) {
   for (int done = 0; done < count;) {
     const int left = count - done;
     int taken = 0, batch = 0;
-    for (const BatchProfile& profile : shape_.profiles) {  // the most images, and of those the least padding
+    for (const BatchProfile& profile : shape_.profiles) {  // most images, then least padding
       const int takes = std::min(left, profile.maximum), size = std::max(takes, profile.minimum);
       if (takes > taken || (takes == taken && size < batch)) std::tie(taken, batch) = std::pair(takes, size);
     }
@@ -22,7 +22,7 @@ std::vector<float> Runner::Infer(const float* nchw, int count) {
     float* answers = &logits[static_cast<std::size_t>(done) * classes];
     if (batch == taken) {
       Run(images, batch, answers);
-    } else {  // too few for any profile: blank images fill it up
+    } else {  // too few for any profile: pad with zeros
       std::vector<float> padded(static_cast<std::size_t>(batch) * image);
       std::vector<float> all(static_cast<std::size_t>(batch) * classes);
       std::copy_n(images, static_cast<std::size_t>(taken) * image, padded.begin());

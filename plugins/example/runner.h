@@ -1,4 +1,4 @@
-// What an engine is to the rest of a program: images in, logits or embeddings out. CMake chooses the library behind it.
+// Interface of an engine: images in, logits or embeddings out. CMake chooses the library that implements it.
 #pragma once
 
 #include <memory>
@@ -14,8 +14,8 @@ struct BatchProfile {
 };
 
 struct ModelShape {
-  int channels, height, width, classes;  // without classes: numbers of the embedding
-  std::vector<BatchProfile> profiles;    // batch sizes that the engine takes
+  int channels, height, width, classes;  // without classes: dimension of the embedding
+  std::vector<BatchProfile> profiles;    // supported batch sizes
 };
 
 class Runner {
@@ -26,20 +26,20 @@ class Runner {
 
   const ModelShape& shape() const { return shape_; }
 
-  // Runs `count` normalized images, in as many batches as it takes: count × classes numbers. One call at a time.
+  // Runs `count` normalized images in one or more batches; returns count × classes numbers. Not thread-safe.
   std::vector<float> Infer(const float* nchw, int count);
 
  protected:
   explicit Runner(ModelShape shape) : shape_(std::move(shape)) {}
 
-  // Runs one batch, of a size that some profile covers.
+  // Runs one batch, of a size that a profile covers.
   virtual void Run(const float* nchw, int batch, float* answers) = 0;
 
  private:
   ModelShape shape_;
 };
 
-// `plugin` is the path of a library to load into this program first, or empty.
+// `plugin` is the path of a plugin library to load into this process first, or empty.
 std::unique_ptr<Runner> MakeRunner(const Bundle& bundle, const std::string& plugin);
 
 }  // namespace evit

@@ -1,4 +1,4 @@
-// TensorRT and TensorRT-RTX: engine.plan on an NVIDIA GPU. The two libraries have one API; CMake says which it is.
+// TensorRT and TensorRT-RTX: runs engine.plan on an NVIDIA GPU. Both libraries have the same API; CMake chooses one.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -22,8 +22,8 @@ namespace {
 constexpr char kTarget[] = EVIT_TARGET, kPlan[] = "engine.plan";
 constexpr bool kCaptures = std::string_view(kTarget) == "tensorrt";  // TensorRT-RTX compiles kernels while it runs
 constexpr int kPluginAbi = 2;
-constexpr std::size_t kLanes = 8;          // batch sizes kept ready at a time
-constexpr std::size_t kLargestNumber = 8;  // bytes; outputs may be of types that are of no concern here
+constexpr std::size_t kLanes = 8;          // maximum number of prepared batch sizes
+constexpr std::size_t kLargestNumber = 8;  // bytes per element of any output, whatever its type
 
 void Check(cudaError_t status, const char* doing) {
   if (status == cudaSuccess) return;
@@ -32,7 +32,7 @@ void Check(cudaError_t status, const char* doing) {
 
 class Logger : public nvinfer1::ILogger {
  public:
-  void log(Severity severity, const char* message) noexcept override {  // from any thread
+  void log(Severity severity, const char* message) noexcept override {  // may be called from any thread
     if (severity > Severity::kERROR) return;
     const std::lock_guard lock(mutex_);
     if (errors_.size() < 3) errors_.emplace_back(message);
@@ -51,7 +51,7 @@ class Logger : public nvinfer1::ILogger {
   std::vector<std::string> errors_;
 };
 
-// What CUDA gives out, held by unique_ptr.
+// CUDA resources held by unique_ptr.
 template <auto kFree>
 struct Free {
   void operator()(auto* held) const { kFree(held); }
@@ -82,7 +82,7 @@ std::size_t Count(const nvinfer1::Dims& dims) {
 
 ModelShape ShapeOf(const nvinfer1::ICudaEngine& engine, const std::string& answer, const std::string& where) {
   const auto input = engine.getTensorShape("input"), output = engine.getTensorShape(answer.c_str());
-  const auto whole = [](const nvinfer1::Dims& dims, int count) {  // of known size, but for the batch
+  const auto whole = [](const nvinfer1::Dims& dims, int count) {  // static except for the batch
     return dims.nbDims == count && std::all_of(dims.d + 1, dims.d + count, [](std::int64_t side) { return side > 0; });
   };
   if (!whole(input, 4) || !whole(output, 2) || engine.getTensorDataType("input") != nvinfer1::DataType::kFLOAT ||
@@ -104,14 +104,14 @@ ModelShape ShapeOf(const nvinfer1::ICudaEngine& engine, const std::string& answe
   return shape;
 }
 
-// Everything that one batch size needs, with its addresses fixed, so that the work can be replayed as a CUDA graph.
+// Resources of one batch size, with fixed addresses so that the work can be replayed as a CUDA graph.
 struct Lane {
   std::unique_ptr<nvinfer1::IExecutionContext> context;
   PinnedMemory images, answers;
   std::vector<DeviceMemory> tensors;
   void *device_images = nullptr, *device_answers = nullptr;
   std::size_t image_bytes = 0, answer_bytes = 0;
-  GraphExec graph;  // empty where the engine cannot be captured
+  GraphExec graph;  // empty if the engine cannot be captured
 };
 
 class TensorRtRunner : public Runner {
@@ -165,7 +165,7 @@ class TensorRtRunner : public Runner {
     return lanes_.emplace(batch, std::move(lane)).first->second;
   }
 
-  // Of the profiles that cover a batch, the one tuned for the nearest size: 8 is as far from 4 as from 16.
+  // Of the profiles that cover a batch, the one tuned for the nearest size on a logarithmic scale.
   int ProfileFor(int batch) const {
     int best = 0;
     double nearest = std::numeric_limits<double>::infinity();
@@ -189,7 +189,7 @@ class TensorRtRunner : public Runner {
         !lane.context->setInputShape("input", sizes)) {
       throw Failed("the engine does not take this batch size");
     }
-    for (int i = 0; i < engine_->getNbIOTensors(); ++i) {  // kept_<block> may be outputs too; they stay on the GPU
+    for (int i = 0; i < engine_->getNbIOTensors(); ++i) {  // outputs kept_<block>, if any, stay on the GPU
       const std::string name = engine_->getIOTensorName(i);
       const std::size_t numbers = Count(lane.context->getTensorShape(name.c_str()));
       lane.tensors.push_back(OnDevice(numbers * kLargestNumber));
@@ -202,12 +202,12 @@ class TensorRtRunner : public Runner {
     lane.images = Pinned(lane.image_bytes);
     lane.answers = Pinned(lane.answer_bytes);
     Check(cudaMemsetAsync(lane.device_images, 0, lane.image_bytes, stream_.get()), "clearing memory");
-    Enqueue(lane);  // the first call prepares what must not happen in a capture
+    Enqueue(lane);  // the first call makes allocations that cannot be captured
     Check(cudaStreamSynchronize(stream_.get()), "running the engine");
     return lane;
   }
 
-  // Records one call, to be replayed without the host's share of the work; empty where that is impossible.
+  // Captures one call as a CUDA graph; empty if that is impossible.
   GraphExec Capture(const Lane& lane) {
     cudaGraph_t recorded = nullptr;
     cudaGraphExec_t ready = nullptr;
@@ -216,14 +216,14 @@ class TensorRtRunner : public Runner {
     const bool ended = cudaStreamEndCapture(stream_.get(), &recorded) == cudaSuccess;
     const Graph graph(recorded);
     if (!enqueued || !ended || cudaGraphInstantiate(&ready, recorded, 0) != cudaSuccess) {
-      cudaGetLastError();  // forget the failure: calls go on without a graph
+      cudaGetLastError();  // clear the error; later calls run without a graph
       logger_->Take();
       return nullptr;
     }
     return GraphExec(ready);
   }
 
-  // Destroyed from the last to the first: each needs those above it.
+  // Destroyed in reverse order: each needs those above it.
   std::unique_ptr<Logger> logger_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
@@ -232,7 +232,7 @@ class TensorRtRunner : public Runner {
   std::map<int, Lane> lanes_;
 };
 
-// Makes sure, before any of its code runs, that a library is a plugin for this TensorRT: it says so in one line.
+// Checks, before any of its code runs, that a library is a plugin for this TensorRT, by the identity line in the file.
 void CheckIdentity(const Bytes& library, const std::string& where) {
   constexpr std::string_view kLine = "evit-deploy library: kind=registers ";
   constexpr std::ptrdiff_t kLongest = 256;
@@ -257,9 +257,9 @@ void CheckIdentity(const Bytes& library, const std::string& where) {
   }
 }
 
-// The library stays loaded: TensorRT's registry refers to what is in it until the program ends.
+// The library stays loaded until the program ends, because TensorRT's registry refers to it.
 void LoadPlugin(const std::string& plugin, const Bundle& bundle) {
-  const std::string where = std::filesystem::absolute(plugin).string();  // or dlopen would search for a bare name
+  const std::string where = std::filesystem::absolute(plugin).string();  // dlopen would search for a bare name
   const Bytes content = ReadFile(where);
   CheckIdentity(content, where);
   if (const std::string hash = Sha256(content); bundle.engine->plugin && *bundle.engine->plugin != hash) {
@@ -297,7 +297,7 @@ std::string VersionHere() {
          std::to_string(getInferLibPatchVersion());
 }
 
-// Why the library did not load a plan that is whole.
+// Returns why the library did not load an undamaged plan.
 Error Refusal(const Bundle& bundle, const std::string& words, const std::string& gpu) {
   const EngineRecord& engine = *bundle.engine;
   const std::string where = (bundle.path / kPlan).string(), here = VersionHere();
@@ -333,14 +333,14 @@ std::unique_ptr<Runner> MakeRunner(const Bundle& bundle, const std::string& plug
                 "the plan is for " + bundle.engine->target + ", and this program is built for " + kTarget,
                 std::string("Build the program for the other, or convert with --target ") + kTarget + ".");
   }
-  if (bundle.engine->plugin && plugin.empty()) {  // a library that lies beside the plan is never loaded by itself
+  if (bundle.engine->plugin && plugin.empty()) {  // a library that merely sits next to the plan is never loaded
     throw Error(Exit::kInput, where, "the plan needs the plugin that it was built with",
                 "Give it with --plugin LIBRARY; its SHA-256 is " + *bundle.engine->plugin + ".");
   }
   if (!plugin.empty() && std::string_view(kTarget) == "tensorrt-rtx") {
     throw Error(Exit::kInput, plugin, "TensorRT-RTX takes no plugins", "Leave --plugin out.");
   }
-  if (!plugin.empty()) LoadPlugin(plugin, bundle);  // TensorRT, which it enters itself in, is linked and so is there
+  if (!plugin.empty()) LoadPlugin(plugin, bundle);  // it registers itself with TensorRT, which is linked
   const std::string gpu = GpuHere();
   auto logger = std::make_unique<Logger>();
   std::unique_ptr<nvinfer1::IRuntime> runtime(nvinfer1::createInferRuntime(*logger));

@@ -1,4 +1,4 @@
-// What is common to the launchers.
+// Code shared by the launchers.
 #pragma once
 
 #include <stdarg.h>
@@ -21,7 +21,7 @@ inline int32_t refuse(int32_t status, char* message, size_t size, const char* fo
   return status;
 }
 
-// Looks at a call before anything is started.
+// Checks a call before anything is launched.
 inline int32_t check_call(const EvitTokenReorgCall* call, char* message, size_t size) {
   const auto no = [&](const char* what, int value, const char* wanted, int low, int high) {
     return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: %s is %d, expected %s%d to %d", what, value, wanted,
@@ -50,7 +50,7 @@ inline int32_t check_call(const EvitTokenReorgCall* call, char* message, size_t 
                  {"y", call->y, call->dtype == EVIT_FP32 ? 4u : 2u},
                  {"idx", call->idx, 4}};
   for (const auto& tensor : tensors) {
-    if (tensor.pointer == nullptr && tensor.pointer == call->idx) continue;  // not wanted
+    if (tensor.pointer == nullptr && tensor.pointer == call->idx) continue;  // not requested
     if (tensor.pointer == nullptr)
       return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: %s is a null pointer", tensor.name);
     if (reinterpret_cast<uintptr_t>(tensor.pointer) % tensor.alignment != 0)
@@ -84,7 +84,7 @@ inline int32_t check_scores(const EvitClassScoresCall* call, char* message, size
   return EVIT_OK;
 }
 
-// `on_gpu`: what a team is: a block, which the kernel is compiled for in two sizes, or threads.
+// `on_gpu`: whether a team is a block, for which the kernel is compiled in two sizes, or a group of CPU threads.
 inline int32_t check_cut(const EvitCut* cut, bool on_gpu, char* message, size_t size) {
   if (cut == nullptr) return refuse(EVIT_INVALID_CALL, message, size, "TokenReorg: the cut is a null pointer");
   if (cut->lanes < 0 || cut->lanes > EVIT_MAX_LANES || (cut->lanes & (cut->lanes - 1)) != 0)

@@ -1,5 +1,5 @@
-// The library that TensorRT itself loads: IPluginRegistry::loadLibrary, trtexec --dynamicPlugins, and libraries
-// embedded in a plan (setPluginsToSerialize). It registers nothing by itself, or TensorRT would refuse it.
+// The library for loading by TensorRT: IPluginRegistry::loadLibrary, trtexec --dynamicPlugins, and libraries embedded
+// in a plan (setPluginsToSerialize). It must not register itself, or TensorRT would refuse it.
 #include <atomic>
 
 #include "plugin.h"

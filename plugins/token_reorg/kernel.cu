@@ -1,4 +1,4 @@
-// The launch on a GPU: one kernel, a block for each team.
+// The launch on a GPU: one kernel, with a block for each team.
 #include <cuda_runtime_api.h>
 
 #include "call.h"
@@ -14,13 +14,13 @@ struct Block {
   __device__ void barrier() const { __syncthreads(); }
 };
 
-// Blocks of many images leave room for others, with 80 registers a thread; with few images, a block may have what it
-// can use.
+// With many images, registers are limited to 80 per thread so that more blocks fit on a multiprocessor; with few
+// images, a block may use as many as it needs.
 template <class T, int kWidth, int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreads == kNarrowBlock ? 3 : 1)
     token_reorg_kernel(const __grid_constant__ EvitTokenReorgCall call, Geometry geometry, int fates) {
   extern __shared__ __align__(16) unsigned char shared[];
-  // Teams of one image side by side: they read the same rows.
+  // Teams of one image are adjacent, because they read the same rows.
   const int block = static_cast<int>(blockIdx.x), team = block / geometry.slices;
   const Share share{team / geometry.tiles, team % geometry.tiles, block % geometry.slices};
   token_reorg<T, kWidth>(Block{}, call, share, geometry, shared, reinterpret_cast<Fate*>(shared + fates));
@@ -36,7 +36,7 @@ cudaError_t launch(const EvitTokenReorgCall& call, const EvitCut& cut, cudaStrea
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = geometry.threads == kNarrowBlock ? token_reorg_kernel<T, kWidth, kNarrowBlock>
                                                        : token_reorg_kernel<T, kWidth, kWideBlock>;
-  constexpr size_t kUnasked = 48 * 1024;  // more has to be asked for
+  constexpr size_t kUnasked = 48 * 1024;  // shared memory above this must be requested
   if (shared > kUnasked) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));

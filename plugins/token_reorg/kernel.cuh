@@ -1,15 +1,15 @@
-// The body of evit::TokenReorg, written for a team of threads that share memory and can wait for each other: a block of
-// a GPU, or threads of a CPU (kernel_host.cpp), so that everything but the launch is tested without a GPU.
+// The body of evit::TokenReorg, written for a team of threads with shared memory and a barrier: a block on a GPU, or
+// CPU threads (kernel_host.cpp), so that everything but the launch can be tested without a GPU.
 //
-// One team serves one image and a range of its columns. Its first loads of x are under way while it ranks the
-// candidates; teams of the same image repeat the ranking, which is cheaper than waiting for each other. Then every row
-// is handled once: kept ones are written where they belong, the others are added up.
+// A team handles one image and a range of its columns. It starts to load x before it ranks the candidates. Teams of the
+// same image repeat the ranking, which is cheaper than synchronizing. Then each row is handled once: kept rows are
+// written to their position, the others are summed.
 //
-// With few images the rows are cut too: one team adds up the fused row, the others copy the kept rows.
+// With few images the rows are partitioned too: one team sums the fused row, the others copy the kept rows.
 //
-// The sum of the fused row does not depend on how the work is cut: row r always belongs to row group r mod G (G follows
-// from N alone), a group adds its rows in rising order, and the groups are added in rising order. Every step is one
-// fused multiply-add or addition in FP32, so that a CPU and every GPU give the same bits, whatever the batch.
+// The sum of the fused row does not depend on the partition: row r always belongs to row group r mod G (G depends on N
+// only), a group adds its rows in ascending order, and the groups are added in ascending order. Each step is one fused
+// multiply-add or addition in FP32, so the results are bit-identical on CPUs and all GPUs and for every batch.
 #pragma once
 
 #include "numbers.cuh"
@@ -17,40 +17,40 @@
 
 namespace evit {
 
-constexpr int kRowsInFlight = 8;    // loads of x that a thread has under way
-constexpr int kScoresInFlight = 4;  // and of scores
-constexpr int kSumsInFlight = 16;   // and of partial sums; divides the number of row groups
-constexpr int kRun = 64;            // candidates that are ranked by counting, before runs are merged
-constexpr int kFan = 4;             // runs that are merged at a time
+constexpr int kRowsInFlight = 8;    // loads of x in flight per thread
+constexpr int kScoresInFlight = 4;  // loads of scores
+constexpr int kSumsInFlight = 16;   // loads of partial sums; divides the number of row groups
+constexpr int kRun = 64;            // candidates ranked by counting, before runs are merged
+constexpr int kFan = 4;             // runs merged at a time
 
 // ---- ranking
 
-// Rises with the score and is above 0. Equal scores have equal keys, +0 and -0 too; a NaN has a key like any other.
+// Key of a score: ascending with the score, above 0, equal for equal scores (also +0 and -0); defined for NaN.
 EVIT_HOST_DEVICE inline uint32_t key_of(float score) {
   const uint32_t bits = bits_of(score + 0.0f), key = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
   return key > 0 ? key : 1;
 }
 
-// The score that a key was made of; -0 has become +0.
+// The score of a key; -0 becomes +0.
 EVIT_HOST_DEVICE inline float score_of(uint32_t key) { return float_of(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu)); }
 
 struct alignas(16) Keys {
   uint32_t items[4];
 };
 
-// Keys, filled up with zeros to whole runs on every level.
+// Number of keys, padded with zeros to whole runs on every level.
 EVIT_HOST_DEVICE inline int key_slots(int candidates) {
   int slots = kRun;
   while (slots < candidates) slots *= kFan;
   return slots;
 }
 
-// Keys, and where runs are merged a second set of them and two of the candidates' numbers.
+// Memory for the keys, and if runs are merged for a second set of keys and two sets of candidate indices.
 EVIT_HOST_DEVICE inline int ranking_bytes(int candidates) {
   return key_slots(candidates) * (candidates <= kRun ? 1 : 3) * static_cast<int>(sizeof(uint32_t));
 }
 
-// Adds one if a key is above a limit. By hand: the compiler makes three dependent instructions of it.
+// Adds one if a key is above a limit. In assembly, because the compiler generates three dependent instructions.
 EVIT_HOST_DEVICE inline void count_above(uint32_t key, uint32_t limit, int& sum) {
 #if defined(__CUDA_ARCH__)
   asm("{ .reg .pred p; setp.gt.u32 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(sum) : "r"(key), "r"(limit));
@@ -59,7 +59,7 @@ EVIT_HOST_DEVICE inline void count_above(uint32_t key, uint32_t limit, int& sum)
 #endif
 }
 
-// How many of a run are ahead of its candidate i: a higher score, or an equal one and a lower number.
+// Number of candidates of a run ahead of its candidate i: with a higher score, or an equal score and a lower index.
 EVIT_HOST_DEVICE inline int count_ahead(const Keys* run, int i, uint32_t key) {
   const int own = i / 4;
   int ahead[4] = {};
@@ -76,8 +76,8 @@ EVIT_HOST_DEVICE inline int count_ahead(const Keys* run, int i, uint32_t key) {
   return ahead[0] + ahead[1] + ahead[2] + ahead[3];
 }
 
-// Where the key at place i of one of kFan sorted runs belongs among all of them: its place in its own run, and how many
-// are ahead in each of the others, which are searched side by side. Candidates of earlier runs have lower numbers.
+// Position of the key at index i of one of kFan sorted runs in the merged run: i plus the number of keys ahead of it in
+// each of the others, found by simultaneous binary searches. Candidates of earlier runs have lower indices.
 EVIT_HOST_DEVICE inline int merged_place(const uint32_t* keys, int length, int i) {
   const int start = i & ~(kFan * length - 1), own = i & ((kFan - 1) * length), inside = i & (length - 1);
   const uint32_t key = keys[i];
@@ -100,14 +100,14 @@ EVIT_HOST_DEVICE inline int merged_place(const uint32_t* keys, int length, int i
   return place;
 }
 
-// Calls place(candidate, rank, key) for every candidate. The first keys have been written, and waited for.
+// Calls place(candidate, rank, key) for every candidate. The keys must be written, with a barrier afterwards.
 //
-// A candidate's rank is the number of those ahead of it. In runs of kRun these are counted; sorted runs are merged,
-// kFan at a time, until one is left.
+// A candidate's rank is the number of candidates ahead of it. Within runs of kRun these are counted; then sorted runs
+// are merged, kFan at a time, until one is left.
 template <class Team, class Place>
 EVIT_HOST_DEVICE void rank_candidates(const Team& team, int candidates, unsigned char* memory, Place place) {
   const int slots = key_slots(candidates);
-  uint32_t* keys = reinterpret_cast<uint32_t*>(memory);  // to read from, and to write to
+  uint32_t* keys = reinterpret_cast<uint32_t*>(memory);  // read from one half, write to the other
   uint32_t* next_keys = keys + slots;
   uint16_t* order = reinterpret_cast<uint16_t*>(next_keys + slots);
   uint16_t* next_order = order + slots;
@@ -146,24 +146,24 @@ EVIT_HOST_DEVICE void rank_candidates(const Team& team, int candidates, unsigned
   }
 }
 
-// ---- how the work is cut
+// ---- partition of the work
 
-// Rows whose numbers differ by this are added by the same members, whatever the cut.
+// Rows with indices that differ by a multiple of this are added by the same members, in every partition.
 EVIT_HOST_DEVICE inline int row_groups(int candidates) { return candidates <= 512 ? 32 : 64; }
 
 constexpr int kNarrowBlock = 256, kWideBlock = 512;  // threads
 
 struct Geometry {
-  int lane_bits;  // a team has 2^lane_bits accesses side by side, and row_groups times as many members
+  int lane_bits;  // a team has 2^lane_bits adjacent accesses, and row_groups times as many members
   int tiles;      // teams that share an image's columns
-  int slices;     // teams that share a tile's rows: with a fused row the first adds it up, the others copy
-  int early;      // whether the first rows are loaded before it is known which of them stay
-  int threads;    // of a block
+  int slices;     // teams that share a tile's rows: with a fused row the first sums it, the others copy
+  int early;      // whether to load the first rows before the ranking
+  int threads;    // threads of a block
 };
 
-// Few images: narrow teams, many to an image, to reach every multiprocessor; if they are still too few, the rows are
-// cut so that each team has all of its loads under way at once. Many images: wide teams, for longer accesses, and
-// where ranking takes long as few to an image as still fill the device. The limits were measured on an H100.
+// Few images: many narrow teams per image, to use every multiprocessor; if there are still too few teams, the rows are
+// partitioned so that each team has all its loads in flight at once. Many images: wide teams, for longer accesses, and
+// if ranking is expensive as few teams per image as still fill the device. The limits were measured on an H100.
 inline Geometry choose_geometry(const EvitTokenReorgCall& call, int width, int multiprocessors) {
   const int accesses = divide_up(call.channels, width);
   const auto chunks_of = [&](int lane_bits) { return divide_up(accesses, 1 << lane_bits); };
@@ -185,7 +185,7 @@ inline Geometry choose_geometry(const EvitTokenReorgCall& call, int width, int m
   return {lane_bits, tiles, slices, 1, wide ? kWideBlock : kNarrowBlock};
 }
 
-// What a cut that was asked for says replaces what would be chosen.
+// Replaces chosen values by those of a requested partition.
 inline Geometry apply_cut(Geometry geometry, const EvitCut& cut) {
   if (cut.lanes > 0)
     for (geometry.lane_bits = 0; 1 << geometry.lane_bits < cut.lanes;) ++geometry.lane_bits;
@@ -196,13 +196,13 @@ inline Geometry apply_cut(Geometry geometry, const EvitCut& cut) {
   return geometry;
 }
 
-// What becomes of a row: its place in y, or -1 and its weight in the fused row.
+// Fate of a row: its position in y, or -1 and its weight in the fused row.
 struct alignas(8) Fate {
   int32_t to;
   float weight;
 };
 
-// The scratch memory holds the keys while candidates are ranked and the partial sums afterwards.
+// Scratch memory, for the keys during ranking and for the partial sums afterwards.
 EVIT_HOST_DEVICE inline int scratch_bytes(const EvitTokenReorgCall& call, Geometry geometry, int width) {
   const int keys = ranking_bytes(call.candidates);
   const int accesses = row_groups(call.candidates) << geometry.lane_bits;
@@ -217,7 +217,7 @@ struct Share {
   int image, tile, slice;
 };
 
-// What a team does.
+// Work of a team.
 //
 //   scratch  scratch_bytes(), aligned to 16
 //   fates    one for each row
@@ -227,7 +227,7 @@ EVIT_HOST_DEVICE void token_reorg(const Team& team, const EvitTokenReorgCall& ca
   using Access = Pack<T, kWidth>;
   const int rows = call.prefix + call.candidates, rows_out = call.prefix + call.keep + call.fuse;
   const int channels = call.channels;
-  const int64_t before = share.image;  // images in front; in 64 bits, as all offsets
+  const int64_t before = share.image;  // preceding images; in 64 bits like all offsets
   const float* scores = call.scores + before * call.candidates;
   const T* x = static_cast<const T*>(call.x) + before * rows * channels;
   T* y = static_cast<T*>(call.y) + before * rows_out * channels;
@@ -238,14 +238,14 @@ EVIT_HOST_DEVICE void token_reorg(const Team& team, const EvitTokenReorgCall& ca
   const int part = cut && copies ? share.slice - call.fuse : 0;
   const int parts = cut && copies ? geometry.slices - call.fuse : 1;
 
-  // A member has one lane of the rows first_row, first_row + row_step and so on.
+  // A member handles one lane of the rows first_row, first_row + row_step, ...
   const int lanes = 1 << geometry.lane_bits, groups = row_groups(call.candidates), members = groups * lanes;
   const int chunks = divide_up(divide_up(channels, kWidth), lanes);
   const int row_step = groups * parts;
   const auto first_row = [&](int member) { return (member >> geometry.lane_bits) + groups * part; };
   const auto column_of = [&](int chunk, int member) { return (chunk * lanes + (member & (lanes - 1))) * kWidth; };
 
-  // Scores are asked for first, since the ranking waits for them, then the first rows.
+  // Load the scores first, because the ranking needs them, then the first rows.
   float early_scores[kScoresInFlight];
   EVIT_UNROLL
   for (int i = 0; i < kScoresInFlight; ++i) {
@@ -268,7 +268,7 @@ EVIT_HOST_DEVICE void token_reorg(const Team& team, const EvitTokenReorgCall& ca
   EVIT_UNROLL
   for (int i = 0; i < kScoresInFlight; ++i) {
     const int candidate = team.rank() + i * team.size();
-    // 0 is ahead of nothing.
+    // The padding key 0 is below all others.
     if (candidate < slots) keys[candidate] = candidate < call.candidates ? key_of(early_scores[i]) : 0;
   }
   EVIT_ROLLED
@@ -282,7 +282,7 @@ EVIT_HOST_DEVICE void token_reorg(const Team& team, const EvitTokenReorgCall& ca
     fates[call.prefix + candidate] = {kept ? call.prefix + rank : -1, score_of(key)};
     if (kept && idx != nullptr) idx[rank] = candidate;
   });
-  team.barrier();  // fates are known, and the keys are no longer needed
+  team.barrier();  // fates are written, and the keys are no longer needed
 
   float* partial = reinterpret_cast<float*>(scratch);  // [groups][lanes * kWidth]
   for (int chunk = share.tile; chunk < chunks; chunk += geometry.tiles) {

@@ -1,4 +1,4 @@
-// The kernel's own code on a CPU, for tests: a team of threads in place of a block.
+// The kernel's code on a CPU, for tests, with a team of threads instead of a block.
 #include <barrier>
 #include <memory>
 #include <system_error>
@@ -24,7 +24,7 @@ class Threads {
   std::barrier<>& barrier_;
 };
 
-// Does something with each member of a team.
+// Calls a function for each member of a team.
 template <class Body>
 void in_team(int threads, Body body) {
   std::barrier<> barrier(threads);
@@ -38,10 +38,10 @@ void in_team(int threads, Body body) {
 
 template <class T, int kWidth>
 void run(const EvitTokenReorgCall& call, const EvitCut& cut) {
-  constexpr int kMultiprocessors = 108;  // an A100, where a GPU's own way of cutting the work is asked for
+  constexpr int kMultiprocessors = 108;  // of an A100, to choose the partition as on a GPU
   const Geometry geometry = apply_cut(choose_geometry(call, kWidth, kMultiprocessors), cut);
   const int threads = cut.threads > 0 ? cut.threads : 1;
-  // Allocations of their exact size: a sanitizer sees every step outside.
+  // Exact sizes, so that sanitizers detect every out-of-bounds access.
   const auto bytes = static_cast<size_t>(scratch_bytes(call, geometry, kWidth));
   struct alignas(16) Chunk {
     unsigned char bytes[16];
@@ -53,7 +53,7 @@ void run(const EvitTokenReorgCall& call, const EvitCut& cut) {
       for (int tile = 0; tile < geometry.tiles; ++tile) {
         for (int slice = 0; slice < geometry.slices; ++slice) {
           token_reorg<T, kWidth>(team, call, {image, tile, slice}, geometry, scratch[0].bytes, fates.get());
-          team.barrier();  // the next team of the grid has the same memory
+          team.barrier();  // the next team of the grid reuses the memory
         }
       }
     }
@@ -71,7 +71,7 @@ void run(const EvitTokenReorgCall& call, const EvitCut& cut) {
 
 template <class T>
 void run_scores(const EvitClassScoresCall& call, int threads) {
-  // A team has a whole row of K under way.
+  // A team needs at least enough threads for a whole row of K.
   const int least = divide_up(call.width * static_cast<int>(sizeof(T)), 16 * kLoadsInFlight);
   threads = threads > least ? threads : least;
   const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(score_floats(call, threads))]);
@@ -79,7 +79,7 @@ void run_scores(const EvitClassScoresCall& call, int threads) {
     for (int image = 0; image < call.batch; ++image) {
       for (int head = 0; head < call.heads; ++head) {
         class_probabilities<T, 16 / sizeof(T)>(team, call, image, head, scratch.get());
-        team.barrier();  // the next team of the grid has the same memory
+        team.barrier();  // the next team of the grid reuses the memory
       }
     }
     const int64_t count = static_cast<int64_t>(call.batch) * (call.tokens - call.prefix);

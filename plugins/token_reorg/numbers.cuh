@@ -1,4 +1,4 @@
-// The number types of the kernels, and what reads and writes them: on a GPU and, with the same bits, on a CPU.
+// Number types of the kernels, with bit-identical loads, stores and conversions on GPUs and CPUs.
 #pragma once
 
 #include <math.h>
@@ -50,14 +50,14 @@ EVIT_HOST_DEVICE inline float to_float(float value) { return value; }
 
 EVIT_HOST_DEVICE inline float to_float(Bfloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 
-// On the host by hand: g++ 11 knows no _Float16.
+// Written by hand for the host, because g++ 11 does not support _Float16.
 EVIT_HOST_DEVICE inline float to_float(Half value) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(value.bits));
 #else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16, size = value.bits & 0x7fffu;
-  if (size >= 0x7c00u) return float_of(sign | 0x7f800000u | size << 13);  // infinite, or not a number
-  // Exponents of FP16 are biased by 15, of FP32 by 127; the product normalizes what is subnormal.
+  if (size >= 0x7c00u) return float_of(sign | 0x7f800000u | size << 13);  // infinity or NaN
+  // FP16 exponents are biased by 15, FP32 exponents by 127; the multiplication also normalizes subnormals.
   return float_of(sign | bits_of(float_of(size << 13) * 0x1p112f));
 #endif
 }
@@ -67,7 +67,7 @@ EVIT_HOST_DEVICE inline void from_float(float value, float& to) { to = value; }
 EVIT_HOST_DEVICE inline void from_float(float value, Bfloat16& to) {
   const uint32_t bits = bits_of(value);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  // To nearest, ties to even; a NaN must not be rounded into infinity.
+  // Round to nearest, ties to even; a NaN must not become infinity.
   to.bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
@@ -78,11 +78,11 @@ EVIT_HOST_DEVICE inline void from_float(float value, Half& to) {
   const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
   uint32_t half;
   if (size > 0x7f800000u) {
-    half = 0x7fffu;  // as __float2half_rn does, whatever the NaN
+    half = 0x7fffu;  // the NaN that __float2half_rn returns
     to.bits = static_cast<uint16_t>(half);
     return;
   }
-  if (size < 0x38800000u)  // below 2^-14, subnormal: adding 0.5 shifts the digits into place, and rounds
+  if (size < 0x38800000u)  // below 2^-14, subnormal: adding 0.5 shifts the bits into place and rounds
     half = bits_of(float_of(size) + 0.5f) - 0x3f000000u;
   else if (size < 0x47800000u)  // below 2^16; rounding may carry into infinity
     half = (size + 0xfffu + (size >> 13 & 1u) - (112u << 23)) >> 13;
@@ -92,7 +92,7 @@ EVIT_HOST_DEVICE inline void from_float(float value, Half& to) {
 #endif
 }
 
-// What one access moves: 16 bytes as words, which stay whole in registers until they are used, or one element.
+// Data of one memory access: 16 bytes as words, kept in registers until used, or one element.
 template <class T, int kWidth>
 struct alignas(16) Pack {
   uint32_t words[4];

@@ -51,7 +51,7 @@ bool has_numbers(int32_t inputs, int32_t outputs) noexcept {
   return false;
 }
 
-// Of x; -1 for types the kernel does not know.
+// The kernel's type for x; -1 if it is not supported.
 int32_t dtype_of(DataType type) noexcept {
   switch (type) {
     case DataType::kFLOAT:
@@ -116,7 +116,7 @@ int32_t TokenReorgPlugin::getOutputShapes(const nvinfer1::DimsExprs* input_shape
     report("%d shape inputs, expected none", number_of_shape_inputs);
     return kFailed;
   }
-  // What is not known yet counts as -1 and is looked at again when it is.
+  // Unknown sizes are -1 here; TensorRT calls again when they are known.
   Dims known[kInputs];
   for (int32_t i = 0; i < kInputs; ++i) {
     known[i].nbDims = input_shapes[i].nbDims;
@@ -193,7 +193,7 @@ int32_t TokenReorgPlugin::enqueue(const nvinfer1::PluginTensorDesc* in, const nv
   return status;
 }
 
-// Whether x [B, prefix + N, C] and scores [B, N] go together; -1 stands for a size not known yet.
+// Whether the shapes of x [B, prefix + N, C] and scores [B, N] match; -1 is an unknown size.
 bool TokenReorgPlugin::fits(const Dims& x, const Dims& scores) const noexcept {
   if (x.nbDims != 3 || scores.nbDims != 2) {
     report(

@@ -1,6 +1,6 @@
 // evit::TokenReorg as a TensorRT plugin (IPluginV3): inputs x and scores, outputs y and idx, see README.md.
 //
-// Nothing here throws, allocates but for the plugins themselves, or needs CUDA: the work is evit_token_reorg().
+// Nothing here throws, needs CUDA, or allocates anything but the plugins: evit_token_reorg() does the work.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -20,7 +20,7 @@ struct Attributes {
   int32_t prefix = 0;
 };
 
-// Where messages go: TensorRT's logger, found anew each time since it may come and go; without one to standard error.
+// Destination of messages: TensorRT's logger, looked up each time because it may change; stderr if there is none.
 using FindLogger = nvinfer1::ILogger* (*)();
 void set_logger(FindLogger find);
 
@@ -79,7 +79,7 @@ class TokenReorgCreator final : public nvinfer1::IPluginCreatorV3One {
   const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
   const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &fields_; }
 
-  // Null, with a message in the log, where the fields are not exactly keep, fuse and prefix, one int32 each, in range.
+  // Returns null and logs a message unless the fields are exactly keep, fuse and prefix, one int32 each, in range.
   nvinfer1::IPluginV3* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
                                     nvinfer1::TensorRTPhase phase) noexcept override;
 

@@ -1,7 +1,6 @@
 // The library that registers its plugin when it is loaded: for Triton, trtexec --staticPlugins, polygraphy, ONNX
-// Runtime and dlopen. It links to no TensorRT: it enters itself in the one that the process has already, also where
-// that was loaded out of sight of other libraries (RTLD_LOCAL: Triton, and Python's packages), or in the one that the
-// loader finds.
+// Runtime and dlopen. It does not link to TensorRT, but registers with the TensorRT that the process has loaded, even
+// if with RTLD_LOCAL (as Triton and Python packages do), or else with the one that the dynamic loader finds.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -13,7 +12,7 @@ namespace {
 
 char refusal[256] = "its initialization did not run";
 
-// Numbers of TensorRT's releases that may be in a process, to say which one is.
+// TensorRT's major versions to look for in the process, to name the one found in messages.
 constexpr int kOldestMajor = 8, kNewestMajor = 19;
 
 void* open_tensorrt(int major, int flags) noexcept {
@@ -32,7 +31,7 @@ evit::TokenReorgCreator& creator() noexcept {
   return instance;
 }
 
-// Enters the creator in TensorRT's registry, or says in `refusal` why it did not.
+// Registers the creator with TensorRT, or writes the reason of a failure to `refusal`.
 void enter() noexcept {
   const auto refuse = [](const char* format, auto... values) {
     std::snprintf(refusal, sizeof refusal, format, values...);
@@ -42,7 +41,7 @@ void enter() noexcept {
     if (open_tensorrt(major, RTLD_NOLOAD) == nullptr) continue;
     return refuse("the library was built for TensorRT %d, this process has TensorRT %d", NV_TENSORRT_MAJOR, major);
   }
-  // Polygraphy loads plugins first. What the loader finds is what the process will have, as if we were linked to it.
+  // Polygraphy loads plugins before TensorRT. The loader finds the same library that the process will load later.
   if (library == nullptr) library = open_tensorrt(NV_TENSORRT_MAJOR, RTLD_LOCAL);
   if (library == nullptr)
     return refuse(
@@ -67,5 +66,5 @@ void enter() noexcept {
 
 }  // namespace
 
-// Null when the plugin is registered, else why it is not.
+// Returns null if the plugin is registered, else the reason why not.
 extern "C" EVIT_EXPORT const char* evit_plugin_refusal(void) noexcept { return refusal[0] == '\0' ? nullptr : refusal; }

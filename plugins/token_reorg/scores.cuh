@@ -1,23 +1,23 @@
-// The score row of EViT (equation 2), written for a team of threads as kernel.cuh is: softmax of q_cls · Kᵀ · scale
-// over all tokens, one head a team; then the mean over heads of the candidates' columns.
+// EViT's scores (equation 2), written for a team of threads like kernel.cuh: softmax of q_cls · Kᵀ · scale over all
+// tokens, one head per team; then the mean over heads for each candidate.
 //
-// Keys are read once, as the projection left them, and never converted in memory: as PyTorch's operations this row
-// costs more than the reorganization itself, because each of them writes the keys anew in FP32.
+// Keys are read once, in the layout and type of the projection. With PyTorch's operations the scores cost more than the
+// reorganization itself, because each operation writes the keys again in FP32.
 #pragma once
 
 #include "kernel.cuh"
 
 namespace evit {
 
-constexpr int kLoadsInFlight = 8;  // of K, by each thread
-constexpr int kGroups = 32;  // in which exponentials are added up, whatever the team: candidate n in n mod kGroups
+constexpr int kLoadsInFlight = 8;  // loads of K in flight per thread
+constexpr int kGroups = 32;  // groups for summing exponentials, independent of the team: candidate n in n mod kGroups
 
-// The scratch memory of a team: q, the partial dot products, the logits, and what groups have found.
+// Scratch memory of a team: q, partial dot products, logits, and results of the groups.
 EVIT_HOST_DEVICE inline int score_floats(const EvitClassScoresCall& call, int threads) {
   return divide_up(call.width, 4) * 4 + kLoadsInFlight * threads + call.tokens + kGroups;
 }
 
-// What a team does: the probabilities of one head of one image. A team has a whole row of K under way at least.
+// Work of a team: the probabilities of one head of one image. A team must be large enough for a whole row of K.
 template <class T, int kWidth, class Team>
 EVIT_HOST_DEVICE void class_probabilities(const Team& team, const EvitClassScoresCall& call, int image, int head,
                                           float* scratch) {
@@ -29,7 +29,7 @@ EVIT_HOST_DEVICE void class_probabilities(const Team& team, const EvitClassScore
   float* logits = partial + kLoadsInFlight * team.size();
   float* found = logits + call.tokens;
 
-  // A row of K is several accesses, side by side in the team; a chunk is what the team has under way at once.
+  // A row of K takes several adjacent accesses; a chunk is what the team loads at once.
   const int accesses = call.width / kWidth, rows = kLoadsInFlight * team.size() / accesses;
   for (int i = team.rank(); i < call.width; i += team.size()) query[i] = to_float(q[i]);
   team.barrier();

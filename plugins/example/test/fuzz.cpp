@@ -1,5 +1,5 @@
 // For tests: the readers under libFuzzer, with sanitizers. EVIT_FUZZ says which: manifest, golden or image.
-// Every reader either reads or says what is wrong; anything else ends the program.
+// A reader must either succeed or throw an Error; anything else ends the program.
 #include <cstdlib>
 #include <fstream>
 
@@ -18,7 +18,7 @@ void ReadAsManifest(const Bytes& content) {
   std::ofstream(folder / "manifest.json", std::ios::binary)
       .write(reinterpret_cast<const char*>(content.data()), static_cast<std::streamsize>(content.size()));
   const evit::Bundle bundle = evit::ReadBundle(folder);
-  // The numbers of a manifest that is read have to be safe to use.
+  // The numbers of an accepted manifest must be safe to use.
   const evit::Image gray{5, 7, Bytes(3 * 5 * 7, 128)};
   if (bundle.preprocess.height <= 512 && bundle.preprocess.width <= 512) {
     evit::PreprocessImage(gray, bundle.preprocess, "image");

@@ -14,7 +14,7 @@ namespace {
 
 using evit::Bytes;
 
-// Every reader either reads or says what is wrong; anything else ends the program.
+// A reader must either succeed or throw an Error; anything else ends the program.
 bool Reads(const std::function<void()>& read) {
   try {
     read();
@@ -25,7 +25,7 @@ bool Reads(const std::function<void()>& read) {
   }
 }
 
-// Feeds a reader every beginning of a file, `step` bytes apart, and the file with every such byte changed.
+// Calls a reader with every prefix of a file, in steps of `step` bytes, and with the file with each such byte changed.
 void Damage(const Bytes& whole, std::size_t step, const std::function<void(const Bytes&)>& reader) {
   std::size_t read = 0, refused = 0;
   const auto attempt = [&](const Bytes& content) { ++(Reads([&] { reader(content); }) ? read : refused); };
@@ -50,7 +50,7 @@ void ReadAsManifest(const Bytes& content, const std::filesystem::path& folder) {
   evit::ReadBundle(folder);
 }
 
-// An engine for images of one number, which it gives back; says which batches it ran.
+// An engine for images of one number, which it returns; prints the batches that it ran.
 class Echo : public evit::Runner {
  public:
   explicit Echo(std::vector<evit::BatchProfile> profiles) : Runner({1, 1, 1, 1, std::move(profiles)}) {}

@@ -1,8 +1,8 @@
-// Answers calls of the op from standard input on standard output: numbers in, numbers out, checked by
-// tests/tokens/operators/test_kernel.py against the oracle. Every buffer is allocated in its exact size, so that a
-// sanitizer (or compute-sanitizer, in the build for a GPU) sees every step outside.
+// Reads calls of the op from standard input and writes the results to standard output, for
+// tests/tokens/operators/test_kernel.py, which compares them with the oracle. Every buffer has its exact size, so that
+// a sanitizer (compute-sanitizer in the build for a GPU) detects every out-of-bounds access.
 //
-// A call is a Header, x and scores; the answer a status and, if it is EVIT_OK, y and idx.
+// A call is a Header, x and scores; the result is a status and, if it is EVIT_OK, y and idx.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -19,7 +19,7 @@ namespace {
 
 struct Header {
   EvitTokenReorgCall call;  // pointers ignored
-  int32_t offset;           // elements by which x and y are off an address that is aligned to 16 bytes
+  int32_t offset;           // offset of x and y in elements from an address aligned to 16 bytes
   EvitCut cut;
 };
 
@@ -29,7 +29,7 @@ void write_all(const void* from, size_t size) {
   if (std::fwrite(from, 1, size, stdout) != size) std::exit(EXIT_FAILURE);
 }
 
-// Memory where the op runs, filled with a pattern: what is not written shows.
+// Memory where the op runs, filled with a pattern to detect elements that are not written.
 class Buffer {
  public:
   explicit Buffer(size_t size, size_t offset = 0) : size_(size), offset_(offset) {
@@ -38,7 +38,7 @@ class Buffer {
     check(cudaMemset(memory_, 0xa5, size + offset + 1));
 #else
     memory_ = std::aligned_alloc(16, (size + offset + 15) / 16 * 16);
-    // The end of the allocation is the end of the tensor, rounded up to the 16 bytes that aligned_alloc wants.
+    // The allocation ends with the tensor, rounded up to 16 bytes as aligned_alloc requires.
     if (memory_ == nullptr) std::exit(EXIT_FAILURE);
     std::memset(memory_, 0xa5, size + offset);
 #endif

@@ -1,4 +1,4 @@
-// The little that these tests need of a framework.
+// A minimal test framework.
 #pragma once
 
 #include <cstdio>
@@ -14,7 +14,7 @@ inline void check(bool holds, const char* what, const char* file, int line) {
   ++failed;
 }
 
-// Ends the program. The number of checks that failed is on standard error, one line each.
+// Ends the program; failed checks were printed to standard error, one line each.
 [[noreturn]] inline void finish() { std::exit(failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE); }
 
 }  // namespace checks

@@ -1,10 +1,10 @@
 // The two plugin libraries, loaded as their users load them.
 //
-//   libraries_test registers LIBRARY TENSORRT   TensorRT is in the process, out of sight (RTLD_LOCAL)
-//   libraries_test twice LIBRARY TENSORRT COPY  a copy of the library has registered already
-//   libraries_test alone LIBRARY                there is no TensorRT in the process, nor where the loader looks
-//   libraries_test found LIBRARY                there is none in the process, and the loader finds it
-//   libraries_test other LIBRARY TENSORRT       TensorRT is there in another major version
+//   libraries_test registers LIBRARY TENSORRT   TensorRT is loaded with RTLD_LOCAL
+//   libraries_test twice LIBRARY TENSORRT COPY  a copy of the library is already registered
+//   libraries_test alone LIBRARY                TensorRT is neither loaded nor found by the loader
+//   libraries_test found LIBRARY                TensorRT is not loaded, and the loader finds it
+//   libraries_test other LIBRARY TENSORRT       another major version of TensorRT is loaded
 //   libraries_test creators LIBRARY             what IPluginRegistry::loadLibrary does
 #include <NvInferRuntime.h>
 #include <dlfcn.h>

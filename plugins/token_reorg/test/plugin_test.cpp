@@ -11,7 +11,7 @@
 #include "checks.h"
 #include "token_reorg.h"
 
-// plugin.cpp calls this: here it is the kernel's own code on the CPU.
+// Called by plugin.cpp; here it runs the kernel's code on the CPU.
 int32_t evit_token_reorg(const EvitTokenReorgCall* call, void*, char* message, size_t size) {
   const EvitCut cut{};
   return evit_token_reorg_on_host(call, &cut, message, size);
@@ -24,7 +24,7 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 using nvinfer1::TensorFormat;
 
-// ---- what TensorRT would bring
+// ---- stand-ins for TensorRT
 
 class Log final : public nvinfer1::ILogger {
  public:
@@ -38,7 +38,7 @@ class Log final : public nvinfer1::ILogger {
 Log logger;
 nvinfer1::ILogger* find_logger() { return &logger; }
 
-// Whether the last thing done was explained so; forgets it.
+// Whether the last message contains a text; clears the message.
 bool said(const char* words) {
   const bool found = logger.last.find(words) != std::string::npos;
   if (!found) std::fprintf(stderr, "the log says '%s', not '%s'\n", logger.last.c_str(), words);
@@ -46,7 +46,7 @@ bool said(const char* words) {
   return found;
 }
 
-// A size that is known, or (-1) only when a batch is.
+// A known size, or -1 for one that depends on the batch.
 class Size final : public nvinfer1::IDimensionExpr, private nvinfer1::apiv::VDimensionExpr {
  public:
   explicit Size(int64_t value) : value_(value) { mImpl = this; }
@@ -386,6 +386,6 @@ int main() {
   test_serialization();
   test_bad_fields();
   test_enqueue();
-  CHECK(logger.last.empty());  // nothing was said that nobody looked at
+  CHECK(logger.last.empty());  // no unchecked message is left
   checks::finish();
 }

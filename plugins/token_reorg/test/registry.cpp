@@ -1,4 +1,4 @@
-// Stands in for libnvinfer in libraries_test.cpp: a registry that remembers who registered, under TensorRT's names.
+// Stand-in for libnvinfer in libraries_test.cpp: a registry with TensorRT's symbols that records registrations.
 #include <NvInferRuntime.h>
 
 #include <cstring>
@@ -31,7 +31,7 @@ class Registry final : public nvinfer1::IPluginRegistry {
     return getAllCreators(number);
   }
 
-  // Not asked for by a plugin library.
+  // Not used by plugin libraries.
   void setErrorRecorder(nvinfer1::IErrorRecorder*) noexcept override {}
   nvinfer1::IErrorRecorder* getErrorRecorder() const noexcept override { return nullptr; }
   bool isParentSearchEnabled() const override { return false; }

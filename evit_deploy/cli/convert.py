@@ -90,7 +90,7 @@ class _Several(Command):
     "--out",
     type=PATH,
     metavar="DIR",
-    help="Bundle to write, or the folder for several.  [default: <stem>-<method>-k<rate> beside it]",
+    help="Bundle to write, or the folder for several.  [default: <stem>-<method>-k<rate> next to it]",
 )
 @click.option("--force", is_flag=True, help="Replace an older bundle there.")
 @output_options

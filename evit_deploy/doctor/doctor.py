@@ -261,7 +261,7 @@ def _kernel() -> list[Finding]:
     except (InputError, MissingRequirement) as error:
         return [Finding(PLUGIN, "kernel", None, False, fix=fix, note=str(error))]
     if kernel is None:
-        return [Finding(PLUGIN, "kernel", None, False, fix=fix, note="PyTorch uses operations of its own")]
+        return [Finding(PLUGIN, "kernel", None, False, fix=fix, note="PyTorch uses its own operations")]
     return [Finding(PLUGIN, "kernel", f"{kernel.path}, in use by PyTorch", True)]
 
 

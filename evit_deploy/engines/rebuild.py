@@ -78,8 +78,8 @@ def _built_likewise(
     """Builds another model's engine with the options of the bundle's engine."""
     engine = bundle.manifest.engine
     if engine is None or engine.target not in BUILDERS:
-        builder = "nobody says how the engine was built" if engine is None else f"{engine.target} built the engine"
-        return None, f"its {variant} twin would have to be built likewise, and {builder}"
+        builder = "the manifest does not say how" if engine is None else f"{engine.target} built it"
+        return None, f"its {variant} twin must be built like the engine, and {builder}"
     if not usable(engine.target):
         return None, f"{engine.target} cannot build its {variant} twin here (evit-deploy doctor says what is missing)"
     plan = scratch / f"{variant}.plan"

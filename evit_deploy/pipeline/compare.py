@@ -86,10 +86,10 @@ def compare_named(bundles: Sequence[tuple[str, Bundle]], options: CompareOptions
     _check_bundles(bundles)
     contenders = named(bundles)
     reference = reference_of({name: str(bundle.path) for name, bundle in bundles}, options.reference)
-    told = _check_images(contenders, options)
+    remarks = _check_images(contenders, options)
     parents = Parents()
     runtimes, notes = choose_runtimes(contenders, options.runtimes, options.batch_sizes, parents)
-    report, answers = Report(notes=(*told, *notes), versions=versions(), device=device(), commands=commands()), None
+    report, answers = Report(notes=(*remarks, *notes), versions=versions(), device=device(), commands=commands()), None
     failed: list[InputError | MissingRequirement] = []
     with draft() as scratch:
         for runtime in runtimes:

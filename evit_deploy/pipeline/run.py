@@ -212,9 +212,9 @@ def _published(recipe: Recipe) -> tuple[str, ...]:
     """A note with the paper's results for this recipe."""
     if not recipe.published:
         return ()
-    told = ", ".join(f"{key} {value:g}" for key, value in recipe.published.items() if key != "table")
+    figures = ", ".join(f"{key} {value:g}" for key, value in recipe.published.items() if key != "table")
     source = f" (EViT, table {recipe.published['table']:g})" if "table" in recipe.published else ""
-    return (f"Published{source}: {told}.",)
+    return (f"Published{source}: {figures}.",)
 
 
 def _gained(recipe: Recipe, report: Report) -> list[Check]:

@@ -194,7 +194,7 @@ def manifest_beside(path: Path) -> tuple[bundles.Bundle | None, str]:
     """
     manifest = path.with_name(MANIFEST)
     if not manifest.is_file():
-        return None, f"No {MANIFEST} lies beside {path.name}."
+        return None, f"There is no {MANIFEST} next to {path.name}."
     bare = f"{path.name} is treated as an engine without a manifest"
     try:
         bundle = bundles.read_bundle(path.parent)
@@ -202,9 +202,9 @@ def manifest_beside(path: Path) -> tuple[bundles.Bundle | None, str]:
         return None, f"{bare}: {error.what.rstrip('.')} ({manifest.name})."
     listed = bundle.manifest.files.get(ENGINE)
     if path.name != ENGINE or listed is None:
-        return None, f"{bare}: the {manifest.name} beside it does not list it."
+        return None, f"{bare}: the {manifest.name} next to it does not list it."
     if sha256(path) != listed:
-        return None, f"{bare}: it is not the file that the {manifest.name} beside it lists (another SHA-256)."
+        return None, f"{bare}: it is not the file that the {manifest.name} next to it lists (different SHA-256)."
     return bundle, ""
 
 

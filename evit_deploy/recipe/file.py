@@ -252,7 +252,7 @@ def _read_yaml(path: Path, kind: type[msgspec.Struct] | None, below: tuple[Path,
     if not any(real.is_relative_to(tree) for tree in trees):
         raise RecipeError(
             "a recipe can only extend recipes in its folder or in the package", where=path, seen=name,
-            fix="Put it beside the recipe.",
+            fix="Put it next to the recipe.",
         )  # fmt: skip
     if any(real == Path(os.path.realpath(other)) for other in below):
         raise RecipeError("recipes extend each other in a circle", where=path, seen=name)

@@ -256,8 +256,8 @@ def main(
             np.save(file, np.stack(rows) if rows else np.empty((0, 0), np.float32))
     left = {state: sum(answer.state == state for answer in answers) for state in ("lost", "unsent", "refused")}
     if any(left.values()):
-        told = ", ".join(f"{count} {state}" for state, count in left.items() if count)
-        print(f"{len(answers) - sum(left.values())} of {len(answers)} answered, {told}", file=sys.stderr)
+        rest = ", ".join(f"{count} {state}" for state, count in left.items() if count)
+        print(f"{len(answers) - sum(left.values())} of {len(answers)} answered, {rest}", file=sys.stderr)
         codes = {"lost": RequestLost, "unsent": ServerUnreachable, "refused": InputError}
         sys.exit(next(codes[state].exit_code for state, count in left.items() if count))
 

@@ -101,7 +101,7 @@ def _broken(reason: str, url: str, sent: bool) -> EvitDeployError:
         return _unreachable(reason, url)
     return RequestLost(
         f"the server went away with this request in its hands: {_short(reason).rstrip('.')}", where=url,
-        fix="Send it again once the server is back; whether it was computed nobody knows.",
+        fix="Send it again once the server is back; it may or may not have been computed.",
     )  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def test_a_bare_engine_is_alone_unless_it_is_given_a_twin(engines, tmp_path):
     found = candidates_of(path, None, None, ())
     assert variants(found.candidates) == [("tensorrt-rtx", "model")]
     assert found.plan is None
-    assert "No manifest.json lies beside mine.engine." in found.notes
+    assert "There is no manifest.json next to mine.engine." in found.notes
     assert any("Speed-up not available: --against DENSE.plan" in note for note in found.notes)
     assert any("token plan is unknown" in note for note in found.notes)
     found = candidates_of(path, dense, None, ())
@@ -205,7 +205,7 @@ def damaged(folder: Path) -> None:
 @pytest.mark.usefixtures("present")
 @pytest.mark.parametrize(
     ("spoil", "why"),
-    [(changed, "another SHA-256"), (foreign, "does not list it"), (damaged, "not valid JSON")],
+    [(changed, "different SHA-256"), (foreign, "does not list it"), (damaged, "not valid JSON")],
 )
 def test_a_manifest_that_does_not_list_this_very_file_does_not_count(engines, tmp_path, spoil, why):
     folder = tmp_path / "bundle"

@@ -96,7 +96,7 @@ def _check(path: Path, identity: Identity) -> None:
     if identity.kind != "registers":
         raise InputError(
             f"the library does not register a plugin when it is loaded (it is a library of kind {identity.kind})",
-            where=path, wanted=LIBRARY, fix=f"It is built beside this one by: {BUILD}.",
+            where=path, wanted=LIBRARY, fix=f"Both are built by: {BUILD}.",
         )  # fmt: skip
     if identity.abi != ABI:
         raise InputError(

@@ -49,7 +49,7 @@ class Built(msgspec.Struct, frozen=True):
 
     Args:
         engine: The manifest's record of the engine.
-        attentions: Number of fusable attention layers in the network.
+        attentions: Number of attention layers in the network that can be fused.
         layers: The engine inspector's JSON; ``None`` if no GPU could load the engine.
     """
 

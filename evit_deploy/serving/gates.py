@@ -254,7 +254,7 @@ def compute_capability(gpu: str) -> str:
     """``sm80`` as CUDA writes it: ``8.0``.
 
     Raises:
-        InputError: It is none.
+        InputError: Not a compute capability.
     """
     digits = gpu.removeprefix("sm")
     if not (digits.isascii() and digits.isdecimal() and 2 <= len(digits) <= 3):

@@ -59,7 +59,7 @@ _PUBLIC = {
     },
     "Tuning": {
         "tuning.tune": "tune",
-        "tuning.front": "Tuning TunedRow",
+        "tuning.results.front": "Tuning TunedRow",
         "tuning.staircase": "Staircase",
         "tuning.schedules": "Schedule",
         "tuning.answers": "Nearness",

@@ -113,8 +113,8 @@ from evit_deploy.training.loop import TrainResult as TrainResult
 from evit_deploy.training.loop import train as train
 from evit_deploy.triton.connection import Server as Server
 from evit_deploy.tuning.answers import Nearness as Nearness
-from evit_deploy.tuning.front import TunedRow as TunedRow
-from evit_deploy.tuning.front import Tuning as Tuning
+from evit_deploy.tuning.results.front import TunedRow as TunedRow
+from evit_deploy.tuning.results.front import Tuning as Tuning
 from evit_deploy.tuning.schedules import Schedule as Schedule
 from evit_deploy.tuning.staircase import Staircase as Staircase
 from evit_deploy.tuning.tune import tune as tune

@@ -77,7 +77,7 @@ def _show(found: Any, output: Output) -> None:
         output.result(found)
         return
     from evit_deploy.report.tables import text_table
-    from evit_deploy.tuning.front import table
+    from evit_deploy.tuning.results.tables import table
 
     header, rows = table(found)
     spare = ("95 % interval", "GMACs", "top-1 to dense, points", "ms")

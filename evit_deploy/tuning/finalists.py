@@ -19,9 +19,9 @@ from evit_deploy.runtimes.select import opened
 from evit_deploy.tokens.plan import TokenPlan, TokenSpec
 from evit_deploy.tuning.answers import nearness
 from evit_deploy.tuning.bench import Bench
-from evit_deploy.tuning.choice import AS_DEFAULT, BUDGET, DENSE, TIGHTER, Budget
 from evit_deploy.tuning.findings import Finding
-from evit_deploy.tuning.front import TunedRow
+from evit_deploy.tuning.results.choice import AS_DEFAULT, BUDGET, DENSE, TIGHTER, Budget
+from evit_deploy.tuning.results.front import TunedRow
 from evit_deploy.tuning.schedules import Schedule
 from evit_deploy.tuning.search import Fitter
 from evit_deploy.tuning.subject import Subject

@@ -30,11 +30,11 @@ from evit_deploy.targets.target import PORTABLE
 from evit_deploy.tokens.plan import TokenOptions, TokenSpec
 from evit_deploy.tuning.answers import Answers, Nearness
 from evit_deploy.tuning.bench import Bench
-from evit_deploy.tuning.choice import Budget, chosen, goals_for, verdict
 from evit_deploy.tuning.finalists import expected_row, finalists_of, measure_whole, measured_rows
 from evit_deploy.tuning.findings import Finding, Findings, Shape
-from evit_deploy.tuning.front import TunedRow, Tuning, pareto
-from evit_deploy.tuning.outputs import BUNDLE, FINDINGS, STAIRCASE, begin, check_place, write
+from evit_deploy.tuning.results.choice import Budget, chosen, goals_for, verdict
+from evit_deploy.tuning.results.front import TunedRow, Tuning, pareto
+from evit_deploy.tuning.results.outputs import BUNDLE, FINDINGS, STAIRCASE, begin, check_place, write
 from evit_deploy.tuning.schedules import Schedule
 from evit_deploy.tuning.search import Fitter, Goal, search
 from evit_deploy.tuning.staircase import Staircase, corrected, counts_for, measure_staircase
@@ -74,8 +74,8 @@ def tune(
         tokens: Method, its options and fusion; no rates and no locations, which are what is searched for.
 
     Returns:
-        What was found; :attr:`~evit_deploy.tuning.front.Tuning.met` says whether the budget is met. Otherwise the
-        winner is the nearest to it.
+        What was found; :attr:`~evit_deploy.tuning.results.front.Tuning.met` says whether the budget is met. If it is
+        not, the winner is the finalist nearest to it.
 
     Raises:
         InputError: Something that was given cannot be used, or the dense model meets the budget as it is.

@@ -10,7 +10,7 @@ from evit_deploy.report.report import ProfileRow
 from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tuning.answers import Nearness
-from evit_deploy.tuning.front import TunedRow, Tuning
+from evit_deploy.tuning.results.front import TunedRow, Tuning
 from evit_deploy.tuning.schedules import Planner, Schedule
 from evit_deploy.tuning.staircase import Staircase
 from tests.support.models import seeded

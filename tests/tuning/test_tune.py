@@ -13,10 +13,10 @@ from evit_deploy.bundle.bundle import read_bundle
 from evit_deploy.errors import InputError
 from evit_deploy.recipe.options import TuneOptions
 from evit_deploy.recipe.recipe import load_comparison
-from evit_deploy.tuning.choice import AS_DEFAULT
 from evit_deploy.tuning.findings import Findings
-from evit_deploy.tuning.front import Tuning
-from evit_deploy.tuning.outputs import FINDINGS, RESULTS, STAIRCASE
+from evit_deploy.tuning.results.choice import AS_DEFAULT
+from evit_deploy.tuning.results.front import Tuning
+from evit_deploy.tuning.results.outputs import FINDINGS, RESULTS, STAIRCASE
 from evit_deploy.tuning.staircase import Staircase
 from evit_deploy.tuning.tune import tune
 from tests.support.command_line import CLI, Result, listen

@@ -3,7 +3,8 @@
 from evit_deploy.charts.kinds import Axes, Point, lines
 from evit_deploy.environment.command import commands
 from evit_deploy.pages.page import WebPage
-from evit_deploy.tuning.front import Tuning, front_chart, table
+from evit_deploy.tuning.results.front import Tuning, front_chart
+from evit_deploy.tuning.results.tables import table
 
 
 def as_page(found: Tuning) -> str:

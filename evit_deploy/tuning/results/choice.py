@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from evit_deploy.tuning.front import TunedRow
+from evit_deploy.tuning.results.front import TunedRow
 from evit_deploy.tuning.search import Fitter, Goal
 
 DENSE = "dense"

@@ -10,8 +10,8 @@ from evit_deploy.errors import InputError
 from evit_deploy.recipe.options import ConvertOptions
 from evit_deploy.recipe.recipe import load_comparison
 from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.tuning.front import TunedRow, Tuning
-from evit_deploy.tuning.outputs import ABOUT, FINDINGS, RESULTS, begin, check_place, command, recipe, write
+from evit_deploy.tuning.results.front import TunedRow, Tuning
+from evit_deploy.tuning.results.outputs import ABOUT, FINDINGS, RESULTS, begin, check_place, command, recipe, write
 from evit_deploy.tuning.schedules import Schedule
 from tests.support.command_line import context_of
 from tests.support.tuning import device

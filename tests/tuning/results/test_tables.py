@@ -1,30 +1,14 @@
-"""What was found, as a front, a table, CSV, and a picture."""
+"""What was found as a table and as CSV."""
 
 import csv
 import io
-import xml.etree.ElementTree as ElementTree
 
 import msgspec
 import pytest
 
 from evit_deploy.report.report import ComparedRow, Difference
-from evit_deploy.tuning.front import as_csv, as_markdown, as_svg, pareto, table
-from tests.support.tuning import row, tuning
-
-
-def test_the_front_has_what_nothing_beats():
-    rows = [row("slow", 9.0, 0.9), row("a", 8.0, 0.99), row("b", 5.0, 0.9), row("worse", 5.0, 0.8), row("c", 3.0, 0.5)]
-    assert [one.name for one in pareto(rows)] == ["a", "b", "c"]
-    assert pareto([]) == ()
-
-
-@pytest.mark.parametrize("count", [1, 2, 9])
-def test_no_row_of_a_front_is_beaten_by_any(count):
-    rows = [row(str(i), (7 * i) % 11, ((5 * i) % 13) / 13) for i in range(count)]
-    front = pareto(rows)
-    for one in front:
-        assert not any(r.expected <= one.expected and r.cosine > one.cosine for r in rows)
-    assert front
+from evit_deploy.tuning.results.tables import as_csv, as_markdown, table
+from tests.support.tuning import tuning
 
 
 def test_csv_has_finalists_and_front_once_each():
@@ -35,17 +19,6 @@ def test_csv_has_finalists_and_front_once_each():
     assert (final["speedup"], final["speedup_low"], final["cosine"], final["images"]) == ("1.5", "1.48", "0.94", "128")
     assert [line["winner"] for line in lines] == ["0", "1", "0", "0"]
     assert [line["finalist"] for line in lines] == ["1", "1", "0", "0"]
-
-
-def test_the_picture_is_one_and_every_row_is_in_it():
-    root = ElementTree.fromstring(as_svg(tuning()))
-    names = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert any(name is not None and name.startswith("a <b> & c") for name in names)
-    marks = [mark.get("aria-label", "") for mark in root.iter() if mark.get("aria-roledescription") == "point"]
-    assert len(marks) == len({row.name for row in (*tuning().front, *tuning().finalists)})
-    assert any(mark.startswith("a <b> & c, chosen: ") for mark in marks)
-    one = msgspec.structs.replace(tuning(), front=tuning().front[:1], finalists=tuning().finalists[1:])
-    ElementTree.fromstring(as_svg(one))  # no two places to put an axis between
 
 
 def test_the_table_marks_the_winner_and_leaves_out_what_is_unknown():

@@ -13,9 +13,10 @@ from evit_deploy.errors import InputError
 from evit_deploy.files import write_atomically
 from evit_deploy.recipe.options import ConvertOptions
 from evit_deploy.tokens.plan import TokenSpec
-from evit_deploy.tuning.choice import DENSE
-from evit_deploy.tuning.front import TunedRow, Tuning, as_csv, as_markdown, as_svg
-from evit_deploy.tuning.page import as_page
+from evit_deploy.tuning.results.choice import DENSE
+from evit_deploy.tuning.results.front import TunedRow, Tuning, as_svg
+from evit_deploy.tuning.results.page import as_page
+from evit_deploy.tuning.results.tables import as_csv, as_markdown
 
 ABOUT, STAIRCASE, FINDINGS = "search.json", "staircase.json", "findings.jsonl"
 """What a search goes on with: what it is about, what the device costs, and what was looked at."""

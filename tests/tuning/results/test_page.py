@@ -1,6 +1,6 @@
 import pytest
 
-from evit_deploy.tuning.page import as_page
+from evit_deploy.tuning.results.page import as_page
 from tests.support.browser import WIDTHS, Browser
 from tests.support.tuning import tuning
 

@@ -9,8 +9,8 @@ from evit_deploy.profiling.speedup import row_of
 from evit_deploy.report.report import ComparedRow, Difference
 from evit_deploy.tokens.plan import TokenSpec
 from evit_deploy.tuning.answers import Nearness
-from evit_deploy.tuning.choice import Budget, chosen, goals_for, verdict
-from evit_deploy.tuning.front import TunedRow
+from evit_deploy.tuning.results.choice import Budget, chosen, goals_for, verdict
+from evit_deploy.tuning.results.front import TunedRow
 from evit_deploy.tuning.schedules import Schedule
 from evit_deploy.tuning.search import Fitter
 from tests.support.tuning import device, planner

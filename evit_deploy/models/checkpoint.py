@@ -51,7 +51,6 @@ class Checkpoint(msgspec.Struct):
         labels: Class names, if known.
         notes: Assumptions and choices, shown to the user as warnings.
         method_weights: Tensors of the reduction method's own layers, by name.
-        output: The model's output: one number per class, or a vector for comparing images.
         origins: Where ``preprocess`` and ``labels`` come from, as text.
     """
 

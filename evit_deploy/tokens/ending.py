@@ -1,8 +1,8 @@
-"""What a head never sees need not be computed: the last block of a model that classifies from its class token.
+"""Skips what the head never sees: the last block of a model that classifies from its class token.
 
-Its other tokens are keys and values of that block's attention, and nothing else. So queries, attention, projection and
-MLP are computed for the tokens that the head sees. The answer is the same but for the order of additions; training and
-what looks at all tokens use the model as it is.
+In that block, the other tokens only serve as keys and values of the attention. Queries, attention, projection and MLP
+are computed only for the tokens that the head sees. The answer is the same except for the order of additions. Training,
+and code that reads all tokens, use the unchanged model.
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ from evit_deploy.tokens.backbone import backbone_of
 from evit_deploy.tokens.operators.token_merge import token_merge
 from evit_deploy.tokens.operators.token_reorg import precise
 from evit_deploy.tokens.reducer import TokenReducer
-from evit_deploy.tokens.state import TokenState, patches_back, rows_after
+from evit_deploy.tokens.state import TokenState, every_patch, patches_back, rows_after
 
 
 class SizedReducer(TokenReducer):
@@ -36,10 +36,7 @@ class SizedReducer(TokenReducer):
 
     def start(self, x: Tensor) -> TokenState:
         """Where the head pools, every patch is in its own token; no sizes means that all are 1."""
-        if not self.pools:
-            return TokenState()
-        patches = torch.arange(x.shape[1] - self.prefix, device=x.device)
-        return TokenState(rows=patches.expand(x.shape[0], -1))
+        return TokenState(rows=every_patch(x, self.prefix) if self.pools else None)
 
     def key_bias(self, state: TokenState) -> Tensor | None:
         """log(size), 0 for the prefix: attention as if all patches of a token were there. Nothing while all are 1."""

@@ -75,6 +75,19 @@ class TokenBlocks(nn.Sequential):
         return self.carry(input)[0]
 
 
+def every_patch(x: Tensor, prefix: int) -> Tensor:
+    """Returns the rows before the first location: each patch is in its own token.
+
+    Args:
+        x: ``[B, prefix + patches, C]``.
+        prefix: Tokens in front.
+
+    Returns:
+        int64 ``[B, patches]``.
+    """
+    return torch.arange(x.shape[1] - prefix, device=x.device).expand(x.shape[0], -1)
+
+
 def rows_after(rows: Tensor, choice: Tensor, keep: int) -> Tensor:
     """Which token each patch is in once tokens have merged.
 

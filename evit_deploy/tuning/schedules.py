@@ -66,7 +66,7 @@ class Planner:
         return self.method.plan_for(spec, self._options, self.shape, 1.0)
 
     def schedule_of(self, spec: TokenSpec) -> Schedule:
-        """The schedule that a spec has; locations that remove nothing are none."""
+        """The schedule that a spec has; locations that remove nothing are left out."""
         rows = self.plan_of(spec).locations
         return Schedule(tuple(row.block for row in rows), tuple(row.tokens_out for row in rows))
 

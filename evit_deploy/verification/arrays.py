@@ -1,4 +1,4 @@
-"""An ``.npz`` file whose arrays are known beforehand: names, types and shapes are checked before any array is read."""
+"""An ``.npz`` file with known arrays: names, types and shapes are checked before any array is read."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""How far two right answers may lie apart: what the precision itself costs decides, no number is picked by hand.
+"""How far two right answers may lie apart: what the precision itself costs decides; no limit is chosen by hand.
 
 The reference is the model in FP64. How far PyTorch lies from it, computing in the bundle's precision, sets the limit
 for every other runtime: twice that, and never less than :data:`~evit_deploy.tokens.choices.FLOOR` roundings of the
@@ -66,8 +66,8 @@ def tie_limits(
 def noise(expected: np.ndarray, reference: np.ndarray, *, embedding: bool = False) -> float:
     """What a precision costs: its error over the spread of the answers, both as root mean squares.
 
-    Logits are told from one another, embeddings from those of other images: what all images have in
-    common is no spread.
+    The spread of logits is that among the classes of an image; the spread of embeddings is that among images, so what
+    all images have in common does not count.
 
     Args:
         expected: ``[n, classes]`` in that precision, or embeddings ``[n, width]``.

@@ -17,7 +17,7 @@ from evit_deploy.data.sources.source import file_stamp
 from evit_deploy.errors import InputError, first_few
 
 SPLITS = ("val", "valid", "validation", "eval", "test", "testing", "train", "training")
-"""What the parts of a data set are called, in lower case: folders of these names hold classes, and are none."""
+"""Names of the parts of a data set, in lower case: such folders hold classes and are not classes themselves."""
 
 
 def class_folders(root: Path) -> list[str]:

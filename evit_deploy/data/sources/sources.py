@@ -26,7 +26,7 @@ def open_source(place: Place, classes: Sequence[str] | None = None) -> Source:
             among them is refused.
 
     Raises:
-        InputError: There are none, or their classes do not fit.
+        InputError: There are no images, or their classes do not fit.
         MissingRequirement: The package that reads them is not installed.
     """
     kind, _, rest = place.path.partition("/")

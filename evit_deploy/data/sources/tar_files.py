@@ -1,4 +1,4 @@
-"""Tar files: their headers, checked before a reader believes them.
+"""Tar files: checks their headers before a reader uses them.
 
 Readers seek by the sizes that headers give. Python's ``tarfile`` as a stream seeks past the end block by block, so that
 a header of 8 exabytes keeps it busy for ever, and a negative size leads it back to the same header (CVE-2025-8194).
@@ -21,7 +21,7 @@ def check_tar(path: Path) -> None:
         path: The file.
 
     Raises:
-        InputError: It is no tar file, or a header says what cannot be.
+        InputError: It is not a tar file, or a header is impossible.
     """
     try:
         with path.open("rb") as file:

@@ -149,7 +149,7 @@ def loader(
     Args:
         data: Map-style data set; its items are asked for by what ``batches`` lists.
         batches: What to ask for, batch by batch.
-        workers: Processes; 0 is none.
+        workers: Processes; 0 loads in this process.
         collate: Makes a batch of a list of items.
         ahead: At most so many batches are prepared before they are asked for.
         pin: Whether batches are moved to pinned memory, which a GPU reads while the CPU goes on; beside worker

@@ -1,6 +1,6 @@
 """What ``fit`` and ``evaluate`` draw their batches from: digits in memory, digits in the wild, or images on disk.
 
-Every kind keeps the same two promises (:mod:`evit_deploy.data.training.sampling`): step k draws the same images, varied
+Every kind guarantees two things (:mod:`evit_deploy.data.training.sampling`): step k draws the same images, varied
 in the same way, for one process or several, and for a run that begins at step k.
 """
 

@@ -22,7 +22,7 @@ from evit_deploy.tokens.operators.token_merge import token_merge
 from evit_deploy.tokens.operators.token_reorg import precise
 from evit_deploy.tokens.plan import BlockPlan, ModelShape, TokenPlan, TokenSpec, make_plan
 from evit_deploy.tokens.reducer import TokenReducer
-from evit_deploy.tokens.state import TokenState, patches_back, rows_after, rows_after_keeping
+from evit_deploy.tokens.state import TokenState, every_patch, patches_back, rows_after, rows_after_keeping
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -117,11 +117,10 @@ class EViT(TokenReducer):
 
     def start(self, x: Tensor) -> TokenState:
         """Every patch is its own token."""
-        patches = x.shape[1] - self.prefix
-        rows = torch.arange(patches, device=x.device).expand(x.shape[0], -1) if self.pools else None
+        rows = every_patch(x, self.prefix) if self.pools else None
         sizes = None
         if self.options.squeeze:
-            sizes = torch.ones(x.shape[0], patches, dtype=precise(x).dtype, device=x.device)
+            sizes = torch.ones(x.shape[0], x.shape[1] - self.prefix, dtype=precise(x).dtype, device=x.device)
         return TokenState(sizes=sizes, rows=rows)
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState | None = None) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ class _ScoresCall(ctypes.Structure):
 
 
 class Cut(msgspec.Struct, frozen=True):
-    """How the work is shared out, which changes no bit of the result; see ``token_reorg.h``. 0 is the kernel's choice.
+    """How the work is divided. It changes no bit of the result; see ``token_reorg.h``. 0 is the kernel's choice.
 
     Args:
         lanes: Accesses side by side in a team, a power of two.
@@ -75,7 +75,7 @@ class TokenReorgKernel:
         library: Any library that :func:`read_identity` knows.
 
     Raises:
-        InputError: It is none, or has another interface.
+        InputError: evit-deploy did not build the file, or its interface is another version's.
         MissingRequirement: It cannot be loaded on this machine.
     """
 

@@ -1,6 +1,6 @@
-"""The libraries that ``evit-deploy plugin build`` makes: what each says of itself, and where they are kept.
+"""The libraries that ``evit-deploy plugin build`` makes: the identity that each contains, and where they are kept.
 
-A library's code runs in the process that loads it, so a library is looked at before it is loaded.
+A library's code runs in the process that loads it, so libraries are inspected before loading.
 """
 
 import os
@@ -22,7 +22,7 @@ _IDENTITY = re.compile(
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """What a library says of itself.
+    """The identity that a library contains.
 
     Args:
         kind: ``registers`` (the plugin, for Triton, trtexec ``--staticPlugins`` and polygraphy), ``creators`` (the
@@ -41,7 +41,7 @@ class Identity(msgspec.Struct, frozen=True):
 
 
 def read_identity(library: Path) -> Identity:
-    """Reads from a library's file what it is; none of its code runs.
+    """Reads a library's identity from its file, without running its code.
 
     Raises:
         InputError: There is no such file, or evit-deploy did not build it.

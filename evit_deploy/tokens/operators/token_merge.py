@@ -1,7 +1,7 @@
 """The op ``y, size = TokenMerge(x, sizes, choice)`` in PyTorch and as an ONNX function.
 
 Tokens that stay become the mean of themselves and of those that move to them, weighted by how many patches each stands
-for. The choice is three lists (:mod:`evit_deploy.tokens.choices`); who makes it, is the method's to say. A small matrix
+for. The choice is three lists (:mod:`evit_deploy.tokens.choices`); the method makes it. A small matrix
 product adds the tokens up: unlike scattering with additions it is exact in its order, and every runtime has it.
 """
 

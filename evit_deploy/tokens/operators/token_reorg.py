@@ -1,7 +1,7 @@
 """The op ``y, idx = TokenReorg(x, scores)`` in PyTorch and as an ONNX function.
 
 Selection: the K highest scores in descending order, the lowest index first on ties. The fused row (equation 3) is the
-sum of score · row over the rest, not normalized, in FP32. What a token's score is, is the method's to say.
+sum of score · row over the rest, not normalized, in FP32. The method defines the scores.
 
 Other bodies of the same op (NumPy oracle, CUDA) are held to the same table of cases: ``tests/support/cases.py``.
 """

@@ -1,4 +1,4 @@
-"""The folder of a search: what is written into it, and whether it may be gone on with."""
+"""The folder of a search: what is written into it, and whether a search may continue there."""
 
 import shlex
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def check_place(place: Path, about: dict[str, Any], *, force: bool, resume: bool
         resume: Whether to go on with it.
 
     Raises:
-        InputError: There is another search, or one that was not to be gone on with.
+        InputError: There is a search with other settings, or one that ``resume`` does not allow to continue.
     """
     with _writing(place):
         if place.exists() and not place.is_dir():

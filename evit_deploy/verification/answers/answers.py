@@ -79,7 +79,7 @@ def members(numbers: np.ndarray, patches: int) -> np.ndarray:
 
 
 def overlap(kept: np.ndarray, others: np.ndarray, merging: bool = False) -> float:
-    """Mean over images of patches in common over patches of either (Jaccard); the fused token is none.
+    """Mean over images of patches in common over patches of either (Jaccard), without the fused token.
 
     Where tokens are merged: the share of patches that joined the same token.
     """

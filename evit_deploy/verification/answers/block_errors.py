@@ -44,7 +44,7 @@ def block_errors(model: torch.nn.Module, path: Path, images: np.ndarray, threads
         threads: CPU threads of ONNX Runtime.
 
     Returns:
-        ``block_errors``, a row for each block; or ``notes``, with the reason why there is none.
+        ``block_errors``, a row for each block; or ``notes``, with the reason why they were not measured.
     """
     doing(_LOG, "comparing the outputs of blocks")
     outline = read_outline(path)

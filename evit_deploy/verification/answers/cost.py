@@ -32,7 +32,7 @@ class Pair(msgspec.Struct, frozen=True):
     Args:
         runtime: Name in the registry of runtimes.
         model: What it runs.
-        dense: The twin; ``None`` where there is none, such as on a server.
+        dense: The twin; ``None`` if there is no twin, such as on a server.
     """
 
     runtime: str

@@ -24,8 +24,8 @@ _FEW = 4
 def command(bundles: tuple[Path, ...], out: Path | None, force: bool, output: Output, **options: Any) -> None:
     """Compare two or more BUNDLEs of the same task, of any methods and keep rates, in one interleaved run.
 
-    Each is compared with its dense baseline, which bundles of the same dense model share, and with the slice
-    baseline of the same token counts; with images, also with the reference bundle.
+    Each is compared with its dense twin, which bundles of the same dense model share, and with the slice
+    twin of the same token counts; with images, also with the reference bundle.
 
     \b
     evit-deploy compare deit_s-evit-k0.7 deit_s-evit-k0.5 --threads 1

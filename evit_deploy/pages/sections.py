@@ -183,7 +183,7 @@ _MOST_SERIES = 8
 
 
 def _accuracy(row: ComparedRow, field: str) -> float | None:
-    """The value of a measure; a dense baseline agrees with itself, which is not measured."""
+    """The value of a measure; a dense twin agrees with itself, which is not measured."""
     found = getattr(row, field)
     return 1.0 if found is None and row.dense is None and field in ("agreement", "cosine_centered") else found
 

@@ -44,8 +44,8 @@ def compare(
 ) -> Report:
     """Compares bundles of the same task, of any methods and keep rates, in one interleaved run.
 
-    Every bundle is compared with its dense baseline (one for all bundles of the same dense model) and with the slice
-    baseline of the same token counts. On each runtime and at each batch size they all take turns.
+    Every bundle is compared with its dense twin (one for all bundles of the same dense model) and with the slice
+    twin of the same token counts. On each runtime and at each batch size they all take turns.
 
     Args:
         bundles: Their folders, at least two.
@@ -55,7 +55,7 @@ def compare(
         force: Whether to replace existing files.
 
     Returns:
-        A report with ``compared``, one row for each bundle and dense baseline, and ``rows``, the speed of each, with
+        A report with ``compared``, one row for each bundle and dense twin, and ``rows``, the speed of each, with
         its name as ``variant``. Numbers are rounded to five significant digits.
 
     Raises:
@@ -261,7 +261,7 @@ def _check_same_task(first: Contender, other: Contender, *, own_preprocessing: b
 def _answers(
     lane: Lane, runners: Sequence[Runner], contenders: Sequence[Contender], options: CompareOptions
 ) -> Answered:
-    """Runs every bundle and dense baseline on the images; models with equal preprocessing share each decoded image."""
+    """Runs every bundle and dense twin on the images; models with equal preprocessing share each decoded image."""
     pictures = _pictures(contenders, options)
     alike: dict[tuple[object, int], list[tuple[str, Runner]]] = {}
     manifests = {one.dense: one.bundle.manifest for one in reversed(contenders)}
@@ -300,7 +300,7 @@ def _pictures(contenders: Sequence[Contender], options: CompareOptions) -> Pictu
 
 
 def _compared(contenders: Sequence[Contender], reference: str, answers: Answered | None) -> Iterator[ComparedRow]:
-    """Yields a row for each bundle, and for each dense baseline before the first bundle compared with it."""
+    """Yields a row for each bundle, and for each dense twin before the first bundle compared with it."""
     known: set[str] = set()
     for one in contenders:
         manifest = one.bundle.manifest

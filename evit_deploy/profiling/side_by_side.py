@@ -44,7 +44,7 @@ class Contender(msgspec.Struct, frozen=True):
     Args:
         name: Name of its rows.
         bundle: The bundle.
-        dense: Name of the rows of its dense baseline; the same for bundles that share one.
+        dense: Name of the rows of its dense twin; the same for bundles that share one.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Entry(msgspec.Struct, frozen=True):
         name: Name of its rows; ``None`` for a slice twin, which has no rows.
         candidate: The candidate.
         plan: Its token plan; ``None`` for baselines and slice twins.
-        dense: Index of the entry of its dense baseline; ``None`` for a baseline.
+        dense: Index of the entry of its dense twin; ``None`` for a dense twin.
         sliced: Index of the entry of its slice twin, if any.
     """
 
@@ -98,7 +98,7 @@ class Parents(msgspec.Struct):
 
 
 def named(bundles: Sequence[tuple[str, Bundle]]) -> list[Contender]:
-    """Finds bundles that share a dense baseline, and names the baselines.
+    """Finds bundles that share a dense twin, and names the twins.
 
     Bundles share one if ``dense/model.onnx`` is identical (so weights, precision and form are the same), the
     preprocessing is equal, and the engines, if any, were built with the same options.
@@ -217,7 +217,7 @@ def _is_engine(artifact: Any) -> bool:
 
 
 def lane_of(runtime: str, contenders: Sequence[Contender], parents: Parents, scratch: Path) -> Lane:
-    """Returns the models to time on a runtime: each dense baseline once, and every bundle with its slice twin.
+    """Returns the models to time on a runtime: each dense twin once, and every bundle with its slice twin.
 
     Args:
         runtime: Name in the registry of runtimes.
@@ -257,7 +257,7 @@ def measure_lane(lane: Lane, runners: Sequence[Runner], measure: ProfileOptions)
         measure: Batch sizes, seconds for each, and threads.
 
     Returns:
-        A row for every bundle, dense baseline and batch size, with its name as ``variant``.
+        A row for every bundle, dense twin and batch size, with its name as ``variant``.
 
     Raises:
         InputError: The engines have no batch size in common.
@@ -288,7 +288,7 @@ def measure_lane(lane: Lane, runners: Sequence[Runner], measure: ProfileOptions)
 
 
 def rows_of_lane(lane: Lane, batch: int, times: Sequence[Times]) -> list[ProfileRow]:
-    """Returns a row for each bundle and dense baseline.
+    """Returns a row for each bundle and dense twin.
 
     Args:
         lane: The models.

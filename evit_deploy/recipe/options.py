@@ -158,10 +158,10 @@ class CompareOptions(ProfileOptions, frozen=True, kw_only=True):
     """Runtime to compare on; several are possible, and the first one answers the images. [default: all that can run
     every bundle here]"""
     data: str | None = None
-    """Folder of labeled images (``class/image``) for top-1, top-5 and agreement with the dense baseline; for models
+    """Folder of labeled images (``class/image``) for top-1, top-5 and agreement with the dense twin; for models
     without classes, recall@1 and cosine."""
     images: str | None = None
-    """Folder of images without labels, for agreement with the dense baseline only; for models without classes,
+    """Folder of images without labels, for agreement with the dense twin only; for models without classes,
     cosine."""
     reference: str | None = None
     """Bundle to compare the others' top-1 with, by name or path. [default: the first]"""

@@ -141,7 +141,7 @@ def _answers(rows: Sequence[ComparedRow]) -> tuple[list[str], list[list[str]]]:
         "same nearest image": [_cell(row.neighbors) for row in rows],
         "recall@1": [_cell(row.recall) for row in rows],
         "its 95 % interval": [_span(row.recall_low, row.recall_high) for row in rows],
-        f"{share} less the dense baseline's": [_difference(row, "to_dense") for row in rows],
+        f"{share} less the dense twin's": [_difference(row, "to_dense") for row in rows],
         f"{share} less that of {reference}": [_difference(row, "to_reference") for row in rows],
     }
     filled = {name: cells for name, cells in columns.items() if any(cells)}

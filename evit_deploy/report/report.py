@@ -264,35 +264,35 @@ class AccuracyRow(msgspec.Struct, frozen=True):
 
 
 class ComparedRow(msgspec.Struct, frozen=True):
-    """A model's answers compared with its dense baseline's on the same images.
+    """A model's answers compared with its dense twin's on the same images.
 
     Its speed on :attr:`runtime` is in the profile rows with the same name. For models that return an embedding, the
     fields from :attr:`cosine` to :attr:`recall_high` replace agreement and top-1.
 
     Args:
-        name: Name of the bundle or dense baseline; ``model`` or ``dense`` if one bundle is compared with its twin.
+        name: Name of the bundle or dense twin; ``model`` or ``dense`` if one bundle is compared with its twin.
             Equals ``variant`` of its :class:`ProfileRow`.
-        method: Reduction method; ``dense`` for a baseline.
+        method: Reduction method; ``dense`` for a dense twin.
         settings: Settings of the method, such as ``keep_rate=0.7, locations=2/5/8``.
         precision: Precision of its files.
         gmacs: Multiply-adds per image, in 10⁹.
-        mac_ratio: Multiply-adds of the dense baseline divided by its own.
+        mac_ratio: Multiply-adds of the dense twin divided by its own.
         tokens: Tokens after the last block, including the class token.
-        dense: Name of its dense baseline's row; ``None`` for a baseline.
+        dense: Name of its dense twin's row; ``None`` for a dense twin.
         images: Number of images; without any, the fields below are ``None``.
         runtime: Runtime that was used.
-        agreement: Fraction of the images for which the dense baseline predicts the same class.
+        agreement: Fraction of the images for which the dense twin predicts the same class.
         top1: Fraction of images whose label ranked first.
         top1_low: Lower end of the 95 % interval of top-1 (Wilson).
         top1_high: Upper end.
         top5: Fraction of images whose label ranked among the first five; ``None`` with fewer than six classes.
-        to_dense: Difference in top-1 or recall@1 to the dense baseline, on the same images.
+        to_dense: Difference in top-1 or recall@1 to the dense twin, on the same images.
         to_reference: The same difference to the reference bundle.
-        cosine: Cosine between an image's embedding and the dense baseline's, mean over the images.
+        cosine: Cosine between an image's embedding and the dense twin's, mean over the images.
         cosine_low: 5th percentile of that cosine.
-        cosine_centered: Mean cosine after subtracting the mean of the dense baseline's embeddings from both; what
+        cosine_centered: Mean cosine after subtracting the mean of the dense twin's embeddings from both; what
             images have in common makes plain cosines large.
-        neighbors: Fraction of the images whose nearest other image is the same as with the dense baseline.
+        neighbors: Fraction of the images whose nearest other image is the same as with the dense twin.
         recall: Recall@1: fraction of the images whose nearest other image has the same class.
         recall_low: Lower end of the 95 % interval of recall (Wilson).
         recall_high: Upper end.
@@ -418,7 +418,7 @@ class Report(msgspec.Struct, frozen=True):
 
     Args:
         checks: The checks.
-        compared: Models compared with their dense baselines.
+        compared: Models compared with their dense twins.
         rows: Speed measurements, each with its clock.
         latencies: Breakdown of the time per call, for engines.
         blocks: Time by transformer block, for engines.

@@ -99,7 +99,7 @@ def _together(group: Sequence[Check]) -> Check:
 
 
 def _of_several(report: Report) -> list[str | None]:
-    """Which of several bundles is fastest, and which is closest to its dense baseline."""
+    """Which of several bundles is fastest, and which is closest to its dense twin."""
     names = {row.name for row in report.compared if row.dense is not None}
     timed = [row for row in report.rows if row.variant in names and row.speedup is not None]
     answered = [row for row in report.compared if row.name in names and _share(row) is not None]

@@ -1,4 +1,4 @@
-"""`compare`: bundles of several methods and rates beside their dense baseline, and what cannot be compared."""
+"""`compare`: bundles of several methods and rates beside their dense twin, and what cannot be compared."""
 
 import csv
 import io
@@ -334,7 +334,7 @@ def test_models_without_classes_are_compared_by_cosine_and_recall(embedding, emb
     (line, *_) = csv.DictReader(io.StringIO((tmp_path / "out" / CSV).read_text()))
     assert float(line["recall"]) == dense.recall
     markdown = (tmp_path / "out" / MARKDOWN).read_text()
-    for word in ("recall@1 less the dense baseline's", "recall@1 less that of embedding", "centered cosine"):
+    for word in ("recall@1 less the dense twin's", "recall@1 less that of embedding", "centered cosine"):
         assert f"| {word} |" in markdown
     assert "top-1" not in markdown
     bare = compare(paths, options=options(images=pictures, batch_sizes=(1,))).compared

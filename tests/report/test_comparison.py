@@ -55,7 +55,7 @@ def test_the_csv_has_a_line_for_every_bundle_runtime_and_batch_size():
     assert [(line["name"], line["batch"]) for line in found] == [
         (name, batch) for batch in ("1", "8") for name in ("dense", "a|b", "tome")
     ]
-    slow = found[1]  # slower than its dense baseline, and there
+    slow = found[1]  # slower than its dense twin, and there
     assert (slow["speedup"], slow["overhead"], slow["settings"]) == ("0.93333", "-0.0012346", "keep_rate=0.7")
     assert (slow["runtime"], slow["answered_by"], slow["dense"]) == ("onnxruntime", "onnxruntime", "dense")
     assert (slow["to_dense"], slow["to_dense_low"], slow["to_dense_high"]) == ("-0.033333", "-0.13", "0.061235")

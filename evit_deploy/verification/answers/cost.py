@@ -45,7 +45,7 @@ class Answered(msgspec.Struct, frozen=True):
 
     Args:
         runtime: What answered.
-        answers: Logits ``[n, classes]`` or embeddings ``[n, width]`` of every model and dense baseline, by name.
+        answers: Logits ``[n, classes]`` or embeddings ``[n, width]`` of every model and dense twin, by name.
         labels: int64 ``[n]``, where they are known.
         embeds: Whether the answers are embeddings.
     """
@@ -177,7 +177,7 @@ def with_answers(row: ComparedRow, reference: str | None, answered: Answered | N
     """Adds to a row how right its answers are, and what they differ in from those it is to be held against.
 
     Args:
-        row: Of a model or a dense baseline; :attr:`~ComparedRow.dense` names the baseline.
+        row: Of a model or a dense twin; :attr:`~ComparedRow.dense` names the baseline.
         reference: Name of the bundle that the others are held against, if any.
         answered: What was answered to the images, if there were any.
     """

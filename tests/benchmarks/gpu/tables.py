@@ -234,7 +234,7 @@ _KERNEL_PREDICTED = (
 
 
 def _graphs(rows: Rows) -> list[Table]:
-    title = "DeiT-S in CUDA graphs, resident images: how many times as fast as dense, and over the slice baseline"
+    title = "DeiT-S in CUDA graphs, resident images: how many times as fast as dense, and over the slice twin"
     return [Table(title, _GRAPH_HEADER, _graph_lines(rows), _graph_notes(rows))]
 
 

@@ -7,11 +7,16 @@ ARG PYTHON_IMAGE=python:3.11-slim
 FROM ${PYTHON_IMAGE} AS build
 WORKDIR /source
 COPY . .
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir build && python -m build --wheel --outdir /wheels
 
 FROM ${PYTHON_IMAGE}
 # Where PyTorch's CPU build comes from; without it, pip takes the one with CUDA on x86-64.
 ARG PYTORCH_INDEX=
+# No warnings about running pip as root and about newer versions of pip.
+ENV PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
+# No pinned versions: the package's own bounds hold, as for everyone who installs it.
+# hadolint ignore=DL3013
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir ${PYTORCH_INDEX:+--index-url "$PYTORCH_INDEX"} torch torchvision && \
     pip install --no-cache-dir "$(ls /wheels/*.whl)[openvino]"

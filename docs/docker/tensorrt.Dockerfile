@@ -8,7 +8,8 @@
 # A release whose TensorRT is the one that will run the engine: 10.15 or newer.
 ARG TENSORRT_IMAGE=nvcr.io/nvidia/tensorrt:26.07-py3
 FROM ${TENSORRT_IMAGE}
-# The image's Python has its own TensorRT, which the environment sees.
+# The image's Python has its own TensorRT, which the environment sees. Debian's and Ubuntu's archives keep only one version.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/* && \
     python3 -m venv --system-site-packages /opt/evit-deploy
 ENV PATH=/opt/evit-deploy/bin:$PATH

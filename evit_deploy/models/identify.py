@@ -4,6 +4,7 @@ The layout is recognized by names and shapes, and by the ``config.json`` next to
 are in ``layouts/``, one per file.
 """
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from evit_deploy.models.layouts.found import Found, Held, Output, output_of
 from evit_deploy.models.layouts.known import LAYOUTS, TYPES
 from evit_deploy.tokens.backbone import load_backbones
 from evit_deploy.tokens.plan import TokenSpec
+
+_NAME = re.compile(r"[\w.]+")  # as timm writes the names of its models
 
 
 class Identity(msgspec.Struct):
@@ -149,5 +152,6 @@ def check_model_name(name: str, *, where: str, also: str | None = None) -> None:
             where=where,
             seen=repr(name),
             wanted="a timm name" + (f" or {also}" if also else ""),
-            fix=did_you_mean(name, timm.list_models(), choices=3),
+            # Names like `my model` or `out/model` are mistyped paths, which resemble no model of timm.
+            fix=did_you_mean(name, timm.list_models(), choices=3) if _NAME.fullmatch(name) else "Check the path.",
         )

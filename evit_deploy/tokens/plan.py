@@ -60,7 +60,9 @@ class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
         for rate in self.rates:
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
-                raise InputError("a keep rate is out of range", seen=repr(rate), wanted="a number in (0, 1]")
+                raise InputError(
+                    "a keep rate is out of range", seen=repr(rate), wanted="a number in (0, 1]", fix=_rate_meant(rate)
+                )
         if self.keep_rate == ():
             raise InputError("no keep rate given", seen="an empty list", wanted="one, or one for each location")
         if self.locations is not None:
@@ -114,6 +116,13 @@ def _check_locations(locations: Sequence[int]) -> None:
             seen=",".join(map(str, locations)),
             wanted=",".join(map(str, sorted(set(locations)))),
         )
+
+
+def _rate_meant(rate: Any) -> str:
+    """What to give instead of a rate that is out of range, which often is a percentage."""
+    if isinstance(rate, int | float) and not isinstance(rate, bool) and 1 < rate <= 100:
+        return f"It is a share: for {rate:g} % give {rate / 100:g}."
+    return "It is the share of patches that stay, for example 0.7."
 
 
 def _check_rate_count(rates: Sequence[float], locations: Sequence[int]) -> None:

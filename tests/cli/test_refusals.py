@@ -91,10 +91,12 @@ def test_refusals_do_not_load_what_they_do_not_need(checkpoint):
     [
         ("absent.pth", None, "no such file"),
         ("empty.pth", b"", "empty"),
-        ("text.pth", b"<html>404</html>", "not a checkpoint"),
+        ("text.pth", b"<html>404</html>", "torch.save"),
+        ("picture.pth", b"\x89PNG\r\n\x1a\n" + bytes(64), "torch.save"),
         ("pointer.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("cut.pth", b"PK\x03\x04cut", "damaged"),
         ("deit_tiny_patch16_225", None, "deit_tiny_patch16_224"),
+        ("my model", None, "Check the path."),
     ],
 )
 def test_checkpoints_that_are_none(cli, tmp_path, monkeypatch, name, content, hint):
@@ -105,6 +107,16 @@ def test_checkpoints_that_are_none(cli, tmp_path, monkeypatch, name, content, hi
     for arguments in (["convert", name], ["profile", name]):
         cli(*arguments, "--keep-rate", "0.5").refused(2, name, hint)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [("70", "for 70 % give 0.7."), ("0", "for example 0.7."), ("0,7", "for example 0.7."), ("700", "for example 0.7.")],
+)
+def test_keep_rates_out_of_range(cli, checkpoint, given, fix):
+    before = tree(checkpoint.parent)
+    cli("convert", checkpoint, "--keep-rate", given).refused(2, "out of range", fix)
+    assert tree(checkpoint.parent) == before
 
 
 def test_a_checkpoint_of_another_family(cli, tmp_path):

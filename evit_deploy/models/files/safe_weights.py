@@ -159,7 +159,7 @@ def _read_head(path: Path) -> bytes:
     if path.suffix != ".safetensors" and head[8:9] != b"{" and not head.startswith((b"PK\x03\x04", b"\x80")):
         raise CheckpointError(
             "not a checkpoint", where=path, seen=f"a file that begins with {head[:12]!r}",
-            wanted="a PyTorch or safetensors file",
+            wanted="a PyTorch or safetensors file", fix="Give the file of weights that torch.save or save_file wrote.",
         )  # fmt: skip
     return head
 

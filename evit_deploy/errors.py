@@ -2,13 +2,14 @@
 
 ::
 
-    EvitDeployError            4   base; also "a stage failed" ├── InputError             2   an option, a file or an
-    argument cannot be used (also a ValueError) │   ├── CheckpointError    2   a checkpoint cannot be read or does not
-    fit │   ├── RecipeError        2   a recipe cannot be read or asks for something impossible │   └──
-    UnsupportedModelError  2   a model that cannot be reduced exactly, with the reasons ├── MissingRequirement     3
-    the environment lacks something; the message has the line that fixes it ├── StageError             4   a stage
-    failed for a reason outside the input (full disk, exporter, runtime) └── GateFailed             1   everything ran
-    and a check did not hold
+    EvitDeployError            4   base; also "a stage failed"
+    ├── InputError             2   an option, a file or an argument cannot be used (also a ValueError)
+    │   ├── CheckpointError    2   a checkpoint cannot be read or does not fit
+    │   ├── RecipeError        2   a recipe cannot be read or asks for something impossible
+    │   └── UnsupportedModelError  2   a model that cannot be reduced exactly, with the reasons
+    ├── MissingRequirement     3   the environment lacks something; the message has the line that fixes it
+    ├── StageError             4   a stage failed for a reason outside the input (full disk, exporter, runtime)
+    └── GateFailed             1   everything ran and a check did not hold
 
 :class:`Interrupted` is not an error: training was stopped by a signal, after it wrote a state it can resume from. The
 command line exits with 130 after Ctrl-C and with 143 after SIGTERM, whatever it was doing.

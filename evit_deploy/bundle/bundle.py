@@ -83,9 +83,9 @@ def read_bundle(path: str | Path) -> Bundle:
         if not path.exists():
             sweep(path.parent)  # a process may have died while replacing the bundle
         if not path.exists():
-            raise InputError("no such bundle", where=path)
+            raise InputError("no such bundle", where=path, fix="Check the path, or make the bundle with convert.")
         if not manifest_path.is_file():
-            raise InputError(f"not a bundle (no {MANIFEST} in it)", where=path)
+            raise InputError(f"not a bundle (no {MANIFEST} in it)", where=path, fix="Give a folder that convert wrote.")
     except OSError as error:  # a name that is too long, or a folder without access
         raise InputError(f"no such bundle ({error.strerror})", where=path) from None
     document = read_json(manifest_path, dict[str, Any])

@@ -17,6 +17,9 @@ import click
 from evit_deploy import interrupts
 from evit_deploy.report.lines import printable, printable_lines, shown_in, wrapped
 
+SILENCE = 60.0
+"""Seconds without output after which a command that has no terminal prints its progress."""
+
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds ``--json -v -q --debug`` and passes them to the command as ``output``; must be the innermost decorator.
@@ -44,8 +47,9 @@ class Output(logging.Handler):
     """Context manager around a command: prints its results on stdout and the library's log on stderr.
 
     On a terminal, progress is one live line (stage k of n and the elapsed time; in training also images/s, loss and
-    time left), with messages above it. Elsewhere (a pipe, ``TERM=dumb``) progress is omitted unless ``verbose``. In
-    distributed training only the first process prints.
+    time left), with messages above it. Elsewhere (a pipe, ``TERM=dumb``) progress is a line after each minute without
+    output, so that a log shows that long work continues; with ``verbose`` it is every step. In distributed training
+    only the first process prints.
 
     Args:
         as_json: Whether to print the result as JSON.
@@ -61,12 +65,13 @@ class Output(logging.Handler):
         dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
         self._live = sys.stderr.isatty() and not (self.quiet or verbose or dumb)
         self._display: _Display | None = None
+        self._printed_at = time.monotonic()
 
     def __enter__(self) -> "Output":
         log = logging.getLogger("evit_deploy")
         self._before = log.level, log.propagate
         log.propagate = False  # a handler of the root logger would print every line again
-        log.setLevel(logging.DEBUG if self._live or self.verbose else logging.INFO)
+        log.setLevel(logging.INFO if self.quiet else logging.DEBUG)
         log.addHandler(self)
         return self
 
@@ -89,7 +94,7 @@ class Output(logging.Handler):
             return
         if progress is None and record.levelno >= logging.INFO:
             self._message(record.getMessage())
-        elif self.verbose and progress is not None:
+        elif progress is not None and not self._live and (self.verbose or self._is_silent_too_long()):
             stage = f"[{progress.stage}/{progress.stages}] " if progress.stage else ""
             self._message(", ".join((stage + record.getMessage(), *_figures(progress))))
         elif self._live and progress is not None:
@@ -99,7 +104,11 @@ class Output(logging.Handler):
             if self._display is not None:
                 self._display.show(record.getMessage(), progress)
 
+    def _is_silent_too_long(self) -> bool:
+        return time.monotonic() - self._printed_at >= SILENCE
+
     def _message(self, text: str) -> None:
+        self._printed_at = time.monotonic()
         # While the display is live, rich replaces sys.stderr with a proxy whose encoding is None.
         stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
         text = shown_in(printable(text), stream.encoding)

@@ -53,7 +53,8 @@ class Numbers(click.ParamType):
         try:
             numbers = tuple(self.kind(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"got {value!r}, expected {wanted} separated by commas", param, ctx)
+            percent = ", without a percent sign" if "%" in str(value) else ""
+            self.fail(f"got {value!r}, expected {wanted} separated by commas{percent}", param, ctx)
         low, high = self.low, self.high
         fits = (low is None or number >= low for number in numbers)
         if not all(fits) or (high is not None and any(not number <= high for number in numbers)):

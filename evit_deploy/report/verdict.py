@@ -66,7 +66,12 @@ def speed(report: Report) -> str | None:
         return f"not faster than its dense twin {where}: {figure}"
     if row.speedup_low is not None and row.speedup_low <= 1:
         return f"{figure} as fast as its dense twin {where}, which is within noise"
-    return f"{figure} as fast as its dense twin {where}"
+    noisy = (
+        row.speedup_low is not None
+        and row.speedup_high is not None
+        and (row.speedup_high - row.speedup_low > row.speedup / 2)
+    )
+    return f"{figure} as fast as its dense twin {where}{', too noisy to rely on: measure longer' if noisy else ''}"
 
 
 def folded(checks: Sequence[Check]) -> list[Check]:

@@ -132,6 +132,12 @@ def test_a_verbose_pipe_has_every_step_as_a_line():
     ]
 
 
+def test_a_pipe_has_a_line_of_progress_after_a_silence():
+    silent = f"from evit_deploy.cli import output\noutput.SILENCE = 0.0\n{WORK}"
+    done = subprocess.run([sys.executable, "-c", silent, "{}"], capture_output=True, text=True, check=True)
+    assert "[2/2] step 4, 123.5 images/s, loss 0.5" in done.stderr.splitlines()
+
+
 def test_json_is_one_document():
     out, err = in_a_pipe(as_json=True)
     assert json.loads(out) == {"items": None}

@@ -160,7 +160,7 @@ def _choose(where: object, names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
         )  # fmt: skip
     raise CheckpointError(
         "a folder without weights", where=where, seen=first_few(names, 5) or "no files",
-        wanted=", ".join(name for name in _STANDARD if not name.endswith(_INDEX)),
+        wanted=", ".join(name for name in _STANDARD if not name.endswith(_INDEX)), fix="Give the path of the file.",
     )  # fmt: skip
 
 

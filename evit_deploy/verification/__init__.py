@@ -1,1 +1,1 @@
-"""Proof that a lowered model answers like PyTorch."""
+"""Verification that a lowered model returns the same answers as PyTorch."""

@@ -1,4 +1,4 @@
-"""How far a runtime's answers agree with the golden ones."""
+"""Agreement of a runtime's answers with the golden answers."""
 
 from collections.abc import Collection, Mapping
 
@@ -13,20 +13,21 @@ from evit_deploy.verification.tolerances import distance
 
 
 class Agreement(msgspec.Struct, frozen=True):
-    """How one runtime's answers compare with the golden ones.
+    """Comparison of one runtime's answers with the golden answers.
 
     Args:
-        error: Largest error of any number of the answers against FP64, over the images with equal kept sets; NaN if
-            there is none.
-        limit: What it may be.
-        tie_error: The same of the image on a tie (of any, where the runtime gives no kept patches out) that comes
-            closest to its own limit.
-        tie_limit: What it may be.
-        same: Share of images whose kept sets are equal at every location; NaN where the runtime gives none out.
-        ties: Share whose first difference lies within rounding; NaN likewise.
-        wrong: Share whose first difference does not.
+        error: Largest error of any output value against FP64, over the images with equal kept sets; NaN if there are
+            none.
+        limit: Largest value allowed for ``error``.
+        tie_error: Largest error of the tied image that comes closest to its limit, or of any image if the runtime does
+            not return kept patches; NaN if there are none.
+        tie_limit: Limit of that image.
+        same: Share of images with equal kept sets at every location; NaN if the runtime does not return kept patches.
+        ties: Share of images where the first difference is within rounding; NaN if the runtime does not return kept
+            patches.
+        wrong: Share of images where the first difference exceeds rounding.
         overlap: Kept patches in common over kept patches of either (Jaccard), mean over images and locations.
-        top1: Share of images with the golden top-1, over all images.
+        top1: Share of images with the golden top-1 class, over all images.
     """
 
     error: float
@@ -44,16 +45,16 @@ def agreement(golden: Golden, which: np.ndarray, outputs: Mapping[str, np.ndarra
     """Compares a runner's outputs with the golden answers.
 
     Args:
-        golden: The answers.
-        which: For every row of the outputs, the number of the golden image it belongs to.
-        outputs: The answer and, where the runner gives them out, ``kept_<block>`` for every location of the plan.
-        plan: The model's plan.
+        golden: The golden answers.
+        which: For each row of the outputs, the index of its golden image.
+        outputs: The answer and, if the runner returns them, ``kept_<block>`` for every location of the plan.
+        plan: The model's token plan.
     """
     kept, answer = named_patches(outputs, plan), outputs[answer_in(outputs)]
-    told = bool(kept) or not plan.locations
+    known = bool(kept) or not plan.locations
     same, tie = same_choice(golden, which, kept, {b: golden.kept[b][which] for b in kept}, plan.merging)
     overlaps = [overlap(numbers, golden.kept[block][which], block in plan.merging) for block, numbers in kept.items()]
-    if not told:  # it may have kept others within rounding
+    if not known:  # the runtime may have kept different patches within rounding
         same, tie = ~same, same
     tie_error, tie_limit = _closest_to_limit(golden, which[tie], answer[tie])
     return Agreement(
@@ -61,16 +62,16 @@ def agreement(golden: Golden, which: np.ndarray, outputs: Mapping[str, np.ndarra
         limit=golden.limit(),
         tie_error=tie_error,
         tie_limit=tie_limit,
-        same=float(same.mean()) if told else float("nan"),
-        ties=float(tie.mean()) if told else float("nan"),
+        same=float(same.mean()) if known else float("nan"),
+        ties=float(tie.mean()) if known else float("nan"),
         wrong=float((~same & ~tie).mean()),
-        overlap=float(np.mean(overlaps)) if overlaps else float("nan" if not told else 1.0),
+        overlap=float(np.mean(overlaps)) if overlaps else float("nan" if not known else 1.0),
         top1=float((answer.argmax(axis=1) == golden.logits[which].argmax(axis=1)).mean()),
     )
 
 
 def _closest_to_limit(golden: Golden, which: np.ndarray, answers: np.ndarray) -> tuple[float, float]:
-    """Error and limit of the image that comes closest to its own limit, or exceeds it most."""
+    """Error and limit of the image with the largest ratio of error to limit."""
     if not len(which):
         return float("nan"), 0.0
     with np.errstate(invalid="ignore"):
@@ -87,17 +88,18 @@ def same_choice(
     others: Mapping[int, np.ndarray],
     merging: Collection[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compares two choices of patches image by image, location by location.
+    """Compares two choices of patches, per image and location.
 
     Args:
-        golden: Has the margins.
-        which: Golden image of every row.
-        kept: By block, what :func:`~evit_deploy.tokens.choices.original_patches` gives.
-        others: The same of the other.
-        merging: Blocks that merge, see :attr:`~evit_deploy.tokens.plan.TokenPlan.merging`.
+        golden: The golden answers, which contain the margins.
+        which: Index of the golden image of each row.
+        kept: First choice, by block, as returned by :func:`~evit_deploy.tokens.choices.original_patches`.
+        others: Second choice, in the same form.
+        merging: Blocks that merge tokens; see :attr:`~evit_deploy.tokens.plan.TokenPlan.merging`.
 
     Returns:
-        Which rows have the same patches everywhere, and of the rest, whose first difference lies within rounding.
+        Two boolean arrays: rows with the same patches at every location, and rows where the first difference is within
+        rounding.
     """
     same, tie = np.ones(len(which), bool), np.zeros(len(which), bool)
     for block, numbers in kept.items():
@@ -114,11 +116,11 @@ def same_choice(
 
 
 def answer_error(golden: Golden, which: np.ndarray, answers: np.ndarray) -> float:
-    """Largest error of some answers against FP64; NaN with none to judge.
+    """Largest error of answers against FP64; NaN if there are no answers.
 
     Args:
-        golden: The answers.
-        which: Golden image of every row of ``answers``.
-        answers: What to judge.
+        golden: The golden answers.
+        which: Index of the golden image of each row of ``answers``.
+        answers: Answers to compare.
     """
     return distance(answers, golden.reference[which]) if len(which) else float("nan")

@@ -1,4 +1,4 @@
-"""An ``.npz`` file with known arrays: names, types and shapes are checked before any array is read."""
+"""Reads ``.npz`` files with known arrays; names, types and shapes are checked before the data is read."""
 
 import math
 import os
@@ -17,12 +17,12 @@ _FIX = "Convert again."
 
 
 class ArraySpec(msgspec.Struct, frozen=True):
-    """What an array has to be.
+    """Expected type and shape of an array.
 
     Args:
-        dtypes: NumPy names, ``float32``; ``str`` for a text.
-        shape: Sizes; a text stands for a size that is the same wherever the text is used.
-        infinite: Whether numbers may be infinite; they may never be NaN.
+        dtypes: Allowed NumPy type names, such as ``float32``; ``str`` for text.
+        shape: Expected sizes; a string names a size that must be equal wherever the name appears.
+        infinite: Whether infinite values are allowed; NaN never is.
     """
 
     dtypes: tuple[str, ...]
@@ -31,16 +31,16 @@ class ArraySpec(msgspec.Struct, frozen=True):
 
 
 def read_arrays(path: Path, wanted: Mapping[str, ArraySpec], most: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Reads arrays of an uncompressed ``.npz`` file; no more memory is spent than the file is long.
+    """Reads the arrays of an uncompressed ``.npz`` file, using no more memory than the file's size.
 
     Args:
         path: The file.
-        wanted: The arrays, by name.
-        most: The largest value of every size that is named.
+        wanted: Expected arrays, by name.
+        most: Largest allowed value of each named size.
 
     Raises:
-        InputError: The file cannot be read, or an array is missing, unknown, packed, of another type or shape, or has
-            numbers that are not finite.
+        InputError: The file cannot be read, or an array is missing, unexpected, compressed, of the wrong type or shape,
+            or contains values that are not finite.
     """
     try:
         status = path.stat()
@@ -63,7 +63,7 @@ def read_arrays(path: Path, wanted: Mapping[str, ArraySpec], most: Mapping[str, 
     except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         what = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         raise InputError(f"not an array file ({what[:200]})", where=path, fix=_FIX) from None
-    except Exception as error:  # what parts of zipfile and of NumPy's parser raise: SyntaxError, struct.error
+    except Exception as error:  # zipfile and NumPy's header parser also raise SyntaxError, struct.error and others
         raise InputError(f"the array file is damaged ({type(error).__name__})", where=path, fix=_FIX) from None
     return found
 
@@ -92,7 +92,7 @@ def _read(
         _check_shape(shape, wanted, sizes, most, where)
         size = math.prod(shape) * dtype.itemsize
         content = bytearray(size) if size <= entry.file_size else bytearray()
-        raw: Any = file  # zipfile is typed as if it could not
+        raw: Any = file  # the type of zipfile's file objects lacks readinto
         found = raw.readinto(content) + len(file.read(1))
     if found != size:
         raise InputError(
@@ -119,7 +119,7 @@ def _check_type(dtype: np.dtype[Any], wanted: ArraySpec, where: str) -> None:
 def _check_shape(
     shape: tuple[int, ...], wanted: ArraySpec, sizes: dict[str, int], most: Mapping[str, int], where: str
 ) -> None:
-    """Makes sure that sizes fit, and notes those that are named."""
+    """Checks the sizes of an array, and records named sizes in ``sizes``."""
     fits = len(shape) == len(wanted.shape) and all(isinstance(size, int) and size >= 0 for size in shape)
     for size, expected in zip(shape, wanted.shape, strict=False) if fits else ():
         if isinstance(expected, str):

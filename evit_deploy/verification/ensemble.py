@@ -1,4 +1,4 @@
-"""Proof that a Triton ensemble that takes files answers like its model does to the tensors made of them."""
+"""Verifies that a Triton ensemble with image file inputs returns the same answers as its model with tensors."""
 
 import io
 
@@ -16,13 +16,14 @@ from evit_deploy.verification.golden import Golden
 
 
 def verify_ensemble(found: Found, manifest: Manifest, golden: Golden) -> Report:
-    """Holds what an ensemble says of two photographs, sent as files, against what it says of evit-deploy's own tensors.
+    """Compares an ensemble's answers to two photographs with its model's answers to preprocessed tensors.
 
-    The limit is that of the answers: the same model computes both, so that only the preprocessing can differ.
+    The photographs are sent as files; evit-deploy preprocesses the tensors. The same model computes both answers, so
+    only the preprocessing can differ. The limit is :meth:`Golden.limit`.
 
     Args:
-        found: An ensemble and the step of it that takes tensors.
-        manifest: The bundle's.
+        found: An ensemble, and its step that accepts tensors.
+        manifest: Manifest of the bundle.
         golden: Its golden answers.
     """
     assert found.ensemble is not None
@@ -41,7 +42,7 @@ def verify_ensemble(found: Found, manifest: Manifest, golden: Golden) -> Report:
             answers.append(send(connection, content.getvalue()))
     with np.errstate(invalid="ignore"):
         error = float(np.nan_to_num(np.abs(np.stack(answers) - expected), nan=np.inf).max())
-    if model.inputs[0].dtype == "uint8":  # DALI, whose decoder and resize are others than those of training
+    if model.inputs[0].dtype == "uint8":  # DALI decodes and resizes differently than training, so nothing is checked
         moved = f"the largest difference of {manifest.answer} of photographs is {error:.2e}"
         note = f"The ensemble {found.ensemble} reads files in DALI's way: {moved}."
         return Report(notes=(note,))

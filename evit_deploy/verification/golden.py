@@ -1,8 +1,8 @@
-"""Golden answers: what PyTorch says to a few real pictures, made when a bundle is, and kept in ``golden.npz``.
+"""Golden answers: PyTorch's outputs for a few real images, computed at conversion and stored in ``golden.npz``.
 
-The reference is the same model in FP64; what the bundle's own precision says, computed by PyTorch (a quantized graph:
-in float arithmetic), sets the limits of :mod:`evit_deploy.verification.tolerances`. Kept sets are compared in original
-patch numbers.
+The reference is the same model in FP64. The outputs in the bundle's precision, computed by PyTorch (for a quantized
+graph, in float arithmetic), set the limits of :mod:`evit_deploy.verification.tolerances`. Kept sets are compared by
+original patch numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,29 +34,29 @@ from evit_deploy.verification.tolerances import error_limit, noise, tie_limits
 class Golden(msgspec.Struct):
     """Golden inputs and answers; ``golden.npz`` holds the fields by name, per-location ones as ``<field>_<block>``.
 
-    Of a model without classes, ``logits`` and all that is called so is its embedding. *Expected* is what the bundle's
-    precision itself says: PyTorch cast to it, or the Q/DQ graph in float arithmetic. In an FP32 bundle that is
+    For a model without classes, all fields described as logits hold embeddings. *Expected* fields are computed in the
+    bundle's precision: by PyTorch cast to it, or by the Q/DQ graph in float arithmetic. In an FP32 bundle they equal
     ``logits``.
 
     Args:
-        precision: Of the bundle.
+        precision: Precision of the bundle.
         inputs: float32 ``[n, C, H, W]``.
         logits: PyTorch FP32 ``[n, classes]``.
         reference: PyTorch FP64 ``[n, classes]``, keeping the tokens that the FP32 model kept.
-        swapped: The same with the next best choice at every location.
+        swapped: Like ``reference``, with the next best choice at every location.
         expected: ``[n, classes]`` in the bundle's precision, keeping the tokens that the FP32 model kept.
-        expected_free: The same, with the tokens that the model itself chooses.
-        terms: float64 ``[n]``: the largest sum of absolute terms that a logit of the image is added up from. Terms may
-            cancel to almost nothing, as two classes' after a short fine-tune do; their rounding does not.
+        expected_free: Like ``expected``, with the model's own choice of tokens.
+        terms: float64 ``[n]``: per image, the largest sum of absolute terms over the logits. The terms of a logit may
+            cancel to almost zero, as with two classes after a short fine-tune, but their rounding errors do not.
         dense: PyTorch FP32 logits of the dense model.
         dense_reference: The same in FP64.
         dense_expected: The same in the bundle's precision.
         dense_terms: ``terms`` of the dense model.
-        kept: Per location, what the FP32 model chose, in original patch numbers: ``[n, K(+1)]``, fused = −1, or of a
-            merge ``[n, patches]``; see :func:`~evit_deploy.tokens.choices.original_patches`.
+        kept: Per location, the FP32 model's choice in original patch numbers: ``[n, K(+1)]``, fused = −1, or
+            ``[n, patches]`` where tokens are merged; see :func:`~evit_deploy.tokens.choices.original_patches`.
         margin: Per location ``[n, patches + 1]``, by original patch number, fused tokens last: distance of the
-            patch's score from the boundary between kept and dropped, over what the scores differ by for rounding,
-            both in logarithms. Below 1 the patch may be kept or not; infinite where it is no candidate.
+            patch's score from the boundary between kept and dropped, divided by the rounding error of the scores, both
+            in logarithms. Below 1, the patch may be kept or dropped; infinite for patches that are not candidates.
     """
 
     precision: str
@@ -84,34 +84,34 @@ class Golden(msgspec.Struct):
         return plain | kept | {f"margin_{block}": value for block, value in self.margin.items()}
 
     def limit(self) -> float:
-        """Largest error against FP64 of answers with the golden kept sets: twice the precision's own."""
+        """Largest error against FP64 allowed for answers with the golden kept sets; see :func:`error_limit`."""
         return error_limit(self.expected, self.reference, self.terms)
 
     def tie_limits(self) -> np.ndarray:
-        """The same for each image ``[n]`` where another choice within rounding may have been made."""
+        """Limit for each image ``[n]``, larger where rounding may change the choice of tokens."""
         margins: tuple[list[np.ndarray], list[np.ndarray]] = [], []
         for block, margin in self.margin.items():
             margins[self._merges(block)].append(margin)
         return tie_limits(self.limit(), self.expected_free, self.swapped, self.reference, *margins)
 
     def _merges(self, block: int) -> bool:
-        """Whether a location merges: then it has a number for every patch, none of them a fused token's."""
+        """Whether a location merges tokens: it then has one number for each patch, and no fused token."""
         kept = self.kept[block]
         return kept.shape[1] == self.margin[block].shape[1] - 1 and bool((kept >= 0).all())
 
     def dense_limit(self) -> float:
-        """The same for the dense twin."""
+        """Like :meth:`limit`, for the dense twin."""
         return error_limit(self.dense_expected, self.dense_reference, self.dense_terms)
 
     def noise(self, *, embedding: bool = False) -> float:
-        """What the precision costs: see :func:`evit_deploy.verification.tolerances.noise`."""
+        """Relative error of the precision; see :func:`evit_deploy.verification.tolerances.noise`."""
         return noise(self.expected, self.reference, embedding=embedding)
 
 
 _LOCATED = ("kept", "margin")
 _PLAIN = tuple(field for field in Golden.__struct_fields__ if field not in _LOCATED)
 _IMAGES = 64
-"""More are never written."""
+"""Largest number of images in a golden file."""
 
 
 def load_golden(path: Path, manifest: Manifest) -> Golden:
@@ -119,10 +119,10 @@ def load_golden(path: Path, manifest: Manifest) -> Golden:
 
     Args:
         path: The file.
-        manifest: Of the bundle it belongs to: it says what shapes the arrays have.
+        manifest: Manifest of the bundle, which determines the shapes of the arrays.
 
     Raises:
-        InputError: The file is not a golden file, or not this model's.
+        InputError: The file is not a golden file, or belongs to another model.
     """
     plan = manifest.plan
     floats = ("float32", "float64")
@@ -153,12 +153,12 @@ def load_golden(path: Path, manifest: Manifest) -> Golden:
 
 
 class Expected(msgspec.Struct, frozen=True):
-    """What a precision itself says to the golden inputs.
+    """Outputs for the golden inputs in the bundle's precision.
 
     Args:
-        logits: ``[n, classes]``, keeping given tokens.
-        scores: Per location ``[n, N]``, on the way there.
-        free: Logits, with the tokens that the model itself chooses.
+        logits: ``[n, classes]``, with a given choice of tokens.
+        scores: Scores of each location ``[n, N]``, from the same run.
+        free: Logits with the model's own choice of tokens.
         dense: Logits of the dense model.
     """
 
@@ -169,15 +169,15 @@ class Expected(msgspec.Struct, frozen=True):
 
 
 class _InFull(msgspec.Struct, frozen=True):
-    """What a model says in FP32 and in FP64.
+    """Outputs of a model in FP32 and FP64.
 
     Args:
-        logits: FP32.
-        kept: What the FP32 model chose, a location each.
-        scores: By what it chose.
-        reference: FP64, with the choices of the FP32 model.
-        exact_scores: The scores on the way there.
-        swapped: FP64, with the next best choices.
+        logits: FP32 logits.
+        kept: Choice of the FP32 model at each location.
+        scores: Scores of the FP32 model at each location.
+        reference: FP64 logits, with the choices of the FP32 model.
+        exact_scores: Scores of the FP64 model at each location, from the same run.
+        swapped: FP64 logits, with the next best choices.
         terms: See :class:`Golden`.
     """
 
@@ -191,16 +191,16 @@ class _InFull(msgspec.Struct, frozen=True):
 
 
 class KnownAnswers(msgspec.Struct):
-    """What PyTorch said before to the same inputs with the same weights; :func:`make_golden` reads it and adds to it.
+    """Cache of PyTorch outputs for the same inputs and weights, used and filled by :func:`make_golden`.
 
     Args:
-        found: Answers by what was asked.
+        found: Cached results by key.
     """
 
     found: dict[Any, Any] = {}
 
     def once(self, key: Any, ask: Callable[[], Any]) -> Any:
-        """What was found under a key, or is found now."""
+        """Returns the cached result of a key; calls ``ask`` and caches its result if there is no entry."""
         if key not in self.found:
             self.found[key] = ask()
         return self.found[key]
@@ -220,10 +220,10 @@ def make_golden(
         model: The reduced model, FP32, on the CPU.
         dense: The same weights without reduction.
         inputs: float32 ``[n, C, H, W]``.
-        precision: Of the bundle.
-        quantized: For ``int8`` and ``fp8``: the quantized model and its dense twin, ONNX, which say themselves what is
-            rounded where; the twin is not needed where its answers are known.
-        known: What is known already of these weights and inputs.
+        precision: Precision of the bundle.
+        quantized: For ``int8`` and ``fp8``: the quantized ONNX model and its dense twin, which define where values are
+            rounded. The twin is not used if ``known`` has its answers.
+        known: Cached results for the same weights and inputs; new ones are added.
     """
     known = known if known is not None else KnownAnswers()
     plan = token_plan(model)
@@ -256,7 +256,7 @@ def make_golden(
 
 
 def _first_of(model: Any) -> int | None:
-    """The first block that is not the dense model's own; ``None`` where the blocks before it cannot be left out."""
+    """Index of the first block that differs from the dense model; ``None`` if blocks before it cannot be skipped."""
     blocks = backbone_of(model).blocks(model)
     stateful = any(isinstance(part, TokenReducer) and part.stateful for part in model.modules())
     locations = token_plan(model).locations
@@ -270,11 +270,12 @@ def _in_full(model: torch.nn.Module, inputs: np.ndarray, first: int | None, begu
         model: The reduced model or its dense twin.
         inputs: float32 ``[n, C, H, W]``.
         first: See :func:`_first_of`; of the reduced model.
-        begun: What such a block takes in FP64, which is the same for all that the dense model's blocks lead to.
+        begun: FP64 input of the block ``first``, by block; the same for every schedule, because only blocks of the
+            dense model come before it.
     """
     logits, kept, scores = _answers(model, inputs)
     method: type[TokenReducer] = METHODS.get(token_spec(model).method)
-    # The FP64 model keeps what the FP32 model kept: otherwise it answers another question wherever scores nearly tie.
+    # The FP64 model uses the FP32 model's choices, because its own may differ wherever scores nearly tie.
     with _computing_in(model, torch.float64) as exact:
         blocks = backbone_of(model).blocks(exact)
         _begin_at(blocks, first, begun)
@@ -288,7 +289,7 @@ def _in_full(model: torch.nn.Module, inputs: np.ndarray, first: int | None, begu
 
 
 class _Begun(torch.nn.Module):
-    """Stands in the place of a block and gives out what the blocks up to here gave before."""
+    """Replaces a block and returns the recorded output of the blocks up to this point."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -299,7 +300,7 @@ class _Begun(torch.nn.Module):
 
 
 def _begin_at(blocks: Any, first: int | None, begun: dict[int, Tensor]) -> None:
-    """Leaves out the blocks before the first one that reduces, if what they give is known; else takes note of it."""
+    """Skips the blocks before the first one that reduces if their output is recorded; else records it."""
     if first is None:
         return
     if first in begun:
@@ -317,7 +318,7 @@ def _begin_at(blocks: Any, first: int | None, begun: dict[int, Tensor]) -> None:
 def _low_answers(
     model: torch.nn.Module, inputs: np.ndarray, kept: list[np.ndarray], dtype: torch.dtype
 ) -> tuple[np.ndarray, list[Any], np.ndarray]:
-    """What PyTorch says in half precision: logits and scores with given choices, and logits with its own."""
+    """PyTorch's outputs in half precision: logits and scores with given choices, and logits with its own choices."""
     with _computing_in(model, dtype) as low:
         free = _answers(low, inputs)[0]
         logits, scores = _replayed(low, inputs, kept) if kept else (free, [])
@@ -326,9 +327,9 @@ def _low_answers(
 
 @contextmanager
 def _computing_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[torch.nn.Module]:
-    """A twin of a model that computes in another type.
+    """Returns a copy of a model that computes in another data type.
 
-    A block's weights are cast when it is called and no longer: a second copy of them all is never in memory.
+    The weights of a block are cast only while it runs, so that memory never holds a second copy of all weights.
     """
     twin = copy_sharing_weights(model)
     blocks = list(backbone_of(model).blocks(twin))
@@ -366,9 +367,9 @@ def _cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _classifier_terms(model: Any) -> Iterator[list[np.ndarray]]:
-    """Collects Σ|weight · feature| + |bias| of the answer ``[n, classes]``, an array a classifier, while it is open.
+    """Collects Σ|weight · feature| + |bias| ``[n, classes]`` of each classifier while the context is open.
 
-    Of a normalized embedding the terms are scaled as it is.
+    For a normalized embedding, the terms are divided by its norm.
     """
     found: list[np.ndarray] = []
 
@@ -395,12 +396,12 @@ def _classifier_terms(model: Any) -> Iterator[list[np.ndarray]]:
 
 
 def _largest(terms: list[np.ndarray], reference: np.ndarray) -> np.ndarray:
-    """Of each image the largest over the classifiers and classes; without a classifier, of the features themselves."""
+    """Largest term of each image over classifiers and classes; without a classifier, the largest feature."""
     return np.max([np.abs(logits).max(axis=1) for logits in terms or [reference]], axis=0)
 
 
 def _replayed(model: torch.nn.Module, inputs: np.ndarray, kept: list[np.ndarray]) -> tuple[np.ndarray, list[Any]]:
-    """Logits and scores of a twin of a model, whose choices are given from here on."""
+    """Logits and scores of a model with given choices; the model is modified and continues to use them."""
     reducers = [m for m in model.modules() if isinstance(m, TokenReducer) and m.plan.keep is not None]
     for reducer, choice in zip(reducers, kept, strict=True):
         reducer.given = torch.from_numpy(choice)
@@ -426,7 +427,7 @@ def _as_numpy(scores: Any) -> Any:
 def _quantized_answers(
     model: Any, dense_logits: np.ndarray, inputs: np.ndarray, kept: list[np.ndarray], plan: TokenPlan
 ) -> Expected:
-    """A Q/DQ graph as it is written: every rounding where the graph has it, everything between in float arithmetic."""
+    """Runs a Q/DQ graph as written: rounding only at Q/DQ nodes, float arithmetic everywhere else."""
     from evit_deploy.export.variants import with_choice
 
     blocks = [row.block for row in plan.locations]
@@ -449,12 +450,13 @@ def _answer_of(proto: Any, inputs: np.ndarray) -> np.ndarray:
 
 
 def _run_graph(proto: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What an ONNX graph says when it is computed as it is written."""
+    """Runs an ONNX graph without optimizations; returns its outputs by name."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # or int8 kernels run
+    # With optimizations, ONNX Runtime would replace Q/DQ nodes by int8 kernels.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     answers: Any = session.run(names, given)

@@ -1,8 +1,8 @@
-"""Limits that a bundle's own files set: golden answers with every tolerance found anew, none of it read.
+"""Tolerances recomputed from a bundle's ONNX files instead of read from its golden file.
 
-What a golden file says about rounding is as trustworthy as whoever wrote it. The model's tensors and their types say
-the same: see :mod:`evit_deploy.export.disturbed`. The answers themselves, and the patches that were kept, stay those of
-the golden file; the model in FP32 arithmetic has to give them within these limits.
+The tolerances in a golden file are only as trustworthy as its author. The tensors of the model and their data types
+determine the same tolerances; see :mod:`evit_deploy.export.disturbed`. The answers and kept patches of the golden file
+are retained, and the model in FP32 arithmetic must reproduce them within these limits.
 """
 
 from pathlib import Path
@@ -21,16 +21,16 @@ from evit_deploy.tokens.reducer import TokenReducer
 from evit_deploy.verification.golden import Golden
 
 DRAWS = 3
-"""Draws of the weights; the farthest counts."""
+"""Number of random perturbations of the weights; the largest deviation counts."""
 
 
 class Own(msgspec.Struct, frozen=True):
-    """What a bundle's files say of themselves.
+    """Answers and tolerances computed from a bundle's ONNX files.
 
     Args:
-        golden: The golden answers with the files' own tolerances.
-        outputs: What the model says to the golden inputs in FP32 arithmetic, choices included.
-        dense: What its dense twin says.
+        golden: The golden answers with the recomputed tolerances.
+        outputs: Outputs of the model for the golden inputs in FP32 arithmetic, including the choices.
+        dense: Answers of its dense twin.
     """
 
     golden: Golden
@@ -39,14 +39,14 @@ class Own(msgspec.Struct, frozen=True):
 
 
 def own_limits(golden: Golden, model: Path, dense: Path, plan: TokenPlan, method: str) -> Own:
-    """Finds what rounding costs the files of a bundle.
+    """Computes how much rounding changes the outputs of a bundle's ONNX files.
 
     Args:
-        golden: What the bundle's golden file says; of its tolerances nothing is used.
-        model: The model.
-        dense: Its dense twin.
-        plan: The model's plan.
-        method: Its method.
+        golden: Contents of the bundle's golden file; its tolerances are ignored.
+        model: Path of the model.
+        dense: Path of its dense twin.
+        plan: The model's token plan.
+        method: Name of its method.
 
     Raises:
         InputError: A file cannot be computed.
@@ -79,7 +79,7 @@ def own_limits(golden: Golden, model: Path, dense: Path, plan: TokenPlan, method
     none = np.zeros(len(golden.inputs))
     recomputed = msgspec.structs.replace(
         golden,
-        # The limits are distances from the reference, so what the files' own say is moved there.
+        # Limits are distances from the reference, so the deviations of the files are added to it.
         expected=golden.reference + _farthest([one[answer] - exact[answer] for one in drawn]),
         expected_free=golden.reference + (own - exact[answer]),
         swapped=golden.reference + (swapped[answer] - exact[answer]),
@@ -93,7 +93,7 @@ def own_limits(golden: Golden, model: Path, dense: Path, plan: TokenPlan, method
 
 
 def _drawn(path: Path, given: dict[str, np.ndarray], low: bool, *, chosen: bool) -> list[dict[str, np.ndarray]]:
-    """What a file says exactly, and with weights drawn anew, rounding where it rounds."""
+    """Outputs of a file in exact arithmetic, then with rounding and randomly perturbed weights."""
     file = OwnArithmetic(path, rounded=False, chosen=chosen)
     found = [file.answers(given)]
     if low:
@@ -107,5 +107,5 @@ def _choices(blocks: list[int], choices: list[np.ndarray]) -> dict[str, np.ndarr
 
 
 def _farthest(moves: list[np.ndarray]) -> np.ndarray:
-    """Of several distances ``[n, classes]`` the one whose largest number is largest; NaN is larger than any."""
+    """The array ``[n, classes]`` with the largest absolute value; NaN counts as infinite."""
     return max(moves, key=lambda move: float(np.nan_to_num(np.abs(move), nan=np.inf).max(initial=0.0)))

@@ -1,4 +1,4 @@
-"""Proof that a lowered model answers like PyTorch: logits, kept patches, every batch size, every place in a batch."""
+"""Verifies a lowered model against PyTorch: logits, kept patches, all batch sizes, all positions in a batch."""
 
 import copy
 import logging
@@ -47,12 +47,12 @@ BATCH_SIZES = (1, 2, 8)
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """How runtimes are tried.
+    """Settings for verifying runtimes.
 
     Args:
-        batch_sizes: Batches to try; by default those of :func:`default_batches`.
-        threads: CPU threads, ``None`` for each runtime's own choice.
-        data: Folder of images to hold the model against its dense twin on.
+        batch_sizes: Batch sizes to test; :func:`default_batches` by default.
+        threads: CPU threads; ``None`` for each runtime's default.
+        data: Folder of images on which the model is compared with its dense twin.
     """
 
     batch_sizes: Sequence[int] | None = None
@@ -62,7 +62,8 @@ class Trial(msgspec.Struct, frozen=True):
 
 USUAL = Trial()
 _WIDER = 4
-"""What a golden file records may be so many times what is found here: processors round differently, and so do draws."""
+"""Largest allowed ratio of a recorded tolerance to the recomputed one. They differ because processors round differently
+and the weights are perturbed at random."""
 
 
 def verify(
@@ -76,29 +77,33 @@ def verify(
     plugin: str | Path | None = None,
     server: Server | None = None,
 ) -> Report:
-    """Verifies a bundle against its golden answers, and its runtimes against one another.
+    """Verifies a bundle against its golden answers, and its runtimes against each other.
 
-    PyTorch's own runtimes run on the GPU if there is one, in FP32 without TF32.
+    The PyTorch runtimes use the GPU if there is one, in FP32 without TF32.
 
     Args:
         path: The bundle, or its folder.
-        runtimes: Names in the registry of runtimes; all that can run the bundle here when empty.
-        batch_sizes: Batches to try; by default 1, 2 and 8, or the ends and the optimum of every profile of a plan.
-        threads: CPU threads, ``None`` for each runtime's own choice.
-        against: Checkpoint that the bundle was made from, if it was moved.
-        data: Folder of images on which the model is compared with its dense twin, and runtimes with each other: top-1,
-            top-5 and agreement, of a model without classes cosine and retrieval. Without class folders (class/image)
-            only what needs no labels.
-        plugin: Library that the engine needs; by default the one in the user's cache whose hash the manifest has.
-        server: A running Triton server; its model is verified like any other runtime, and with the name of an ensemble
-            that takes files, so is what that makes of them.
+        runtimes: Names in the registry of runtimes; if empty, all that can run the bundle on this machine.
+        batch_sizes: Batch sizes to test. By default 1, 2 and 8, or the minimum, optimum and maximum of each
+            optimization profile of an engine.
+        threads: CPU threads; ``None`` for each runtime's default.
+        against: Checkpoint that the bundle was converted from, if it was moved.
+        data: Folder of images on which the model is compared with its dense twin, and the runtimes with each other:
+            top-1, top-5 and agreement, or cosine and retrieval for a model without classes. Without class folders
+            (class/image), only metrics that need no labels are computed.
+        plugin: Plugin library that the engine needs; by default, the one in the user's cache that matches the hash in
+            the manifest.
+        server: A running Triton server, verified like any other runtime. If it names an ensemble that accepts image
+            files, the ensemble is verified too.
 
     Returns:
-        The report; ``passed`` says whether everything held.
+        The report; ``passed`` is true if every check passed.
 
     Raises:
-        InputError: No bundle, an unknown runtime, a runtime that cannot run it, or a server that serves another model.
-        MissingRequirement: A runtime that was asked for, or the server, is not there, or none for any of the files.
+        InputError: The path is not a bundle, a runtime is unknown or cannot run the bundle, or the server serves
+            another model.
+        MissingRequirement: A requested runtime or the server is not available, or no available runtime can run any
+            file of the bundle.
     """
     against = Path(against) if against is not None else None
     data = Path(data) if data is not None else None
@@ -108,10 +113,10 @@ def verify(
     changed = bundles.changed_files(bundle)
     reason = f"changed or gone: {', '.join(changed)}. Copy the bundle here again, or convert again." if changed else ""
     check = Check("files as written", len(changed), 0, not changed, reason)
-    if changed:  # what follows would be about other files than the manifest's
+    if changed:  # the manifest does not describe these files, so further checks would be meaningless
         return Report(checks=(check,), versions=versions(), device=device(), commands=commands())
     if data is not None:
-        pictures_of(data, bundle.manifest)  # a wrong folder is refused before the work, not after it
+        pictures_of(data, bundle.manifest)  # reject an invalid folder before the long checks
     golden = load_golden(bundle.file(GOLDEN), bundle.manifest)
     report = Report(checks=(check,), versions=versions(), device=device(), commands=commands()) + check_claims(bundle)
     model, why_not = parent_model(bundle, against)
@@ -139,20 +144,20 @@ def verify(
 def hold_golden(
     bundle: bundles.Bundle, golden: Golden, model: torch.nn.Module | None, why_not: str, *, served: bool
 ) -> tuple[Golden, Report]:
-    """Makes sure that golden answers are the model's, and finds what rounding may move them by; neither is believed.
+    """Checks the golden answers and tolerances of a bundle; neither is trusted as recorded.
 
-    With the PyTorch model both are computed again. Without it, the answers have to be those of the bundle's own ONNX
-    files, by limits that their tensors set.
+    With the PyTorch model, both are recomputed. Without it, the golden answers are compared with the bundle's ONNX
+    files, within limits derived from their tensors.
 
     Args:
         bundle: The bundle.
-        golden: What its golden file says.
-        model: The PyTorch model it was made from, FP32.
-        why_not: Why there is none.
-        served: Whether a server has the model: of a package then nothing but its golden file can be asked.
+        golden: Contents of its golden file.
+        model: The PyTorch model it was converted from, FP32, if available.
+        why_not: Why the PyTorch model is not available.
+        served: Whether a server runs the model. For a package, only the golden file is then available.
 
     Returns:
-        Golden answers to hold runtimes against, and the checks.
+        Golden answers to compare runtimes with, and the checks.
 
     Raises:
         InputError: The bundle's ONNX files cannot be computed.
@@ -160,10 +165,10 @@ def hold_golden(
     plan, answer = bundle.manifest.plan, bundle.manifest.answer
     which = np.arange(len(golden.inputs))
     whole = {MODEL, DENSE} <= bundle.manifest.files.keys()
-    if not whole and (model is None or golden.precision in QUANTIZED):  # a package: the server has the model
+    if not whole and (model is None or golden.precision in QUANTIZED):  # a package: only the server has the model
         note = "Golden answers and tolerances are as they were written: the package has no model.onnx to find them by."
         fix = "Give --against CHECKPOINT, or verify the bundle." if model is None else "Verify the bundle."
-        # Files that are here are not proven by tolerances that lie beside them.
+        # Recorded tolerances do not verify local files: anyone who changes the files can change the tolerances.
         checks = () if served else (Check("golden answers", None, None, False, f"{note} {fix}"),)
         return golden, Report(checks=checks, notes=(f"{note} {fix}",))
     if model is not None:
@@ -210,10 +215,10 @@ def _prove_all(
     model: torch.nn.Module | None,
     unable: dict[str, MissingRequirement],
 ) -> Report:
-    """Proves what can be proven here, and says which files of the bundle were not.
+    """Verifies all files that a runtime on this machine can run, and adds a note for each of the others.
 
     Raises:
-        MissingRequirement: Nothing here runs any of them.
+        MissingRequirement: No available runtime can run any file of the bundle.
     """
     artifacts: dict[str, Any] = {}
     for name in RUNTIMES.names():
@@ -249,20 +254,21 @@ def prove(
     unable: dict[str, MissingRequirement] | None = None,
     server: Server | None = None,
 ) -> Report:
-    """Holds the answers of runtimes against the golden ones, and against one another.
+    """Compares the answers of runtimes with the golden answers and with each other.
 
     Args:
         bundle: The bundle.
         golden: Its golden answers.
         runtimes: Names in the registry of runtimes.
-        trial: How to try them.
-        model: The PyTorch model, FP32, for the runtimes that run it: on the GPU if there is one, as in profiling.
-        unable: Takes the runtimes that turn out not to run here, and why; without it that is an error.
-        server: The served model, for the runtimes that ask a server.
+        trial: Batch sizes, threads and images to use.
+        model: The PyTorch model, FP32, for the runtimes that run it; on the GPU if there is one, as in profiling.
+        unable: Filled with the runtimes that cannot run here and the errors they raised. If ``None``, these errors are
+            raised.
+        server: The served model, for the runtimes that use a server.
 
     Raises:
-        InputError: A runtime has nothing to run in this bundle.
-        MissingRequirement: A runtime is not there, or its processor lacks the precision.
+        InputError: The bundle has no file that a runtime can run.
+        MissingRequirement: A runtime is not available, or the processor does not support the precision.
     """
     manifest, report, threads = bundle.manifest, Report(), trial.threads
     pictures = pictures_of(trial.data, manifest) if trial.data is not None else None
@@ -280,7 +286,7 @@ def prove(
         stage(_LOG, f"verifying on {name}")
         try:
             found, answers[name] = verify_runtime(name, artifact, golden, manifest.plan, trial.batch_sizes, threads)
-        except MissingRequirement as error:  # a processor without the type is found out when the file is opened
+        except MissingRequirement as error:  # an unsupported data type is only detected when the file is opened
             if unable is None:
                 raise
             unable[name] = error
@@ -299,11 +305,11 @@ def prove(
 
 
 def verify_precision(golden: Golden, answer: str = LOGITS) -> Report:
-    """Whether the precision itself leaves the model intact, whoever computes it.
+    """Checks that the error of the precision itself, independent of any runtime, is below :data:`NOISE_LIMIT`.
 
     Args:
-        golden: The answers.
-        answer: What they are, see :attr:`evit_deploy.bundle.manifest.Manifest.answer`.
+        golden: The golden answers.
+        answer: Name of the model's output; see :attr:`evit_deploy.bundle.manifest.Manifest.answer`.
     """
     if golden.precision == "fp32":
         return Report()
@@ -325,21 +331,21 @@ def verify_runtime(
     batch_sizes: Sequence[int] | None = None,
     threads: int | None = None,
 ) -> tuple[Report, Answers]:
-    """Holds one runtime's answers against the golden ones, at several batch sizes.
+    """Compares one runtime's answers with the golden answers, at several batch sizes.
 
     Args:
-        name: Of the runtime.
-        artifact: What it runs.
-        golden: The answers.
-        plan: The model's plan.
-        batch_sizes: Batches to try; see :func:`verify`.
-        threads: CPU threads.
+        name: Name of the runtime.
+        artifact: File or model to run.
+        golden: The golden answers.
+        plan: The model's token plan.
+        batch_sizes: Batch sizes to test; see :func:`verify`.
+        threads: CPU threads; ``None`` for the runtime's default.
 
     Returns:
         The checks, and the runtime's answers to the golden images.
 
     Raises:
-        InputError: The runtime cannot run the artifact, or not at one of these batch sizes.
+        InputError: The runtime cannot run the artifact, or does not support one of the batch sizes.
     """
     checks: list[Check] = []
     found: list[Answers] = []
@@ -354,32 +360,32 @@ def verify_runtime(
             own = {block: numbers[first] for block, numbers in kept.items()}
             found.append(Answers(outputs[answer_in(outputs)][first], own))
     *_, answers = found
-    told = bool(answers.kept) or not plan.locations
+    known = bool(answers.kept) or not plan.locations
     what = "only its answers were compared"
     note = f"{name} does not say which patches it keeps, so that {what}; convert --with-indices tells."
-    return Report(checks=tuple(checks), notes=() if told else (note,)), answers
+    return Report(checks=tuple(checks), notes=() if known else (note,)), answers
 
 
 def default_batches(runner: Runner) -> tuple[int, ...]:
-    """Where a runner's batch sizes are to be tried: the ends and the optimum of each of its profiles."""
+    """Batch sizes to test: minimum, optimum and maximum of each optimization profile, else :data:`BATCH_SIZES`."""
     ends = {size for p in runner.profiles for size in (p.minimum, p.optimum, p.maximum)}
     return tuple(sorted(ends)) or BATCH_SIZES
 
 
 def _answer_checks(label: str, golden: Golden, which: np.ndarray, outputs: Any, plan: TokenPlan) -> list[Check]:
     found = agreement(golden, which, outputs, plan)
-    told = not np.isnan(found.same)
+    known = not np.isnan(found.same)
     checks, answer = [], answer_in(outputs)
-    if told:
+    if known:
         reason = f"{found.ties:.0%} of the images differ within rounding (ties)" if found.ties else ""
         reason = f"{found.wrong:.0%} of the images keep other patches than PyTorch" if found.wrong else reason
         share = f"{found.same + found.ties:.0%}"
         checks.append(Check(f"{label}: kept patches", share, "100%", found.wrong == 0, reason))
     compared = []
-    if told and found.same:
+    if known and found.same:
         compared.append((answer, found.error, found.limit))
-    if not told or found.ties:
-        compared.append((f"{answer} on ties" if told else answer, found.tie_error, found.tie_limit))
+    if not known or found.ties:
+        compared.append((f"{answer} on ties" if known else answer, found.tie_error, found.tie_limit))
     for what, error, limit in compared:
         held = error <= limit
         reason = "" if held else f"the largest error against FP64 is {error:.2e}, allowed is {limit:.2e}"
@@ -390,7 +396,7 @@ def _answer_checks(label: str, golden: Golden, which: np.ndarray, outputs: Any, 
 
 
 def _place_check(label: str, runner: Runner, golden: Golden, batch: int, plan: TokenPlan) -> Check:
-    """The same image at every place of a batch has to give the same answer (NVIDIA/TensorRT#4813, #4853)."""
+    """Checks that an image yields the same answer at every position of a batch (NVIDIA/TensorRT#4813, #4853)."""
     worst, limit, moved, answer = 0.0, golden.limit(), 0, LOGITS
     for image in range(min(2, len(golden.inputs))):
         outputs = runner.infer(feeds(np.repeat(golden.inputs[image : image + 1], batch, axis=0)))
@@ -410,7 +416,7 @@ def _place_check(label: str, runner: Runner, golden: Golden, batch: int, plan: T
 
 
 def verify_dense(name: str, artifact: Any, golden: Golden, threads: int | None = None) -> Report:
-    """Holds the dense twin against the dense PyTorch model: a wrong twin would make every speed-up worthless."""
+    """Compares the dense twin with the dense PyTorch model, since every speed-up is relative to the twin."""
     with opened(name, artifact, threads) as runner:
         batch = max((p.maximum for p in runner.profiles), default=len(golden.inputs))
         outputs = infer_all(runner, golden.inputs, min(batch, len(golden.inputs)))

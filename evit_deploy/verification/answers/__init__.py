@@ -1,1 +1,1 @@
-"""Answers to images: what a runtime gives for them, and what fewer tokens and rounding cost them."""
+"""Model outputs on images, and how much token reduction and rounding change them."""

@@ -1,4 +1,4 @@
-"""What runtimes answer to any number of images, in batches that they can take, and how far two of them agree."""
+"""Runs any number of images in batches that a runtime supports, and compares the answers of two runtimes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,15 +16,15 @@ from evit_deploy.verification.answers.pictures import embeds
 from evit_deploy.verification.answers.retrieval import cosines
 
 DATA_BATCH = 32
-"""Images in a call, where the runtime takes any number."""
+"""Images per call if the runtime supports any batch size."""
 
 
 class Answers(msgspec.Struct, frozen=True):
-    """What one runtime said to some images.
+    """Outputs of one runtime for a set of images.
 
     Args:
         logits: ``[n, classes]``, or embeddings ``[n, width]``.
-        kept: By block, original patch numbers ``[n, K(+1)]``; empty where the runtime gives none out.
+        kept: Original patch numbers ``[n, K(+1)]`` by block; empty if the runtime does not return them.
     """
 
     logits: np.ndarray
@@ -32,26 +32,26 @@ class Answers(msgspec.Struct, frozen=True):
 
 
 def data_batch(runner: Runner) -> int:
-    """Images a call: :data:`DATA_BATCH`, or of the sizes that an engine covers the nearest to it."""
+    """Images per call: :data:`DATA_BATCH`, or the nearest size that an engine supports."""
     sizes = [min(max(DATA_BATCH, profile.minimum), profile.maximum) for profile in runner.profiles]
     return min(sizes or [DATA_BATCH], key=lambda size: abs(size - DATA_BATCH))
 
 
 def outputs_of(runner: Runner, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What a runner answers to any number of images.
+    """Runs any number of images, in a batch size that the runner supports.
 
     Args:
-        runner: Opened.
-        images: Float32 ``[n, C, H, W]``, prepared.
+        runner: An opened runner.
+        images: Preprocessed images, float32 ``[n, C, H, W]``.
 
     Returns:
-        By output, ``[n, ...]``.
+        Arrays ``[n, ...]`` by output name.
     """
     return infer_all(runner, images, data_batch(runner) if runner.profiles else len(images))
 
 
 def infer_all(runner: Runner, images: np.ndarray, batch: int) -> dict[str, np.ndarray]:
-    """Runs any number of images in batches of one size; the last one is filled up, and the excess cut off."""
+    """Runs any number of images in batches of a fixed size; the last batch is padded and its excess dropped."""
     parts = []
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
@@ -60,7 +60,7 @@ def infer_all(runner: Runner, images: np.ndarray, batch: int) -> dict[str, np.nd
 
 
 def named_patches(outputs: Mapping[str, np.ndarray], plan: TokenPlan) -> dict[int, np.ndarray]:
-    """A runner's kept outputs in original patch numbers, by block; empty if it gives none out."""
+    """Kept patches of a runner's outputs in original patch numbers, by block; empty if it does not return them."""
     blocks = [row.block for row in plan.locations]
     if any(kept_name(block) not in outputs for block in blocks):
         return {}
@@ -69,9 +69,9 @@ def named_patches(outputs: Mapping[str, np.ndarray], plan: TokenPlan) -> dict[in
 
 
 def members(numbers: np.ndarray, patches: int) -> np.ndarray:
-    """How often each number is among ``[rows, K]``, as ``[rows, patches + 1]``.
+    """Counts each patch number in ``[rows, K]``; returns ``[rows, patches + 1]``.
 
-    Fused tokens come last: there may be several, the one just made and those of earlier locations that were kept.
+    Fused tokens come last. There may be several: the newest one, and kept ones of earlier locations.
     """
     members = np.zeros((len(numbers), patches + 1), int)
     np.add.at(members, (np.arange(len(numbers))[:, None], numbers.astype(np.int64) % (patches + 1)), 1)
@@ -79,9 +79,9 @@ def members(numbers: np.ndarray, patches: int) -> np.ndarray:
 
 
 def overlap(kept: np.ndarray, others: np.ndarray, merging: bool = False) -> float:
-    """Mean over images of patches in common over patches of either (Jaccard), without the fused token.
+    """Jaccard index of two choices of patches without fused tokens, mean over images.
 
-    Where tokens are merged: the share of patches that joined the same token.
+    With ``merging``, the share of patches that joined the same token.
     """
     if merging:
         return float((kept == others).mean())
@@ -92,14 +92,14 @@ def overlap(kept: np.ndarray, others: np.ndarray, merging: bool = False) -> floa
 
 
 def agreement_row(first: str, one: Answers, second: str, other: Answers, manifest: Manifest) -> AgreementRow:
-    """Compares what two runtimes said to the same images.
+    """Compares the answers of two runtimes to the same images.
 
     Args:
-        first: Name of the one.
-        one: What it said.
-        second: Name of the other.
-        other: What that said.
-        manifest: Of the bundle that both run.
+        first: Name of the first runtime.
+        one: Its answers.
+        second: Name of the second runtime.
+        other: Its answers.
+        manifest: Manifest of the bundle that both run.
     """
     merging, embedding = manifest.plan.merging, embeds(manifest)
     kept = {str(b): overlap(one.kept[b], other.kept[b], b in merging) for b in one.kept if b in other.kept}

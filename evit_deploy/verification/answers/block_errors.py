@@ -1,8 +1,8 @@
-"""How far the output of each block of an ONNX file is from the PyTorch model's: where rounding begins to tell.
+"""Compares the output of each block of an ONNX file with the PyTorch model, to locate where rounding errors arise.
 
-What is held against each other is what every method keeps: the tokens in front of the patches (class, distillation,
-registers), from which the head reads the answer. So numbers can be compared whatever was chosen, and a choice that
-rounding changes is part of the error. Of a model without such tokens it is the mean of its tokens.
+Only the prefix tokens (class, distillation, registers) are compared: every method keeps them, and the head computes the
+answer from them. They can be compared even if different patches were kept, so that the error includes choices changed
+by rounding. For a model without prefix tokens, the mean of its tokens is compared.
 """
 
 import logging
@@ -29,22 +29,22 @@ from evit_deploy.verification.tolerances import noise
 _LOG = logging.getLogger(__name__)
 
 IMAGES = 4
-"""Pictures that both are shown."""
+"""Number of images that are compared."""
 
 
 def block_errors(model: torch.nn.Module, path: Path, images: np.ndarray, threads: int | None = None) -> Report:
-    """Compares the outputs of blocks.
+    """Compares the outputs of the blocks of an ONNX file with those of the PyTorch model.
 
-    The file stays as it is: a copy of its graph gives the values out, and ONNX Runtime's CPU provider computes them.
+    The file is not modified: the outputs are added to a copy of its graph, which ONNX Runtime's CPU provider runs.
 
     Args:
         model: The reduced or dense model, FP32, on the CPU.
         path: Its ONNX file, in any precision.
-        images: float32 ``[n, C, H, W]``, two or more; :data:`IMAGES` of them are taken, evenly spaced.
+        images: float32 ``[n, C, H, W]``, two or more; :data:`IMAGES` evenly spaced ones are used.
         threads: CPU threads of ONNX Runtime.
 
     Returns:
-        ``block_errors``, a row for each block; or ``notes``, with the reason why they were not measured.
+        A report with ``block_errors``, one row per block, or with ``notes`` that explain why they were not measured.
     """
     doing(_LOG, "comparing the outputs of blocks")
     outline = read_outline(path)
@@ -68,7 +68,7 @@ def block_errors(model: torch.nn.Module, path: Path, images: np.ndarray, threads
     try:
         with OnnxRuntimeRunner(Outline(proto, outline.folder), threads=threads) as runner:
             found = runner.infer(feeds(chosen))
-    except StageError as error:  # what verifies the file itself says so at length
+    except StageError as error:  # verifying the file itself reports the details
         return _not_measured(str(error))
     prefix = token_plan(model).prefix
     errors = [_error(found[value.name], tokens, prefix) for value, tokens in zip(values, exact, strict=True)]
@@ -84,14 +84,14 @@ def _not_measured(reason: str) -> Report:
 
 
 def _names(model: torch.nn.Module) -> list[str]:
-    """What the blocks are called, and the names of their nodes begin with; empty where one has no name."""
+    """Module names of the blocks, which are also the prefixes of their node names; empty if a block has no name."""
     known = {module: name for name, module in model.named_modules()}
     names = [known.get(block, "") for block in backbone_of(model).blocks(model)]
     return names if all(names) else []
 
 
 def _of_pytorch(model: torch.nn.Module, images: np.ndarray) -> list[np.ndarray] | None:
-    """What each block gives, ``[n, tokens, width]``; ``None`` where one gives something else."""
+    """Outputs of the blocks, ``[n, tokens, width]`` each; ``None`` if a block returns something else."""
     blocks = list(backbone_of(model).blocks(model))
     found: dict[torch.nn.Module, np.ndarray] = {}
 
@@ -113,15 +113,15 @@ def _of_pytorch(model: torch.nn.Module, images: np.ndarray) -> list[np.ndarray] 
 
 
 def _values(proto: ModelProto, names: Sequence[str], exact: Sequence[np.ndarray]) -> list[ValueInfoProto] | None:
-    """The value that each block gives: the last that its nodes make and that has the shape of its tokens.
+    """Finds the output value of each block: the last output of its nodes that has the shape of its tokens.
 
     Args:
         proto: The file's graph.
-        names: How the names of the nodes of each block begin.
-        exact: What the blocks give in PyTorch.
+        names: Prefix of the node names of each block.
+        exact: Outputs of the blocks in PyTorch.
 
     Returns:
-        Name and type of each; ``None`` where a block has none.
+        Name and type of each value; ``None`` if a block has no such value.
     """
     longest = sorted(names, key=len, reverse=True)
     pattern = re.compile(rf"({'|'.join(map(re.escape, longest))})[./]")
@@ -141,7 +141,7 @@ def _values(proto: ModelProto, names: Sequence[str], exact: Sequence[np.ndarray]
 
 
 def _fits(info: ValueInfoProto, tokens: np.ndarray, last: bool) -> bool:
-    """Whether a value can be a block's tokens; the last block may give the first of them alone."""
+    """Whether a value has the shape of a block's tokens; the last block may return only the first tokens."""
     sizes = [size.dim_value for size in info.type.tensor_type.shape.dim]
     if len(sizes) != 3 or sizes[2] != tokens.shape[2]:
         return False
@@ -149,7 +149,7 @@ def _fits(info: ValueInfoProto, tokens: np.ndarray, last: bool) -> bool:
 
 
 def _error(found: np.ndarray, exact: np.ndarray, prefix: int) -> float | None:
-    """Error of the tokens in front, over how much they differ from picture to picture."""
+    """Error of the prefix tokens relative to their spread over images."""
     count = min(prefix, found.shape[1])
     first, second = (
         (one[:, :count] if count else one.mean(axis=1, keepdims=True)).reshape(len(one), -1).astype(np.float64)

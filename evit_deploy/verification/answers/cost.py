@@ -1,4 +1,4 @@
-"""What fewer tokens cost: a model's answers beside its dense twin's, to the same images, on the same runtime."""
+"""Accuracy cost of token reduction: compares a model with its dense twin on the same images and runtime."""
 
 import logging
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from evit_deploy.verification.answers.retrieval import centered_cosines, cosines
 _LOG = logging.getLogger(__name__)
 
 MODEL_NAME, DENSE_NAME = "model", "dense"
-"""What the two rows are called; profile rows call their variants so."""
+"""Names of the two rows, as in profile rows."""
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -31,8 +31,8 @@ class Pair(msgspec.Struct, frozen=True):
 
     Args:
         runtime: Name in the registry of runtimes.
-        model: What it runs.
-        dense: The twin; ``None`` if there is no twin, such as on a server.
+        model: File or PyTorch model to run.
+        dense: The dense twin; ``None`` if there is no twin, such as on a server.
     """
 
     runtime: str
@@ -41,12 +41,12 @@ class Pair(msgspec.Struct, frozen=True):
 
 
 class Answered(msgspec.Struct, frozen=True):
-    """What was answered to the images.
+    """Answers of several models to the same images.
 
     Args:
-        runtime: What answered.
+        runtime: Name of the runtime that computed them.
         answers: Logits ``[n, classes]`` or embeddings ``[n, width]`` of every model and dense twin, by name.
-        labels: int64 ``[n]``, where they are known.
+        labels: int64 ``[n]``; ``None`` if the images have no labels.
         embeds: Whether the answers are embeddings.
     """
 
@@ -57,7 +57,7 @@ class Answered(msgspec.Struct, frozen=True):
     _nearest: dict[str, np.ndarray] = {}
 
     def nearest(self, name: str) -> np.ndarray:
-        """For each image the one whose embedding is nearest in one model's answers; found once."""
+        """Index of each image's nearest other image in one model's embeddings; cached."""
         if name not in self._nearest:
             self._nearest[name] = nearest(self.answers[name])
         return self._nearest[name]
@@ -66,20 +66,20 @@ class Answered(msgspec.Struct, frozen=True):
 def side_by_side(
     pair: Pair, manifest: Manifest, pictures: Pictures, threads: int | None = None
 ) -> tuple[Report, Answers]:
-    """Shows the images to a model and its dense twin, which read each of them once.
+    """Runs a model and its dense twin on the same images; each image is read only once.
 
     Args:
-        pair: The two.
-        manifest: Of their bundle.
+        pair: The model and its dense twin.
+        manifest: Manifest of their bundle.
         pictures: The images.
-        threads: CPU threads.
+        threads: CPU threads; ``None`` for the runtime's default.
 
     Returns:
-        A row for each of the two, and what the reduced one answered and kept.
+        A report with a row for each of the two, and the answers and kept patches of the reduced model.
 
     Raises:
         InputError: An image cannot be read, or the runtime cannot run one of the two.
-        MissingRequirement: The runtime is not here.
+        MissingRequirement: The runtime is not available.
     """
     answer, parts, kept, truth = manifest.answer, {}, [], []
     with ExitStack() as stack:
@@ -108,7 +108,7 @@ def side_by_side(
 
 
 def _precision_of(artifact: Any, manifest: Manifest) -> str:
-    """What the runtime computes in: of a file its own, of a PyTorch model the type of its weights."""
+    """Precision of an artifact: the bundle's for a file, the data type of the weights for a PyTorch model."""
     if not isinstance(artifact, torch.nn.Module):
         return manifest.precision
     kinds = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -117,7 +117,7 @@ def _precision_of(artifact: Any, manifest: Manifest) -> str:
 
 
 def dense_of(model: Any, dense: Any) -> Any:
-    """The twin of what a runtime runs: of a file the bundle's, of a PyTorch model one of the same weights."""
+    """Dense twin of an artifact: ``dense`` for a file, a twin with the same weights for a PyTorch model."""
     return dense_twin(model) if isinstance(model, torch.nn.Module) else dense
 
 
@@ -131,14 +131,14 @@ def _rows_of(manifest: Manifest, precision: str, answered: Answered) -> tuple[Co
 
 
 def row_of_plan(name: str, method: str, settings: str, precision: str, plan: TokenPlan) -> ComparedRow:
-    """What a model is; nothing of its answers yet.
+    """Creates a row that describes a model, without results.
 
     Args:
-        name: What its rows are called.
-        method: How its tokens are reduced.
+        name: Name of the row.
+        method: Method of token reduction.
         settings: See :func:`settings_of`.
-        precision: What it computes in.
-        plan: Its token counts.
+        precision: Precision that the model computes in.
+        plan: Its token plan.
     """
     return ComparedRow(
         name=name,
@@ -152,17 +152,17 @@ def row_of_plan(name: str, method: str, settings: str, precision: str, plan: Tok
 
 
 def settings_of(spec: TokenSpec) -> str:
-    """The settings of a method that are not its defaults.
+    """Formats the settings of a method that differ from the defaults.
 
     >>> settings_of(TokenSpec(keep_rate=0.7, fuse=False))
     'keep_rate=0.7, fuse=no'
     """
     defaults = {field.name: field.default for field in msgspec.structs.fields(TokenSpec)}
-    told = {}
+    known = {}
     for field, value in msgspec.structs.asdict(spec).items():
         if field not in ("method", "options") and value is not None and value != defaults[field]:
-            told[field] = value
-    return ", ".join(f"{field}={_text(value)}" for field, value in (told | spec.options).items())
+            known[field] = value
+    return ", ".join(f"{field}={_text(value)}" for field, value in (known | spec.options).items())
 
 
 def _text(value: object) -> str:
@@ -174,12 +174,12 @@ def _text(value: object) -> str:
 
 
 def with_answers(row: ComparedRow, reference: str | None, answered: Answered | None) -> ComparedRow:
-    """Adds to a row how right its answers are, and what they differ in from those it is to be held against.
+    """Adds accuracy to a row, and the differences to its baseline and to a reference.
 
     Args:
-        row: Of a model or a dense twin; :attr:`~ComparedRow.dense` names the baseline.
-        reference: Name of the bundle that the others are held against, if any.
-        answered: What was answered to the images, if there were any.
+        row: Row of a model or a dense twin; :attr:`~ComparedRow.dense` names the baseline.
+        reference: Name of the bundle that the others are compared with, if any.
+        answered: Answers to the images; ``None`` if there were no images.
     """
     if answered is None or row.name not in answered.answers:
         return row
@@ -190,13 +190,13 @@ def with_answers(row: ComparedRow, reference: str | None, answered: Answered | N
     for field, other in (("to_dense", baseline), ("to_reference", reference)):
         if other is not None and other != row.name and right is not None:
             others = found(other, None, answered)[1]
-            assert others is not None  # the labels are the same
+            assert others is not None  # both are computed from the same labels
             changes[field] = difference(other, right, others)
     return msgspec.structs.replace(row, **changes)
 
 
 def _class_fields(name: str, baseline: str | None, answered: Answered) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Fields of a row about classes, and of each image whether the class was right."""
+    """Fields of a row for a classifier, and whether each image was classified correctly."""
     logits, fields = answered.answers[name], {}
     if baseline is not None:
         fields["agreement"] = float((logits.argmax(1) == answered.answers[baseline].argmax(1)).mean())
@@ -209,12 +209,12 @@ def _class_fields(name: str, baseline: str | None, answered: Answered) -> tuple[
 
 
 def _embedding_fields(name: str, baseline: str | None, answered: Answered) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Fields of a row about embeddings, and of each image whether the nearest other one is of its class.
+    """Fields of a row for embeddings, and whether the nearest neighbor of each image has the same class.
 
-    Only images whose class has another image take part in the latter.
+    The latter only includes images that share their class with another image.
     """
     found, fields = answered.answers[name], {}
-    several = len(found) > 1  # one image has no other, and the mean of one is that one
+    several = len(found) > 1  # a single image has no neighbor, and centering it leaves zero
     neighbors = answered.nearest(name) if several else None
     if baseline is not None:
         dense = answered.answers[baseline]

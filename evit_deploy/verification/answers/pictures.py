@@ -1,4 +1,4 @@
-"""The images that models are held against each other on: class folders that fit the model, or images without labels."""
+"""Images on which models are compared: class folders that match the model, or images without labels."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ from evit_deploy.export.card import LOGITS
 
 
 class Pictures(msgspec.Struct, frozen=True):
-    """Images to answer.
+    """Images to run a model on.
 
     Args:
-        path: Folder that they lie in.
-        folder: The same as class folders, whose labels are the model's classes; ``None`` of images without labels.
-        notes: How class folders were taken for the model's classes, where their names leave it open.
+        path: Folder of the images.
+        folder: The same images as class folders labeled with the model's classes; ``None`` without labels.
+        notes: How class folders were matched to the model's classes if their names do not determine it.
     """
 
     path: Path
@@ -32,14 +32,14 @@ class Pictures(msgspec.Struct, frozen=True):
         return len(self.folder if self.folder is not None else image_files(self.path))
 
     def batches(self, manifest: Manifest, size: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Every image once, in order, as a model takes it.
+        """Yields every image once, in order, preprocessed for a model.
 
         Args:
-            manifest: The model's.
-            size: Images a batch; the last one may be smaller.
+            manifest: Manifest of the model.
+            size: Images per batch; the last batch may be smaller.
 
         Yields:
-            Images float32 ``[B, channels, H, W]`` and labels int64 ``[B]``, ``None`` where there are none.
+            Images float32 ``[B, channels, H, W]`` and labels int64 ``[B]``, or ``None`` without labels.
 
         Raises:
             InputError: An image cannot be read.
@@ -53,12 +53,12 @@ class Pictures(msgspec.Struct, frozen=True):
 
 
 def embeds(manifest: Manifest) -> bool:
-    """Whether a model answers with an embedding, and not with a number for each class."""
+    """Whether a model returns an embedding instead of logits."""
     return manifest.answer != LOGITS or manifest.model_args.get("num_classes") == 0
 
 
 def check_images(data: Path) -> None:
-    """Makes sure, before there is a model, that a folder holds images that some model could answer.
+    """Checks, before the model is known, that a folder contains usable images.
 
     Raises:
         InputError: See :func:`pictures_of`.
@@ -68,26 +68,26 @@ def check_images(data: Path) -> None:
 
 
 def pictures_of(data: Path, manifest: Manifest) -> Pictures:
-    """Images to answer, of a folder with or without class folders.
+    """Finds the images of a folder with or without class folders.
 
-    Class folders are taken for the model's classes by their names where all of them are among its labels, and else in
-    order. A model without classes takes any class folders.
+    Class folders are matched to the model's classes by name if all names are among its labels, else by order. A model
+    without classes accepts any class folders.
 
     Raises:
-        InputError: No such folder, no images in it, ``train`` and ``val`` instead of classes, or class folders that do
-            not fit the model.
+        InputError: The folder does not exist, contains no images, contains ``train`` and ``val`` instead of classes, or
+            its class folders do not match the model.
     """
     classes = None if embeds(manifest) else int(manifest.outputs[0].shape[-1] or 0)
     return pictures_for(data, manifest.labels, classes)
 
 
 def pictures_for(data: Path, labels: Sequence[str] | None, classes: int | None) -> Pictures:
-    """The same for a model of which this is known.
+    """Like :func:`pictures_of`, without a manifest.
 
     Args:
         data: The folder.
-        labels: Names of the model's classes, if they are known.
-        classes: How many there are; 0 where that is not known, ``None`` of a model without classes.
+        labels: Names of the model's classes, if known.
+        classes: Number of classes; 0 if unknown, ``None`` for a model without classes.
 
     Raises:
         InputError: See :func:`pictures_of`.
@@ -104,10 +104,10 @@ def pictures_for(data: Path, labels: Sequence[str] | None, classes: int | None) 
 
 
 def _in_order(data: Path, names: tuple[str, ...], labels: Sequence[str] | None, classes: int) -> tuple[str, ...]:
-    """What is to be said where class folders are taken for the model's classes in order.
+    """Notes for class folders that are matched to the model's classes by order.
 
     Raises:
-        InputError: They are too many, or so few that their names would have to say which classes they are, and do not.
+        InputError: There are more folders than classes, or fewer with names that are not among the model's labels.
     """
     if len(names) > classes:
         raise InputError(
@@ -137,6 +137,6 @@ def _in_order(data: Path, names: tuple[str, ...], labels: Sequence[str] | None, 
 
 
 def _unlike(names: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """Names that are no label, or that of several classes (ImageNet has two cranes)."""
+    """Names that are not a label, or that several classes share (ImageNet has two classes named crane)."""
     counts = Counter(labels)
     return [name for name in names if counts[name] != 1]

@@ -1,32 +1,32 @@
-"""Embeddings as answers: how near two models' lie to each other, and which other image each finds nearest."""
+"""Metrics for embeddings: cosine between two models, and nearest neighbors among images."""
 
 import numpy as np
 
 _BLOCK = 2**23
-"""Cosines that are held at a time: 32 MiB."""
+"""Number of cosines in memory at a time: 32 MiB."""
 
 
 def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Cosine of each row with the row of the same number.
+    """Cosine of each row with the row at the same index.
 
     Args:
         one: Embeddings, ``[n, width]``.
         other: Embeddings of the same images, ``[n, width]``.
 
     Returns:
-        float64 ``[n]``; 0 where one of the two has no length.
+        float64 ``[n]``; 0 where one of the two has length zero.
     """
     return (_unit(one).astype(np.float64) * _unit(other)).sum(axis=1)
 
 
 def centered_cosines(one: np.ndarray, dense: np.ndarray) -> np.ndarray:
-    """Cosines after the mean of the dense model's embeddings is taken from both.
+    """Cosines after subtracting the mean of the dense model's embeddings from both.
 
-    Embeddings of any images have a large part in common, which makes plain cosines high whatever is damaged.
+    Embeddings share a large common component, which keeps plain cosines high even for a damaged model.
 
     Args:
         one: Embeddings, ``[n, width]``.
-        dense: The dense model's, of the same images.
+        dense: Embeddings of the same images by the dense model, ``[n, width]``.
 
     Returns:
         float64 ``[n]``.
@@ -36,16 +36,16 @@ def centered_cosines(one: np.ndarray, dense: np.ndarray) -> np.ndarray:
 
 
 def nearest(embeddings: np.ndarray) -> np.ndarray:
-    """For each image the number of the other image whose embedding has the highest cosine with its own.
+    """Index of each image's nearest neighbor: the other image with the highest cosine.
 
-    Of several with the very same cosine it is the first. Cosines are computed in blocks: memory grows with the number
-    of images, not with its square.
+    If several have the same cosine, the first is returned. Cosines are computed in blocks, so that memory grows
+    linearly with the number of images.
 
     >>> nearest(np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])).tolist()
     [1, 0, 1]
 
     Args:
-        embeddings: ``[n, width]``, two or more.
+        embeddings: ``[n, width]``, at least two rows.
 
     Returns:
         int64 ``[n]``.
@@ -62,21 +62,22 @@ def nearest(embeddings: np.ndarray) -> np.ndarray:
 
 
 def recalled(neighbors: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether the nearest other image is of an image's own class.
+    """Whether the nearest neighbor of each image has the same class.
 
     Args:
-        neighbors: What :func:`nearest` gives.
+        neighbors: Result of :func:`nearest`, int64 ``[n]``.
         labels: Classes, int64 ``[n]``.
 
     Returns:
-        bool ``[m]``: of the images whose class has another image, in their order. The rest could not be right.
+        bool ``[m]`` for the images that share their class with another image, in order. The others cannot have a
+        neighbor of their class.
     """
     possible = np.bincount(labels)[labels] > 1
     return (labels[neighbors] == labels)[possible]
 
 
 def _unit(embeddings: np.ndarray) -> np.ndarray:
-    """Rows of length 1, float32."""
+    """Rows normalized to length 1, float32."""
     exact = embeddings.astype(np.float64)
     lengths = np.linalg.norm(exact, axis=1, keepdims=True)
     return (exact / np.where(lengths == 0, 1, lengths)).astype(np.float32)

@@ -1,13 +1,13 @@
-"""What rounding each linear layer costs a model's answers, and which layers stay exact to hold a limit.
+"""Quantization error of each linear layer, and the layers to leave unquantized to meet a limit on the accuracy drop.
 
-The cost of a layer is the *noise* of the answers when it alone is quantized: their error over their spread, as
-:func:`~evit_deploy.verification.tolerances.noise` has it. Errors of different layers are as good as independent, so
-that their squares add up to about the square of all layers' together: a layer has a *share*. A share of answers that
-change would need thousands of images to tell two layers apart; the noise of :data:`IMAGES` images does.
+The cost of a layer is the *noise* of the answers when only this layer is quantized: their error over their spread; see
+:func:`~evit_deploy.verification.tolerances.noise`. Errors of different layers are nearly independent, so their squares
+add up to about the square of the error of all layers together, and each layer has a *share*. Comparing two layers by
+the share of changed answers would take thousands of images; comparing their noise takes :data:`IMAGES`.
 
-A limit on the *drop* is kept as NNCF's accuracy control keeps it: the layers that cost most stay in the base precision,
-as many as it takes, and what counts is what was measured with those left out. All of it is computed by ONNX Runtime on
-the CPU, in FP32 between the layers whatever the base precision is.
+A limit on the *drop* is met as in NNCF's accuracy control: the most expensive layers are left in the base precision
+until the measured drop is within the limit. All of this is computed by ONNX Runtime on the CPU, in FP32 between the
+layers for every base precision.
 """
 
 import logging
@@ -32,18 +32,18 @@ _LOG = logging.getLogger(__name__)
 _RUNTIME = "onnxruntime"
 
 IMAGES = 16
-"""Images that :func:`layer_costs` shows the model once for each layer."""
+"""Number of images that :func:`layer_costs` runs for each layer."""
 
 Batches = Callable[[], Iterator[tuple[np.ndarray, np.ndarray | None]]]
 
 
 class Shown(msgspec.Struct, frozen=True):
-    """Images to judge a quantized model by.
+    """Images to evaluate a quantized model on.
 
     Args:
-        batches: Gives all of them anew: float32 ``[B, C, H, W]``, and labels int64 ``[B]`` or ``None``.
-        embeds: Whether the model answers with an embedding, and not with logits.
-        threads: CPU threads.
+        batches: Returns a new iterator over all images: float32 ``[B, C, H, W]``, and labels int64 ``[B]`` or ``None``.
+        embeds: Whether the model returns an embedding instead of logits.
+        threads: CPU threads; ``None`` for the runtime's default.
     """
 
     batches: Batches
@@ -51,7 +51,7 @@ class Shown(msgspec.Struct, frozen=True):
     threads: int | None = None
 
     def answers(self, proto: ModelProto) -> tuple[np.ndarray, np.ndarray | None]:
-        """What a model answers ``[n, classes]``, and labels ``[n]`` where they are known."""
+        """Answers of a model ``[n, classes]``, and labels ``[n]`` or ``None``."""
         found, labels = [], []
         with opened(_RUNTIME, proto, self.threads) as runner:
             for images, truth in self.batches():
@@ -62,13 +62,13 @@ class Shown(msgspec.Struct, frozen=True):
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """Which layers stay in the base precision, and why.
+    """Layers that are left in the base precision, and the measurements behind this choice.
 
     Args:
-        layers: Their names.
-        costs: What each layer costs; empty where nothing had to be left out.
+        layers: Names of the layers.
+        costs: Cost of each layer; empty if no layer had to be left out.
         check: The drop and its limit.
-        notes: What was found on the way.
+        notes: Notes on the measurements.
     """
 
     layers: tuple[str, ...]
@@ -78,7 +78,7 @@ class Kept(msgspec.Struct, frozen=True):
 
 
 def of_array(images: np.ndarray) -> Batches:
-    """Images in memory as batches without labels.
+    """Returns an array of images as batches without labels.
 
     Args:
         images: float32 ``[n, C, H, W]``.
@@ -90,16 +90,16 @@ def of_array(images: np.ndarray) -> Batches:
 def layer_costs(
     quantized: Quantized, images: np.ndarray, *, embeds: bool = False, threads: int | None = None
 ) -> tuple[SensitivityRow, ...]:
-    """What each layer costs when it alone is quantized.
+    """Measures the noise that quantizing each layer alone causes.
 
     Args:
         quantized: The model.
-        images: float32 ``[n, C, H, W]``; :data:`IMAGES` of them are taken, evenly spaced.
-        embeds: Whether the model answers with an embedding.
-        threads: CPU threads.
+        images: float32 ``[n, C, H, W]``; :data:`IMAGES` evenly spaced ones are used.
+        embeds: Whether the model returns an embedding.
+        threads: CPU threads; ``None`` for the runtime's default.
 
     Returns:
-        A row for each layer, the most expensive first.
+        One row per layer, the most expensive first.
     """
     chosen = images[np.unique(np.linspace(0, len(images) - 1, min(IMAGES, len(images))).astype(int))]
     names = quantized.layers
@@ -129,18 +129,18 @@ def kept_within(
     always: Collection[str],
     costs: Callable[[], Sequence[SensitivityRow]],
 ) -> Kept:
-    """Leaves out of quantizing as many of the most expensive layers as it takes to hold a limit.
+    """Leaves the most expensive layers unquantized, as few as needed to meet a limit on the drop.
 
-    The number of layers is doubled until the drop is within the limit, and then narrowed down by halves: what is kept
-    holds the limit, measured; that one layer fewer does not is measured too.
+    The number of layers is doubled until the drop is within the limit, then narrowed down by bisection. The drop is
+    measured for the result and for one layer fewer, which exceeds the limit.
 
     Args:
         quantized: The model.
-        limit: Points of top-1 (of recall@1, for embeddings) that it may lose where there are labels; else the points of
-            its answers that may be others (classes, or nearest neighbors).
+        limit: With labels, percentage points of top-1 (recall@1 for embeddings) that the model may lose. Without
+            labels, percentage points of its answers (classes, or nearest neighbors) that may change.
         shown: The images.
-        always: Layers that stay in any case.
-        costs: Gives what each layer costs; asked only where some have to be left out.
+        always: Layers that are never quantized.
+        costs: Returns the cost of each layer; called only if layers have to be left out.
 
     Raises:
         GateFailed: The limit is exceeded even with a single layer quantized.
@@ -200,7 +200,7 @@ def _measured(labels: np.ndarray | None, *, embeds: bool) -> str:
 
 
 def _drop(answers: np.ndarray, exact: np.ndarray, labels: np.ndarray | None, *, embeds: bool) -> float:
-    """Points that are lost."""
+    """Percentage points lost."""
     if labels is None:
         same = nearest(answers) == nearest(exact) if embeds else answers.argmax(1) == exact.argmax(1)
         return 100 * float(1 - same.mean())

@@ -1,1 +1,1 @@
-"""The schedule of token counts that keeps most of a model's answers at a budget of time."""
+"""Search for the schedule of token counts that changes a model's answers least within a time budget."""

@@ -1,7 +1,7 @@
-"""How near a schedule's answers are to the dense model's, on images: agreement and centered cosine, without training.
+"""Compares a schedule's answers with the dense model's: agreement and centered cosine on images, without training.
 
-Blocks before the first location do what the dense model does. What they give is kept once, as far as it fits, so that a
-schedule costs only what lies behind it.
+The blocks before the first location compute the same as in the dense model. Their outputs are cached if they fit into
+memory, so that only the remaining blocks are run for each schedule.
 """
 
 from collections.abc import Iterator
@@ -21,17 +21,17 @@ from evit_deploy.verification.answers.retrieval import centered_cosines
 
 _BATCH = 16
 _KEPT = 2**29
-"""Bytes of activations that are kept."""
+"""Most bytes of activations to cache."""
 
 
 class Nearness(msgspec.Struct, frozen=True):
-    """How near answers are to the dense model's.
+    """Similarity of a model's answers to the dense model's.
 
     Args:
-        cosine: Centered cosine of the answers (logits, or embeddings), mean over the images.
-        error: Standard error of that mean over the images.
-        agreement: Share of the images with the same class; ``None`` of a model without classes.
-        images: How many.
+        cosine: Centered cosine of the answers (logits or embeddings), mean over the images.
+        error: Standard error of this mean.
+        agreement: Share of images with the same predicted class; ``None`` for a model without classes.
+        images: Number of images.
     """
 
     cosine: float
@@ -41,12 +41,12 @@ class Nearness(msgspec.Struct, frozen=True):
 
 
 class Answers:
-    """Answers of one dense model and of its schedules to the same images.
+    """Computes the answers of a dense model and of its schedules on the same images.
 
     Args:
         model: The dense model.
         images: float32 ``[n, channels, H, W]``.
-        classes: Whether an answer has a number for each class.
+        classes: Whether the answers are logits instead of embeddings.
     """
 
     def __init__(self, model: nn.Module, images: np.ndarray, *, classes: bool) -> None:
@@ -57,7 +57,7 @@ class Answers:
         self.dense = self._remembered()
 
     def of(self, spec: TokenSpec) -> np.ndarray:
-        """Answers of the model reduced so, ``[n, classes or width]``."""
+        """Answers of the model reduced by a spec, ``[n, classes or width]``."""
         model = for_inference(reduce_tokens_(copy_sharing_weights(self._model), spec))
         first = min(spec.locations or (0,))
         if not all((number, first) in self._kept for number in range(len(self._batches))):
@@ -75,11 +75,11 @@ class Answers:
         return np.concatenate(parts)
 
     def nearness(self, spec: TokenSpec) -> Nearness:
-        """How near a spec's answers are to the dense model's."""
+        """Compares the answers of the model reduced by a spec with the dense model's."""
         return nearness(self.of(spec), self.dense, classes=self._classes)
 
     def _remembered(self) -> np.ndarray:
-        """The dense answers; on the way, what every block is given, unless that is too much."""
+        """Runs the dense model; also caches the input of every block, unless the inputs exceed the limit."""
         model = for_inference(self._model)
         blocks = list(backbone_of(self._model).blocks(model))
         parts, kept, handles = [], 0, []
@@ -113,7 +113,7 @@ def _note(seen: dict[tuple[int, int], Tensor], key: tuple[int, int]):
 
 @contextmanager
 def _given(blocks: nn.Module, tokens: Tensor) -> Iterator[None]:
-    """Blocks that see these tokens whatever the stem says."""
+    """Replaces the input of the blocks by the given tokens while the context is open."""
     handle = blocks.register_forward_pre_hook(lambda module, inputs: (tokens, *inputs[1:]))
     try:
         yield
@@ -122,12 +122,12 @@ def _given(blocks: nn.Module, tokens: Tensor) -> Iterator[None]:
 
 
 def nearness(answers: np.ndarray, dense: np.ndarray, *, classes: bool) -> Nearness:
-    """How near answers are to the dense model's on the same images.
+    """Compares answers with the dense model's on the same images.
 
     Args:
         answers: ``[n, width]``.
-        dense: ``[n, width]``.
-        classes: Whether an answer has a number for each class.
+        dense: Answers of the dense model, ``[n, width]``.
+        classes: Whether the answers are logits instead of embeddings.
     """
     cosines = centered_cosines(answers, dense)
     same = float((answers.argmax(1) == dense.argmax(1)).mean()) if classes else None

@@ -1,4 +1,4 @@
-"""What is timed on which runtime: models, made as ``convert`` makes them, that take turns."""
+"""Builds models in the same way as ``convert`` and times them interleaved on one runtime."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -29,15 +29,15 @@ MINIMUM_ROUNDS = 9
 
 
 class Bench(msgspec.Struct, frozen=True):
-    """Makes models for one runtime and times them there.
+    """Builds models for one runtime and times them on it.
 
     Args:
         runtime: Name in the registry of runtimes.
-        made: Targets, precision and options of what is made.
-        about: timm name, and how an image file becomes an input tensor.
+        made: Targets, precision and options of the models.
+        about: timm name and preprocessing.
         batch: Images per call.
-        threads: CPU threads, ``None`` for the runtime's own choice.
-        images: For ``int8`` and ``fp8``: images to learn ranges from, float32 ``[n, C, H, W]``.
+        threads: CPU threads; ``None`` for the runtime's default.
+        images: Calibration images for ``int8`` and ``fp8``, float32 ``[n, C, H, W]``.
     """
 
     runtime: str
@@ -49,20 +49,20 @@ class Bench(msgspec.Struct, frozen=True):
 
     @property
     def on_files(self) -> bool:
-        """Whether the runtime runs files, and not PyTorch's model."""
+        """Whether the runtime runs files instead of PyTorch models."""
         return bool(RUNTIMES.get(self.runtime).files)
 
     def artifact(self, model: torch.nn.Module, folder: Path, exports: Exports) -> Any:
-        """What the runtime runs of a model: a file that is made in an empty folder, or the model itself.
+        """Returns the form of a model that the runtime runs: a file built in an empty folder, or a PyTorch model.
 
         Args:
-            model: A PyTorch model, reduced or not, FP32.
-            folder: Where to write.
-            exports: What was exported before of the same dense model.
+            model: A PyTorch model, reduced or dense, FP32.
+            folder: Empty folder for the files.
+            exports: Earlier exports of the same dense model.
 
         Raises:
-            InputError: The runtime runs no file that is made.
-            StageError: It could not be made.
+            InputError: The runtime cannot run any of the files that are built.
+            StageError: A file could not be built.
         """
         if not self.on_files:
             return torch_candidates(model, self.runtime, self.made.precision)[0].artifact
@@ -78,22 +78,22 @@ class Bench(msgspec.Struct, frozen=True):
                 seen=", ".join(self.made.targets), wanted=" or ".join(kind.files), fix="Give a --target that it runs.",
             )  # fmt: skip
         for twin, path in exports.dense.items():
-            if path == folder / DENSE:  # it outlives its folder, because further exports copy it
+            if path == folder / DENSE:  # moved out of the folder, because later exports copy it
                 exports.dense[twin] = folder.with_name(f"{folder.name}-dense.onnx")
                 shutil.move(path, exports.dense[twin])
         shutil.rmtree(folder / TWIN)
         return found
 
     def times(self, artifacts: Sequence[Any], duration: float) -> list[Times]:
-        """Times models in turn.
+        """Times models, interleaved.
 
         Args:
-            artifacts: What :meth:`artifact` gave.
-            duration: Seconds.
+            artifacts: Results of :meth:`artifact`.
+            duration: Total time in seconds.
 
         Raises:
             InputError: The runtime cannot run one of them.
-            MissingRequirement: The runtime is not here.
+            MissingRequirement: The runtime is not available.
         """
         with self._opened(artifacts) as runners:
             on_gpu = Candidate(self.runtime, "model", artifacts[0]).on_gpu

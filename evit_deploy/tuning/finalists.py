@@ -1,4 +1,4 @@
-"""The finalists: exported, measured whole in turns with the dense model, and held against it on more images."""
+"""Exports the finalists, times them interleaved with the dense model, and compares their answers on more images."""
 
 import logging
 from collections.abc import Sequence
@@ -32,19 +32,19 @@ from evit_deploy.verification.answers.pictures import embeds
 _LOG = logging.getLogger(__name__)
 
 _BEST = 3
-"""Of the schedules that meet the budget; of those for another time it is one."""
+"""Number of finalists for the budget; every other goal has one."""
 
 
 def finalists_of(found: Sequence[Finding], default: Schedule, budget: Budget) -> list[Schedule]:
-    """Schedules to measure whole: the default one, the best for the budget, and the best for each other time.
+    """Selects the finalists: the default schedule, the best for the budget, and the best of each other goal.
 
-    Beside a budget of time it is the best that is a little faster and the best at the default's time: other times are
-    for the front alone.
+    With a time budget, the only other goals are the slightly smaller time and the default schedule's time; the rest
+    only contribute to the front.
 
     Args:
         found: All findings.
         default: The default schedule.
-        budget: What is to be met.
+        budget: The budget to meet.
     """
     chosen = [default]
     for goal in dict.fromkeys(finding.goal for finding in found):
@@ -57,7 +57,7 @@ def finalists_of(found: Sequence[Finding], default: Schedule, budget: Budget) ->
 
 
 def expected_row(name: str, finding: Finding, fitter: Fitter) -> TunedRow:
-    """A schedule as the search saw it."""
+    """Row of a schedule with the results of the search, before it is measured."""
     spec = fitter.planner.spec_of(finding.schedule)
     plan, near = fitter.planner.plan_of(spec), finding.nearness
     expected = 1e3 * fitter.seconds(finding.schedule)
@@ -65,13 +65,13 @@ def expected_row(name: str, finding: Finding, fitter: Fitter) -> TunedRow:
 
 
 def measure_whole(subject: Subject, bench: Bench, specs: Sequence[TokenSpec], duration: float) -> list[Times]:
-    """Times whole models in turns, each exported as it would be converted.
+    """Times complete models interleaved, each exported in the same way as by ``convert``.
 
     Args:
         subject: The dense model.
-        bench: Where to measure.
-        specs: Of each model.
-        duration: Seconds.
+        bench: Builds and times the models.
+        specs: Token spec of each model.
+        duration: Total time in seconds.
     """
     with draft() as scratch:
         return bench.times(_artifacts(subject, bench, specs, scratch), duration)
@@ -87,13 +87,13 @@ def _artifacts(subject: Subject, bench: Bench, specs: Sequence[TokenSpec], scrat
 
 
 def measured_rows(subject: Subject, bench: Bench, rows: Sequence[TunedRow], duration: float) -> list[TunedRow]:
-    """Rows with what their exported forms take and answer, after that of the dense model.
+    """Measures times and answers of the exported finalists; returns their rows after the dense model's.
 
     Args:
         subject: The dense model and the images.
-        bench: Where to measure.
+        bench: Builds and times the models.
         rows: The finalists.
-        duration: Seconds.
+        duration: Total time in seconds.
     """
     dense_spec = TokenSpec(keep_rate=1.0)
     plan = subject.planner.plan_of(dense_spec)
@@ -128,7 +128,7 @@ def _compared(row: TunedRow, plan: TokenPlan, subject: Subject, labeled: Answere
 def _answers(
     subject: Subject, bench: Bench, names: Sequence[str], artifacts: Sequence[Any]
 ) -> tuple[dict[str, np.ndarray], Answered | None]:
-    """Answers of every model to the calibration images, and to the labeled ones, if there are any."""
+    """Answers of every model to the calibration images, and to the labeled images if there are any."""
     answer, pictures = subject.manifest.answer, subject.pictures
     with ExitStack() as stack:
         opening = [stack.enter_context(opened(bench.runtime, artifact, bench.threads)) for artifact in artifacts]
@@ -144,7 +144,7 @@ def _answers(
         parts, truth = {name: [] for name in names}, []
         for images, labels in pictures.batches(subject.manifest, DATA_BATCH):
             step(_LOG, "answering the labeled images", sum(map(len, truth)), len(pictures))
-            assert labels is not None  # they were checked
+            assert labels is not None  # tune() only accepts labeled images
             truth.append(labels)
             for name, runner in runners.items():
                 parts[name].append(outputs_of(runner, images)[answer])

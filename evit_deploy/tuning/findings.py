@@ -1,4 +1,4 @@
-"""Findings of a search: a file of lines that several processes, here or on other machines, read and append to."""
+"""Findings of a search: a JSON Lines file that several processes, also on other machines, read and append to."""
 
 import os
 from pathlib import Path
@@ -11,11 +11,11 @@ from evit_deploy.tuning.schedules import Schedule
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """Which blocks reduce, and how the removal is divided.
+    """Blocks that reduce, and how the removal is divided among them.
 
     Args:
-        locations: Blocks, 0-based and rising.
-        weights: Of each, its part of the removal: the logarithm of its own rate is in proportion to it.
+        locations: 0-based blocks, strictly rising.
+        weights: Part of the removal at each location; the logarithm of its keep rate is proportional to it.
     """
 
     locations: tuple[int, ...]
@@ -23,13 +23,13 @@ class Shape(msgspec.Struct, frozen=True):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """A schedule that was looked at.
+    """An evaluated schedule.
 
     Args:
-        goal: Name of the goal that it was looked at for.
-        shape: What it was made from.
-        schedule: What it is.
-        nearness: How near its answers are to the dense model's.
+        goal: Name of the goal that it was evaluated for.
+        shape: Shape that the schedule was fitted from.
+        schedule: The schedule.
+        nearness: Similarity of its answers to the dense model's.
     """
 
     goal: str
@@ -39,13 +39,13 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Findings:
-    """The findings in a file; each is one line, appended in one step.
+    """The findings in a file; each is one line, appended with a single write.
 
     Args:
-        path: The file, which need not be there.
+        path: The file; it need not exist.
 
     Raises:
-        InputError: It holds something else.
+        InputError: The file contains something else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,11 +53,11 @@ class Findings:
         self.all()
 
     def all(self) -> list[Finding]:
-        """All findings, also those that others have appended meanwhile."""
+        """Reads all findings, including those that other processes have appended meanwhile."""
         if not self._path.exists():
             return []
         lines = self._path.read_bytes().split(b"\n")
-        try:  # a line without its end was cut off as a process died
+        try:  # an incomplete line was cut off when a process ended
             return [msgspec.json.decode(line, type=Finding) for line in lines if line.endswith(b"}}")]
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InputError(
@@ -65,15 +65,15 @@ class Findings:
             ) from None
 
     def of(self, goal: str) -> list[Finding]:
-        """Those for one goal, each schedule once."""
+        """Findings for one goal, without repeated schedules."""
         return list({finding.schedule: finding for finding in self.all() if finding.goal == goal}.values())
 
     def nearness(self, schedule: Schedule) -> Nearness | None:
-        """How near a schedule's answers are, if it was looked at for any goal."""
+        """Nearness of a schedule if it was evaluated for any goal, else ``None``."""
         return next((finding.nearness for finding in self.all() if finding.schedule == schedule), None)
 
     def add(self, finding: Finding) -> None:
-        """Appends a finding."""
+        """Appends a finding to the file."""
         line = msgspec.json.encode(finding) + b"\n"
         handle = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:

@@ -1,4 +1,4 @@
-"""Schedules: how many tokens a model has behind which block, and the spec that makes a method do just that."""
+"""Schedules: token counts after each location, and their conversion to token specs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +14,11 @@ _RATE_DIGITS = 6
 
 
 class Schedule(msgspec.Struct, frozen=True, order=True):
-    """Token counts of a model; two that are equal are the same model.
+    """Token counts of a model; equal schedules result in the same model.
 
     Args:
-        locations: Blocks that reduce, 0-based and rising.
-        counts: Tokens behind each, the prefix included, falling.
+        locations: 0-based blocks that reduce their tokens, strictly rising.
+        counts: Number of tokens after each location, including the prefix, falling.
     """
 
     locations: tuple[int, ...]
@@ -31,15 +31,15 @@ class Schedule(msgspec.Struct, frozen=True, order=True):
 
 
 class Planner:
-    """Turns schedules of one model and method into specs and plans.
+    """Converts schedules of one model and method to specs and plans.
 
     Args:
-        spec: Method, options and fusion; its rates and locations do not matter.
-        shape: The model's.
-        method: The method in the form that the model's family gives it.
+        spec: Method, options and fusion; its rates and locations are ignored.
+        shape: Shape of the model.
+        method: The method's class, as adapted by the model's family.
 
     Raises:
-        InputError: The method has no counts for each location, or no exported form.
+        InputError: The method has no token count for each location, or cannot be exported.
     """
 
     def __init__(self, spec: TokenSpec, shape: ModelShape, method: Any) -> None:
@@ -50,7 +50,7 @@ class Planner:
             raise _without_schedules(spec.method)
 
     def _free(self) -> bool:
-        """Whether two locations reduce the tokens as they are asked to, and nothing else does."""
+        """Whether tokens are reduced at the given locations, as requested, and nowhere else."""
         if self.shape.cost.blocks or self.shape.depth < 3:
             return False
         try:
@@ -62,19 +62,19 @@ class Planner:
         return steps and not any(row.aside for row in plan.blocks) and outs[0] > outs[1] == outs[-1]
 
     def plan_of(self, spec: TokenSpec) -> TokenPlan:
-        """Token counts of a spec."""
+        """Token plan of a spec."""
         return self.method.plan_for(spec, self._options, self.shape, 1.0)
 
     def schedule_of(self, spec: TokenSpec) -> Schedule:
-        """The schedule that a spec has; locations that remove nothing are left out."""
+        """Schedule of a spec, without locations that remove nothing."""
         rows = self.plan_of(spec).locations
         return Schedule(tuple(row.block for row in rows), tuple(row.tokens_out for row in rows))
 
     def spec_of(self, schedule: Schedule) -> TokenSpec:
-        """The spec that makes a schedule, its rates in as few digits as say it.
+        """Spec that results in a schedule, with the shortest possible rates.
 
         Raises:
-            InputError: The method cannot have such counts.
+            InputError: The method cannot produce these counts.
         """
         rates: list[float] = []
         tokens = self.shape.prefix + self.shape.patches
@@ -86,7 +86,8 @@ class Planner:
     def _rate(self, locations: tuple[int, ...], before: Sequence[float], tokens: int, count: int) -> float:
         candidates = tokens - self.shape.prefix
         keep = count - self.shape.prefix
-        for kept in (keep - 1, keep) if self.spec.fuse else (keep, keep - 1):  # one place may be a fused token's
+        # With fusion, one of the tokens is usually the fused one.
+        for kept in (keep - 1, keep) if self.spec.fuse else (keep, keep - 1):
             rate = rate_of(kept, candidates) if 0 < kept < candidates else None
             if rate is None:
                 continue
@@ -97,10 +98,13 @@ class Planner:
 
 
 def check_method_has_schedules(name: str) -> None:
-    """Refuses what is known of a method before there is a model.
+    """Checks, before the model is built, that schedules of a method can be searched.
+
+    Args:
+        name: Name in the registry of methods.
 
     Raises:
-        InputError: It has no exported form, or no keep rates.
+        InputError: The method cannot be exported, or has no keep rates.
     """
     method = METHODS.get(name)
     if not method.exports:
@@ -117,14 +121,14 @@ def _without_schedules(name: str) -> InputError:
 
 
 def rate_of(keep: int, candidates: int) -> float | None:
-    """The keep rate of fewest digits that keeps so many; ``None`` where six do not say it.
+    """Returns the shortest keep rate that keeps K of N candidates; ``None`` if six decimals are not enough.
 
     >>> rate_of(138, 196), rate_of(14, 25)
     (0.7, 0.56)
 
     Args:
         keep: K.
-        candidates: N, more than K.
+        candidates: N, larger than K.
     """
     for digits in range(1, _RATE_DIGITS + 1):
         rate = (keep * 10**digits // candidates) / 10**digits

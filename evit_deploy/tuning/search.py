@@ -1,10 +1,10 @@
-"""The search: of the schedules that just meet a time by the staircase, the one that answers most like the dense model.
+"""Search for the schedule with answers closest to the dense model's, among those that meet a time by the staircase.
 
-What varies is a *shape*: which blocks reduce, and how the removal is divided among them. How much is removed in all
-follows from the time that is to be met, so that every schedule that is looked at is worth looking at.
+The search varies the *shape* of a schedule: which blocks reduce, and how the removal is divided among them. The total
+removal follows from the time to meet, so no trial is spent on a schedule that is too slow or faster than needed.
 
-The search begins with shapes that are usual, then changes the best ones a little. All that it knows are the findings,
-so it goes on where it was interrupted, and several processes search together by sharing them.
+The search starts with common shapes, then makes small changes to the best ones. Its only state is the findings, so it
+can continue after an interruption, and several processes can share a search.
 """
 
 import math
@@ -20,19 +20,19 @@ from evit_deploy.tuning.schedules import Planner, Schedule
 from evit_deploy.tuning.staircase import Staircase
 
 _PARENTS = 3
-"""Shapes that are changed: the best ones, the very best most often."""
+"""Number of best shapes that are modified; the best one is drawn most often."""
 _HALVINGS = 24
 _IDLE = 200
-"""Shapes in a row that give nothing new, after which there is nothing more to find."""
+"""The search stops after this many shapes in a row without a new schedule."""
 
 
 class Goal(msgspec.Struct, frozen=True):
     """A time to meet.
 
     Args:
-        name: What findings call it.
-        seconds: A call may take so long, by the staircase.
-        trials: Schedules to look at.
+        name: Name of the goal in the findings.
+        seconds: Largest time of a call in seconds, as predicted by the staircase.
+        trials: Number of schedules to evaluate.
     """
 
     name: str
@@ -41,11 +41,11 @@ class Goal(msgspec.Struct, frozen=True):
 
 
 class Fitter:
-    """Finds the schedule of a shape that just meets a time.
+    """Fits schedules of given shapes to a time.
 
     Args:
-        planner: Model and method.
-        staircase: What parts of the model cost.
+        planner: Planner of the model and method.
+        staircase: Times of the parts of the model.
     """
 
     def __init__(self, planner: Planner, staircase: Staircase) -> None:
@@ -54,7 +54,7 @@ class Fitter:
         self._seconds: dict[Schedule, float] = {}
 
     def seconds(self, schedule: Schedule) -> float:
-        """What a schedule is expected to take, a call."""
+        """Predicted seconds per call of a schedule."""
         if schedule not in self._seconds:
             plan = self.planner.plan_of(self.planner.spec_of(schedule))
             self._seconds[schedule] = self.staircase.seconds(plan)
@@ -62,23 +62,23 @@ class Fitter:
 
     @property
     def dense(self) -> float:
-        """What the dense model is expected to take."""
+        """Predicted seconds per call of the dense model."""
         return self.staircase.seconds(self.planner.plan_of(TokenSpec(keep_rate=1.0)))
 
     @property
     def floor(self) -> float:
-        """The least that a schedule can be expected to take: all that may be removed goes at the first block."""
+        """Smallest predicted seconds per call of any schedule: the maximum is removed at the first block."""
         return self.seconds(Schedule((0,), self._steps[-1:]))
 
     def fitted(self, shape: Shape, target: float) -> Schedule | None:
-        """The schedule of a shape that takes no longer than a time and keeps as much as it may.
+        """Returns the schedule of a shape that keeps the most tokens within a time.
 
         Args:
-            shape: Which blocks reduce, and how.
-            target: Seconds a call.
+            shape: Blocks that reduce, and how the removal is divided.
+            target: Largest number of seconds per call.
 
         Returns:
-            ``None`` where even removing all that may be is too slow.
+            The schedule; ``None`` if the shape is too slow even with the maximum removed.
         """
         low, high = 0.0, math.log(self.staircase.counts[0] / self._steps[-1]) * len(shape.weights)
         found = self._snapped(shape, high)
@@ -94,7 +94,12 @@ class Fitter:
         return self._filled(found, target)
 
     def _snapped(self, shape: Shape, strength: float) -> Schedule | None:
-        """The schedule of a shape whose counts are the nearest just below a step."""
+        """Schedule of a shape for a total removal, with counts rounded to efficient ones; ``None`` if it is dense.
+
+        Args:
+            shape: Blocks that reduce, and how the removal is divided.
+            strength: Total removal: the negative logarithm of the share of tokens after the last location.
+        """
         whole, done, before = sum(shape.weights), 0.0, self.staircase.counts[0]
         locations, counts = [], []
         for location, weight in zip(shape.locations, shape.weights, strict=True):
@@ -108,7 +113,7 @@ class Fitter:
         return Schedule(tuple(locations), tuple(counts)) if counts else None
 
     def _filled(self, schedule: Schedule, target: float) -> Schedule:
-        """Raises counts by a step while the time allows it, the one that costs least first."""
+        """Raises counts step by step, the cheapest first, as long as the time is met."""
         while True:
             raised = [made for made in self._raised(schedule) if self.seconds(made) <= target]
             if not raised:
@@ -125,7 +130,7 @@ class Fitter:
 
 
 def usual_shapes(depth: int) -> list[Shape]:
-    """Shapes to begin with: the paper's places, others as far apart, and every second block, divided evenly."""
+    """Initial shapes: the paper's locations, others with the same spacing, and every second block, divided evenly."""
     quarter = max(1, depth // 4)
     places = [default_locations(depth), *(tuple(range(first, depth - 1, quarter)) for first in range(quarter))]
     places += [(0, depth // 2), (depth // 4, depth // 2), tuple(range(depth // 6, depth - 2, 2)), (0,)]
@@ -134,7 +139,7 @@ def usual_shapes(depth: int) -> list[Shape]:
 
 
 def changed(shape: Shape, depth: int, draw: random.Random) -> Shape:
-    """A shape a little away: a location moved, added or left out, or the removal divided otherwise."""
+    """Makes one small random change to a shape: moves, adds or removes a location, or changes a weight."""
     locations, weights = list(shape.locations), list(shape.weights)
     kind = draw.random()
     place = draw.randrange(len(locations))
@@ -156,13 +161,13 @@ def changed(shape: Shape, depth: int, draw: random.Random) -> Shape:
 
 
 def next_shape(found: Sequence[Finding], tried: int, depth: int, seed: int) -> Shape:
-    """The shape to try next: first those that are usual, then one a little away from one of the best.
+    """Returns the next shape to try: first the common ones, then a small change to one of the best.
 
     Args:
-        found: What was found for the same time so far.
-        tried: How often this was asked since anything new was found.
-        depth: Blocks of the model.
-        seed: Where random numbers start.
+        found: Findings for the same goal so far.
+        tried: Number of shapes tried since the last new finding.
+        depth: Number of blocks of the model.
+        seed: Random seed.
     """
     usual = usual_shapes(depth)
     random.Random(seed).shuffle(usual)
@@ -178,17 +183,17 @@ def next_shape(found: Sequence[Finding], tried: int, depth: int, seed: int) -> S
 def search(
     fitter: Fitter, goal: Goal, findings: Findings, look: Callable[[Schedule], Nearness], seed: int
 ) -> list[Finding]:
-    """Looks for the schedule that meets a time and answers most like the dense model.
+    """Searches for the schedule that meets a time with answers closest to the dense model's.
 
     Args:
         fitter: Model, method and staircase.
-        goal: The time to meet, and how many schedules to look at.
-        findings: What was found before, here or by another process; takes what is new.
-        look: How near a schedule's answers are.
-        seed: Where random numbers start.
+        goal: The time to meet, and the number of schedules to evaluate.
+        findings: Earlier findings, of this or other processes; new ones are added.
+        look: Evaluates the answers of a schedule.
+        seed: Random seed.
 
     Returns:
-        All that was found for this goal, the best first; fewer than were asked for where there are no more.
+        All findings for this goal, the best first; fewer than ``goal.trials`` if no more schedules were found.
     """
     tried = 0
     while tried < _IDLE:
@@ -201,6 +206,6 @@ def search(
             tried += 1
             continue
         tried = 0
-        known = findings.nearness(schedule)  # for another goal
+        known = findings.nearness(schedule)  # another goal may have evaluated it
         findings.add(Finding(goal.name, shape, schedule, look(schedule) if known is None else known))
     return sorted(findings.of(goal.name), key=lambda finding: -finding.nearness.cosine)

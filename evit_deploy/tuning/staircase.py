@@ -1,13 +1,14 @@
-"""The device's staircase: what one block costs at which number of tokens, measured on the runtime that is asked for.
+"""The staircase of a device: the time of one block as a function of its token count, measured on a runtime.
 
-A device computes in tiles, so the cost does not fall with every token but in steps. Models of a few blocks are made as
-``convert`` makes them, one for each number of tokens, and take turns beside a dense one. From their times follow
+Devices compute in tiles, so the time falls in steps and not with every token. Short models with a few blocks, one for
+each token count, are built in the same way as by ``convert`` and timed interleaved with a dense one. Their times
+determine
 
-- what one block costs at each number of tokens,
-- what stem and head cost,
-- what reducing tokens costs beside the block that does it.
+- the time of one block at each token count,
+- the time of stem and head,
+- the time of reducing tokens, in addition to the block that does it.
 
-Inside a block, what its attention and its MLP cost is divided as their multiply-adds are.
+The time of a block is divided between attention and MLP in proportion to their multiply-adds.
 """
 
 import logging
@@ -34,34 +35,34 @@ from evit_deploy.tuning.schedules import Planner, Schedule
 _LOG = logging.getLogger(__name__)
 
 PLAIN = 3
-"""Plain blocks of a short model, besides one that reduces and the last one."""
+"""Plain blocks of a short model, in addition to the one that reduces and the last one."""
 _TOGETHER = 8
-"""Numbers of tokens that take turns beside one dense model, so that few models are open at a time."""
+"""Number of token counts that are timed together with a dense model; limits the number of models open at a time."""
 TILE = 8
-"""Numbers of tokens are multiples of it: all tiles that devices compute in are, or divide it."""
+"""Measured token counts are multiples of this: the tile sizes of devices are multiples or divisors of it."""
 _LEAST_SHARE = 0.1
-"""Least share of the patches that a schedule keeps."""
+"""Smallest share of the patches that a schedule keeps."""
 NOISE = 0.1
-"""Most that half an interval may be of the time itself, for counts to be ranked by it."""
+"""Largest half-width of a confidence interval relative to the time; above it, token counts cannot be ranked."""
 _SAME = 0.01
-"""Two numbers of tokens whose blocks differ less than this cost the same, and the larger one keeps more."""
+"""Times of blocks that differ by less than this share count as equal, and the larger token count is preferred."""
 
 
 class Staircase(msgspec.Struct, frozen=True):
-    """What parts of a model cost on a device, in seconds a call.
+    """Times of the parts of a model on a device, in seconds per call.
 
     Args:
-        runtime: What was measured on.
+        runtime: Name of the runtime.
         batch: Images per call.
-        clock: What the seconds are of.
-        counts: Numbers of tokens, falling; the first is the dense model's.
-        block: Of each, one whole block.
-        low: Of each, the lower end of a 95 % interval of it, from the short model's time over the dense one's.
-        high: The upper end.
-        outside: Stem and head.
-        location: What a location costs beside its block, at the dense model's tokens.
-        slope: What whole models took over what their parts say, from :func:`corrected`.
-        shift: Seconds to add to that.
+        clock: Clock that measured the times.
+        counts: Token counts, falling; the first is the dense model's.
+        block: Time of one complete block at each token count.
+        low: Lower end of the 95 % interval of each block time, from the ratio of the short model to the dense one.
+        high: Upper end of this interval.
+        outside: Time of stem and head.
+        location: Time of a location in addition to its block, at the dense model's token count.
+        slope: Factor from the sum of the parts to the time of a complete model; see :func:`corrected`.
+        shift: Seconds added after multiplying by ``slope``.
     """
 
     runtime: str
@@ -78,7 +79,7 @@ class Staircase(msgspec.Struct, frozen=True):
 
     @property
     def efficient(self) -> tuple[int, ...]:
-        """Numbers of tokens just below a step: every larger one costs more. Falling, without the dense one."""
+        """Token counts just below a step, where every larger count takes longer; falling, without the dense one."""
         found: list[int] = []
         least = self.block[0]
         for count, seconds in zip(self.counts[1:], self.block[1:], strict=True):
@@ -88,14 +89,14 @@ class Staircase(msgspec.Struct, frozen=True):
         return tuple(found)
 
     def at(self, tokens: int) -> float:
-        """Seconds of a block at any number of tokens: on the line between the two that were measured."""
+        """Seconds of a block at any token count, linearly interpolated between measured counts."""
         return float(np.interp(tokens, self.counts[::-1], self.block[::-1]))
 
     def seconds(self, plan: TokenPlan) -> float:
-        """What a whole model is expected to take.
+        """Predicted seconds per call of a complete model.
 
         Args:
-            plan: Its token counts, with costs.
+            plan: Its token plan, with costs.
         """
         assert plan.cost is not None
         total = self.outside
@@ -117,27 +118,28 @@ class Staircase(msgspec.Struct, frozen=True):
 
 
 def corrected(staircase: Staircase, expected: Sequence[float], measured: Sequence[float]) -> Staircase:
-    """A staircase that expects of some whole models what they took.
+    """Corrects a staircase by the measured times of complete models, with a linear fit.
 
     Args:
-        staircase: From short models.
-        expected: What it expects of the whole ones, seconds; the first is the dense one's.
-        measured: What they took in turns.
+        staircase: Staircase measured on short models.
+        expected: Its predictions for the complete models in seconds, the dense model first.
+        measured: Their measured times in seconds, timed interleaved.
     """
     slope, shift = (float(number) for number in np.polyfit(expected, measured, 1))
-    if slope <= 0 or slope * staircase.outside + shift < 0:  # three times that hardly differ say no more than a ratio
+    # Three nearly equal times do not determine a line, only a ratio.
+    if slope <= 0 or slope * staircase.outside + shift < 0:
         slope, shift = measured[0] / expected[0], 0.0
     return msgspec.structs.replace(staircase, slope=slope, shift=shift)
 
 
 def attention_share(tokens: int, cost: ModelCost) -> float:
-    """Share of a block's multiply-adds that are its attention's."""
+    """Share of the attention in the multiply-adds of a block."""
     attention = tokens * cost.token_attention + 2 * tokens**2 * cost.width
     return attention / (attention + tokens * cost.token_mlp)
 
 
 def ending_share(tokens: int, cost: ModelCost) -> float:
-    """Share of a last block's multiply-adds that are computed where the head sees its first tokens alone."""
+    """Share of the last block's multiply-adds that remain if only the tokens used by the head are computed."""
     seen = cost.head_tokens
     whole = tokens * (cost.token_attention + cost.token_mlp) + 2 * tokens**2 * cost.width
     asking = cost.token_attention - cost.key_value + cost.token_mlp + 2 * tokens * cost.width
@@ -145,28 +147,28 @@ def ending_share(tokens: int, cost: ModelCost) -> float:
 
 
 def counts_for(prefix: int, patches: int, most: int) -> tuple[int, ...]:
-    """Numbers of tokens to measure: the dense model's, then multiples of a tile, falling.
+    """Returns the token counts to measure: the dense model's, then multiples of a tile, falling.
 
     Args:
-        prefix: Tokens in front.
-        patches: Patch tokens.
-        most: At most about this many.
+        prefix: Number of prefix tokens.
+        patches: Number of patch tokens.
+        most: Approximate maximum number of counts.
     """
     dense, least = prefix + patches, prefix + 1 + max(2, round(_LEAST_SHARE * patches))
-    tile = TILE if patches >= 8 * TILE else 1 + patches // (2 * TILE)  # the images of tests have few patches
+    tile = TILE if patches >= 8 * TILE else 1 + patches // (2 * TILE)  # small images have too few patches for TILE
     stride = tile * max(1, -(-(dense - least) // (tile * most)))
     multiples = range(dense - 1 - (dense - 1) % stride, least - 1, -stride)
     return (dense, *multiples)
 
 
 def shortened(model: torch.nn.Module, planner: Planner, count: int | None, plain: int) -> torch.nn.Module:
-    """A model of few blocks: one that reduces to a number of tokens, some that see as many, and a last one.
+    """Builds a short model: one block that reduces to a token count, some plain blocks, and the last block.
 
     Args:
-        model: The dense model; the weights are its own.
+        model: The dense model; its weights are shared.
         planner: Method and options.
-        count: Tokens behind the first block; ``None`` for a dense model.
-        plain: Blocks between the first and the last.
+        count: Number of tokens after the first block; ``None`` for a dense model.
+        plain: Number of blocks between the first and the last.
     """
     backbone = backbone_of(model)
     short = copy_sharing_weights(model)
@@ -181,18 +183,18 @@ def shortened(model: torch.nn.Module, planner: Planner, count: int | None, plain
 def measure_staircase(
     model: torch.nn.Module, planner: Planner, bench: Bench, counts: Sequence[int], duration: float
 ) -> Staircase:
-    """Measures what blocks cost at some numbers of tokens.
+    """Measures the time of blocks at several token counts.
 
     Args:
         model: The dense model.
         planner: Method and options.
-        bench: Where to measure.
-        counts: See :func:`counts_for`.
-        duration: Seconds, all in all.
+        bench: Builds and times the models.
+        counts: Token counts; see :func:`counts_for`.
+        duration: Total time in seconds.
 
     Raises:
-        GateFailed: The times vary so much that they rank nothing.
-        StageError: A model could not be made.
+        GateFailed: The times vary too much to rank token counts.
+        StageError: A model could not be built.
     """
     plain = min(PLAIN, planner.shape.depth - 2)
     groups = [counts[i : i + _TOGETHER] for i in range(1, len(counts), _TOGETHER)]
@@ -216,14 +218,14 @@ def measure_staircase(
 
 
 class _Workshop:
-    """Makes short models, each in a folder."""
+    """Builds short models, each in its own folder."""
 
     def __init__(self, model: torch.nn.Module, planner: Planner, bench: Bench, folder: Path) -> None:
         self._model, self._planner, self._bench, self._folder = model, planner, bench, folder
-        self._exports: dict[int, Exports] = {}  # models of another depth have another dense twin
+        self._exports: dict[int, Exports] = {}  # by depth: models of different depths have different dense twins
 
     def made(self, count: int | None, plain: int) -> Any:
-        """What the runtime runs of a short model; see :func:`shortened`."""
+        """Builds a short model, and returns the form that the runtime runs; see :func:`shortened`."""
         folder = self._folder / f"{count or 'dense'}-{plain}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -231,21 +233,21 @@ class _Workshop:
         return self._bench.artifact(short, folder, self._exports.setdefault(plain, Exports()))
 
     def clear(self) -> None:
-        """Removes the files of models that have been measured, but for the dense one."""
+        """Removes the files of the measured models, except the dense one."""
         for folder in self._folder.iterdir():
             if folder.is_dir() and not folder.name.startswith("dense"):
                 shutil.rmtree(folder)
 
 
 def check_noise(ratios: Mapping[int, np.ndarray], duration: float) -> None:
-    """Refuses to rank by times that vary too much.
+    """Checks that the times are precise enough to rank token counts.
 
     Args:
-        ratios: By number of tokens a short model's time over the dense one's, one a round.
-        duration: Seconds that were measured, for the message.
+        ratios: Ratio of the short model's time to the dense one's in each round, by token count.
+        duration: Seconds that were measured, for the error message.
 
     Raises:
-        GateFailed: They do.
+        GateFailed: The times vary too much.
     """
     widths = []
     for values in ratios.values():
@@ -262,15 +264,15 @@ def check_noise(ratios: Mapping[int, np.ndarray], duration: float) -> None:
 
 
 class Anchors(msgspec.Struct, frozen=True):
-    """Seconds of four short models, from which those of the parts follow.
+    """Seconds per call of four short models, which determine the times of the parts.
 
     Args:
-        plain: Plain blocks of the longer ones.
-        middle: Tokens of those that reduce.
-        dense: The longer dense one.
-        reduced: The longer one that reduces.
-        lean_dense: The dense one without plain blocks.
-        lean_reduced: The one that reduces, without plain blocks.
+        plain: Number of plain blocks of the two longer models.
+        middle: Token count of the two reduced models.
+        dense: Time of the dense model with plain blocks.
+        reduced: Time of the reduced model with plain blocks.
+        lean_dense: Time of the dense model without plain blocks.
+        lean_reduced: Time of the reduced model without plain blocks.
     """
 
     plain: int
@@ -284,13 +286,13 @@ class Anchors(msgspec.Struct, frozen=True):
 def solved(
     shape: ModelShape, anchors: Anchors, ratios: Mapping[int, np.ndarray], about: tuple[str, int, str]
 ) -> Staircase:
-    """From the times of short models to those of their parts.
+    """Computes the times of the parts from the times of short models.
 
     Args:
-        shape: The whole model's.
-        anchors: What stem, head and a location are found from.
-        ratios: By number of tokens a short model's time over the dense one's, one a round.
-        about: Runtime, images a call, and clock.
+        shape: Shape of the complete model.
+        anchors: Times of the models that determine stem, head and location.
+        ratios: Ratio of the short model's time to the dense one's in each round, by token count.
+        about: Runtime, images per call, and clock.
     """
     cost, tokens, plain = shape.cost, shape.prefix + shape.patches, anchors.plain
     ending = {count: ending_share(count, cost) if cost.head_tokens else 1.0 for count in (tokens, *ratios)}
@@ -309,14 +311,14 @@ def solved(
     found = {count: (float(np.median(ratios[count])), *median_interval(ratios[count])) for count in counts}
     values, lows, highs = ([block(count, found[count][i]) for count in counts] for i in range(3))
     own = dense, *values
-    # Fewer tokens never cost more: what says so is noise. Steps stay steps.
+    # Fewer tokens never take longer, so any rise is noise; real steps are kept.
     return Staircase(
         *about, (tokens, *counts), never_rising(own), (dense, *lows), (dense, *highs), max(0.0, outside), location
     )
 
 
 def never_rising(values: Sequence[float]) -> tuple[float, ...]:
-    """The sequence without a rise that is nearest by squares: neighbors that rise take their mean.
+    """Least-squares fit of a non-increasing sequence: rising neighbors are replaced by their mean.
 
     (Pool adjacent violators; Ayer and others, 1955.)
 

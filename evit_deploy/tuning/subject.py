@@ -1,4 +1,4 @@
-"""What is tuned: the dense model, its method, and the images that schedules are ranked by; checked before the work."""
+"""Inputs of a search: the dense model, the method, and the images for ranking schedules; all are checked first."""
 
 from pathlib import Path
 
@@ -28,19 +28,19 @@ from evit_deploy.verification.answers.pictures import Pictures, pictures_of
 
 LEAST_IMAGES = 16
 DEFAULT_RATE = 0.7
-"""Of the schedule that is always a finalist: the paper's, at its own places."""
+"""Keep rate of the default schedule, which is always a finalist: the paper's rate, at the paper's locations."""
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """What is tuned.
+    """The model to tune, and the images to evaluate it on.
 
     Args:
         model: The dense model, FP32.
-        manifest: What a bundle of the default schedule would say.
-        planner: Model and method; its spec is the default schedule's.
-        pictures: Labeled images, if there are any.
+        manifest: Manifest that a bundle of the default schedule would have.
+        planner: Planner of the model and method, with the spec of the default schedule.
+        pictures: Labeled images, if any.
         images: Calibration images, float32 ``[n, C, H, W]``.
-        every: Of these, each so-manieth is one that every schedule answers.
+        every: The search evaluates schedules on ``images[::every]``.
     """
 
     model: torch.nn.Module
@@ -51,15 +51,15 @@ class Subject(msgspec.Struct, frozen=True):
     every: int
 
     def reduced(self, spec: TokenSpec) -> torch.nn.Module:
-        """The model with its tokens reduced; the weights are the dense one's."""
+        """Returns a model with token reduction that shares the weights of the dense model."""
         return reduce_tokens_(copy_sharing_weights(self.model), spec)
 
 
 def check_request(options: TuneOptions, tokens: TokenOptions) -> None:
-    """Refuses, before a file of weights is read, what leaves nothing to search for or nothing to rank by.
+    """Checks the options before any weights are read.
 
     Raises:
-        InputError: Rates or places were given, the method has no exported form, or there are no images, or too few.
+        InputError: Rates or locations were given, the method cannot be exported, or there are no or too few images.
     """
     strange = next((name for name in ("keep_rate", "locations") if name in tokens), None)
     if strange is not None:
@@ -85,15 +85,15 @@ def read_subject(
     """Builds the dense model and reads the images.
 
     Args:
-        checkpoint: What was read; its weights are given up.
-        options: The images.
-        made: What is timed and converted.
-        model: timm name that decided the architecture.
+        checkpoint: The checkpoint; its weights are released.
+        options: Options with the images.
+        made: How models are lowered.
+        model: timm name of the architecture, if given.
         tokens: Method, its options and fusion.
 
     Raises:
-        InputError: The method has no keep rate for each location, or images do not fit the model.
-        UnsupportedModelError: The model cannot be reduced by the method.
+        InputError: The method has no keep rate for each location, or the images do not match the model.
+        UnsupportedModelError: The method does not support the model.
     """
     label_by_folders(checkpoint, options.data)
     asked: TokenOptions = {**tokens, "keep_rate": DEFAULT_RATE}

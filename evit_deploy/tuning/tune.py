@@ -1,8 +1,8 @@
-"""Tuning: the schedule of token counts that keeps most of a model's answers at a budget of time, on this device.
+"""Finds the schedule of token counts that changes a model's answers least within a time budget on this device.
 
-Three steps. The device's staircase says what any schedule will take. A search over schedules that just meet a time
-looks at how near their answers to calibration images are to the dense model's. The best ones and the default schedule
-are exported and measured whole, in turns with the dense model; one of these is chosen.
+Tuning has three steps. The staircase of the device predicts the time of any schedule. A search over schedules that just
+meet a time compares their answers to calibration images with the dense model's. The best schedules and the default one
+are exported and timed as complete models, interleaved with the dense model, and one of them is chosen.
 """
 
 import logging
@@ -44,9 +44,9 @@ from evit_deploy.verification.answers.pictures import embeds
 _LOG = logging.getLogger(__name__)
 
 _COUNTS, _ENGINE_COUNTS = 24, 10
-"""Numbers of tokens to measure; fewer where each takes an engine, which takes minutes to build."""
+"""How many token counts to measure; fewer if each needs an engine, which takes minutes to build."""
 _FAST = 0.4
-"""Keep rate of a third whole model that the staircase is held against, besides the dense and the default one."""
+"""Keep rate of the third complete model that corrects the staircase, in addition to the dense and the default one."""
 _FEW_IMAGES = 64
 
 
@@ -61,27 +61,27 @@ def tune(
     bundle: bool = False,
     tokens: TokenOptions | None = None,
 ) -> Tuning:
-    """Finds the schedule that answers most like the dense model at a budget.
+    """Finds the schedule that meets a budget with answers closest to the dense model's.
 
     Args:
         source: File, folder, hub id or timm name.
-        options: The budget, the images, where to measure and how long to search.
-        model: timm name that decides the architecture.
-        out: Folder for the findings, the tables and the recipe; ``<stem>-tune`` beside the checkpoint by default.
-        force: Whether to start again where there are results.
-        resume: Whether to continue with the existing findings; other processes may be adding to them.
-        bundle: Whether to convert the winner too, into ``bundle`` in this folder.
-        tokens: Method, its options and fusion; no rates and no locations, which are what is searched for.
+        options: The budget, the images, the runtime to measure on and the length of the search.
+        model: timm name of the architecture.
+        out: Folder for the findings, the tables and the recipe; by default ``<stem>-tune`` next to the checkpoint.
+        force: Whether to overwrite existing results and start again.
+        resume: Whether to continue with the existing findings; other processes may add to them at the same time.
+        bundle: Whether to also convert the winner, into ``bundle`` inside ``out``.
+        tokens: Method, its options and fusion. Rates and locations are not allowed, since they are searched for.
 
     Returns:
-        What was found; :attr:`~evit_deploy.tuning.results.front.Tuning.met` says whether the budget is met. If it is
-        not, the winner is the finalist nearest to it.
+        The results; :attr:`~evit_deploy.tuning.results.front.Tuning.met` is true if the budget is met. Otherwise, the
+        winner is the finalist closest to the budget.
 
     Raises:
-        InputError: Something that was given cannot be used, or the dense model meets the budget as it is.
-        MissingRequirement: A package or a device is not here.
-        GateFailed: The device is too noisy to rank schedules by.
-        Interrupted: The search was stopped; continue it with ``resume``.
+        InputError: An argument is invalid, or the dense model already meets the budget.
+        MissingRequirement: A package or a device is not available.
+        GateFailed: The timings on this device are too noisy to rank schedules.
+        Interrupted: The search was interrupted; continue it with ``resume``.
     """
     asked: TokenOptions = tokens or {}
     check_request(options, asked)
@@ -134,7 +134,7 @@ def tune(
 
 
 def _convert_options(options: TuneOptions) -> ConvertOptions:
-    """What is made: for one batch size, so that an engine is built for it."""
+    """Conversion options with a single batch size, so that engines are optimized for it."""
     target = options.target or PORTABLE
     calibration = options.calibration if options.precision in QUANTIZED else None
     if not TARGETS.get(target).engine:
@@ -149,11 +149,11 @@ def _convert_options(options: TuneOptions) -> ConvertOptions:
 
 
 def _runtime(options: TuneOptions, made: Lowering) -> str:
-    """The runtime to time on.
+    """Selects the runtime to measure on.
 
     Raises:
-        InputError: It is a server, or no runtime here can run this target.
-        MissingRequirement: It is not here.
+        InputError: The runtime is a server, or no runtime can run this target here.
+        MissingRequirement: The runtime is not available.
     """
     own = made.provers(options.target or PORTABLE)
     if options.runtime is None and not own:
@@ -168,13 +168,13 @@ def _runtime(options: TuneOptions, made: Lowering) -> str:
 
 
 def _default_place(checkpoint: Checkpoint) -> Path:
-    """``<stem>-tune`` where ``convert`` would write."""
+    """``<stem>-tune`` in the folder that ``convert`` would write to."""
     like = default_out(checkpoint, TokenSpec(keep_rate=DEFAULT_RATE))
     return like.with_name(like.name.removesuffix(f"-evit-k{DEFAULT_RATE:g}") + "-tune")
 
 
 def _about(checkpoint: Checkpoint, options: TuneOptions, tokens: TokenOptions) -> dict[str, Any]:
-    """What findings are of: a search about something else does not go on with them."""
+    """Settings that findings depend on; a search with other settings cannot continue with them."""
     names = [file.name for file in image_files(Path(options.calibration or ""))]
     own = ("min_speedup", "max_latency", "max_drop", "sample", "target", "precision", "runtime", "batch", "threads")
     return {
@@ -192,7 +192,7 @@ def _bench(subject: Subject, made: Lowering, runtime: str, options: TuneOptions)
 
 
 def _staircase(subject: Subject, bench: Bench, options: TuneOptions, place: Path) -> Staircase:
-    """The staircase of before, or one that is measured now and held against three whole models."""
+    """Reads the staircase of an earlier run, or measures one and corrects it by the times of three complete models."""
     known = place / STAIRCASE
     if known.exists():
         try:
@@ -213,10 +213,10 @@ def _staircase(subject: Subject, bench: Bench, options: TuneOptions, place: Path
 
 
 def _budget(options: TuneOptions, fitter: Fitter, embedding: bool) -> Budget:
-    """The budget, beside what the dense model takes.
+    """Creates the budget from the options.
 
     Raises:
-        InputError: The dense model meets it as it is.
+        InputError: The dense model already meets it.
     """
     if options.max_drop is not None:
         return Budget("drop", options.max_drop, fitter.dense, "recall@1" if embedding else "top-1")
@@ -232,10 +232,10 @@ def _budget(options: TuneOptions, fitter: Fitter, embedding: bool) -> Budget:
 
 
 def _search(subject: Subject, fitter: Fitter, goals: Sequence[Goal], findings: Findings, options: TuneOptions) -> None:
-    """Looks at schedules for each goal.
+    """Runs the search for each goal.
 
     Raises:
-        Interrupted: It was stopped.
+        Interrupted: The search was interrupted.
     """
     before, total = torch.get_num_threads(), sum(goal.trials for goal in goals)
     torch.set_num_threads(options.threads or before)
@@ -259,7 +259,7 @@ def _search(subject: Subject, fitter: Fitter, goals: Sequence[Goal], findings: F
 
 
 def _expected(found: Sequence[Finding], fitter: Fitter) -> list[TunedRow]:
-    """Every schedule that was tried, numbered in that order; the default one by its name."""
+    """One row per evaluated schedule, numbered in the order of evaluation; the default schedule keeps its name."""
     default = fitter.planner.schedule_of(fitter.planner.spec)
     unique = {finding.schedule: finding for finding in reversed(found)}
     rows = []
@@ -272,7 +272,6 @@ def _expected(found: Sequence[Finding], fitter: Fitter) -> list[TunedRow]:
 def _measured(
     subject: Subject, bench: Bench, fitter: Fitter, found: tuple[Budget, Sequence[Finding]], options: TuneOptions
 ) -> list[TunedRow]:
-    """The finalists' rows."""
     budget, findings = found
     default = fitter.planner.schedule_of(fitter.planner.spec)
     rows = {row.schedule: row for row in _expected(findings, fitter)}
@@ -292,7 +291,7 @@ def _notes(subject: Subject, options: TuneOptions) -> tuple[str, ...]:
 def _bundle(
     winner: TunedRow, place: Path, origin: tuple[str, str | None], wanted: ConvertOptions, options: TuneOptions
 ) -> str:
-    """Converts the winner; returns where its bundle is."""
+    """Converts the winner; returns the path of the bundle."""
     spec = winner.tokens
     tokens: TokenOptions = {"method": spec.method, "keep_rate": spec.rates, "locations": winner.schedule.locations}
     if spec.options:

@@ -1,1 +1,1 @@
-"""What came of a search: its rows and front, the one that was chosen, and the files that say so."""
+"""Results of a search: rows, Pareto front, the chosen schedule, and output files."""

@@ -1,4 +1,4 @@
-"""The budget, the times that are searched for because of it, and which of the finalists is chosen."""
+"""The budget, the goals of the search that follow from it, and the choice among the finalists."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -10,21 +10,22 @@ from evit_deploy.tuning.search import Fitter, Goal
 
 DENSE = "dense"
 LADDER = (1.15, 1.3, 1.5, 1.75, 2.0, 2.5)
-"""Speed-ups that are searched for beside a budget of time, for the front; for a budget of top-1, instead of it."""
+"""Speed-ups to search at: for the front with a time budget, and as the only other goals with an accuracy budget."""
 BUDGET, TIGHTER, AS_DEFAULT = "the budget", "a little less", "as the default"
-"""Names of goals."""
+"""Names of the goals."""
 _TIGHTER = 0.96
-"""The staircase may expect too little: what is searched for at this share of the budget meets it then."""
+"""Share of the budget for the goal :data:`TIGHTER`, whose schedules meet the budget even if the staircase predicts too
+short times."""
 
 
 class Budget(msgspec.Struct, frozen=True):
-    """What a schedule has to meet.
+    """Requirement that a schedule must meet.
 
     Args:
-        kind: A speed-up over the dense model, seconds a call, or points of top-1 or recall@1 below it.
-        limit: How much.
-        dense: Seconds that the dense model takes a call.
-        share: What a drop is of; recall@1 of a model without classes.
+        kind: Speed-up over the dense model, seconds per call, or a drop in points of top-1 or recall@1.
+        limit: Value of the requirement.
+        dense: Predicted seconds per call of the dense model.
+        share: Metric of the drop; recall@1 for a model without classes.
     """
 
     kind: Literal["speedup", "latency", "drop"]
@@ -34,11 +35,11 @@ class Budget(msgspec.Struct, frozen=True):
 
     @property
     def seconds(self) -> float | None:
-        """Seconds that a call may take; ``None`` where that is not what is limited."""
+        """Largest number of seconds per call; ``None`` if the budget does not limit the time."""
         return {"speedup": self.dense / self.limit if self.limit else None, "latency": self.limit}.get(self.kind)
 
     def excess(self, row: TunedRow) -> float:
-        """How far a finalist is from meeting the budget; 0 or less where it meets it."""
+        """How far a finalist exceeds the budget; 0 or less if it meets the budget."""
         if self.kind == "drop":
             cost = row.answers.to_dense if row.answers is not None else None
             return -100 * cost.value - self.limit if cost is not None else 0.0
@@ -56,12 +57,14 @@ class Budget(msgspec.Struct, frozen=True):
 
 
 def goals_for(budget: Budget, fitter: Fitter, trials: int) -> list[Goal]:
-    """The times to search at: the budget with most of the trials, the default schedule's, and others for the front.
+    """Returns the times to search at: the budget, the default schedule's time, and others for the front.
+
+    With a time budget, it gets the largest share of the trials.
 
     Args:
-        budget: What is to be met.
+        budget: The budget to meet.
         fitter: Model, method and staircase.
-        trials: Schedules to look at, all in all.
+        trials: Total number of schedules to evaluate.
     """
     default = fitter.seconds(fitter.planner.schedule_of(fitter.planner.spec))
     rungs = [(f"{ratio:g}x", budget.dense / ratio) for ratio in LADDER if budget.dense / ratio > fitter.floor]
@@ -79,19 +82,19 @@ def goals_for(budget: Budget, fitter: Fitter, trials: int) -> list[Goal]:
 
 
 def chosen(rows: Sequence[TunedRow], budget: Budget, default: str) -> tuple[bool, TunedRow]:
-    """Which finalist is the answer.
+    """Chooses one of the finalists.
 
-    Of those that meet a budget of time it is the one whose answers are nearest to the dense model's, and never one that
-    agrees with it less often than the default schedule where that meets the budget too. Of those that meet a budget of
-    top-1 it is the fastest.
+    With a time budget, it is the finalist within the budget whose answers are closest to the dense model's. If the
+    default schedule meets the budget too, finalists that agree less often with the dense model than it does are
+    excluded. With an accuracy budget, it is the fastest finalist within the budget.
 
     Args:
-        rows: The finalists, measured; the dense model among them.
-        budget: What is to be met.
+        rows: The measured finalists, including the dense model.
+        budget: The budget to meet.
         default: Name of the default schedule's row.
 
     Returns:
-        Whether it meets the budget; else it is the one that comes nearest.
+        Whether the budget is met, and the chosen row; if no finalist meets the budget, the closest one.
     """
     reduced = [row for row in rows if row.name != DENSE]
     able = [row for row in reduced if budget.excess(row) <= 0]
@@ -106,13 +109,13 @@ def chosen(rows: Sequence[TunedRow], budget: Budget, default: str) -> tuple[bool
 
 
 def verdict(rows: Sequence[TunedRow], winner: TunedRow, budget: Budget, *, met: bool) -> str:
-    """What came of a search, in sentences.
+    """Summarizes the result of a search in sentences.
 
     Args:
         rows: The finalists.
-        winner: The one that was chosen.
-        budget: What was to be met.
-        met: Whether it is.
+        winner: The chosen row.
+        budget: The budget.
+        met: Whether the winner meets it.
     """
     said = [] if met else [f"No schedule that was measured is {budget}; the nearest is {winner.name}."]
     said += [f"{winner.name}: {_said(winner)}."]

@@ -1,4 +1,4 @@
-"""What a search found: its rows, the Pareto front among them, and its chart."""
+"""Results of a search: rows, Pareto front and chart."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,19 +15,19 @@ from evit_deploy.tuning.staircase import Staircase
 
 
 class TunedRow(msgspec.Struct, frozen=True):
-    """A schedule, and what is known of it.
+    """A schedule and its results.
 
     Args:
-        name: What tables call it.
-        schedule: Its token counts; none of the dense model.
-        tokens: The spec that makes it.
+        name: Name in tables.
+        schedule: Its token counts; empty for the dense model.
+        tokens: Token spec that results in the schedule.
         gmacs: Multiply-adds for one image, in 10⁹.
-        expected: Milliseconds a call by the staircase.
+        expected: Milliseconds per call predicted by the staircase.
         cosine: Centered cosine to the dense model's answers on the images of the search.
-        agreement: Share of these images with the dense model's class; ``None`` of a model without classes.
-        measured: How fast its exported form is, whole; of finalists alone.
-        confirmed: How near its answers are on all calibration images; of finalists alone.
-        answers: Of its exported form to the labeled images, if there were any; of finalists alone.
+        agreement: Share of these images with the dense model's class; ``None`` for a model without classes.
+        measured: Measured times of the exported model; finalists only.
+        confirmed: Similarity of its answers on all calibration images; finalists only.
+        answers: Accuracy of the exported model on the labeled images, if any; finalists only.
     """
 
     name: str
@@ -43,37 +43,38 @@ class TunedRow(msgspec.Struct, frozen=True):
 
     @property
     def milliseconds(self) -> float:
-        """Of a call: measured, where it was."""
+        """Milliseconds per call: measured if available, else predicted."""
         return self.expected if self.measured is None else self.measured.p50
 
     @property
     def nearness(self) -> float:
-        """The centered cosine on most images."""
+        """Centered cosine: on all calibration images if available, else on the images of the search."""
         return self.cosine if self.confirmed is None else self.confirmed.cosine
 
     @property
     def agreeing(self) -> float | None:
-        """The agreement on most images."""
+        """Agreement: on all calibration images if available, else on the images of the search."""
         return self.agreement if self.confirmed is None else self.confirmed.agreement
 
 
 class Tuning(msgspec.Struct, frozen=True):
-    """What :func:`evit_deploy.tuning.tune.tune` found.
+    """Results of :func:`evit_deploy.tuning.tune.tune`.
 
     Args:
         met: Whether the budget is met.
         budget: The budget in words.
-        verdict: What came of it, in a sentence.
-        winner: Name of the row that was chosen.
-        finalists: The dense model, the default schedule and the best ones, measured whole, the fastest last.
-        front: Of all schedules that were looked at those to which none is both faster and nearer, by the staircase.
-        staircase: What parts of the model cost.
-        looked_at: How many schedules were tried on images.
-        images: Calibration images on which the finalists were compared with the dense model.
-        notes: Sentences for the reader.
-        versions: Packages.
-        device: Where it was measured.
-        bundle: The winner's bundle, if one was made.
+        verdict: Summary of the result in sentences.
+        winner: Name of the chosen row.
+        finalists: The dense model, the default schedule and the best ones, measured as complete models, the fastest
+            last.
+        front: Pareto front of all evaluated schedules, by predicted time and similarity to the dense model.
+        staircase: Times of the parts of the model.
+        looked_at: Number of schedules evaluated on images.
+        images: Number of calibration images on which the finalists were compared with the dense model.
+        notes: Notes for the user.
+        versions: Versions of packages.
+        device: Description of the device that was measured.
+        bundle: Path of the winner's bundle, if it was converted.
     """
 
     met: bool
@@ -92,7 +93,7 @@ class Tuning(msgspec.Struct, frozen=True):
 
 
 def pareto(rows: Iterable[TunedRow]) -> tuple[TunedRow, ...]:
-    """The rows to which no other is at least as fast and nearer to the dense model, the slowest first."""
+    """Pareto front: rows for which no other row is at least as fast and closer to the dense model, slowest first."""
     found: list[TunedRow] = []
     for row in sorted(rows, key=lambda row: (row.expected, -row.cosine)):
         if not found or row.cosine > found[-1].cosine:
@@ -101,12 +102,12 @@ def pareto(rows: Iterable[TunedRow]) -> tuple[TunedRow, ...]:
 
 
 def as_svg(found: Tuning) -> str:
-    """:func:`front_chart` as a file."""
+    """Formats :func:`front_chart` as the content of an SVG file."""
     return standalone(front_chart(found)) + "\n"
 
 
 def front_chart(found: Tuning) -> str:
-    """The front and the finalists, for a page: milliseconds a call against nearness to the dense model."""
+    """Chart of the front and the finalists: milliseconds per call against nearness to the dense model."""
     finalists = {row.name for row in found.finalists}
     shown = [
         *(("front of the search", row) for row in found.front if row.name not in finalists),

@@ -1,4 +1,4 @@
-"""The folder of a search: what is written into it, and whether a search may continue there."""
+"""The output folder of a search: the files written to it, and the check whether a search may continue in it."""
 
 import shlex
 from collections.abc import Iterator
@@ -19,22 +19,23 @@ from evit_deploy.tuning.results.page import as_page
 from evit_deploy.tuning.results.tables import as_csv, as_markdown
 
 ABOUT, STAIRCASE, FINDINGS = "search.json", "staircase.json", "findings.jsonl"
-"""What a search goes on with: what it is about, what the device costs, and what was looked at."""
+"""Files that a search continues from: its settings, the staircase of the device, and the findings."""
 RESULTS = ("tune.json", "tune.csv", "tune.md", "tune.svg", "recipe.yaml", "tune.html")
 BUNDLE = "bundle"
 
 
 def check_place(place: Path, about: dict[str, Any], *, force: bool, resume: bool) -> None:
-    """Makes sure, before any work, that a search may begin or go on in a folder.
+    """Checks, before any work, that a search may start or continue in a folder.
 
     Args:
         place: The folder.
-        about: What the search is about, in types of JSON.
-        force: Whether what is there may be replaced.
-        resume: Whether to go on with it.
+        about: Settings of the search, JSON-compatible.
+        force: Whether existing files may be replaced.
+        resume: Whether to continue an existing search.
 
     Raises:
-        InputError: There is a search with other settings, or one that ``resume`` does not allow to continue.
+        InputError: The folder contains a search and neither ``force`` nor ``resume`` is set, or a search with other
+            settings, or the path is a file.
     """
     with _writing(place):
         if place.exists() and not place.is_dir():
@@ -48,15 +49,15 @@ def check_place(place: Path, about: dict[str, Any], *, force: bool, resume: bool
 
 
 def begin(place: Path, about: dict[str, Any], *, force: bool) -> None:
-    """Makes the folder that :func:`check_place` has looked at, and notes there what the search is about.
+    """Creates the folder checked by :func:`check_place`, and writes the settings of the search to it.
 
     Args:
         place: The folder.
-        about: What the search is about, in types of JSON.
-        force: Whether to begin anew where there is a search.
+        about: Settings of the search, JSON-compatible.
+        force: Whether to delete the files of an existing search.
 
     Raises:
-        InputError: Nothing can be written there.
+        InputError: The folder is not writable.
     """
     with _writing(place):
         for name in _known(place) if force else ():
@@ -68,7 +69,7 @@ def begin(place: Path, about: dict[str, Any], *, force: bool) -> None:
 
 @contextmanager
 def _writing(place: Path) -> Iterator[None]:
-    """Says of what the system refuses that it is the folder of the search."""
+    """Converts an ``OSError`` to an ``InputError`` that names the folder of the search."""
     try:
         yield
     except OSError as error:
@@ -76,7 +77,7 @@ def _writing(place: Path) -> Iterator[None]:
 
 
 def _known(place: Path) -> list[str]:
-    """The files of a search that are in a folder."""
+    """Names of the files of a search that exist in a folder."""
     return [name for name in (ABOUT, STAIRCASE, FINDINGS, *RESULTS) if (place / name).exists()]
 
 
@@ -98,13 +99,13 @@ def _check_same(path: Path, about: dict[str, Any]) -> None:
 
 
 def write(found: Tuning, place: Path, source: tuple[str, str | None], options: ConvertOptions) -> None:
-    """Writes a search's results: JSON, CSV, Markdown, SVG, a page, and the winner as a recipe.
+    """Writes the results of a search: JSON, CSV, Markdown, SVG, an HTML page, and the winner as a recipe.
 
     Args:
         found: The results.
         place: The folder.
-        source: The checkpoint as it was given, and the timm name that decides its architecture.
-        options: What the winner is converted into.
+        source: The checkpoint as given, and the timm name of its architecture, if given.
+        options: Conversion options for the winner.
 
     Raises:
         StageError: A file could not be written.
@@ -118,7 +119,7 @@ def write(found: Tuning, place: Path, source: tuple[str, str | None], options: C
 
 
 def command(row: TunedRow, source: tuple[str, str | None], options: ConvertOptions) -> str:
-    """The line that converts a row's schedule."""
+    """Command line that converts a model with the schedule of a row."""
     spec = row.tokens
     parts = ["evit-deploy", "convert", source[0], *(["--model", source[1]] if source[1] else [])]
     parts += ["--method", spec.method] if spec.method != "evit" else []
@@ -135,7 +136,7 @@ def command(row: TunedRow, source: tuple[str, str | None], options: ConvertOptio
 
 
 def recipe(found: Tuning, source: tuple[str, str | None], options: ConvertOptions) -> str:
-    """A recipe for ``evit-deploy run``: makes the winner's bundle and holds it against another finalist's."""
+    """Recipe for ``evit-deploy run`` that converts the winner and compares it with another finalist."""
     rows = {row.name: row for row in found.finalists if row.name != DENSE}
     winner = rows.pop(found.winner)
     rival = next((row for row in rows.values() if row.name.startswith("default")), next(iter(rows.values()), None))
@@ -160,7 +161,7 @@ def recipe(found: Tuning, source: tuple[str, str | None], options: ConvertOption
 
 
 def _tokens(spec: TokenSpec) -> dict[str, Any]:
-    """What a recipe says of tokens, without what is so anyway."""
+    """The ``tokens`` section of a recipe, without default values."""
     plain = msgspec.to_builtins(spec)
     default = msgspec.to_builtins(TokenSpec())
     kept = {name: value for name, value in plain.items() if name == "method" or value != default[name]}

@@ -1,4 +1,4 @@
-"""A search as a web page: the verdict, the front and the finalists, and what the device's time is made of."""
+"""Results of a search as a web page: verdict, front and finalists, and the staircase of the device."""
 
 from evit_deploy.charts.kinds import Axes, Point, lines
 from evit_deploy.environment.command import commands
@@ -8,7 +8,7 @@ from evit_deploy.tuning.results.tables import table
 
 
 def as_page(found: Tuning) -> str:
-    """A search's results as HTML, complete.
+    """Formats the results of a search as a complete HTML page.
 
     Args:
         found: The results.

@@ -1,4 +1,4 @@
-"""What a search found as tables: CSV, Markdown, and cells for a terminal or a page."""
+"""Results of a search as tables: CSV, Markdown, and cells for a terminal or a web page."""
 
 import csv
 import io
@@ -13,11 +13,11 @@ _HEADER = (
     "speedup_high", "cosine", "cosine_error", "agreement", "images", "top1", "recall", "to_dense", "to_dense_low",
     "to_dense_high", "finalist", "winner",
 )  # fmt: skip
-"""Shares and differences are called as in :class:`ComparedRow`: recall is of models without classes."""
+"""Shares and differences have the same names as in :class:`ComparedRow`; recall is for models without classes."""
 
 
 def as_csv(found: Tuning) -> str:
-    """Finalists and front, one row each."""
+    """Formats the finalists and the front as CSV, one row each."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(_HEADER)
@@ -50,7 +50,7 @@ def _short(value: float | None) -> str | None:
 
 
 def table(found: Tuning) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Titles and cells of the finalists."""
+    """Returns the column titles and cells of the table of finalists."""
     labeled = next((row.answers for row in found.finalists if row.answers is not None), None)
     classes = any(row.agreeing is not None for row in found.finalists)
     header = ("", "blocks", "tokens behind them", "GMACs", "ms", "speed-up", "95 % interval", "cosine")
@@ -88,7 +88,7 @@ def _cost(answers: ComparedRow | None) -> str:
 
 
 def as_markdown(found: Tuning) -> str:
-    """The finalists as a table, with the verdict above it."""
+    """Formats the verdict and the table of finalists as Markdown."""
     header, rows = table(found)
     lines = [f"# {found.budget}", "", found.verdict, "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]

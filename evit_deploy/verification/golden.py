@@ -269,7 +269,7 @@ def _in_full(model: torch.nn.Module, inputs: np.ndarray, first: int | None, begu
     Args:
         model: The reduced model or its dense twin.
         inputs: float32 ``[n, C, H, W]``.
-        first: See :func:`_first_of`; of the reduced model.
+        first: Result of :func:`_first_of` for the reduced model.
         begun: FP64 input of the block ``first``, by block; the same for every schedule, because only blocks of the
             dense model come before it.
     """

@@ -401,11 +401,15 @@ def _largest(terms: list[np.ndarray], reference: np.ndarray) -> np.ndarray:
 
 
 def _replayed(model: torch.nn.Module, inputs: np.ndarray, kept: list[np.ndarray]) -> tuple[np.ndarray, list[Any]]:
-    """Logits and scores of a model with given choices; the model is modified and continues to use them."""
+    """Logits and scores of a model with the given choices instead of its own."""
     reducers = [m for m in model.modules() if isinstance(m, TokenReducer) and m.plan.keep is not None]
     for reducer, choice in zip(reducers, kept, strict=True):
         reducer.given = torch.from_numpy(choice)
-    logits, _, scores = _answers(model, inputs)
+    try:
+        logits, _, scores = _answers(model, inputs)
+    finally:  # or the model would keep these choices for all later inputs
+        for reducer in reducers:
+            reducer.given = None
     return logits, scores
 
 

@@ -81,7 +81,7 @@ def sample_photographs() -> list[Image.Image]:
 
 
 def sample_inputs(preprocess: Preprocess, count: int, channels: int = 3) -> np.ndarray:
-    """Makes realistic inputs: distinct crops and flips of the two sample photographs.
+    """Creates realistic inputs: distinct crops and flips of the two sample photographs.
 
     The result is deterministic, and the first inputs do not depend on ``count``.
 

@@ -19,7 +19,7 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 
 def nearest_kept(x: Tensor, scores: Tensor, keep: int, prefix: int) -> Tensor:
-    """Makes a choice of kind ``merge``: keeps the highest scores, and merges each other token into the most similar.
+    """Makes a choice of kind ``merge``: the highest scores are kept, and each other token joins the most similar one.
 
     Similarity is the cosine; on ties, the kept token with the higher score is used.
 

@@ -55,7 +55,7 @@ class TokenReducer(nn.Module):
     own_parameters: ClassVar[tuple[str, ...]] = ()
     """Name prefixes of the parameters that :meth:`attach` adds."""
     needs_own_weights: ClassVar[bool] = False
-    """Whether these layers make the choice, so that a model without trained ones is not usable."""
+    """Whether these layers make the choice, so that a model without trained ones is not fit for deployment."""
     learns_from_dense: ClassVar[bool] = False
     """Whether the method is trained to agree with the dense model that it starts from."""
     fuses: ClassVar[bool] = True
@@ -71,7 +71,7 @@ class TokenReducer(nn.Module):
         self.given: Tensor | None = None
         """A choice, as returned by :meth:`forward`, that replaces the reducer's own; for verification."""
 
-    # ---- the method as a whole
+    # ---- the method
 
     @classmethod
     def unsupported(cls, model: Any) -> list[str]:

@@ -28,7 +28,7 @@ class Draw(NamedTuple):
 
     Args:
         number: Index of the image in the data set.
-        place: Seed, step and row in the step, which seed the random numbers of its augmentation.
+        place: Seed, step and row in the step; together they seed the random numbers of its augmentation.
         level: Difficulty level, 0 to 1.
     """
 

@@ -87,7 +87,7 @@ def read_token_labels(path: Path, classes: int) -> Tensor:
         raise InputError("no token labels of this image", where=path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise many kinds
+    except Exception as error:  # damaged files raise many kinds of errors
         raise InputError(f"not a token label map ({type(error).__name__})", where=path) from None
     whole = isinstance(content, Tensor) and content.layout == torch.strided and content.device.type == "cpu"
     whole = whole and not (content.is_complex() or content.is_quantized)
@@ -128,8 +128,8 @@ def crop_token_labels(
         grid: Rows and columns of patches.
         classes: Number of the model's classes.
         label_smoothing: Probability that is spread over all classes.
-        warps: ``[B, 2, 3]``: maps positions in the image to positions in the flipped crop, both from -1 to 1. Positions
-            outside the crop have logits of 0.
+        warps: ``[B, 2, 3]``: maps positions in the augmented image to positions in the flipped crop, both from -1 to 1.
+            Positions outside the crop have logits of 0.
 
     Returns:
         Probabilities, FP32 ``[B, rows · columns, classes]``.

@@ -81,7 +81,7 @@ class DynamicViT(TokenReducer):
 
     @classmethod
     def attach(cls, model: Any, options: msgspec.Struct, plan: TokenPlan) -> None:
-        """Adds a predictor for each location, with weights loaded with the model's if there are any, else new ones.
+        """Adds a predictor for each location, with the weights that were loaded with the model's, or else new ones.
 
         Raises:
             InputError: The weights are for a different number of locations, or do not fit the model.

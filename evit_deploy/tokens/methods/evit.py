@@ -1,8 +1,8 @@
 """EViT: "Not All Patches are What You Need" (ICLR 2022, arXiv 2202.07800), algorithm 1, and fused-token variants.
 
-Scores (equation 2): softmax of q_cls · Kᵀ · d^-½ over all tokens, prefix columns dropped, mean over heads. The scores
-compute their row of the attention map separately instead of reading it from the block's attention, so that fused
-attention kernels can still be used.
+Scores (equation 2): softmax of q_cls · Kᵀ · d^-½ over all tokens, prefix columns dropped, mean over heads. This row of
+the attention map is computed separately instead of being read from the block's attention, so that fused attention
+kernels can still be used.
 
 The option ``squeeze`` is TPS: "Joint Token Pruning and Squeezing" (CVPR 2023, arXiv 2304.10716).
 """

@@ -69,8 +69,8 @@ class Merge(SizedReducer):
     def margin(cls, scores: Any, exact: Any, choice: np.ndarray, row: BlockPlan) -> np.ndarray:
         """See :meth:`TokenReducer.margin`.
 
-        Rounding can also decide which tokens get more attention than another; its worth then lies between its values
-        with and without them.
+        Rounding can also decide which tokens get more attention than a given one; the worth of that token then lies
+        between its values with and without them.
         """
         assert row.keep is not None
         weight, candidates = exact[0], exact[0].shape[1]

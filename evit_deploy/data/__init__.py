@@ -1,1 +1,1 @@
-"""Images: preprocessing, folders and archives, digits, and the batches that training draws."""
+"""Images: preprocessing, folders and archives, digit data sets, and batches for training."""

@@ -1,4 +1,4 @@
-"""Images on their way into a model: decoding, inputs, sample photographs, unlabeled folders."""
+"""Images as model inputs: decoding, preprocessing, sample photographs, unlabeled folders."""
 
 import io
 import re
@@ -12,21 +12,21 @@ from evit_deploy.data.preprocess import Preprocess
 from evit_deploy.errors import InputError
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Endings of the files that count as images in a folder, in lower case."""
+"""File name extensions of images in folders, in lower case."""
 COPY_AGAIN = "Copy it here again, or leave it out."
-"""What to do about an image that cannot be read."""
+"""The fix for an image that cannot be read."""
 
 
 def decode_image(content: bytes, where: object, fix: str | None = None) -> Image.Image:
-    """Decodes the content of an image file as RGB, to its end.
+    """Decodes a complete image file as RGB.
 
     Args:
-        content: The file's.
-        where: What the image is called in messages.
-        fix: What to do where it cannot be read.
+        content: Content of the file.
+        where: Name of the image in error messages.
+        fix: The fix to show if it cannot be read.
 
     Raises:
-        InputError: It is no image, or not a whole one.
+        InputError: It is not an image, or it is truncated.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -40,7 +40,7 @@ def read_image(path: str | Path) -> Image.Image:
     """Reads an image file as RGB.
 
     Raises:
-        InputError: There is no such file, or it is no image that can be read to its end.
+        InputError: There is no such file, or it is not a complete, readable image.
     """
     path = Path(path)
     if not path.exists():
@@ -55,11 +55,11 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def preprocess_image(image: str | Path | Image.Image, preprocess: Preprocess) -> np.ndarray:
-    """Puts one image through the deployment preprocessing.
+    """Applies the deployment preprocessing to one image.
 
     Args:
         image: A file or an open image; converted to RGB.
-        preprocess: What to do with it.
+        preprocess: The preprocessing.
 
     Returns:
         float32 ``[3, H, W]``.
@@ -72,23 +72,23 @@ def preprocess_image(image: str | Path | Image.Image, preprocess: Preprocess) ->
 
 
 def sample_photographs() -> list[Image.Image]:
-    """The two photographs that ship with the package, 640 × 427 each: a temple and a flower.
+    """The two photographs included in the package, 640 × 427 each: a temple and a flower.
 
-    They are those of scikit-learn; ``photographs/LICENSE`` names who took them.
+    They are scikit-learn's sample images; ``photographs/LICENSE`` names the photographers.
     """
     folder = Path(__file__).with_name("photographs")
     return [read_image(folder / name) for name in ("china.jpg", "flower.jpg")]
 
 
 def sample_inputs(preprocess: Preprocess, count: int, channels: int = 3) -> np.ndarray:
-    """Inputs that look like photographs: distinct crops and flips of the two sample photographs.
+    """Creates realistic inputs: distinct crops and flips of the two sample photographs.
 
-    Always the same for the same arguments, and the first inputs do not depend on how many are asked for.
+    The result is deterministic, and the first inputs do not depend on ``count``.
 
     Args:
         preprocess: The model's preprocessing.
-        count: How many.
-        channels: Channels of the model's input; other than 3 are made from the three colors.
+        count: Number of inputs.
+        channels: Channels of the model's input; numbers other than 3 are derived from the three colors.
 
     Returns:
         float32 ``[count, channels, H, W]``.
@@ -104,7 +104,7 @@ def sample_inputs(preprocess: Preprocess, count: int, channels: int = 3) -> np.n
 
 
 def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    """Color images for a model that takes another number of channels: one is their mean, more repeat them."""
+    """Converts color images to another number of channels: 1 is the mean of the colors, more repeat them."""
     if channels == 1:
         images = images.mean(axis=1, keepdims=True)
     elif channels != 3:
@@ -121,10 +121,10 @@ def _crop(photograph: Image.Image, seed: int) -> Image.Image:
 
 
 def image_files(path: Path) -> list[Path]:
-    """Image files anywhere below a folder, labeled or not, always in the same order.
+    """Finds all image files below a folder, labeled or not, in a deterministic order.
 
     Raises:
-        InputError: No such folder, or no images in it.
+        InputError: The folder does not exist or contains no images.
     """
     if not path.is_dir():
         raise InputError(
@@ -137,13 +137,13 @@ def image_files(path: Path) -> list[Path]:
 
 
 def calibration_images(path: Path, preprocess: Preprocess, channels: int, limit: int) -> np.ndarray:
-    """Real images to learn ranges from, in the deployment's preprocessing.
+    """Loads real images for calibration, with the deployment preprocessing.
 
     Args:
-        path: Folder with images anywhere below it.
-        preprocess: What is done with each.
+        path: Folder with images at any depth.
+        preprocess: The preprocessing.
         channels: Channels of the model's input.
-        limit: At most this many, evenly spaced.
+        limit: Maximum number of images; they are evenly spaced.
 
     Returns:
         float32 ``[n, channels, H, W]``.
@@ -159,13 +159,13 @@ def calibration_images(path: Path, preprocess: Preprocess, channels: int, limit:
 def image_batches(
     path: Path, preprocess: Preprocess, channels: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, None]]:
-    """Every image below a folder once, in the deployment's preprocessing; of labels nothing is known.
+    """Loads every image below a folder once, without labels and with the deployment preprocessing.
 
     Args:
-        path: Folder with images anywhere below it.
-        preprocess: What is done with each.
+        path: Folder with images at any depth.
+        preprocess: The preprocessing.
         channels: Channels of the model's input.
-        batch_size: Images a batch; the last batch may be smaller.
+        batch_size: Images per batch; the last batch may be smaller.
 
     Yields:
         Images float32 ``[B, channels, H, W]``, and ``None`` in place of their labels.
@@ -180,5 +180,5 @@ def image_batches(
 
 
 def natural(text: str) -> list[tuple[int, int, str]]:
-    """A key to sort names by: "class 10" after "class 9"; pairs that always compare, whatever stands where."""
+    """Sort key for names with numbers, so that "class 10" follows "class 9"; any two keys can be compared."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]

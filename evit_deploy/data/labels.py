@@ -1,4 +1,4 @@
-"""Class names in a file: one on each line, or as JSON."""
+"""Class names from a file, one per line or as JSON."""
 
 import re
 from collections.abc import Sequence
@@ -9,21 +9,21 @@ from evit_deploy.documents import Limits, decode_json, read_bytes
 from evit_deploy.errors import InputError
 
 LIMITS = Limits(size=16 << 20, depth=8, items=1_000_000)
-"""Of a file of labels: 21,843 ImageNet labels take 1 MB, a ``config.json`` has more in it."""
+"""Limits of a label file: 21,843 ImageNet labels take 1 MB, and a ``config.json`` contains more than labels."""
 LONGEST = 1_000
-"""Letters of a label."""
+"""Maximum number of letters in a label."""
 
 
 def read_labels(path: str | Path) -> list[str]:
     """Reads class names, in the order of the model's outputs.
 
     Args:
-        path: Text in UTF-8 with one name on each line; or JSON, a list of names or ``{"0": name, "1": name, ...}``,
-            bare or as ``id2label`` of a ``config.json``. Only line feeds part names, with or without a carriage return.
-            Two classes may have one name, as two of ImageNet's.
+        path: UTF-8 text with one name per line, or JSON: a list of names or ``{"0": name, "1": name, ...}``, at the top
+            level or as ``id2label`` of a ``config.json``. In text, only line feeds separate names, with or without a
+            carriage return. Two classes may have the same name, as in ImageNet.
 
     Raises:
-        InputError: The file cannot be read, or holds no names.
+        InputError: The file cannot be read, or contains no names.
     """
     path, where = Path(path), f"--labels {path}"
     try:
@@ -37,7 +37,7 @@ def read_labels(path: str | Path) -> list[str]:
         raise InputError("the labels cannot be read (not UTF-8 text)", where=where) from None
     if path.suffix.lower() == ".json":
         return _of_json(text, where)
-    # Not str.splitlines, which also parts a name at a form feed or at U+0085.
+    # Not str.splitlines, which would also split a name at a form feed or at U+0085.
     names = text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
     if not names:
         raise InputError("no labels in it", where=where, wanted="one on each line")
@@ -46,10 +46,10 @@ def read_labels(path: str | Path) -> list[str]:
 
 
 def check_labels(names: Sequence[Any], where: str) -> None:
-    """Makes sure that class names can be shown and written one on each line.
+    """Checks that class names can be displayed and written to a file, one per line.
 
     Raises:
-        InputError: One is no text, empty, too long, or has a line break or a zero byte in it.
+        InputError: A name is not text, is empty or too long, or contains a line break or a zero byte.
     """
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
@@ -57,17 +57,17 @@ def check_labels(names: Sequence[Any], where: str) -> None:
         if len(name) > LONGEST:
             seen, wanted = f"{len(name):,} letters for class {number}", f"at most {LONGEST:,}"
             raise InputError("a label is too long", where=where, seen=seen, wanted=wanted)
-        if any(end in name for end in "\r\n\0"):  # a server ends a name at a zero byte
+        if any(end in name for end in "\r\n\0"):  # a server truncates names at a zero byte
             raise InputError("a label must fit on one line", where=where, seen=repr(name))
         if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
             raise InputError("a label contains half of a surrogate pair", where=where, seen=repr(name))
 
 
 def same_classes(labels: Sequence[str], folders: Sequence[str]) -> bool:
-    """Whether folders are named after a model's classes, in the order of its outputs.
+    """Whether folder names match a model's class names, in the order of its outputs.
 
-    ImageNet's folders have the numbers of its synsets, ``n01440764``, and models often their words, ``tench, Tinca
-    tinca``. Wordings differ in places, so nine of ten have to be the same.
+    ImageNet folders are named by synset, ``n01440764``, while models often use the synset's words, ``tench, Tinca
+    tinca``. The wording sometimes differs, so 90 % of the names have to match.
     """
     if list(labels) == list(folders) or len(labels) != len(folders):
         return list(labels) == list(folders)

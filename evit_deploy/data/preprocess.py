@@ -1,6 +1,6 @@
-"""Deployment preprocessing: what a manifest records of the way from an image to an input.
+"""Deployment preprocessing, from an image to the model's input, as recorded in a manifest.
 
-Thin over ``timm.data``, which is imported where it is used: a manifest is read without it, and without NumPy.
+A thin layer over ``timm.data``, which is imported lazily: reading a manifest requires neither timm nor NumPy.
 """
 
 import functools
@@ -16,7 +16,7 @@ from evit_deploy.recipe.sections import CropMode, Interpolation
 
 CENTER_FLOOR = "center-floor"
 LARGEST_IMAGE = 8192
-"""Pixels of a side; the position embeddings of real models end far below."""
+"""Maximum side in pixels, far above the image sizes of real models."""
 
 if TYPE_CHECKING:
     import torch
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 
 class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """From an RGB image to an input: resize to size / crop_pct, crop, scale to 0..1, subtract mean, divide by std.
+    """Deployment preprocessing: resize to size / crop_pct, crop, scale to 0..1, subtract mean, divide by std.
 
     Args:
         size: Height and width of the input in pixels.
-        crop_pct: Share of the resized image's side that the crop keeps.
-        crop_mode: timm's name for the way of cropping: ``center``, ``squash`` or ``border``. And ``center-floor``, as
-            ``center``, but where the margins cannot be equal the smaller one is always left or above: Hugging Face's
-            processors round like that, and torchvision's half of such margins to the other side.
+        crop_pct: Fraction of the resized image's side that the crop keeps.
+        crop_mode: timm's crop mode: ``center``, ``squash`` or ``border``. In addition, ``center-floor`` is like
+            ``center``, but if the margins cannot be equal, the smaller one is always at the left or top. Hugging Face's
+            processors round this way; torchvision rounds half of such margins the other way.
         interpolation: timm's name of the resampling filter.
-        mean: One a channel, on images scaled to 0..1.
-        std: One a channel.
+        mean: One value per channel, for images scaled to 0..1.
+        std: One value per channel.
 
     Raises:
-        InputError: Images cannot be prepared like this.
+        InputError: A value is invalid.
     """
 
     size: tuple[int, int]
@@ -65,17 +65,17 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def from_model(cls, model: Any, image_size: int | tuple[int, int] | None = None) -> "Preprocess":
-        """What timm says a model was trained with.
+        """Reads the preprocessing that timm records for a model.
 
         Args:
             model: A timm model, or a ``pretrained_cfg`` mapping.
-            image_size: Input size in pixels; by default the size that the model was built for.
+            image_size: Input size in pixels; by default, the size that the model was built for.
         """
         from timm.data import resolve_data_config
 
         settings = model if isinstance(model, Mapping) else getattr(model, "pretrained_cfg", None)
         found = resolve_data_config({}, pretrained_cfg=dict(settings or {"input_size": (3, 224, 224)}))
-        if image_size is None:  # a model may have been built for another size than its weights
+        if image_size is None:  # the model may have been built for a different size than its weights
             image_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         size: Any = image_size or found["input_size"][1:]
         height, width = (size, size) if isinstance(size, int) else size
@@ -89,7 +89,7 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def transform(self) -> "Callable[[Image.Image], torch.Tensor]":
-        """The evaluation transform: an RGB image to float32 ``[3, H, W]``."""
+        """Returns the evaluation transform, from an RGB image to float32 ``[3, H, W]``."""
         return _transform(self)
 
 
@@ -116,7 +116,7 @@ def _transform(preprocess: Preprocess) -> "Callable[[Image.Image], torch.Tensor]
 
 
 def _floor_crop(crop: Any) -> "Callable[[Image.Image], Image.Image]":
-    """Torchvision's crop with its margins rounded down, and its black border where an image is narrower."""
+    """Torchvision's center crop with margins rounded down; smaller images are padded with black, as in torchvision."""
     from PIL import Image
 
     def cropped(image: "Image.Image") -> "Image.Image":

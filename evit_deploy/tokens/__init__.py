@@ -1,1 +1,1 @@
-"""Which tokens stay: plan, operator, reduction methods and the contract of a model family."""
+"""Token reduction: token plan, operators, reduction methods and the interface of a model family."""

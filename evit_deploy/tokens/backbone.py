@@ -1,4 +1,4 @@
-"""Backbones: what ``reduce_tokens_`` and ``export_onnx`` must know of a model family, one family a file."""
+"""The interface between a model family and ``reduce_tokens_`` and ``export_onnx``; each family has its own file."""
 
 import copy
 from typing import Any, Protocol
@@ -9,11 +9,14 @@ from evit_deploy.tokens.plan import ModelCost, ModelShape
 
 
 class Backbone(Protocol):
-    """What a model family tells about itself; all methods take a model of that family."""
+    """Interface of a model family; all methods take a model of that family."""
 
     @staticmethod
     def unsupported(model: Any) -> list[str]:
-        """Why this model cannot be reduced exactly; empty when it can. Another family's begins with "it is not"."""
+        """Reasons why this model cannot be reduced exactly, or an empty list.
+
+        For a model of another family, the first reason begins with "it is not".
+        """
         ...
 
     @staticmethod
@@ -38,17 +41,17 @@ class Backbone(Protocol):
 
     @staticmethod
     def shape(model: Any) -> ModelShape:
-        """What a token plan has to know of the model; :func:`shape_of` asks the other methods."""
+        """The values that a token plan needs; :func:`shape_of` collects them from the other methods."""
         ...
 
     @staticmethod
     def pools(model: Any) -> bool:
-        """Whether the head sees all patch tokens, and not the class token alone."""
+        """Whether the head uses all patch tokens instead of only the class token."""
         ...
 
     @staticmethod
     def method(name: str) -> Any:
-        """The method of a name, in the form that it takes in this family."""
+        """The reduction method with this name, in the form for this family."""
         ...
 
     @staticmethod
@@ -58,7 +61,7 @@ class Backbone(Protocol):
 
     @staticmethod
     def set_blocks(model: Any, blocks: Any) -> None:
-        """Puts another container of blocks into the model."""
+        """Replaces the model's container of blocks."""
         ...
 
     @staticmethod
@@ -73,7 +76,7 @@ class Backbone(Protocol):
 
     @staticmethod
     def reduced(block: Any, reducer: Any) -> Any:
-        """A block that also applies the reducer and keeps the parameter names of the one it replaces."""
+        """A block that also applies the reducer; its parameters keep the names of the original block's."""
         ...
 
     @staticmethod
@@ -83,15 +86,16 @@ class Backbone(Protocol):
 
     @staticmethod
     def ending(block: Any, rows: int) -> Any:
-        """The last block in a form that gives its first tokens alone; of families with ``ModelCost.head_tokens``.
+        """The last block in a form that returns only its first ``rows`` tokens.
 
-        It has the children of the given block under their own names.
+        Required for families with ``ModelCost.head_tokens``. The new block has the same children, under the same
+        names, as the given one.
         """
         ...
 
     @staticmethod
     def lower(model: Any) -> Any:
-        """A copy in the form that exports best; the given model is left alone."""
+        """A copy of the model in the form that exports best; the given model is not changed."""
         ...
 
 
@@ -99,7 +103,8 @@ def backbone_of(model: Any) -> type[Backbone]:
     """Finds the family that can reduce a model.
 
     Raises:
-        UnsupportedModelError: None can; the reasons are those of the family that came closest: its own before others.
+        UnsupportedModelError: No family can. The error lists the reasons of the closest match: the model's own family
+            if it is registered.
     """
     refusals = []
     for name in BACKBONES.names():
@@ -113,7 +118,7 @@ def backbone_of(model: Any) -> type[Backbone]:
 
 
 def shape_of(backbone: type[Backbone], model: Any, width: int) -> ModelShape:
-    """A model's shape, from what its family says of it.
+    """Collects a model's shape from its family.
 
     Args:
         backbone: The family.
@@ -130,12 +135,12 @@ def shape_of(backbone: type[Backbone], model: Any, width: int) -> ModelShape:
 
 
 def load_backbones() -> None:
-    """Imports every family: one whose models are not timm's registers their names with timm as it is imported."""
+    """Imports every family: families outside timm register their model names with timm on import."""
     for name in BACKBONES.names():
         BACKBONES.get(name)
 
 
 def copy_sharing_weights(model: Any) -> Any:
-    """A copy of a module tree whose parameters and buffers are the original's own."""
+    """Copies a module tree; the copy shares the original's parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)  # deepcopy hands over what its memo already holds
+    return copy.deepcopy(model, shared)  # deepcopy returns objects that are already in its memo

@@ -1,8 +1,8 @@
-"""What the locations of a model chose, in NumPy: where each patch went, how clear a choice was, which is the next best.
+"""Analysis of a model's choices in NumPy: where each patch went, how clear each choice was, and the next best choice.
 
-A choice is int32 ``[B, length]``. Of kind ``kept`` it is the candidates in the order in which they stand afterwards; a
-fused token, or those that wait, come behind. Of kind ``merge`` it is three lists: candidates that stay, in order, those
-that move, and for each of these the place among the first that it joins.
+A choice is int32 ``[B, length]``. A choice of kind ``kept`` lists the candidates in their order after the location; a
+fused token or the waiting tokens follow them. A choice of kind ``merge`` consists of three lists: the candidates that
+stay, in order; the candidates that move; and for each of these, the position in the first list of the one it joins.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from evit_deploy.tokens.plan import FUSED, BlockPlan, TokenPlan
 
 FLOOR = 4
-"""Roundings that no tolerance is tighter than."""
+"""Smallest tolerance, in multiples of FP32's machine epsilon."""
 
 
 def patch_rows(choices: Sequence[Any], plan: TokenPlan) -> list[np.ndarray]:
@@ -24,14 +24,14 @@ def patch_rows(choices: Sequence[Any], plan: TokenPlan) -> list[np.ndarray]:
         plan: The plan they come from.
 
     Returns:
-        For each location int32 ``[B, patches]``: the token behind the prefix that the patch is in afterwards; −1 where
-        it was dropped. Patches in the same token were fused or merged.
+        For each location int32 ``[B, patches]``: the token that contains the patch afterwards, counted without the
+        prefix; −1 for dropped patches. Patches in the same token were fused or merged.
     """
     rows: np.ndarray | None = None
     found = []
     for choice, row in zip(choices, plan.locations, strict=True):
         choice = np.asarray(choice).astype(np.int64)
-        if row.places:  # in order again, on a smaller grid
+        if row.places:  # the candidates are in order again, on a smaller grid
             candidates, rows = len(row.places), np.full((len(choice), plan.patches), -1)
             rows[:, row.places] = np.arange(candidates)
         else:
@@ -46,21 +46,21 @@ def patch_rows(choices: Sequence[Any], plan: TokenPlan) -> list[np.ndarray]:
 
 
 def patch_groups(choices: Sequence[Any], plan: TokenPlan) -> list[np.ndarray]:
-    """Names for every patch the token that it is in.
+    """Labels every patch with the token that contains it.
 
     Args:
         choices: One integer array for each of the plan's locations.
         plan: The plan they come from.
 
     Returns:
-        For each location int32 ``[B, patches]``: the lowest patch number in the token that the patch is in afterwards;
-        −1 where it was dropped. Patches with the same number were fused or merged.
+        For each location int32 ``[B, patches]``: the lowest patch number in the token that contains the patch
+        afterwards; −1 for dropped patches. Patches with the same number were fused or merged.
     """
     return [_lowest(rows) for rows in patch_rows(choices, plan)]
 
 
 def _lowest(rows: np.ndarray) -> np.ndarray:
-    """The lowest patch number of each token, at every patch in it; −1 stays."""
+    """Replaces each patch's token by the lowest patch number in that token; −1 is kept."""
     images, patches = rows.shape
     lowest = np.full((images, int(rows.max(initial=0)) + 1), patches, np.int32)
     inside = np.where(rows < 0, 0, rows)
@@ -70,14 +70,14 @@ def _lowest(rows: np.ndarray) -> np.ndarray:
 
 
 def _tokens_after(plan: TokenPlan, location: int) -> int:
-    """Tokens behind the prefix, those that wait included."""
+    """Number of tokens after a location, without the prefix but including waiting tokens."""
     row = plan.locations[location]
     assert row.keep is not None
     return row.keep + row.aside if row.aside else row.keep + row.fused
 
 
 def _places(choice: np.ndarray, row: BlockPlan, candidates: int) -> np.ndarray:
-    """Where each candidate goes, ``[B, candidates]``; −1 for nowhere."""
+    """The new position of each candidate, ``[B, candidates]``; −1 for dropped candidates."""
     assert row.keep is not None
     gone = row.keep if row.fused and not row.aside and row.choice == "kept" else -1
     places = np.full((len(choice), candidates), gone, np.int64)
@@ -94,17 +94,19 @@ def _places(choice: np.ndarray, row: BlockPlan, candidates: int) -> np.ndarray:
 def original_patches(choices: Sequence[Any], plan: TokenPlan) -> list[np.ndarray]:
     """Translates each location's choice into patch numbers of the image.
 
-    Raw indices count the candidates of their own location, so they cannot be compared after the first one.
+    Raw indices count the candidates of their location, so after the first location they cannot be compared between
+    models.
 
     Args:
         choices: One integer array for each of the plan's locations.
         plan: The plan they come from.
 
     Returns:
-        One int32 array for each location. Of kind ``kept``: the kept patches ``[B, K]``, a fused token is −1; with
-        fusion ``[B, K + 1]``, its last column −1. Of kind ``merge``: for every patch the lowest patch number in the
-        token that it joined, or in its own where that stayed, as they were before, ``[B, patches]``. So two models with
-        equal tokens before a location differ in the patches about which they decide differently, and in no others.
+        One int32 array for each location. For kind ``kept``: the kept patches ``[B, K]``, where −1 is a fused token;
+        with fusion ``[B, K + 1]``, with −1 in the last column. For kind ``merge``: ``[B, patches]``, for every patch
+        the lowest patch number, before the merge, in the token that its token joined, or in its own token if that
+        stayed. Two models with equal tokens before a location therefore differ only in the patches about which they
+        decide differently.
     """
     result: list[np.ndarray] = []
     numbers: np.ndarray | None = None
@@ -129,27 +131,28 @@ def original_patches(choices: Sequence[Any], plan: TokenPlan) -> list[np.ndarray
 
 
 def _joined(choice: np.ndarray, row: BlockPlan, before: np.ndarray) -> np.ndarray:
-    """For every patch the lowest patch number in the token that it joins, as that was before."""
+    """For every patch, the lowest patch number before the merge in the token that it joins."""
     images, patches = before.shape
     candidates = int(before.max()) + 1
     lowest = np.full((images, candidates), patches, np.int32)
     numbers = np.broadcast_to(np.arange(patches, dtype=np.int32), before.shape)
     np.minimum.at(lowest, (np.arange(images)[:, None], before), numbers)
     choice = choice.astype(np.int64)
-    joined = np.take_along_axis(choice, _places(choice, row, candidates), axis=1)  # places are among the first K
+    joined = np.take_along_axis(choice, _places(choice, row, candidates), axis=1)  # positions are among the first K
     return np.take_along_axis(np.take_along_axis(lowest, joined, axis=1), before.astype(np.int64), axis=1)
 
 
 def patch_margins(margins: Sequence[np.ndarray], choices: Sequence[Any], plan: TokenPlan) -> list[np.ndarray]:
-    """Translates the margins of candidates into those of patches.
+    """Translates the margins of candidates into margins of patches.
 
     Args:
-        margins: Of each location ``[B, candidates]``.
-        choices: What the model chose there.
+        margins: ``[B, candidates]`` for each location.
+        choices: The model's choice at each location.
         plan: The model's plan.
 
     Returns:
-        For each location ``[B, patches + 1]``, by patch number, fused tokens last; infinite where it is no candidate.
+        For each location ``[B, patches + 1]``, by patch number, fused tokens last; infinite for patches that are not
+        candidates.
     """
     found = []
     rows, kept = patch_rows(choices, plan), original_patches(choices, plan)
@@ -164,7 +167,7 @@ def patch_margins(margins: Sequence[np.ndarray], choices: Sequence[Any], plan: T
             first = np.array(row.places or range(plan.patches))
             numbers = np.broadcast_to(first, (images, len(first))) if order is None or row.places else order
             place = np.arange(images)[:, None], numbers.astype(np.int64) % (plan.patches + 1)
-            np.minimum.at(result, place, margin)  # fused tokens share one place
+            np.minimum.at(result, place, margin)  # fused tokens share one column
             order = np.take_along_axis(numbers, np.asarray(choices[index]).astype(np.int64), axis=1)
             order = order if row.aside else kept[index]
         found.append(result)
@@ -172,23 +175,23 @@ def patch_margins(margins: Sequence[np.ndarray], choices: Sequence[Any], plan: T
 
 
 def share_margin(scores: np.ndarray, exact: np.ndarray, keep: int) -> np.ndarray:
-    """How far scores lie from the boundary between kept and dropped, over what rounding moves them by.
+    """Distance of scores from the boundary between kept and dropped, relative to the rounding error.
 
-    Scores are shares of a softmax: compared in logarithms, because rounding moves each by a share of itself.
+    The scores are probabilities of a softmax. Their logarithms are compared, because their rounding error is relative.
 
     Args:
-        scores: ``[n, N]`` in the precision that is examined.
+        scores: ``[n, N]`` in the precision under test.
         exact: The same in FP64.
-        keep: How many candidates are kept.
+        keep: Number of kept candidates.
 
     Returns:
-        ``[n, N]``; below 1 the candidate may be kept or not.
+        ``[n, N]``; below 1, rounding can decide whether the candidate is kept.
     """
     return linear_margin(_logarithm(scores), _logarithm(exact), keep)
 
 
 def linear_margin(scores: np.ndarray, exact: np.ndarray, keep: int) -> np.ndarray:
-    """The same for scores that rounding moves by an absolute amount, such as logits.
+    """Like :func:`share_margin`, for scores with an absolute rounding error, such as logits.
 
     Args:
         scores: See :func:`share_margin`.
@@ -201,22 +204,22 @@ def linear_margin(scores: np.ndarray, exact: np.ndarray, keep: int) -> np.ndarra
 
 
 def rounding_of(scores: np.ndarray, exact: np.ndarray) -> float:
-    """How far apart two scores can be and still change places for rounding."""
+    """Largest distance at which rounding can still swap the order of two scores."""
     return 2 * float(np.abs(scores - exact).max()) + FLOOR * float(np.finfo(np.float32).eps)
 
 
 def _logarithm(scores: np.ndarray) -> np.ndarray:
-    """What FP32 cannot hold counts as its smallest number."""
+    """The logarithm, with scores clamped to the smallest normal FP32 number."""
     return np.log(np.maximum(scores.astype(np.float64), np.finfo(np.float32).tiny))
 
 
 def swap_last(choice: np.ndarray, scores: np.ndarray, keep: int) -> np.ndarray:
-    """A choice of kind ``kept`` with its last kept candidate and the first that is not in each other's place.
+    """Swaps the last kept candidate of a choice of kind ``kept`` with the highest-scored candidate that is not kept.
 
     Args:
         choice: ``[n, length]``.
-        scores: ``[n, N]``; they say which is the first that is not kept.
-        keep: How many are kept.
+        scores: ``[n, N]``.
+        keep: Number of kept candidates.
     """
     order = np.argsort(-scores, axis=1, kind="stable")
     chosen = np.zeros(scores.shape, bool)

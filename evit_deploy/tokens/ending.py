@@ -1,8 +1,8 @@
-"""Skips what the head never sees: the last block of a model that classifies from its class token.
+"""Skips computation in the last block for tokens that the head does not use.
 
-In that block, the other tokens only serve as keys and values of the attention. Queries, attention, projection and MLP
-are computed only for the tokens that the head sees. The answer is the same except for the order of additions. Training,
-and code that reads all tokens, use the unchanged model.
+If a model classifies from its class token, the other tokens of the last block only provide keys and values for the
+attention. Queries, attention, projection and MLP are then computed only for the tokens that the head uses. The output
+is the same except for the order of additions. Training and code that reads all tokens use the unchanged model.
 """
 
 from typing import Any
@@ -12,13 +12,14 @@ from evit_deploy.tokens.reduce import token_plan
 
 
 def for_inference(model: Any) -> Any:
-    """A copy of a model that computes what its head sees and no more; its weights are the model's own.
+    """Returns a copy of a model that computes only what its head uses; the copy shares the model's weights.
 
     Args:
         model: A model of a registered backbone.
 
     Returns:
-        The copy, in evaluation mode. Where the head sees all tokens, or the last block removes some, it is a plain one.
+        The copy, in evaluation mode. If the head uses all tokens or the last block removes some, every block is
+        unchanged.
     """
     plan, backbone = token_plan(model), backbone_of(model)
     made = copy_sharing_weights(model).eval()

@@ -1,6 +1,7 @@
-"""Choices in which the tokens of the highest scores stay, and each of the others joins the most similar that stays.
+"""Choices that keep the highest-scored tokens and merge each other token into the most similar kept one.
 
-They are of kind ``merge`` (:mod:`evit_deploy.tokens.choices`). How one is made is in PyTorch, how clear it is in NumPy.
+They are of kind ``merge`` (:mod:`evit_deploy.tokens.choices`). Choices are made in PyTorch; their margins are computed
+in NumPy.
 """
 
 import contextlib
@@ -18,15 +19,15 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 
 def nearest_kept(x: Tensor, scores: Tensor, keep: int, prefix: int) -> Tensor:
-    """A choice of kind ``merge``: the highest scores stay, each of the others joins the most similar that stays.
+    """Makes a choice of kind ``merge``: the highest scores are kept, and each other token joins the most similar one.
 
-    Similarity is the cosine; ties go to the one with the higher score.
+    Similarity is the cosine; on ties, the kept token with the higher score is used.
 
     Args:
         x: ``[B, prefix + N, C]``.
         scores: ``[B, N]``.
         keep: K.
-        prefix: Tokens in front.
+        prefix: Tokens in front of the candidates.
 
     Returns:
         int32 ``[B, 2N - K]``.
@@ -34,7 +35,7 @@ def nearest_kept(x: Tensor, scores: Tensor, keep: int, prefix: int) -> Tensor:
     order = select(scores, scores.shape[1])
     tokens = precise(rows_of(x.detach(), order, prefix))
     stay, move = tokens[:, :keep], tokens[:, keep:]
-    # The length of the one that joins is the same for all that it could join.
+    # Only the kept tokens are normalized: the length of the moving token does not change which is most similar.
     directions = stay / stay.norm(dim=-1, keepdim=True).clamp_min(_TINY)
     with in_full(x):
         joined = (move @ directions.transpose(1, 2)).argmax(dim=-1)
@@ -42,10 +43,10 @@ def nearest_kept(x: Tensor, scores: Tensor, keep: int, prefix: int) -> Tensor:
 
 
 def in_full(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Without autocast, which would compare in half precision; an export knows no such thing.
+    """Disables autocast, which would compare in half precision; a null context if it is off, as exports require.
 
     Args:
-        x: A tensor of the device in question.
+        x: A tensor on the device.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext()
@@ -64,13 +65,14 @@ def cosines(x: np.ndarray, candidates: int) -> np.ndarray:
 
 
 def join_margin(clear: np.ndarray, low: np.ndarray, exact: np.ndarray, choice: np.ndarray, keep: int) -> np.ndarray:
-    """How clear it is what becomes of each candidate, over what rounding moves the decision by.
+    """Margin of the decision on each candidate, relative to the rounding error.
 
-    What a token joins also changes where that may not stay, or where a closer one may.
+    The kept token that a candidate joins also changes if that token may be dropped, or if a more similar one may be
+    kept.
 
     Args:
-        clear: ``[n, N]``: how clear it is whether each stays.
-        low: Cosines between all candidates in the precision that is examined, ``[n, N, N]``.
+        clear: ``[n, N]``: margin of keeping or dropping each candidate.
+        low: Cosines between all candidates in the precision under test, ``[n, N, N]``.
         exact: The same in FP64.
         choice: ``[n, 2N - K]``.
         keep: K.
@@ -85,19 +87,19 @@ def join_margin(clear: np.ndarray, low: np.ndarray, exact: np.ndarray, choice: n
         kept = np.isin(np.arange(candidates), stay)
         for dropped, target in zip(move, joined, strict=True):
             gap = (exact[image, dropped, target] - exact[image, dropped]) / rounding
-            others = np.where(kept, gap, np.maximum(gap, clear[image]))  # one that is dropped has to be kept first
+            others = np.where(kept, gap, np.maximum(gap, clear[image]))  # a dropped one would have to be kept first
             others[[dropped, target]] = np.inf
             result[image, dropped] = min(clear[image, dropped], clear[image, target], others.min())
     return result
 
 
 def nearest_join(choice: np.ndarray, scores: np.ndarray, similarity: np.ndarray, keep: int) -> np.ndarray:
-    """The choice that comes closest to one: the last that stays makes room, and the least clear joins another.
+    """The next best choice: swaps the last kept token for the next, and moves the least clear join to its second best.
 
     Args:
         choice: ``[n, 2N - K]``.
-        scores: ``[n, N]``, of which the highest stay.
-        similarity: Between all candidates, ``[n, N, N]``.
+        scores: ``[n, N]``; the highest are kept.
+        similarity: Similarities between all candidates, ``[n, N, N]``.
         keep: K.
     """
     candidates = scores.shape[1]
@@ -116,7 +118,7 @@ def nearest_join(choice: np.ndarray, scores: np.ndarray, similarity: np.ndarray,
 
 
 def _lists(choice: np.ndarray, keep: int, candidates: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """For each image: candidates that stay, those that move, and the candidate that each of these joins."""
+    """For each image: kept candidates, moving candidates, and the candidate that each moving one joins."""
     for numbers in choice.astype(np.int64):
         stay = numbers[:keep]
         yield stay, numbers[keep:candidates], stay[numbers[candidates:]]

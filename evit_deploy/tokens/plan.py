@@ -1,8 +1,8 @@
-"""The token plan: how many tokens every block sees, decided in exact arithmetic before anything runs.
+"""The token plan: token counts of every block, computed in exact arithmetic before the model runs.
 
-No PyTorch here. Counts follow the paper's algorithm 1: of the N candidates (all tokens but the prefix) a location
-keeps K = ceil(rate · N) and, with fusion, adds one token made of the rest. Python floats over-count
-(``ceil(.56 * 25)`` is 15), so a keep rate is read as the decimal it was written as.
+This module does not use PyTorch. Counts follow the paper's algorithm 1: of the N candidates (all tokens except the
+prefix) a location keeps K = ceil(rate · N) and, with fusion, adds one token made of the rest. Python floats can make
+counts too high (``ceil(.56 * 25)`` is 15), so a keep rate is interpreted as the decimal number that was written.
 """
 
 import itertools
@@ -16,15 +16,15 @@ import msgspec
 from evit_deploy.errors import InputError
 
 SCHEDULE_DECIMALS = 6
-"""A scheduled keep rate is rounded to this many decimals before it is used, so that every machine plans alike."""
+"""Scheduled keep rates are rounded to this many decimals, so that every machine computes the same plan."""
 MOST_BLOCKS = 10_000
-"""More than any model has."""
+"""Upper limit on the number of blocks, larger than in any model."""
 FUSED = -1
 """Patch number of a fused token."""
 
 
 class TokenOptions(TypedDict, total=False):
-    """Fields of :class:`TokenSpec` as keyword arguments; the rest comes from the checkpoint, then the defaults."""
+    """Fields of :class:`TokenSpec` as keyword arguments; missing ones come from the checkpoint, then the defaults."""
 
     keep_rate: float | tuple[float, ...]
     locations: tuple[int, ...]
@@ -34,18 +34,19 @@ class TokenOptions(TypedDict, total=False):
 
 
 class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What token reduction was asked for; :func:`make_plan` turns it into counts.
+    """The requested token reduction; :func:`make_plan` computes token counts from it.
 
     Args:
-        keep_rate: Share of the candidates to keep, in (0, 1]; one for all locations or one for each. ``None`` for a
-            method whose options say how many.
-        locations: 0-based blocks that reorganize their tokens, strictly rising; ``None`` means depth·i//4, i = 1, 2, 3.
-        fuse: Whether each location adds one token with the weighted sum of what it removed (equation 3).
-        method: Name in the registry of methods.
-        options: The method's own options.
+        keep_rate: Fraction of the candidates to keep, in (0, 1]; one for all locations or one for each. ``None`` for
+            methods that set token counts by their options.
+        locations: 0-based indices of the blocks that reduce their tokens, strictly increasing; ``None`` means
+            depth·i//4, i = 1, 2, 3.
+        fuse: Whether each location adds one token with the weighted sum of the removed tokens (equation 3).
+        method: Name of a registered method.
+        options: The method's options.
 
     Raises:
-        InputError: A value is out of its range, or the numbers of rates and locations differ.
+        InputError: A value is out of range, or the numbers of rates and locations differ.
     """
 
     keep_rate: float | tuple[float, ...] | None = None
@@ -55,7 +56,7 @@ class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
-        for name in ("keep_rate", "locations"):  # a list is as good as a tuple to a caller
+        for name in ("keep_rate", "locations"):  # callers may pass lists
             if isinstance(getattr(self, name), list):
                 msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
         for rate in self.rates:
@@ -72,21 +73,21 @@ class TokenSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """The keep rates as they were given, one or several; none for a method that takes none."""
+        """The keep rates as given, one or several; empty without a keep rate."""
         if self.keep_rate is None:
             return ()
         return self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,)
 
     @property
     def dense(self) -> bool:
-        """Whether everything is kept everywhere."""
+        """Whether every location keeps all tokens."""
         return set(self.rates) == {1.0}
 
     def resolve(self, depth: int) -> tuple[tuple[int, float], ...]:
         """Pairs of (block, keep rate) for a model of ``depth`` blocks.
 
         Raises:
-            InputError: A location lies outside the model, the numbers of rates and locations differ, or there is no
+            InputError: A location is outside the model, the numbers of rates and locations differ, or there is no keep
                 rate.
         """
         if self.keep_rate is None:
@@ -119,7 +120,7 @@ def _check_locations(locations: Sequence[int]) -> None:
 
 
 def _rate_meant(rate: Any) -> str:
-    """What to give instead of a rate that is out of range, which often is a percentage."""
+    """The fix for a keep rate that is out of range, which often is a percentage."""
     if isinstance(rate, int | float) and not isinstance(rate, bool) and 1 < rate <= 100:
         return f"It is a share: for {rate:g} % give {rate / 100:g}."
     return "It is the share of patches that stay, for example 0.7."
@@ -135,12 +136,12 @@ def _check_rate_count(rates: Sequence[float], locations: Sequence[int]) -> None:
 
 
 def default_locations(depth: int) -> tuple[int, ...]:
-    """The paper's places: after a quarter, a half and three quarters of the blocks (3, 6, 9 of 12; 4, 8, 12 of 16)."""
+    """The paper's locations: after a quarter, half and three quarters of the blocks (3, 6, 9 of 12; 4, 8, 12 of 16)."""
     return tuple(sorted({depth * i // 4 for i in (1, 2, 3)}))
 
 
 def keep_count(keep_rate: float, candidates: int) -> int:
-    """K = ceil(rate · N), exact on the rate as it is written.
+    """K = ceil(rate · N), computed exactly for the rate as a decimal number.
 
     >>> keep_count(0.7, 196), keep_count(0.56, 25)
     (138, 14)
@@ -149,11 +150,11 @@ def keep_count(keep_rate: float, candidates: int) -> int:
 
 
 def scheduled_rate(target: float, progress: float) -> float:
-    """The keep rate on its way from 1 to the target: a cosine, as in the paper's section 4.1.
+    """The scheduled keep rate, which decreases from 1 to the target along a cosine (the paper's section 4.1).
 
     Args:
         target: Keep rate at the end.
-        progress: Share of the schedule that lies behind, 0 to 1 (clamped).
+        progress: Completed fraction of the schedule, 0 to 1 (clamped).
     """
     progress = min(max(progress, 0.0), 1.0)
     if progress == 1.0:
@@ -162,15 +163,15 @@ def scheduled_rate(target: float, progress: float) -> float:
 
 
 class BlockCost(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Multiply-adds of one block of a model whose blocks differ, and the tokens of the dense model there.
+    """Multiply-adds and dense token counts of one block, for models with different blocks.
 
     Args:
-        tokens_in: Tokens that its attention sees, where nothing is reduced.
-        tokens_out: Tokens that its MLP sees, or that come out.
+        tokens_in: Tokens in the block's attention without reduction.
+        tokens_out: Tokens in its MLP or in its output without reduction.
         token_attention: Linear layers of its attention, per token.
         token_mlp: Linear layers of its MLP, per token.
         pair: Q·Kᵀ and A·V, per pair of tokens.
-        fixed: What costs the same however much is reduced, because every token takes part.
+        fixed: Parts that process every token, so that their cost does not depend on the reduction.
     """
 
     tokens_in: int
@@ -182,7 +183,7 @@ class BlockCost(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Multiply-adds of a model's parts; every matmul counted once (the official EViT README's counting).
+    """Multiply-adds of a model's parts; every matmul is counted once, as in the official EViT README.
 
     Args:
         stem: Patch embedding, per image.
@@ -190,10 +191,10 @@ class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):
         token_mlp: Linear layers of one block's MLP, per token.
         width: Heads × head width: Q·Kᵀ and A·V cost N²·width each.
         head: Classifier, per image.
-        token_head: Classifier that sees every token but the prefix, per token (LV-ViT has one).
-        blocks: Each block's own, where they differ (LeViT); then those above are 0.
-        head_tokens: The first so many tokens are all that the head may see; 0 where it sees the patches.
-        key_value: Of ``token_attention`` what makes keys and values, which every token needs in any case.
+        token_head: Classifier on every token except the prefix, per token (LV-ViT has one).
+        blocks: Costs of each block if they differ (LeViT); ``token_attention``, ``token_mlp`` and ``width`` are then 0.
+        head_tokens: Number of leading tokens that the head uses; 0 if it uses the patches.
+        key_value: The part of ``token_attention`` that computes keys and values, which every token always needs.
     """
 
     stem: int
@@ -208,7 +209,7 @@ class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ModelShape(msgspec.Struct, frozen=True):
-    """What a plan has to know of a model.
+    """The properties of a model that a plan depends on.
 
     Args:
         prefix: Tokens in front of the patches (class, distillation, registers).
@@ -226,20 +227,20 @@ class ModelShape(msgspec.Struct, frozen=True):
 
 
 class BlockPlan(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one block does with its tokens; counts include the prefix.
+    """Token counts of one block; ``tokens_in`` and ``tokens_out`` include the prefix.
 
     Args:
         block: 0-based index.
-        tokens_in: Tokens that its attention sees.
-        keep: K, or ``None`` where the block leaves its tokens alone.
-        fused: Whether a token is added that stands for those that are not kept.
-        tokens_out: Tokens that its MLP sees, and the next block, unless tokens wait or come back in between.
+        tokens_in: Tokens in the block's attention.
+        keep: K, or ``None`` if the block does not reduce its tokens.
+        fused: Whether a token is added that represents those that are not kept.
+        tokens_out: Tokens in the block's MLP, and in the next block unless tokens wait or return in between.
         aside: Tokens that wait while this block runs.
-        choice: What a location chooses: candidates that are kept, or what is merged into what.
-        choice_indices: How many numbers that takes, where it is not K.
+        choice: Kind of choice: ``kept`` lists the kept candidates, ``merge`` lists which are merged into which.
+        choice_indices: Length of the choice, if it is not K.
         method_macs: Multiply-adds of the method's own layers.
-        places: Patches that the candidates of a location stand for, where they are in order on a smaller grid.
-        ranks: Whether the class attention of this block is read for the choice of a later one.
+        places: Patch numbers of the location's candidates, if these are in order on a smaller grid.
+        ranks: Whether a later block's choice uses the class attention of this block.
     """
 
     block: int
@@ -256,12 +257,12 @@ class BlockPlan(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def choice_length(self) -> int:
-        """Numbers a location chooses for an image; see :mod:`evit_deploy.tokens.choices`."""
+        """Length of a location's choice for one image; see :mod:`evit_deploy.tokens.choices`."""
         return self.choice_indices if self.choice_indices is not None else self.keep or 0
 
 
 _MOST_TOKENS = 1 << 20
-"""An image of 8,192 by 8,192 pixels in patches of 8."""
+"""Upper limit on token counts: the patches of size 8 in an image of 8,192 × 8,192 pixels."""
 
 
 def _counts(row: BlockPlan) -> tuple[int, ...]:
@@ -269,16 +270,16 @@ def _counts(row: BlockPlan) -> tuple[int, ...]:
 
 
 class TokenPlan(msgspec.Struct, frozen=True):
-    """Token counts of a whole model; prints as a table.
+    """Token counts of a complete model; prints as a table.
 
     Args:
-        prefix: Tokens in front (class, distillation, registers); never removed.
+        prefix: Tokens in front of the patches (class, distillation, registers); never removed.
         patches: Patch tokens at the model's image size.
-        blocks: One entry a block.
-        cost: What the parts cost, if known; gives the table its multiply-adds.
+        blocks: One entry per block.
+        cost: Costs of the model's parts, if known; the table then includes multiply-adds.
 
     Raises:
-        InputError: The numbers are no model's.
+        InputError: The counts are inconsistent or out of range.
     """
 
     prefix: int
@@ -299,10 +300,10 @@ class TokenPlan(msgspec.Struct, frozen=True):
 
     @property
     def attentions(self) -> int:
-        """``Attention`` operators of an exported file, which engines run as one kernel each.
+        """Number of ``Attention`` operators in an exported file; engines run each as one kernel.
 
-        One a block; none where blocks differ (LeViT): its values are wider than its keys, and it is written as matrix
-        products.
+        There is one per block, or none if the blocks differ (LeViT): values are wider than keys there, so attention is
+        exported as matrix products.
         """
         return 0 if self.cost is not None and self.cost.blocks else len(self.blocks)
 
@@ -313,7 +314,7 @@ class TokenPlan(msgspec.Struct, frozen=True):
 
     @property
     def merging(self) -> frozenset[int]:
-        """The blocks whose choice is what is merged into what."""
+        """The blocks with a choice of kind ``merge``."""
         return frozenset(row.block for row in self.locations if row.choice == "merge")
 
     def dense(self) -> "TokenPlan":
@@ -327,10 +328,10 @@ class TokenPlan(msgspec.Struct, frozen=True):
     def block_macs(self, block: int) -> int:
         """Multiply-adds of one block: attention at its incoming token count, MLP at its outgoing one.
 
-        The scores and the fused row are left out, as in the published figures; they add less than 0.1 %.
+        The scores and the fused row are not counted, as in the published figures; they add less than 0.1 %.
 
         Raises:
-            InputError: The plan was made without a cost.
+            InputError: The plan has no costs.
         """
         if self.cost is None:
             raise InputError("this plan has no costs", fix="Make it from a model: token_plan(model).")
@@ -343,24 +344,24 @@ class TokenPlan(msgspec.Struct, frozen=True):
         return attention + row.tokens_out * self.cost.token_mlp + row.method_macs
 
     def macs(self) -> int:
-        """Multiply-adds of the whole model for one image."""
+        """Multiply-adds of the complete model for one image."""
         total = sum(self.block_macs(row.block) for row in self.blocks)
-        assert self.cost is not None  # block_macs has refused by now; depth is never 0
-        end = self.blocks[-1]  # those that wait are back by then, and what stood for them is not
+        assert self.cost is not None  # otherwise block_macs has raised; depth is never 0
+        end = self.blocks[-1]  # waiting tokens are back after it, and their representative is removed
         last = self.patches if end.aside else end.tokens_out - self.prefix
         return total + self.cost.stem + self.cost.head + last * self.cost.token_head
 
     @property
     def ends_early(self) -> bool:
-        """Whether the last block need only be computed for the tokens that the head sees."""
+        """Whether the last block only needs to be computed for the tokens that the head uses."""
         end = self.blocks[-1]
         idle = end.keep is None and not end.aside and not end.ranks
         return self.cost is not None and 0 < self.cost.head_tokens < end.tokens_in and idle
 
     def computed_macs(self) -> int:
-        """Multiply-adds that exported files and runtimes compute; :meth:`macs` counts the last block whole.
+        """Multiply-adds that exported files and runtimes compute; :meth:`macs` counts the complete last block.
 
-        They differ where the head sees only some of the last block's tokens; see :mod:`evit_deploy.tokens.ending`.
+        They differ if the head uses only some of the last block's tokens; see :mod:`evit_deploy.tokens.ending`.
         """
         total = self.macs()
         if self.cost is None or not self.ends_early:
@@ -370,15 +371,15 @@ class TokenPlan(msgspec.Struct, frozen=True):
         return total - (end.tokens_in - cost.head_tokens) * asking
 
     def mac_ratio(self) -> float:
-        """Dense multiply-adds over this plan's, with the last block counted whole, as papers do."""
+        """Dense multiply-adds over this plan's, counting the complete last block, as papers do."""
         return self.dense().macs() / self.macs()
 
     def computed_mac_ratio(self) -> float:
-        """Dense multiply-adds over this plan's, as computed: the speed-up if time followed arithmetic exactly."""
+        """Dense computed multiply-adds over this plan's: the speed-up if time were proportional to arithmetic."""
         return self.dense().computed_macs() / self.computed_macs()
 
     def rows(self) -> Iterator[tuple[str, ...]]:
-        """The table's cells: block, tokens in, kept, fused, tokens out, and MMACs when the costs are known."""
+        """The table's cells: block, tokens in, kept, fused, tokens out, and MMACs if the costs are known."""
         for row in self.blocks:
             cells = (
                 str(row.block),
@@ -396,7 +397,7 @@ class TokenPlan(msgspec.Struct, frozen=True):
 
     @property
     def total(self) -> str:
-        """Multiply-adds of the whole model and of its dense form, in words; empty where the costs are not known."""
+        """Multiply-adds of the complete model and of its dense form, as text; empty if the costs are not known."""
         if self.cost is None:
             return ""
         unit, name = (1e9, "GMACs") if self.macs() >= 1e9 else (1e6, "MMACs")
@@ -436,20 +437,21 @@ def make_plan(
     """Decides every token count.
 
     Args:
-        spec: What was asked for.
+        spec: The requested token reduction.
         prefix: Tokens in front of the patches.
         patches: Patch tokens.
-        depth: Blocks of the model.
+        depth: Number of blocks.
         cost: Multiply-adds of the model's parts.
-        progress: Place on the keep-rate schedule, 0 (everything kept) to 1 (the spec's own rates).
-        merging: Whether candidates that are not kept join kept ones. With ``fuse``, one more is kept then, in the
-            place that the fused token would have, so that there are as many tokens.
+        progress: Position on the keep-rate schedule, from 0 (everything is kept) to 1 (the spec's rates).
+        merging: Whether candidates that are not kept are merged into kept ones. With ``fuse``, one more candidate is
+            then kept in place of the fused token, so that the token count is the same.
 
     Raises:
         InputError: The spec does not fit the model.
     """
     rates = dict(spec.resolve(depth))
-    if progress < 1:  # halfway a location sees more tokens; one that drops none at the end is none on the way either
+    # Halfway, a location gets more tokens; one that drops none at the end must not drop any earlier either.
+    if progress < 1:
         end = make_plan(spec, prefix=prefix, patches=patches, depth=depth, merging=merging)
         rates = {row.block: rates[row.block] for row in end.locations}
     tokens = prefix + patches
@@ -459,7 +461,7 @@ def make_plan(
         keep = keep_count(scheduled_rate(rates[block], progress), candidates) if block in rates else candidates
         fuse = spec.fuse and not merging
         keep += spec.fuse and merging
-        reduces = keep < candidates  # K = N changes nothing: no node, also when the ceiling reaches N
+        reduces = keep < candidates  # K = N, which the ceiling can also reach, changes nothing and needs no node
         after = prefix + keep + fuse if reduces else tokens
         row = BlockPlan(block, tokens, keep if reduces else None, reduces and fuse, after)
         if merging and reduces:

@@ -1,4 +1,4 @@
-"""The one verb: ``reduce_tokens_(model, TokenSpec(keep_rate=0.7))`` turns a ViT into an EViT in place."""
+"""``reduce_tokens_(model, TokenSpec(keep_rate=0.7))`` turns a ViT into an EViT in place."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,20 +27,21 @@ def _plan(model: nn.Module, spec: TokenSpec, progress: float) -> TokenPlan:
 
 
 def reduce_tokens_(model: nn.Module, spec: TokenSpec) -> nn.Module:
-    """Makes a model reduce its tokens, in place; the dense model's ``state_dict`` keys do not change.
+    """Adds token reduction to a model in place; the keys of the dense model's ``state_dict`` do not change.
 
-    Call it before or after loading weights, and again to change the spec or after ``set_input_size``. Keep rate 1 gives
-    the dense model back, bit for bit.
+    Call it before or after loading weights. Call it again to change the spec or after ``set_input_size``. Keep rate 1
+    restores the dense model, bit for bit.
 
     Args:
         model: A model of a registered backbone (any timm ``VisionTransformer``, or an LV-ViT).
-        spec: What to do.
+        spec: The token reduction to apply.
 
     Returns:
-        The same model; ``token_plan(model)`` has its token counts.
+        The same model; ``token_plan(model)`` returns its token counts.
 
     Raises:
-        UnsupportedModelError: The model cannot be reduced exactly, or not by this method; the message has the reasons.
+        UnsupportedModelError: The model cannot be reduced exactly, or not by this method; the message lists the
+            reasons.
         InputError: The spec does not fit the model.
     """
     backbone = backbone_of(model)
@@ -64,7 +65,7 @@ def reduce_tokens_(model: nn.Module, spec: TokenSpec) -> nn.Module:
     for row in plan.blocks:
         present = blocks[row.block]
         block = backbone.original(present)
-        block.training = present.training  # train() and eval() reached its children, but not the block put aside
+        block.training = present.training  # train() and eval() reached its children, but not the replaced block
         blocks[row.block] = block
         if stateful or row.keep is not None:
             reducer = method(row, plan.prefix, backbone.scale(block), options)
@@ -77,13 +78,13 @@ def reduce_tokens_(model: nn.Module, spec: TokenSpec) -> nn.Module:
     else:
         for index, block in enumerate(reduced):
             blocks[index] = block
-    model.token_spec = spec  # type: ignore[assignment]  # plain attributes: no parameters, copied with the model
+    model.token_spec = spec  # type: ignore[assignment]  # plain attributes: not parameters, but copied with the model
     model.token_plan = plan  # type: ignore[assignment]
     return model
 
 
 def _unsupported(model: nn.Module, method: type[TokenReducer], spec: TokenSpec, options: Any) -> list[str]:
-    """Why a method cannot reduce a model that its backbone can."""
+    """Reasons why a method cannot reduce a model that its backbone can."""
     backbone, reasons = backbone_of(model), []
     if method.needs_class_token and not backbone.prefix_tokens(model):
         reasons.append("it has no class token, whose attention is the score")
@@ -94,12 +95,12 @@ def _unsupported(model: nn.Module, method: type[TokenReducer], spec: TokenSpec, 
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
-    """A copy of a model without token reduction; its weights are the original's own."""
+    """Returns a copy of a model without token reduction; the copy shares the original's weights."""
     return reduce_tokens_(copy_sharing_weights(model), TokenSpec(keep_rate=1.0))
 
 
 def token_plan(model: nn.Module) -> TokenPlan:
-    """The plan a model runs by; of a model that was never reduced, its dense plan.
+    """Returns a model's current token plan; for a model that was never reduced, its dense plan.
 
     Raises:
         UnsupportedModelError: No registered backbone knows the model.
@@ -109,28 +110,28 @@ def token_plan(model: nn.Module) -> TokenPlan:
 
 
 def token_spec(model: nn.Module) -> TokenSpec:
-    """The spec a model was reduced with; keep rate 1 if it never was."""
+    """Returns the spec that a model was reduced with; keep rate 1 if it was never reduced."""
     spec = getattr(model, "token_spec", None)
     return spec if isinstance(spec, TokenSpec) else TokenSpec(keep_rate=1.0)
 
 
 def token_label(spec: TokenSpec) -> str:
-    """A method and how much it reduces, in a few characters that a file's name can hold: ``evit-k0.7``."""
+    """Short label of a method and its reduction, usable in file names: ``evit-k0.7``."""
     method = METHODS.get(spec.method)
     return f"{spec.method}-{method.label(spec, options_of(method, spec))}"
 
 
 def set_keep_rate_(model: nn.Module, progress: float, options: Mapping[str, Any] | None = None) -> TokenPlan:
-    """Moves a reduced model along the keep-rate schedule: rate 1 at progress 0, the spec's own rates at 1.
+    """Moves a reduced model along the keep-rate schedule: rate 1 at progress 0, the spec's rates at progress 1.
 
     Args:
         model: A model that ``reduce_tokens_`` has been called on.
         progress: 0 to 1.
-        options: Of the method, which until the next call take the place of the spec's own: such as change the plan and
-            nothing else.
+        options: Method options that override the spec's until the next call; only options that affect nothing but the
+            plan.
 
     Returns:
-        The plan that is now in force.
+        The new plan.
     """
     spec = token_spec(model)
     if options:
@@ -144,11 +145,11 @@ def set_keep_rate_(model: nn.Module, progress: float, options: Mapping[str, Any]
 
 
 class Capture(msgspec.Struct):
-    """What the reducers saw and chose in one forward pass, one entry a location.
+    """Choices and scores of one forward pass, one entry per location.
 
     Args:
-        kept: What was chosen, int32 ``[B, K]``; see :mod:`evit_deploy.tokens.choices`.
-        scores: ``[B, N]``; none of a method that has no scores.
+        kept: The choices, int32 ``[B, K]``; see :mod:`evit_deploy.tokens.choices`.
+        scores: ``[B, N]``; empty for a method without scores.
     """
 
     kept: list[Tensor] = []
@@ -157,7 +158,7 @@ class Capture(msgspec.Struct):
 
 @contextmanager
 def capture(model: nn.Module) -> Iterator[Capture]:
-    """Records kept candidates and scores of the forward passes inside."""
+    """Context manager that records the choices and scores of the forward passes inside it."""
     seen = Capture([], [])
 
     def hook(reducer: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

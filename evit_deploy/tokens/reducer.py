@@ -1,4 +1,4 @@
-"""The contract of a reduction method: one class, of which every block that it touches has an instance."""
+"""The interface of a reduction method: a class with one instance in every block that it affects."""
 
 from typing import Any, ClassVar
 
@@ -15,66 +15,67 @@ from evit_deploy.tokens.state import TokenState
 
 
 class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """For methods without options of their own."""
+    """Options of a method that has none."""
 
 
 class TokenReducer(nn.Module):
-    """One block of one method: takes the tokens after the attention residual, gives back fewer.
+    """Reduces the tokens of one block: takes the tokens after the attention residual and returns fewer.
 
-    The simplest method says what a token is worth (:meth:`scores`). One that decides or combines otherwise overrides
-    :meth:`forward`. One that carries something from block to block says so (:meth:`carries_state`); then *every* block
-    of the model has a reducer, and a :class:`~evit_deploy.tokens.state.TokenState` passes through the hooks
-    :meth:`start`, :meth:`before`, :meth:`key_bias`, :meth:`between`, :meth:`after` and :meth:`finish`.
+    The simplest method only implements :meth:`scores`, which scores each token. A method that selects or combines
+    tokens differently overrides :meth:`forward`. A method that carries state from block to block overrides
+    :meth:`carries_state`; *every* block of the model then has a reducer, and a
+    :class:`~evit_deploy.tokens.state.TokenState` passes through the hooks :meth:`start`, :meth:`before`,
+    :meth:`key_bias`, :meth:`between`, :meth:`after` and :meth:`finish`.
 
-    A method is registered in ``registry.METHODS``. One whose models are exported has scores in any case: they tell
-    which choices lie within rounding. A reducer holds no parameters, so that a reduced model's ``state_dict`` has the
-    dense model's keys; a method with its own layers adds them to the model (:meth:`attach`). What a child module
-    called ``exact`` computes stays in FP32 in an exported file of any precision, as what leads to scores does.
+    Register a method in ``registry.METHODS``. A method with exported models must implement :meth:`scores`: verification
+    uses the scores to find choices that rounding can change. A reducer has no parameters, so that a reduced model's
+    ``state_dict`` has the dense model's keys; a method with its own layers adds them to the model (:meth:`attach`). In
+    exported files of any precision, the computation of scores and of a child module named ``exact`` is kept in FP32.
 
     Args:
-        plan: What this block has to do; replaced while a keep-rate schedule runs.
-        prefix: Tokens in front that always stay.
+        plan: The block's token counts; replaced while a keep-rate schedule runs.
+        prefix: Tokens in front of the patches that are always kept.
         scale: Factor on the attention logits, d^-½.
         options: An instance of the class's ``Options``.
     """
 
     Options: ClassVar[type[msgspec.Struct]] = NoOptions
     exports: ClassVar[bool] = True
-    """Whether each location is a ``token_reorg`` or a ``token_merge``, which become nodes of an exported file."""
+    """Whether every location calls ``token_reorg`` or ``token_merge``, which become nodes of an exported file."""
     comparison_only: ClassVar[bool] = False
-    """Whether it exists to compare others with, and is nothing that a user would deploy."""
+    """Whether the method is only a baseline for comparison, not meant for deployment."""
     takes_keep_rate: ClassVar[bool] = True
-    """Whether keep rates say how much is kept; if not, its options do."""
+    """Whether keep rates set the number of kept tokens; otherwise, the method's options do."""
     default_keep_rate: ClassVar[float | None] = None
-    """The rate of a spec that gives none; without one it has to be given."""
+    """Keep rate of a spec without one; if ``None``, a keep rate is required."""
     needs_class_token: ClassVar[bool] = True
-    """Whether it ranks by what the class token attends to."""
+    """Whether the method ranks patches by the class token's attention."""
     needed: ClassVar[str] = ""
-    """What to say to one who left out an option that has to be given."""
+    """The fix to show when a required option is missing."""
     own_parameters: ClassVar[tuple[str, ...]] = ()
-    """How the names of the layers begin that :meth:`attach` adds."""
+    """Name prefixes of the parameters that :meth:`attach` adds."""
     needs_own_weights: ClassVar[bool] = False
-    """Whether these layers decide, so that a model without trained ones is nothing that a user would deploy."""
+    """Whether these layers make the choice, so that a model without trained ones is not fit for deployment."""
     learns_from_dense: ClassVar[bool] = False
-    """Whether it is trained to agree with the dense model that it starts from."""
+    """Whether the method is trained to agree with the dense model that it starts from."""
     fuses: ClassVar[bool] = True
-    """Whether a location can add a token that stands for those that it removes."""
+    """Whether a location can add a token that represents the removed ones."""
     score_name: ClassVar[str] = "score"
-    """What :meth:`shown_scores` are, in a picture's legend."""
+    """Name of :meth:`shown_scores` in a picture's legend."""
 
     def __init__(self, plan: BlockPlan, prefix: int, scale: float, options: msgspec.Struct) -> None:
         super().__init__()
         self.plan, self.prefix, self.scale, self.options = plan, prefix, scale, options
         self.stateful = False
-        """Whether a state passes through; see :meth:`carries_state`."""
+        """Whether a state passes through this reducer; see :meth:`carries_state`."""
         self.given: Tensor | None = None
-        """A choice to take instead of the reducer's own, as :meth:`forward` gives it; for verification."""
+        """A choice, as returned by :meth:`forward`, that replaces the reducer's own; for verification."""
 
-    # ---- the method as a whole
+    # ---- the method
 
     @classmethod
     def unsupported(cls, model: Any) -> list[str]:
-        """Why the method cannot reduce a model that its backbone can; empty when it can."""
+        """Reasons why the method cannot reduce a model that its backbone can, or an empty list."""
         return []
 
     @classmethod
@@ -82,10 +83,10 @@ class TokenReducer(nn.Module):
         """Decides every token count.
 
         Args:
-            spec: What was asked for.
+            spec: The requested token reduction.
             options: The spec's options.
-            shape: The model's.
-            progress: Place on the keep-rate schedule, 0 (everything kept) to 1 (what the spec says).
+            shape: The model's shape.
+            progress: Position on the keep-rate schedule, from 0 (everything is kept) to 1 (the spec's rates).
 
         Raises:
             InputError: The spec does not fit the model.
@@ -96,7 +97,7 @@ class TokenReducer(nn.Module):
 
     @classmethod
     def carries_state(cls, options: msgspec.Struct, pools: bool) -> bool:
-        """Whether every block has a reducer through which a state passes.
+        """Whether every block has a reducer and a state passes through them.
 
         Args:
             options: The method's options.
@@ -106,12 +107,12 @@ class TokenReducer(nn.Module):
 
     @classmethod
     def serves_pooling(cls, options: msgspec.Struct) -> bool:
-        """Whether a head that pools patch tokens sees every patch, by its place or by the size of its token."""
+        """Whether every patch still counts in a head that pools patch tokens, by its position or its token's size."""
         return False
 
     @classmethod
     def label(cls, spec: TokenSpec, options: msgspec.Struct) -> str:
-        """How much is reduced, in a few characters that a file's name can hold: ``k0.7``."""
+        """Short label of the amount of reduction, usable in file names: ``k0.7``."""
         return "k" + "-".join(f"{rate:g}" for rate in spec.rates)
 
     @classmethod
@@ -120,18 +121,19 @@ class TokenReducer(nn.Module):
 
     @classmethod
     def detach(cls, model: Any) -> None:
-        """Takes the method's own layers away again."""
+        """Removes the method's own layers."""
 
     @classmethod
     def margin(cls, scores: Any, exact: Any, choice: np.ndarray, row: BlockPlan) -> np.ndarray:
-        """How far each candidate is from being treated otherwise, over what rounding moves the decision by.
+        """Distance of each candidate from a different decision, relative to the rounding error.
 
-        Below 1 either is right. The default is for scores that are shares, of which the highest stay.
+        Below 1, both decisions are correct. The default is for scores that are probabilities, the highest of which are
+        kept.
 
         Args:
-            scores: What :meth:`scores` gives, in the precision that is examined.
+            scores: Result of :meth:`scores` in the precision under test.
             exact: The same in FP64.
-            choice: What the FP32 model chose.
+            choice: The FP32 model's choice.
             row: The block's plan.
 
         Returns:
@@ -142,11 +144,11 @@ class TokenReducer(nn.Module):
 
     @classmethod
     def nearest_choice(cls, choice: np.ndarray, exact: Any, row: BlockPlan) -> np.ndarray:
-        """The choice that comes closest to one: by default the last that is kept makes room for the first that is not.
+        """The next best choice: by default, the last kept candidate is swapped with the first that is not kept.
 
         Args:
-            choice: As :meth:`forward` gives it.
-            exact: What :meth:`scores` gives in FP64.
+            choice: The choice, as returned by :meth:`forward`.
+            exact: Result of :meth:`scores` in FP64.
             row: The block's plan.
         """
         assert row.keep is not None
@@ -154,41 +156,41 @@ class TokenReducer(nn.Module):
 
     @classmethod
     def shown_scores(cls, scores: Any, prefix: int) -> np.ndarray:
-        """What a picture shows of the scores: one number for each candidate, high for those that stay as they are.
+        """Scores for pictures: one number per candidate, high for candidates that are kept unchanged.
 
-        By default the scores; of several arrays the first.
+        By default, the scores themselves; if there are several arrays, the first.
 
         Args:
-            scores: What :meth:`scores` gives, in NumPy.
-            prefix: Tokens in front.
+            scores: Result of :meth:`scores` in NumPy.
+            prefix: Tokens in front of the patches.
 
         Returns:
-            ``[B, candidates]``; NaN for a candidate that no choice is about.
+            ``[B, candidates]``; NaN for candidates that are not subject to a choice.
         """
         return scores[0] if isinstance(scores, tuple) else scores
 
     # ---- one block
 
     def bind(self, model: Any) -> None:
-        """Remembers what it needs of the model's own layers, where ``nn.Module`` does not look for children."""
+        """Stores references to the model's layers, in a place where ``nn.Module`` does not look for children."""
 
     def scores(self, x: Tensor, q: Tensor, k: Tensor) -> Any:
-        """How much each candidate matters; the highest stay, and the others are fused by it.
+        """Scores each candidate: the highest-scored are kept, and the scores weight the others in the fused token.
 
-        A method with state takes it as a fourth argument.
+        A method with state takes the state as a fourth argument.
 
         Args:
             x: Tokens after the attention residual ``[B, N, C]``.
             q: Queries of this block's attention ``[B, N, H, d]``.
-            k: Its keys ``[B, N, H, d]``.
+            k: Keys of this block's attention ``[B, N, H, d]``.
 
         Returns:
-            FP32 ``[B, N - prefix]``; a method with its own :meth:`margin` may decide by something else.
+            FP32 ``[B, N - prefix]``; a method that overrides :meth:`margin` may return other values.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement scores")
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        """Reduces the tokens; a method with state takes it as a fourth argument and gives it back as a third value.
+        """Reduces the tokens; a method with state takes it as a fourth argument and returns it as a third value.
 
         Args:
             x: See :meth:`scores`.
@@ -197,13 +199,13 @@ class TokenReducer(nn.Module):
 
         Returns:
             Tokens ``[B, tokens_out, C]`` and the choice, int32 ``[B, plan.choice_length]``: the kept candidates, or
-            what is merged into what.
+            which candidates are merged into which.
         """
         assert self.plan.keep is not None
         return self.reorganized(x, self.scores(x, q, k), self.plan.keep, self.plan.fused)
 
     def reorganized(self, x: Tensor, scores: Tensor, keep: int, fuse: bool) -> tuple[Tensor, Tensor]:
-        """:func:`~evit_deploy.tokens.operators.token_reorg.token_reorg`, with the choice that is given, if one is."""
+        """:func:`~evit_deploy.tokens.operators.token_reorg.token_reorg`, with the choice in ``given`` if it is set."""
         if self.given is not None:
             return reorganize(x, scores, self.given.long(), fuse, self.prefix), self.given
         return token_reorg(x, scores, keep, fuse, self.prefix)
@@ -217,67 +219,67 @@ class TokenReducer(nn.Module):
         return TokenState()
 
     def before(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """What happens before the block's attention; gives the tokens that it sees."""
+        """Called before the block's attention; returns the tokens for the attention."""
         return x, state
 
     def key_bias(self, state: TokenState) -> Tensor | None:
-        """What is added to the attention logits of each key, ``[B, 1, 1, N]``, prefix included."""
+        """Bias on the attention logits of each key, ``[B, 1, 1, N]``, including the prefix."""
         return None
 
     def keep_mask(self, state: TokenState) -> Tensor | None:
-        """1 for each token that the block's attention may look at, ``[B, N]``, else 0; ``None`` where it sees them all.
+        """Mask of the block's attention, ``[B, N]``: 1 for tokens that are attended to, else 0; ``None`` for all.
 
-        For training alone. A token always sees itself.
+        Only used in training. A token always attends to itself.
         """
         return None
 
     def between(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """What happens between attention and MLP; by default :meth:`forward`, where the plan has a location."""
+        """Called between attention and MLP; by default, it calls :meth:`forward` if the block is a location."""
         if self.plan.keep is not None:
             x, _, state = self(x, q, k, state)
         return x, state
 
     @classmethod
     def idle(cls, row: BlockPlan) -> bool:
-        """Whether :meth:`between` and :meth:`after` leave a block's tokens and their state alone.
+        """Whether :meth:`between` and :meth:`after` do not change a block's tokens or their state.
 
-        If they do so in the last block, it is computed only for the tokens that the head sees
-        (:mod:`evit_deploy.tokens.ending`), and :meth:`finish` gets no others.
+        If so, the last block is computed only for the tokens that the head uses (:mod:`evit_deploy.tokens.ending`), and
+        :meth:`finish` only receives these.
         """
         return row.keep is None and cls.between is TokenReducer.between and cls.after is TokenReducer.after
 
     def after(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """What happens after the block."""
+        """Called after the block."""
         return x, state
 
     def finish(self, x: Tensor, state: TokenState) -> Tensor:
-        """What the model's last norm sees."""
+        """Returns the input of the model's last norm."""
         return x
 
     def extra_repr(self) -> str:
-        """Shown when the model is printed."""
+        """The block's token counts, for printing the model."""
         row = self.plan
         return f"block={row.block}, tokens {row.tokens_in} -> {row.tokens_out}, keep={row.keep}, fused={row.fused}"
 
 
 def own_weights(model: Any, method: type[TokenReducer]) -> dict[str, Tensor]:
-    """The weights of a method's own layers that came with a model's, by name; empty where none did.
+    """Weights of a method's own layers that were loaded with a model, by name; empty if there are none.
 
-    They lie in ``model.method_weights`` while the model does not use the method.
+    They are stored in ``model.method_weights`` while the model does not use the method.
 
     Args:
         model: Any model.
-        method: Whose.
+        method: The method.
     """
     kept: dict[str, Tensor] = getattr(model, "method_weights", {})
     return {name: value for name, value in kept.items() if name.startswith(method.own_parameters)}
 
 
 def options_of(method: type[TokenReducer], spec: TokenSpec) -> Any:
-    """The options of a spec in the method's own form.
+    """Converts a spec's options to the method's ``Options``.
 
     Raises:
-        InputError: The method does not take them.
+        InputError: The method does not accept them.
     """
     try:
         return msgspec.convert(spec.options, method.Options)
@@ -296,7 +298,7 @@ def options_of(method: type[TokenReducer], spec: TokenSpec) -> Any:
 
 
 def _whose(error: str) -> str | None:
-    """The methods that have an option that another does not know."""
+    """A fix that names the methods with an option that the chosen method does not have."""
     name = error.partition("unknown field `")[2].partition("`")[0]
     methods = [one for one in METHODS.offered() if name in METHODS.get(one).Options.__struct_fields__]
     return f"It is an option of the method {' and '.join(map(repr, methods))}." if methods else None

@@ -1,4 +1,4 @@
-"""Methods whose tokens have sizes: how many patches each stands for (ToMe, arXiv 2210.09461, section 3)."""
+"""Base class of methods that track token sizes: patches per token (ToMe, arXiv 2210.09461, section 3)."""
 
 from typing import Any
 
@@ -15,19 +15,19 @@ from evit_deploy.tokens.state import TokenState, every_patch, patches_back, rows
 
 
 class SizedReducer(TokenReducer):
-    """Merges tokens into means by size; its options have ``proportional_attention``."""
+    """Merges tokens into their mean weighted by size; the method's options have ``proportional_attention``."""
 
     fuses = False
     options: Any
 
     @classmethod
     def carries_state(cls, options: msgspec.Struct, pools: bool) -> bool:
-        """Always: sizes."""
+        """Always true: the state holds token sizes."""
         return True
 
     @classmethod
     def serves_pooling(cls, options: msgspec.Struct) -> bool:
-        """Every patch is in some token."""
+        """Always true: every patch is in a token."""
         return True
 
     def bind(self, model: Any) -> None:
@@ -35,11 +35,14 @@ class SizedReducer(TokenReducer):
         self.pools = backbone_of(model).pools(model)
 
     def start(self, x: Tensor) -> TokenState:
-        """Where the head pools, every patch is in its own token; no sizes means that all are 1."""
+        """If the head pools, tracks the token of each patch; without sizes, all tokens have size 1."""
         return TokenState(rows=every_patch(x, self.prefix) if self.pools else None)
 
     def key_bias(self, state: TokenState) -> Tensor | None:
-        """log(size), 0 for the prefix: attention as if all patches of a token were there. Nothing while all are 1."""
+        """log(size), and 0 for the prefix, so that a token attracts as much attention as its patches did together.
+
+        ``None`` while all sizes are 1.
+        """
         if state.sizes is None or not self.options.proportional_attention:
             return None
         return F.pad(state.sizes.log(), (self.prefix, 0))[:, None, None]
@@ -47,12 +50,13 @@ class SizedReducer(TokenReducer):
     def merged(
         self, x: Tensor, choice: Tensor, evidence: tuple[Tensor, ...], state: TokenState
     ) -> tuple[Tensor, Tensor, TokenState]:
-        """What :meth:`forward` returns, when it has chosen.
+        """Applies a choice; the result is what :meth:`forward` returns.
 
         Args:
             x: ``[B, prefix + N, C]``.
             choice: int32 ``[B, 2N - K]``, of kind ``merge``.
-            evidence: What the choice was made by, see :func:`~evit_deploy.tokens.operators.token_merge.token_merge`.
+            evidence: Values that the choice is based on; see
+                :func:`~evit_deploy.tokens.operators.token_merge.token_merge`.
             state: Sizes and rows before the merge.
         """
         keep, sizes = self.plan.keep, state.sizes
@@ -64,9 +68,9 @@ class SizedReducer(TokenReducer):
         return x, choice, state._replace(sizes=sizes, rows=rows)
 
     def finish(self, x: Tensor, state: TokenState) -> Tensor:
-        """Where the head pools, each patch gets its token, so that it pools by size; all of them have gone through it.
+        """If the head pools, copies each token to the positions of its patches.
 
-        The mean over patches is then the mean over tokens weighted by size, and any other way of pooling sees what a
-        model would that had computed the merged tokens once for each of their patches.
+        The mean over patches is then the mean over tokens weighted by size. Other kinds of pooling get the same input
+        as if each merged token had been computed once per patch.
         """
         return x if state.rows is None else patches_back(x, state.rows, self.prefix)

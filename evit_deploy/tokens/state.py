@@ -1,7 +1,7 @@
-"""What a method carries from block to block beside the tokens.
+"""The state that a method passes from block to block together with the tokens.
 
-The state travels as a value: a block takes it and gives a new one. Nothing is written to a module in a forward pass, so
-that an export, a compiled graph and recomputed activations see plain tensors of static shapes.
+Each block takes a state and returns a new one. A forward pass does not modify modules, so that exports, compiled graphs
+and activation checkpointing only handle plain tensors of static shapes.
 """
 
 from typing import Any, NamedTuple
@@ -14,16 +14,17 @@ from evit_deploy.tokens.operators.token_reorg import rows_of
 
 
 class TokenState(NamedTuple):
-    """State of one forward pass; ``None`` where the method does not use a field.
+    """State of one forward pass; fields that the method does not use are ``None``.
 
     Args:
-        sizes: FP32 ``[B, N]``: how many patches each token behind the prefix stands for.
-        rows: int64 ``[B, patches]``: the token behind the prefix that each patch is in; of methods that lose no patch.
-        attention: FP32 ``[B, N + M]``: global class attention of the tokens, then of those that wait.
+        sizes: FP32 ``[B, N]``: number of patches in each token, without the prefix.
+        rows: int64 ``[B, patches]``: the token that contains each patch, counted without the prefix; for methods that
+            lose no patches.
+        attention: FP32 ``[B, N + M]``: global class attention of the tokens, followed by that of the waiting ones.
         aside: ``[B, M, C]``: tokens that wait while others are updated.
-        representative: ``[B, 1, C]``: the token that stands for those that wait, as it entered the block.
-        mask: ``[B, N]``: 1 for tokens that are kept, 0 for those that are only masked while training.
-        decisions: Of each location so far, what the method's loss has to know.
+        representative: ``[B, 1, C]``: the token that represents the waiting ones, as it was when the stage began.
+        mask: ``[B, N]``: 1 for kept tokens, 0 for tokens that training masks instead of removing.
+        decisions: Values for the method's loss, one tensor for each location so far.
     """
 
     sizes: Tensor | None = None
@@ -36,20 +37,20 @@ class TokenState(NamedTuple):
 
 
 class TokenBlocks(nn.Sequential):
-    """The blocks of a model whose method has state: every one is reduced, and hands the state on to the next.
+    """The blocks of a model with a stateful method: every block is a reduced block and passes the state to the next.
 
-    Parameter names are those of the container that it replaces.
+    Parameter names are the same as in the replaced container.
 
     Args:
-        blocks: Reduced blocks; called with ``state=`` they give tokens and state.
-        replaced: The container; kept, so that it can be put back.
+        blocks: Reduced blocks; when called with ``state=``, they return tokens and state.
+        replaced: The original container; kept so that it can be restored.
     """
 
     def __init__(self, blocks: list[nn.Module], replaced: nn.Module) -> None:
         super().__init__(*blocks)
         self.replaced = (replaced,)  # in a tuple, where nn.Module does not look for children
         self.checkpointing = False
-        """Whether a block's activations are computed again on the way back instead of being kept."""
+        """Whether activations are recomputed in the backward pass instead of being stored."""
         self.train(replaced.training)
 
     def carry(self, x: Tensor) -> tuple[Tensor, TokenState]:
@@ -59,19 +60,19 @@ class TokenBlocks(nn.Sequential):
             x: ``[B, prefix + patches, C]``.
 
         Returns:
-            What the model's last norm sees, and the state behind the last block.
+            The input of the model's last norm, and the state after the last block.
         """
         blocks: list[Any] = list(self)
         state = blocks[0].reducer.start(x)
         again = self.checkpointing and torch.is_grad_enabled()
         for block in blocks:
-            # A call, so that what an exporter or a profiler sees carries the block's name.
+            # The block is called as a module, so that exporters and profilers record its name.
             found: Any = checkpoint(block, x, state=state, use_reentrant=False) if again else block(x, state=state)
             x, state = found
         return blocks[-1].reducer.finish(x, state), state
 
     def forward(self, input: Tensor) -> Tensor:
-        """See :meth:`carry`; gives the tokens alone."""
+        """Like :meth:`carry`, but returns only the tokens."""
         return self.carry(input)[0]
 
 
@@ -80,7 +81,7 @@ def every_patch(x: Tensor, prefix: int) -> Tensor:
 
     Args:
         x: ``[B, prefix + patches, C]``.
-        prefix: Tokens in front.
+        prefix: Tokens in front of the patches.
 
     Returns:
         int64 ``[B, patches]``.
@@ -89,12 +90,12 @@ def every_patch(x: Tensor, prefix: int) -> Tensor:
 
 
 def rows_after(rows: Tensor, choice: Tensor, keep: int) -> Tensor:
-    """Which token each patch is in once tokens have merged.
+    """Returns the token that contains each patch after a merge.
 
     Args:
-        rows: int64 ``[B, patches]``: the token that each was in.
-        choice: Of kind ``merge``, see :mod:`evit_deploy.tokens.choices`.
-        keep: How many tokens stay.
+        rows: int64 ``[B, patches]``: the token that contains each patch before it.
+        choice: Choice of kind ``merge``; see :mod:`evit_deploy.tokens.choices`.
+        keep: Number of kept tokens.
 
     Returns:
         int64 ``[B, patches]``.
@@ -107,12 +108,12 @@ def rows_after(rows: Tensor, choice: Tensor, keep: int) -> Tensor:
 
 
 def patches_back(x: Tensor, rows: Tensor, prefix: int) -> Tensor:
-    """Gives every patch a copy of the token that it is in, so that a head that pools sees as many as there were.
+    """Copies each token to the positions of its patches, so that a pooling head gets the original number of tokens.
 
     Args:
         x: ``[B, prefix + N, C]``.
-        rows: int64 ``[B, patches]``.
-        prefix: Tokens in front.
+        rows: int64 ``[B, patches]``: the token that contains each patch.
+        prefix: Tokens in front of the candidates.
 
     Returns:
         ``[B, prefix + patches, C]``.
@@ -121,10 +122,10 @@ def patches_back(x: Tensor, rows: Tensor, prefix: int) -> Tensor:
 
 
 def rows_after_keeping(rows: Tensor, kept: Tensor, candidates: int) -> Tensor:
-    """The same where tokens were kept, and the others fused into one behind them.
+    """Like :func:`rows_after`, for tokens that were kept while the others were fused into one token after them.
 
     Args:
-        rows: int64 ``[B, patches]``: the token that each was in.
+        rows: int64 ``[B, patches]``: the token that contains each patch before it.
         kept: int ``[B, K]``.
         candidates: N.
 

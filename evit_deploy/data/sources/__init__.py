@@ -1,1 +1,1 @@
-"""Labeled images by number: one module for each way in which they can lie on a disk or a hub."""
+"""Labeled images by index, with one module for each storage format."""

@@ -1,6 +1,7 @@
 """Class folders: images on disk as ``<class>/**/<image>``.
 
-They are listed here, because timm's reader names a class after the innermost folder and drops unknown classes silently.
+The files are listed here because timm's reader names classes after the innermost folder and silently drops unknown
+classes.
 """
 
 import copy
@@ -17,18 +18,18 @@ from evit_deploy.data.sources.source import file_stamp
 from evit_deploy.errors import InputError, first_few
 
 SPLITS = ("val", "valid", "validation", "eval", "test", "testing", "train", "training")
-"""Names of the parts of a data set, in lower case: such folders hold classes and are not classes themselves."""
+"""Names of data set splits, in lower case: such folders contain classes and are not classes themselves."""
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of a folder's folders, hidden ones left out, numbers in them ordered as numbers."""
+    """Names of a folder's subfolders in natural order, without hidden ones."""
     return sorted((e.name for e in root.iterdir() if e.is_dir() and not e.name.startswith(".")), key=natural)
 
 
 def is_labeled(root: Path) -> bool:
-    """Whether a folder is to be read as class folders: not where it holds images and none of its folders does."""
+    """Whether to read a folder as class folders: false if it contains images and none of its subfolders does."""
     if not root.is_dir():
-        return True  # Folder says what is wrong with it
+        return True  # Folder raises the error
     inside = any(_is_image(file) for name in class_folders(root) for file in (root / name).rglob("*"))
     return inside or not any(_is_image(file) for file in root.iterdir())
 
@@ -38,7 +39,7 @@ def _is_image(file: Path) -> bool:
 
 
 def _refuse_splits(root: Path, names: Sequence[str]) -> None:
-    """Refuses the folder above ``train/`` and ``val/``, whose parts would be taken for two classes."""
+    """Rejects the parent folder of ``train/`` and ``val/``, which would be read as two classes."""
     splits = sorted((n for n in names if n.lower() in SPLITS), key=lambda name: SPLITS.index(name.lower()))
     holding = [name for name in splits if any(entry.is_dir() for entry in (root / name).iterdir())]
     alone = len(splits) == len(names) and (len(splits) > 1 or bool(holding))
@@ -55,12 +56,12 @@ class Folder:
     """Images on disk, ``<class>/**/<image>``.
 
     Args:
-        path: A folder with one folder a class.
-        classes: Class names; by default the folders' names, numbers in them ordered as numbers.
+        path: A folder with one subfolder per class.
+        classes: Class names; by default, the names of the subfolders in natural order.
 
     Raises:
-        InputError: The path is missing, is a file, holds no images in class folders, holds ``train`` and ``val`` rather
-            than classes, or has a class that is not among ``classes``.
+        InputError: The path does not exist, is a file, contains no images in class folders, contains ``train`` and
+            ``val`` instead of classes, or has a class that is not in ``classes``.
     """
 
     def __init__(self, path: str | Path, classes: Sequence[str] | None = None) -> None:
@@ -99,25 +100,28 @@ class Folder:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every image's file, by number."""
+        """The file of every image, by index."""
         return tuple(path for path, _ in self._files)
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Every image's label, by number."""
+        """The label of every image, by index."""
         return tuple(label for _, label in self._files)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def split(self, share: float) -> "tuple[Folder, Folder]":
-        """All but a share of each class, and that share: of two or more images at least one on either side.
+        """Splits off a fraction of each class; each part gets at least one image of a class with two or more.
 
-        The hash of an image's class and name decides, so that the same images are held out every time, on every
-        machine, and an image that is added or deleted moves few others.
+        The images are selected by the hash of their class and name, so that the same images are held out every time and
+        on every machine, and adding or deleting an image moves few others.
 
         Args:
-            share: Of each class, above 0 and below 1; rounded to whole images.
+            share: Fraction of each class, above 0 and below 1; rounded to a number of images.
+
+        Returns:
+            The remaining images, and those split off.
         """
         held: set[int] = set()
         for _, group in itertools.groupby(range(len(self)), lambda index: self._files[index][1]):

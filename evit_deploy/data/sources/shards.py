@@ -1,7 +1,7 @@
-"""WebDataset shards on a disk.
+"""WebDataset shards on disk.
 
-They are indexed here, because timm's reader streams them in an order that depends on the number of workers and
-processes, and cannot begin in the middle of a run.
+The shards are indexed here because timm's reader streams them in an order that depends on the number of workers and
+processes, and cannot resume in the middle of a run.
 """
 
 import itertools
@@ -21,11 +21,11 @@ from evit_deploy.documents import decode_json
 from evit_deploy.errors import InputError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
-"""Endings of the images in shards."""
+"""File name extensions of images in shards."""
 
 
 class Shards:
-    """``wds/<folder>``: WebDataset shards on a disk; an image's members share their name up to the first dot."""
+    """``wds/<folder>``: WebDataset shards on disk; the members of an image share their name up to the first dot."""
 
     def __init__(self, place: Place, root: str, classes: Sequence[str] | None) -> None:
         self.classes = _shard_classes(place, classes)
@@ -57,7 +57,7 @@ class Shards:
                 if wanted not in members:
                     raise InputError(f"an image has no .{wanted} beside it", where=f"{file}: {image.name}")
                 content = tar.extractfile(members[wanted])
-                assert content is not None  # a file, see above
+                assert content is not None  # only files are in members
                 label = self._label(content.read(), f"{file}: {key.lstrip('/')}.{wanted}")
                 found.append((number, image.name, image.offset_data, image.size, label))
         return found
@@ -117,7 +117,7 @@ def _shard_classes(place: Place, classes: Sequence[str] | None) -> tuple[str, ..
 
 
 def _shard_files(root: Path, split: str | None) -> list[Path]:
-    """Shards of a split as timm writes it: ``name-{0000..0009}.tar``, perhaps with ``|count``, or a name."""
+    """Shards of a split in timm's notation: ``name-{0000..0009}.tar``, optionally with ``|count``, or a name."""
     if not root.is_dir():
         raise InputError("no such folder", where=f"wds/{root}", wanted="wds/FOLDER, shards on this disk")
     if split is None:
@@ -145,7 +145,7 @@ def _info_files(root: Path, split: str) -> list[str]:
 
 
 def _expanded(text: str) -> list[str]:
-    """``a-{00..02}-{x,y}.tar`` as the shell would write it out."""
+    """Expands braces as a shell does, such as in ``a-{00..02}-{x,y}.tar``."""
     parts = []
     for part in re.split(r"(\{[^{}]*\})", text):
         if not part.startswith("{"):

@@ -1,4 +1,4 @@
-"""What every source of labeled images has: a length, images by number, class names."""
+"""The interface of a source of labeled images: length, images by index, class names."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from evit_deploy.errors import InputError, first_few
 
 
 class Source(Protocol):
-    """Labeled images by number."""
+    """Labeled images by index."""
 
     classes: tuple[str, ...]
     """Class names; a label is an index into them."""
@@ -19,31 +19,35 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """An image as RGB, read to its end, and its label. Raises an :class:`InputError` if it cannot be read."""
+        """Returns a completely decoded RGB image and its label.
+
+        Raises:
+            InputError: The image cannot be read.
+        """
         ...
 
     def name(self, index: int) -> str:
-        """What an image is called in messages."""
+        """Name of an image in messages."""
         ...
 
     def present(self) -> set[int]:
-        """Labels that occur, as far as the source tells without reading every image."""
+        """Labels that occur, as far as the source knows without reading every image."""
         ...
 
     def stamp(self) -> list[Any]:
-        """What changes when an image does: names, sizes and times of files."""
+        """A value that changes when an image changes: names, sizes and modification times of files."""
         ...
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where labeled images lie.
+    """Location of labeled images.
 
     Args:
         path: A folder, a ``.tar``, ``wds/<folder>`` or ``hfds/<name or folder>``.
         split: ``hfds``: timm's split; ``wds``: shards in brace notation or a split of ``_info.json``.
-        input_key: ``hfds``: the column of images.
-        target_key: ``hfds``: the column of labels; ``wds``: a field of the JSON beside an image instead of ``.cls``.
-        num_classes: ``wds``: how many classes there are.
+        input_key: ``hfds``: the image column.
+        target_key: ``hfds``: the label column; ``wds``: a field in the image's JSON member, used instead of ``.cls``.
+        num_classes: ``wds``: number of classes.
     """
 
     path: str
@@ -54,10 +58,10 @@ class Place(msgspec.Struct, frozen=True):
 
 
 def check_classes(own: Sequence[str], classes: Sequence[str], where: str) -> None:
-    """Refuses a source with a class that is not among the training images'.
+    """Checks that a source has no classes other than the training images'.
 
     Raises:
-        InputError: It has one; the message names a few.
+        InputError: It has other classes; the message names a few.
     """
     unknown = [name for name in own if name not in classes]
     if unknown:
@@ -68,12 +72,12 @@ def check_classes(own: Sequence[str], classes: Sequence[str], where: str) -> Non
 
 
 def bad_label(label: int, classes: int, where: str) -> InputError:
-    """The error for a label that is no index into the classes."""
+    """Returns the error for a label that is not an index into the classes."""
     return InputError("a label is not among the classes", where=where, seen=label, wanted=f"0 to {classes - 1}",
                       fix="Set data.num_classes to the number of classes.")  # fmt: skip
 
 
 def file_stamp(path: Path) -> list[Any]:
-    """Name, size and time of a file: what changes when its content does."""
+    """Path, size and modification time of a file, which change with its content."""
     found = path.stat()
     return [str(path.resolve()), found.st_size, found.st_mtime_ns]

@@ -1,6 +1,6 @@
-"""Opens labeled images, wherever they lie: class folders, tar files, WebDataset shards, Hugging Face datasets.
+"""Opens labeled images: class folders, tar files, WebDataset shards, Hugging Face datasets.
 
-Names are those that timm's ``--dataset`` and ``--data-dir`` take.
+The names are the same as for timm's ``--dataset`` and ``--data-dir``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,12 @@ def open_source(place: Place, classes: Sequence[str] | None = None) -> Source:
     """Opens labeled images.
 
     Args:
-        place: Where they lie.
-        classes: The training images' classes, for validation images: labels are numbered alike, and a class that is not
-            among them is refused.
+        place: Location of the images.
+        classes: For validation images, the classes of the training images: labels index into these, and a source with
+            other classes is an error.
 
     Raises:
-        InputError: There are no images, or their classes do not fit.
+        InputError: There are no images, or their classes do not match.
         MissingRequirement: The package that reads them is not installed.
     """
     kind, _, rest = place.path.partition("/")
@@ -43,12 +43,12 @@ def open_source(place: Place, classes: Sequence[str] | None = None) -> Source:
 
 
 def labeled_batches(source: Source, preprocess: Preprocess, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every image of a source once, in order, as the deployed model takes it.
+    """Loads every image of a source once, in order, with the deployment preprocessing.
 
     Args:
         source: The images.
-        preprocess: What is done with each.
-        batch_size: Images a batch; the last batch may be smaller.
+        preprocess: The preprocessing.
+        batch_size: Images per batch; the last batch may be smaller.
 
     Yields:
         Images float32 ``[B, 3, H, W]`` and labels int64 ``[B]``.

@@ -1,7 +1,8 @@
-"""Tar files: checks their headers before a reader uses them.
+"""Checks the headers of tar files before a reader uses them.
 
-Readers seek by the sizes that headers give. Python's ``tarfile`` as a stream seeks past the end block by block, so that
-a header of 8 exabytes keeps it busy for ever, and a negative size leads it back to the same header (CVE-2025-8194).
+Readers seek by the sizes in the headers. In stream mode, Python's ``tarfile`` seeks past the end block by block, so
+that a header with a size of 8 exabytes keeps it busy forever, and a negative size makes it read the same header again
+(CVE-2025-8194).
 """
 
 import tarfile
@@ -11,23 +12,23 @@ from typing import IO
 from evit_deploy.errors import InputError
 
 DEEPEST = 2
-"""Tar files inside tar files: a data set of one tar that holds a tar a class is one deep."""
+"""Maximum nesting of tar files; a data set of one tar file with a tar file per class has depth 1."""
 
 
 def check_tar(path: Path) -> None:
-    """Checks that every member of a tar file lies in the file, those of tar files inside it too.
+    """Checks that every member of a tar file and of nested tar files lies within the file.
 
     Args:
         path: The file.
 
     Raises:
-        InputError: It is not a tar file, or a header is impossible.
+        InputError: It is not a tar file, or a header is invalid.
     """
     try:
         with path.open("rb") as file:
             _check(file, path.stat().st_size, str(path), 0)
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
-        # Long names are read in one piece, whatever size their header gives: hence the last three.
+        # The last three occur because long names are read at once, with whatever size the header has.
         raise InputError(f"the tar file cannot be read: {error or type(error).__name__}", where=path) from None
 
 
@@ -35,7 +36,7 @@ def _check(file: IO[bytes], size: int, where: str, depth: int) -> None:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         end = 0
         for member in tar:
-            stored = 0 if member.sparse else member.size  # of a sparse file it is the size after unpacking
+            stored = 0 if member.sparse else member.size  # for a sparse file, size is the unpacked size
             if member.size < 0 or member.offset < end or member.offset_data + stored > size:
                 raise InputError(
                     "a member of the tar file lies outside the file",

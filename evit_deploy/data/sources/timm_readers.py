@@ -15,7 +15,7 @@ from evit_deploy.errors import InputError, MissingRequirement
 
 
 class _Timm:
-    """What timm's map-style readers have in common: ``reader[i]`` is an open file and a label."""
+    """Base class for timm's map-style readers: ``reader[i]`` returns an open file and a label."""
 
     def __init__(self, reader: Any, place: Place, own: Sequence[str], classes: Sequence[str] | None) -> None:
         self._reader, self._place = reader, place
@@ -50,7 +50,7 @@ class _Timm:
 
 
 class Tar(_Timm):
-    """One tar of class folders, or a folder with one tar a class."""
+    """A tar file of class folders, or a folder with one tar file per class."""
 
     def __init__(self, place: Place, classes: Sequence[str] | None) -> None:
         from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -63,11 +63,11 @@ class Tar(_Timm):
             raise InputError("neither a tar file nor a folder of tar files", where=path)
         for file in self._files:
             check_tar(file)
-        try:  # a tar that stays open would be shared by worker processes, position and all
+        try:  # not cached: worker processes would share the open file and its position
             reader: Any = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False)
         except tarfile.TarError as error:
             raise InputError(f"the tar file cannot be read: {error}", where=path) from None
-        except ValueError:  # timm's, of an empty list
+        except ValueError:  # raised by timm for an empty list
             raise InputError("no images in this tar file", where=path, wanted="<class>/<image> members") from None
         super().__init__(reader, place, list(reader.class_name_to_idx), classes)
 
@@ -82,7 +82,7 @@ class Tar(_Timm):
 
 
 class HuggingFace(_Timm):
-    """``hfds/<name>``: a dataset of the Hub, or a folder that ``datasets.load_dataset`` reads."""
+    """``hfds/<name>``: a dataset on the Hub, or a folder that ``datasets.load_dataset`` can read."""
 
     def __init__(self, place: Place, name: str, classes: Sequence[str] | None) -> None:
         try:
@@ -113,5 +113,5 @@ class HuggingFace(_Timm):
 
 
 def _numbered(count: int, classes: Sequence[str] | None) -> list[str]:
-    """Names of classes that have only numbers."""
+    """Names of classes that are only numbered."""
     return list(classes) if classes is not None and count <= len(classes) else [str(i) for i in range(count)]

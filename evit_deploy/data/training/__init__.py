@@ -1,1 +1,1 @@
-"""The batches that training draws: digits, or images on disk, varied, cached and sent to the device."""
+"""Batches for training, from digits or images on disk: augmentation, caching and transfer to the device."""

@@ -1,4 +1,4 @@
-"""What is added to timm's augmentation: it says what it did, so that token labels can follow and devices can finish."""
+"""Extends timm's augmentation to return its parameters, for token labels and for operations on the device."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,24 +9,24 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateXRel", "TranslateY", "TranslateYRel")
-"""timm's augmentations that move pixels; all others change their colors."""
+"""timm's augmentations that move pixels; all others change colors."""
 
 
 def operations_of(transform: Any) -> Iterator[Any]:
-    """What timm's AutoAugment or RandAugment draws from."""
+    """The operations that timm's AutoAugment or RandAugment draws from."""
     for stage in transform.transforms:
         for policy in getattr(stage, "policy", None) or [getattr(stage, "ops", [])]:
             yield from policy
 
 
 class CropAndFlip:
-    """Random resized crop and mirroring of an image that says what it did, so that the token labels can follow.
+    """Random resized crop and horizontal flip that also returns its parameters, for token labels.
 
     Args:
         size: Height and width of the result.
-        scale: Range of the crop's share of the image's area.
+        scale: Range of the crop's area as a fraction of the image's.
         ratio: Range of its width over its height.
-        flip: Probability of mirroring.
+        flip: Probability of a horizontal flip.
         interpolation: timm's name of the resampling filter.
     """
 
@@ -44,7 +44,7 @@ class CropAndFlip:
         self.interpolation: Any = str_to_interp_mode(interpolation)
 
     def __call__(self, image: Any) -> tuple[Any, Tensor, bool]:
-        """A PIL image to the crop, its box as ``crop_token_labels`` takes it, and whether it was mirrored."""
+        """Returns a PIL image's crop, its box in the form for ``crop_token_labels``, and whether it was flipped."""
         from torchvision.transforms import RandomResizedCrop
         from torchvision.transforms import functional as TF
 
@@ -56,7 +56,7 @@ class CropAndFlip:
 
 
 class Warp:
-    """Stands in for a PIL image in timm's geometric augmentations, and notes what they do with it.
+    """Replaces a PIL image in timm's geometric augmentations and records their transformations.
 
     Args:
         size: Width and height of the image.
@@ -66,27 +66,27 @@ class Warp:
         self.size, self._matrix = size, torch.eye(3, dtype=torch.float64)
 
     def transform(self, size: tuple[int, int], method: Any, data: Any, **_: Any) -> "Warp":
-        """As ``PIL.Image.Image.transform`` with an affine matrix: from pixels of the result to pixels of the image."""
+        """Like ``PIL.Image.Image.transform`` with an affine matrix, which maps pixels of the result to the image's."""
         assert size == self.size
         self._matrix = self._matrix @ torch.tensor([*data, 0, 0, 1], dtype=torch.float64).view(3, 3)
         return self
 
     def rotate(self, angle: float, **_: Any) -> "Warp":
-        """As ``PIL.Image.Image.rotate``: around the middle, in degrees, counterclockwise."""
+        """Like ``PIL.Image.Image.rotate``: around the center, in degrees, counterclockwise."""
         cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         x, y = (side / 2 for side in self.size)
         matrix = (cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y)
         return self.transform(self.size, None, matrix)
 
     def places(self) -> Tensor:
-        """float32 ``[2, 3]``: where a place of the result comes from, both from -1 to 1."""
+        """float32 ``[2, 3]``: maps positions in the result to positions in the image, both from -1 to 1."""
         width, height = self.size
         pixels = torch.tensor([[width / 2, 0, width / 2], [0, height / 2, height / 2], [0, 0, 1]], dtype=torch.float64)
         return (pixels.inverse() @ self._matrix @ pixels)[:2].float()
 
 
 class _Noted:
-    """A geometric augmentation that is done to the :class:`Warp` of the moment as well."""
+    """A geometric augmentation that is also applied to the current :class:`Warp`."""
 
     def __init__(self, function: Callable[..., Any], owner: "FollowedTransform") -> None:
         self._function, self._owner = function, owner
@@ -97,12 +97,12 @@ class _Noted:
 
 
 class FollowedTransform:
-    """timm's training transform, but for what token labels have to know.
+    """timm's training transform, extended to return the parameters that token labels need.
 
     Args:
-        crop: What takes the place of timm's crop and mirroring.
-        varied: timm's transforms after them, AutoAugment or RandAugment among them; they are changed.
-        final: timm's last ones, to a tensor.
+        crop: Replacement for timm's crop and flip.
+        varied: timm's transforms after them, including AutoAugment or RandAugment; modified in place.
+        final: timm's final transforms, to a tensor.
     """
 
     def __init__(self, crop: CropAndFlip, varied: Any, final: Callable[[Any], Tensor]) -> None:
@@ -113,11 +113,12 @@ class FollowedTransform:
                 operation.aug_fn = _Noted(operation.aug_fn, self)
 
     def __call__(self, image: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A PIL image to a tensor, and what
-        :func:`evit_deploy.data.training.token_labels.crop_token_labels` takes of one image.
+        """Transforms a PIL image.
 
         Returns:
-            The image ``[C, H, W]``, its crop's box ``[4]``, whether it was mirrored, and its warp ``[2, 3]``.
+            The image ``[C, H, W]`` and one image's arguments for
+            :func:`evit_deploy.data.training.token_labels.crop_token_labels`: its crop's box ``[4]``, whether it was
+            flipped, and its warp ``[2, 3]``.
         """
         crop, box, flipped = self._crop(image)
         self.warp = Warp(crop.size)
@@ -126,23 +127,23 @@ class FollowedTransform:
 
 
 class ErasedTransform:
-    """A training transform that also says which rectangle of the image is to be erased.
+    """A training transform that also returns the rectangle to erase.
 
-    Erased is a normalized image, by noise, so it is done where images are normalized, on the device: :func:`erase_`.
-    timm draws the rectangle as it always does, last of all, and the seed of the noise is drawn after it.
+    Normalized images are erased with noise, so :func:`erase_` does this after normalization on the device. timm draws
+    the rectangle as usual, after all other augmentations; the seed of the noise is drawn next.
 
     Args:
-        transform: From a PIL image to a uint8 tensor ``[C, H, W]``, or to a tuple that begins with one.
-        probability: How often an image loses a rectangle.
+        transform: Transforms a PIL image to a uint8 tensor ``[C, H, W]``, or to a tuple that begins with one.
+        probability: Probability of erasing a rectangle.
     """
 
     def __init__(self, transform: Callable[[Any], Any], probability: float) -> None:
         self._transform = transform
-        # Filled with one number, not noise: what it fills is not kept.
+        # Filled with a constant instead of noise, because the filling is discarded.
         self._erasing = RandomErasing(probability, mode="const", device="cpu") if probability else None
 
     def __call__(self, image: Any) -> tuple[Tensor, ...]:
-        """The tensor, int64 ``[5]`` as a row of :func:`erase_`'s, and what else the transform gave."""
+        """Returns the tensor, a row int64 ``[5]`` for :func:`erase_`, and the transform's other results."""
         made = self._transform(image)
         shown, *rest = made if isinstance(made, tuple) else (made,)
         noted = _Rectangle(shown)
@@ -153,7 +154,7 @@ class ErasedTransform:
 
 
 class _Rectangle:
-    """Stands in for an image in timm's random erasing, and notes where it would be erased."""
+    """Replaces an image in timm's random erasing and records the erased rectangle."""
 
     def __init__(self, image: Tensor) -> None:
         self.size, self.dtype = image.size, torch.float32
@@ -165,9 +166,9 @@ class _Rectangle:
 
 
 def erase_(images: Tensor, rectangles: Tensor) -> Tensor:
-    """Replaces a rectangle of each image by noise from its own seed, in place.
+    """Replaces a rectangle of each image with noise from its own seed, in place.
 
-    The same seed gives other noise on another kind of device.
+    The same seed produces different noise on different kinds of devices.
 
     Args:
         images: Normalized, ``[B, C, H, W]``.

@@ -1,7 +1,7 @@
-"""Decoded images on disk: a JPEG is decoded once, not once a pass.
+"""A cache of decoded images on disk, so that a JPEG is decoded once and not in every pass.
 
-Every image is kept as uint8 RGB with its shorter side no longer than a bound, one after the other in one file that is
-mapped into memory. The key of a cache is what the images are and the bound: a file that changes makes a new cache.
+All images are stored as uint8 RGB in one memory-mapped file, with their shorter side limited to a bound. The key of a
+cache depends on the images' files and the bound, so that a changed file leads to a new cache.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _FORMAT = 1
 
 
 class CachedSource:
-    """A :class:`evit_deploy.data.sources.source.Source` that reads from a cache; made by :func:`cached`."""
+    """A :class:`evit_deploy.data.sources.source.Source` that reads from a cache; created by :func:`cached`."""
 
     def __init__(self, source: Source, path: Path) -> None:
         self.classes, self._source, self._path = source.classes, source, path
@@ -35,13 +35,13 @@ class CachedSource:
         return len(self._source)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_pixels": None}  # another process maps the file itself
+        return self.__dict__ | {"_pixels": None}  # another process maps the file again
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """See :class:`evit_deploy.data.sources.source.Source`."""
         start, height, width, label = map(int, self._index[index])
         if not height:
-            return self._source.load(index)  # which says why, or has become readable
+            return self._source.load(index)  # raises the reason, unless it has become readable
         if self._pixels is None:
             self._pixels = np.memmap(self._path / PIXELS, dtype=np.uint8, mode="r")
         pixels = self._pixels[start : start + height * width * 3].reshape(height, width, 3)
@@ -61,17 +61,17 @@ class CachedSource:
 
 
 def cached(source: Source, folder: Path, side: int, workers: int) -> CachedSource:
-    """Opens the cache of a source, and makes it first if there is none.
+    """Opens the cache of a source; creates it if it does not exist.
 
     Args:
-        source: Where images come from.
-        folder: Where caches lie, one folder each; made if it is missing.
-        side: Longest that the shorter side of a kept image may be, in pixels; smaller images stay as they are.
-        workers: Processes that decode.
+        source: Source of the images.
+        folder: Folder of caches, each in its own subfolder; created if it does not exist.
+        side: Maximum shorter side of a stored image in pixels; smaller images are not resized.
+        workers: Number of decoding processes.
 
     Raises:
-        StageError: It cannot be written; nothing half-made is left.
-        InputError: A cache with the right key is damaged.
+        StageError: It cannot be written; no partial cache is left.
+        InputError: The existing cache is damaged.
     """
     stamp = msgspec.json.encode([_FORMAT, side, source.classes, len(source), source.stamp()])
     path = folder / hashlib.sha256(stamp).hexdigest()[:24]
@@ -82,14 +82,14 @@ def cached(source: Source, folder: Path, side: int, workers: int) -> CachedSourc
                 _write(source, making.folder, side, workers)
                 making.publish(making.folder, path, replace=False)
         except OSError as error:
-            if not (path / INDEX).is_file():  # or another process was faster
+            if not (path / INDEX).is_file():  # otherwise another process has created it
                 fix = "Free some space, set data.cache to another folder, or to null."
                 raise StageError(f"decoded images cannot be cached: {error}", where=folder, fix=fix) from error
     return CachedSource(source, path)
 
 
 class _Small:
-    """Items of a source as arrays, made smaller; an unreadable one is ``None``."""
+    """Items of a source as downscaled arrays; ``None`` for unreadable images."""
 
     def __init__(self, source: Source, side: int) -> None:
         self._source, self._side = source, side

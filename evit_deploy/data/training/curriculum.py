@@ -1,7 +1,7 @@
-"""How hard the training images are: a level that rises as the model learns.
+"""The difficulty level of training images, which rises as the model learns.
 
-A small vision transformer that is shown small things on photographs from its first step on stays at chance for longer
-than a small budget lasts. One that begins with a large white thing on black, and is led from there, does not.
+With small objects on photographs from the first step on, a small vision transformer stays at chance for longer than a
+small training budget lasts. It learns if it starts with a large white object on black and the difficulty then rises.
 """
 
 from collections import deque
@@ -11,17 +11,17 @@ from evit_deploy.errors import InputError
 
 
 class Curriculum:
-    """A level from 0 (easiest) to 1 (full difficulty) that moves on while the running accuracy is high enough.
+    """A level from 0 (easiest) to 1 (full difficulty) that rises while the running accuracy is high enough.
 
-    The level depends on the updates alone, so a run can be repeated and resumed. Where several processes train, every
-    one has to be given the same share: the mean over all of them.
+    The level depends only on the updates, so a run can be repeated and resumed. With several processes, all must be
+    updated with the same accuracy: the mean over all processes.
 
     Args:
-        threshold: Running accuracy from which on the level rises.
-        rate: What it rises by in one step.
-        memory: How many steps the running mean looks back: its weight of a new value is 1 / ``memory``.
-        delay: Steps before an update takes effect, so that as many batches can be prepared ahead of time. The same
-            images come whatever the number of worker processes.
+        threshold: Running accuracy at and above which the level rises.
+        rate: Increase of the level per step.
+        memory: Length of the running mean in steps: the weight of a new value is 1 / ``memory``.
+        delay: Steps before an update takes effect, so that this many batches can be prepared ahead of time. The images
+            are the same for any number of worker processes.
     """
 
     def __init__(self, threshold: float = 0.7, rate: float = 0.005, memory: int = 20, delay: int = 8) -> None:
@@ -32,13 +32,13 @@ class Curriculum:
         self._recent: deque[float] = deque([0.0], maxlen=delay + 1)  # levels after the latest updates
 
     def update(self, correct_share: float) -> float:
-        """Takes in one step; call it once a step, after the forward pass.
+        """Updates the level; call it once per step, after the forward pass.
 
         Args:
-            correct_share: Share of the step's images, of all processes, that were classified correctly.
+            correct_share: Fraction of the step's images, over all processes, that were classified correctly.
 
         Returns:
-            The level from now on.
+            The new level.
         """
         self.steps += 1
         self.accuracy += (correct_share - self.accuracy) / self.memory
@@ -48,15 +48,15 @@ class Curriculum:
         return self.level
 
     def at(self, step: int) -> float:
-        """The level that a step's images are made at: that after update ``step - delay``.
+        """Returns the level for a step's images, which is the level after update ``step - delay``.
 
         Args:
             step: 0-based; at most ``delay`` ahead of the updates so far.
 
         Raises:
-            InputError: The step lies too far ahead or behind.
+            InputError: The step is too far ahead or behind.
         """
-        after = step - self.delay  # updates that count for it
+        after = step - self.delay
         if after <= 0:
             return 0.0
         back = self.steps - after
@@ -69,10 +69,10 @@ class Curriculum:
         return self._recent[len(self._recent) - 1 - back]
 
     def unfinished(self, stage: str) -> str:
-        """What to tell where a run has ended below level 1.
+        """The message for a run that has ended below level 1.
 
         Args:
-            stage: The recipe's section of the run.
+            stage: The run's section in the recipe.
         """
         return (
             f"{stage}: the run ended at level {self.level:.2f} of the curriculum, below 1: the model has not seen "
@@ -82,10 +82,10 @@ class Curriculum:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs: plain numbers."""
+        """Returns the state as plain numbers, for resuming a run."""
         return {"level": self.level, "accuracy": self.accuracy, "steps": self.steps, "recent": list(self._recent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`."""
+        """Restores the state from :meth:`state_dict`."""
         self.level, self.accuracy, self.steps = float(state["level"]), float(state["accuracy"]), int(state["steps"])
         self._recent = deque(map(float, state["recent"]), maxlen=self.delay + 1)

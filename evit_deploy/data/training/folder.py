@@ -1,4 +1,4 @@
-"""Training and validation images on disk: varied, mixed, and counted where they cannot be read."""
+"""Training and validation images on disk: augmentation, mixup, and counting of unreadable images."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -45,10 +45,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class FolderData:
-    """Images on disk, varied as in the official DeiT and EViT training.
+    """Images on disk, with the augmentation of the official DeiT and EViT training.
 
-    RandAugment, color jitter, flips, random erasing, mixup, CutMix and repeated augmentation. See
-    :mod:`evit_deploy.data.sources.sources` for where the images may lie.
+    Augmentation consists of RandAugment, color jitter, flips, random erasing, mixup, CutMix and repeated augmentation.
+    See :mod:`evit_deploy.data.sources.sources` for supported storage formats.
     """
 
     def __init__(self, section: DataSection, preprocess: Preprocess) -> None:
@@ -76,7 +76,7 @@ class FolderData:
             color_jitter=section.color_jitter,
             auto_augment=section.auto_augment,
             interpolation=preprocess.interpolation,
-            mean=preprocess.mean,  # what geometric augmentations fill with
+            mean=preprocess.mean,  # geometric augmentations fill with it
             normalize=False,
             separate=self._maps is not None,
         )
@@ -91,7 +91,7 @@ class FolderData:
         return open_source(self._place("validation"), self.classes)
 
     def _held_out(self) -> Source:
-        """Takes its share out of the training images."""
+        """Holds out ``validation_share`` of the training images."""
         share = self._section.validation_share
         assert share is not None
         if not isinstance(self._train, Folder):
@@ -152,8 +152,8 @@ class FolderData:
     ) -> Iterator[tuple[Tensor, ...]]:
         """See :class:`evit_deploy.data.training.training_data.TrainingData`.
 
-        Images are cropped, mirrored and varied where they are read, and normalized, erased and mixed on the device.
-        Mixup and CutMix mix the images of one process.
+        Workers read, crop, flip and augment images; the device normalizes, erases and mixes them. Mixup and CutMix only
+        mix images of the same process.
         """
         section = self._section
         batches = Batches(
@@ -168,10 +168,11 @@ class FolderData:
         loaded = loader(items, batches, section.workers, _with_unreadable, AHEAD, pin=transfer.pins)
         for step, (batch, unreadable) in enumerate(loaded, start_step):
             self._unreadable["train"].add(unreadable)
-            if batch is None or len(batch[0]) < batch_size // world:  # too many in a row to find a replacement
+            # Too many unreadable images in a row to find a replacement.
+            if batch is None or len(batch[0]) < batch_size // world:
                 raise self._unreadable["train"].error()
             images, labels, erased, *rest = batch
-            place = seed, step, batch_size, rank  # not a row of the step: its images have those
+            place = seed, step, batch_size, rank  # batch_size is never a row, so no image has this place
             yield transfer((images, labels, *rest), partial(_finished, erased, mix, place))
 
     def _mixup(self) -> Mixup | None:
@@ -182,12 +183,12 @@ class FolderData:
             mixup_alpha=section.mixup,
             cutmix_alpha=section.cutmix,
             switch_prob=section.mix_switch,
-            label_smoothing=0.0,  # the loss smooths
+            label_smoothing=0.0,  # applied in the loss
             num_classes=len(self.classes),
         )
 
     def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """See :class:`evit_deploy.data.training.training_data.TrainingData`; leaves out images that cannot be read."""
+        """See :class:`evit_deploy.data.training.training_data.TrainingData`; skips images that cannot be read."""
         rows = validation_rows(len(self._validation), batch_size, rank, world)
         yield from self._plain(self._validation, rows, "validation")
 
@@ -207,12 +208,12 @@ class FolderData:
 
 
 class Unreadable:
-    """Counts images that cannot be read, each once, and stops at a limit.
+    """Counts unreadable images, each once, and raises an error above a limit.
 
     Args:
-        where: What they belong to, for messages.
-        images: How many images there are.
-        limit: How many may be unreadable: below 1 a share of all, from 1 on a number.
+        where: The recipe key of the images, for messages.
+        images: Number of images.
+        limit: Maximum number of unreadable images; below 1, a fraction of all images.
     """
 
     def __init__(self, where: str, images: int, limit: float) -> None:
@@ -221,10 +222,13 @@ class Unreadable:
         self._allowed = int(limit * images) if limit < 1 else int(limit)
 
     def add(self, unreadable: dict[int, str]) -> None:
-        """Notes images: number -> why.
+        """Adds unreadable images.
+
+        Args:
+            unreadable: Image index to reason.
 
         Raises:
-            InputError: They are too many by now; it names the first few.
+            InputError: There are now too many; the message names the first few.
         """
         new = unreadable.keys() - self.found.keys()
         self.found |= unreadable
@@ -234,7 +238,7 @@ class Unreadable:
             _LOG.warning(f"{self._where}: left out, and so are others up to {self._allowed}: {unreadable[min(new)]}")
 
     def error(self) -> InputError:
-        """What to raise when too many are unreadable."""
+        """Returns the error for too many unreadable images."""
         count = len(self.found)
         return InputError(
             "an image cannot be read" if count == 1 else f"{count} images cannot be read", where=self._where,
@@ -244,19 +248,19 @@ class Unreadable:
 
 
 Item = tuple[Any, ...]
-"""An image and its label. In training also what is erased and, with token labels, the image's map and what else
-``crop_token_labels`` takes."""
+"""An image and its label; in training also the rectangle to erase and, with token labels, the image's map and other
+arguments of ``crop_token_labels``."""
 
 
 class _Readable:
-    """Items of a source, transformed; an unreadable image gives way to the next that can be read.
+    """Transformed items of a source; an unreadable image is replaced by the next readable one.
 
     Args:
-        source: Where images come from.
-        transform: From an RGB image to a tensor, or an :class:`ErasedTransform`; with maps, one of a
-            :class:`FollowedTransform`.
-        tries: How many images to try; 1 replaces none.
-        maps: Token labels; an image whose map cannot be read is unreadable.
+        source: Source of the images.
+        transform: Transforms an RGB image to a tensor, or an :class:`ErasedTransform`; with maps, an
+            :class:`ErasedTransform` of a :class:`FollowedTransform`.
+        tries: Number of images to try; with 1, images are not replaced.
+        maps: Token labels; an image without a readable map counts as unreadable.
     """
 
     def __init__(
@@ -303,20 +307,20 @@ def _with_unreadable(
 def _finished(
     erased: Tensor, mix: Mixup | None, place: tuple[int, ...], images: Tensor, labels: Tensor, *rest: Tensor
 ) -> tuple[Tensor, ...]:
-    """What is left to do with normalized images, on the device they are on; numbers are drawn on the CPU."""
+    """Erases and mixes normalized images on their device; random numbers are drawn on the CPU."""
     erase_(images, erased)
     if mix is not None:
         with own_randomness(*place):
-            mixed: Any = mix(images, labels)  # typed for arrays as well
+            mixed: Any = mix(images, labels)  # Any, because its annotation also allows arrays
         images, labels = mixed
     return images, labels, *rest
 
 
 def keep_a_bit(transform: Any) -> None:
-    """Keeps the strongest posterization from 0 bits: a black image in older Pillow, an error since Pillow 13.
+    """Limits posterization to at least 1 bit: 0 bits produce a black image in older Pillow, an error since Pillow 13.
 
     Args:
-        transform: timm's, with AutoAugment or RandAugment among its stages; changed in place.
+        transform: timm's transform with AutoAugment or RandAugment among its stages; modified in place.
     """
     for operation in operations_of(transform):
         if operation.name.startswith("Posterize"):

@@ -1,7 +1,7 @@
-"""Which image is drawn when, and by which random numbers: the same for any number of workers and processes.
+"""Reproducible order and augmentation of training images, for any number of workers and processes.
 
-Step k of a run draws the same images, varied in the same way, whether one process trains or several, and whether the
-run was broken off before it or not: order and variation follow from the seed and the place in the run alone.
+Step k of a run draws the same images with the same augmentation for one process or several, with or without an
+interruption before it, because order and augmentation depend only on the seed and the position in the run.
 """
 
 import random
@@ -18,18 +18,18 @@ from torch.utils.data import DataLoader
 from evit_deploy.errors import InputError, StageError
 
 AHEAD = 8
-"""Batches that worker processes prepare ahead of time; the curriculum's delay."""
+"""Number of batches that worker processes prepare ahead of time; also the curriculum's delay."""
 
 Batch = tuple[Tensor, Tensor]
 
 
 class Draw(NamedTuple):
-    """One image to make.
+    """One image to load or generate.
 
     Args:
-        number: Which image of the data set.
-        place: Seed, step and row in the step: where the random numbers of its variation begin.
-        level: How hard it is to be, 0 to 1.
+        number: Index of the image in the data set.
+        place: Seed, step and row in the step; together they seed the random numbers of its augmentation.
+        level: Difficulty level, 0 to 1.
     """
 
     number: int
@@ -38,22 +38,22 @@ class Draw(NamedTuple):
 
 
 class Batches:
-    """The endless list of a process's batches, each a list of :class:`Draw`.
+    """Endless sequence of a process's batches, each a list of :class:`Draw`.
 
-    Every pass shuffles anew; images that do not fill a batch are left out of the pass.
+    Every pass is shuffled again; images that do not fill a batch are dropped from the pass.
 
     Args:
-        images: How many there are.
-        batch_size: Images a step, over all processes.
-        seed: Where the order starts.
-        rank: Which process this is; it draws rows ``rank``, ``rank + world``, ... of every step.
-        world: How many processes there are.
-        start_step: Step to begin at, as if those before had been drawn.
-        repeats: How often each image is drawn, one after the other; a pass then shows as many times fewer images.
-        level_at: The level of a step's images; without it they are all at level 1.
+        images: Number of images.
+        batch_size: Images per step over all processes.
+        seed: Seed of the order.
+        rank: Index of this process, which draws rows ``rank``, ``rank + world``, ... of every step.
+        world: Number of processes.
+        start_step: First step, as if the steps before it had been drawn.
+        repeats: Number of consecutive draws of each image; a pass contains fewer images by this factor.
+        level_at: Returns the level of a step's images; by default, all are at level 1.
 
     Raises:
-        InputError: A batch cannot be shared out, or is larger than the data set.
+        InputError: A batch cannot be divided among the processes, or is larger than the data set.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class Batches:
 
 
 def share(batch_size: int, rank: int, world: int) -> slice:
-    """Rows of a step that a process draws.
+    """Returns the rows of a step that a process draws.
 
     Raises:
-        InputError: The rows cannot be shared out evenly.
+        InputError: The rows cannot be divided evenly.
     """
     if not 0 <= rank < world:
         raise InputError("no such process", seen=f"rank {rank} of {world}")
@@ -107,10 +107,10 @@ def share(batch_size: int, rank: int, world: int) -> slice:
 
 
 def whole_batches(images: int, batch_size: int) -> int:
-    """Batches in one pass.
+    """Returns the number of full batches in one pass.
 
     Raises:
-        InputError: Not even one.
+        InputError: There is not even one.
     """
     if images < batch_size:
         raise InputError(
@@ -122,12 +122,12 @@ def whole_batches(images: int, batch_size: int) -> int:
 
 @contextmanager
 def own_randomness(*place: int) -> Iterator[None]:
-    """Inside, the generators that augmentations draw from begin at ``place``; outside, nothing has changed."""
+    """Context manager that seeds the generators of augmentations with ``place`` and restores their state afterwards."""
     words = np.random.SeedSequence(place).generate_state(3)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(int(words[0]))
     np.random.seed(words[1])
-    torch.default_generator.manual_seed(int(words[2]))  # not torch.manual_seed, which starts the GPUs' anew as well
+    torch.default_generator.manual_seed(int(words[2]))  # not torch.manual_seed, which also seeds the GPUs
     try:
         yield
     finally:
@@ -144,16 +144,16 @@ def loader(
     ahead: int,
     pin: bool = False,
 ) -> Iterator[Any]:
-    """Batches from worker processes, or from this one.
+    """Loads batches in worker processes or in this process.
 
     Args:
-        data: Map-style data set; its items are asked for by what ``batches`` lists.
-        batches: What to ask for, batch by batch.
-        workers: Processes; 0 loads in this process.
-        collate: Makes a batch of a list of items.
-        ahead: At most so many batches are prepared before they are asked for.
-        pin: Whether batches are moved to pinned memory, which a GPU reads while the CPU goes on; beside worker
-            processes a thread does it.
+        data: Map-style data set, indexed by the entries of ``batches``.
+        batches: The indices of each batch.
+        workers: Number of worker processes; 0 loads in this process.
+        collate: Builds a batch from a list of items.
+        ahead: Maximum number of batches prepared in advance.
+        pin: Whether to copy batches to pinned memory, from which a GPU copies asynchronously; with worker processes, a
+            thread does this.
 
     Raises:
         StageError: A worker died.
@@ -180,7 +180,9 @@ def loader(
 
 @contextmanager
 def worker_deaths_told() -> Iterator[None]:
-    """PyTorch tells of a killed worker by a signal handler, wherever the main process then is, such as in a step.
+    """Context manager that converts PyTorch's error about a killed worker.
+
+    PyTorch raises it from a signal handler, at any point of the main process, such as in a training step.
 
     Raises:
         StageError: A worker died.
@@ -198,7 +200,7 @@ def _start_worker(_: int) -> None:
 
 
 def _failed(text: str, workers: Sequence[Any]) -> StageError:
-    """PyTorch's complaint about a worker, in our words; an exception inside one keeps its own words."""
+    """Converts PyTorch's error about a worker; the message of an exception inside a worker is kept."""
     if "exited unexpectedly" not in text and "killed by signal" not in text:
         return StageError(f"a process that reads images failed: {text.strip().splitlines()[-1]}", where="data.workers")
     dead = [(number, worker) for number, worker in enumerate(workers) if worker.exitcode not in (None, 0)]
@@ -218,17 +220,17 @@ def _failed(text: str, workers: Sequence[Any]) -> StageError:
 
 
 def validation_rows(images: int, batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """Batches of the images that a process evaluates: over all processes each image once, none twice."""
+    """Batches of image indices that a process evaluates; over all processes, every image occurs exactly once."""
     rows = list(range(rank, images, world))
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
 def spaced(images: int, count: int) -> np.ndarray:
-    """Numbers of at most ``count`` of the images, evenly spaced."""
+    """Evenly spaced indices of at most ``count`` images."""
     return np.unique(np.linspace(0, images - 1, min(count, images)).astype(int))
 
 
 def stacked(items: list[tuple[Any, int]]) -> Batch:
-    """Images and labels of a batch as tensors."""
+    """Stacks the images and labels of a batch into tensors."""
     images, labels = zip(*items, strict=True)
     return torch.stack([torch.as_tensor(image) for image in images]), torch.tensor(labels, dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""Token label maps: what an annotator saw in each cell of an image, read from files and cropped as the image is.
+"""Token label maps, an annotator model's predictions for each cell of an image: reading and cropping.
 
-The maps, as the TokenLabeling repository publishes them, hold the five highest logits of each cell of a grid and their
-classes; how a model learns from them is :mod:`evit_deploy.training.token_labels`.
+The maps published by the TokenLabeling repository contain the five highest logits of each grid cell and their classes.
+Training with them is implemented in :mod:`evit_deploy.training.token_labels`.
 """
 
 import os
@@ -16,16 +16,16 @@ from evit_deploy.errors import InputError, first_few
 
 
 class TokenLabelMaps:
-    """The label maps of a folder of images, by the image's number.
+    """The label maps of a folder of images, by image index.
 
     Args:
         root: Folder of maps, ``<class>/<image's name>.pt``.
-        images: The images' files.
-        classes: How many classes there are.
+        images: The image files.
+        classes: Number of classes.
 
     Raises:
-        InputError: There is no such folder, an image has no map, two images would share one, or the first one is not a
-            map of these classes.
+        InputError: The folder does not exist, an image has no map, two images have the same map, or the first map is
+            invalid.
     """
 
     def __init__(self, root: Path, images: Sequence[Path], classes: int) -> None:
@@ -50,10 +50,10 @@ class TokenLabelMaps:
         self._shape: tuple[int, ...] = tuple(read_token_labels(self._files[0], classes).shape)
 
     def load(self, number: int) -> Tensor:
-        """An image's map, see :func:`read_token_labels`.
+        """Loads an image's map; see :func:`read_token_labels`.
 
         Raises:
-            InputError: It cannot be read, or is of another size than the first.
+            InputError: It cannot be read, or its size differs from the first map's.
         """
         found = read_token_labels(self._files[number], self._classes)
         if tuple(found.shape) != self._shape:
@@ -65,33 +65,33 @@ class TokenLabelMaps:
 
 
 def token_label_file(root: Path, image: Path) -> Path:
-    """Where the map of ``…/<class>/<stem>.JPEG`` lies: ``root/<class>/<stem>.pt``."""
+    """Path of the map for ``…/<class>/<stem>.JPEG``: ``root/<class>/<stem>.pt``."""
     return root / image.parent.name / f"{image.name.split('.')[0]}.pt"
 
 
 def read_token_labels(path: Path, classes: int) -> Tensor:
-    """Reads one image's map without running anything in the file.
+    """Reads one image's map without executing code in the file.
 
     Args:
         path: The file.
-        classes: How many classes the model has.
+        classes: Number of the model's classes.
 
     Returns:
         FP32 ``[2, k, H, W]``: the annotator's k highest logits of each cell, and their classes. The released maps have
         k = 5 and are FP16, in which classes up to 2048 are exact.
 
     Raises:
-        InputError: No such file, not such a map, or classes that the model has not.
+        InputError: The file does not exist, is not a label map, or has classes that the model does not have.
     """
     if not path.is_file():
         raise InputError("no token labels of this image", where=path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise many kinds
+    except Exception as error:  # damaged files raise many kinds of errors
         raise InputError(f"not a token label map ({type(error).__name__})", where=path) from None
     whole = isinstance(content, Tensor) and content.layout == torch.strided and content.device.type == "cpu"
     whole = whole and not (content.is_complex() or content.is_quantized)
-    # A view can repeat a number without end; a map is no larger than its file.
+    # A view can be much larger than its storage, but a valid map is no larger than its file.
     fits = whole and content.numel() * content.element_size() <= path.stat().st_size
     if not fits or content.dim() != 4 or content.shape[0] != 2 or not content.numel():
         seen = list(content.shape) if isinstance(content, Tensor) else type(content).__name__
@@ -115,21 +115,21 @@ def crop_token_labels(
     label_smoothing: float = 0.0,
     warps: Tensor | None = None,
 ) -> Tensor:
-    """Token labels of augmented images: maps follow crop, flip and warp of the images, and become probabilities.
+    """Computes token labels of augmented images: applies crop, flip and warp to the maps, and returns probabilities.
 
-    As in the released code, a cell's logits are 0 for classes outside its five, cells are resampled by RoI-align (half
-    a cell's offset taken off), and the softmax comes last. The released code hands its boxes over with rows and columns
-    exchanged; here they are not.
+    As in the released code, a cell's logits are 0 for classes outside its five, cells are resampled with RoI-align
+    (half a cell is subtracted from the boxes), and the softmax is applied last. The released code passes its boxes with
+    rows and columns swapped; this function does not.
 
     Args:
-        maps: ``[B, 2, k, H, W]``, see :func:`read_token_labels`; on the device that is to compute.
-        boxes: ``[B, 4]``: left, top, right and bottom of each crop as shares of the image's width and height.
-        flipped: bool ``[B]``: whether the crop was then mirrored left to right.
+        maps: ``[B, 2, k, H, W]``; see :func:`read_token_labels`. Computation runs on their device.
+        boxes: ``[B, 4]``: left, top, right and bottom of each crop as fractions of the image's width and height.
+        flipped: bool ``[B]``: whether the crop was then flipped horizontally.
         grid: Rows and columns of patches.
-        classes: How many classes the model has.
-        label_smoothing: Share that is spread over all classes.
-        warps: ``[B, 2, 3]``: where in the mirrored crop a place of the image comes from, both from -1 to 1. From
-            outside the crop come logits of 0.
+        classes: Number of the model's classes.
+        label_smoothing: Probability that is spread over all classes.
+        warps: ``[B, 2, 3]``: maps positions in the augmented image to positions in the flipped crop, both from -1 to 1.
+            Positions outside the crop have logits of 0.
 
     Returns:
         Probabilities, FP32 ``[B, rows · columns, classes]``.
@@ -139,7 +139,7 @@ def crop_token_labels(
     scores, indices = maps[:, 0].float(), maps[:, 1].long()
     batch, _, height, width = scores.shape
     logits = scores.new_zeros(batch, classes, height, width).scatter_(1, indices, scores)
-    sides = (width, height, width, height)  # by themselves: a tensor of them would have to be copied to the device
+    sides = (width, height, width, height)  # plain numbers: a tensor would have to be copied to the device
     boxes = torch.stack([column * side for column, side in zip(boxes.to(scores).unbind(1), sides, strict=True)], dim=1)
     cells: Tensor = roi_align(logits, list(boxes.unsqueeze(1)), output_size=grid, aligned=True)
     cells = torch.where(flipped.to(cells.device)[:, None, None, None], cells.flip(3), cells)

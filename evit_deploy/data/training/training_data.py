@@ -1,7 +1,7 @@
-"""What ``fit`` and ``evaluate`` draw their batches from: digits in memory, digits in the wild, or images on disk.
+"""The data of ``fit`` and ``evaluate``: digits in memory, digits in the wild, or images on disk.
 
-Every kind guarantees two things (:mod:`evit_deploy.data.training.sampling`): step k draws the same images, varied
-in the same way, for one process or several, and for a run that begins at step k.
+For every kind of data, step k draws the same images with the same augmentation, for any number of processes and for a
+run that starts at step k (:mod:`evit_deploy.data.training.sampling`).
 """
 
 from collections.abc import Callable, Iterator
@@ -21,15 +21,15 @@ from evit_deploy.recipe.sections import DataSection
 
 
 class TrainingData(Protocol):
-    """Labeled images to train and to evaluate on."""
+    """Labeled images for training and evaluation."""
 
     classes: tuple[str, ...]
     """Class names; a label is an index into them."""
     preprocess: Preprocess
-    """How an image is put into the model, here and in deployment."""
+    """Preprocessing of an image for the model, here and in deployment."""
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in one pass."""
+        """Number of full batches in one pass."""
         ...
 
     def training(
@@ -43,45 +43,46 @@ class TrainingData(Protocol):
         curriculum: Curriculum | None = None,
         device: torch.device | str = "cpu",
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Endless: images float32 ``[B, 3, H, W]`` and targets, int64 ``[B]`` or probabilities ``[B, classes]``.
+        """Draws an endless sequence of batches.
 
-        Where there are token labels, four more: maps, boxes, flipped and warps of
+        Each has images float32 ``[B, 3, H, W]`` and targets, int64 ``[B]`` or probabilities ``[B, classes]``. With
+        token labels, it also has the maps, boxes, flipped and warps for
         :func:`evit_deploy.data.training.token_labels.crop_token_labels`.
 
         Args:
-            batch_size: Images a step, over all processes; ``B`` is this by ``world``.
-            seed: Where order and variation start.
-            rank: Which process this is: it draws rows ``rank``, ``rank + world``, ... of every step.
-            world: How many processes train.
-            start_step: Step to begin at: exactly the batches come that would have followed in an unbroken run.
-            curriculum: What :func:`curriculum_of` gave; without one, images are at full difficulty.
-            device: Where the batches are to be; see :class:`evit_deploy.data.training.transfer.Transfer`.
+            batch_size: Images per step over all processes; ``B`` is ``batch_size / world``.
+            seed: Seed of order and augmentation.
+            rank: Index of this process, which draws rows ``rank``, ``rank + world``, ... of every step.
+            world: Number of processes.
+            start_step: First step; the batches are the same as in an uninterrupted run from this step on.
+            curriculum: Result of :func:`curriculum_of`; without one, images have full difficulty.
+            device: Device of the batches; see :class:`evit_deploy.data.training.transfer.Transfer`.
         """
         ...
 
     def validation(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Every validation image once: images float32 ``[B, 3, H, W]`` and labels int64 ``[B]``.
+        """Loads every validation image once: images float32 ``[B, 3, H, W]`` and labels int64 ``[B]``.
 
-        Of several processes each gets its own images, none comes twice, and one may get fewer than another: add up the
-        counts of right answers and of images, not the shares.
+        The images are divided among the processes without repetition, and some processes may get fewer than others.
+        Sum the counts of correct predictions and of images over the processes; do not average their accuracies.
         """
         ...
 
     def calibration(self, count: int) -> np.ndarray:
-        """Training images as in deployment, not varied: at most ``count``, evenly spaced, float32 ``[n, 3, H, W]``."""
+        """Loads at most ``count`` evenly spaced training images without augmentation, float32 ``[n, 3, H, W]``."""
         ...
 
 
 def open_data(section: DataSection, preprocess: Preprocess) -> TrainingData:
-    """Opens what a recipe's ``data`` section names.
+    """Opens the data of a recipe's ``data`` section.
 
     Args:
         section: The section.
-        preprocess: The model's preprocessing; the digits use its size only.
+        preprocess: The model's preprocessing; the digits only use its size.
 
     Raises:
-        RecipeError: A folder is not given.
-        InputError: A folder holds no labeled images; the message has the reason.
+        RecipeError: A folder is missing in the section.
+        InputError: A folder contains no labeled images; the message has the reason.
         MissingRequirement: A package that reads the images is not installed.
     """
     if section.name == "digits":
@@ -92,6 +93,6 @@ def open_data(section: DataSection, preprocess: Preprocess) -> TrainingData:
 
 
 def curriculum_of(data: TrainingData) -> Curriculum | None:
-    """A fresh curriculum for a model that begins from nothing, where the data has one."""
+    """Returns a new curriculum for a model that is trained from scratch, or ``None`` if the data has none."""
     make: Callable[[], Curriculum] | None = getattr(data, "curriculum", None)
     return None if make is None else make()

@@ -1,4 +1,4 @@
-"""Batches on their way to the device that trains: bytes travel, and become numbers where they arrive."""
+"""Transfers batches to the training device as bytes and converts them to floating point there."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,28 +8,28 @@ from torch import Tensor
 from evit_deploy.data.preprocess import Preprocess
 
 Finish = Callable[..., tuple[Tensor, ...]]
-"""What is still to be done with a batch on the device: its tensors in, its tensors out."""
+"""Finishes a batch on the device: takes its tensors and returns the final ones."""
 
 
 class Transfer:
-    """Takes batches to a device, and finishes them there.
+    """Copies batches to a device and finishes them there.
 
-    Images that come as uint8 are normalized on arrival: a quarter of the bytes travel, and every image is normalized
-    here and nowhere else, by the operations of timm's transform in their order. On a CPU the bits are the same.
+    uint8 images are normalized on the device, so that only a quarter of the bytes are copied. They are normalized only
+    here, with the operations of timm's transform in the same order; on a CPU, the result is bitwise the same.
 
-    On a GPU copies start from pinned memory and run, like all that finishes a batch, on a stream of their own, so that
-    they take place while the step before is computed: whoever computes must only not wait for that step before asking
-    for the next batch. The stream that is current when a batch is asked for waits for it; the host never does.
+    On a GPU, copies from pinned memory and all finishing operations run on a separate stream, so that they overlap with
+    the previous step, provided that the caller does not synchronize with that step before requesting the next batch.
+    The stream that is current at the request waits for the batch; the host never waits.
 
     Args:
-        device: Where batches go.
-        preprocess: Its mean and standard deviation are the images'.
+        device: Target device of the batches.
+        preprocess: Preprocessing with the images' mean and standard deviation.
     """
 
     def __init__(self, device: torch.device | str, preprocess: Preprocess) -> None:
         self.device = torch.device(device)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        # Made once: to copy a number that lies in ordinary memory is to wait for the GPU.
+        # Created once, because copying a number from pageable memory waits for the GPU.
         self._largest = torch.tensor(255.0, device=self.device)
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=self.device).view(-1, 1, 1)
@@ -38,18 +38,18 @@ class Transfer:
 
     @property
     def pins(self) -> bool:
-        """Whether batches should lie in pinned memory; those that do not are moved there first."""
+        """Whether batches should be in pinned memory; others are copied there first."""
         return self._stream is not None
 
     def __call__(self, batch: Sequence[Tensor], finish: Finish | None = None) -> tuple[Tensor, ...]:
-        """Sends a batch.
+        """Transfers a batch.
 
         Args:
-            batch: Tensors on the CPU, the images first: uint8 ``[B, C, H, W]``, or floating point as they are to be.
+            batch: Tensors on the CPU, the images first: uint8 ``[B, C, H, W]``, or already normalized floating point.
             finish: Called with the tensors on the device, images in FP32, as positional arguments.
 
         Returns:
-            What ``finish`` gave, or the tensors on the device.
+            The result of ``finish``, or the tensors on the device.
         """
         if self._stream is None:
             return self._finished([tensor.to(self.device) for tensor in batch], finish)
@@ -58,7 +58,7 @@ class Transfer:
             moved = [_pinned(tensor).to(self.device, non_blocking=True) for tensor in batch]
             done = self._finished(moved, finish)
         asking.wait_stream(self._stream)
-        for tensor in done:  # or its memory would be given to the next batch before it has been read
+        for tensor in done:  # otherwise the next batch could reuse its memory before it has been read
             tensor.record_stream(asking)
         return done
 

@@ -1,1 +1,1 @@
-"""Reduction methods, one a file; :data:`evit_deploy.registry.METHODS` finds them."""
+"""Reduction methods, one per file; they are registered in :data:`evit_deploy.registry.METHODS`."""

@@ -1,4 +1,4 @@
-"""What EViT is measured against, at equal token counts: no choice at all, a random one, and the worst one."""
+"""Baselines for EViT at equal token counts: the first tokens, random tokens, and the lowest-scored tokens."""
 
 import msgspec
 import torch
@@ -10,7 +10,7 @@ from evit_deploy.tokens.reducer import TokenReducer
 
 
 class Slice(TokenReducer):
-    """The first tokens stay, nothing is scored or gathered: what the reorganization itself costs is the rest."""
+    """Keeps the first tokens without scoring or gathering; EViT's extra time is the cost of the reorganization."""
 
     exports = False
     comparison_only = True
@@ -23,22 +23,26 @@ class Slice(TokenReducer):
 
 
 class _Reordered(TokenReducer):
-    """Has EViT's scores, and keeps other tokens than they say."""
+    """Computes EViT's scores, but ranks tokens differently."""
 
     exports = False
     comparison_only = True
     score_name = "class attention"
 
     def scores(self, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """EViT's, see :func:`~evit_deploy.tokens.methods.evit.class_scores`."""
+        """EViT's scores; see :func:`~evit_deploy.tokens.methods.evit.class_scores`."""
         return class_scores(q, k, self.scale, self.prefix)
 
 
 class RandomDrop(_Reordered):
-    """Keeps tokens at random, another choice for every image and call; fuses the rest by their scores, as EViT does."""
+    """Keeps random tokens, drawn for every image and call; fuses the rest by their scores, as EViT does."""
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        """``seed``: where the random numbers start."""
+        """Options of the method.
+
+        Args:
+            seed: Seed of the random numbers.
+        """
 
         seed: int = 0
 
@@ -54,7 +58,7 @@ class RandomDrop(_Reordered):
 
 
 class InverseDrop(_Reordered):
-    """Keeps the tokens with the lowest scores of EViT: the sharpest check that the score means something."""
+    """Keeps the tokens with EViT's lowest scores: the strictest test of whether the scores are meaningful."""
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`TokenReducer.forward`."""

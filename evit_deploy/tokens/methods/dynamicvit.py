@@ -1,13 +1,14 @@
-"""DynamicViT (NeurIPS 2021, arXiv 2106.02034): small predictors, trained with the model, say which patches stay.
+"""DynamicViT (NeurIPS 2021, arXiv 2106.02034): small predictors, trained with the model, choose the patches to keep.
 
-A predictor stands before some of the blocks. Deployed, the patches with the highest scores stay, in order of their
-scores, and the others are gone. In training mode all patches stay: each location draws who is kept, and those that are
-not are masked from then on (:func:`draw`). What the predictors learn from is in ``training/dynamicvit.py``.
+Some blocks are preceded by a predictor. In deployment, the patches with the highest scores are kept, in order of their
+scores, and the others are removed. In training mode, all patches are kept: each location draws a decision for every
+patch (:func:`draw`), and dropped patches are masked from then on. The predictors' losses are in
+``training/dynamicvit.py``.
 
-Counts: the s-th location keeps ``int(patches · ρ^s)``, exact on the rate as it is written. The released code computes
-this in floats, which give the same numbers for every rate of two decimals at 196 and 576 patches, those it was released
-for; at some other sizes they are one lower (48 instead of 49 of 100 at .7²). Of several rates each is its location's
-own: the s-th keeps ``int(patches · ρ₁ · … · ρ_s)``.
+Counts: the s-th location keeps ``int(patches · ρ^s)``, computed exactly for the rate as a decimal number. The released
+code uses floats. They give the same counts for every rate of two decimals at 196 and 576 patches, the sizes it was
+released for; at some other sizes they are one lower (48 instead of 49 of 100 at .7²). With one rate per location, the
+s-th location keeps ``int(patches · ρ₁ · … · ρ_s)``.
 """
 
 import logging
@@ -32,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class DynamicViT(TokenReducer):
-    """Keeps the patches that a predictor values most; nothing stands for the others."""
+    """Keeps the patches that a predictor scores highest and removes the others without a fused token."""
 
     fuses: ClassVar[bool] = False
     needs_class_token: ClassVar[bool] = False
@@ -48,7 +49,7 @@ class DynamicViT(TokenReducer):
 
     @classmethod
     def plan_for(cls, spec: TokenSpec, options: msgspec.Struct, shape: ModelShape, progress: float) -> TokenPlan:
-        """Counts as the module says; a location's tokens are fewer before its attention already."""
+        """Decides token counts as described in the module; a location reduces its tokens before its attention."""
         stages = spec.resolve(shape.depth)
         if not spec.dense and any(rate == 1 for _, rate in stages):
             raise InputError(
@@ -75,15 +76,15 @@ class DynamicViT(TokenReducer):
 
     @classmethod
     def carries_state(cls, options: msgspec.Struct, pools: bool) -> bool:
-        """Always: a block that decides does so before its attention, and in training all of them see the mask."""
+        """Always true: a location reduces before its attention, and in training every block applies the mask."""
         return True
 
     @classmethod
     def attach(cls, model: Any, options: msgspec.Struct, plan: TokenPlan) -> None:
-        """Adds a predictor for each location: with the weights that came with the model's, if there are any, else new.
+        """Adds a predictor for each location, with the weights that were loaded with the model's, or else new ones.
 
         Raises:
-            InputError: The weights are of another number of locations, or of another model.
+            InputError: The weights are for a different number of locations, or do not fit the model.
         """
         like = next(model.parameters())
         layers = Predictors([row.block for row in plan.locations], model.embed_dim).to(like.device, like.dtype)
@@ -98,7 +99,7 @@ class DynamicViT(TokenReducer):
 
     @classmethod
     def detach(cls, model: Any) -> None:
-        """Takes the predictors away; what they have learned comes back with the next :meth:`attach`."""
+        """Removes the predictors; the next :meth:`attach` restores their weights."""
         if hasattr(model, "score_predictor"):
             weights = model.score_predictor.state_dict(prefix="score_predictor.")
             model.method_weights = getattr(model, "method_weights", {}) | weights
@@ -106,7 +107,7 @@ class DynamicViT(TokenReducer):
 
     @classmethod
     def margin(cls, scores: Any, exact: Any, choice: np.ndarray, row: BlockPlan) -> np.ndarray:
-        """Scores are logits, which rounding moves by an absolute amount."""
+        """See :meth:`TokenReducer.margin`; the scores are logits, with an absolute rounding error."""
         assert row.keep is not None
         return linear_margin(scores, exact, row.keep)
 
@@ -117,23 +118,23 @@ class DynamicViT(TokenReducer):
         self._predictor: tuple[nn.Module, ...] = found
 
     def scores(self, x: Tensor, q: Any, k: Any, state: TokenState) -> Tensor:  # type: ignore[override]
-        """How much rather each patch is kept than dropped, a difference of logits, FP32 ``[B, N - prefix]``.
+        """The logit of keeping each patch minus that of dropping it, FP32 ``[B, N - prefix]``.
 
-        It ranks as the log probability does that the paper sorts by, which comes to its limit where this does not.
+        The order is the same as by the log-probability that the paper sorts by, but the difference does not saturate.
         """
         return self._predictor[0](x[:, self.prefix :], state.mask)
 
     def forward(self, x: Tensor, q: Any, k: Any, state: TokenState) -> tuple[Any, ...]:  # type: ignore[override]
-        """See :meth:`TokenReducer.forward`; ``q`` and ``k`` are not looked at."""
+        """See :meth:`TokenReducer.forward`; ``q`` and ``k`` are not used."""
         assert self.plan.keep is not None
         return *self.reorganized(x, self.scores(x, q, k, state), self.plan.keep, fuse=False), state
 
     def start(self, x: Tensor) -> TokenState:
-        """In training every patch is kept at first."""
+        """In training, starts with a mask that keeps every patch."""
         return TokenState(mask=x.new_ones(len(x), x.shape[1] - self.prefix).float()) if self.training else TokenState()
 
     def before(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """Removes patches, or in training masks them."""
+        """Removes patches, or masks them in training."""
         if self.plan.keep is None:
             return x, state
         if state.mask is not None:
@@ -143,32 +144,32 @@ class DynamicViT(TokenReducer):
         return x, state
 
     def keep_mask(self, state: TokenState) -> Tensor | None:
-        """The mask, with the prefix, which is always kept."""
+        """The mask, extended by the prefix, which is always kept."""
         return None if state.mask is None else F.pad(state.mask, (self.prefix, 0), value=1.0)
 
     @classmethod
     def idle(cls, row: BlockPlan) -> bool:
-        """See :meth:`TokenReducer.idle`; what it removes, it removes before the attention."""
+        """See :meth:`TokenReducer.idle`; patches are removed before the attention."""
         return row.keep is None
 
     def between(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """Nothing: the location has decided before its attention."""
+        """Does nothing: the location has reduced its tokens before its attention."""
         return x, state
 
 
 class Predictor(nn.Module):
-    """Values each patch by itself and by the mean of those that are kept. Parameters have the released names.
+    """Scores each patch from its features and the mean of the kept patches; parameters have their released names.
 
     Args:
         width: C, channels of a token; a multiple of 4.
     """
 
     flat: bool = False
-    """Whether linear layers see 2-D patches ``[B·N, C]``; the exporter sets it."""
+    """Whether linear layers get their input as 2-D ``[B·N, C]``; set by the exporter."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        # The norm's eps is PyTorch's own, whatever the model's is: so it was released.
+        # As in the released code, the norm has PyTorch's default eps, independent of the model's.
         self.in_conv = nn.Sequential(nn.LayerNorm(width, eps=1e-5), nn.Linear(width, width), nn.GELU())
         self.out_conv = nn.Sequential(
             nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width // 4), nn.GELU(),
@@ -176,11 +177,11 @@ class Predictor(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The logit of keeping minus that of dropping.
+        """Computes the logit of keeping minus that of dropping.
 
         Args:
             x: Patches ``[B, N, C]``.
-            mask: ``[B, N]``: 1 for those that are kept so far; ``None`` for all.
+            mask: ``[B, N]``: 1 for patches kept so far; ``None`` if all are kept.
 
         Returns:
             ``[B, N]``, at least FP32.
@@ -195,7 +196,7 @@ class Predictor(nn.Module):
             mean = (others * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
         x = self._rows(torch.cat([own, mean.expand(-1, patches, -1)], dim=-1))
         hidden, last = self.out_conv[:-1](x), self.out_conv[-1]
-        # One logit in full precision instead of the difference of two that were rounded.
+        # Computes one logit in full precision instead of the difference of two rounded ones.
         assert isinstance(last, nn.Linear)
         weight, bias = precise(last.weight), precise(last.bias)
         return self._patches((precise(hidden) * (weight[0] - weight[1])).sum(dim=-1) + (bias[0] - bias[1]), patches)
@@ -219,7 +220,7 @@ class Predictors(nn.ModuleList):
         super().__init__(Predictor(width) for _ in blocks)
         self.blocks = tuple(blocks)
         for layer in self.modules():
-            if isinstance(layer, nn.Linear):  # as the models' own layers begin
+            if isinstance(layer, nn.Linear):  # initialized like the models' layers
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
@@ -233,7 +234,7 @@ def _load(layers: Predictors, weights: dict[str, Tensor]) -> None:
         )  # fmt: skip
     try:
         layers.load_state_dict(weights)
-    except RuntimeError as error:  # its lines say which tensors
+    except RuntimeError as error:  # its lines name the tensors
         reasons = "; ".join(line.strip().rstrip(".") for line in str(error).splitlines()[1:4])
         raise InputError("the trained predictors do not fit the model", where="score_predictor", seen=reasons) from None
 
@@ -244,31 +245,31 @@ def _predictor_macs(width: int) -> int:
 
 
 def ratios(spec: TokenSpec, depth: int, progress: float = 1.0) -> list[Fraction]:
-    """The share of all patches that is left after each location.
+    """The fraction of all patches that is left after each location.
 
     Args:
-        spec: Its rates are each the share of what is there.
-        depth: Blocks of the model.
-        progress: Place on the keep-rate schedule.
+        spec: The spec; each of its rates is a fraction of the patches before that location.
+        depth: Number of blocks.
+        progress: Position on the keep-rate schedule.
     """
     rates = [Fraction(repr(float(scheduled_rate(rate, progress)))) for _, rate in spec.resolve(depth)]
     return [math.prod(rates[: stage + 1], start=Fraction(1)) for stage in range(len(rates))]
 
 
 def logistic_noise(like: Tensor) -> Tensor:
-    """The difference of two draws from the Gumbel distribution."""
+    """Draws the difference of two samples from the Gumbel distribution."""
     one, other = (torch.empty_like(like).exponential_().log() for _ in range(2))
     return other - one
 
 
 def draw(scores: Tensor) -> Tensor:
-    """Draws who is kept: Gumbel softmax of keeping and dropping at temperature 1, hard.
+    """Draws the patches to keep: hard Gumbel softmax of keeping and dropping at temperature 1.
 
     Args:
         scores: See :meth:`DynamicViT.scores`.
 
     Returns:
-        0 or 1 for each patch, with the gradient of the probability that was drawn from ("straight through").
+        0 or 1 for each patch, with the gradient of the soft sample (straight-through estimator).
     """
     soft = (scores + logistic_noise(scores)).sigmoid()
     return (soft >= 0.5).to(soft.dtype) + (soft - soft.detach())

@@ -1,9 +1,10 @@
-"""EViT: "Not All Patches are What You Need" (ICLR 2022, arXiv 2202.07800), algorithm 1, and what can stand for its sum.
+"""EViT: "Not All Patches are What You Need" (ICLR 2022, arXiv 2202.07800), algorithm 1, and fused-token variants.
 
-Scores (equation 2): softmax of q_cls · Kᵀ · d^-½ over all tokens, prefix columns dropped, mean over heads. The main
-attention is never read out: scores have their own row of the attention map, so that fused attention kernels stay fused.
+Scores (equation 2): softmax of q_cls · Kᵀ · d^-½ over all tokens, prefix columns dropped, mean over heads. This row of
+the attention map is computed separately instead of being read from the block's attention, so that fused attention
+kernels can still be used.
 
-Option ``squeeze`` is TPS: "Joint Token Pruning and Squeezing" (CVPR 2023, arXiv 2304.10716).
+The option ``squeeze`` is TPS: "Joint Token Pruning and Squeezing" (CVPR 2023, arXiv 2304.10716).
 """
 
 from typing import Any
@@ -33,14 +34,15 @@ class EViT(TokenReducer):
     score_name = "class attention"
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        """What becomes of the tokens that are not kept.
+        """How the tokens that are not kept are combined.
 
         Args:
-            normalize: The fused token is Σ a·x / Σ a, a mean, instead of the paper's sum Σ a·x of attention and token.
-            squeeze: There is no fused token, and one more token is kept in its place. Every dropped token joins the
-                kept one with the highest cosine similarity (TPS); each token is the mean of the patches in it.
-            sized: A head that pools sees in the place of every patch the token that the patch is in: in its mean, a
-                kept token counts 1 and a fused one as many as there are patches in it.
+            normalize: Whether the fused token is the mean Σ a·x / Σ a instead of the paper's sum Σ a·x, with attention
+                a and token x.
+            squeeze: Whether to keep one more token instead of a fused token. Every dropped token is then merged into
+                the kept one with the highest cosine similarity (TPS); each token is the mean of its patches.
+            sized: Whether a pooling head gets, at the position of every patch, the token that contains the patch. In
+                its mean, a kept token then counts once and a fused token once per patch.
         """
 
         normalize: bool = False
@@ -62,7 +64,7 @@ class EViT(TokenReducer):
 
     def __init__(self, plan: BlockPlan, prefix: int, scale: float, options: Any) -> None:
         super().__init__(plan, prefix, scale, options)
-        if getattr(options, "normalize", False):  # baselines are EViTs with their own options
+        if getattr(options, "normalize", False):  # subclasses may have other options
             self.exact = _Mean()
 
     @classmethod
@@ -70,7 +72,7 @@ class EViT(TokenReducer):
         """See :meth:`TokenReducer.plan_for`.
 
         Raises:
-            InputError: An option is about the fused token, and there is none.
+            InputError: An option needs the fused token, but ``fuse`` is off.
         """
         if options.sized and not spec.fuse:
             raise InputError(
@@ -89,34 +91,34 @@ class EViT(TokenReducer):
 
     @classmethod
     def carries_state(cls, options: Any, pools: bool) -> bool:
-        """With ``squeeze`` sizes, for a head that pools the token of every patch."""
+        """True with ``squeeze`` (token sizes), and with ``sized`` if the head pools (the token of every patch)."""
         return options.squeeze or (options.sized and pools)
 
     @classmethod
     def serves_pooling(cls, options: Any) -> bool:
-        """Where no patch is lost."""
+        """True for the options with which no patch is lost."""
         return options.squeeze or options.sized
 
     @classmethod
     def label(cls, spec: TokenSpec, options: Any) -> str:
-        """The keep rates, and the options that are on."""
+        """The keep rates and the enabled options."""
         chosen = [name for name in options.__struct_fields__ if getattr(options, name)]
         return "-".join([super().label(spec, options), *chosen])
 
     def bind(self, model: Any) -> None:
-        """Notes whether the head pools: then rows are kept."""
+        """Stores whether the head pools, because the state then needs the token of every patch."""
         self.pools = backbone_of(model).pools(model)
 
     def scores(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState | None = None) -> Any:
-        """The attention that the class token pays to each candidate; see :func:`class_scores`.
+        """The class token's attention to each candidate; see :func:`class_scores`.
 
-        With ``squeeze`` the tokens as well, whose similarity is the other half of the choice.
+        With ``squeeze`` also the tokens, because the choice also depends on their similarity.
         """
         scores = class_scores(q, k, self.scale, self.prefix)
         return (scores, precise(x)) if self.options.squeeze else scores
 
     def start(self, x: Tensor) -> TokenState:
-        """Every patch is its own token."""
+        """The initial state, in which every patch is its own token."""
         rows = every_patch(x, self.prefix) if self.pools else None
         sizes = None
         if self.options.squeeze:
@@ -149,14 +151,14 @@ class EViT(TokenReducer):
         return y, choice, state._replace(sizes=sizes, rows=rows)
 
     def finish(self, x: Tensor, state: TokenState) -> Tensor:
-        """For a head that pools, the token of every patch in the patch's place."""
+        """If the head pools, copies each token to the positions of its patches."""
         return x if state.rows is None else patches_back(x, state.rows, self.prefix)
 
     @classmethod
     def margin(cls, scores: Any, exact: Any, choice: np.ndarray, row: BlockPlan) -> np.ndarray:
-        """See :meth:`TokenReducer.margin`; with ``squeeze`` also how clear it is which kept token a dropped one joins.
+        """See :meth:`TokenReducer.margin`; with ``squeeze``, includes which kept token a dropped one joins.
 
-        That changes too where the kept token may be dropped, or a closer one may be kept.
+        That also changes if the kept token may be dropped, or if a more similar one may be kept.
         """
         if row.choice != "merge":
             return super().margin(scores, exact, choice, row)
@@ -167,7 +169,7 @@ class EViT(TokenReducer):
 
     @classmethod
     def nearest_choice(cls, choice: np.ndarray, exact: Any, row: BlockPlan) -> np.ndarray:
-        """See :meth:`TokenReducer.nearest_choice`; with ``squeeze``, the least clear of the dropped joins another."""
+        """See :meth:`TokenReducer.nearest_choice`; with ``squeeze``, the least clear join changes as well."""
         if row.choice != "merge":
             return super().nearest_choice(choice, exact, row)
         assert row.keep is not None
@@ -175,29 +177,29 @@ class EViT(TokenReducer):
 
 
 class _Mean(nn.Module):
-    """A fused token divided by the attention to those in it; a module, so that exported files divide in FP32."""
+    """Divides a fused token by the total attention to its parts; a module, so that exported files divide in FP32."""
 
     def forward(self, fused: Tensor, scores: Tensor, kept: Tensor) -> Tensor:
-        """``[B, 1, C]``; scores ``[B, N]``, kept int ``[B, K]``."""
-        # The kept ones are overwritten, not subtracted from the total, which cancels.
+        """Takes the fused token ``[B, 1, C]``, scores ``[B, N]`` and kept int ``[B, K]``; returns ``[B, 1, C]``."""
+        # Kept scores are overwritten, because subtracting them from the total would cancel.
         rest = scores.scatter(1, kept.long(), 0.0).sum(dim=1).clamp_min(_TINY)
         return (fused / rest[:, None, None]).to(fused.dtype)
 
 
 def class_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
-    """Mean over heads of the attention that the class token pays to each candidate.
+    """Mean over heads of the class token's attention to each candidate.
 
     Args:
         q: Queries ``[B, N, H, d]`` (after q_norm); only token 0 is read.
         k: Keys ``[B, N, H, d]`` (after k_norm).
         scale: Factor on the logits, d^-½.
-        prefix: Tokens in front that are no candidates; their share of the softmax is dropped, not redistributed.
+        prefix: Tokens in front that are not candidates; their share of the softmax is dropped, not redistributed.
 
     Returns:
         FP32 ``[B, N - prefix]`` (FP64 from FP64 inputs); a row sums to less than 1.
     """
     if torch_ops.takes_scores(q, k):
         return torch.ops.evit.class_scores(q[:, :1], k, scale, prefix)[0]
-    # A product and a sum, not a matmul: K keeps the layout in which the projection left it, nothing is transposed.
+    # A product and a sum instead of a matmul: K keeps the projection's layout, without a transpose.
     logits = (precise(q[:, :1]) * precise(k)).sum(-1) * scale
     return logits.softmax(dim=1)[:, prefix:].mean(-1)

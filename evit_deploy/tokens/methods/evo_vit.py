@@ -1,9 +1,9 @@
 """Evo-ViT: "Slow-Fast Token Evolution for Dynamic Vision Transformer" (AAAI 2022, arXiv 2108.01390).
 
-A stage begins by sorting the patches by their global class attention g. The first K are *informative*: they go through
-the blocks of the stage. The others wait and are put back when the next stage begins, or behind the last block, so that
-no patch is ever lost and heads that pool see all of them. What is different from block to block stands in the plan: a
-row with ``keep`` sorts, one with ``aside`` has tokens waiting, one with ``ranks`` refreshes g.
+A stage begins by sorting the patches by their global class attention g. The first K are *informative*: they pass
+through the blocks of the stage. The others wait and are put back when the next stage begins or after the last block, so
+that no patch is lost and pooling heads use all of them. The plan defines the differences between blocks: a row with
+``keep`` sorts, a row with ``aside`` has waiting tokens, and a row with ``ranks`` updates g.
 """
 
 import copy
@@ -27,11 +27,11 @@ _DEFAULT_RATE = 0.5
 
 
 class EvoViT(TokenReducer):
-    """Sorts the patches at the start of a stage; the first ones go through its blocks, the others wait.
+    """Sorts the patches at the start of a stage; the first ones pass through its blocks, the others wait.
 
-    g is the sum over heads of the attention that the class token pays to a patch. The block before the first sorting
-    sets it; from there on it is the mean of what it was and of what the block's attention says. Only patches that take
-    part are refreshed. No block computes g for a sorting that never comes.
+    g is the sum over heads of the class token's attention to a patch. The block before the first sorting sets it; later
+    blocks replace it by the mean of its old value and their own attention, only for patches that take part. g is not
+    updated after the last sorting.
     """
 
     fuses: ClassVar[bool] = False
@@ -40,11 +40,13 @@ class EvoViT(TokenReducer):
     score_name: ClassVar[str] = "global class attention"
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        """How the patches that wait are treated, and how often they change.
+        """How waiting patches are updated, and how often patches are sorted.
 
-        ``representative``: whether they learn from the blocks by a token that stands for all of them, the mean weighted
-        by g (the paper), or stay as they are (the released DeiT models). ``layer_wise``: whether every block from the
-        first location on sorts anew, as in the first part of the published training.
+        Args:
+            representative: Whether the waiting patches are updated through a token that represents them, their mean
+                weighted by g (the paper), or are left unchanged (the released DeiT models).
+            layer_wise: Whether every block from the first location on sorts the patches again, as in the first part of
+                the published training.
         """
 
         representative: bool = False
@@ -54,25 +56,25 @@ class EvoViT(TokenReducer):
 
     def __init__(self, plan: BlockPlan, prefix: int, scale: float, options: msgspec.Struct) -> None:
         super().__init__(plan, prefix, scale, options)
-        # Modules, so that what they compute carries the reducer's name in an exported file.
+        # Modules, so that their nodes in an exported file are named after the reducer.
         self.refresh, self.put_back, self.exact = _Refresh(prefix, scale), _PutBack(), _WeightedMean()
 
     @classmethod
     def unsupported(cls, model: Any) -> list[str]:
-        """A distilled model has two tokens that classify, and the method is defined for one."""
+        """See :meth:`TokenReducer.unsupported`: distilled models have two classification tokens instead of one."""
         if hasattr(model, "dist_token"):
             return ["it is distilled: Evo-ViT ranks patches by one class token, and this model has two that classify"]
         return []
 
     @classmethod
     def attach(cls, model: Any, options: msgspec.Struct, plan: TokenPlan) -> None:
-        """Puts the class token's second head back, where one came with the weights; it only serves training."""
+        """Restores the second head on the class token, if it was loaded with the weights; only training uses it."""
         if own_weights(model, cls):
             add_class_head(model)
 
     @classmethod
     def detach(cls, model: Any) -> None:
-        """Takes that head away; it comes back with the next :meth:`attach`."""
+        """Removes that head; the next :meth:`attach` restores it."""
         for name in ("norm_cls", "head_cls"):
             if hasattr(model, name):
                 weights = getattr(model, name).state_dict(prefix=f"{name}.")
@@ -81,17 +83,17 @@ class EvoViT(TokenReducer):
 
     @classmethod
     def carries_state(cls, options: msgspec.Struct, pools: bool) -> bool:
-        """Always: g, and the tokens that wait."""
+        """Always true: the state holds g and the waiting tokens."""
         return True
 
     @classmethod
     def serves_pooling(cls, options: msgspec.Struct) -> bool:
-        """Every patch is back behind the last block."""
+        """Always true: every patch is put back after the last block."""
         return True
 
     @classmethod
     def label(cls, spec: TokenSpec, options: msgspec.Struct) -> str:
-        """``k0.5``, with ``-representative`` or ``-layer-wise`` where that is asked for."""
+        """``k0.5``, with ``-representative`` or ``-layer-wise`` if that option is set."""
         assert isinstance(options, EvoViT.Options)
         rates = spec.rates or (_DEFAULT_RATE,)
         asked = [name.replace("_", "-") for name in options.__struct_fields__ if getattr(options, name)]
@@ -99,7 +101,7 @@ class EvoViT(TokenReducer):
 
     @classmethod
     def plan_for(cls, spec: TokenSpec, options: msgspec.Struct, shape: ModelShape, progress: float) -> TokenPlan:
-        """Decides every token count: of the P patches int(rate · P) are informative in a stage.
+        """Decides every token count: in a stage, int(rate · P) of the P patches are informative.
 
         Locations are the blocks that begin a stage, by default ``depth // 3`` and ``2 · depth // 3``.
 
@@ -141,13 +143,13 @@ class EvoViT(TokenReducer):
     def forward(  # type: ignore[override]
         self, x: Tensor, q: Tensor | None, k: Tensor | None, state: TokenState
     ) -> tuple[Tensor, Tensor, TokenState]:
-        """Sorts all patches; the first K stay, the others wait.
+        """Sorts all patches; the first K are kept, the others wait.
 
         Args:
             x: All tokens ``[B, prefix + patches, C]``.
-            q: Not used: it sorts before the block's attention.
+            q: Not used, because sorting precedes the block's attention.
             k: Not used.
-            state: Its ``attention`` is g.
+            state: State with g in ``attention``.
 
         Returns:
             Tokens ``[B, tokens_in, C]``, the order of all patches, int32 ``[B, patches]``, and the new state.
@@ -165,7 +167,7 @@ class EvoViT(TokenReducer):
         return x, choice, state._replace(attention=g, aside=waiting, representative=stands_for_all)
 
     def before(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """Where a stage begins: the patches that waited are put back, and all are sorted."""
+        """At the start of a stage, puts the waiting patches back and sorts all patches."""
         if self.plan.keep is not None or not self.plan.aside:
             x, state = self._put_back(x, state)
         if self.plan.keep is not None:
@@ -173,14 +175,14 @@ class EvoViT(TokenReducer):
         return x, state
 
     def between(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """Refreshes g where a later block sorts by it."""
+        """Updates g if a later block sorts by it."""
         if not self.plan.ranks:
             return x, state
         present = q.shape[1] - self.prefix - (state.representative is not None)
         return x, state._replace(attention=self.refresh(q, k, state.attention, present))
 
     def finish(self, x: Tensor, state: TokenState) -> Tensor:
-        """All patches, in another order than the image's."""
+        """Puts the waiting patches back; the patches are not in the image's order."""
         return self._put_back(x, state)[0]
 
     def _put_back(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
@@ -191,12 +193,12 @@ class EvoViT(TokenReducer):
 
 
 def add_class_head(model: Any) -> None:
-    """Gives a model whose head pools the class token's head that it is trained with beside, in place.
+    """Adds the class token's head, a second head for training, to a model with a pooling head, in place.
 
-    Weights that came with the model's are taken, as far as they are for its classes; else it begins anew.
+    Weights that were loaded with the model's are used if their shapes fit; otherwise the head is initialized.
 
     Args:
-        model: Any whose head pools; nothing happens if it has the head already.
+        model: A model with a pooling head; if it already has the second head, nothing changes.
     """
     if hasattr(model, "head_cls"):
         return
@@ -214,7 +216,7 @@ def add_class_head(model: Any) -> None:
 
 
 class _Refresh(nn.Module):
-    """g after a block.
+    """Updates g after a block.
 
     Args:
         prefix: Tokens in front of the patches.
@@ -226,7 +228,7 @@ class _Refresh(nn.Module):
         self.prefix, self.scale = prefix, scale
 
     def forward(self, q: Tensor, k: Tensor, g: Tensor | None, present: int) -> Tensor:
-        """New g of the ``present`` patches that took part, then the old one of those that wait."""
+        """Returns the updated g of the ``present`` patches that took part, followed by the old g of the others."""
         seen = class_scores(q, k, self.scale, self.prefix)[:, :present] * q.shape[2]  # the sum over heads
         if g is None:
             return seen
@@ -235,16 +237,16 @@ class _Refresh(nn.Module):
 
 
 class _PutBack(nn.Module):
-    """All tokens at the end of a stage."""
+    """Puts the waiting tokens back at the end of a stage."""
 
     def forward(self, x: Tensor, waiting: Tensor, began: Tensor | None) -> Tensor:
-        """Those that took part, then those that waited.
+        """Returns the tokens that took part, followed by those that waited.
 
         Args:
             x: Tokens that took part, with the representative last, if there is one.
             waiting: ``[B, M, C]``.
-            began: The representative as the stage began, ``[B, 1, C]``: all that the blocks have added to it since, is
-                added to those that waited.
+            began: The representative at the start of the stage, ``[B, 1, C]``: its change since then is added to the
+                waiting tokens.
         """
         if began is not None:
             waiting = waiting + (x[:, -1:] - began)
@@ -253,18 +255,18 @@ class _PutBack(nn.Module):
 
 
 class _WeightedMean(nn.Module):
-    """The representative of the tokens that wait."""
+    """Computes the representative of the waiting tokens."""
 
     def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """``[B, 1, C]`` of ``[B, M, C]``, by weights ``[B, M]`` that need not add up to 1."""
-        with torch.autocast(tokens.device.type, enabled=False):  # or mixed-precision training sums in half precision
+        """Takes tokens ``[B, M, C]`` and weights ``[B, M]``, not necessarily with sum 1; returns ``[B, 1, C]``."""
+        with torch.autocast(tokens.device.type, enabled=False):  # otherwise AMP sums in half precision
             shares = (weights / weights.sum(dim=1, keepdim=True)).unsqueeze(1)
             exact = precise(tokens)
             return torch.bmm(shares.to(exact.dtype), exact).to(tokens.dtype)
 
 
 def _informative(spec: TokenSpec, shape: ModelShape, progress: float) -> Mapping[int, int]:
-    """For each location how many patches its stage updates."""
+    """For each location, the number of informative patches in its stage."""
     thirds = tuple(sorted({max(1, shape.depth * third // 3) for third in (1, 2)}))
     asked = msgspec.structs.replace(
         spec,

@@ -1,16 +1,18 @@
-"""``merge``: an EViT that needs no training. Tokens that are alike become one, and what is attended to stays as it is.
+"""``merge``: a variant of EViT that needs no training. It merges similar tokens and keeps the most attended ones.
 
-It takes from three papers what helps weights that were never trained with fewer tokens: the class attention that EViT
-ranks by (arXiv 2202.07800), sized tokens and proportional attention of ToMe (arXiv 2210.09461), and at few locations
-the counts of a plan, which are the same for every image.
+It combines ideas that help weights which were not trained with fewer tokens: ranking by class attention, as in EViT
+(arXiv 2202.07800); token sizes and proportional attention, as in ToMe (arXiv 2210.09461); and a few locations with
+fixed token counts, the same for every image.
 
-To lose token i in token j changes what the class token sees by about a_i · ‖v_i − v_j‖, where a_i is its attention to
-all patches in i. So each token looks for the most similar key among those that are attended to more, and its worth is
+Merging token i into token j changes the class token's attention output by about a_i · ‖v_i − v_j‖, where a_i is its
+attention to all patches in i. Each token is therefore matched to the most similar key among the tokens with more
+attention, and its worth is
 
     sqrt(s_i · a_i) · (1 − max over j of cos(k_i, k_j))        j with s_j · a_j > s_i · a_i
 
-with s patches in it. The K of the highest worth stay; each of the others joins the most similar that stays. Of tokens
-that are alike only the one that is attended to most finds no other, so that one of them always stays.
+where s is a token's number of patches. The K tokens of highest worth are kept; each of the others joins the most
+similar kept token. In a group of similar tokens, only the one with the most attention has no match, so that one of them
+is always kept.
 """
 
 from typing import Any
@@ -32,12 +34,12 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 
 class Merge(SizedReducer):
-    """Lets tokens that are little attended to, or like others, join the most similar token that stays."""
+    """Merges tokens that get little attention or resemble others into the most similar kept token."""
 
     score_name = "worth"
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        """What it takes.
+        """Options of the method.
 
         Args:
             proportional_attention: Whether log(size) is added to the attention logits of the keys.
@@ -49,7 +51,7 @@ class Merge(SizedReducer):
 
     @classmethod
     def plan_for(cls, spec: TokenSpec, options: Any, shape: ModelShape, progress: float) -> TokenPlan:
-        """See :meth:`TokenReducer.plan_for`; where no locations are given, :func:`merge_locations`."""
+        """See :meth:`TokenReducer.plan_for`; the default locations are :func:`merge_locations`."""
         if spec.locations is None:
             spec = msgspec.structs.replace(spec, locations=merge_locations(shape.depth))
         return make_plan(
@@ -59,7 +61,7 @@ class Merge(SizedReducer):
 
     @classmethod
     def label(cls, spec: TokenSpec, options: Any) -> str:
-        """The keep rates, and whether attention is not proportional."""
+        """The keep rates, with ``-no-proportional`` if attention is not proportional."""
         text = super().label(spec, options)
         return text if options.proportional_attention else f"{text}-no-proportional"
 
@@ -67,14 +69,14 @@ class Merge(SizedReducer):
     def margin(cls, scores: Any, exact: Any, choice: np.ndarray, row: BlockPlan) -> np.ndarray:
         """See :meth:`TokenReducer.margin`.
 
-        Which tokens are attended to more than another can be within rounding too; then its worth lies between what it
-        is with and without them.
+        Rounding can also decide which tokens get more attention than a given one; the worth of that token then lies
+        between its values with and without them.
         """
         assert row.keep is not None
         weight, candidates = exact[0], exact[0].shape[1]
         low, true = (cosines(found[1], candidates) for found in (scores, exact))
         logs = _logarithm(weight)
-        more = logs[:, None, :] - logs[:, :, None]  # of j over i
+        more = logs[:, None, :] - logs[:, :, None]  # how much more j gets than i
         doubt = rounding_of(_logarithm(scores[0]), logs)
         highest = _worth(weight, true, more > doubt)
         lowest = _worth(weight, true, (more > -doubt) & ~np.eye(candidates, dtype=bool))
@@ -85,7 +87,7 @@ class Merge(SizedReducer):
 
     @classmethod
     def nearest_choice(cls, choice: np.ndarray, exact: Any, row: BlockPlan) -> np.ndarray:
-        """See :meth:`TokenReducer.nearest_choice`; besides, the least clear of those that move joins another."""
+        """See :meth:`TokenReducer.nearest_choice`; the least clear moving token also joins another."""
         assert row.keep is not None
         weight = exact[0]
         similarity = cosines(exact[1], weight.shape[1])
@@ -94,25 +96,25 @@ class Merge(SizedReducer):
 
     @classmethod
     def shown_scores(cls, scores: Any, prefix: int) -> np.ndarray:
-        """See :meth:`TokenReducer.shown_scores`: the worth that is ranked by."""
+        """See :meth:`TokenReducer.shown_scores`: the worth of each token."""
         weight = scores[0]
         return _worth(weight, cosines(scores[1], weight.shape[1]), weight[:, None, :] > weight[:, :, None])
 
     # ---- one block
 
     def scores(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState | None = None) -> Any:
-        """What the class token's attention to all patches in each candidate is, and what similarity is measured on.
+        """The class token's attention to all patches in each candidate, and the vectors compared for similarity.
 
         Args:
             x: See :meth:`TokenReducer.scores`.
             q: See :meth:`TokenReducer.scores`.
             k: See :meth:`TokenReducer.scores`.
-            state: Sizes.
+            state: State with the token sizes.
 
         Returns:
             FP32 ``[B, N]``, and the mean of the keys over heads, FP32 ``[B, N, d]``.
         """
-        # Which tokens merge has no gradient, so nothing on the way there needs one.
+        # The choice of tokens has no gradient, so its inputs are detached.
         weight = class_scores(q.detach(), k.detach(), self.scale, self.prefix)
         if state is not None and state.sizes is not None:
             weight = weight * state.sizes
@@ -128,12 +130,12 @@ class Merge(SizedReducer):
 
 
 def merge_locations(depth: int) -> tuple[int, ...]:
-    """After each of the first four sixths of the blocks (2, 4, 6, 8 of 12): without training earlier than EViT's."""
+    """After each of the first four sixths of the blocks (2, 4, 6, 8 of 12), earlier than EViT's default."""
     return tuple(sorted({depth * i // 6 for i in (1, 2, 3, 4)} - {0}))
 
 
 def worth(weight: Tensor, metric: Tensor) -> Tensor:
-    """sqrt(weight) · (1 − the highest cosine to one of higher weight), which counts −1 where there is none.
+    """sqrt(weight) · (1 − the highest cosine to a token of higher weight); the cosine is −1 if there is no such token.
 
     Args:
         weight: ``[B, N]``, at least 0.
@@ -151,13 +153,13 @@ def worth(weight: Tensor, metric: Tensor) -> Tensor:
 
 
 def _worth(weight: np.ndarray, similarity: np.ndarray, more: np.ndarray) -> np.ndarray:
-    """:func:`worth` in FP64, where ``more`` says at ``[n, i, j]`` whether j may stand in for i."""
+    """:func:`worth` in FP64; ``more`` is true at ``[n, i, j]`` if token j may replace token i."""
     best = np.where(more, similarity, -1.0).max(axis=-1)
     return np.sqrt(weight.astype(np.float64)) * np.maximum(1 - best, 0)
 
 
 def _boundary(worths: np.ndarray, keep: int) -> np.ndarray:
-    """Between the last that stays and the first that does not, ``[n, 1]``."""
+    """Mean worth of the last kept token and the first that is not kept, ``[n, 1]``."""
     ranked = -np.sort(-worths, axis=1)
     return ranked[:, keep - 1 : keep + 1].mean(axis=1, keepdims=True)
 

@@ -1,9 +1,9 @@
 """ToMe: "Token Merging: Your ViT But Faster" (ICLR 2023, arXiv 2210.09461), written from the paper.
 
-Every block merges r tokens into others between attention and MLP. Tokens at even places (A) each look for the token at
-an odd place (B) whose keys are most similar; the r best pairs become one token each, the mean of both weighted by the
-patches they stand for. In later blocks a token attracts attention like all its patches together: log(size) is added to
-the logits of its key (proportional attention).
+Every block merges r tokens into others between attention and MLP. Each token at an even position (A) is matched to the
+token at an odd position (B) with the most similar keys. Each of the r best pairs becomes one token, the mean of both
+weighted by their numbers of patches. In later blocks, log(size) is added to the logits of a token's key, so that it
+attracts as much attention as its patches did together (proportional attention).
 """
 
 import logging
@@ -25,7 +25,7 @@ from evit_deploy.tokens.state import TokenState
 
 _LOG = logging.getLogger(__name__)
 TINY = 1e-12
-"""Least length that a token's keys are divided by."""
+"""Lower limit on the norm that a token's keys are divided by."""
 
 Merges = Annotated[int, Meta(ge=0)]
 
@@ -39,12 +39,14 @@ class ToMe(SizedReducer):
     needed = "Say how many tokens each block merges: --merge 13, method_options={'merge': 13}."
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        """What ToMe takes.
+        """Options of the method.
 
         Args:
-            merge: r, the tokens that each block merges; or a list, a number for each block, 0 after its end.
-            inflect: With one r: how it changes with depth, from ``int(r · (1 − inflect))`` in the first block to what
-                makes the mean r; −1 is the paper's decreasing schedule, 0 the constant one.
+            merge: r, the number of tokens that each block merges; or a list with a number for each block, and 0 for the
+                blocks after its end.
+            inflect: For a single r, how the number changes with depth: linearly, starting from
+                ``int(r · (1 − inflect))`` in the first block, with mean r. −1 is the paper's decreasing schedule, 0 the
+                constant one.
             proportional_attention: Whether log(size) is added to the attention logits of the keys.
         """
 
@@ -56,7 +58,7 @@ class ToMe(SizedReducer):
 
     @classmethod
     def plan_for(cls, spec: TokenSpec, options: Any, shape: ModelShape, progress: float) -> TokenPlan:
-        """See :meth:`TokenReducer.plan_for`; on the way there every r grows from 0."""
+        """See :meth:`TokenReducer.plan_for`; while a schedule runs, every r grows from 0."""
         _refuse_fields(spec)
         asked = merges(options, shape.depth)
         listed, half = isinstance(options.merge, tuple), shape.patches // 2
@@ -89,7 +91,7 @@ class ToMe(SizedReducer):
 
     @classmethod
     def attach(cls, model: Any, options: Any, plan: TokenPlan) -> None:
-        """Adds nothing; says so where fewer tokens merge than was asked for."""
+        """Adds no layers; logs a warning if fewer tokens merge than requested."""
         pairs = zip(merges(options, len(plan.blocks)), plan.blocks, strict=True)
         fewer = [row for wanted, row in pairs if wanted > row.tokens_in - row.tokens_out]
         if fewer:
@@ -98,10 +100,10 @@ class ToMe(SizedReducer):
 
     @classmethod
     def margin(cls, scores: Any, exact: Any, choice: np.ndarray, row: BlockPlan) -> np.ndarray:
-        """How far each token of A is from merging or not, and from merging into another; B has no choice.
+        """Margin of each token of A: whether it merges, and into which token; infinite for the tokens of B.
 
         Args:
-            scores: Similarities ``[n, evens, odds]`` in the precision that is examined.
+            scores: Similarities ``[n, evens, odds]`` in the precision under test.
             exact: The same in FP64.
             choice: See :meth:`TokenReducer.margin`.
             row: See :meth:`TokenReducer.margin`.
@@ -115,12 +117,12 @@ class ToMe(SizedReducer):
 
     @classmethod
     def nearest_choice(cls, choice: np.ndarray, exact: Any, row: BlockPlan) -> np.ndarray:
-        """The closest of two kinds: another pair merges in the place of the last, or a token joins its second best."""
+        """The closer of two changes: the last pair is replaced by the next, or a token joins its second best match."""
         return _Matched(choice, exact, row).nearest()
 
     @classmethod
     def shown_scores(cls, scores: Any, prefix: int) -> np.ndarray:
-        """See :meth:`TokenReducer.shown_scores`: 1 minus the best similarity of each token of A; B has no choice."""
+        """See :meth:`TokenReducer.shown_scores`: 1 minus the best similarity for each token of A, NaN for B."""
         found = np.full((len(scores), scores.shape[1] + scores.shape[2]), np.nan)
         found[:, prefix % 2 :: 2] = 1 - scores.max(axis=2)
         return found
@@ -128,7 +130,7 @@ class ToMe(SizedReducer):
     # ---- one block
 
     def scores(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState | None = None) -> Tensor:
-        """Cosine similarity of the tokens at even places to those at odd ones, by their keys' mean over heads.
+        """Cosine similarity between tokens at even and odd positions, of their keys' mean over heads.
 
         Args:
             x: See :meth:`TokenReducer.scores`.
@@ -137,15 +139,15 @@ class ToMe(SizedReducer):
             state: Not used.
 
         Returns:
-            FP32 ``[B, evens, odds]``; places count the prefix, whose tokens are in neither.
+            FP32 ``[B, evens, odds]``; positions count the prefix, but its tokens are in neither set.
         """
-        # Which pairs merge has no gradient, so nothing on the way there needs one.
+        # The choice of pairs has no gradient, so its inputs are detached.
         metric = precise(k.detach()).mean(2)
         metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(TINY)
         even, odd = metric[:, self.prefix + self.prefix % 2 :: 2], metric[:, self.prefix + 1 - self.prefix % 2 :: 2]
         if torch.onnx.is_in_onnx_export():
             return even @ odd.transpose(1, 2)
-        with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training compares in half precision
+        with torch.autocast(x.device.type, enabled=False):  # otherwise AMP compares in half precision
             return even @ odd.transpose(1, 2)
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState) -> tuple[Tensor, Tensor, TokenState]:  # type: ignore[override]
@@ -159,16 +161,16 @@ class ToMe(SizedReducer):
 
 
 def merges(options: ToMe.Options, depth: int) -> list[int]:
-    """What each block is asked to merge.
+    """Returns the number of tokens that each block should merge.
 
-    Exact on numbers as they are written: in floats ``int(10 * (1 - 0.9))`` is 0.
+    Numbers are computed exactly as decimals: in floats, ``int(10 * (1 - 0.9))`` is 0.
 
     Args:
-        options: Of the method.
-        depth: Blocks.
+        options: The method's options.
+        depth: Number of blocks.
 
     Raises:
-        InputError: A list is longer than the model is deep, or it and an inflection are given.
+        InputError: A list has more entries than the model has blocks, or is combined with ``inflect``.
     """
     merge = options.merge
     if isinstance(merge, tuple):
@@ -207,32 +209,32 @@ def _row(block: int, tokens: int, candidates: int, gone: int) -> BlockPlan:
 
 
 def choose(similarity: Tensor, merge: int, first: int) -> Tensor:
-    """Which tokens of A merge, and into which of B; on ties the lowest places.
+    """Chooses the tokens of A that merge, and the tokens of B that they join; on ties, the lowest positions.
 
     Args:
         similarity: ``[B, evens, odds]``.
         merge: r.
-        first: Number of the first candidate at an even place, 0 or 1.
+        first: Index of the first candidate at an even position, 0 or 1.
 
     Returns:
-        int32 ``[B, evens + odds + r]``: what stays (A in order, then B), what moves (the most similar first), and for
-        each of these the place among the former.
+        int32 ``[B, evens + odds + r]``: the kept candidates (A in order, then B), the moving ones (the most similar
+        first), and for each moving one the position of its target among the kept ones.
     """
     evens, odds = similarity.shape[1:]
     best = similarity.amax(2)
-    # ONNX's TopK takes the lowest place on ties, PyTorch's takes any.
+    # On ties, ONNX's TopK returns the lowest index, but PyTorch's order is not defined.
     order = best.topk(evens).indices if torch.onnx.is_in_onnx_export() else select(best, evens)
     moved, others = order[:, :merge], order[:, merge:]
-    # Of those that move alone: OpenVINO takes longer to find the best of all than to multiply them.
+    # Only for the moving tokens: in OpenVINO, argmax over all tokens takes longer than their matrix product.
     joined = similarity.gather(1, moved[..., None].expand(-1, -1, odds)).argmax(2)
     staying = None
     if merge < evens:
-        # Sorted, not counted: OpenVINO 2026.4 counts wrongly from the second image on.
+        # Sorting instead of counting: OpenVINO 2026.4 counts incorrectly from the second image on.
         staying = others.topk(evens - merge, largest=False).values
-    if order.is_cuda:  # numbers that come from the host would wait for it, and no CUDA graph holds them
+    if order.is_cuda:  # constants copied from the host would synchronize and prevent CUDA graphs
         return numbered_by_parts(staying, moved, joined, odds, first)
-    # B's numbers are constants: anything stands in their places and is taken 0 times. So everything is one affine step:
-    # on a CPU each of these small steps takes longer to begin than to do.
+    # One affine step for all parts, because on a CPU the overhead of each small operation exceeds its work. The indices
+    # of B are constants: their slots hold arbitrary values, which are multiplied by 0.
     parts = [order[:, :odds], moved, joined]
     if odds > evens:
         parts.insert(1, moved[:, :1])
@@ -245,13 +247,13 @@ def choose(similarity: Tensor, merge: int, first: int) -> Tensor:
 
 
 def numbered_by_parts(staying: Tensor | None, moved: Tensor, joined: Tensor, odds: int, first: int) -> Tensor:
-    """:func:`choose`'s result from places within A and within B, with no number but the device's own.
+    """Computes :func:`choose`'s result from positions within A and B, without constants from the host.
 
     Args:
-        staying: int64 ``[B, evens − r]``, in order; ``None`` where all of A move.
+        staying: int64 ``[B, evens − r]``, in order; ``None`` if all of A move.
         moved: int64 ``[B, r]``.
         joined: int64 ``[B, r]``.
-        odds: Tokens of B.
+        odds: Number of tokens in B.
         first: See :func:`choose`.
     """
     numbers = (2 * torch.arange(odds, device=moved.device) + 1 - first).expand(len(moved), -1)
@@ -261,7 +263,7 @@ def numbered_by_parts(staying: Tensor | None, moved: Tensor, joined: Tensor, odd
 
 
 class _Matched:
-    """A choice beside the similarities that it was made by, in NumPy; tokens are numbered within A and within B.
+    """A choice together with the similarities it is based on, in NumPy; tokens are numbered within A and within B.
 
     Args:
         choice: See :func:`choose`.
@@ -274,25 +276,25 @@ class _Matched:
         self.choice, self.exact = choice, exact
         self.evens, self.odds = exact.shape[1:]
         self.merge = row.tokens_in - row.tokens_out
-        self.first = 1 - int(choice[0, row.keep - self.odds])  # the tokens of B are the last that stay
+        self.first = 1 - int(choice[0, row.keep - self.odds])  # the tokens of B are the last of the kept ones
         candidates = self.evens + self.odds
         self.moved = (choice[:, row.keep : candidates].astype(np.int64) - self.first) // 2
         self.joined = choice[:, candidates:].astype(np.int64) - (self.evens - self.merge)
         self.best = exact.max(axis=2)
 
     def of(self, each: np.ndarray) -> np.ndarray:
-        """Of ``[n, evens, ...]`` what belongs to the tokens that move ``[n, r, ...]``."""
+        """Selects from ``[n, evens, ...]`` the entries of the moving tokens ``[n, r, ...]``."""
         return each[np.arange(len(each))[:, None], self.moved]
 
     def to_boundary(self) -> np.ndarray:
-        """How far the best similarity of each token of A is from the boundary of the r highest, ``[n, evens]``."""
+        """Distance of each best similarity in A from the boundary of the r highest, ``[n, evens]``."""
         if self.merge == self.evens:
             return np.full(self.best.shape, np.inf)
         ranked = -np.sort(-self.best, axis=1)
         return np.abs(self.best - ranked[:, self.merge - 1 : self.merge + 1].mean(axis=1, keepdims=True))
 
     def to_second(self) -> tuple[np.ndarray, np.ndarray]:
-        """How much each token that moves prefers what it joined to the rest of B, and the best of that, ``[n, r]``."""
+        """For each moving token, the similarity gap to its second best match, and that match's index, ``[n, r]``."""
         similar = self.of(self.exact).copy()
         taken = self.joined[..., None]
         own = np.take_along_axis(similar, taken, axis=2)[..., 0]

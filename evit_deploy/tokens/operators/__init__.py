@@ -1,1 +1,1 @@
-"""The operators ``evit::TokenReorg`` and ``evit::TokenMerge``, and the compiled kernel of the first."""
+"""The operators ``evit::TokenReorg`` and ``evit::TokenMerge``, and the compiled kernel for ``TokenReorg``."""

@@ -1,7 +1,7 @@
-"""The compiled kernel of ``evit::TokenReorg``, called on PyTorch's tensors: what C++ and TensorRT call too.
+"""Calls the compiled kernel of ``evit::TokenReorg`` on PyTorch tensors; C++ and TensorRT call the same kernel.
 
-``plugins/token_reorg`` has its source. The libraries that ``evit-deploy plugin build`` makes run on a GPU; the *host*
-library is the same kernel run by threads of the CPU, to be tested without one.
+The source is in ``plugins/token_reorg``. Libraries built by ``evit-deploy plugin build`` run on a GPU; the *host*
+library runs the same kernel on CPU threads, so that it can be tested without a GPU.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ _INVALID_CALL = 1
 
 
 class _Call(ctypes.Structure):
-    """``EvitTokenReorgCall``."""
+    """The C struct ``EvitTokenReorgCall``."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "scores", "y", "idx")),
@@ -29,13 +29,13 @@ class _Call(ctypes.Structure):
 
 
 class _Cut(ctypes.Structure):
-    """``EvitCut``."""
+    """The C struct ``EvitCut``."""
 
     _fields_ = tuple((name, ctypes.c_int32) for name in ("lanes", "tiles", "slices", "early", "threads"))
 
 
 class _ScoresCall(ctypes.Structure):
-    """``EvitClassScoresCall``."""
+    """The C struct ``EvitClassScoresCall``."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "probabilities", "scores")),
@@ -46,14 +46,16 @@ class _ScoresCall(ctypes.Structure):
 
 
 class Cut(msgspec.Struct, frozen=True):
-    """How the work is divided. It changes no bit of the result; see ``token_reorg.h``. 0 is the kernel's choice.
+    """How the kernel divides its work; see ``token_reorg.h``. The result is bitwise the same for all values.
+
+    For each field, 0 lets the kernel choose.
 
     Args:
-        lanes: Accesses side by side in a team, a power of two.
+        lanes: Adjacent accesses in a team, a power of two.
         tiles: Teams that share an image's columns.
         slices: Teams that share a tile's rows.
-        early: 1 to load rows when it is known which of them stay, 2 to load the first before.
-        threads: Of a team: 256 or 512 on a GPU, 1 to 64 on the CPU.
+        early: 1 to load rows once the kept ones are known, 2 to load the first rows earlier.
+        threads: Threads per team: 256 or 512 on a GPU, 1 to 64 on the CPU.
     """
 
     lanes: int = 0
@@ -67,15 +69,15 @@ OWN_CHOICE = Cut()
 
 
 class TokenReorgKernel:
-    """The kernels in a library: the reorganization, and the score row that EViT ranks by.
+    """The kernels of a library: the reorganization, and the scores that EViT ranks by.
 
-    Loading a library runs its code: load only what you built.
+    Loading a library runs its code: only load libraries that you built.
 
     Args:
-        library: Any library that :func:`read_identity` knows.
+        library: A library that :func:`read_identity` accepts.
 
     Raises:
-        InputError: evit-deploy did not build the file, or its interface is another version's.
+        InputError: The file was not built by evit-deploy, or has a different interface version.
         MissingRequirement: It cannot be loaded on this machine.
     """
 
@@ -102,23 +104,23 @@ class TokenReorgKernel:
         out: tuple[Tensor, Tensor] | None = None,
         cut: Cut = OWN_CHOICE,
     ) -> tuple[Tensor, Tensor]:
-        """``y, idx = TokenReorg(x, scores)``; on a GPU on PyTorch's current stream, without waiting for it.
+        """``y, idx = TokenReorg(x, scores)``; on a GPU, asynchronously on PyTorch's current stream.
 
         Args:
-            x: FP32, FP16 or BF16 ``[B, prefix + N, C]``, on the device that the library is for.
+            x: FP32, FP16 or BF16 ``[B, prefix + N, C]``, on the library's device.
             scores: FP32 ``[B, N]``.
             keep: K, 1 to N.
-            fuse: Whether the rest becomes one more row.
-            prefix: Tokens in front that are no candidates, 0 to 8.
-            out: Where y and idx go; they are allocated when ``None``.
-            cut: How the work is shared out.
+            fuse: Whether to add a fused row of the remaining tokens.
+            prefix: Tokens in front that are not candidates, 0 to 8.
+            out: Output tensors for y and idx; allocated if ``None``.
+            cut: How the work is divided.
 
         Returns:
             y ``[B, prefix + K + fuse, C]`` in x's dtype and idx int32 ``[B, K]``.
 
         Raises:
-            InputError: The tensors do not go together, or the kernel does not take them.
-            StageError: CUDA refused.
+            InputError: The tensors do not match each other, or the kernel does not support them.
+            StageError: CUDA reported an error.
         """
         x, scores = x.contiguous(), scores.contiguous()
         self._check(x, scores, prefix)
@@ -140,22 +142,22 @@ class TokenReorgKernel:
     def class_scores(
         self, q: Tensor, k: Tensor, scale: float, prefix: int, *, threads: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Softmax of q_cls · Kᵀ · scale over all tokens, and its mean over heads at the candidates.
+        """Softmax of q_cls · Kᵀ · scale over all tokens, and its mean over heads for the candidates.
 
         Args:
-            q: FP32, FP16 or BF16 ``[B, 1 or more, H, d]``, of which token 0 is read. A head's d elements lie side by
-                side; heads, tokens and images may lie anywhere on a grid of 16 bytes.
+            q: FP32, FP16 or BF16 ``[B, 1 or more, H, d]``; only token 0 is read. The d elements of a head must be
+                contiguous; heads, tokens and images may have any strides that are multiples of 16 bytes.
             k: ``[B, N, H, d]``, in q's dtype.
             scale: Factor on the logits.
-            prefix: Tokens in front that are no candidates.
-            threads: Host library: members of a team, 1 to 64; 0 is one.
+            prefix: Tokens in front that are not candidates.
+            threads: Host library only: threads per team, 1 to 64; 0 means 1.
 
         Returns:
             Scores FP32 ``[B, N - prefix]`` and probabilities FP32 ``[B, H, N]``.
 
         Raises:
-            InputError: The kernel does not take these.
-            StageError: CUDA refused.
+            InputError: The kernel does not support these tensors.
+            StageError: CUDA reported an error.
         """
         batch, tokens, heads, width = k.shape
         if q.dtype not in DTYPES or k.dtype != q.dtype or q.stride(-1) != 1 or k.stride(-1) != 1:

@@ -1,4 +1,4 @@
-"""The libraries that ``evit-deploy plugin build`` makes: the identity that each contains, and where they are kept.
+"""Libraries built by ``evit-deploy plugin build``: their embedded identity, and the folder where they are stored.
 
 A library's code runs in the process that loads it, so libraries are inspected before loading.
 """
@@ -12,9 +12,9 @@ import msgspec
 from evit_deploy.errors import InputError
 
 KERNEL = "libevit_token_reorg.so"
-"""The kernel, with no TensorRT in it."""
+"""File name of the kernel without TensorRT."""
 ABI = 2
-"""Of ``token_reorg.h``."""
+"""Version of the C interface in ``token_reorg.h``."""
 _IDENTITY = re.compile(
     rb"evit-deploy library: kind=(?P<kind>\w+) version=(?P<version>[\w.+-]+) abi=(?P<abi>\d+) "
     rb"architectures=(?P<architectures>[\w,-]+) tensorrt=(?P<tensorrt>[\w.]+);"
@@ -22,15 +22,15 @@ _IDENTITY = re.compile(
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """The identity that a library contains.
+    """The identity embedded in a library.
 
     Args:
         kind: ``registers`` (the plugin, for Triton, trtexec ``--staticPlugins`` and polygraphy), ``creators`` (the
             plugin, for trtexec ``--dynamicPlugins``), ``kernel`` (without TensorRT) or ``host`` (on the CPU).
-        version: Of evit-deploy.
-        abi: Of its C interface.
-        architectures: CUDA architectures it has code for, as CMake writes them: ``80-real``, or ``120`` with PTX.
-        tensorrt: Version of the headers it was built with; ``None`` where there is no TensorRT in it.
+        version: Version of evit-deploy.
+        abi: Version of its C interface.
+        architectures: CUDA architectures it has code for, in CMake's notation: ``80-real``, or ``120`` with PTX.
+        tensorrt: Version of the TensorRT headers it was built with; ``None`` for a library without TensorRT.
     """
 
     kind: str
@@ -54,13 +54,13 @@ def read_identity(library: Path) -> Identity:
         raise InputError(
             "not a library that evit-deploy built", where=library, fix="Build one: evit-deploy plugin build."
         )
-    told = {name: value.decode() for name, value in found.groupdict().items()}
-    architectures = () if told["architectures"] == "none" else tuple(told["architectures"].split(","))
-    tensorrt = None if told["tensorrt"] == "none" else told["tensorrt"]
-    return Identity(told["kind"], told["version"], int(told["abi"]), architectures, tensorrt)
+    known = {name: value.decode() for name, value in found.groupdict().items()}
+    architectures = () if known["architectures"] == "none" else tuple(known["architectures"].split(","))
+    tensorrt = None if known["tensorrt"] == "none" else known["tensorrt"]
+    return Identity(known["kind"], known["version"], int(known["abi"]), architectures, tensorrt)
 
 
 def cache() -> Path:
-    """Where ``plugin build`` puts libraries: ``$XDG_CACHE_HOME/evit-deploy/plugins``, a folder for each version."""
+    """Where ``plugin build`` stores libraries: ``$XDG_CACHE_HOME/evit-deploy/plugins``, one folder per version."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache") / "evit-deploy" / "plugins"

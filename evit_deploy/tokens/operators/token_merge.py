@@ -1,8 +1,8 @@
 """The op ``y, size = TokenMerge(x, sizes, choice)`` in PyTorch and as an ONNX function.
 
-Tokens that stay become the mean of themselves and of those that move to them, weighted by how many patches each stands
-for. The choice is three lists (:mod:`evit_deploy.tokens.choices`); the method makes it. A small matrix
-product adds the tokens up: unlike scattering with additions it is exact in its order, and every runtime has it.
+Each kept token becomes the mean of itself and the tokens that move to it, weighted by the number of patches in each.
+The method provides the choice, which consists of three lists (:mod:`evit_deploy.tokens.choices`). A small matrix
+product sums the tokens: unlike a scatter with addition, it adds in a fixed order, and every runtime supports it.
 """
 
 from typing import TYPE_CHECKING
@@ -20,14 +20,14 @@ NAME = "TokenMerge"
 
 
 def merge(x: Tensor, sizes: Tensor, choice: Tensor, keep: int, prefix: int) -> tuple[Tensor, Tensor]:
-    """Merges tokens as a choice says.
+    """Merges tokens according to a choice.
 
     Args:
         x: ``[B, prefix + N, C]``.
         sizes: FP32 ``[B, N]``, above 0.
-        choice: int ``[B, N + M]`` with M = N − K: K candidates that stay, M that move, M places among the K.
+        choice: int ``[B, N + M]`` with M = N − K: K candidates that stay, M that move, M positions among the K.
         keep: K.
-        prefix: Tokens in front, copied as they are.
+        prefix: Tokens in front, copied unchanged.
 
     Returns:
         ``[B, prefix + K, C]`` in x's dtype and the new sizes, FP32 ``[B, K]``.
@@ -41,10 +41,10 @@ def merge(x: Tensor, sizes: Tensor, choice: Tensor, keep: int, prefix: int) -> t
     total = staying + shares.sum(-1)
     rows = rows_of(x, choice[:, :candidates], prefix)
     kept, moved = rows[:, :keep], rows[:, keep:]
-    # A mean is what stays plus a share of each difference to it. Shares, not sums: a sum of sizes times tokens can
-    # exceed what FP16 holds. And what nothing joins stays as it is, bit for bit.
+    # The mean is computed as the kept token plus weighted differences to it, because a sum of tokens times sizes can
+    # overflow FP16. Kept tokens that nothing moves to are unchanged, bit for bit.
     weights, differences = (shares / total.unsqueeze(-1)).to(x.dtype), moved - rows_of(kept, targets)
-    with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training sums in half precision
+    with torch.autocast(x.device.type, enabled=False):  # otherwise mixed-precision training sums in half precision
         merged = kept + weights @ differences
     return torch.cat([x[:, :prefix], merged], dim=1), total
 
@@ -52,19 +52,19 @@ def merge(x: Tensor, sizes: Tensor, choice: Tensor, keep: int, prefix: int) -> t
 def token_merge(
     x: Tensor, sizes: Tensor, choice: Tensor, evidence: tuple[Tensor, ...], keep: int, prefix: int
 ) -> tuple[Tensor, Tensor]:
-    """:func:`merge`, which during an ONNX export becomes one ``evit::TokenMerge`` node.
+    """Like :func:`merge`, but becomes one ``evit::TokenMerge`` node during an ONNX export.
 
     Args:
         x: See :func:`merge`.
         sizes: See :func:`merge`.
         choice: int32, see :func:`merge`.
-        evidence: What the choice was made by. The op does not use it: an exported file names it, so that a choice can
-            be judged.
+        evidence: Values that the choice is based on. The op does not use them; they are inputs of the exported node, so
+            that a choice can be verified.
         keep: See :func:`merge`.
         prefix: See :func:`merge`.
 
     Raises:
-        InputError: Shapes and numbers do not fit each other.
+        InputError: The shapes and ``keep`` do not match.
     """
     candidates = x.shape[1] - prefix
     if tuple(sizes.shape[1:]) != (candidates,):
@@ -85,9 +85,9 @@ def token_merge(
     return merge(x, precise(sizes), choice, keep, prefix)
 
 
-# Rows are gathered by number from all images' tokens, as one list: GatherND makes OpenVINO copy all tokens first, and
-# takes a dozen nodes more there. A merged token is what stays plus shares of the differences to it: three passes over
-# the tokens instead of seven.
+# Rows are gathered by index from the flattened tokens of all images: with GatherND, OpenVINO first copies all tokens
+# and needs a dozen more nodes. A merged token is computed as the kept token plus weighted differences to it, which
+# takes three passes over the tokens instead of seven.
 _FUNCTION = """
 <opset_import: ["" : {opset}], domain: "evit",
  doc_string: "Merges tokens into others: means weighted by size. `choice` lists who stays, who moves, and whither.">
@@ -161,7 +161,7 @@ def onnx_function(opset: int, evidence: int) -> "onnx.FunctionProto":
 
     Args:
         opset: Version of the default domain that the surrounding model imports.
-        evidence: How many inputs there are behind the choice.
+        evidence: Number of inputs after the choice.
     """
     import onnx.parser
 

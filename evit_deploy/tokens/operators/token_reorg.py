@@ -1,9 +1,9 @@
 """The op ``y, idx = TokenReorg(x, scores)`` in PyTorch and as an ONNX function.
 
-Selection: the K highest scores in descending order, the lowest index first on ties. The fused row (equation 3) is the
-sum of score · row over the rest, not normalized, in FP32. The method defines the scores.
+The op selects the K highest scores in descending order, with the lowest index first on ties. The fused row (equation 3)
+is the sum of score · row over the rest, not normalized, in FP32. The method defines the scores.
 
-Other bodies of the same op (NumPy oracle, CUDA) are held to the same table of cases: ``tests/support/cases.py``.
+The other implementations of the op (NumPy reference, CUDA) are tested on the same cases: ``tests/support/cases.py``.
 """
 
 from typing import TYPE_CHECKING
@@ -23,14 +23,14 @@ DOMAIN_VERSION = 1
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """At least FP32: half precision is too coarse to rank by, and FP64 is for references."""
+    """Converts to FP32, because half precision is too coarse for ranking; keeps FP64, which references use."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def select(scores: Tensor, keep: int) -> Tensor:
     """Indices of the ``keep`` highest scores, descending, lowest index first on ties.
 
-    ``torch.topk`` leaves the order of ties open, a stable sort does not.
+    ``torch.topk`` does not define the order of ties, so a stable sort is used.
 
     Args:
         scores: ``[B, N]``.
@@ -39,18 +39,18 @@ def select(scores: Tensor, keep: int) -> Tensor:
     Returns:
         int64 ``[B, K]``; valid and unique even where scores are NaN.
     """
-    if torch.onnx.is_in_onnx_export():  # there is no stable sort in ONNX; its TopK has the lowest index first on ties
+    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK returns the lowest index first on ties
         return scores.topk(keep, dim=1).indices
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
 
 
 def rows_of(x: Tensor, numbers: Tensor, prefix: int = 0) -> Tensor:
-    """Whole rows by number: ``gather`` would go by element, which takes five times as long on a CPU.
+    """Gathers complete rows by index; ``gather`` works by element and takes five times as long on a CPU.
 
     Args:
         x: ``[B, prefix + N, C]``.
-        numbers: int64 ``[B, K]``, counted behind the prefix.
-        prefix: Tokens in front.
+        numbers: int64 ``[B, K]``, counted without the prefix.
+        prefix: Tokens in front of the candidates.
 
     Returns:
         ``[B, K, C]``.
@@ -67,7 +67,7 @@ def reorganize(x: Tensor, scores: Tensor, kept: Tensor, fuse: bool, prefix: int)
         scores: FP32 ``[B, N]``, the weights of the fused row.
         kept: int64 ``[B, K]``.
         fuse: Whether to add the weighted sum of the rows that are not kept.
-        prefix: Tokens in front, copied as they are.
+        prefix: Tokens in front, copied unchanged.
 
     Returns:
         ``[B, prefix + K + fuse, C]`` in x's dtype.
@@ -76,30 +76,30 @@ def reorganize(x: Tensor, scores: Tensor, kept: Tensor, fuse: bool, prefix: int)
     parts = [x[:, :prefix], rows_of(x, kept, prefix)]
     if fuse:
         rest, exact = scores.scatter(1, kept, 0.0), precise(patches)
-        with torch.autocast(x.device.type, enabled=False):  # or mixed-precision training sums in half precision
+        with torch.autocast(x.device.type, enabled=False):  # otherwise mixed-precision training sums in half precision
             parts.append(torch.bmm(rest.unsqueeze(1).to(exact.dtype), exact).to(x.dtype))
     return torch.cat(parts, dim=1)
 
 
 def token_reorg(x: Tensor, scores: Tensor, keep: int, fuse: bool, prefix: int) -> tuple[Tensor, Tensor]:
-    """Keeps the best-scored tokens and, with ``fuse``, sums up the rest.
+    """Keeps the highest-scored tokens and, with ``fuse``, adds the weighted sum of the rest.
 
     Differentiable in ``x`` and, through the fused row, in ``scores``. During an ONNX export it becomes one
-    ``evit::TokenReorg`` node; on a GPU the compiled kernel computes it where there is one
-    (:mod:`evit_deploy.tokens.operators.torch_ops`), else PyTorch.
+    ``evit::TokenReorg`` node. On a GPU it uses the compiled kernel if there is one
+    (:mod:`evit_deploy.tokens.operators.torch_ops`), otherwise PyTorch.
 
     Args:
         x: ``[B, prefix + N, C]``, FP32, FP16 or BF16.
         scores: FP32 ``[B, N]``.
         keep: K, 1 to N.
         fuse: Whether to add the fused row.
-        prefix: Tokens in front that always stay.
+        prefix: Tokens in front that are always kept.
 
     Returns:
         y ``[B, prefix + K + fuse, C]`` in x's dtype and idx int32 ``[B, K]``, 0-based over the candidates.
 
     Raises:
-        InputError: Shapes and numbers do not fit each other.
+        InputError: The shapes and ``keep`` do not match.
     """
     candidates = x.shape[1] - prefix
     if tuple(scores.shape[1:]) != (candidates,):
@@ -115,7 +115,7 @@ def token_reorg(x: Tensor, scores: Tensor, keep: int, fuse: bool, prefix: int) -
                 "keep": keep,
                 "fuse": int(fuse),
                 "prefix": prefix,
-                # On the node itself, or TensorRT >= 10.15 takes the function body instead of a loaded plugin.
+                # Without these attributes on the node, TensorRT >= 10.15 uses the function body, not a loaded plugin.
                 "plugin_version": "1",
                 "plugin_namespace": DOMAIN,
             },
@@ -130,9 +130,10 @@ def token_reorg(x: Tensor, scores: Tensor, keep: int, fuse: bool, prefix: int) -
     return reorganize(x, scores, kept, fuse, prefix), kept.to(torch.int32)
 
 
-# One body for all attribute values: without fusion the fused row is sliced to nothing. Gathering with GatherND is
-# faster than GatherElements in OpenVINO and equal elsewhere; the kept scores are overwritten with zero (not subtracted
-# from the total, which cancels in FP16), with a zero that stays one when scores are NaN or infinite.
+# One body serves all attribute values: without fusion, the fused row is sliced to zero rows. GatherND is faster than
+# GatherElements in OpenVINO and as fast elsewhere. The kept scores are overwritten with zero, because subtracting them
+# from the total cancels in FP16. The zeros are made from the indices, so that they are 0 even if scores are NaN or
+# infinite.
 _FUNCTION = """
 <opset_import: ["" : {opset}], domain: "evit",
  doc_string: "Keeps the best-scored tokens and sums up the rest by score (EViT, arXiv 2202.07800, algorithm 1).">
@@ -170,7 +171,7 @@ TokenReorg <keep, fuse, prefix> (x, scores) => (y, idx)
 
 
 def onnx_function(opset: int) -> "onnx.FunctionProto":
-    """The op's body in standard ONNX operators, for runtimes that have no kernel of their own for it.
+    """The op's body in standard ONNX operators, for runtimes without a kernel for the op.
 
     Args:
         opset: Version of the default domain that the surrounding model imports.

@@ -1,10 +1,10 @@
-"""``torch.ops.evit.token_reorg`` and ``class_scores``: the compiled kernels as operators of PyTorch.
+"""``torch.ops.evit.token_reorg`` and ``class_scores``: the compiled kernels as PyTorch operators.
 
-Eager PyTorch, ``torch.compile`` (one opaque node, no graph break) and training go through it where a kernel is in use:
-on CUDA the library that ``EVIT_DEPLOY_KERNEL`` names, or else the one that ``evit-deploy plugin build`` made for this
-GPU. Everywhere else :mod:`evit_deploy.tokens.operators.token_reorg` and :mod:`evit_deploy.tokens.methods.evit` compute
-in PyTorch. The kernel gives the same bits on every device and in every batch; PyTorch's sum of the fused row differs
-from them by rounding.
+Eager PyTorch, ``torch.compile`` (one opaque node, no graph break) and training use these operators if a kernel is in
+use: on CUDA, the library set by ``EVIT_DEPLOY_KERNEL``, or otherwise the one that ``evit-deploy plugin build`` built
+for this GPU. In all other cases, :mod:`evit_deploy.tokens.operators.token_reorg` and
+:mod:`evit_deploy.tokens.methods.evit` compute in PyTorch. The kernel's results are bitwise the same on every device and
+in every batch; PyTorch's fused row differs from them by rounding.
 """
 
 import logging
@@ -22,9 +22,9 @@ from evit_deploy.tokens.operators.kernel import DTYPES, TokenReorgKernel
 from evit_deploy.tokens.operators.library import ABI, KERNEL, Identity, cache, read_identity
 
 ENVIRONMENT = "EVIT_DEPLOY_KERNEL"
-"""Path of the kernel's library; ``none`` for PyTorch's own operations."""
+"""Environment variable with the path of the kernel's library, or ``none`` to use PyTorch's operations."""
 MOST_CANDIDATES, MOST_PREFIX, MOST_HEAD_WIDTH = 4096, 8, 256
-"""As in ``token_reorg.h``."""
+"""Limits of the kernel, as in ``token_reorg.h``."""
 _LOG = logging.getLogger(__name__)
 _IN_USE: dict[torch.device, TokenReorgKernel | None] = {}
 
@@ -68,7 +68,7 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool, int], output: t
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-    """Of x and scores, from y = [prefix, kept rows, Σ score · row over the rest]."""
+    """Gradients of x and scores, for y = [prefix, kept rows, Σ score · row over the rest]."""
     x, scores, idx = ctx.saved_tensors
     (batch, tokens, channels), prefix = ctx.shape, ctx.prefix
     kept, last = idx.long(), grad.shape[1] - int(ctx.fuse)
@@ -77,7 +77,7 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None
         weights = scores.scatter(1, kept, 0.0)
         fused = grad[:, last:].float()
         of_patches = (weights.unsqueeze(-1) * fused).to(grad.dtype)
-        # Rows that stay do not depend on their score.
+        # Kept rows do not depend on their score.
         of_scores = torch.bmm(x[:, prefix:].float(), fused.transpose(1, 2)).squeeze(-1).scatter(1, kept, 0.0)
     else:
         of_patches = grad.new_zeros((batch, tokens - prefix, channels))
@@ -87,7 +87,7 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None
 
 
 torch.library.register_autograd("evit::token_reorg", _gradients, setup_context=_remember)
-# Autocast has nothing to do: x keeps its type, scores are FP32, and the sum is FP32 inside.
+# Autocast needs no rule: x keeps its dtype, scores are FP32, and the kernel sums in FP32.
 
 
 # ---- the score row
@@ -95,7 +95,7 @@ torch.library.register_autograd("evit::token_reorg", _gradients, setup_context=_
 
 @torch.library.impl("evit::class_scores", ("cpu", "cuda"))
 def _run_scores(q: Tensor, k: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor]:
-    # An address off the grid, which a compiled graph cannot be asked about, costs a copy.
+    # A compiled graph cannot check the alignment of addresses, so unaligned tensors are copied here.
     q, k = (t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format) for t in (q, k))
     return _kernel_for(k).class_scores(q, k, scale, prefix)
 
@@ -114,7 +114,7 @@ def _remember_scores(ctx: Any, inputs: tuple[Tensor, Tensor, float, int], output
 
 
 def _gradients_of_scores(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    """Of q and k, from the mean over heads of softmax(q · Kᵀ · scale)."""
+    """Gradients of q and k, for the mean over heads of softmax(q · Kᵀ · scale)."""
     q, k, probabilities = ctx.saved_tensors
     heads = probabilities.shape[1]
     grad = torch.nn.functional.pad(grad, (ctx.prefix, 0)).unsqueeze(1) / heads  # [B, 1, N], the same for every head
@@ -129,11 +129,11 @@ def _gradients_of_scores(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Ten
 torch.library.register_autograd("evit::class_scores", _gradients_of_scores, setup_context=_remember_scores)
 
 
-# ---- which kernel
+# ---- choice of the kernel
 
 
 def takes_scores(q: Tensor, k: Tensor) -> bool:
-    """Whether the kernel in use on this device computes the score row of such queries and keys.
+    """Whether the kernel in use on this device supports these queries and keys for the class scores.
 
     Args:
         q: ``[B, N, H, d]``.
@@ -148,12 +148,12 @@ def takes_scores(q: Tensor, k: Tensor) -> bool:
 
 
 def takes(x: Tensor, scores: Tensor, prefix: int) -> bool:
-    """Whether the kernel in use on this device computes such a call.
+    """Whether the kernel in use on this device supports these arguments of the reorganization.
 
     Args:
         x: ``[B, prefix + N, C]``.
         scores: ``[B, N]``.
-        prefix: Tokens in front that always stay.
+        prefix: Tokens in front that are always kept.
     """
     fits = x.dtype in DTYPES and scores.dtype == torch.float32
     return fits and prefix <= MOST_PREFIX and scores.shape[1] <= MOST_CANDIDATES and in_use(x.device)
@@ -161,20 +161,21 @@ def takes(x: Tensor, scores: Tensor, prefix: int) -> bool:
 
 @torch.compiler.assume_constant_result
 def in_use(device: torch.device) -> bool:
-    """Whether there is a kernel for tensors on a device; a compiled graph keeps the answer that it was made with.
+    """Whether there is a kernel for tensors on a device; compiled graphs keep the result from their compilation.
 
-    An export keeps PyTorch's operations: what reads its graph knows nothing of ours. That is asked in here, where
-    Dynamo does not look: that of PyTorch 2.11 takes ``is_exporting()`` for true while it compiles.
+    Exports keep PyTorch's operations, because readers of the exported graph do not have this project's operators.
+    ``is_exporting()`` is called here, where Dynamo does not trace: in PyTorch 2.11, Dynamo evaluates it as true during
+    compilation.
     """
     return not torch.compiler.is_exporting() and kernel_on(device) is not None
 
 
 def kernel_on(device: torch.device) -> TokenReorgKernel | None:
-    """The kernel for tensors on a device; it is looked for, and loaded, at the first call.
+    """Returns the kernel for tensors on a device; the first call finds and loads it.
 
     Raises:
-        InputError: What ``EVIT_DEPLOY_KERNEL`` names is no kernel of ours.
-        MissingRequirement: It is for another GPU.
+        InputError: The library in ``EVIT_DEPLOY_KERNEL`` was not built by evit-deploy.
+        MissingRequirement: It was not built for this GPU.
     """
     if device not in _IN_USE:
         _IN_USE[device] = _find(device) if device.type == "cuda" else None
@@ -185,16 +186,16 @@ def kernel_on(device: torch.device) -> TokenReorgKernel | None:
 
 @contextmanager
 def using(kernel: TokenReorgKernel | None, device: torch.device | str) -> Iterator[None]:
-    """Inside, a kernel is used for tensors on a device, or with ``None`` PyTorch's own operations.
+    """Context manager that uses a kernel for tensors on a device, or PyTorch's operations.
 
-    Graphs that were compiled before keep what they have.
+    Graphs that are already compiled are not affected.
 
     Args:
-        kernel: The kernel.
-        device: Where its tensors are.
+        kernel: The kernel; ``None`` for PyTorch's operations.
+        device: Device of the tensors.
     """
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:  # tensors name their GPU by number
+    if device.type == "cuda" and device.index is None:  # the devices of tensors have an index
         device = torch.device("cuda", torch.cuda.current_device())
     before = _IN_USE.get(device, ...)
     _IN_USE[device] = kernel
@@ -227,7 +228,7 @@ def _find(device: torch.device) -> TokenReorgKernel | None:
             identity = read_identity(path)
             if identity.abi == ABI and runs_on(identity, capability):
                 return TokenReorgKernel(path)
-        except (InputError, MissingRequirement) as error:  # it was not asked for, so it stops nothing
+        except (InputError, MissingRequirement) as error:  # found, not requested: a warning is enough
             _LOG.warning("ignoring a kernel in the cache: %s", error)
     return None
 
@@ -235,11 +236,12 @@ def _find(device: torch.device) -> TokenReorgKernel | None:
 def runs_on(identity: Identity, capability: tuple[int, int]) -> bool:
     """Whether a library has code for a GPU.
 
-    Machine code (``90-real``) runs on its own major version from its minor version on; Jetson's (87, 110) is for no
-    other GPU. Without ``-real`` there is PTX too, which the driver compiles for every newer GPU.
+    Machine code (``90-real``) runs on GPUs of the same major version and the same or a higher minor version, except
+    that Jetson (87, 110) only runs its own. Without ``-real``, the library also has PTX, which the driver compiles for
+    every newer GPU.
 
     Args:
-        identity: Of the library.
+        identity: The library's identity.
         capability: The GPU's compute capability.
     """
     gpu = capability[0] * 10 + capability[1]

@@ -1,1 +1,1 @@
-"""Digits to train on without a download: as they are, and on photographs."""
+"""Digit data sets that need no download: scikit-learn's digits, and the same digits on photographs."""

@@ -1,4 +1,4 @@
-"""The digits inside scikit-learn: training data in memory, and the images themselves for other tasks made of them."""
+"""scikit-learn's digits: training data in memory, and the original images for other data sets."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ from evit_deploy.recipe.sections import DataSection
 
 
 class DigitsData:
-    """The digits inside scikit-learn, varied by rotation, size and place; all in memory."""
+    """scikit-learn's digits in memory, augmented by rotation, scale and shift."""
 
     def __init__(self, section: DataSection, preprocess: Preprocess) -> None:
         self.classes = tuple("0123456789")
@@ -46,7 +46,7 @@ class DigitsData:
         images, labels = self._train
         transfer = Transfer(device, self.preprocess)
         mine, steps = share(batch_size, rank, world), self.steps_per_epoch(batch_size)
-        # One generator for order and variation, as long as the set is small enough to draw everything again.
+        # One generator for order and augmentation: the set is small enough to draw all earlier steps again.
         generator, step = torch.Generator().manual_seed(seed), 0
         while True:
             order = torch.randperm(len(images), generator=generator)[: steps * batch_size]
@@ -69,13 +69,13 @@ class DigitsData:
 
 
 def digits_preprocess(image_size: int) -> Preprocess:
-    """How the digits are put into a model: enlarged, the whole image, black is -1 and white is 1."""
+    """Preprocessing of the digits: resizes the complete image, with black as -1 and white as 1."""
     half = (0.5, 0.5, 0.5)
     return Preprocess(size=(image_size, image_size), crop_pct=1.0, mean=half, std=half)
 
 
 def digits_images() -> tuple[list[Image.Image], np.ndarray]:
-    """The 1,797 handwritten digits inside scikit-learn: 8 × 8 images and their labels, int64.
+    """scikit-learn's 1,797 handwritten digits: 8 × 8 images and their labels, int64.
 
     Raises:
         MissingRequirement: scikit-learn is not installed.
@@ -84,12 +84,12 @@ def digits_images() -> tuple[list[Image.Image], np.ndarray]:
     from sklearn.datasets import load_digits
 
     pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
-    shades = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # they come as 0 to 16
+    shades = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # scikit-learn's values are 0 to 16
     return [Image.fromarray(shade) for shade in shades], np.asarray(labels, np.int64)
 
 
 def digits_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the 1,437 training and the 360 test digits, each digit with its share in both; always the same."""
+    """Indices of the 1,437 training and 360 test digits; the split is stratified and deterministic."""
     from sklearn.model_selection import train_test_split
 
     train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
@@ -99,15 +99,15 @@ def digits_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def load_digits_data(
     image_size: int,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The digits as tensors: 1,437 for training and 360 for testing, each digit with its share in both.
+    """Loads the digits as tensors, with a stratified split of 1,437 for training and 360 for testing.
 
-    They go through the same preprocessing as a digit that is read from a file later.
+    The preprocessing is the same as for digits that are read from files later.
 
     Args:
         image_size: Side of the model's input in pixels.
 
     Returns:
-        Training and test set, each images float32 ``[N, 3, image_size, image_size]`` and labels int64 ``[N]``.
+        Training and test set, each with images float32 ``[N, 3, image_size, image_size]`` and labels int64 ``[N]``.
     """
     images, labels = digits_images()
     preprocess = digits_preprocess(image_size)
@@ -118,13 +118,14 @@ def load_digits_data(
 
 
 def augment(images: Tensor, section: DataSection, generator: torch.Generator, background: float) -> Tensor:
-    """Rotates, resizes and shifts every image by its own random amount.
+    """Rotates, scales and shifts each image by random amounts.
 
     Args:
         images: ``[B, C, H, W]``.
-        section: Its ``rotation`` (degrees), ``scale`` and ``shift`` (shares) are the largest amounts, either way.
-        generator: Where the random numbers come from.
-        background: Value that moves in from outside.
+        section: Section with the maximum ``rotation`` (degrees), ``scale`` and ``shift`` (fractions) in either
+            direction.
+        generator: Generator of the random numbers.
+        background: Value for areas outside the original image.
 
     Returns:
         ``[B, C, H, W]``.

@@ -1,11 +1,11 @@
-"""digits-in-the-wild: scikit-learn's handwritten digits on crops of photographs that ship inside Python packages.
+"""digits-in-the-wild: scikit-learn's handwritten digits on crops of photographs that are included in Python packages.
 
-A real-image task without a download: most patches show background, so a method that keeps the wrong ones loses the
-digit. Glyphs *and* photographs of the test images are never seen in training. Every image follows from the seed, the
-split, its number and the curriculum's level alone, however many are made, in whichever process.
+It is a real-image task that needs no download: most patches show background, so a method that keeps the wrong patches
+loses the digit. Training never uses the glyphs *or* the photographs of the test images. Every image depends only on the
+seed, the split, its index and the curriculum's level, not on the number of images or the process.
 
-The photographs are read as files: neither scikit-learn's nor scikit-image's code is imported for them. Pictures with
-numerals or print (``clock_motion``, ``page``, ``text``), drawings, and the second half of a stereo pair are left out.
+The photographs are read as files, without importing scikit-learn or scikit-image. Pictures with numerals or print
+(``clock_motion``, ``page``, ``text``), drawings, and the second image of a stereo pair are not used.
 """
 
 import functools
@@ -57,7 +57,7 @@ TRAIN_PHOTOGRAPHS = (
     "skimage/gravel.png",
     "skimage/coins.png",
 )
-"""What training images show behind their digits: seven color photographs and four gray ones."""
+"""Backgrounds of training images: seven color photographs and four gray ones."""
 TEST_PHOTOGRAPHS = (
     "sklearn/flower.jpg",
     "skimage/chelsea.png",
@@ -65,21 +65,21 @@ TEST_PHOTOGRAPHS = (
     "skimage/grass.png",
     "skimage/moon.png",
 )
-"""What test images show: three color photographs and two gray ones, none of them seen in training."""
+"""Backgrounds of test images: three color photographs and two gray ones, none of them used in training."""
 
 _FOLDERS = {"sklearn": Path("datasets", "images"), "skimage": Path("data")}
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
 class Difficulty(msgspec.Struct, frozen=True):
-    """What an image may look like at full difficulty. Lengths are shares of the image's side.
+    """Parameters of the images at full difficulty. Lengths are fractions of the image's side.
 
     Args:
-        scale: Smallest and largest side of the digit's square.
-        grid: Distance of the places that a digit may begin at; 0 is anywhere. 1/8 is the patch grid of eight patches.
-        contrast: Least difference of the digit's luma (0..1) to the mean luma behind it.
-        opacity: Least opacity; drawn from here to 1.
-        rotation: Largest rotation in degrees, either way.
+        scale: Minimum and maximum side of the digit's square.
+        grid: Grid spacing of the digit's top left corner; 0 allows any position, 1/8 is the grid of eight patches.
+        contrast: Minimum difference between the digit's luma (0..1) and the mean luma behind it.
+        opacity: Minimum opacity; the maximum is 1.
+        rotation: Maximum rotation in degrees, in either direction.
     """
 
     scale: tuple[float, float] = (3 / 8, 3 / 8)
@@ -94,21 +94,21 @@ DIFFICULTIES = {
     "medium": Difficulty(),
     "hard": Difficulty(scale=(3 / 16, 3 / 8), contrast=0.15, opacity=0.6, rotation=15.0),
 }
-"""``easy``: one size, on a grid. ``medium``: anywhere. ``hard``: from half that size on, and fainter."""
+"""``easy``: one size, on a grid. ``medium``: any position. ``hard``: down to half the size, and fainter."""
 
 
 class WildDigits:
     """A map-style data set of uint8 images ``[3, size, size]`` and labels; see the module.
 
     Args:
-        split: ``train`` or ``test``: other glyphs and other photographs.
-        count: How many images; the first ones do not depend on it.
+        split: ``train`` or ``test``, which use different glyphs and photographs.
+        count: Number of images; the first images do not depend on it.
         size: Side of an image in pixels.
-        difficulty: A name from :data:`DIFFICULTIES`, or parameters of one's own.
-        seed: Another seed gives other images.
+        difficulty: A name in :data:`DIFFICULTIES`, or custom parameters.
+        seed: Seed of the images.
 
     Raises:
-        InputError: No such difficulty, or nothing to generate.
+        InputError: The difficulty does not exist, or there is nothing to generate.
         MissingRequirement: The photographs are not installed.
     """
 
@@ -131,14 +131,14 @@ class WildDigits:
         return self.render(index)
 
     def render(self, index: int, level: float = 1.0) -> tuple[np.ndarray, int]:
-        """One image.
+        """Renders one image.
 
         Args:
-            index: Which, from 0.
-            level: The curriculum's: 0 is a centered white digit on black, 1 is full difficulty.
+            index: 0-based index.
+            level: Level of the curriculum: 0 is a centered white digit on black, 1 is full difficulty.
 
         Returns:
-            uint8 ``[3, size, size]`` and the digit it shows.
+            uint8 ``[3, size, size]`` and the digit in it.
         """
         rng = np.random.default_rng((self.seed, self.split == "test", index))
         asked, size = self.difficulty, self.size
@@ -162,15 +162,16 @@ class WildDigits:
         room, grid = self.size - side, self.difficulty.grid * self.size
         if not grid:
             return round(room * (0.5 + (draw - 0.5) * level))
-        last = int(room / grid + 1e-6)  # a step off the grid on the way there would have to be unlearned
+        # Positions are on the grid at every level: the model would have to unlearn others.
+        last = int(room / grid + 1e-6)
         return round(grid * round(last / 2 + (int(draw * (last + 1)) - last / 2) * level))
 
 
 def photographs(split: Split) -> list[Image.Image]:
-    """The photographs of a split, RGB; read once.
+    """Returns the photographs of a split as RGB; they are read once.
 
     Raises:
-        MissingRequirement: scikit-learn or scikit-image is not installed, or without them.
+        MissingRequirement: scikit-learn or scikit-image is not installed, or does not include them.
     """
     return _photographs(TRAIN_PHOTOGRAPHS if split == "train" else TEST_PHOTOGRAPHS)
 
@@ -215,20 +216,20 @@ def _crop(photograph: Image.Image, size: int, draws: np.ndarray) -> Image.Image:
 
 
 def _color(behind: float, contrast: float, level: float, draw: float, tint: np.ndarray) -> np.ndarray:
-    """A color whose luma is at least ``contrast`` away from the luma behind it; the furthest one if none is."""
-    darker, brighter = max(0.0, behind - contrast), max(0.0, 1 - behind - contrast)  # lengths of what may be chosen
+    """A color with luma at least ``contrast`` away from the luma behind it; the most distant luma if there is none."""
+    darker, brighter = max(0.0, behind - contrast), max(0.0, 1 - behind - contrast)  # lengths of the allowed ranges
     if darker + brighter == 0:
         luma = 1.0 if behind < 0.5 else 0.0
     else:
         at = draw * (darker + brighter)
         luma = at if at < darker else behind + contrast + (at - darker)
-    tint = tint - tint @ _LUMA  # no luma of its own
+    tint = tint - tint @ _LUMA  # leaves the luma unchanged
     room = np.where(tint > 0, 1 - luma, luma) / np.maximum(np.abs(tint), 1e-6)
     return (luma + tint * min(1.0, float(room.min())) * level).astype(np.float32)
 
 
 class WildDigitsData:
-    """Digits on photographs, see :mod:`evit_deploy.data.training.digits.wild_digits`; made as they are drawn."""
+    """Digits on photographs, generated on demand; see :mod:`evit_deploy.data.training.digits.wild_digits`."""
 
     def __init__(self, section: DataSection, preprocess: Preprocess) -> None:
         size = preprocess.size[0]
@@ -239,7 +240,7 @@ class WildDigitsData:
         self._test = WildDigits("test", section.test_images, size, section.difficulty)
 
     def curriculum(self) -> Curriculum:
-        """From a centered white digit on black to the section's difficulty, as the model learns."""
+        """A curriculum from a centered white digit on black to the section's difficulty, as the model learns."""
         section = self._section
         return Curriculum(section.curriculum_threshold, section.curriculum_rate, delay=AHEAD)
 
@@ -286,7 +287,7 @@ class WildDigitsData:
 
 
 class _Drawn:
-    """Wild digits by :class:`Draw`."""
+    """Wild digits, indexed by :class:`Draw`."""
 
     def __init__(self, images: WildDigits) -> None:
         self._images = images

@@ -104,7 +104,8 @@ def _is_inside(root: Path, name: str) -> bool:
     if pure.is_absolute() or ".." in pure.parts:
         return False
     try:
-        return (root / name).resolve().is_relative_to(root)
+        found = (root / name).resolve()
+        return found.is_relative_to(root) and not found.is_symlink()  # a loop of links, which Python 3.13 resolves
     except (OSError, RuntimeError, ValueError):  # too long, a loop of links, or a null character
         return False
 

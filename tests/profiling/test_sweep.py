@@ -135,7 +135,7 @@ def test_a_sweep_that_says_nothing_sensible(override):
 
 
 def test_a_value_below_a_key_of_ones_own_is_refused_with_its_kind():
-    with pytest.raises(RecipeError, match=r"published\[...\]\[...\]: .*got `str`, expected `float`.*a paper gives"):
+    with pytest.raises(RecipeError, match=r"published\[...\]\[...\]: .*got `str`, expected `float`.*Published images"):
         load_sweep("a100", ["published={deit_tiny_patch16_224: {dense: fast}}"])
 
 
